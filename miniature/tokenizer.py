@@ -1,0 +1,47 @@
+"""Word-level tokenizers over the words of the grammar: one for the text encoder, one for the language model."""
+
+import re
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from .grammar import BEGINNINGS, ENDINGS, OPENINGS, PREPOSITIONS
+from .world import COLOURS, OBJECTS, PLACES, SIZES
+
+PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<s>", "</s>"
+TEXT_POSITIONS = 48
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, punctuation, and every word that the grammar can write, in alphabetical order."""
+    prepositions = [option for options in PREPOSITIONS.values() for option in options]
+    phrases = [*OBJECTS, *SIZES, *PLACES, *COLOURS, *prepositions, *OPENINGS, *ENDINGS, *BEGINNINGS, "a and"]
+    words = set(re.findall(r"[a-z]+", re.sub(r"\{[a-z]+\}", " ", " ".join(phrases))))
+    return [PAD, UNKNOWN, BEGIN, END, ",", ".", *sorted(words)]
+
+
+def build_tokenizer(for_text_encoder: bool) -> PreTrainedTokenizerFast:
+    """A lower-casing word tokenizer.
+
+    Args:
+        for_text_encoder: With begin and end around every text and `TEXT_POSITIONS` places, as CLIP's has; else nothing
+            is added, as with Qwen2's, and padding goes to the left.
+    """
+    words = vocabulary()
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[,.]"), behavior="isolated")]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words apart, commas close to what is before
+    special = {"pad_token": PAD, "unk_token": UNKNOWN, "bos_token": BEGIN, "eos_token": END}
+    if not for_text_encoder:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, padding_side="left", model_max_length=512, **special
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {END}", special_tokens=[(BEGIN, words.index(BEGIN)), (END, words.index(END))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="right", model_max_length=TEXT_POSITIONS, **special
+    )

@@ -1,0 +1,147 @@
+"""What every part of the recipe shares: endless rendered scenes as a dataset, averaged weights, and one way to train.
+
+Each part is a small module whose `forward` returns its own loss, so that `transformers.Trainer` does the rest:
+schedule, checkpoints, resuming, and data-parallel training (`torchrun --nproc_per_node 2`).
+"""
+
+import copy
+import os
+import random
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .grammar import write_caption
+from .render import render
+from .world import OBJECTS, Scene, sample_scenes
+
+EVALUATION_SEED = 1_000_003
+
+
+class SceneDataset(Dataset):
+    """`length` scenes of a split, each drawn, rendered and described from its own number, so that any can be made anew.
+
+    Items hold `pixels`, a `(3, 64, 64)` uint8 tensor, `scene`, and `caption`; `fields` chooses which.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        split: str | None = "train",
+        seed: int = 0,
+        fields: tuple[str, ...] = ("pixels",),
+        concepts: int = len(OBJECTS),
+    ):
+        self.length, self.split, self.seed, self.fields, self.concepts = length, split, seed, fields, concepts
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        rng = random.Random(f"{self.seed}/{self.split}/{index}")
+        scene = next(sample_scenes(rng, self.split, self.concepts))
+        item: dict = {}
+        if "pixels" in self.fields:
+            item["pixels"] = torch.from_numpy(render(scene, rng)).permute(2, 0, 1)
+        if "caption" in self.fields:
+            item["caption"] = write_caption(scene, rng)
+        if "scene" in self.fields:
+            item["scene"] = scene
+        return item
+
+    def scenes(self) -> list[Scene]:
+        """The scenes alone, without their pictures."""
+        return [
+            next(sample_scenes(random.Random(f"{self.seed}/{self.split}/{i}"), self.split, self.concepts))
+            for i in range(self.length)
+        ]
+
+
+class MovingAverage(TrainerCallback):
+    """Keeps an exponential moving average of a module's trained weights beside the checkpoints."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.999, warmup: int = 20):
+        self.module, self.decay, self.warmup = module, decay, warmup
+        self.average = copy.deepcopy(module).requires_grad_(False).eval()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "average.pt"
+        if state.global_step and saved.exists():
+            self.average.load_state_dict(torch.load(saved, weights_only=True))
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        decay = min(self.decay, (1 + state.global_step) / (self.warmup + state.global_step))
+        averages = dict(self.average.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            averages[name].lerp_(parameter.float(), 1 - decay)
+        for name, buffer in self.module.named_buffers():
+            self.average.get_buffer(name).copy_(buffer)
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save(self.average.state_dict(), folder / "average.pt")
+
+
+def train_module(
+    module: nn.Module,
+    dataset: Dataset,
+    output_dir: str | Path,
+    *,
+    batch_size: int,
+    learning_rate: float,
+    data_collator=None,
+    seed: int = 0,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **arguments,
+) -> None:
+    """Trains a module that returns `{"loss": ...}` on one pass over `dataset`, resuming where it stopped.
+
+    Args:
+        module: Called with the collated batch as keyword arguments.
+        batch_size: Of all processes together.
+        callbacks: Such as a `MovingAverage` of a part of `module`.
+        arguments: Of `TrainingArguments`, over the defaults here.
+    """
+    set_seed(seed)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": batch_size // processes,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 100,
+        "weight_decay": 0.01,
+        "adam_beta2": 0.99,
+        "max_grad_norm": 1.0,
+        "num_train_epochs": 1,
+        "logging_steps": 50,
+        "save_steps": 250,
+        "save_total_limit": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_num_workers": 0,
+        "dataloader_drop_last": True,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "seed": seed,
+        "data_seed": seed,
+        **arguments,
+    }
+    trainer = Trainer(
+        model=module,
+        args=TrainingArguments(**settings),
+        train_dataset=dataset,
+        data_collator=data_collator,
+        callbacks=list(callbacks),
+    )
+    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
