@@ -1,6 +1,6 @@
 """VLV: caption images, and see what the captioner understood (Vision-Language-Vision auto-encoder, arXiv 2507.07104)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .modeling_vlv import (
     FLORENCE_TASK_PROMPT_IDS,
@@ -9,8 +9,22 @@ from .modeling_vlv import (
     VLVModel,
     VLVModelOutput,
 )
+from .processing_vlv import VLVImageProcessor, VLVProcessor
 from .version import __version__
 
 AutoConfig.register("vlv", VLVConfig, exist_ok=True)
 AutoModel.register(VLVConfig, VLVModel, exist_ok=True)
 AutoModelForImageTextToText.register(VLVConfig, VLVForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(VLVConfig, image_processor_classes={"pil": VLVImageProcessor}, exist_ok=True)
+AutoProcessor.register(VLVConfig, VLVProcessor, exist_ok=True)
+
+__all__ = [
+    "FLORENCE_TASK_PROMPT_IDS",
+    "VLVConfig",
+    "VLVForConditionalGeneration",
+    "VLVImageProcessor",
+    "VLVModel",
+    "VLVModelOutput",
+    "VLVProcessor",
+    "__version__",
+]

@@ -7,6 +7,7 @@ encoder's width, d_lm the language model's width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -510,11 +511,10 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if generation_config is not None:
             _check_generation_arguments(generation_config.to_diff_dict())
         prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        others = settings.update(**kwargs)  # what is no setting: a streamer, stopping criteria, ...
         return self.language_model.generate(
-            inputs_embeds=prefix,
-            attention_mask=mask,
-            generation_config=generation_config or self.generation_config,
-            **kwargs,
+            inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **others
         )
 
 

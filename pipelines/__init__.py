@@ -1,0 +1,6 @@
+"""Pipelines: captions by transformers, reconstructions by diffusers."""
+
+from .pipeline_vlv_captioning import VLVCaptioningPipeline
+from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
+
+__all__ = ["VLVCaptioningPipeline", "VLVReconstructionPipeline"]

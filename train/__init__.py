@@ -1,0 +1,21 @@
+"""Trainers: stage 1 from images alone, stage 2 from image-caption pairs."""
+
+from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, find_images, load_images, load_pairs
+from .stage1 import Stage1Config, Stage1Trainer, freeze_for_stage1
+from .stage2 import Stage2Config, Stage2Trainer, freeze_for_stage2
+
+__all__ = [
+    "ColumnDataset",
+    "ListDataset",
+    "Stage1Collator",
+    "Stage1Config",
+    "Stage1Trainer",
+    "Stage2Collator",
+    "Stage2Config",
+    "Stage2Trainer",
+    "find_images",
+    "freeze_for_stage1",
+    "freeze_for_stage2",
+    "load_images",
+    "load_pairs",
+]

@@ -1,0 +1,30 @@
+"""The frozen decoder: one small interface, one file a family."""
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from .base import DiffusionDecoder
+from .sd import StableDiffusionDecoder
+
+__all__ = ["DiffusionDecoder", "StableDiffusionDecoder", "load_diffusion_decoder"]
+
+
+def load_diffusion_decoder(model: str, *, revision: str | None = None, **kwargs: Any) -> DiffusionDecoder:
+    """Loads the frozen decoder of a diffusers folder or repo id, of whichever family it is.
+
+    Args:
+        model: Has a `model_index.json`, as diffusers' `save_pretrained` writes it.
+        kwargs: Of the family's `from_pretrained`, such as `dtype`.
+
+    Raises:
+        OSError: If there is no diffusers model at `model`.
+        ValueError: If the model is of a family that VLV cannot learn from.
+    """
+    parts = DiffusionPipeline.load_config(model, revision=revision)
+    if "unet" not in parts or "vae" not in parts or "text_encoder_2" in parts:
+        raise ValueError(
+            f"{model} is a {parts.get('_class_name')}; expected a latent diffusion model with a UNet and one text "
+            "encoder (Stable Diffusion 1.x or 2.x)"
+        )
+    return StableDiffusionDecoder.from_pretrained(model, revision=revision, **kwargs)

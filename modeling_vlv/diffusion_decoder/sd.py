@@ -1,0 +1,111 @@
+"""The Stable Diffusion family, 1.x and 2.x: a UNet with one text encoder, discrete timesteps."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch.nn import functional as F
+
+from .base import DiffusionDecoder
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class StableDiffusionDecoder(DiffusionDecoder):
+    """A frozen autoencoder and UNet.
+
+    Args:
+        vae: Stays in float32 whatever the UNet's dtype, as in the authors' code: its encoder overflows in half.
+        unet: The denoiser.
+        scheduler_config: Of any diffusers scheduler; its betas, prediction type and zero-terminal-SNR rescaling count,
+            its way of sampling does not.
+        timestep_sampling: `"uniform"`, each on its own as the paper does, or `"stratified"`: one from each of B equal
+            parts of the schedule, which gives the same expectation with less noise.
+
+    Raises:
+        ValueError: If the scheduler belongs to a flow-matching model, or predicts something unknown.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler_config: dict[str, Any],
+        timestep_sampling: str = "uniform",
+    ):
+        super().__init__()
+        if "beta_schedule" not in scheduler_config:
+            name = scheduler_config.get("_class_name", "this scheduler")
+            raise ValueError(f"{name} has no beta schedule: a flow-matching model is no member of this family")
+        prediction_type = scheduler_config.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {PREDICTION_TYPES}")
+        if timestep_sampling not in ("uniform", "stratified"):
+            raise ValueError(f"timestep_sampling is {timestep_sampling!r}; expected 'uniform' or 'stratified'")
+        self.vae, self.unet = vae.float(), unet
+        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.prediction_type, self.timestep_sampling = prediction_type, timestep_sampling
+        self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        sample_size = unet.config.sample_size
+        self.image_size = (sample_size if isinstance(sample_size, int) else sample_size[0]) * self.scale_factor
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        variant: str | None = None,
+        timestep_sampling: str = "uniform",
+    ) -> "StableDiffusionDecoder":
+        """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
+        shared = {"revision": revision, "use_safetensors": True, "variant": variant}
+        return cls(
+            AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32, **shared),
+            UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=dtype, **shared),
+            DDPMScheduler.load_config(model, subfolder="scheduler", revision=revision),
+            timestep_sampling,
+        )
+
+    @torch.no_grad()
+    def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        if pixels.ndim != 4 or pixels.shape[2] % self.scale_factor or pixels.shape[3] % self.scale_factor:
+            raise ValueError(
+                f"pixels must be (batch, 3, height, width) with sides divisible by {self.scale_factor}, "
+                f"got {tuple(pixels.shape)}"
+            )
+        with torch.autocast(pixels.device.type, enabled=False):
+            latents = self.vae.encode(pixels.float()).latent_dist.sample(generator)  # (B, C, h, w)
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        steps = self.scheduler.config.num_train_timesteps
+        if self.timestep_sampling == "uniform":
+            return torch.randint(0, steps, (batch_size,), generator=generator)
+        parts = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+        return (parts / batch_size * steps).long().clamp(max=steps - 1)
+
+    def denoising_loss(
+        self,
+        latents: torch.Tensor,
+        conditioning: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if timesteps is None:
+            timesteps = self.sample_timesteps(len(latents))
+        timesteps = timesteps.to(latents.device)
+        if noise is None:
+            noise = torch.randn_like(latents)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)  # (B, C, h, w)
+        predicted = self.unet(noisy.to(self.unet.dtype), timesteps, conditioning.to(self.unet.dtype)).sample
+        return F.mse_loss(predicted.float(), self._target(latents, noise, timesteps).float())
+
+    def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        return latents

@@ -1,0 +1,68 @@
+"""What a person wants to see while training: how fast it goes, and what the model makes of some images by now."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import Trainer, TrainerCallback
+
+
+class ThroughputTrainer(Trainer):
+    """A `Trainer` that logs `images_per_second`, and `images_skipped` where images could not be read."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._images, self._skipped, self._since = 0, 0, time.perf_counter()
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        self._skipped += int(inputs.pop("num_skipped", 0)) * self.args.world_size
+        self._images += len(inputs["pixel_values"]) * self.args.world_size
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            logs["images_per_second"] = round(self._images / max(now - self._since, 1e-9), 2)
+            self._images, self._since = 0, now
+            if self._skipped:
+                logs["images_skipped"] = self._skipped
+        super().log(logs, start_time)
+
+
+class SampleCallback(TrainerCallback):
+    """Every `every` steps calls `draw(model, step, folder)` on the first process, without touching the random state."""
+
+    def __init__(self, draw: Callable[[Any, int, Path], None], every: int):
+        self.draw, self.every = draw, every
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.every <= 0 or state.global_step % self.every or not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        was_training, random_state = model.training, torch.get_rng_state()
+        try:
+            with torch.no_grad():
+                self.draw(model.eval(), state.global_step, folder)
+        finally:
+            model.train(was_training)
+            torch.set_rng_state(random_state)
+
+
+def side_by_side(originals: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:
+    """One sheet: originals in the upper row, pictures below."""
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (width * len(originals), 2 * height), "white")
+    for column, (original, picture) in enumerate(zip(originals, pictures, strict=True)):
+        sheet.paste(original.resize((width, height)), (column * width, 0))
+        sheet.paste(picture, (column * width, height))
+    return sheet
+
+
+def write_json(path: Path, value: Any) -> None:
+    """UTF-8, indented."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

