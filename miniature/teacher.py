@@ -66,7 +66,7 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
     )
 
 
@@ -200,7 +200,7 @@ def train_teacher(
     trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     Path(work_dir).mkdir(parents=True, exist_ok=True)
     averaging = MovingAverage(trained, decay=0.998)
-    judging = AlignmentCallback(averaging.average, autoencoder, Recogniser.load(recogniser_path), 200, Path(work_dir))
+    judging = AlignmentCallback(averaging.average, autoencoder, Recogniser.load(recogniser_path), 300, Path(work_dir))
     train_module(
         module,
         SceneDataset(images, seed=seed + 1, fields=("pixels", "caption")),

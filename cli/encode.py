@@ -1,0 +1,49 @@
+"""`vlv encode`: images to caption embeddings."""
+
+import argparse
+
+import torch
+from safetensors.torch import save_file
+
+from vlv import hub
+
+from .caption import batches, positive
+from .inputs import collect_images
+from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
+from .output import Tally, write_atomically
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "encode",
+        help="write caption embeddings of images",
+        description="Writes caption embeddings, one tensor (tokens, width) for each image under its path relative to the "
+        "argument. `vlv caption --embeddings` and `vlv reconstruct --embeddings` read them.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files and folders")
+    parser.add_argument("--output", default="z.safetensors", help="the safetensors file (default: z.safetensors)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images at once (default: 8)")
+    add_model_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output = output_path(arguments.output, ".safetensors")
+    images = collect_images(arguments.paths)
+    source = choose_model(arguments)
+    with loading(source):
+        model, image_processor = hub.load_encoder(
+            source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
+        )
+    tally = Tally()
+    embeddings: dict[str, torch.Tensor] = {}
+    try:
+        for names, batch in batches(images, image_processor, arguments.batch_size, tally):
+            with torch.no_grad():
+                rows = model.get_caption_embeds(batch["pixel_values"].to(model.device, model.dtype))
+            embeddings |= {name: row.cpu().contiguous().clone() for name, row in zip(names, rows, strict=True)}
+            tally.done += len(names)
+    finally:  # an interrupted run keeps what is done
+        if embeddings:
+            write_atomically(output, lambda path: save_file(embeddings, path, metadata={"model": source}))
+    return tally.close("encoded", str(output))

@@ -1,0 +1,69 @@
+"""What a command is given: images in files and folders, or embeddings in a file."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vlv.train.data import find_images
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image file (or embeddings), under the name that it has in the output."""
+
+    name: str
+    path: Path | None = None
+    embeds: torch.Tensor | None = None  # (Q, d_text)
+
+
+def collect_images(paths: list[str]) -> list[Input]:
+    """Every image below the given files and folders, named by its path relative to the argument.
+
+    Where two arguments would give the same name, both are named by their whole path as given. A file that is named
+    itself is taken whatever its suffix.
+
+    Raises:
+        UserError: If a path does not exist or nothing is found.
+    """
+    found: list[tuple[str, Path]] = []
+    for argument in paths:
+        path = Path(argument)
+        if path.is_dir():
+            found += [(image.relative_to(path).as_posix(), image) for image in find_images(path)]
+        elif path.exists():
+            found.append((path.name, path))
+        else:
+            raise UserError(f"{argument} does not exist")
+    if not found:
+        raise UserError(f"no images in {', '.join(paths)} (jpg, jpeg, png, webp, bmp, gif, tif, tiff, in any case)")
+    distinct = list(dict.fromkeys(found))
+    names = Counter(name for name, _ in distinct)
+    return [Input(name if names[name] == 1 else path.as_posix(), path) for name, path in distinct]
+
+
+def load_embeddings(file: str | os.PathLike, width: int) -> list[Input]:
+    """Caption embeddings as `vlv encode` writes them: one tensor `(Q, d_text)` for each image.
+
+    Raises:
+        UserError: If the file is no such file, or its embeddings are of another model.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read as safetensors (`vlv encode` writes such files): {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or tensor.shape[1] != width:
+            raise UserError(
+                f"{file}: {name!r} has shape {tuple(tensor.shape)}, this model's embeddings are (tokens, {width}); "
+                "were they written with another --model?"
+            )
+    if not tensors:
+        raise UserError(f"{file} holds no embeddings")
+    return [Input(name, embeds=tensor.float()) for name, tensor in tensors.items()]

@@ -1,0 +1,78 @@
+"""Which model a command uses, on what, and how precisely."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from vlv.checkpoints import MINIATURE
+
+from .errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model`, `--revision`, `--device` and `--dtype`, the same for all commands."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_REPO",
+        help="folder or Hub repo id of a VLV; without it the embedded miniature, which knows sixteen drawings",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo; pin one for results that last")
+    parser.add_argument("--device", help="such as cpu, cuda or mps; by default the best there is")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision (default: float32)")
+
+
+def choose_model(arguments: argparse.Namespace) -> str:
+    """The `--model` given, or the embedded one, said in one line."""
+    if arguments.model is not None:
+        return arguments.model
+    if not (MINIATURE / "config.json").is_file():
+        raise UserError(f"the embedded miniature is missing ({MINIATURE}); train it with `make miniature`, or pass --model")
+    print("no --model given: using the embedded miniature (sixteen drawings, no photographs)", file=sys.stderr)
+    return str(MINIATURE)
+
+
+def choose_device(arguments: argparse.Namespace) -> str:
+    """The `--device` given, else CUDA, MPS or the CPU.
+
+    Raises:
+        UserError: If torch knows no such device.
+    """
+    if arguments.device is not None:
+        try:
+            torch.zeros(1, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {arguments.device} cannot be used: {str(error).splitlines()[0]}") from error
+        return arguments.device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def precision(arguments: argparse.Namespace) -> torch.dtype:
+    """The torch dtype of `--dtype`."""
+    return DTYPES[arguments.dtype]
+
+
+@contextmanager
+def loading(source: str) -> Iterator[None]:
+    """Says in one line what is wrong with a model that cannot be loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {source}: {error}") from error
+
+
+def output_path(text: str, suffix: str) -> Path:
+    """An output file, whose suffix must fit what is written."""
+    path = Path(text)
+    if path.suffix.lower() != suffix:
+        raise UserError(f"--output {text} must end in {suffix}")
+    if path.is_dir():
+        raise UserError(f"--output {text} is a folder")
+    return path

@@ -1,0 +1,151 @@
+"""`vlv reconstruct`: images, or their embeddings, to pictures of what was understood."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlv.evaluation import EncoderFeatures, as_bytes, inception_is_at_hand, picture_metrics, set_metrics
+from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
+
+from .caption import positive
+from .errors import UserError
+from .inputs import Input, collect_images, load_embeddings
+from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .output import GrowingJson, Tally, write_atomically
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "reconstruct",
+        help="draw images anew from their caption embeddings",
+        description="Writes OUTPUT_DIR/reconstructions/, OUTPUT_DIR/side_by_side/ (original left, reconstruction right) "
+        "and OUTPUT_DIR/metrics.json. Each picture has the seed to itself, so it does not depend on the others.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
+    parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode` instead of images")
+    parser.add_argument("--output-dir", default="reconstructions", help="a folder (default: reconstructions)")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: 2.0)")
+    parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
+    parser.add_argument("--seed", type=int, default=42, help="of every picture's noise (default: 42)")
+    parser.add_argument("--image-size", type=positive, help="pixels, both ways; by default what the model was trained for")
+    parser.add_argument("--negative-prompt", help="words to steer away from")
+    parser.add_argument("--batch-size", type=positive, default=8, help="pictures at once (default: 8)")
+    add_model_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if bool(arguments.paths) == bool(arguments.embeddings):
+        raise UserError("give image paths or --embeddings FILE, and not both")
+    images = collect_images(arguments.paths) if arguments.paths else []
+    source = choose_model(arguments)
+    with loading(source):
+        pipeline = load_reconstruction(
+            source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
+        )
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
+    if arguments.embeddings:
+        images = load_embeddings(arguments.embeddings, pipeline.encoder.config.text_encoder_config.hidden_size)
+    size = arguments.image_size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    if size % pipeline.vae_scale_factor:
+        raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")
+
+    folder, tally = Path(arguments.output_dir), Tally()
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with GrowingJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
+        per_image: dict[str, Any] = {}
+        for batch in _readable_batches(images, pipeline, size, arguments.batch_size, tally):
+            pictures = draw(pipeline, [item for item, _ in batch], size, arguments)
+            for (item, original), picture in zip(batch, pictures, strict=True):
+                per_image[item.name] = _write(folder, item, original, picture, pairs)
+                tally.done += 1
+            report.save({"pictures": per_image, "failed": tally.failed})
+        report.save({"set": _set_metrics(pairs, pipeline), "failed": tally.failed})
+    return tally.close("reconstructed", str(folder))
+
+
+def draw(
+    pipeline: VLVReconstructionPipeline, items: list[Input], size: int, arguments: argparse.Namespace
+) -> torch.Tensor:
+    """Pictures `(B, 3, size, size)` in 0..1."""
+    if items[0].embeds is not None:
+        source: dict[str, Any] = {"caption_embeds": torch.stack([item.embeds for item in items if item.embeds is not None])}
+    else:
+        source = {"image": [item.path for item in items]}
+    return pipeline(
+        **source,
+        height=size,
+        width=size,
+        guidance_scale=arguments.guidance_scale,
+        num_inference_steps=arguments.num_inference_steps,
+        negative_prompt=arguments.negative_prompt,
+        generator=[torch.Generator().manual_seed(arguments.seed) for _ in items],
+        output_type="pt",
+    ).images.cpu()
+
+
+def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
+    names = ("guidance_scale", "num_inference_steps", "seed", "negative_prompt", "revision", "dtype")
+    model = "embedded miniature" if arguments.model is None else source
+    return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
+
+
+def _readable_batches(images, pipeline, size: int, batch_size: int, tally: Tally):
+    """Lists of `(input, original as a square picture or None)`."""
+    batch: list[tuple[Input, Image.Image | None]] = []
+    for item in images:
+        original = None
+        if item.path is not None:
+            try:
+                original = pipeline.image_processor.load(item.path).resize((size, size), Image.Resampling.BICUBIC)
+            except ValueError as error:
+                tally.fail(item.name, str(error))
+                continue
+        if batch and item.embeds is not None and batch[0][0].embeds is not None and item.embeds.shape != batch[0][0].embeds.shape:
+            yield batch
+            batch = []
+        batch.append((item, original))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _write(folder: Path, item: Input, original: Image.Image | None, picture: torch.Tensor, pairs: list) -> dict[str, Any]:
+    drawn = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    name = item.name.lstrip("/").replace("..", "_") + ".png"  # a.jpg and a.png may stand side by side
+    write_atomically(folder / "reconstructions" / name, lambda path: drawn.save(path))
+    if original is None:
+        return {}
+    pair = Image.new("RGB", (2 * original.width, original.height))
+    pair.paste(original, (0, 0))
+    pair.paste(drawn, (original.width, 0))
+    write_atomically(folder / "side_by_side" / name, lambda path: pair.save(path))
+    truth = torch.from_numpy(np.asarray(original).copy()).permute(2, 0, 1) / 255
+    pairs.append((picture, truth))
+    try:
+        return picture_metrics(picture, truth)
+    except ImportError:
+        return {}
+
+
+def _set_metrics(pairs: list[tuple[torch.Tensor, torch.Tensor]], pipeline: VLVReconstructionPipeline) -> dict[str, Any]:
+    if not pairs:
+        return {"note": "no originals to compare with"}
+    features: dict[str, Any] = {}
+    if not inception_is_at_hand():
+        module = EncoderFeatures(pipeline.encoder, pipeline.image_processor)
+        features = {"features": module, "features_name": "this VLV's mean image token (Inception is not at hand)"}
+    try:
+        return dataclasses.asdict(
+            set_metrics(as_bytes([p for p, _ in pairs]), as_bytes([t for _, t in pairs]), **features)
+        )
+    except ImportError as error:
+        return {"note": str(error)}

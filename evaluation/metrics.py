@@ -1,0 +1,119 @@
+"""How like two pictures, or two sets of pictures, are. The measuring is torchmetrics'."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+FID_MEANINGFUL = 2048
+"""Inception features are 2048 wide: below so many pictures their covariance cannot even have full rank."""
+
+
+def _torchmetrics() -> Any:
+    try:
+        import torchmetrics
+    except ImportError as error:
+        raise ImportError("metrics need the eval extra: pip install 'vlv[eval]'") from error
+    return torchmetrics
+
+
+def picture_metrics(picture: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
+    """PSNR in dB and SSIM of one picture against its original.
+
+    Args:
+        picture, original: `(3, H, W)` float in 0..1.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if picture.shape != original.shape or picture.ndim != 3:
+        raise ValueError(f"expected two (3, H, W) pictures, got {tuple(picture.shape)} and {tuple(original.shape)}")
+    functional = _torchmetrics().functional.image
+    pair = picture[None].float(), original[None].float()
+    psnr = functional.peak_signal_noise_ratio(*pair, data_range=1.0)
+    ssim = functional.structural_similarity_index_measure(*pair, data_range=1.0)
+    return {"psnr": round(psnr.item(), 4), "ssim": round(ssim.item(), 4)}
+
+
+@dataclass
+class SetMetrics:
+    """FID and KID of two sets; None where a set is too small to compute it, with a word on what it is worth."""
+
+    features: str
+    pictures: int
+    fid: float | None
+    kid: float | None
+    note: str
+
+
+def set_metrics(
+    pictures: torch.Tensor, originals: torch.Tensor, features: nn.Module | None = None, features_name: str = ""
+) -> SetMetrics:
+    """FID and KID between two sets.
+
+    Args:
+        pictures, originals: `(N, 3, H, W)` uint8.
+        features: Maps uint8 pictures to `(N, width)` features. Without it Inception, whose weights torch-fidelity must
+            have at hand.
+        features_name: Named in the result, since figures of different features cannot be compared.
+
+    Raises:
+        ValueError: If the sets are not both `(N, 3, H, W)` uint8.
+    """
+    for name, images in (("pictures", pictures), ("originals", originals)):
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(f"{name} must be (N, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+    count = min(len(pictures), len(originals))
+    name = features_name or ("Inception-v3, 2048 features" if features is None else type(features).__name__)
+    if count < 2:
+        return SetMetrics(name, count, None, None, f"{count} picture is no set: FID and KID need at least 2")
+    _torchmetrics()
+    from torchmetrics.image.fid import FrechetInceptionDistance  # torchmetrics.image has them with torch-fidelity only
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    feature: Any = 2048 if features is None else features
+    fid = FrechetInceptionDistance(feature=feature)
+    kid = KernelInceptionDistance(feature=feature, subset_size=min(count, 1000), subsets=10)
+    torch.manual_seed(0)  # KID draws its subsets
+    for metric in (fid, kid):
+        for chunk in originals.split(64):
+            metric.update(chunk, real=True)
+        for chunk in pictures.split(64):
+            metric.update(chunk, real=False)
+    if count < FID_MEANINGFUL:
+        note = f"{count} pictures are too few for FID and KID to mean anything; use at least {FID_MEANINGFUL}"
+    else:
+        note = "comparable only with figures of the same features and the same number of pictures"
+    return SetMetrics(name, count, round(fid.compute().item(), 4), round(kid.compute()[0].item(), 6), note)
+
+
+class EncoderFeatures(nn.Module):
+    """The mean image token of a VLV's own vision tower, as features for FID and KID where Inception is not at hand."""
+
+    def __init__(self, encoder: Any, image_processor: Any):
+        super().__init__()
+        self.encoder, self.image_processor = encoder, image_processor
+        self.num_features = encoder.config.encoder_config.vision_config.projection_dim
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = self.image_processor(list(images.cpu()), return_tensors="pt").pixel_values
+        return self.encoder.get_image_features(pixels.to(self.encoder.device))[:, 0].float()  # (N, width)
+
+
+def inception_is_at_hand() -> bool:
+    """Whether torch-fidelity is installed and its Inception weights are in torch's cache, so that nothing is fetched."""
+    from pathlib import Path
+
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError:
+        return False
+    return any((Path(torch.hub.get_dir()) / "checkpoints").glob("weights-inception-2015-12-05-*.pth"))
+
+
+def as_bytes(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Pictures `(3, H, W)` in 0..1 as one `(N, 3, H, W)` uint8 tensor."""
+    return (torch.stack(list(pictures)) * 255).round().clamp(0, 255).to(torch.uint8)

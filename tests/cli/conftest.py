@@ -1,0 +1,41 @@
+"""A complete, untrained VLV in the Hub's layout, and a folder of images of every kind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlv import VLVForConditionalGeneration, hub
+
+from ..conftest import language_model_config, vlv_config
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, processor, stable_diffusion) -> Path:
+    torch.manual_seed(0)
+    captioner = VLVForConditionalGeneration(vlv_config(decoder_config=language_model_config()))
+    folder = tmp_path_factory.mktemp("vlv")
+    return hub.export(folder, captioner=captioner, processor=processor, decoder=stable_diffusion)
+
+
+@pytest.fixture
+def mixed_folder(tmp_path, pictures) -> Path:
+    """Five images that can be read, in the formats that trouble readers, and three files that are none."""
+    folder = tmp_path / "mixed"
+    (folder / "sub").mkdir(parents=True)
+    pictures[0].save(folder / "good.png")
+    pictures[1].convert("CMYK").save(folder / "sub" / "cmyk.JPG")
+    Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)).save(folder / "sixteen.png")
+    palette = pictures[2].convert("P")
+    palette.info["transparency"] = 0
+    palette.save(folder / "palette.png", transparency=0)
+    Image.new("RGB", (1, 3000), "red").save(folder / "sub" / "good.png")
+    pictures[3].save(folder / "truncated.jpg", quality=95)
+    data = (folder / "truncated.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "text.png").write_text("no image at all")
+    (folder / "empty.webp").touch()
+    (folder / "notes.txt").write_text("not asked for")
+    return folder

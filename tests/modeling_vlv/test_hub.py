@@ -1,0 +1,62 @@
+"""One folder holds captioner, encoder and decoder, each weight once, and gives them back unchanged."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from vlv import VLVForConditionalGeneration, hub
+from vlv.pipelines import load_reconstruction
+
+
+@pytest.fixture
+def exported(tmp_path, captioner, processor, stable_diffusion):
+    return hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, decoder=stable_diffusion)
+
+
+def test_the_captioner_comes_back_exactly(exported, captioner, processor, pictures):
+    model, loaded_processor = hub.load_captioner(exported)
+    before, after = captioner.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    pixels = processor(images=pictures).pixel_values
+    assert torch.equal(loaded_processor(images=pictures).pixel_values, pixels)
+    plain = VLVForConditionalGeneration.from_pretrained(exported)
+    assert torch.equal(plain.generate(pixels, max_new_tokens=4), captioner.generate(pixels, max_new_tokens=4))
+
+
+def test_no_weight_is_stored_twice(exported):
+    names: list[str] = []
+    for path in exported.rglob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            names += [f"{path.parent.name if path.parent.name in ('unet', 'vae') else ''}/{n}" for n in tensors.keys()]
+    assert len(names) == len(set(names))
+    assert not [name for name in names if "lm_head" in name]  # tied to the word embeddings
+
+
+def test_stored_in_half_precision_it_loads_as_float32(tmp_path, captioner, processor, stable_diffusion):
+    folder = hub.export(
+        tmp_path / "half", captioner=captioner, processor=processor, decoder=stable_diffusion, dtype=torch.float16
+    )
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} <= {torch.float16, torch.int64}
+    model, _ = hub.load_captioner(folder)
+    assert model.dtype == torch.float32
+    assert VLVForConditionalGeneration.from_pretrained(folder).dtype == torch.float32
+
+
+def test_a_stage_1_export_reconstructs_but_says_that_it_cannot_caption(
+    tmp_path, encoder, image_processor, stable_diffusion, pictures
+):
+    folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor, decoder=stable_diffusion)
+    pipeline = load_reconstruction(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(pictures[:2], num_inference_steps=1).images) == 2
+    with pytest.raises(ValueError, match="stage-1 checkpoint"):
+        hub.load_captioner(folder)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "nowhere"])
+def test_a_missing_folder_is_named(source):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        hub.load_captioner(source)
