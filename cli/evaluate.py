@@ -2,6 +2,10 @@
 
 import argparse
 
+from .caption import positive
+from .models import choose_model, loading, output_path
+from .output import write_json
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser("evaluate", help="measure a model", description="Measures a model.")
@@ -13,9 +17,16 @@ def add_parser(commands) -> None:
     )
     miniature.add_argument("--model", metavar="DIR", help="folder of a miniature; by default the embedded one")
     miniature.add_argument("--output", default="evaluation.json", help="the JSON file (default: evaluation.json)")
-    miniature.add_argument("--scenes", type=int, default=500, help="scenes of each split (default: 500)")
+    miniature.add_argument("--scenes", type=positive, default=500, help="scenes of each split (default: 500)")
     miniature.set_defaults(run=run_miniature)
 
 
 def run_miniature(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from vlv.miniature.evaluation import evaluate_miniature
+
+    output = output_path(arguments.output, ".json")
+    folder = choose_model(arguments)
+    with loading(folder):
+        figures = evaluate_miniature(folder, n=arguments.scenes)
+    write_json(output, figures)
+    return 0

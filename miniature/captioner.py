@@ -1,0 +1,69 @@
+"""The miniature's captioner: stage 2, by the project's own trainer, on image-caption pairs of `train`."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor
+from vlv.train import Stage2Config, Stage2Trainer, freeze_for_stage2
+
+from .training import SceneDataset
+
+
+class Pairs(SceneDataset):
+    """`{"image": (3, 64, 64) uint8 tensor, "caption": str}`."""
+
+    def __init__(self, length: int, split: str = "train", seed: int = 0):
+        super().__init__(length, split, seed, fields=("pixels", "caption"))
+
+    def __getitem__(self, index: int) -> dict:
+        item = super().__getitem__(index)
+        return {"image": item["pixels"], "caption": item["caption"]}
+
+
+def train_captioner(
+    output_dir: str | Path,
+    work_dir: str | Path,
+    encoder_dir: str | Path,
+    language_model_dir: str | Path,
+    pairs: int = 20_000,
+    epochs: float = 4,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    trainable: str = "all",
+    seed: int = 0,
+) -> None:
+    """Stage 2 on `pairs` different image-caption pairs."""
+    torch.manual_seed(seed)
+    model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(str(encoder_dir), str(language_model_dir))
+    processor = VLVProcessor(
+        VLVImageProcessor.from_pretrained(encoder_dir), AutoTokenizer.from_pretrained(language_model_dir)
+    )
+    freeze_for_stage2(model, trainable)
+    config = Stage2Config(
+        output_dir=str(work_dir),
+        trainable=trainable,
+        max_steps=int(pairs * epochs) // batch_size,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        max_caption_tokens=64,
+        logging_steps=25,
+        save_steps=200,
+        save_total_limit=1,
+        sample_steps=200,
+        dataloader_num_workers=0,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+    )
+    trainer = Stage2Trainer(
+        model, config, Pairs(pairs, seed=seed + 4), processor, sample_dataset=Pairs(8, split="test", seed=37)
+    )
+    last = get_last_checkpoint(str(work_dir)) if Path(work_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)

@@ -1,0 +1,135 @@
+"""The miniature's encoder: Florence-2's architecture at 64 x 64, trained by stage 1 on images alone."""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextConfig
+
+from vlv import VLVConfig, VLVImageProcessor, VLVModel
+from vlv.diffusion_decoder import StableDiffusionDecoder
+from vlv.train import Stage1Config, Stage1Trainer, freeze_for_stage1
+
+from .training import SceneDataset
+
+NUM_QUERIES = 24
+
+
+def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
+    """A vision tower of 8 x 8 places and one mean token, three encoder and two decoder layers, 128 wide, no dropout.
+
+    At 64 x 64 Florence-2's own strides would leave 2 x 2 places, hence `patch_stride`.
+    """
+    width = 128
+    return VLVConfig(
+        encoder_config={
+            "vision_config": {
+                "depths": (1, 1, 1, 1),
+                "embed_dim": (16, 48, 96, 128),
+                "num_heads": (2, 4, 4, 4),
+                "num_groups": (2, 4, 4, 4),
+                "patch_stride": (4, 2, 1, 1),
+                "window_size": 4,
+                "drop_path_rate": 0.0,
+                "mlp_ratio": 2.0,
+                "projection_dim": width,
+                "max_position_embeddings": 8,
+                "max_temporal_embeddings": 1,
+            },
+            "text_config": {
+                "model_type": "bart",
+                "vocab_size": 4,
+                "d_model": width,
+                "encoder_layers": 3,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "decoder_attention_heads": 4,
+                "encoder_ffn_dim": 384,
+                "decoder_ffn_dim": 384,
+                "max_position_embeddings": 80,
+                "dropout": 0.0,
+                "attention_dropout": 0.0,
+                "activation_dropout": 0.0,
+                "pad_token_id": 1,
+                "bos_token_id": 0,
+                "eos_token_id": 2,
+                "decoder_start_token_id": 2,
+            },
+            "image_token_id": 3,
+        },
+        text_encoder_config=text_encoder_config,
+        num_queries=NUM_QUERIES,
+    )
+
+
+def build_image_processor() -> VLVImageProcessor:
+    """64 x 64, no crop."""
+    return VLVImageProcessor(size={"height": 64, "width": 64})
+
+
+class ImagesOnly(SceneDataset):
+    """Pictures of scenes as stage 1 wants them: `{"image": (3, 64, 64) uint8 tensor}` and nothing else."""
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": super().__getitem__(index)["pixels"]}
+
+
+def train_encoder(
+    output_dir: str | Path,
+    work_dir: str | Path,
+    teacher_dir: str | Path,
+    images: int = 300_000,
+    batch_size: int = 128,
+    learning_rate: float = 1.5e-3,
+    seed: int = 0,
+    **arguments,
+) -> None:
+    """Stage 1, by the project's own trainer: the encoder from random weights, the teacher frozen, images of `train`."""
+    import os
+
+    teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
+    torch.manual_seed(seed)
+    model = VLVModel(build_encoder_config(teacher.text_encoder.config))
+    model.text_encoder.load_state_dict(teacher.text_encoder.state_dict())
+    freeze_for_stage1(model, "all")
+    config = Stage1Config(
+        output_dir=str(work_dir),
+        trainable="all",
+        pre_crop_size=None,
+        max_steps=images // batch_size,
+        per_device_train_batch_size=batch_size // int(os.environ.get("WORLD_SIZE", "1")),
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=100,
+        timestep_sampling="stratified",
+        logging_steps=25,
+        save_steps=200,
+        save_total_limit=1,
+        sample_steps=200,
+        sample_images=16,
+        dataloader_num_workers=0,
+        dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        **arguments,
+    )
+    decoder = StableDiffusionDecoder(teacher.vae, teacher.unet, teacher.scheduler.config, config.timestep_sampling)
+    trainer = Stage1Trainer(
+        model,
+        decoder,
+        config,
+        ImagesOnly(images, seed=seed + 2),
+        build_image_processor(),
+        teacher.tokenizer,
+        sample_dataset=ImagesOnly(16, split="test", seed=31),
+    )
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(work_dir)) if Path(work_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output_dir)
+        build_image_processor().save_pretrained(output_dir)

@@ -1,0 +1,77 @@
+"""The miniature's language model: Qwen2's architecture, trained on captions of `train` as plain text."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from .tokenizer import BEGIN, END, PAD, build_tokenizer
+from .training import SceneDataset, train_module
+
+
+def build_language_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """128 wide, 3 layers, word embeddings tied."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        bos_token_id=tokenizer.convert_tokens_to_ids(BEGIN),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+    )
+    return Qwen2ForCausalLM(config)
+
+
+class LanguageModelLoss(nn.Module):
+    """Next-word loss."""
+
+    def __init__(self, model: Qwen2ForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.model(input_ids=input_ids, labels=labels).loss}
+
+
+def train_language_model(
+    output_dir: str | Path,
+    work_dir: str | Path,
+    captions: int = 100_000,
+    batch_size: int = 128,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> None:
+    """Trains on captions alone and saves model and tokenizer to `output_dir`."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(for_text_encoder=False)
+    model = build_language_model(tokenizer)
+
+    def collate(items: list[dict]) -> dict[str, torch.Tensor]:
+        texts = [f"{BEGIN} {item['caption']} {END}" for item in items]
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        return {"input_ids": batch.input_ids, "labels": labels}
+
+    train_module(
+        LanguageModelLoss(model),
+        SceneDataset(captions, seed=seed + 3, fields=("caption",)),
+        work_dir,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        data_collator=collate,
+        seed=seed,
+    )
+    model.generation_config = GenerationConfig(
+        pad_token_id=model.config.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        max_new_tokens=64,
+    )
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)

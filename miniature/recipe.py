@@ -1,0 +1,126 @@
+"""Trains everything in the miniature from nothing: `python -m vlv.miniature`, or `make miniature`.
+
+Each part is a process of its own that resumes where it was stopped, and is skipped once it is done.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .evaluation import RECOGNISER_FILE
+
+
+@dataclass(frozen=True)
+class Part:
+    """A step of the recipe: how to run it, the file that shows it is done, and whether processes share the work."""
+
+    run: Callable[[Path], None]
+    done: str
+    parallel: bool = False
+
+
+def _recogniser(root: Path) -> None:
+    from .recogniser import train_recogniser
+
+    train_recogniser(root / RECOGNISER_FILE, root / "work" / "recogniser")
+
+
+def _autoencoder(root: Path) -> None:
+    from .autoencoder import train_autoencoder
+
+    train_autoencoder(root / "autoencoder", root / "work" / "autoencoder")
+
+
+def _teacher(root: Path) -> None:
+    from .teacher import train_teacher
+
+    train_teacher(root / "teacher", root / "work" / "teacher", root / "autoencoder", root / RECOGNISER_FILE)
+
+
+def _encoder(root: Path) -> None:
+    from .encoder import train_encoder
+
+    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher")
+
+
+def _language_model(root: Path) -> None:
+    from .language_model import train_language_model
+
+    train_language_model(root / "language-model", root / "work" / "language-model")
+
+
+def _captioner(root: Path) -> None:
+    from .captioner import train_captioner
+
+    train_captioner(root / "captioner", root / "work" / "captioner", root / "encoder", root / "language-model")
+
+
+PARTS = {
+    "recogniser": Part(_recogniser, RECOGNISER_FILE),
+    "autoencoder": Part(_autoencoder, "autoencoder/config.json", parallel=True),
+    "teacher": Part(_teacher, "teacher/model_index.json", parallel=True),
+    "encoder": Part(_encoder, "encoder/preprocessor_config.json", parallel=True),
+    "language-model": Part(_language_model, "language-model/tokenizer_config.json"),
+    "captioner": Part(_captioner, "captioner/processor_config.json"),
+}
+
+
+def assemble(root: Path, output: Path) -> None:
+    """Puts the finished parts into one folder in the Hub's layout, in half precision, the judge beside them."""
+    import torch
+
+    from vlv import VLVForConditionalGeneration, VLVProcessor, hub
+
+    hub.export(
+        output,
+        captioner=VLVForConditionalGeneration.from_pretrained(root / "captioner"),
+        processor=VLVProcessor.from_pretrained(root / "captioner"),
+        decoder=root / "teacher",
+        dtype=torch.float16,
+    )
+    shutil.copyfile(root / RECOGNISER_FILE, output / RECOGNISER_FILE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlv.miniature", description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("runs/miniature"), help="where parts and checkpoints go")
+    parser.add_argument("--output", type=Path, help="assemble the finished miniature into this folder")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: 2)")
+    parser.add_argument("--only", choices=PARTS, help="train this part alone")
+    parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        import torch
+
+        torch.set_num_threads(1)
+        PARTS[options.worker].run(options.root)
+        return
+    for name, part in PARTS.items():
+        if options.only not in (None, name):
+            continue
+        if (options.root / part.done).exists():
+            print(f"{name}: done")
+            continue
+        print(f"{name}: training", flush=True)
+        _run_worker(name, options.root, options.processes if part.parallel else 1)
+    if options.output:
+        assemble(options.root, options.output)
+        print(f"assembled in {options.output}")
+
+
+def _run_worker(name: str, root: Path, processes: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    worker = ["-m", "vlv.miniature", "--root", str(root), "--worker", name]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *worker]
+    else:
+        command = [sys.executable, *worker]
+    with (root / f"{name}.log").open("a") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{name} failed; see {root / f'{name}.log'}")
