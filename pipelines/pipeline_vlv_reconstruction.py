@@ -49,20 +49,20 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
-    def check_inputs(
-        self, image, caption_embeds, height, width, negative_prompt, generator, count, callback_tensor_inputs
-    ) -> None:
+    def check_inputs(self, image, caption_embeds, height, width, callback_tensor_inputs) -> None:
         if (image is None) == (caption_embeds is None):
             raise ValueError("pass either image or caption_embeds, and not both")
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
             raise ValueError(f"height and width must be divisible by {self.vae_scale_factor}, got {height} x {width}")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} pictures; give one, or one each")
-        if isinstance(negative_prompt, list) and count % len(negative_prompt):
-            raise ValueError(f"{len(negative_prompt)} negative prompts for {count} pictures; give one, or one an image")
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {unknown}")
+
+    def check_counts(self, count: int, images: int, generator, negative_prompt) -> None:
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} pictures; give one, or one each")
+        if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, images):
+            raise ValueError(f"{len(negative_prompt)} negative prompts for {images} pictures; give one, or one an image")
 
     @torch.no_grad()
     def encode_image(self, image: Any) -> torch.Tensor:
@@ -178,19 +178,11 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         """
         height = height or self._default_size()
         width = width or self._default_size()
-        if caption_embeds is None and image is not None:
+        self.check_inputs(image, caption_embeds, height, width, callback_on_step_end_tensor_inputs)
+        if caption_embeds is None:
             caption_embeds = self.encode_image(image)
-        count = (0 if caption_embeds is None else len(caption_embeds)) * num_images_per_prompt
-        self.check_inputs(
-            image,
-            None if image is not None else caption_embeds,
-            height,
-            width,
-            negative_prompt,
-            generator,
-            count,
-            callback_on_step_end_tensor_inputs,
-        )
+        count = len(caption_embeds) * num_images_per_prompt
+        self.check_counts(count, len(caption_embeds), generator, negative_prompt)
         device, dtype = self._execution_device, self.unet.dtype
 
         embeds = caption_embeds.to(device, self.encoder.dtype)  # (B, N, d_text)
@@ -226,6 +218,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
+    @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
         """Latents `(B, C, h, w)` to pictures, as PIL images, `(B, H, W, 3)` numpy or `(B, 3, H, W)` torch in 0..1."""
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)

@@ -1,0 +1,104 @@
+"""The frozen decoder computes diffusers' own losses, and nothing can move it."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from torch.nn import functional as F
+
+from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
+
+from ..conftest import TEXT_WIDTH, stable_diffusion_parts
+
+
+def build(prediction_type: str = "epsilon", timestep_sampling: str = "uniform", **scheduler) -> StableDiffusionDecoder:
+    parts = stable_diffusion_parts(prediction_type, **scheduler)
+    return StableDiffusionDecoder(parts["vae"], parts["unet"], parts["scheduler"].config, timestep_sampling)
+
+
+@pytest.fixture
+def draws() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "latents": torch.randn(3, 4, 8, 8, generator=generator),
+        "conditioning": torch.randn(3, 8, TEXT_WIDTH, generator=generator),
+        "noise": torch.randn(3, 4, 8, 8, generator=generator),
+        "timesteps": torch.tensor([0, 500, 999]),
+    }
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_by_the_formulas(prediction_type, zero_snr, draws):
+    decoder = build(prediction_type, rescale_betas_zero_snr=zero_snr)
+    kept = decoder.scheduler.alphas_cumprod[draws["timesteps"]].view(3, 1, 1, 1)
+    if zero_snr:
+        assert kept[-1] == 0  # nothing of the picture is left at the end
+    noisy = kept.sqrt() * draws["latents"] + (1 - kept).sqrt() * draws["noise"]
+    target = {
+        "epsilon": draws["noise"],
+        "v_prediction": kept.sqrt() * draws["noise"] - (1 - kept).sqrt() * draws["latents"],
+        "sample": draws["latents"],
+    }[prediction_type]
+    predicted = decoder.unet(noisy, draws["timesteps"], draws["conditioning"]).sample
+    torch.testing.assert_close(decoder.denoising_loss(**draws), F.mse_loss(predicted, target))
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler])
+def test_any_schedulers_config_gives_the_same_noise(scheduler, draws):
+    config = scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config
+    parts = stable_diffusion_parts()
+    decoder = StableDiffusionDecoder(parts["vae"], parts["unet"], config)
+    torch.testing.assert_close(decoder.denoising_loss(**draws), build().denoising_loss(**draws))
+
+
+def test_latents_are_scaled_samples_of_the_posterior():
+    decoder = build()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = decoder.encode_images(pixels, torch.Generator().manual_seed(3))
+    posterior = decoder.vae.encode(pixels).latent_dist
+    expected = posterior.sample(torch.Generator().manual_seed(3)) * 0.18215
+    torch.testing.assert_close(latents, expected)
+    with pytest.raises(ValueError, match="divisible by 4"):
+        decoder.encode_images(pixels[..., :30])
+
+
+def test_gradients_pass_through_to_the_conditioning_and_stop_nowhere_else(draws):
+    decoder = build()
+    draws["conditioning"].requires_grad_(True)
+    decoder.train()
+    decoder.denoising_loss(**draws).backward()
+    assert draws["conditioning"].grad.abs().sum() > 0
+    assert all(p.grad is None and not p.requires_grad for p in decoder.parameters())
+    assert not any(module.training for module in decoder.modules())
+
+
+def test_timesteps():
+    decoder = build()
+    uniform = torch.cat([decoder.sample_timesteps(64) for _ in range(40)])
+    assert 0 <= uniform.min() < 20 and 980 <= uniform.max() <= 999
+    assert abs(uniform.float().mean() - 499.5) < 30
+    stratified = build(timestep_sampling="stratified").sample_timesteps(10)
+    assert (stratified // 100).tolist() == list(range(10))
+
+
+def test_loads_a_diffusers_folder(stable_diffusion, draws):
+    decoder = load_diffusion_decoder(str(stable_diffusion))
+    assert isinstance(decoder, DiffusionDecoder)
+    assert decoder.image_size == 32
+    torch.testing.assert_close(decoder.denoising_loss(**draws), build().denoising_loss(**draws))
+
+
+def test_other_families_are_refused(tmp_path, stable_diffusion):
+    parts = stable_diffusion_parts()
+    with pytest.raises(ValueError, match="flow-matching"):
+        StableDiffusionDecoder(parts["vae"], parts["unet"], FlowMatchEulerDiscreteScheduler().config)
+    with pytest.raises(ValueError, match="prediction_type is 'dreams'"):
+        build("epsilon").__class__(parts["vae"], parts["unet"], {**parts["scheduler"].config, "prediction_type": "dreams"})
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is a StableDiffusion3Pipeline; expected"):
+        load_diffusion_decoder(str(tmp_path))
+    with pytest.raises(OSError):
+        load_diffusion_decoder(str(tmp_path / "nothing"))

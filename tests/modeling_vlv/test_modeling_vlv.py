@@ -1,0 +1,340 @@
+"""VLV's models compute what the paper says, survive saving, and refuse what they cannot do."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPTextModel,
+    Florence2Model,
+    MaxLengthCriteria,
+    Qwen2ForCausalLM,
+    TextStreamer,
+)
+
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+
+from ..conftest import POSITIONS, QUERIES, TEXT_WIDTH, VOCABULARY, language_model_config, vlv_config
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(7))
+
+
+LABELS = torch.tensor([[5, 6, 7, 3], [8, 3, -100, -100], [9, 10, 3, -100]])
+
+
+# The encoder
+
+
+def test_shapes(encoder, pixels):
+    output = encoder(pixels)
+    assert output.caption_embeds.shape == output.conditioning.shape == (3, QUERIES, TEXT_WIDTH)
+
+
+def test_conditioning_is_the_text_encoder_fed_with_embeddings(encoder):
+    """T(z) with z the embeddings of real words is what the text encoder makes of the words."""
+    ids = torch.randint(5, VOCABULARY, (2, POSITIONS))
+    words = encoder.text_encoder.embeddings.token_embedding(ids)
+    expected = encoder.text_encoder(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(encoder.encode_caption_embeds(words), expected, rtol=0, atol=1e-6)
+
+
+def test_queries_are_causal_unless_asked_otherwise(pixels):
+    torch.manual_seed(0)
+    causal = VLVModel(vlv_config()).eval()
+    both_ways = VLVModel(vlv_config(attend_all_queries=True)).eval()
+    both_ways.load_state_dict(causal.state_dict())
+
+    def change_last_query(model: VLVModel) -> torch.Tensor:
+        before = model.get_caption_embeds(pixels)
+        with torch.no_grad():
+            model.query_embeds[:, -1].neg_()
+        return (model.get_caption_embeds(pixels) - before)[:, 0].abs().max()
+
+    assert change_last_query(causal) == 0
+    assert change_last_query(both_ways) > 1e-6
+
+
+def test_the_task_prompt_is_read(encoder, pixels):
+    with_prompt = encoder.get_caption_embeds(pixels)
+    encoder.config.task_prompt_ids = []
+    assert (encoder.get_caption_embeds(pixels) - with_prompt).abs().max() > 1e-5
+
+
+def test_gradients_reach_the_queries_through_the_frozen_text_encoder(encoder, pixels):
+    encoder.train()
+    encoder(pixels).conditioning.square().sum().backward()
+    assert encoder.query_embeds.grad.abs().sum() > 0
+    assert all(p.grad is None for p in encoder.text_encoder.parameters())
+
+
+def test_frozen_parts_stay_in_evaluation_mode(encoder):
+    encoder.encoder.vision_tower.requires_grad_(False)
+    encoder.train()
+    assert encoder.encoder.language_model.training
+    assert not any(m.training for m in encoder.text_encoder.modules())
+    assert not any(m.training for m in encoder.encoder.vision_tower.modules())
+
+
+def test_starts_from_pretrained_parts(tmp_path, stable_diffusion):
+    torch.manual_seed(5)
+    florence = Florence2Model(vlv_config().encoder_config)
+    florence.save_pretrained(tmp_path)
+    model = VLVModel.from_vision_text_pretrained(str(tmp_path), str(stable_diffusion), num_queries=5)
+    assert model.config.num_queries == 5 and model.config.task_prompt_ids == []
+    for name, tensor in florence.state_dict().items():
+        assert model.encoder.state_dict()[name].equal(tensor)
+    text_encoder = CLIPTextModel.from_pretrained(stable_diffusion, subfolder="text_encoder")
+    for name, tensor in text_encoder.state_dict().items():
+        assert model.text_encoder.state_dict()[name].equal(tensor)
+    assert 0.7 < model.query_embeds.std() < 1.3  # standard normal, as the authors'
+
+
+# Saving
+
+
+def facts(config: dict) -> dict:
+    """A configuration without what loading adds to it."""
+    added = ("dtype", "_name_or_path", "architectures", "transformers_version")
+    return {k: facts(v) if isinstance(v, dict) else v for k, v in config.items() if k not in added}
+
+
+@pytest.mark.parametrize("model_class", [VLVModel, VLVForConditionalGeneration])
+def test_every_tensor_survives_saving(model_class, tmp_path):
+    torch.manual_seed(0)
+    decoder = language_model_config() if model_class is VLVForConditionalGeneration else None
+    model = model_class(vlv_config(decoder_config=decoder))
+    model.save_pretrained(tmp_path)
+    loaded, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert facts(loaded.config.to_dict()) == facts(model.config.to_dict())
+    vlv = loaded if model_class is VLVModel else loaded.model
+    assert not any(p.requires_grad for p in vlv.text_encoder.parameters())
+
+
+def test_buffers_are_right_after_loading(tmp_path, encoder, pixels):
+    encoder.save_pretrained(tmp_path)
+    assert torch.equal(VLVModel.from_pretrained(tmp_path)(pixels).conditioning, encoder(pixels).conditioning)
+
+
+def test_auto_classes_know_vlv(tmp_path, captioner):
+    captioner.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), VLVConfig)
+    assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), VLVForConditionalGeneration)
+    encoder = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(encoder, VLVModel)
+    assert torch.equal(encoder.query_embeds, captioner.model.query_embeds)
+
+
+def test_stage_2_starts_from_an_encoder_and_a_language_model(stage1_checkpoint, language_model):
+    model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(str(stage1_checkpoint), str(language_model))
+    encoder, lm = VLVModel.from_pretrained(stage1_checkpoint), AutoModelForCausalLM.from_pretrained(language_model)
+    assert all(model.model.state_dict()[n].equal(t) for n, t in encoder.state_dict().items())
+    assert all(model.language_model.state_dict()[n].equal(t) for n, t in lm.state_dict().items())
+    assert isinstance(model.language_model, Qwen2ForCausalLM)
+    assert model.generation_config.eos_token_id == 3
+
+
+def test_more_queries_than_positions_are_refused():
+    with pytest.raises(ValueError, match=f"choose 1 to {POSITIONS}"):
+        vlv_config(num_queries=POSITIONS + 1)
+
+
+# Precision and attention
+
+
+def test_sdpa_is_the_default_and_eager_agrees(tmp_path, captioner, pixels):
+    captioner.save_pretrained(tmp_path)
+    eager = VLVForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    parts = [captioner, captioner.model.encoder.vision_tower, captioner.model.encoder.language_model]
+    assert {part.config._attn_implementation for part in parts} == {"sdpa"}
+    assert eager.model.text_encoder.config._attn_implementation == "eager"
+    expected, got = captioner(pixels, labels=LABELS), eager(pixels, labels=LABELS)
+    torch.testing.assert_close(got.caption_embeds, expected.caption_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precisions(tmp_path, captioner, pixels, dtype):
+    captioner.save_pretrained(tmp_path)
+    half = VLVForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+    output = half(pixels, labels=LABELS)
+    assert output.caption_embeds.dtype == dtype
+    assert output.loss.dtype == torch.float32
+    assert abs(output.loss - captioner(pixels, labels=LABELS).loss) < 0.1
+    assert half.generate(pixels, max_new_tokens=3).shape == (3, 3)
+
+
+def test_device_map_auto(tmp_path, captioner, pixels):
+    captioner.save_pretrained(tmp_path)
+    placed = VLVForConditionalGeneration.from_pretrained(tmp_path, device_map="auto").eval()
+    assert torch.equal(placed(pixels, labels=LABELS).loss, captioner(pixels, labels=LABELS).loss)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(captioner, pixels):
+    def gradient() -> torch.Tensor:
+        captioner.zero_grad()
+        captioner(pixels, labels=LABELS).loss.backward()
+        return captioner.model.query_embeds.grad.clone()
+
+    for module in captioner.modules():  # dropout would draw anew
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "activation_dropout", "attention_dropout", "drop_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    captioner.train()
+    plain = gradient()
+    captioner.gradient_checkpointing_enable()
+    assert captioner.is_gradient_checkpointing
+    torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-6)
+
+
+# The loss
+
+
+def test_the_loss_is_that_of_the_language_model_over_prefix_and_caption(captioner, pixels):
+    prefix, _, _ = captioner.get_prefix(pixels)
+    expected, count = 0.0, 0
+    for row, label in zip(prefix, LABELS, strict=True):
+        ids = label[label != -100][None]
+        embeds = torch.cat([row[None], captioner.get_input_embeddings()(ids)], dim=1)
+        ignored = torch.full((1, prefix.shape[1]), -100)
+        loss = captioner.language_model(inputs_embeds=embeds, labels=torch.cat([ignored, ids], dim=1)).loss
+        expected, count = expected + loss * ids.shape[1], count + ids.shape[1]
+    got = captioner(pixels, labels=LABELS)
+    torch.testing.assert_close(got.loss, expected / count)
+    assert got.logits.shape == (3, 4, VOCABULARY)
+
+
+def test_training_computes_logits_where_there_is_a_label_only(captioner, pixels):
+    sizes = []
+    captioner.get_output_embeddings().register_forward_hook(lambda module, inputs, output: sizes.append(output.shape))
+    evaluated = captioner(pixels, labels=LABELS).loss
+    captioner.train()
+    for module in captioner.modules():
+        module.training = False
+    captioner.training = True
+    output = captioner(pixels, labels=LABELS)
+    assert output.logits is None
+    assert sizes[-1] == ((LABELS != -100).sum(), VOCABULARY)
+    torch.testing.assert_close(output.loss, evaluated)
+
+
+def test_full_logits_begin_with_the_prefix(captioner, pixels):
+    full = captioner(pixels, labels=LABELS, full_logits=True)
+    assert full.logits.shape == (3, QUERIES + 4, VOCABULARY)
+    part = captioner(pixels, labels=LABELS)
+    torch.testing.assert_close(full.logits[:, QUERIES - 1 : QUERIES + 3], part.logits)
+    torch.testing.assert_close(full.loss, part.loss)
+
+
+def test_without_labels_the_next_token(captioner, pixels):
+    logits = captioner(pixels).logits
+    assert logits.shape == (3, 1, VOCABULARY)
+    assert torch.equal(logits.argmax(-1), captioner.generate(pixels, max_new_tokens=1))
+
+
+def test_gradient_accumulation_weighs_words_not_batches(captioner, pixels):
+    whole = captioner(pixels, labels=LABELS).loss
+    count = (LABELS != -100).sum()
+    parts = [captioner(pixels[i : i + 1], labels=LABELS[i : i + 1], num_items_in_batch=count).loss for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_a_text_prefix_of_another_length_changes_nothing_for_its_neighbours(captioner, pixels):
+    ids = torch.tensor([[0, 0, 5], [6, 7, 8], [0, 9, 5]])
+    mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]])
+    together = captioner(pixels, input_ids=ids, attention_mask=mask, labels=LABELS, return_logits=True).logits
+    alone = captioner(pixels[:1], input_ids=ids[:1, 2:], labels=LABELS[:1], return_logits=True).logits
+    torch.testing.assert_close(together[0], alone[0], rtol=0, atol=1e-5)
+
+
+# Generation
+
+
+def test_captions_do_not_depend_on_their_batch(captioner, pixels):
+    together = captioner.generate(pixels, max_new_tokens=6, do_sample=False)
+    shuffled = captioner.generate(pixels[[2, 0, 1]], max_new_tokens=6, do_sample=False)
+    assert torch.equal(shuffled, together[[2, 0, 1]])
+    for i in range(3):
+        alone = captioner.generate(pixels[i : i + 1], max_new_tokens=6, do_sample=False)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_ready_embeddings_stand_for_the_image(captioner, pixels):
+    z = captioner.model.get_caption_embeds(pixels)
+    assert torch.equal(captioner.generate(caption_embeds=z, max_new_tokens=5), captioner.generate(pixels, max_new_tokens=5))
+    assert torch.equal(captioner(caption_embeds=z, labels=LABELS).loss, captioner(pixels, labels=LABELS).loss)
+
+
+def test_ways_of_decoding(captioner, pixels):
+    ids = captioner.generate(pixels, max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2)
+    assert ids.shape == (6, 5)
+    torch.manual_seed(1)
+    sampled = captioner.generate(pixels, max_new_tokens=5, do_sample=True, temperature=5.0)
+    torch.manual_seed(1)
+    assert torch.equal(captioner.generate(pixels, max_new_tokens=5, do_sample=True, temperature=5.0), sampled)
+    greedy = captioner.generate(pixels, max_new_tokens=5)
+    assert torch.equal(captioner.generate(pixels, max_new_tokens=5, cache_implementation="static"), greedy)
+    criteria = [MaxLengthCriteria(max_length=2)]
+    assert captioner.generate(pixels, max_new_tokens=5, stopping_criteria=criteria).shape[1] == 2
+
+
+def test_a_text_prefix_is_continued(captioner, pixels):
+    ids = torch.tensor([[5, 6]] * 3)
+    joined = captioner(pixels, input_ids=ids).logits[:, 0].argmax(-1)
+    assert torch.equal(captioner.generate(pixels, input_ids=ids, max_new_tokens=1)[:, 0], joined)
+    empty = captioner.generate(pixels, input_ids=ids[:, :0], max_new_tokens=3)
+    assert torch.equal(empty, captioner.generate(pixels, max_new_tokens=3))
+
+
+def test_streams_one_caption(captioner, pixels, processor, capsys):
+    ids = captioner.generate(pixels[:1], max_new_tokens=4, streamer=TextStreamer(processor.tokenizer))
+    assert processor.decode(ids[0]).split()[0] in capsys.readouterr().out
+
+
+def test_its_own_generation_config_is_honoured(captioner, pixels, tmp_path):
+    captioner.generation_config.max_new_tokens = 2
+    assert captioner.generate(pixels).shape[1] == 2
+    assert captioner.generate(pixels, max_new_tokens=4).shape[1] == 4
+    captioner.save_pretrained(tmp_path)
+    assert VLVForConditionalGeneration.from_pretrained(tmp_path).eval().generate(pixels).shape[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_length": 9}, "use max_new_tokens"),
+        ({"min_length": 9}, "use min_new_tokens"),
+        ({"guidance_scale": 2.0}, "VLVReconstructionPipeline"),
+        ({"assistant_model": "any"}, "assistant"),
+        ({"prompt_lookup_num_tokens": 3}, "leave it out"),
+        ({"inputs_embeds": torch.zeros(1, 1, 1)}, "caption_embeds"),
+        ({"caption_embeds": torch.zeros(3, QUERIES, TEXT_WIDTH)}, "not both"),
+        ({"input_ids": torch.ones(2, 1, dtype=torch.long)}, "2 rows of input_ids for 3 images"),
+    ],
+)
+def test_what_generation_cannot_do_is_said(captioner, pixels, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        captioner.generate(pixels, **arguments)
+
+
+def test_what_the_models_cannot_take_is_said(captioner, encoder, stage1_checkpoint):
+    with pytest.raises(ValueError, match="either pixel_values or caption_embeds"):
+        captioner.generate()
+    with pytest.raises(ValueError, match=r"must be \(batch, 3, height, width\)"):
+        encoder(torch.zeros(3, 64, 64))
+    with pytest.raises(ValueError, match="another model"):
+        encoder(caption_embeds=torch.zeros(1, QUERIES, TEXT_WIDTH + 1))
+    with pytest.raises(ValueError, match="labels must be"):
+        captioner(torch.zeros(2, 3, 64, 64), labels=LABELS)
+    with pytest.raises(ValueError, match="this is a stage-1 checkpoint"):
+        VLVForConditionalGeneration.from_pretrained(stage1_checkpoint)

@@ -1,0 +1,185 @@
+"""Whatever is an image becomes the right pixels; whatever is none is named, with the reason."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from vlv import VLVConfig, VLVImageProcessor, VLVProcessor
+from vlv.processing_vlv import crop_to_square, to_rgb
+
+RED = np.zeros((6, 8, 3), np.uint8)
+RED[:, :4] = (255, 0, 0)  # left half red, right half black
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **{"format": "PNG", **options})
+    return buffer.getvalue()
+
+
+def test_one_picture_in_every_form_gives_the_same_pixels(tmp_path):
+    picture = Image.fromarray(RED)
+    picture.save(tmp_path / "red.png")
+    forms = [
+        picture,
+        tmp_path / "red.png",
+        str(tmp_path / "red.png"),
+        encoded(picture),
+        bytearray(encoded(picture)),
+        RED,
+        RED.transpose(2, 0, 1),
+        RED.astype(np.float32) / 255,
+        torch.from_numpy(RED),
+        torch.from_numpy(RED).permute(2, 0, 1),
+        torch.from_numpy(RED).permute(2, 0, 1).bfloat16() / 255,
+        RED.astype(np.uint16) * 257,
+    ]
+    for form in forms:
+        assert np.array_equal(np.asarray(to_rgb(form)), RED), type(form)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("L", (4, 4), 100), (100, 100, 100)),
+        (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),  # transparent: white shows
+        (Image.new("LA", (4, 4), (0, 255)), (0, 0, 0)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 255)), (255, 0, 0)),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        (Image.new("YCbCr", (4, 4), (255, 128, 128)), (255, 255, 255)),
+        (Image.new("I;16", (4, 4), 257 * 80), (80, 80, 80)),
+        (Image.new("I", (4, 4), 257 * 80), (80, 80, 80)),
+        (Image.new("F", (4, 4), 0.5), (128, 128, 128)),
+    ],
+)
+def test_modes(image, expected):
+    assert set(to_rgb(image).get_flattened_data()) == {expected}
+
+
+def test_a_palette_with_transparency_lies_over_white():
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putpixel((0, 0), 1)
+    data = encoded(palette, transparency=0)
+    picture = to_rgb(data)
+    assert picture.getpixel((0, 0)) == (0, 255, 0) and picture.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter to the right
+    data = encoded(Image.fromarray(RED), format="JPEG", exif=exif, quality=95)
+    picture = to_rgb(data)
+    assert picture.size == (6, 8)
+    assert picture.getpixel((3, 1))[0] > 200 > 50 > picture.getpixel((3, 6))[0]
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.gif") as animation:
+        animation.seek(1)
+        assert to_rgb(animation).getpixel((0, 0)) == (255, 0, 0)
+    assert to_rgb(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (5000, 3), (640, 480), (333, 777)])
+def test_any_shape(size):
+    processor = VLVImageProcessor(size={"height": 32, "width": 32}, pre_crop_size=48)
+    assert processor(Image.new("RGB", size, "red"), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+
+
+def test_the_crop_of_a_long_picture_agrees_with_resizing_first():
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(random.integers(0, 256, (20, 20 * 17, 3), dtype=np.uint8))
+    resized = picture.resize((32 * 17, 32), Image.Resampling.BILINEAR)
+    expected = np.asarray(resized.crop((256, 0, 288, 32))).astype(int)
+    assert np.abs(np.asarray(crop_to_square(picture, 32)).astype(int) - expected).max() <= 1
+
+
+def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(pictures):
+    processor = VLVImageProcessor(size={"height": 24, "width": 40})
+    pixels = processor(pictures[1], return_tensors="pt").pixel_values[0].permute(1, 2, 0).numpy()
+    resized = np.asarray(pictures[1].resize((40, 24), Image.Resampling.BICUBIC)) / 255
+    expected = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(pixels, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("nowhere.png", "nowhere.png does not exist"),
+        (b"", "empty"),
+        (b"no image", "no image in a format"),
+        (encoded(Image.fromarray(RED.repeat(9, 0)))[:-40], "damaged"),
+        (np.zeros((5, 5, 7), np.uint8), "1, 3 or 4 channels"),
+        (np.zeros((0, 5, 3), np.uint8), "no image"),
+        (np.full((4, 4, 3), 3.0), "must lie in 0..1"),
+        (np.full((4, 4, 3), np.nan), "must lie in 0..1"),
+        (np.zeros((4, 4, 3), np.int64), "uint8, or float"),
+        (Image.new("F", (4, 4), 2.0), "must lie in 0..1"),
+        (None, "NoneType is no image"),
+        (7, "int is no image"),
+    ],
+)
+def test_what_is_no_image_is_named_with_the_reason(image, words, pictures):
+    processor = VLVImageProcessor(size={"height": 16, "width": 16})
+    with pytest.raises(ValueError, match=f"image 1 of 3: .*{words}"):
+        processor([pictures[0], image, pictures[1]])
+    with pytest.raises(ValueError, match="at least one image"):
+        processor([])
+
+
+def test_a_batch_array_is_a_list_of_images(processor):
+    batch = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 3), dtype=np.uint8)
+    expected = processor(images=list(batch)).pixel_values
+    assert torch.equal(processor(images=batch).pixel_values, expected)
+    assert torch.equal(processor(images=torch.from_numpy(batch).permute(0, 3, 1, 2)).pixel_values, expected)
+
+
+def test_words_before_the_caption_have_no_end_and_stand_on_the_right(processor, pictures):
+    batch = processor(images=pictures[:2], text=["a large", "a"])
+    assert processor.batch_decode(batch.input_ids, skip_special_tokens=True) == ["a large", "a"]
+    assert batch.attention_mask.tolist() == [[1, 1], [0, 1]]
+    assert processor.tokenizer.eos_token_id not in batch.input_ids
+    assert processor(images=pictures[:2], text="").input_ids.shape == (2, 0)
+
+
+def test_a_caption_ends_with_eos_and_is_padded_with_what_is_not_learnt(processor):
+    labels = processor(suffix=["a small dog", "a"]).labels
+    end = processor.tokenizer.eos_token_id
+    assert labels[0, -1] == end and labels[1].tolist()[1:] == [end, -100, -100]
+    cut = processor(suffix="a small dog", max_length=2).labels
+    assert cut.shape == (1, 2) and end not in cut  # its end is not seen
+
+
+@pytest.mark.parametrize("content", ["a large", [{"type": "image"}, {"type": "text", "text": "a large"}], [{"type": "image"}]])
+def test_the_chat_template_gives_the_users_words_alone(processor, content):
+    words = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert words in ("a large", "")
+    assert (words == "") == (content == [{"type": "image"}])
+
+
+def test_saving(tmp_path, processor, pictures):
+    processor.save_pretrained(tmp_path)
+    VLVConfig().save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, VLVProcessor) and isinstance(loaded.image_processor, VLVImageProcessor)
+    assert loaded.chat_template == processor.chat_template
+    before, after = (p(images=pictures, text="a", suffix=["dog"] * len(pictures)) for p in (processor, loaded))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_wrong_numbers_are_said(processor, pictures):
+    with pytest.raises(ValueError, match="1 texts for 2 images"):
+        processor(images=pictures[:2], text=["a"])
+    with pytest.raises(ValueError, match="3 captions for 2 images"):
+        processor(images=pictures[:2], suffix=["a"] * 3)
+    with pytest.raises(ValueError, match="give images, text or suffix"):
+        processor()
