@@ -18,16 +18,18 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "caption",
         help="write captions of images",
-        description="Writes captions of images as JSON: {path relative to the argument: caption}. Folders are searched "
-        "recursively. Results are on disk as they come; a file that cannot be read is named, the rest goes on, and "
-        "the exit code is 1.",
+        description="Writes captions of images as JSON: {path relative to the argument: caption}. Folders are "
+        "searched recursively. Results are on disk as they come; a file that cannot be read is named, the rest goes "
+        "on, and the exit code is 1.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
     parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode` instead of images")
     parser.add_argument("--output", default="captions.json", help="the JSON file (default: captions.json)")
     parser.add_argument("--resume", action="store_true", help="keep the captions that --output holds already")
     parser.add_argument("--batch-size", type=positive, default=8, help="images at once (default: 8)")
-    parser.add_argument("--max-new-tokens", type=positive, default=300, help="longest caption (default: 300, the paper's)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=300, help="longest caption (default: 300, the paper's)"
+    )
     parser.add_argument("--num-beams", type=positive, default=1, help="beams; 1 is greedy (default: 1)")
     add_model_arguments(parser)
     parser.set_defaults(run=run)

@@ -17,8 +17,8 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "encode",
         help="write caption embeddings of images",
-        description="Writes caption embeddings, one tensor (tokens, width) for each image under its path relative to the "
-        "argument. `vlv caption --embeddings` and `vlv reconstruct --embeddings` read them.",
+        description="Writes caption embeddings, one tensor (tokens, width) for each image under its path relative "
+        "to the argument. `vlv caption --embeddings` and `vlv reconstruct --embeddings` read them.",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image files and folders")
     parser.add_argument("--output", default="z.safetensors", help="the safetensors file (default: z.safetensors)")

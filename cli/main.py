@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(given: list[str]) -> int:
-    usage = "usage: vlv train {stage1,stage2} CONFIG.yaml [--name value ...]    (vlv train stage1 --help lists the names)"
+    usage = (
+        "usage: vlv train {stage1,stage2} CONFIG.yaml [--name value ...]    (vlv train stage1 --help lists the names)"
+    )
     if not given or given[0] in ("-h", "--help"):
         print(usage)
         return 0 if given else 2

@@ -32,7 +32,9 @@ def choose_model(arguments: argparse.Namespace) -> str:
     if arguments.model is not None:
         return arguments.model
     if not (MINIATURE / "config.json").is_file():
-        raise UserError(f"the embedded miniature is missing ({MINIATURE}); train it with `make miniature`, or pass --model")
+        raise UserError(
+            f"the embedded miniature is missing ({MINIATURE}); train it with `make miniature`, or pass --model"
+        )
     print("no --model given: using the embedded miniature (sixteen drawings, no photographs)", file=sys.stderr)
     return str(MINIATURE)
 

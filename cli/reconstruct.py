@@ -24,8 +24,9 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "reconstruct",
         help="draw images anew from their caption embeddings",
-        description="Writes OUTPUT_DIR/reconstructions/, OUTPUT_DIR/side_by_side/ (original left, reconstruction right) "
-        "and OUTPUT_DIR/metrics.json. Each picture has the seed to itself, so it does not depend on the others.",
+        description="Writes OUTPUT_DIR/reconstructions/, OUTPUT_DIR/side_by_side/ (original and "
+        "reconstruction) and OUTPUT_DIR/metrics.json. Each picture has the seed to itself, so it does not "
+        "depend on the others.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
     parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode` instead of images")
@@ -33,7 +34,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: 2.0)")
     parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--seed", type=int, default=42, help="of every picture's noise (default: 42)")
-    parser.add_argument("--image-size", type=positive, help="pixels, both ways; by default what the model was trained for")
+    parser.add_argument(
+        "--image-size", type=positive, help="pixels, both ways; by default what the model was trained for"
+    )
     parser.add_argument("--negative-prompt", help="words to steer away from")
     parser.add_argument("--batch-size", type=positive, default=8, help="pictures at once (default: 8)")
     add_model_arguments(parser)
@@ -75,7 +78,9 @@ def draw(
 ) -> torch.Tensor:
     """Pictures `(B, 3, size, size)` in 0..1."""
     if items[0].embeds is not None:
-        source: dict[str, Any] = {"caption_embeds": torch.stack([item.embeds for item in items if item.embeds is not None])}
+        source: dict[str, Any] = {
+            "caption_embeds": torch.stack([item.embeds for item in items if item.embeds is not None])
+        }
     else:
         source = {"image": [item.path for item in items]}
     return pipeline(
@@ -107,7 +112,12 @@ def _readable_batches(images, pipeline, size: int, batch_size: int, tally: Tally
             except ValueError as error:
                 tally.fail(item.name, str(error))
                 continue
-        if batch and item.embeds is not None and batch[0][0].embeds is not None and item.embeds.shape != batch[0][0].embeds.shape:
+        if (
+            batch
+            and item.embeds is not None
+            and batch[0][0].embeds is not None
+            and item.embeds.shape != batch[0][0].embeds.shape
+        ):
             yield batch
             batch = []
         batch.append((item, original))
@@ -118,7 +128,9 @@ def _readable_batches(images, pipeline, size: int, batch_size: int, tally: Tally
         yield batch
 
 
-def _write(folder: Path, item: Input, original: Image.Image | None, picture: torch.Tensor, pairs: list) -> dict[str, Any]:
+def _write(
+    folder: Path, item: Input, original: Image.Image | None, picture: torch.Tensor, pairs: list
+) -> dict[str, Any]:
     drawn = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     name = item.name.lstrip("/").replace("..", "_") + ".png"  # a.jpg and a.png may stand side by side
     write_atomically(folder / "reconstructions" / name, lambda path: drawn.save(path))
@@ -136,7 +148,9 @@ def _write(folder: Path, item: Input, original: Image.Image | None, picture: tor
         return {}
 
 
-def _set_metrics(pairs: list[tuple[torch.Tensor, torch.Tensor]], pipeline: VLVReconstructionPipeline) -> dict[str, Any]:
+def _set_metrics(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]], pipeline: VLVReconstructionPipeline
+) -> dict[str, Any]:
     if not pairs:
         return {"note": "no originals to compare with"}
     features: dict[str, Any] = {}

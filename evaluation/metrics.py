@@ -104,7 +104,7 @@ class EncoderFeatures(nn.Module):
 
 
 def inception_is_at_hand() -> bool:
-    """Whether torch-fidelity is installed and its Inception weights are in torch's cache, so that nothing is fetched."""
+    """Whether torch-fidelity and its Inception weights are here, so that nothing would be fetched."""
     from pathlib import Path
 
     try:

@@ -47,12 +47,25 @@ class AutoencoderLoss(nn.Module):
 
 
 @torch.no_grad()
+def fix_posterior(autoencoder: AutoencoderKL) -> None:
+    """Makes the posterior all but exact, so that a sample of it is its mean.
+
+    The KL term turns channels that the decoder does not need into plain noise. No denoiser could predict that noise;
+    its loss would be a third noise.
+    """
+    channels = autoencoder.config.latent_channels
+    autoencoder.quant_conv.weight[channels:] = 0.0
+    autoencoder.quant_conv.bias[channels:] = -20.0  # the log of the variance
+
+
+@torch.no_grad()
 def measure_scale(autoencoder: AutoencoderKL, n: int = 512) -> float:
     """One over the standard deviation of the latents: what `scaling_factor` means in Stable Diffusion."""
     data = SceneDataset(n, seed=7)
     latents = [
-        autoencoder.encode(torch.stack([data[i]["pixels"] for i in range(start, start + 64)]) / 127.5 - 1)
-        .latent_dist.mean
+        autoencoder.encode(
+            torch.stack([data[i]["pixels"] for i in range(start, start + 64)]) / 127.5 - 1
+        ).latent_dist.mean
         for start in range(0, n, 64)
     ]
     return 1 / torch.cat(latents).std().item()
@@ -103,7 +116,8 @@ def train_autoencoder(
     )
     if int(os.environ.get("RANK", "0")):
         return
-    average = averaging.average
+    average: AutoencoderKL = averaging.average
+    fix_posterior(average)
     average.register_to_config(scaling_factor=measure_scale(average))
     average.save_pretrained(output_dir)
     print(f"autoencoder: {measure_psnr(average):.2f} dB on unseen scenes")

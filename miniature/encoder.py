@@ -84,7 +84,7 @@ def train_encoder(
     seed: int = 0,
     **arguments,
 ) -> None:
-    """Stage 1, by the project's own trainer: the encoder from random weights, the teacher frozen, images of `train`."""
+    """Stage 1 by the project's own trainer: encoder from random weights, teacher frozen, images of `train`."""
     import os
 
     teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)

@@ -69,7 +69,9 @@ def evaluate_miniature(
         for guidance in GUIDANCE[:2]:
             start = time.perf_counter()
             drawn = reconstruct(reconstruction, pixels, guidance, steps)
-            record(f"reconstructions, {split}, guidance {guidance:g}", score_scenes(recogniser.read(drawn), scenes), start)
+            record(
+                f"reconstructions, {split}, guidance {guidance:g}", score_scenes(recogniser.read(drawn), scenes), start
+            )
         start = time.perf_counter()
         captions = write_captions(captioner, processor, pixels)
         record(f"captions, {split}", score_scenes([parse_caption(c) for c in captions], scenes), start)

@@ -6,7 +6,7 @@ import re
 from .world import BACKGROUNDS, OBJECTS, PLACES, SIZES, Scene, SceneObject
 
 MAX_WORDS = 46  # commas and full stops counted: 48 text-encoder positions less begin and end
-PREPOSITIONS = {place: ("at the", "in the", "on the") for place in PLACES} | {"centre": ("at the", "in the")}
+PREPOSITIONS = dict.fromkeys(PLACES, ("at the", "in the", "on the")) | {"centre": ("at the", "in the")}
 OPENINGS = ("", "", "there is ", "a picture of ", "we see ")
 ENDINGS = (
     "{objects}, on a {background} background",

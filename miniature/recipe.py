@@ -117,7 +117,14 @@ def _run_worker(name: str, root: Path, processes: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
     worker = ["-m", "vlv.miniature", "--root", str(root), "--worker", name]
     if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *worker]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            *worker,
+        ]
     else:
         command = [sys.executable, *worker]
     with (root / f"{name}.log").open("a") as log:

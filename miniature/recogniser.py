@@ -100,7 +100,7 @@ class RecogniserLoss(nn.Module):
 
 
 def collate_scenes(items: list[dict]) -> dict[str, torch.Tensor]:
-    """Pictures with what is at each place: `objects` (B, 5), `sizes` (B, 5; -100 where nothing is), `background` (B)."""
+    """Pictures, `objects` (B, 5), `sizes` (B, 5; -100 where nothing is) and `background` (B)."""
     objects = torch.full((len(items), len(PLACES)), ABSENT)
     sizes = torch.full((len(items), len(PLACES)), -100)
     for row, item in enumerate(items):

@@ -77,12 +77,12 @@ class TeacherLoss(nn.Module):
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
         self.scheduler = build_scheduler()
-        object.__setattr__(self, "autoencoder", autoencoder.eval().requires_grad_(False))  # not a submodule
+        self._autoencoder = [autoencoder.eval().requires_grad_(False)]  # in a list: no submodule, in no checkpoint
 
     def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            posterior = self.autoencoder.encode(pixels.float() / 127.5 - 1).latent_dist
-            latents = posterior.sample().float() * self.autoencoder.config.scaling_factor  # (B, C, 8, 8)
+            posterior = self._autoencoder[0].encode(pixels.float() / 127.5 - 1).latent_dist
+            latents = posterior.sample().float() * self._autoencoder[0].config.scaling_factor  # (B, C, 8, 8)
         noise = torch.randn_like(latents)
         steps = self.scheduler.config.num_train_timesteps
         strata = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)
@@ -161,7 +161,7 @@ class AlignmentCallback(TrainerCallback):
     """Every so many steps, prints how far prompts are obeyed and saves a sheet of pictures."""
 
     def __init__(
-        self, averaged: nn.ModuleDict, autoencoder: AutoencoderKL, recogniser: Recogniser, every: int, folder: Path
+        self, averaged: nn.Module, autoencoder: AutoencoderKL, recogniser: Recogniser, every: int, folder: Path
     ):
         self.averaged, self.autoencoder, self.recogniser = averaged, autoencoder, recogniser
         self.every, self.folder = every, folder
@@ -171,7 +171,7 @@ class AlignmentCallback(TrainerCallback):
             return
         from PIL import Image
 
-        pair = self.averaged
+        pair = dict(self.averaged.named_children())
         random_state = torch.get_rng_state()
         pipeline = assemble_pipeline(self.autoencoder, pair["text_encoder"], pair["unet"])
         scores, images = prompt_alignment(pipeline, self.recogniser, n=64)
@@ -191,7 +191,7 @@ def train_teacher(
     learning_rate: float = 1.5e-3,
     seed: int = 0,
 ) -> None:
-    """Trains text encoder and UNet on captioned scenes of `train`; saves a `StableDiffusionPipeline` to `output_dir`."""
+    """Trains text encoder and UNet on captioned scenes of `train`; saves a `StableDiffusionPipeline`."""
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_dir)
     tokenizer = build_tokenizer(for_text_encoder=True)
@@ -215,7 +215,7 @@ def train_teacher(
     )
     if int(os.environ.get("RANK", "0")):
         return
-    average = averaging.average
+    average = dict(averaging.average.named_children())
     pipeline = assemble_pipeline(autoencoder, average["text_encoder"], average["unet"])
     pipeline.save_pretrained(output_dir)
     scores, _ = prompt_alignment(pipeline, Recogniser.load(recogniser_path))

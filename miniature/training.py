@@ -8,6 +8,7 @@ import copy
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ EVALUATION_SEED = 1_000_003
 
 
 class SceneDataset(Dataset):
-    """`length` scenes of a split, each drawn, rendered and described from its own number, so that any can be made anew.
+    """`length` scenes of a split, each drawn, rendered and described from its own number, so that any can be remade.
 
     Items hold `pixels`, a `(3, 64, 64)` uint8 tensor, `scene`, and `caption`; `fields` chooses which.
     """
@@ -68,7 +69,7 @@ class MovingAverage(TrainerCallback):
 
     def __init__(self, module: nn.Module, decay: float = 0.999, warmup: int = 20):
         self.module, self.decay, self.warmup = module, decay, warmup
-        self.average = copy.deepcopy(module).requires_grad_(False).eval()
+        self.average: Any = copy.deepcopy(module).requires_grad_(False).eval()
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "average.pt"

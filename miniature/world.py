@@ -63,7 +63,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background colour and its objects in the order of `PLACES`; `background` is None where a caption names none."""
+    """A background colour (None where a caption names none) and its objects in the order of `PLACES`."""
 
     background: str | None
     objects: tuple[SceneObject, ...]

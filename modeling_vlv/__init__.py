@@ -1,4 +1,4 @@
-"""VLV: caption images, and see what the captioner understood (Vision-Language-Vision auto-encoder, arXiv 2507.07104)."""
+"""VLV: caption images, and see what the captioner understood (Vision-Language-Vision, arXiv 2507.07104)."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 

@@ -28,7 +28,9 @@ LANGUAGE_MODEL_FILE = "language_model.safetensors"  # deliberately not model*.sa
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
 
 
-def resolve(source: str | os.PathLike, *, revision: str | None = None, allow_patterns: list[str] | None = None) -> Path:
+def resolve(
+    source: str | os.PathLike, *, revision: str | None = None, allow_patterns: list[str] | None = None
+) -> Path:
     """The local folder of a model: itself, or a download of the repository `source`.
 
     Raises:

@@ -72,9 +72,9 @@ class VLVConfig(PreTrainedConfig):
         "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", optional=True),
     }
 
-    encoder_config: dict | PreTrainedConfig | None = None
-    text_encoder_config: dict | PreTrainedConfig | None = None
-    decoder_config: dict | PreTrainedConfig | None = None
+    encoder_config: Any = None
+    text_encoder_config: Any = None
+    decoder_config: Any = None
     num_queries: int = 77
     task_prompt_ids: list[int] | tuple[int, ...] = ()
     attend_all_queries: bool = False
@@ -218,9 +218,9 @@ class VLVModel(VLVPreTrainedModel):
 
         Args:
             encoder (`str`):
-                Folder or repo id of a Florence-2 in transformers' own format, e.g. `florence-community/Florence-2-large`.
+                Folder or repo id of a Florence-2 in transformers' format, e.g. `florence-community/Florence-2-large`.
             text_encoder (`str`):
-                Folder or repo id of a diffusers pipeline (or, with `text_encoder_subfolder=None`, of a CLIP text model).
+                Folder or repo id of a diffusers pipeline (with `text_encoder_subfolder=None`, of a CLIP text model).
             encoder_kwargs, text_encoder_kwargs (`dict`, *optional*):
                 Passed to the parts' `from_pretrained`.
             config_kwargs:
@@ -262,7 +262,9 @@ class VLVModel(VLVPreTrainedModel):
         self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Caption embeddings `z` of shape `(B, Q, d_text)`, from pixels or from ready image tokens."""
-        tokens = self.get_image_features(pixel_values) if image_features is None else image_features
+        if image_features is None and pixel_values is None:
+            raise ValueError("pass pixel_values or image_features")
+        tokens: Any = self.get_image_features(pixel_values) if pixel_values is not None else image_features
         transformer = self.encoder.language_model
         if self.config.task_prompt_ids:
             prompt = torch.tensor([self.config.task_prompt_ids], device=tokens.device)
@@ -270,7 +272,7 @@ class VLVModel(VLVPreTrainedModel):
             tokens = torch.cat([tokens, words], dim=1)  # (B, image tokens + prompt, d_model)
         memory = transformer.encoder(inputs_embeds=tokens).last_hidden_state
         queries = self.query_embeds.to(memory).expand(len(memory), -1, -1)  # (B, Q, d_model)
-        mask = None
+        mask: torch.Tensor | None = None
         if self.config.attend_all_queries:
             size = (len(memory), 1, self.config.num_queries, self.config.num_queries)
             mask = memory.new_zeros(size)  # nothing masked: the decoder would be causal by itself
@@ -280,13 +282,17 @@ class VLVModel(VLVPreTrainedModel):
         return self.projector(states)
 
     def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
-        """`T(z)`: caption embeddings `(B, N, d_text)` through the frozen text encoder, at all positions, no BOS or EOS.
+        """`T(z)`: caption embeddings `(B, N, d_text)` through the frozen text encoder, no BOS or EOS added.
 
         As CLIP does with words: position embeddings added, causal attention, final layer norm.
         """
         text = self.text_encoder
         positions, width = text.config.max_position_embeddings, text.config.hidden_size
-        if caption_embeds.ndim != 3 or caption_embeds.shape[2] != width or not 1 <= caption_embeds.shape[1] <= positions:
+        if (
+            caption_embeds.ndim != 3
+            or caption_embeds.shape[2] != width
+            or not 1 <= caption_embeds.shape[1] <= positions
+        ):
             raise ValueError(
                 f"caption_embeds must be (batch, 1 to {positions}, {width}), got {tuple(caption_embeds.shape)}; "
                 "are they from another model?"
@@ -325,7 +331,7 @@ class VLVModel(VLVPreTrainedModel):
 
 
 class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
-    """The captioner: a [`VLVModel`], a projector, and a causal language model that reads the conditioning as prefix."""
+    """The captioner: a [`VLVModel`], a projector, and a causal language model that reads the conditioning."""
 
     def __init__(self, config: VLVConfig):
         if config.decoder_config is None:
@@ -455,11 +461,11 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             words = self.get_input_embeddings()(labels.clamp(min=0)).to(prefix)  # (B, L, d_lm)
             sequence = torch.cat([prefix, words], dim=1)
             mask = torch.cat([mask, (labels != -100).to(mask)], dim=1)
-        if input_ids is None or not input_ids.shape[1]:
-            mask = None  # nothing is padded before the last word, and what follows it is never looked at
-        position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+        places: dict[str, torch.Tensor] = {}
+        if input_ids is not None and input_ids.shape[1]:  # else no padding stands before a word, and none is needed
+            places = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         states = self.language_model.get_decoder()(
-            inputs_embeds=sequence, attention_mask=mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=sequence, use_cache=False, **places
         ).last_hidden_state  # (B, Q + P + L, d_lm)
         head = self.get_output_embeddings()
 
@@ -467,7 +473,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         wanted = states if full_logits else states[:, start : start + (labels.shape[1] if labels is not None else 1)]
         keep_logits = full_logits or labels is None or (not self.training if return_logits is None else return_logits)
         logits = head(wanted) if keep_logits else None
-        loss = None
+        loss: torch.Tensor | None = None
         if labels is not None:
             counted = labels != -100  # (B, L)
             if logits is None:
@@ -498,7 +504,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images; or give `caption_embeds`.
             caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Ready caption embeddings.
-            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption continues; padded on the left.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption goes on from; left-padded.
 
         Returns:
             `(B * num_return_sequences, length)` new token ids: neither prefix is repeated in them.

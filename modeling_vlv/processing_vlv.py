@@ -24,9 +24,9 @@ def to_rgb(image: Any) -> Image.Image:
     the EXIF orientation is applied; of an animation the first frame is taken.
 
     Args:
-        image: A PIL image, a path, a URL, bytes, or a numpy or torch array of shape (H, W), (H, W, C) or (C, H, W) with
-            1, 3 or 4 channels, uint8, uint16, bool, or float in 0..1. Where both ends could be channels, a torch tensor
-            is read as channels first and a numpy array as channels last.
+        image: A PIL image, a path, a URL, bytes, or a numpy or torch array of shape (H, W), (H, W, C) or (C, H, W)
+            with 1, 3 or 4 channels, uint8, uint16, bool, or float in 0..1. Where both ends could be channels, a torch
+            tensor is read as channels first and a numpy array as channels last.
 
     Raises:
         ValueError: If this cannot be an image, with the reason.
@@ -149,7 +149,7 @@ def flatten_images(images: Any) -> list[Any]:
     return [images]
 
 
-class VLVImageProcessorKwargs(ImagesKwargs, total=False):
+class VLVImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     pre_crop_size: int | None
 
 

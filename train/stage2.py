@@ -48,7 +48,8 @@ class Stage2Config(TrainingArguments):
         },
     )
     lora_rank: int = field(
-        default=0, metadata={"help": "Above 0: the language model learns by LoRA of this rank, merged when saved at the end."}
+        default=0,
+        metadata={"help": "Above 0: the language model learns by LoRA of this rank, merged when saved at the end."},
     )
     max_caption_tokens: int = field(default=300, metadata={"help": "Longer captions are cut, and then have no EOS."})
     sample_steps: int = field(default=1000, metadata={"help": "Write sample captions every so many steps; 0: never."})
@@ -63,7 +64,9 @@ class Stage2Config(TrainingArguments):
     save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every so many steps."})
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads the columns."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator reads the columns."}
+    )
     report_to: str = field(default="none", metadata={"help": "Such as 'trackio', 'tensorboard' or 'wandb'."})
 
     def __post_init__(self):

@@ -15,7 +15,17 @@ UNREADABLE = ["empty.webp", "text.png", "truncated.jpg"]
 
 
 def caption(model_folder, output, *arguments) -> tuple[int, dict[str, str]]:
-    command = ["caption", "--model", str(model_folder), "--output", str(output), "--max-new-tokens", "6", "--device", "cpu"]
+    command = [
+        "caption",
+        "--model",
+        str(model_folder),
+        "--output",
+        str(output),
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+    ]
     code = main([*command, *map(str, arguments)])
     return code, json.loads(output.read_text())
 
@@ -98,7 +108,9 @@ def test_reconstructs_with_metrics(model_folder, mixed_folder, tmp_path):
 
 def test_reconstructs_from_embeddings(model_folder, mixed_folder, tmp_path):
     z = tmp_path / "z.safetensors"
-    main(["encode", str(mixed_folder / "good.png"), "--model", str(model_folder), "--output", str(z), "--device", "cpu"])
+    main(
+        ["encode", str(mixed_folder / "good.png"), "--model", str(model_folder), "--output", str(z), "--device", "cpu"]
+    )
     for name, source in (("i", [str(mixed_folder / "good.png")]), ("e", ["--embeddings", str(z)])):
         command = ["reconstruct", "--model", str(model_folder), "--num-inference-steps", "2", "--device", "cpu"]
         assert main([*command, *source, "--output-dir", str(tmp_path / name)]) == 0

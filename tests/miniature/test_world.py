@@ -86,7 +86,9 @@ def test_captions_read_back_as_the_scenes_they_describe():
 
 
 def test_the_plain_sentence_is_the_one_of_the_design():
-    scene = Scene("light blue", (SceneObject("apple", "large", "top left"), SceneObject("dog", "small", "bottom right")))
+    scene = Scene(
+        "light blue", (SceneObject("apple", "large", "top left"), SceneObject("dog", "small", "bottom right"))
+    )
     assert (
         write_caption(scene)
         == "a large apple at the top left and a small dog at the bottom right, on a light blue background"

@@ -95,7 +95,9 @@ def test_other_families_are_refused(tmp_path, stable_diffusion):
     with pytest.raises(ValueError, match="flow-matching"):
         StableDiffusionDecoder(parts["vae"], parts["unet"], FlowMatchEulerDiscreteScheduler().config)
     with pytest.raises(ValueError, match="prediction_type is 'dreams'"):
-        build("epsilon").__class__(parts["vae"], parts["unet"], {**parts["scheduler"].config, "prediction_type": "dreams"})
+        build("epsilon").__class__(
+            parts["vae"], parts["unet"], {**parts["scheduler"].config, "prediction_type": "dreams"}
+        )
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="is a StableDiffusion3Pipeline; expected"):

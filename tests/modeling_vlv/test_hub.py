@@ -28,7 +28,7 @@ def test_no_weight_is_stored_twice(exported):
     names: list[str] = []
     for path in exported.rglob("*.safetensors"):
         with safe_open(path, "pt") as tensors:
-            names += [f"{path.parent.name if path.parent.name in ('unet', 'vae') else ''}/{n}" for n in tensors.keys()]
+            names += [f"{path.parent.name if path.parent.name in ('unet', 'vae') else ''}/{n}" for n in tensors.keys()]  # noqa: SIM118
     assert len(names) == len(set(names))
     assert not [name for name in names if "lm_head" in name]  # tied to the word embeddings
 
@@ -39,7 +39,7 @@ def test_stored_in_half_precision_it_loads_as_float32(tmp_path, captioner, proce
     )
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as tensors:
-            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} <= {torch.float16, torch.int64}
+            assert {tensors.get_tensor(name).dtype for name in list(tensors.keys())} <= {torch.float16, torch.int64}
     model, _ = hub.load_captioner(folder)
     assert model.dtype == torch.float32
     assert VLVForConditionalGeneration.from_pretrained(folder).dtype == torch.float32

@@ -271,7 +271,9 @@ def test_captions_do_not_depend_on_their_batch(captioner, pixels):
 
 def test_ready_embeddings_stand_for_the_image(captioner, pixels):
     z = captioner.model.get_caption_embeds(pixels)
-    assert torch.equal(captioner.generate(caption_embeds=z, max_new_tokens=5), captioner.generate(pixels, max_new_tokens=5))
+    assert torch.equal(
+        captioner.generate(caption_embeds=z, max_new_tokens=5), captioner.generate(pixels, max_new_tokens=5)
+    )
     assert torch.equal(captioner(caption_embeds=z, labels=LABELS).loss, captioner(pixels, labels=LABELS).loss)
 
 

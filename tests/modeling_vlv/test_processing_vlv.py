@@ -159,7 +159,9 @@ def test_a_caption_ends_with_eos_and_is_padded_with_what_is_not_learnt(processor
     assert cut.shape == (1, 2) and end not in cut  # its end is not seen
 
 
-@pytest.mark.parametrize("content", ["a large", [{"type": "image"}, {"type": "text", "text": "a large"}], [{"type": "image"}]])
+@pytest.mark.parametrize(
+    "content", ["a large", [{"type": "image"}, {"type": "text", "text": "a large"}], [{"type": "image"}]]
+)
 def test_the_chat_template_gives_the_users_words_alone(processor, content):
     words = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     assert words in ("a large", "")

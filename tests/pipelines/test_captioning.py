@@ -43,7 +43,9 @@ def test_generation_settings(pipe, pictures):
     settings = {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 3}
     rows = pipe(pictures[:2], batch_size=2, max_new_tokens=3, generate_kwargs=settings)
     assert [len(row) for row in rows] == [2, 2]
-    assert pipe(pictures[0], text="a large", max_new_tokens=2) == pipe([pictures[0]], text="a large", max_new_tokens=2)[0]
+    assert (
+        pipe(pictures[0], text="a large", max_new_tokens=2) == pipe([pictures[0]], text="a large", max_new_tokens=2)[0]
+    )
 
 
 def test_what_is_wrong_is_said(pipe, pictures):

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 from vlv.miniature.tokenizer import build_tokenizer
@@ -75,7 +81,13 @@ def test_without_guidance_there_is_no_unconditional_pass(pipe, pictures):
 
 @pytest.mark.parametrize(
     "scheduler",
-    [DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler],
+    [
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+    ],
 )
 def test_any_scheduler(pipe, pictures, scheduler):
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
@@ -128,7 +140,12 @@ def test_mixing_keeps_the_first_of_each(pipe, pictures):
     mixed = pipe.mix_caption_embeds([z[0], z[1]], [5, 3])
     assert torch.equal(mixed, torch.cat([z[0, :5], z[1, :3]])[None])
     assert draw(pipe, caption_embeds=mixed).shape == (1, 32, 32, 3)
-    for lengths, words in (([9, 1], "cannot keep 9"), ([8, 5], "sum to 13"), ([0, 0], "sum to 0"), ([3], "one length each")):
+    for lengths, words in (
+        ([9, 1], "cannot keep 9"),
+        ([8, 5], "sum to 13"),
+        ([0, 0], "sum to 0"),
+        ([3], "one length each"),
+    ):
         with pytest.raises(ValueError, match=words):
             pipe.mix_caption_embeds([z[0], torch.cat([z[1], z[1]])[:8]], lengths)
 

@@ -114,7 +114,9 @@ def test_training_changes_the_encoder_and_no_byte_of_what_is_frozen(
     assert digest(model.text_encoder) == text_encoder_before
     frozen = [*trainer.decoder.parameters(), *model.text_encoder.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
-    changed = [name for name, p in model.named_parameters() if name in learning_before and not p.equal(learning_before[name])]
+    changed = [
+        name for name, p in model.named_parameters() if name in learning_before and not p.equal(learning_before[name])
+    ]
     assert len(changed) == len(learning_before)
     model.train()
     trainer.decoder.train()
