@@ -349,6 +349,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         self.post_init()
         self.model.text_encoder.requires_grad_(False)
         self.generation_config = GenerationConfig.from_model_config(config.decoder_config)
+        self.loss_type = None  # no loss that shifts labels, or Trainer would leave the first word out of its count
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

@@ -1,0 +1,118 @@
+"""Images and pairs come from folders, parquet and data sets alike; what is wrong with them is said by name."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlv.train import Stage1Collator, Stage2Collator, load_images, load_pairs
+
+
+def item_pixels(dataset, image_processor) -> list[np.ndarray]:
+    return [np.asarray(image_processor.load(dataset[i]["image"])) for i in range(len(dataset))]
+
+
+@pytest.fixture
+def parquet(tmp_path, image_folder):
+    files = sorted(image_folder.rglob("*.png"))
+    rows = {
+        "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+        "caption": [file.with_suffix(".txt").read_text().strip() for file in files],
+    }
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "pairs.parquet")
+    return tmp_path / "pairs.parquet"
+
+
+def test_folder_and_parquet_give_the_same_images_and_pairs(parquet, image_folder, image_processor):
+    from_folder, from_parquet = load_pairs(str(image_folder)), load_pairs(str(parquet))
+    assert len(from_folder) == len(from_parquet) == 16
+    assert [row["caption"] for row in from_folder] == [row["caption"] for row in from_parquet]
+    pixels = item_pixels(from_folder, image_processor)
+    for other in (from_parquet, load_images(str(parquet)), load_images(str(image_folder))):
+        assert all(np.array_equal(a, b) for a, b in zip(pixels, item_pixels(other, image_processor), strict=True))
+    assert list(load_images(str(parquet))[0]) == ["image"]
+    assert len(load_images(str(parquet.parent))) == 16  # a folder of parquet files
+
+
+def test_a_jsonl_file_names_images_in_its_folder(tmp_path, pictures):
+    (tmp_path / "sub").mkdir()
+    pictures[0].save(tmp_path / "sub" / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/a.png", "caption": "a dog"}\n\n')
+    pairs = load_pairs(str(tmp_path))
+    assert [dict(pairs[i]) for i in range(len(pairs))] == [{"image": str(tmp_path / "sub/a.png"), "caption": "a dog"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2: no JSON"),
+        ('{"file_name": "a.png"}', "line 2: expected"),
+        ('{"file_name": "b.png", "caption": "a dog"}', "line 2: .*b.png does not exist"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, pictures, line, words):
+    pictures[0].save(tmp_path / "a.png")
+    (tmp_path / "list.jsonl").write_text('{"file_name": "a.png", "caption": "x"}\n' + line)
+    with pytest.raises(ValueError, match=words):
+        load_pairs(str(tmp_path))
+
+
+def test_what_is_missing_is_named(tmp_path, pictures, parquet):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="no images in"):
+        load_images(str(empty))
+    pictures[0].save(empty / "alone.png")
+    with pytest.raises(ValueError, match=r"alone.png has no caption: expected alone.txt"):
+        load_pairs(str(empty))
+    with pytest.raises(ValueError, match="no 'text'"):
+        load_pairs(str(parquet), caption_column="text")
+    with pytest.raises(ValueError, match=r"nowhere.parquet does not exist"):
+        load_images("nowhere.parquet")
+
+
+def test_stage_1_shows_encoder_and_decoder_the_same_crop(pictures):
+    from vlv import VLVImageProcessor
+
+    processor = VLVImageProcessor(
+        size={"height": 32, "width": 32}, pre_crop_size=16, image_mean=[0.0] * 3, image_std=[1.0] * 3
+    )
+    batch = Stage1Collator(processor, decoder_image_size=16)([{"image": p} for p in pictures])
+    assert batch["pixel_values"].shape == (8, 3, 32, 32) and batch["decoder_pixels"].shape == (8, 3, 16, 16)
+    assert batch["decoder_pixels"].dtype == torch.uint8
+    cropped = processor.load(pictures[1])
+    assert np.array_equal(batch["decoder_pixels"][1].permute(1, 2, 0).numpy(), np.asarray(cropped))
+    enlarged = np.asarray(cropped.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(batch["pixel_values"][1].permute(1, 2, 0), enlarged, atol=1e-6)
+
+
+def test_stage_2_pads_to_the_longest_of_the_batch(processor, pictures):
+    captions = ["a dog", "a large apple at the top left"]
+    items = [{"image": p, "caption": c} for p, c in zip(pictures, captions, strict=False)]
+    batch = Stage2Collator(processor, max_caption_tokens=300)(items)
+    assert batch["labels"].shape == (2, 8)  # seven words and EOS
+    assert batch["labels"][0].tolist()[2:] == [processor.tokenizer.eos_token_id] + [-100] * 5
+
+
+def test_what_cannot_be_read_is_left_out_said_and_counted(processor, pictures, caplog):
+    items = [{"image": pictures[0], "caption": "a dog"}, {"image": b"no image", "caption": "a cat"}]
+    batch = Stage2Collator(processor, 30)(items)
+    assert len(batch["pixel_values"]) == len(batch["labels"]) == 1
+    assert batch["num_skipped"] == 1
+    with pytest.raises(ValueError, match="no image in a format"):
+        Stage2Collator(processor, 30, on_bad_image="error")(items)
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        Stage2Collator(processor, 30)(items[1:])
+    with pytest.raises(ValueError, match="'ignore'"):
+        Stage2Collator(processor, 30, on_bad_image="ignore")
+
+
+def test_sidecars_keep_their_words(image_folder):
+    pairs = load_pairs(str(image_folder))
+    words = {json.dumps(pairs[i]["caption"]) for i in range(len(pairs))}
+    assert words == {'"a small dog"', '"a large apple at the top left"'}

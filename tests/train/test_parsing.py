@@ -1,0 +1,84 @@
+"""A YAML file, overridden by the command line; a wrong name is an error that suggests the right one."""
+
+from pathlib import Path
+
+import pytest
+
+import vlv.train.configs
+from vlv.train.parsing import parse_config
+from vlv.train.stage1 import Stage1Config
+from vlv.train.stage2 import Stage2Config
+
+CONFIGS = Path(vlv.train.configs.__path__[0])
+
+
+def parse(*arguments: str, config=Stage1Config):
+    return parse_config(
+        config, ["--use_cpu", *arguments] if not arguments[0].endswith(".yaml") else [*arguments, "--use_cpu"], "test"
+    )
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1e-3\nnum_queries: 16\nattend_all_queries: true\noutput_dir: there\n")
+    config = parse(str(path), "--learning_rate", "1e-4", "--max_steps=7")
+    assert (config.learning_rate, config.max_steps, config.num_queries) == (1e-4, 7, 16)
+    assert config.attend_all_queries is True and config.output_dir == "there"
+    assert parse(str(path)).learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("stage", "config", "expected"),
+    [
+        (
+            "stage1",
+            Stage1Config,
+            {"max_steps": 200_000, "learning_rate": 5e-5, "lr_scheduler_type": "cosine", "adam_beta2": 0.99},
+        ),
+        (
+            "stage2",
+            Stage2Config,
+            {"max_steps": 100_000, "learning_rate": 1e-5, "lr_scheduler_type": "linear", "max_caption_tokens": 300},
+        ),
+    ],
+)
+def test_the_papers_recipe_is_in_the_defaults_and_in_the_files(stage, config, expected):
+    """VLV paper, sec. 4.1."""
+    from_file = parse(str(CONFIGS / f"{stage}.yaml"), "--bf16=false", config=config)
+    for source in (config(use_cpu=True), from_file):
+        assert {name: getattr(source, name) for name in expected} == expected
+        assert source.weight_decay == 0.01 and source.max_grad_norm == 1.0
+    batch = from_file.per_device_train_batch_size * 8
+    assert batch == {"stage1": 512, "stage2": 64}[stage]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "words"),
+    [
+        ("learnign_rate: 1", [], "unknown setting 'learnign_rate'; did you mean 'learning_rate'?"),
+        ("seed: 1", ["--num_querys", "3"], "unknown setting 'num_querys'; did you mean 'num_queries'?"),
+        ("seed: 1", ["--zzzzzz", "3"], "unknown setting 'zzzzzz'; see --help"),
+        ("max_steps: many", [], "invalid int value: 'many'"),
+        ("- a list", [], "must hold `name: value` lines"),
+        ("a: [", [], "is no YAML"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, capsys, text, arguments, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        parse(str(path), *arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse("nowhere.yaml")
+    assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_wrong_choices_are_said():
+    with pytest.raises(ValueError, match="trainable is 'everything'"):
+        Stage1Config(trainable="everything", use_cpu=True)
+    with pytest.raises(ValueError, match="trainable is 'everything'"):
+        Stage2Config(trainable="everything", use_cpu=True)
