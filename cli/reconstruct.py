@@ -16,7 +16,7 @@ from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 from .caption import positive
 from .errors import UserError
 from .inputs import Input, collect_images, load_embeddings
-from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
 from .output import GrowingJson, Tally, write_atomically
 
 
@@ -31,6 +31,7 @@ def add_parser(commands) -> None:
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
     parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode` instead of images")
     parser.add_argument("--output-dir", default="reconstructions", help="a folder (default: reconstructions)")
+    parser.add_argument("--sheet", metavar="FILE.png", help="also one picture: originals above their reconstructions")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: 2.0)")
     parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--seed", type=int, default=42, help="of every picture's noise (default: 42)")
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     if size % pipeline.vae_scale_factor:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")
 
+    sheet = output_path(arguments.sheet, ".png") if arguments.sheet else None
     folder, tally = Path(arguments.output_dir), Tally()
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     with GrowingJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
@@ -70,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
                 tally.done += 1
             report.save({"pictures": per_image, "failed": tally.failed})
         report.save({"set": _set_metrics(pairs, pipeline), "failed": tally.failed})
+    if sheet is not None and pairs:
+        write_atomically(sheet, contact_sheet(pairs).save)
     return tally.close("reconstructed", str(folder))
 
 
@@ -93,6 +97,26 @@ def draw(
         generator=[torch.Generator().manual_seed(arguments.seed) for _ in items],
         output_type="pt",
     ).images.cpu()
+
+
+def contact_sheet(pairs: list[tuple[torch.Tensor, torch.Tensor]], columns: int = 8, margin: int = 4) -> Image.Image:
+    """Reconstructions and originals `(3, H, W)` in 0..1 as rows of originals, each above a row of reconstructions."""
+    _, height, width = pairs[0][0].shape
+    columns = min(columns, len(pairs))
+    rows = -(-len(pairs) // columns)
+    sheet = Image.new(
+        "RGB", (columns * (width + margin) + margin, rows * (2 * height + 2 * margin) + margin), "white"
+    )
+    for index, (picture, original) in enumerate(pairs):
+        left = margin + index % columns * (width + margin)
+        top = margin + index // columns * (2 * height + 2 * margin)
+        sheet.paste(_to_image(original), (left, top))
+        sheet.paste(_to_image(picture), (left, top + height))
+    return sheet
+
+
+def _to_image(picture: torch.Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
 def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
@@ -131,7 +155,7 @@ def _readable_batches(images, pipeline, size: int, batch_size: int, tally: Tally
 def _write(
     folder: Path, item: Input, original: Image.Image | None, picture: torch.Tensor, pairs: list
 ) -> dict[str, Any]:
-    drawn = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    drawn = _to_image(picture)
     name = item.name.lstrip("/").replace("..", "_") + ".png"  # a.jpg and a.png may stand side by side
     write_atomically(folder / "reconstructions" / name, lambda path: drawn.save(path))
     if original is None:

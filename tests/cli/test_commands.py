@@ -90,7 +90,7 @@ def test_embeddings_stand_for_their_images(model_folder, mixed_folder, tmp_path)
 def test_reconstructs_with_metrics(model_folder, mixed_folder, tmp_path):
     out = tmp_path / "out"
     command = ["reconstruct", "--model", str(model_folder), "--num-inference-steps", "2", "--device", "cpu"]
-    code = main([*command, str(mixed_folder), "--output-dir", str(out), "--batch-size", "2"])
+    code = main([*command, str(mixed_folder), "--output-dir", str(out), "--batch-size", "2", "--sheet", str(out / "s.png")])
     assert code == 1
     report = json.loads((out / "metrics.json").read_text())
     assert sorted(report["pictures"]) == READABLE
@@ -99,6 +99,8 @@ def test_reconstructs_with_metrics(model_folder, mixed_folder, tmp_path):
     assert "too few" in report["set"]["note"] and report["set"]["features"]
     assert Image.open(out / "reconstructions" / "sub" / "cmyk.JPG.png").size == (32, 32)
     assert Image.open(out / "side_by_side" / "good.png.png").size == (64, 32)
+
+    assert Image.open(out / "s.png").size == (5 * 36 + 4, 2 * 32 + 12)
 
     alone = tmp_path / "alone"
     main([*command, str(mixed_folder / "good.png"), "--output-dir", str(alone)])
