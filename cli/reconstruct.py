@@ -104,9 +104,7 @@ def contact_sheet(pairs: list[tuple[torch.Tensor, torch.Tensor]], columns: int =
     _, height, width = pairs[0][0].shape
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + margin) + margin, rows * (2 * height + 2 * margin) + margin), "white"
-    )
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (2 * height + 2 * margin) + margin), "white")
     for index, (picture, original) in enumerate(pairs):
         left = margin + index % columns * (width + margin)
         top = margin + index // columns * (2 * height + 2 * margin)

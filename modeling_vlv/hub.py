@@ -28,10 +28,16 @@ LANGUAGE_MODEL_FILE = "language_model.safetensors"  # deliberately not model*.sa
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
 
 
+CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", LANGUAGE_MODEL_FILE]
+ENCODER_FILES = ["*.json", "encoder/*"]
+PIPELINE_FILES = ["model_index.json", "*_config.json", "encoder/*", *(f"{part}/*" for part in PIPELINE_PARTS)]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+
+
 def resolve(
     source: str | os.PathLike, *, revision: str | None = None, allow_patterns: list[str] | None = None
 ) -> Path:
-    """The local folder of a model: itself, or a download of the repository `source`.
+    """The local folder of a model: itself, or a download of what is asked for of the repository `source`.
 
     Raises:
         FileNotFoundError: If `source` looks like a path and is no folder.
@@ -42,7 +48,7 @@ def resolve(
     text = os.fspath(source)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
         raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
-    return Path(snapshot_download(text, revision=revision, allow_patterns=allow_patterns))
+    return Path(snapshot_download(text, revision=revision, allow_patterns=allow_patterns, ignore_patterns=PICKLES))
 
 
 def load_captioner(
@@ -54,7 +60,7 @@ def load_captioner(
         FileNotFoundError: If there is no such folder or no VLV in it.
         ValueError: If it is a stage-1 checkpoint, which has no language model.
     """
-    folder = resolve(source, revision=revision, allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"])
+    folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(folder, "config.json")
     model = VLVForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     processor = VLVProcessor(
@@ -67,7 +73,7 @@ def load_encoder(
     source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[VLVModel, VLVImageProcessor]:
     """The encoder and its image processor, from a Hub-layout folder or repo id, or from a stage-1 checkpoint."""
-    folder = resolve(source, revision=revision, allow_patterns=["*.json", "encoder/*"])
+    folder = resolve(source, revision=revision, allow_patterns=ENCODER_FILES)
     part = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
     require(part, "config.json")
     model = VLVModel.from_pretrained(part, dtype=dtype, use_safetensors=True)

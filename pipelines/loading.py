@@ -26,8 +26,7 @@ def load_reconstruction(
     Raises:
         FileNotFoundError: If there is no such folder, or it has no decoder in it.
     """
-    patterns = ["*.json", "encoder/*", "image_processor/*", *(f"{part}/*" for part in hub.PIPELINE_PARTS)]
-    folder = hub.resolve(source, revision=revision, allow_patterns=patterns)
+    folder = hub.resolve(source, revision=revision, allow_patterns=hub.PIPELINE_FILES)
     hub.require(folder, "model_index.json")
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     encoder, image_processor = hub.load_encoder(folder, dtype=dtype)

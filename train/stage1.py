@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vlv import VLVImageProcessor, VLVModel
+from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
 from vlv.pipelines import VLVReconstructionPipeline
 
@@ -62,7 +62,9 @@ class Stage1Config(TrainingArguments):
             "authors' script), or 'all' (and its vision tower)."
         },
     )
-    encoder_image_size: int = field(default=768, metadata={"help": "Pixels, height and width, that the encoder sees."})
+    encoder_image_size: int = field(
+        default=768, metadata={"help": "Pixels, height and width, that the encoder sees. `model` has its own."}
+    )
     pre_crop_size: int | None = field(
         default=384,
         metadata={"help": "First crop to this square, as the authors; 0 shows all of the picture, squeezed."},
@@ -143,7 +145,7 @@ class Stage1Trainer(ThroughputTrainer):
         sample_dataset=None,
         **kwargs,
     ):
-        size = args.decoder_image_size or args.pre_crop_size or decoder.image_size
+        size = args.decoder_image_size or image_processor.pre_crop_size or decoder.image_size
         collator = Stage1Collator(image_processor, size, args.on_bad_image)
         super().__init__(
             model=model,
@@ -202,8 +204,7 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
     dataset = load_images(config.images, split=config.split, image_column=config.image_column)
     decoder = load_diffusion_decoder(config.decoder, timestep_sampling=config.timestep_sampling)
     if config.model is not None:
-        model = VLVModel.from_pretrained(config.model)
-        image_processor = VLVImageProcessor.from_pretrained(config.model)
+        model, image_processor = hub.load_encoder(config.model)
     else:
         queries: dict[str, Any] = {} if config.num_queries is None else {"num_queries": config.num_queries}
         model = VLVModel.from_vision_text_pretrained(

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 
 from .callbacks import SampleCallback, ThroughputTrainer, write_json
 from .data import Stage2Collator, load_pairs
@@ -165,15 +165,12 @@ def build_stage2(config: Stage2Config) -> Stage2Trainer:
     dataset = load_pairs(
         config.pairs, split=config.split, image_column=config.image_column, caption_column=config.caption_column
     )
-    from vlv import VLVConfig
-
     if VLVConfig.from_pretrained(config.model).decoder_config is None:
-        model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(config.model, config.language_model)
-        tokenizer = AutoTokenizer.from_pretrained(config.language_model)
-        processor = VLVProcessor(VLVImageProcessor.from_pretrained(config.model), tokenizer)
+        encoder, image_processor = hub.load_encoder(config.model)
+        model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(encoder, config.language_model)
+        processor = VLVProcessor(image_processor, AutoTokenizer.from_pretrained(config.language_model))
     else:
-        model = VLVForConditionalGeneration.from_pretrained(config.model)
-        processor = VLVProcessor.from_pretrained(config.model)
+        model, processor = hub.load_captioner(config.model)
     freeze_for_stage2(model, config.trainable)
     if config.lora_rank:
         add_lora(model, config.lora_rank)

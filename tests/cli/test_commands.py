@@ -90,7 +90,9 @@ def test_embeddings_stand_for_their_images(model_folder, mixed_folder, tmp_path)
 def test_reconstructs_with_metrics(model_folder, mixed_folder, tmp_path):
     out = tmp_path / "out"
     command = ["reconstruct", "--model", str(model_folder), "--num-inference-steps", "2", "--device", "cpu"]
-    code = main([*command, str(mixed_folder), "--output-dir", str(out), "--batch-size", "2", "--sheet", str(out / "s.png")])
+    code = main(
+        [*command, str(mixed_folder), "--output-dir", str(out), "--batch-size", "2", "--sheet", str(out / "s.png")]
+    )
     assert code == 1
     report = json.loads((out / "metrics.json").read_text())
     assert sorted(report["pictures"]) == READABLE

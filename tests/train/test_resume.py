@@ -64,7 +64,6 @@ def test_a_killed_run_resumes_with_the_same_losses(
 ):
     if stage == "stage1":
         inputs = {"model": stage1_checkpoint, "decoder": stable_diffusion, "images": image_folder, "trainable": "all"}
-        inputs["pre_crop_size"] = 0
     else:
         inputs = {"model": stage1_checkpoint, "language_model": language_model, "pairs": image_folder}
     run(settings(stage, tmp_path / "unbroken", **inputs))
@@ -94,7 +93,6 @@ def test_training_changes_the_encoder_and_no_byte_of_what_is_frozen(
         model=str(stage1_checkpoint),
         decoder=str(stable_diffusion),
         images=str(image_folder),
-        pre_crop_size=0,
         trainable="all",
         max_steps=3,
         per_device_train_batch_size=4,

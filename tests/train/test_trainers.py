@@ -133,7 +133,6 @@ def test_samples_do_not_disturb_the_random_state(tmp_path, image_folder, stable_
             model=str(stage1_checkpoint),
             decoder=str(stable_diffusion),
             images=str(image_folder),
-            pre_crop_size=0,
             max_steps=4,
             logging_steps=1,
             per_device_train_batch_size=4,
