@@ -171,11 +171,28 @@ class VLVPreTrainedModel(PreTrainedModel):
         """
         super().train(mode)
         if mode:
-            for part in self.modules():
-                parameters = list(part.parameters())
-                if parameters and part is not self and not any(p.requires_grad for p in parameters):
-                    part.eval()
+            _rest_frozen_parts(self)
         return self
+
+
+def _rest_frozen_parts(module: nn.Module) -> tuple[bool, bool]:
+    """Puts what has parameters, but none that learns, in evaluation mode; in one pass, as trainers call it often.
+
+    Returns:
+        Whether the module has parameters, and whether any of them learns.
+    """
+    own = list(module.parameters(recurse=False))
+    has, learns = bool(own), any(p.requires_grad for p in own)
+    frozen = []
+    for child in module.children():
+        child_has, child_learns = _rest_frozen_parts(child)
+        has, learns = has or child_has, learns or child_learns
+        if child_has and not child_learns:
+            frozen.append(child)
+    if learns:  # else the whole of it is put to rest further up
+        for child in frozen:
+            child.eval()
+    return has, learns
 
 
 class VLVModel(VLVPreTrainedModel):
@@ -365,6 +382,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         encoder: str | VLVModel,
         decoder: str | PreTrainedModel,
         *,
+        dtype: torch.dtype = torch.float32,
         encoder_kwargs: dict[str, Any] | None = None,
         decoder_kwargs: dict[str, Any] | None = None,
     ) -> VLVForConditionalGeneration:
@@ -373,12 +391,14 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         Args:
             encoder (`str` or `VLVModel`): Folder, repo id, or a loaded model.
             decoder (`str` or `PreTrainedModel`): Folder or repo id of a causal LM, e.g. `Qwen/Qwen2.5-3B`, or a model.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all parts, whatever they were stored in:
+                what trains in mixed precision needs its weights in full.
         """
         vlv = VLVModel.from_pretrained(encoder, **(encoder_kwargs or {})) if isinstance(encoder, str) else encoder
         if isinstance(decoder, str):
             decoder = AutoModelForCausalLM.from_pretrained(decoder, **(decoder_kwargs or {}))
         fields = {name: getattr(vlv.config, name) for name in _SHARED_FIELDS}
-        model = cls(VLVConfig(decoder_config=decoder.config, **fields)).to(decoder.dtype)
+        model = cls(VLVConfig(decoder_config=decoder.config, **fields)).to(dtype)
         model.model.load_state_dict(vlv.state_dict())
         model.language_model.load_state_dict(decoder.state_dict())
         if decoder.generation_config is not None:
