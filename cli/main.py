@@ -53,11 +53,7 @@ def _train(given: list[str]) -> int:
         from vlv.train.stage1 import main as train
     else:
         from vlv.train.stage2 import main as train
-    try:
-        train(rest)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"vlv: {error}", file=sys.stderr)
-        return 2
+    train(rest)
     return 0
 
 

@@ -19,7 +19,7 @@ class ThroughputTrainer(Trainer):
         self._images, self._skipped, self._since = 0, 0, time.perf_counter()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self._skipped += int(inputs.pop("num_skipped", 0)) * self.args.world_size
+        self._skipped += inputs.pop("num_skipped", 0) * self.args.world_size
         self._images += len(inputs["pixel_values"]) * self.args.world_size
         return super().training_step(model, inputs, num_items_in_batch)
 

@@ -214,7 +214,7 @@ class Stage1Collator(_SkippingCollator):
         return {
             "pixel_values": pixel_values,
             "decoder_pixels": torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2),
-            "num_skipped": torch.tensor(skipped),
+            "num_skipped": skipped,  # a number: a tensor would have to be fetched from the device
         }
 
 
@@ -231,4 +231,4 @@ class Stage2Collator(_SkippingCollator):
         batch = self.processor(
             images=pictures, suffix=captions, max_length=self.max_caption_tokens, pre_crop_size=None
         )
-        return {**batch, "num_skipped": torch.tensor(skipped)}
+        return {**batch, "num_skipped": skipped}

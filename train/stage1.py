@@ -221,7 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, resuming from the last checkpoint in `output_dir` if there is one, and saves the model there."""
     config = parse_config(Stage1Config, command_line() if arguments is None else arguments, "vlv train stage1")
     set_seed(config.seed)
-    trainer = build_stage1(config)
+    try:
+        trainer = build_stage1(config)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"vlv train stage1: {error}") from error
     last = config.resume_from_checkpoint
     if last is None and Path(config.output_dir).is_dir():
         last = get_last_checkpoint(config.output_dir)

@@ -163,3 +163,12 @@ def test_embeddings_of_another_model_are_refused(model_folder, tmp_path, capsys)
     code = main(["caption", "--embeddings", str(tmp_path / "z.safetensors"), "--model", str(model_folder)])
     assert code == 2
     assert "'a.png' has shape (8, 99)" in capsys.readouterr().err
+
+
+def test_training_says_what_is_missing(tmp_path, capsys):
+    with pytest.raises(SystemExit, match=r"vlv train stage1: images is not set"):
+        main(["train", "stage1", "--use_cpu", f"--output_dir={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"vlv train stage2: pairs is not set"):
+        main(["train", "stage2", "--use_cpu", f"--output_dir={tmp_path}"])
+    assert main(["train"]) == 2 and main(["train", "--help"]) == 0
+    assert "stage1,stage2" in capsys.readouterr().out
