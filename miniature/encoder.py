@@ -1,18 +1,27 @@
 """The miniature's encoder: Florence-2's architecture at 64 x 64, trained by stage 1 on images alone."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
 
 from vlv import VLVConfig, VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import StableDiffusionDecoder
-from vlv.train import Stage1Config, Stage1Trainer, freeze_for_stage1
+from vlv.pipelines import VLVReconstructionPipeline
+from vlv.train import SampleCallback, Stage1Config, Stage1Trainer, freeze_for_stage1
 
+from .evaluation import evaluation_items, reconstruct
+from .recogniser import Recogniser
+from .scoring import score_scenes
+from .teacher import build_scheduler
 from .training import SceneDataset
 
 NUM_QUERIES = 24
+MIN_TIMESTEP = 400  # below it a wrong caption costs the teacher a fifth of what it costs above (README, "Stage 1")
 
 
 def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
@@ -74,19 +83,38 @@ class ImagesOnly(SceneDataset):
         return {"image": super().__getitem__(index)["pixels"]}
 
 
+def scoring(
+    decoder: StableDiffusionDecoder, tokenizer: PreTrainedTokenizerBase, recogniser_path: str | Path, n: int = 48
+) -> Callable[[VLVModel, int, Path], None]:
+    """What a `SampleCallback` calls to print how much of unseen scenes is found in their reconstructions."""
+    recogniser = Recogniser.load(recogniser_path)
+
+    def score(model: VLVModel, step: int, folder: Path) -> None:
+        pipeline = VLVReconstructionPipeline(
+            model, decoder.vae, decoder.unet, decoder.scheduler, build_image_processor(), tokenizer
+        )
+        pipeline.scheduler = build_scheduler()
+        pipeline.set_progress_bar_config(disable=True)
+        for split in ("test", "combo"):
+            pixels, scenes = evaluation_items(split, n)
+            found = recogniser.read(reconstruct(pipeline, pixels, guidance_scale=2.0, steps=15))
+            print(f"step {step}, {split}: {score_scenes(found, scenes)}", flush=True)
+
+    return score
+
+
 def train_encoder(
     output_dir: str | Path,
     work_dir: str | Path,
     teacher_dir: str | Path,
-    images: int = 300_000,
-    batch_size: int = 128,
-    learning_rate: float = 1.5e-3,
+    recogniser_path: str | Path,
+    images: int = 180_000,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
     seed: int = 0,
     **arguments,
 ) -> None:
     """Stage 1 by the project's own trainer: encoder from random weights, teacher frozen, images of `train`."""
-    import os
-
     teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
     torch.manual_seed(seed)
     model = VLVModel(build_encoder_config(teacher.text_encoder.config))
@@ -103,10 +131,11 @@ def train_encoder(
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
         warmup_steps=100,
         timestep_sampling="stratified",
+        min_timestep=MIN_TIMESTEP,
         logging_steps=25,
-        save_steps=200,
+        save_steps=250,
         save_total_limit=1,
-        sample_steps=200,
+        sample_steps=250,
         sample_images=16,
         dataloader_num_workers=0,
         dataloader_drop_last=True,
@@ -116,7 +145,9 @@ def train_encoder(
         seed=seed,
         **arguments,
     )
-    decoder = StableDiffusionDecoder(teacher.vae, teacher.unet, teacher.scheduler.config, config.timestep_sampling)
+    decoder = StableDiffusionDecoder(
+        teacher.vae, teacher.unet, teacher.scheduler.config, config.timestep_sampling, config.min_timestep
+    )
     trainer = Stage1Trainer(
         model,
         decoder,
@@ -126,8 +157,7 @@ def train_encoder(
         teacher.tokenizer,
         sample_dataset=ImagesOnly(16, split="test", seed=31),
     )
-    from transformers.trainer_utils import get_last_checkpoint
-
+    trainer.add_callback(SampleCallback(scoring(decoder, teacher.tokenizer, recogniser_path), every=500))
     last = get_last_checkpoint(str(work_dir)) if Path(work_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():

@@ -45,7 +45,7 @@ def _teacher(root: Path) -> None:
 def _encoder(root: Path) -> None:
     from .encoder import train_encoder
 
-    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher")
+    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher", root / RECOGNISER_FILE)
 
 
 def _language_model(root: Path) -> None:

@@ -186,7 +186,7 @@ def train_teacher(
     work_dir: str | Path,
     autoencoder_dir: str | Path,
     recogniser_path: str | Path,
-    images: int = 500_000,
+    images: int = 230_400,
     batch_size: int = 128,
     learning_rate: float = 1.5e-3,
     seed: int = 0,

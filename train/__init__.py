@@ -1,5 +1,6 @@
 """Trainers: stage 1 from images alone, stage 2 from image-caption pairs."""
 
+from .callbacks import SampleCallback
 from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, find_images, load_images, load_pairs
 from .stage1 import Stage1Config, Stage1Trainer, freeze_for_stage1
 from .stage2 import Stage2Config, Stage2Trainer, freeze_for_stage2
@@ -7,6 +8,7 @@ from .stage2 import Stage2Config, Stage2Trainer, freeze_for_stage2
 __all__ = [
     "ColumnDataset",
     "ListDataset",
+    "SampleCallback",
     "Stage1Collator",
     "Stage1Config",
     "Stage1Trainer",

@@ -74,6 +74,9 @@ class Stage1Config(TrainingArguments):
         metadata={"help": "Pixels that the decoder rebuilds; by default pre_crop_size, else its own size."},
     )
     timestep_sampling: str = field(default="uniform", metadata={"help": "'uniform' (the paper) or 'stratified'."})
+    min_timestep: int = field(
+        default=0, metadata={"help": "Draw timesteps from here to the noisiest; 0 is all of them, as in the paper."}
+    )
     sample_steps: int = field(
         default=1000, metadata={"help": "Draw a grid of reconstructions every so many steps; 0: never."}
     )
@@ -202,7 +205,9 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
     if config.images is None:
         raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
     dataset = load_images(config.images, split=config.split, image_column=config.image_column)
-    decoder = load_diffusion_decoder(config.decoder, timestep_sampling=config.timestep_sampling)
+    decoder = load_diffusion_decoder(
+        config.decoder, timestep_sampling=config.timestep_sampling, min_timestep=config.min_timestep
+    )
     if config.model is not None:
         model, image_processor = hub.load_encoder(config.model)
     else:

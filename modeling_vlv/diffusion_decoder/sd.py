@@ -21,6 +21,8 @@ class StableDiffusionDecoder(DiffusionDecoder):
             its way of sampling does not.
         timestep_sampling: `"uniform"`, each on its own as the paper does, or `"stratified"`: one from each of B equal
             parts of the schedule, which gives the same expectation with less noise.
+        min_timestep: Draw from here to the noisiest. 0 is all of the schedule, as in the paper. Where little noise was
+            added the conditioning hardly matters, so a short training does well to leave that out.
 
     Raises:
         ValueError: If the scheduler belongs to a flow-matching model, or predicts something unknown.
@@ -32,6 +34,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
         unet: UNet2DConditionModel,
         scheduler_config: dict[str, Any],
         timestep_sampling: str = "uniform",
+        min_timestep: int = 0,
     ):
         super().__init__()
         if "beta_schedule" not in scheduler_config:
@@ -42,9 +45,13 @@ class StableDiffusionDecoder(DiffusionDecoder):
             raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {PREDICTION_TYPES}")
         if timestep_sampling not in ("uniform", "stratified"):
             raise ValueError(f"timestep_sampling is {timestep_sampling!r}; expected 'uniform' or 'stratified'")
+        steps = scheduler_config.get("num_train_timesteps", 1000)
+        if not 0 <= min_timestep < steps:
+            raise ValueError(f"min_timestep is {min_timestep}; expected 0 to {steps - 1}")
         self.vae, self.unet = vae.float(), unet
         self.scheduler = DDPMScheduler.from_config(scheduler_config)
-        self.prediction_type, self.timestep_sampling = prediction_type, timestep_sampling
+        self.prediction_type = prediction_type
+        self.timestep_sampling, self.min_timestep = timestep_sampling, min_timestep
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         sample_size = unet.config.sample_size
         self.image_size = (sample_size if isinstance(sample_size, int) else sample_size[0]) * self.scale_factor
@@ -59,6 +66,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
         revision: str | None = None,
         variant: str | None = None,
         timestep_sampling: str = "uniform",
+        min_timestep: int = 0,
     ) -> "StableDiffusionDecoder":
         """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
         shared = {"revision": revision, "use_safetensors": True, "variant": variant}
@@ -67,6 +75,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
             UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=dtype, **shared),
             DDPMScheduler.load_config(model, subfolder="scheduler", revision=revision),
             timestep_sampling,
+            min_timestep,
         )
 
     @torch.no_grad()
@@ -81,11 +90,11 @@ class StableDiffusionDecoder(DiffusionDecoder):
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        steps = self.scheduler.config.num_train_timesteps
+        first, steps = self.min_timestep, self.scheduler.config.num_train_timesteps
         if self.timestep_sampling == "uniform":
-            return torch.randint(0, steps, (batch_size,), generator=generator)
+            return torch.randint(first, steps, (batch_size,), generator=generator)
         parts = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
-        return (parts / batch_size * steps).long().clamp(max=steps - 1)
+        return (first + parts / batch_size * (steps - first)).long().clamp(max=steps - 1)
 
     def denoising_loss(
         self,

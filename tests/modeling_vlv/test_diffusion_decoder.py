@@ -81,6 +81,15 @@ def test_timesteps():
     assert abs(uniform.float().mean() - 499.5) < 30
     stratified = build(timestep_sampling="stratified").sample_timesteps(10)
     assert (stratified // 100).tolist() == list(range(10))
+    late = stable_diffusion_parts()
+    for sampling in ("uniform", "stratified"):
+        decoder = StableDiffusionDecoder(
+            late["vae"], late["unet"], late["scheduler"].config, sampling, min_timestep=600
+        )
+        timesteps = torch.cat([decoder.sample_timesteps(8) for _ in range(40)])
+        assert 600 <= timesteps.min() < 650 and 950 < timesteps.max() <= 999
+    with pytest.raises(ValueError, match="min_timestep is 1000"):
+        StableDiffusionDecoder(late["vae"], late["unet"], late["scheduler"].config, min_timestep=1000)
 
 
 def test_loads_a_diffusers_folder(stable_diffusion, draws):
