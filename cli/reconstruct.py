@@ -87,16 +87,20 @@ def draw(
         }
     else:
         source = {"image": [item.path for item in items]}
-    return pipeline(
-        **source,
-        height=size,
-        width=size,
-        guidance_scale=arguments.guidance_scale,
-        num_inference_steps=arguments.num_inference_steps,
-        negative_prompt=arguments.negative_prompt,
-        generator=[torch.Generator().manual_seed(arguments.seed) for _ in items],
-        output_type="pt",
-    ).images.cpu()
+    return (
+        pipeline(
+            **source,
+            height=size,
+            width=size,
+            guidance_scale=arguments.guidance_scale,
+            num_inference_steps=arguments.num_inference_steps,
+            negative_prompt=arguments.negative_prompt,
+            generator=[torch.Generator().manual_seed(arguments.seed) for _ in items],
+            output_type="pt",
+        )
+        .images.float()
+        .cpu()
+    )
 
 
 def contact_sheet(pairs: list[tuple[torch.Tensor, torch.Tensor]], columns: int = 8, margin: int = 4) -> Image.Image:

@@ -100,7 +100,7 @@ class EncoderFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels = self.image_processor(list(images.cpu()), return_tensors="pt").pixel_values
-        return self.encoder.get_image_features(pixels.to(self.encoder.device))[:, 0].float()  # (N, width)
+        return self.encoder.get_image_features(pixels.to(self.encoder.device))[:, 0].float().cpu()  # (N, width)
 
 
 def inception_is_at_hand() -> bool:

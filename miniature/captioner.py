@@ -1,5 +1,6 @@
 """The miniature's captioner: stage 2, by the project's own trainer, on image-caption pairs of `train`."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def train_captioner(
         output_dir=str(work_dir),
         trainable=trainable,
         max_steps=int(pairs * epochs) // batch_size,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=batch_size // int(os.environ.get("WORLD_SIZE", "1")),
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=50,
@@ -57,6 +58,8 @@ def train_captioner(
         sample_steps=200,
         dataloader_num_workers=0,
         disable_tqdm=True,
+        dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
     )
@@ -65,5 +68,6 @@ def train_captioner(
     )
     last = get_last_checkpoint(str(work_dir)) if Path(work_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)

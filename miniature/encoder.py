@@ -108,7 +108,7 @@ def train_encoder(
     work_dir: str | Path,
     teacher_dir: str | Path,
     recogniser_path: str | Path,
-    images: int = 180_000,
+    images: int = 150_000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from .tokenizer import BEGIN, END, PAD, build_tokenizer
@@ -28,17 +27,6 @@ def build_language_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM
     return Qwen2ForCausalLM(config)
 
 
-class LanguageModelLoss(nn.Module):
-    """Next-word loss."""
-
-    def __init__(self, model: Qwen2ForCausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": self.model(input_ids=input_ids, labels=labels).loss}
-
-
 def train_language_model(
     output_dir: str | Path,
     work_dir: str | Path,
@@ -59,7 +47,7 @@ def train_language_model(
         return {"input_ids": batch.input_ids, "labels": labels}
 
     train_module(
-        LanguageModelLoss(model),
+        model,
         SceneDataset(captions, seed=seed + 3, fields=("caption",)),
         work_dir,
         batch_size=batch_size,

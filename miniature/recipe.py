@@ -66,7 +66,7 @@ PARTS = {
     "teacher": Part(_teacher, "teacher/model_index.json", parallel=True),
     "encoder": Part(_encoder, "encoder/preprocessor_config.json", parallel=True),
     "language-model": Part(_language_model, "language-model/tokenizer_config.json"),
-    "captioner": Part(_captioner, "captioner/processor_config.json"),
+    "captioner": Part(_captioner, "captioner/processor_config.json", parallel=True),
 }
 
 

@@ -216,7 +216,4 @@ def train_teacher(
     if int(os.environ.get("RANK", "0")):
         return
     average = dict(averaging.average.named_children())
-    pipeline = assemble_pipeline(autoencoder, average["text_encoder"], average["unet"])
-    pipeline.save_pretrained(output_dir)
-    scores, _ = prompt_alignment(pipeline, Recogniser.load(recogniser_path))
-    print(f"teacher on test, guidance 2: {scores}")
+    assemble_pipeline(autoencoder, average["text_encoder"], average["unet"]).save_pretrained(output_dir)

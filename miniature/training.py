@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from vlv.train import SeedOfItsOwn
+
 from .grammar import write_caption
 from .render import render
 from .world import OBJECTS, Scene, sample_scenes
@@ -142,7 +144,7 @@ def train_module(
         args=TrainingArguments(**settings),
         train_dataset=dataset,
         data_collator=data_collator,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, SeedOfItsOwn()],
     )
     last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=last)

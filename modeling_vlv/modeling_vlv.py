@@ -227,6 +227,7 @@ class VLVModel(VLVPreTrainedModel):
         text_encoder: str,
         *,
         text_encoder_subfolder: str | None = "text_encoder",
+        dtype: torch.dtype = torch.float32,
         encoder_kwargs: dict[str, Any] | None = None,
         text_encoder_kwargs: dict[str, Any] | None = None,
         **config_kwargs,
@@ -238,6 +239,8 @@ class VLVModel(VLVPreTrainedModel):
                 Folder or repo id of a Florence-2 in transformers' format, e.g. `florence-community/Florence-2-large`.
             text_encoder (`str`):
                 Folder or repo id of a diffusers pipeline (with `text_encoder_subfolder=None`, of a CLIP text model).
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of all parts, whatever they were stored in:
+                what trains in mixed precision needs its weights in full.
             encoder_kwargs, text_encoder_kwargs (`dict`, *optional*):
                 Passed to the parts' `from_pretrained`.
             config_kwargs:
@@ -253,7 +256,7 @@ class VLVModel(VLVPreTrainedModel):
         if florence.config.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS):
             config_kwargs.setdefault("task_prompt_ids", FLORENCE_TASK_PROMPT_IDS)
         config = VLVConfig(encoder_config=florence.config, text_encoder_config=text_model.config, **config_kwargs)
-        model = cls(config)
+        model = cls(config).to(dtype)
         model.encoder.load_state_dict(florence.state_dict())
         model.text_encoder.load_state_dict(text_model.state_dict())
         return model.eval()
@@ -319,14 +322,11 @@ class VLVModel(VLVPreTrainedModel):
         states = text.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
         return text.final_layer_norm(states)
 
-    def encode_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Conditioning `(B, N, d_text)` of real words, for prompts, negative prompts and the unconditional context."""
-        return self.text_encoder(input_ids=input_ids).last_hidden_state
-
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> VLVModelOutput | tuple:
@@ -335,15 +335,19 @@ class VLVModel(VLVPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images as [`VLVImageProcessor`] gives them.
             caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`): Ready embeddings; then no image is encoded.
+            input_ids (`torch.Tensor` of shape `(B, N)`): Real words in the text encoder's vocabulary, for prompts,
+                negative prompts and the unconditional context; then there are no caption embeddings.
 
         Raises:
-            ValueError: Unless exactly one of the two is given.
+            ValueError: Unless exactly one of the three is given.
         """
-        if (pixel_values is None) == (caption_embeds is None):
-            raise ValueError("pass either pixel_values or caption_embeds, and not both")
-        if caption_embeds is None:
-            caption_embeds = self.get_caption_embeds(pixel_values)
-        output = VLVModelOutput(caption_embeds=caption_embeds, conditioning=self.encode_caption_embeds(caption_embeds))
+        if sum(given is not None for given in (pixel_values, caption_embeds, input_ids)) != 1:
+            raise ValueError("pass either pixel_values or caption_embeds (or input_ids), and not both")
+        if input_ids is not None:
+            output = VLVModelOutput(conditioning=self.text_encoder(input_ids=input_ids).last_hidden_state)
+        else:
+            z = self.get_caption_embeds(pixel_values) if caption_embeds is None else caption_embeds
+            output = VLVModelOutput(caption_embeds=z, conditioning=self.encode_caption_embeds(z))
         return output if return_dict or return_dict is None else output.to_tuple()
 
 
@@ -539,6 +543,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             _check_generation_arguments(generation_config.to_diff_dict())
         prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
         settings = copy.deepcopy(generation_config or self.generation_config)
+        own = {name: value for name, value in self.generation_config.to_dict().items() if value is not None}
+        settings.update(**own, defaults_only=True)  # what was passed goes before the model's own
         others = settings.update(**kwargs)  # what is no setting: a streamer, stopping criteria, ...
         return self.language_model.generate(
             inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **others

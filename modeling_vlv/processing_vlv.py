@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, load_image
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ImagesKwargs
 
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -36,7 +37,7 @@ def to_rgb(image: Any) -> Image.Image:
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _array_to_rgb(image)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return _pil_to_rgb(load_image(image))
+        return _open(io.BytesIO(_download(image)), image)
     if isinstance(image, (str, os.PathLike)):
         if os.path.isdir(image):
             raise ValueError(f"{image} is a folder; give the images in it")
@@ -61,12 +62,27 @@ def _open(source: str | io.BytesIO, name: str) -> Image.Image:
         raise ValueError(f"{name} is no image in a format that can be read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded safely: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow's ways to say that a file is damaged
+    except PermissionError as error:
+        raise ValueError(f"{name} may not be read: {error.strerror}") from error
+    except (ValueError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # a damaged file may raise anything in Pillow's decoders: OSError, TypeError, struct.error
         raise ValueError(f"{name} is damaged: {error}") from error
 
 
+def _download(url: str) -> bytes:
+    try:
+        response = get_session().get(url, timeout=30, follow_redirects=True)
+        response.raise_for_status()
+    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+        raise ValueError(f"{url} cannot be downloaded: {error}") from error
+    return response.content
+
+
 def _pil_to_rgb(image: Image.Image) -> Image.Image:
-    if getattr(image, "n_frames", 1) > 1:
+    if image.tell():
         image.seek(0)
     image.load()
     image = ImageOps.exif_transpose(image)
@@ -76,7 +92,7 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
         return _array_to_rgb(_wide_values(image))
     if image.mode == "F":
         return _array_to_rgb(np.asarray(image))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")

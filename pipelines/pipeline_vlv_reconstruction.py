@@ -72,7 +72,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
     def encode_image(self, image: Any) -> torch.Tensor:
         """Caption embeddings `(B, Q, d_text)` of one image or a list, of any kind that the image processor takes."""
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
-        return self.encoder.get_caption_embeds(pixel_values.to(self._execution_device, self.encoder.dtype))
+        return self.encoder(pixel_values=pixel_values.to(self._execution_device, self.encoder.dtype)).caption_embeds
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
@@ -82,7 +82,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         ids = self.tokenizer(
             words, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.encoder.encode_text(ids.to(self._execution_device))
+        return self.encoder(input_ids=ids.to(self._execution_device)).conditioning
 
     def mix_caption_embeds(self, embeds: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
         """Joins the first so many embeddings of several images (VLV paper, sec. 4.4, compositionality).
@@ -190,7 +190,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
 
         embeds = caption_embeds.to(device, self.encoder.dtype)  # (B, N, d_text)
-        conditioning = self.encoder.encode_caption_embeds(embeds).to(dtype)
+        conditioning = self.encoder(caption_embeds=embeds).conditioning.to(dtype)
         conditioning = conditioning.repeat_interleave(num_images_per_prompt, dim=0)  # (count, N, d_text)
         negative_conditioning = None
         if guidance_scale > 1:

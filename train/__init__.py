@@ -1,6 +1,6 @@
 """Trainers: stage 1 from images alone, stage 2 from image-caption pairs."""
 
-from .callbacks import SampleCallback
+from .callbacks import SampleCallback, SeedOfItsOwn
 from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, find_images, load_images, load_pairs
 from .stage1 import Stage1Config, Stage1Trainer, freeze_for_stage1
 from .stage2 import Stage2Config, Stage2Trainer, freeze_for_stage2
@@ -9,6 +9,7 @@ __all__ = [
     "ColumnDataset",
     "ListDataset",
     "SampleCallback",
+    "SeedOfItsOwn",
     "Stage1Collator",
     "Stage1Config",
     "Stage1Trainer",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 
 
 class ThroughputTrainer(Trainer):
@@ -16,6 +16,7 @@ class ThroughputTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.add_callback(SeedOfItsOwn())
         self._images, self._skipped, self._since = 0, 0, time.perf_counter()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -31,6 +32,16 @@ class ThroughputTrainer(Trainer):
             if self._skipped:
                 logs["images_skipped"] = self._skipped
         super().log(logs, start_time)
+
+
+class SeedOfItsOwn(TrainerCallback):
+    """Gives each process its own random numbers; `Trainer` gives all the same, and so the same noise to all images.
+
+    When training begins the order of the data is settled, and what a resumed run restores is yet to come.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        set_seed(args.seed + args.process_index)
 
 
 class SampleCallback(TrainerCallback):
@@ -51,6 +62,30 @@ class SampleCallback(TrainerCallback):
         finally:
             model.train(was_training)
             torch.set_rng_state(random_state)
+
+
+def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list[dict]:
+    """The first `count` items whose image can be read; at most ten times as many are tried."""
+    items: list[dict] = []
+    for index in range(min(10 * count, len(dataset))):
+        if len(items) == count:
+            break
+        item = dataset[index]
+        try:
+            load(item["image"])
+        except ValueError:
+            continue
+        items.append(item)
+    return items
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest `checkpoint-N` in a folder that was written to its end; `Trainer` writes `trainer_state.json` last."""
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    newest = max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    if newest is not None:
+        print(f"going on from {newest}", flush=True)
+    return None if newest is None else str(newest)
 
 
 def side_by_side(originals: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
 from vlv.pipelines import VLVReconstructionPipeline
 
-from .callbacks import SampleCallback, ThroughputTrainer, side_by_side
+from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, side_by_side
 from .data import Stage1Collator, load_images
 from .parsing import command_line, parse_config
 
@@ -77,11 +76,15 @@ class Stage1Config(TrainingArguments):
     min_timestep: int = field(
         default=0, metadata={"help": "Draw timesteps from here to the noisiest; 0 is all of them, as in the paper."}
     )
+    decoder_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Trade time for memory in the denoiser, as the authors' script."}
+    )
     sample_steps: int = field(
         default=1000, metadata={"help": "Draw a grid of reconstructions every so many steps; 0: never."}
     )
     sample_images: int = field(default=8, metadata={"help": "How many images the grid has."})
 
+    output_dir: str = field(default="runs/stage1", metadata={"help": "Checkpoints, samples and the model go here."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
@@ -159,9 +162,13 @@ class Stage1Trainer(ThroughputTrainer):
             **kwargs,
         )
         self.decoder = decoder.to(args.device)
+        if args.decoder_gradient_checkpointing:
+            self.decoder.enable_gradient_checkpointing()
         if tokenizer is not None and isinstance(decoder, StableDiffusionDecoder) and args.sample_steps:
             self.tokenizer = tokenizer
-            self.sample_items = _first_items(sample_dataset or train_dataset, args.sample_images)
+            self.sample_items = readable_items(
+                sample_dataset or train_dataset, args.sample_images, image_processor.load
+            )
             self.add_callback(SampleCallback(self.draw_grid, args.sample_steps))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -196,17 +203,16 @@ class Stage1Trainer(ThroughputTrainer):
         side_by_side(originals, pictures).save(folder / f"step-{step:07d}.png")
 
 
-def _first_items(dataset, count: int) -> list[dict]:
-    return [dataset[i] for i in range(min(count, len(dataset)))]
-
-
 def build_stage1(config: Stage1Config) -> Stage1Trainer:
     """Loads everything that the configuration names."""
     if config.images is None:
         raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
     dataset = load_images(config.images, split=config.split, image_column=config.image_column)
     decoder = load_diffusion_decoder(
-        config.decoder, timestep_sampling=config.timestep_sampling, min_timestep=config.min_timestep
+        config.decoder,
+        dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+        timestep_sampling=config.timestep_sampling,
+        min_timestep=config.min_timestep,
     )
     if config.model is not None:
         model, image_processor = hub.load_encoder(config.model)
@@ -230,10 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer = build_stage1(config)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"vlv train stage1: {error}") from error
-    last = config.resume_from_checkpoint
-    if last is None and Path(config.output_dir).is_dir():
-        last = get_last_checkpoint(config.output_dir)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
     trainer.save_model()
     trainer.save_state()
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 
-from .callbacks import SampleCallback, ThroughputTrainer, write_json
+from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, write_json
 from .data import Stage2Collator, load_pairs
 from .parsing import command_line, parse_config
 
@@ -55,6 +54,7 @@ class Stage2Config(TrainingArguments):
     sample_steps: int = field(default=1000, metadata={"help": "Write sample captions every so many steps; 0: never."})
     sample_images: int = field(default=8, metadata={"help": "How many samples."})
 
+    output_dir: str = field(default="runs/stage2", metadata={"help": "Checkpoints, samples and the model go here."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of AdamW."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rate falls."})
     adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
@@ -135,8 +135,9 @@ class Stage2Trainer(ThroughputTrainer):
             **kwargs,
         )
         if args.sample_steps:
-            source = sample_dataset or train_dataset
-            self.sample_items = [source[i] for i in range(min(args.sample_images, len(source)))]
+            self.sample_items = readable_items(
+                sample_dataset or train_dataset, args.sample_images, processor.image_processor.load
+            )
             self.add_callback(SampleCallback(self.write_captions, args.sample_steps))
 
     def write_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
@@ -185,10 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer = build_stage2(config)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"vlv train stage2: {error}") from error
-    last = config.resume_from_checkpoint
-    if last is None and Path(config.output_dir).is_dir():
-        last = get_last_checkpoint(config.output_dir)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
     merge_lora(trainer.model)
     trainer.save_model()
     trainer.save_state()

@@ -26,6 +26,10 @@ class DiffusionDecoder(nn.Module, ABC):
         return super().train(False)
 
     @abstractmethod
+    def enable_gradient_checkpointing(self) -> None:
+        """Computes the denoiser's inner values anew in the backward pass instead of keeping them."""
+
+    @abstractmethod
     def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Pictures `(B, 3, H, W)` in -1..1 to scaled latents `(B, C, h, w)`, sampled from the posterior, float32."""
 

@@ -1,0 +1,77 @@
+"""The embedded miniature is whole, small enough, and as good as its card says."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from vlv import hub
+from vlv.checkpoints import MINIATURE
+from vlv.cli.main import main
+from vlv.miniature.evaluation import RECOGNISER_FILE, evaluation_items, reconstruct, write_captions
+from vlv.miniature.grammar import parse_caption
+from vlv.miniature.recogniser import Recogniser, judge_accuracy
+from vlv.miniature.scoring import score_scenes
+from vlv.pipelines import load_reconstruction
+
+N = 48  # scenes: enough to see a broken part, few enough to be quick
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return hub.load_captioner(MINIATURE)
+
+
+def test_files_are_small_safe_and_in_half_precision():
+    files = list(MINIATURE.rglob("*"))
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    for path in MINIATURE.rglob("*.safetensors"):
+        assert path.stat().st_size < 20e6
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                assert tensors.get_tensor(name).dtype in (torch.float16, torch.int64)
+
+
+@pytest.mark.parametrize("split", ["test", "combo"])
+def test_captions_say_what_is_there(captioner, split):
+    pixels, scenes = evaluation_items(split, N)
+    scores = score_scenes([parse_caption(c) for c in write_captions(*captioner, pixels)], scenes)
+    assert scores["background"] >= 0.9 and scores["object_f1"] >= 0.6, scores
+
+
+def test_captions_end_by_themselves(captioner):
+    model, processor = captioner
+    pixels, _ = evaluation_items("test", 16)
+    ids = model.generate(processor(images=pixels).pixel_values, max_new_tokens=100)
+    assert ((ids == processor.tokenizer.eos_token_id).any(dim=1)).float().mean() >= 0.9
+
+
+def test_reconstructions_show_what_is_there():
+    recogniser = Recogniser.load(MINIATURE / RECOGNISER_FILE)
+    assert judge_accuracy(recogniser, "combo", N)["exact"] >= 0.98
+    pipeline = load_reconstruction(MINIATURE)
+    pipeline.set_progress_bar_config(disable=True)
+    pixels, scenes = evaluation_items("test", N)
+    scores = score_scenes(recogniser.read(reconstruct(pipeline, pixels, 2.0, steps=10)), scenes)
+    assert scores["background"] >= 0.9 and scores["object_f1"] >= 0.5, scores
+
+
+def test_without_a_model_the_commands_use_it_and_say_so(tmp_path, capsys):
+    from PIL import Image
+
+    from vlv.miniature.render import render
+    from vlv.miniature.world import OBJECTS, sample_scenes
+
+    rng = random.Random(0)
+    for number, scene in zip(range(5), sample_scenes(rng, "test"), strict=False):
+        Image.fromarray(render(scene, rng)).save(tmp_path / f"{number}.png")
+    captions = []
+    for number, size in enumerate((1, 5, 5)):
+        output = tmp_path / f"captions-{number}.json"
+        assert main(["caption", str(tmp_path), "--output", str(output), "--batch-size", str(size)]) == 0
+        captions.append(json.loads(output.read_text()))
+    assert captions[0] == captions[1] == captions[2]
+    assert all(any(name in caption for name in OBJECTS) for caption in captions[0].values())
+    assert capsys.readouterr().err.count("using the embedded miniature") == 3
