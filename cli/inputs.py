@@ -43,9 +43,13 @@ def collect_images(paths: list[str]) -> list[Input]:
             raise UserError(f"{argument} does not exist")
     if not found:
         raise UserError(f"no images in {', '.join(paths)} (jpg, jpeg, png, webp, bmp, gif, tif, tiff, in any case)")
-    distinct = list(dict.fromkeys(found))
-    names = Counter(name for name, _ in distinct)
-    return [Input(name if names[name] == 1 else path.as_posix(), path) for name, path in distinct]
+    named = dict.fromkeys(found)
+    while True:
+        names = Counter(name for name, _ in named)
+        clashing = {name for name, count in names.items() if count > 1}
+        if not clashing:
+            return [Input(name, path) for name, path in named]
+        named = dict.fromkeys((path.as_posix() if name in clashing else name, path) for name, path in named)
 
 
 def load_embeddings(file: str | os.PathLike, width: int) -> list[Input]:

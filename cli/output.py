@@ -26,9 +26,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically, as UTF-8."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Atomically, as UTF-8; file names that are no UTF-8 are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        data = json.dumps(value, indent=2).encode("ascii")
+    write_atomically(path, lambda temporary: temporary.write_bytes(data + b"\n"))
 
 
 class GrowingJson:
@@ -40,7 +44,7 @@ class GrowingJson:
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None):
         self.path, self.values = path, dict(values or {})
-        self._next, self._pending = 0.0, True
+        self._next, self._pending = 0.0, False
 
     def save(self, entries: dict[str, Any]) -> None:
         self.values.update(entries)
@@ -61,7 +65,8 @@ class GrowingJson:
     def __enter__(self) -> "GrowingJson":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._pending = self._pending or kind is None  # a run that did nothing still leaves a result, unless cut short
         self.close()
 
 

@@ -158,7 +158,8 @@ def _write(
     folder: Path, item: Input, original: Image.Image | None, picture: torch.Tensor, pairs: list
 ) -> dict[str, Any]:
     drawn = _to_image(picture)
-    name = item.name.lstrip("/").replace("..", "_") + ".png"  # a.jpg and a.png may stand side by side
+    parts = ["_" if part == ".." else part for part in Path(item.name).parts if part != "/"]
+    name = Path(*parts).as_posix() + ".png"  # a.jpg and a.png may stand side by side
     write_atomically(folder / "reconstructions" / name, lambda path: drawn.save(path))
     if original is None:
         return {}

@@ -60,7 +60,7 @@ def train_captioner(
         disable_tqdm=True,
         dataloader_drop_last=True,
         ddp_find_unused_parameters=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
         seed=seed,
     )
     trainer = Stage2Trainer(

@@ -141,7 +141,7 @@ def train_encoder(
         dataloader_drop_last=True,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
         seed=seed,
         **arguments,
     )

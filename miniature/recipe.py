@@ -62,7 +62,7 @@ def _captioner(root: Path) -> None:
 
 PARTS = {
     "recogniser": Part(_recogniser, RECOGNISER_FILE),
-    "autoencoder": Part(_autoencoder, "autoencoder/config.json", parallel=True),
+    "autoencoder": Part(_autoencoder, "autoencoder/diffusion_pytorch_model.safetensors", parallel=True),
     "teacher": Part(_teacher, "teacher/model_index.json", parallel=True),
     "encoder": Part(_encoder, "encoder/preprocessor_config.json", parallel=True),
     "language-model": Part(_language_model, "language-model/tokenizer_config.json"),

@@ -20,7 +20,7 @@ from vlv.train import SeedOfItsOwn
 
 from .grammar import write_caption
 from .render import render
-from .world import OBJECTS, Scene, sample_scenes
+from .world import OBJECTS, sample_scenes
 
 EVALUATION_SEED = 1_000_003
 
@@ -58,13 +58,6 @@ class SceneDataset(Dataset):
             item["scene"] = scene
         return item
 
-    def scenes(self) -> list[Scene]:
-        """The scenes alone, without their pictures."""
-        return [
-            next(sample_scenes(random.Random(f"{self.seed}/{self.split}/{i}"), self.split, self.concepts))
-            for i in range(self.length)
-        ]
-
 
 class MovingAverage(TrainerCallback):
     """Keeps an exponential moving average of a module's trained weights beside the checkpoints."""
@@ -74,8 +67,8 @@ class MovingAverage(TrainerCallback):
         self.average: Any = copy.deepcopy(module).requires_grad_(False).eval()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "average.pt"
-        if state.global_step and saved.exists():
+        if state.global_step:
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "average.pt"
             self.average.load_state_dict(torch.load(saved, weights_only=True))
 
     @torch.no_grad()
@@ -130,7 +123,7 @@ def train_module(
         "save_total_limit": 1,
         "remove_unused_columns": False,
         "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": True,
         "dataloader_num_workers": 0,
         "dataloader_drop_last": True,
         "disable_tqdm": True,

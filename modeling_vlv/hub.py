@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
@@ -48,7 +50,16 @@ def resolve(
     text = os.fspath(source)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
         raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
-    return Path(snapshot_download(text, revision=revision, allow_patterns=allow_patterns, ignore_patterns=PICKLES))
+    try:
+        return _download(text, revision, allow_patterns)
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {text}, and as a Hub repository it cannot be had: {error}"
+        ) from error
+
+
+def _download(repo: str, revision: str | None, allow_patterns: list[str] | None) -> Path:
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=allow_patterns, ignore_patterns=PICKLES))
 
 
 def load_captioner(
@@ -62,7 +73,7 @@ def load_captioner(
     """
     folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(folder, "config.json")
-    model = VLVForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model = _load_whole(VLVForConditionalGeneration, folder, dtype)
     processor = VLVProcessor(
         VLVImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, use_fast=True)
     )
@@ -76,14 +87,33 @@ def load_encoder(
     folder = resolve(source, revision=revision, allow_patterns=ENCODER_FILES)
     part = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
     require(part, "config.json")
-    model = VLVModel.from_pretrained(part, dtype=dtype, use_safetensors=True)
+    model = _load_whole(VLVModel, part, dtype)
     return model.to(device).eval(), VLVImageProcessor.from_pretrained(folder)
+
+
+def _load_whole(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
+    """As `from_pretrained`, but weights that are missing or of another shape are an error, not a random start."""
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != VLVConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}, not a VLV")
+    try:
+        model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged: {error}") from error
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:
+        raise ValueError(f"{len(lacking)} weights of {folder} are missing or of another shape, such as {lacking[0]}")
+    return model
 
 
 def require(folder: Path, name: str) -> None:
     """Raises `FileNotFoundError` if a VLV's folder lacks a file."""
     if not (folder / name).is_file():
-        raise FileNotFoundError(f"no {name} in {folder}: this is no VLV in the Hub's layout (see `vlv push --help`)")
+        raise FileNotFoundError(
+            f"no {name} in {folder}: this is no VLV in the Hub's layout (vlv.hub.export writes it)"
+        )
 
 
 def export(

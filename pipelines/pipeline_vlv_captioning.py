@@ -50,7 +50,14 @@ class VLVCaptioningPipeline(Pipeline):
         words = {} if text is None else dict(self.processor(text=text))
         if isinstance(inputs, Mapping) and "caption_embeds" in inputs:
             embeds = torch.as_tensor(inputs["caption_embeds"])
-            return {"caption_embeds": embeds[None] if embeds.ndim == 2 else embeds, **words}
+            embeds = embeds[None] if embeds.ndim == 2 else embeds
+            expected = (1, self.model.config.num_queries, self.model.config.text_encoder_config.hidden_size)
+            if tuple(embeds.shape) != expected:  # a batch of unequal lengths would be padded with zeros, unseen
+                raise ValueError(
+                    f"caption_embeds of one image must be {expected[1:]}, got {tuple(embeds.shape)}; for others call "
+                    "the model's generate(caption_embeds=...)"
+                )
+            return {"caption_embeds": embeds, **words}
         pixels = self.processor(images=inputs).pixel_values
         return {"pixel_values": pixels.to(self.dtype or pixels.dtype), **words}
 

@@ -20,6 +20,9 @@ from vlv.miniature.tokenizer import build_tokenizer
 torch.set_num_threads(1)
 
 TEXT_WIDTH, POSITIONS, QUERIES, VOCABULARY = 32, 12, 8, 55
+# Untrained models of the usual 0.02 hardly see their input: every image would have the same caption, and no test that
+# compares captions could fail.
+WEIGHT_SCALE = 0.3
 
 ENCODER_CONFIG = {
     "vision_config": {
@@ -30,6 +33,7 @@ ENCODER_CONFIG = {
         "patch_stride": (4, 2, 1, 1),
         "window_size": 4,
         "projection_dim": 24,
+        "initializer_range": WEIGHT_SCALE,
     },
     "text_config": {
         "model_type": "bart",
@@ -46,6 +50,7 @@ ENCODER_CONFIG = {
         "bos_token_id": 0,
         "eos_token_id": 2,
         "decoder_start_token_id": 2,
+        "init_std": WEIGHT_SCALE,
     },
 }
 
@@ -76,6 +81,7 @@ def language_model_config() -> Qwen2Config:
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,
+        initializer_range=WEIGHT_SCALE,
         tie_word_embeddings=True,
     )
 
@@ -86,6 +92,7 @@ def vlv_config(**overrides) -> VLVConfig:
         "text_encoder_config": text_encoder_config(),
         "num_queries": QUERIES,
         "task_prompt_ids": [0, 5, 2],
+        "initializer_range": WEIGHT_SCALE,
     }
     return VLVConfig(**{**fields, **overrides})
 

@@ -80,7 +80,7 @@ def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest `checkpoint-N` in a folder that was written to its end; `Trainer` writes `trainer_state.json` last."""
+    """The newest `checkpoint-N` that was written to its end: `Trainer` writes `trainer_state.json` last."""
     complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
     newest = max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
     if newest is not None:

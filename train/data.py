@@ -58,6 +58,7 @@ class ColumnDataset(Dataset):
         if isinstance(table.features[image_column], Image):
             table = table.cast_column(image_column, Image(decode=False))
         self.table, self.wanted = table, wanted
+        self.array_dtype = getattr(table.features[image_column], "dtype", "uint8")
 
     def __len__(self) -> int:
         return len(self.table)
@@ -68,7 +69,7 @@ class ColumnDataset(Dataset):
         if isinstance(item["image"], dict):  # how datasets hands over an encoded image
             item["image"] = item["image"].get("bytes") or item["image"]["path"]
         elif isinstance(item["image"], list):  # an Array3D feature
-            item["image"] = np.asarray(item["image"], dtype=np.uint8)
+            item["image"] = np.asarray(item["image"], dtype=self.array_dtype)
         return item
 
 
@@ -129,7 +130,11 @@ def _folder_pairs(folder: Path, image_column: str, caption_column: str) -> Itera
         sidecar = next((image.with_suffix(s) for s in SIDECAR_SUFFIXES if image.with_suffix(s).is_file()), None)
         if sidecar is None:
             raise ValueError(f"{image} has no caption: expected {image.stem}.txt or {image.stem}.caption beside it")
-        yield {"image": str(image), "caption": sidecar.read_text(encoding="utf-8").strip()}
+        try:
+            caption = sidecar.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{sidecar} is not UTF-8: {error}") from error
+        yield {"image": str(image), "caption": caption.strip()}
 
 
 def _jsonl_pairs(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, str]]:
@@ -174,19 +179,32 @@ def _load_table(source: str, split: str, revision: str | None) -> Any:
     return datasets.load_dataset(source, split=split, revision=revision)
 
 
+MOST_UNREADABLE_BATCHES = 100
+"""So many batches in a row without a readable item are no accident."""
+
+
 class _SkippingCollator:
-    """Leaves out what cannot be read, says which, and counts it in the batch as `num_skipped`."""
+    """Leaves out what cannot be read, says which, and counts it in the batch as `num_skipped`.
+
+    Where nothing of a batch can be read, the last item that could be is used again, since a step needs a batch.
+    """
 
     def __init__(self, on_bad_image: str = "skip"):
         if on_bad_image not in ("skip", "error"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; expected 'skip' or 'error'")
         self.on_bad_image = on_bad_image
+        self.last: tuple[dict, Any] | None = None
+        self.unreadable_batches = 0
 
     def readable(self, items: list[dict], load: Callable[[Any], Any]) -> tuple[list[dict], list[Any], int]:
         kept, pictures = [], []
         for item in items:
             try:
                 picture = load(item["image"])
+                if not isinstance(item.get("caption", ""), str):
+                    raise ValueError(
+                        f"the caption is a {type(item['caption']).__name__}, not text: {item['image']!r:.80}"
+                    )
             except ValueError as error:
                 if self.on_bad_image == "error":
                     raise
@@ -194,9 +212,15 @@ class _SkippingCollator:
                 continue
             kept.append(item)
             pictures.append(picture)
-        if not kept:
+        skipped = len(items) - len(kept)
+        self.unreadable_batches = 0 if kept else self.unreadable_batches + 1
+        if kept:
+            self.last = (kept[-1], pictures[-1])
+        elif self.last is None or self.unreadable_batches > MOST_UNREADABLE_BATCHES:
             raise ValueError(f"none of the {len(items)} images of a batch can be read; is this the right data?")
-        return kept, pictures, len(items) - len(kept)
+        else:
+            kept, pictures = [self.last[0]], [self.last[1]]
+        return kept, pictures, skipped
 
 
 class Stage1Collator(_SkippingCollator):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +27,16 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
     rest = list(arguments)
     if rest and not rest[0].startswith("-"):
         parser.set_defaults(**_read_yaml(Path(rest.pop(0)), known, parser))
-    config, unknown = parser.parse_args_into_dataclasses(rest, look_for_args_file=False, return_remaining_strings=True)
-    if unknown:
-        parser.error(_advice(unknown[0].lstrip("-").split("=")[0], known))
+    try:
+        config, unknown = parser.parse_args_into_dataclasses(
+            rest, look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:  # from the configuration's own checks
+        parser.error(str(error))
+    for name in unknown:
+        if name.endswith((".yaml", ".yml")):
+            parser.error(f"{name} must come first, before --name value")
+        parser.error(_advice(name.lstrip("-").split("=")[0], known))
     return config
 
 
@@ -55,8 +61,3 @@ def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser) -> dict[s
 def _advice(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
-
-
-def command_line() -> list[str]:
-    """The arguments of this process."""
-    return sys.argv[1:]

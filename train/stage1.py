@@ -6,6 +6,7 @@
 `configs/stage1.yaml` is the paper's recipe.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from vlv.pipelines import VLVReconstructionPipeline
 
 from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, side_by_side
 from .data import Stage1Collator, load_images
-from .parsing import command_line, parse_config
+from .parsing import parse_config
 
 TRAINABLE = ("projector", "transformer", "all")
 
@@ -230,7 +231,7 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, resuming from the last checkpoint in `output_dir` if there is one, and saves the model there."""
-    config = parse_config(Stage1Config, command_line() if arguments is None else arguments, "vlv train stage1")
+    config = parse_config(Stage1Config, sys.argv[1:] if arguments is None else arguments, "vlv train stage1")
     set_seed(config.seed)
     try:
         trainer = build_stage1(config)

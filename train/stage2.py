@@ -6,6 +6,7 @@
 `configs/stage2.yaml` is the paper's recipe.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 
 from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, write_json
 from .data import Stage2Collator, load_pairs
-from .parsing import command_line, parse_config
+from .parsing import parse_config
 
 TRAINABLE = ("projector", "projector+lm", "all")
 
@@ -180,7 +181,7 @@ def build_stage2(config: Stage2Config) -> Stage2Trainer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, resuming from the last checkpoint in `output_dir` if there is one, and saves the model there."""
-    config = parse_config(Stage2Config, command_line() if arguments is None else arguments, "vlv train stage2")
+    config = parse_config(Stage2Config, sys.argv[1:] if arguments is None else arguments, "vlv train stage2")
     set_seed(config.seed)
     try:
         trainer = build_stage2(config)

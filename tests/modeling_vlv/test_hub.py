@@ -56,6 +56,25 @@ def test_a_stage_1_export_reconstructs_but_says_that_it_cannot_caption(
         hub.load_captioner(folder)
 
 
+def test_missing_weights_are_an_error_not_a_random_start(exported):
+    from safetensors.torch import load_file, save_file
+
+    path = exported / "encoder" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.query_embeds"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights .* are missing .*query_embeds"):
+        hub.load_encoder(exported)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="damaged"):
+        hub.load_encoder(exported)
+
+
+def test_another_kind_of_model_is_named(language_model):
+    with pytest.raises(ValueError, match="model of type 'qwen2', not a VLV"):
+        hub.load_captioner(language_model)
+
+
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "nowhere"])
 def test_a_missing_folder_is_named(source):
     with pytest.raises(FileNotFoundError, match="nowhere"):

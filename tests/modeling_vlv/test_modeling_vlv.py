@@ -56,7 +56,7 @@ def test_queries_are_causal_unless_asked_otherwise(pixels):
         return (model.get_caption_embeds(pixels) - before)[:, 0].abs().max()
 
     assert change_last_query(causal) == 0
-    assert change_last_query(both_ways) > 1e-6
+    assert change_last_query(both_ways) > 1e-3
 
 
 def test_the_task_prompt_is_read(encoder, pixels):
@@ -262,6 +262,7 @@ def test_a_text_prefix_of_another_length_changes_nothing_for_its_neighbours(capt
 
 def test_captions_do_not_depend_on_their_batch(captioner, pixels):
     together = captioner.generate(pixels, max_new_tokens=6, do_sample=False)
+    assert len(set(map(tuple, together.tolist()))) == 3  # or nothing below could fail
     shuffled = captioner.generate(pixels[[2, 0, 1]], max_new_tokens=6, do_sample=False)
     assert torch.equal(shuffled, together[[2, 0, 1]])
     for i in range(3):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlv.train import Stage1Collator, Stage2Collator, load_images, load_pairs
+from vlv.train import ColumnDataset, Stage1Collator, Stage2Collator, load_images, load_pairs
 
 
 def item_pixels(dataset, image_processor) -> list[np.ndarray]:
@@ -108,8 +108,29 @@ def test_what_cannot_be_read_is_left_out_said_and_counted(processor, pictures, c
         Stage2Collator(processor, 30, on_bad_image="error")(items)
     with pytest.raises(ValueError, match="none of the 1 images"):
         Stage2Collator(processor, 30)(items[1:])
+    batch = Stage2Collator(processor, 30)([items[0], {"image": pictures[1], "caption": None}])
+    assert len(batch["labels"]) == 1 and batch["num_skipped"] == 1
+    assert "the caption is a NoneType" in caplog.text
     with pytest.raises(ValueError, match="'ignore'"):
         Stage2Collator(processor, 30, on_bad_image="ignore")
+
+
+def test_a_batch_of_which_nothing_can_be_read_does_not_end_the_training(processor, pictures):
+    collator = Stage2Collator(processor, 30)
+    good = collator([{"image": pictures[0], "caption": "a dog"}])
+    again = collator([{"image": b"no image", "caption": "a cat"}])
+    assert again["num_skipped"] == 1
+    assert torch.equal(again["pixel_values"], good["pixel_values"]) and torch.equal(again["labels"], good["labels"])
+    with pytest.raises(ValueError, match="is this the right data"):
+        for _ in range(200):
+            collator([{"image": b"no image", "caption": "a cat"}])
+
+
+def test_arrays_keep_their_type(image_processor):
+    features = datasets.Features({"image": datasets.Array3D((6, 6, 3), "float32")})
+    table = datasets.Dataset.from_dict({"image": [np.full((6, 6, 3), 0.5, np.float32)]}, features=features)
+    (pixels,) = item_pixels(ColumnDataset(table, "image", None), image_processor)
+    assert set(pixels.ravel().tolist()) == {128}
 
 
 def test_sidecars_keep_their_words(image_folder):

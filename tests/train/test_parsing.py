@@ -59,6 +59,8 @@ def test_the_papers_recipe_is_in_the_defaults_and_in_the_files(stage, config, ex
         ("seed: 1", ["--num_querys", "3"], "unknown setting 'num_querys'; did you mean 'num_queries'?"),
         ("seed: 1", ["--zzzzzz", "3"], "unknown setting 'zzzzzz'; see --help"),
         ("max_steps: many", [], "invalid int value: 'many'"),
+        ("seed: 1", ["--trainable", "everything"], "trainable is 'everything'; expected one of"),
+        ("seed: 1", ["--max_steps", "3", "other.yaml"], "other.yaml must come first"),
         ("- a list", [], "must hold `name: value` lines"),
         ("a: [", [], "is no YAML"),
     ],
