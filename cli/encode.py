@@ -1,6 +1,7 @@
 """`vlv encode`: images to caption embeddings."""
 
 import argparse
+import time
 
 import torch
 from safetensors.torch import save_file
@@ -37,13 +38,22 @@ def run(arguments: argparse.Namespace) -> int:
         )
     tally = Tally()
     embeddings: dict[str, torch.Tensor] = {}
+    written, next_write = 0, 0.0
+
+    def write() -> None:
+        write_atomically(output, lambda path: save_file(embeddings, path, metadata={"model": source}))
+
     try:
         for names, batch in batches(images, image_processor, arguments.batch_size, tally):
             with torch.no_grad():
                 rows = model.get_caption_embeds(batch["pixel_values"].to(model.device, model.dtype))
             embeddings |= {name: row.cpu().contiguous().clone() for name, row in zip(names, rows, strict=True)}
             tally.done += len(names)
+            if time.monotonic() >= next_write:  # as results come, but not more than a twentieth of the time
+                start = time.monotonic()
+                write()
+                written, next_write = tally.done, time.monotonic() + 20 * (time.monotonic() - start)
     finally:  # an interrupted run keeps what is done
-        if embeddings:
-            write_atomically(output, lambda path: save_file(embeddings, path, metadata={"model": source}))
+        if tally.done > written:
+            write()
     return tally.close("encoded", str(output))

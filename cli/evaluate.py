@@ -1,10 +1,11 @@
 """`vlv evaluate`: figures of a model, printed and written as JSON."""
 
 import argparse
+from typing import Any
 
 from .caption import positive
-from .models import choose_model, loading, output_path
-from .output import write_json
+from .models import choose_model, output_path
+from .output import GrowingJson
 
 
 def add_parser(commands) -> None:
@@ -26,7 +27,11 @@ def run_miniature(arguments: argparse.Namespace) -> int:
 
     output = output_path(arguments.output, ".json")
     folder = choose_model(arguments)
-    with loading(folder):
-        figures = evaluate_miniature(folder, n=arguments.scenes)
-    write_json(output, figures)
+    with GrowingJson(output) as report:
+
+        def record(part: str, figures: Any) -> None:
+            print(f"{part}: {figures}", flush=True)
+            report.save({part: figures})
+
+        evaluate_miniature(folder, record, n=arguments.scenes)
     return 0

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         return options.run(options)
-    except UserError as error:
+    except (UserError, ImportError) as error:  # the second: an extra is not installed, and the message says which
         print(f"vlv: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlv.evaluation import EncoderFeatures, as_bytes, inception_is_at_hand, picture_metrics, set_metrics
+from vlv.evaluation import EncoderFeatures, SetMeter, inception_is_at_hand, picture_metrics
 from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
 from .caption import positive
@@ -62,18 +62,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     sheet = output_path(arguments.sheet, ".png") if arguments.sheet else None
     folder, tally = Path(arguments.output_dir), Tally()
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    meter = _meter(pipeline)
+    on_sheet: list[tuple[Image.Image, Image.Image]] = []
     with GrowingJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
         per_image: dict[str, Any] = {}
         for batch in _readable_batches(images, pipeline, size, arguments.batch_size, tally):
-            pictures = draw(pipeline, [item for item, _ in batch], size, arguments)
-            for (item, original), picture in zip(batch, pictures, strict=True):
-                per_image[item.name] = _write(folder, item, original, picture, pairs)
+            drawn = [_to_image(picture) for picture in draw(pipeline, [item for item, _ in batch], size, arguments)]
+            for (item, original), picture in zip(batch, drawn, strict=True):
+                per_image[item.name] = _write(folder, item, original, picture)
                 tally.done += 1
+                if original is not None:
+                    if meter is not None:
+                        meter.update(_to_bytes(picture), _to_bytes(original))
+                    if sheet is not None:
+                        on_sheet.append((original, picture))
             report.save({"pictures": per_image, "failed": tally.failed})
-        report.save({"set": _set_metrics(pairs, pipeline), "failed": tally.failed})
-    if sheet is not None and pairs:
-        write_atomically(sheet, contact_sheet(pairs).save)
+        report.save({"set": _set_metrics(meter), "failed": tally.failed})
+    if sheet is not None and on_sheet:
+        write_atomically(sheet, contact_sheet(on_sheet).save)
     return tally.close("reconstructed", str(folder))
 
 
@@ -103,22 +109,26 @@ def draw(
     )
 
 
-def contact_sheet(pairs: list[tuple[torch.Tensor, torch.Tensor]], columns: int = 8, margin: int = 4) -> Image.Image:
-    """Reconstructions and originals `(3, H, W)` in 0..1 as rows of originals, each above a row of reconstructions."""
-    _, height, width = pairs[0][0].shape
+def contact_sheet(pairs: list[tuple[Image.Image, Image.Image]], columns: int = 6, margin: int = 4) -> Image.Image:
+    """Rows of originals, each above a row of their reconstructions."""
+    width, height = pairs[0][1].size
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
     sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (2 * height + 2 * margin) + margin), "white")
-    for index, (picture, original) in enumerate(pairs):
+    for index, (original, picture) in enumerate(pairs):
         left = margin + index % columns * (width + margin)
         top = margin + index // columns * (2 * height + 2 * margin)
-        sheet.paste(_to_image(original), (left, top))
-        sheet.paste(_to_image(picture), (left, top + height))
+        sheet.paste(original, (left, top))
+        sheet.paste(picture, (left, top + height))
     return sheet
 
 
 def _to_image(picture: torch.Tensor) -> Image.Image:
     return Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+def _to_bytes(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
 
 
 def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
@@ -154,10 +164,7 @@ def _readable_batches(images, pipeline, size: int, batch_size: int, tally: Tally
         yield batch
 
 
-def _write(
-    folder: Path, item: Input, original: Image.Image | None, picture: torch.Tensor, pairs: list
-) -> dict[str, Any]:
-    drawn = _to_image(picture)
+def _write(folder: Path, item: Input, original: Image.Image | None, drawn: Image.Image) -> dict[str, Any]:
     parts = ["_" if part == ".." else part for part in Path(item.name).parts if part != "/"]
     name = Path(*parts).as_posix() + ".png"  # a.jpg and a.png may stand side by side
     write_atomically(folder / "reconstructions" / name, lambda path: drawn.save(path))
@@ -167,26 +174,23 @@ def _write(
     pair.paste(original, (0, 0))
     pair.paste(drawn, (original.width, 0))
     write_atomically(folder / "side_by_side" / name, lambda path: pair.save(path))
-    truth = torch.from_numpy(np.asarray(original).copy()).permute(2, 0, 1) / 255
-    pairs.append((picture, truth))
     try:
-        return picture_metrics(picture, truth)
+        return picture_metrics(_to_bytes(drawn)[0] / 255, _to_bytes(original)[0] / 255)
     except ImportError:
         return {}
 
 
-def _set_metrics(
-    pairs: list[tuple[torch.Tensor, torch.Tensor]], pipeline: VLVReconstructionPipeline
-) -> dict[str, Any]:
-    if not pairs:
-        return {"note": "no originals to compare with"}
-    features: dict[str, Any] = {}
-    if not inception_is_at_hand():
-        module = EncoderFeatures(pipeline.encoder, pipeline.image_processor)
-        features = {"features": module, "features_name": "this VLV's mean image token (Inception is not at hand)"}
+def _meter(pipeline: VLVReconstructionPipeline) -> SetMeter | None:
     try:
-        return dataclasses.asdict(
-            set_metrics(as_bytes([p for p, _ in pairs]), as_bytes([t for _, t in pairs]), **features)
-        )
-    except ImportError as error:
-        return {"note": str(error)}
+        if inception_is_at_hand():
+            return SetMeter()
+        features = EncoderFeatures(pipeline.encoder, pipeline.image_processor)
+        return SetMeter(features, "this VLV's mean image token (Inception is not at hand)")
+    except ImportError:
+        return None
+
+
+def _set_metrics(meter: SetMeter | None) -> dict[str, Any]:
+    if meter is None:
+        return {"note": "metrics need the eval extra: pip install 'vlv[eval]'"}
+    return dataclasses.asdict(meter.compute())

@@ -1,12 +1,5 @@
-"""Metrics of pictures and captions."""
+"""Metrics of pictures."""
 
-from .metrics import (
-    EncoderFeatures,
-    SetMetrics,
-    as_bytes,
-    inception_is_at_hand,
-    picture_metrics,
-    set_metrics,
-)
+from .metrics import EncoderFeatures, SetMeter, SetMetrics, inception_is_at_hand, picture_metrics
 
-__all__ = ["EncoderFeatures", "SetMetrics", "as_bytes", "inception_is_at_hand", "picture_metrics", "set_metrics"]
+__all__ = ["EncoderFeatures", "SetMeter", "SetMetrics", "inception_is_at_hand", "picture_metrics"]

@@ -1,6 +1,5 @@
 """How like two pictures, or two sets of pictures, are. The measuring is torchmetrics'."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,45 +47,57 @@ class SetMetrics:
     note: str
 
 
-def set_metrics(
-    pictures: torch.Tensor, originals: torch.Tensor, features: nn.Module | None = None, features_name: str = ""
-) -> SetMetrics:
-    """FID and KID between two sets.
+class SetMeter:
+    """Gathers two sets batch by batch and gives FID and KID between them; only features are kept.
 
     Args:
-        pictures, originals: `(N, 3, H, W)` uint8.
-        features: Maps uint8 pictures to `(N, width)` features. Without it Inception, whose weights torch-fidelity must
-            have at hand.
+        features: Maps uint8 pictures to `(N, width)` features on the CPU. Without it Inception, whose weights
+            torch-fidelity must have at hand.
         features_name: Named in the result, since figures of different features cannot be compared.
 
     Raises:
-        ValueError: If the sets are not both `(N, 3, H, W)` uint8.
+        ImportError: If torchmetrics is not installed.
     """
-    for name, images in (("pictures", pictures), ("originals", originals)):
-        if images.ndim != 4 or images.dtype != torch.uint8:
-            raise ValueError(f"{name} must be (N, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
-    count = min(len(pictures), len(originals))
-    name = features_name or ("Inception-v3, 2048 features" if features is None else type(features).__name__)
-    if count < 2:
-        return SetMetrics(name, count, None, None, f"{count} picture is no set: FID and KID need at least 2")
-    _torchmetrics()
-    from torchmetrics.image.fid import FrechetInceptionDistance  # torchmetrics.image has them with torch-fidelity only
-    from torchmetrics.image.kid import KernelInceptionDistance
 
-    feature: Any = 2048 if features is None else features
-    fid = FrechetInceptionDistance(feature=feature)
-    kid = KernelInceptionDistance(feature=feature, subset_size=min(count, 1000), subsets=10)
-    torch.manual_seed(0)  # KID draws its subsets
-    for metric in (fid, kid):
-        for chunk in originals.split(64):
-            metric.update(chunk, real=True)
-        for chunk in pictures.split(64):
-            metric.update(chunk, real=False)
-    if count < FID_MEANINGFUL:
-        note = f"{count} pictures are too few for FID and KID to mean anything; use at least {FID_MEANINGFUL}"
-    else:
-        note = "comparable only with figures of the same features and the same number of pictures"
-    return SetMetrics(name, count, round(fid.compute().item(), 4), round(kid.compute()[0].item(), 6), note)
+    def __init__(self, features: nn.Module | None = None, features_name: str = ""):
+        _torchmetrics()
+        from torchmetrics.image.fid import FrechetInceptionDistance  # torchmetrics.image: only with torch-fidelity
+        from torchmetrics.image.kid import KernelInceptionDistance
+
+        feature: Any = 2048 if features is None else features
+        self.features = features_name or (
+            "Inception-v3, 2048 features" if features is None else type(features).__name__
+        )
+        self.fid = FrechetInceptionDistance(feature=feature)
+        self.kid = KernelInceptionDistance(feature=feature, subset_size=2, subsets=10)
+        self.count = 0
+
+    def update(self, pictures: torch.Tensor, originals: torch.Tensor) -> None:
+        """Adds pictures and their originals, both `(N, 3, H, W)` uint8; raises `ValueError` for anything else."""
+        for name, images in (("pictures", pictures), ("originals", originals)):
+            if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+                raise ValueError(f"{name} must be (N, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}")
+        if len(pictures) != len(originals):
+            raise ValueError(f"{len(pictures)} pictures for {len(originals)} originals")
+        for metric in (self.fid, self.kid):
+            metric.update(originals, real=True)
+            metric.update(pictures, real=False)
+        self.count += len(pictures)
+
+    def compute(self) -> SetMetrics:
+        """The figures, with a word on what they are worth."""
+        if self.count < 2:
+            return SetMetrics(self.features, self.count, None, None, "FID and KID are of sets: at least 2 pictures")
+        self.kid.subset_size = min(self.count, 1000)
+        with torch.random.fork_rng():  # KID draws its subsets
+            torch.manual_seed(0)
+            kid = self.kid.compute()[0].item()
+        fid = self.fid.compute().item()
+        if self.count < FID_MEANINGFUL:
+            note = f"{self.count} pictures are too few for FID and KID to mean anything; use at least {FID_MEANINGFUL}"
+        else:
+            note = "comparable only with figures of the same features and the same number of pictures"
+        return SetMetrics(self.features, self.count, round(fid, 4), round(kid, 6), note)
 
 
 class EncoderFeatures(nn.Module):
@@ -112,8 +123,3 @@ def inception_is_at_hand() -> bool:
     except ImportError:
         return False
     return any((Path(torch.hub.get_dir()) / "checkpoints").glob("weights-inception-2015-12-05-*.pth"))
-
-
-def as_bytes(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Pictures `(3, H, W)` in 0..1 as one `(N, 3, H, W)` uint8 tensor."""
-    return (torch.stack(list(pictures)) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,6 +1,5 @@
 """Every figure of the miniature, measured on scenes that nothing but the judge has seen."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,51 +30,36 @@ def evaluation_items(split: str, n: int) -> tuple[torch.Tensor, list]:
     return torch.stack([item["pixels"] for item in items]), [item["scene"] for item in items]
 
 
-def evaluate_miniature(
-    folder: str | Path, n: int = 500, steps: int = 25, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n: int = 500, steps: int = 25) -> None:
     """Measures autoencoder, teacher, stage 1 and stage 2.
 
     Args:
         folder: The miniature, in the Hub's layout, with its recogniser.
+        record: Called with the name of a part and its figures, as they come.
         n: Scenes of each split.
         steps: Denoising steps.
-        say: Told of each figure as it comes.
     """
     recogniser = Recogniser.load(Path(folder) / RECOGNISER_FILE)
     reconstruction = load_reconstruction(folder)
     reconstruction.set_progress_bar_config(disable=True)
     captioner, processor = hub.load_captioner(folder)
-    results: dict[str, Any] = {"scenes of each split": n, "denoising steps": steps}
-
-    def record(part: str, figures: Any, start: float) -> None:
-        results[part] = figures
-        say(f"{part}: {figures}  ({time.perf_counter() - start:.0f} s)")
-
+    record("settings", {"scenes of each split": n, "denoising steps": steps})
     for split in SPLITS:
         pixels, scenes = evaluation_items(split, n)
-        start = time.perf_counter()
-        record(f"judge on clean pictures, {split}", judge_accuracy(recogniser, split, n), start)
-        start = time.perf_counter()
+        record(f"judge on clean pictures, {split}", judge_accuracy(recogniser, split, n))
         rebuilt = torch.cat([reconstruct_pixels(reconstruction.vae, chunk) for chunk in pixels.split(64)])
         figures = {"psnr": round(measure_psnr(reconstruction.vae, split, n), 2)}
-        record(f"autoencoder, {split}", figures | score_scenes(recogniser.read(rebuilt), scenes), start)
+        record(f"autoencoder, {split}", figures | score_scenes(recogniser.read(rebuilt), scenes))
         for guidance in GUIDANCE:
-            start = time.perf_counter()
             scores, _ = prompt_alignment(
                 teacher_of(reconstruction), recogniser, split, n, guidance_scale=guidance, num_inference_steps=steps
             )
-            record(f"teacher's pictures of prompts, {split}, guidance {guidance:g}", scores, start)
+            record(f"teacher's pictures of prompts, {split}, guidance {guidance:g}", scores)
         for guidance in GUIDANCE[:2]:
-            start = time.perf_counter()
             drawn = reconstruct(reconstruction, pixels, guidance, steps)
-            record(
-                f"reconstructions, {split}, guidance {guidance:g}", score_scenes(recogniser.read(drawn), scenes), start
-            )
-        start = time.perf_counter()
+            record(f"reconstructions, {split}, guidance {guidance:g}", score_scenes(recogniser.read(drawn), scenes))
         captions = write_captions(captioner, processor, pixels)
-        record(f"captions, {split}", score_scenes([parse_caption(c) for c in captions], scenes), start)
-    return results
+        record(f"captions, {split}", score_scenes([parse_caption(c) for c in captions], scenes))
 
 
 def teacher_of(pipeline: VLVReconstructionPipeline) -> StableDiffusionPipeline:
