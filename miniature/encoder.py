@@ -21,6 +21,7 @@ from .teacher import build_scheduler
 from .training import SceneDataset
 
 NUM_QUERIES = 24
+INITIALIZER_RANGE = 0.09  # 1 / sqrt(width): at the usual 0.02 an untrained encoder this narrow hardly sees its image
 MIN_TIMESTEP = 400  # below it a wrong caption costs the teacher a fifth of what it costs above (README, "Stage 1")
 
 
@@ -44,6 +45,7 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
                 "projection_dim": width,
                 "max_position_embeddings": 8,
                 "max_temporal_embeddings": 1,
+                "initializer_range": INITIALIZER_RANGE,
             },
             "text_config": {
                 "model_type": "bart",
@@ -57,6 +59,7 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
                 "decoder_ffn_dim": 384,
                 "max_position_embeddings": 80,
                 "dropout": 0.0,
+                "init_std": INITIALIZER_RANGE,
                 "attention_dropout": 0.0,
                 "activation_dropout": 0.0,
                 "pad_token_id": 1,
@@ -68,6 +71,7 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
         },
         text_encoder_config=text_encoder_config,
         num_queries=NUM_QUERIES,
+        initializer_range=0.04,
     )
 
 

@@ -28,7 +28,8 @@ def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
     """A sentence that states exactly what the scene holds, objects in the order of places.
 
     Args:
-        scene: What to describe.
+        scene: What to describe. Without a background, or without objects, the sentence is silent about them; a scene
+            of neither has an empty caption.
         rng: Draws the phrasing; without it the plain sentence is written, e.g. "a large apple at the top left and a
             small dog at the bottom right, on a light blue background".
 
@@ -41,6 +42,10 @@ def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
     objects = chosen.choice((" and ", " , and "[1:], ", ")).join(parts[-2:])
     if len(parts) > 2:
         objects = ", ".join([*parts[:-2], objects])
+    if not scene.objects:
+        return f"a {scene.background} background" if scene.background else ""
+    if scene.background is None:
+        return chosen.choice(OPENINGS) + objects
     template = chosen.choice(ENDINGS if chosen.random() < 0.6 else BEGINNINGS)
     if template in ENDINGS:
         objects = chosen.choice(OPENINGS) + objects

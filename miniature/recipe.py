@@ -42,10 +42,26 @@ def _teacher(root: Path) -> None:
     train_teacher(root / "teacher", root / "work" / "teacher", root / "autoencoder", root / RECOGNISER_FILE)
 
 
+def _teacher_of_careless_captions(root: Path) -> None:
+    from .teacher import train_teacher
+
+    train_teacher(
+        root / "teacher-2",
+        root / "work" / "teacher-2",
+        root / "autoencoder",
+        root / RECOGNISER_FILE,
+        images=96_000,
+        learning_rate=6e-4,
+        seed=10,
+        partial=0.5,
+        start=root / "teacher",
+    )
+
+
 def _encoder(root: Path) -> None:
     from .encoder import train_encoder
 
-    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher", root / RECOGNISER_FILE)
+    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher-2", root / RECOGNISER_FILE)
 
 
 def _language_model(root: Path) -> None:
@@ -64,6 +80,7 @@ PARTS = {
     "recogniser": Part(_recogniser, RECOGNISER_FILE),
     "autoencoder": Part(_autoencoder, "autoencoder/diffusion_pytorch_model.safetensors", parallel=True),
     "teacher": Part(_teacher, "teacher/model_index.json", parallel=True),
+    "teacher-2": Part(_teacher_of_careless_captions, "teacher-2/model_index.json", parallel=True),
     "encoder": Part(_encoder, "encoder/preprocessor_config.json", parallel=True),
     "language-model": Part(_language_model, "language-model/tokenizer_config.json"),
     "captioner": Part(_captioner, "captioner/processor_config.json", parallel=True),
@@ -80,7 +97,7 @@ def assemble(root: Path, output: Path) -> None:
         output,
         captioner=VLVForConditionalGeneration.from_pretrained(root / "captioner"),
         processor=VLVProcessor.from_pretrained(root / "captioner"),
-        decoder=root / "teacher",
+        decoder=root / "teacher-2",
         dtype=torch.float16,
     )
     shutil.copyfile(root / RECOGNISER_FILE, output / RECOGNISER_FILE)

@@ -190,12 +190,22 @@ def train_teacher(
     batch_size: int = 128,
     learning_rate: float = 1.5e-3,
     seed: int = 0,
+    partial: float = 0.0,
+    start: str | Path | None = None,
 ) -> None:
-    """Trains text encoder and UNet on captioned scenes of `train`; saves a `StableDiffusionPipeline`."""
+    """Trains text encoder and UNet on captioned scenes of `train`; saves a `StableDiffusionPipeline`.
+
+    Args:
+        partial: The share of captions that leave things out.
+        start: A teacher to go on from.
+    """
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_dir)
     tokenizer = build_tokenizer(for_text_encoder=True)
     text_encoder, unet = build_text_encoder(tokenizer), build_unet(autoencoder.config.latent_channels)
+    if start is not None:
+        text_encoder = CLIPTextModel.from_pretrained(start, subfolder="text_encoder")
+        unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet")
     module = TeacherLoss(text_encoder, unet, autoencoder)
     trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     Path(work_dir).mkdir(parents=True, exist_ok=True)
@@ -203,7 +213,7 @@ def train_teacher(
     judging = AlignmentCallback(averaging.average, autoencoder, Recogniser.load(recogniser_path), 300, Path(work_dir))
     train_module(
         module,
-        SceneDataset(images, seed=seed + 1, fields=("pixels", "caption")),
+        SceneDataset(images, seed=seed + 1, fields=("pixels", "caption"), partial=partial),
         work_dir,
         batch_size=batch_size,
         learning_rate=learning_rate,

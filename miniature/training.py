@@ -20,7 +20,7 @@ from vlv.train import SeedOfItsOwn
 
 from .grammar import write_caption
 from .render import render
-from .world import OBJECTS, sample_scenes
+from .world import Scene, sample_scenes
 
 EVALUATION_SEED = 1_000_003
 
@@ -28,7 +28,8 @@ EVALUATION_SEED = 1_000_003
 class SceneDataset(Dataset):
     """`length` scenes of a split, each drawn, rendered and described from its own number, so that any can be remade.
 
-    Items hold `pixels`, a `(3, 64, 64)` uint8 tensor, `scene`, and `caption`; `fields` chooses which.
+    Items hold `pixels`, a `(3, 64, 64)` uint8 tensor, `scene`, and `caption`; `fields` chooses which. Of a share
+    `partial` of the scenes the caption leaves out each object, and the background, with even chance.
     """
 
     def __init__(
@@ -37,9 +38,9 @@ class SceneDataset(Dataset):
         split: str | None = "train",
         seed: int = 0,
         fields: tuple[str, ...] = ("pixels",),
-        concepts: int = len(OBJECTS),
+        partial: float = 0.0,
     ):
-        self.length, self.split, self.seed, self.fields, self.concepts = length, split, seed, fields, concepts
+        self.length, self.split, self.seed, self.fields, self.partial = length, split, seed, fields, partial
 
     def __len__(self) -> int:
         return self.length
@@ -48,15 +49,22 @@ class SceneDataset(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        scene = next(sample_scenes(rng, self.split, self.concepts))
+        scene = next(sample_scenes(rng, self.split))
         item: dict = {}
         if "pixels" in self.fields:
             item["pixels"] = torch.from_numpy(render(scene, rng)).permute(2, 0, 1)
         if "caption" in self.fields:
-            item["caption"] = write_caption(scene, rng)
+            told = leave_out(scene, rng) if rng.random() < self.partial else scene
+            item["caption"] = write_caption(told, rng)
         if "scene" in self.fields:
             item["scene"] = scene
         return item
+
+
+def leave_out(scene: Scene, rng: random.Random) -> Scene:
+    """The scene less some of its objects, and perhaps its background: what a careless caption tells of it."""
+    objects = tuple(o for o in scene.objects if rng.random() < 0.5)
+    return Scene(scene.background if rng.random() < 0.5 else None, objects)
 
 
 class MovingAverage(TrainerCallback):

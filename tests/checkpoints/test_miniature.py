@@ -16,6 +16,9 @@ from vlv.miniature.recogniser import Recogniser, judge_accuracy
 from vlv.miniature.scoring import score_scenes
 from vlv.pipelines import load_reconstruction
 
+pytestmark = pytest.mark.skipif(
+    not (MINIATURE / "config.json").is_file(), reason="no miniature is embedded yet; `make miniature` trains one"
+)
 N = 48  # scenes: enough to see a broken part, few enough to be quick
 
 

@@ -10,7 +10,7 @@ from vlv.miniature.grammar import MAX_WORDS, parse_caption, write_caption
 from vlv.miniature.render import IMAGE_SIZE, artwork, render
 from vlv.miniature.scoring import score_scenes
 from vlv.miniature.tokenizer import TEXT_POSITIONS, build_tokenizer
-from vlv.miniature.training import SceneDataset
+from vlv.miniature.training import SceneDataset, leave_out
 from vlv.miniature.world import (
     BACKGROUNDS,
     CODEPOINTS,
@@ -93,6 +93,19 @@ def test_the_plain_sentence_is_the_one_of_the_design():
         write_caption(scene)
         == "a large apple at the top left and a small dog at the bottom right, on a light blue background"
     )
+
+
+def test_a_careless_caption_leaves_things_out_and_adds_nothing():
+    rng = random.Random(5)
+    empty = whole = 0
+    for scene in some("train", 400):
+        told = leave_out(scene, rng)
+        caption = write_caption(told, rng)
+        assert parse_caption(caption) == told
+        assert set(told.objects) <= set(scene.objects) and told.background in (None, scene.background)
+        empty += caption == ""
+        whole += told == scene
+    assert empty > 20 and whole > 20
 
 
 @pytest.mark.parametrize("caption", ["", "nothing of this world", "a large at the", "a green background"])
