@@ -1,5 +1,6 @@
 """What a stranger installs works: every package imports from the wheel, outside the checkout, and stays light."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -21,6 +22,7 @@ def run(*command: str, cwd: Path) -> str:
 def installed(tmp_path_factory) -> Path:
     """The Python of an environment that has the wheel and, beside it, only this environment's libraries."""
     folder = tmp_path_factory.mktemp("installed")
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # or setuptools would ship what an earlier build left there
     run(sys.executable, "-m", "build", "--wheel", "--outdir", str(folder / "dist"), str(ROOT), cwd=folder)
     venv.create(folder / "env", with_pip=True)
     python = folder / "env" / "bin" / "python"

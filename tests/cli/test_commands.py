@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlv.cli.main import main
-from vlv.cli.output import GrowingJson
+from vlv.cli.output import GrowingJson, write_atomically
 
 READABLE = ["good.png", "palette.png", "sixteen.png", "sub/cmyk.JPG", "sub/good.png"]
 UNREADABLE = ["empty.webp", "text.png", "truncated.jpg"]
@@ -145,6 +145,33 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, words, model_folder,
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half of")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_cut_short_before_its_first_result_leaves_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"a": 1}')
+    with pytest.raises(KeyboardInterrupt), GrowingJson(path):
+        raise KeyboardInterrupt
+    assert path.read_text() == '{"a": 1}'
+
+
+def test_file_names_that_are_no_unicode_are_kept(tmp_path):
+    with GrowingJson(tmp_path / "results.json") as results:
+        results.save({"caf\udce9.png": "a dog"})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"caf\udce9.png": "a dog"}
 
 
 def test_a_growing_file_is_whole_at_every_moment(tmp_path):
