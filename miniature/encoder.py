@@ -114,7 +114,7 @@ def train_encoder(
     recogniser_path: str | Path,
     images: int = 150_000,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 8e-4,
     seed: int = 0,
     **arguments,
 ) -> None:
@@ -133,7 +133,7 @@ def train_encoder(
         learning_rate=learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
-        warmup_steps=100,
+        warmup_steps=300,
         timestep_sampling="stratified",
         min_timestep=MIN_TIMESTEP,
         logging_steps=25,

@@ -50,7 +50,7 @@ def _teacher_of_careless_captions(root: Path) -> None:
         root / "work" / "teacher-2",
         root / "autoencoder",
         root / RECOGNISER_FILE,
-        images=96_000,
+        images=51_200,
         learning_rate=6e-4,
         seed=10,
         partial=0.5,
