@@ -193,6 +193,7 @@ def _export_decoder(root: Path, decoder: str | os.PathLike | DiffusionPipeline, 
             part.to(before)
         else:
             part.save_pretrained(root / name)
+        _forget_origin(root / name / "config.json")
     index = {
         "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
         "_diffusers_version": diffusers_version,
@@ -205,6 +206,14 @@ def _export_decoder(root: Path, decoder: str | os.PathLike | DiffusionPipeline, 
         "_ignore_files": ["model.safetensors.index.json", LANGUAGE_MODEL_FILE],
     }
     _write_json(root / "model_index.json", index)
+
+
+def _forget_origin(path: Path) -> None:
+    """Takes the exporter's own path out of a part's configuration, where diffusers leaves it."""
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values.pop("_name_or_path", None)
+        _write_json(path, values)
 
 
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -33,6 +33,11 @@ def test_no_weight_is_stored_twice(exported):
     assert not [name for name in names if "lm_head" in name]  # tied to the word embeddings
 
 
+def test_no_path_of_the_exporters_machine_goes_along(exported, stable_diffusion):
+    for path in exported.rglob("*.json"):
+        assert str(stable_diffusion) not in path.read_text(encoding="utf-8"), path
+
+
 def test_stored_in_half_precision_it_loads_as_float32(tmp_path, captioner, processor, stable_diffusion):
     folder = hub.export(
         tmp_path / "half", captioner=captioner, processor=processor, decoder=stable_diffusion, dtype=torch.float16
