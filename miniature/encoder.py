@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import nn
 from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -21,6 +22,7 @@ from .teacher import build_scheduler
 from .training import SceneDataset
 
 NUM_QUERIES = 24
+GRID = 8  # the vision tower leaves 8 x 8 places
 INITIALIZER_RANGE = 0.09  # 1 / sqrt(width): at the usual 0.02 an untrained encoder this narrow hardly sees its image
 MIN_TIMESTEP = 400  # below it a wrong caption costs the teacher a fifth of what it costs above (README, "Stage 1")
 
@@ -75,6 +77,34 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
     )
 
 
+@torch.no_grad()
+def initialise(model: VLVModel, position_scale: float = 3.0, branch_scale: float = 0.1) -> None:
+    """Gives an untrained encoder what pretraining gives a Florence-2: a sense of place.
+
+    By the library's own initial weights positions are 150 times fainter than what the vision tower sees, and every
+    residual branch of the transformer is as loud as what it is added to. Queries then see the mean of the picture: even
+    when told the truth they learn no object within 12,800 pictures. From these weights they name 0.86 of all.
+
+    - Position embeddings become as strong as the features that they are added to (`position_scale`).
+    - Self-attention and feed-forward layers start near zero (`branch_scale`), so that tokens pass as they are.
+    - Every query starts as the position code of one of 24 places, and cross-attention as the likeness of the two.
+    """
+    projector, transformer = model.encoder.multi_modal_projector, model.encoder.language_model
+    positions = projector.image_position_embed
+    for embedding in (positions.row_embeddings, positions.column_embeddings):
+        nn.init.normal_(embedding.weight, std=position_scale)
+    blank = torch.zeros(1, projector.vision_embedding_dim, GRID, GRID)
+    places = positions(blank).flatten(2).transpose(1, 2)  # (1, 64, d)
+    codes = projector.image_proj_norm(projector.image_projection(places))[0]  # (64, d_model)
+    anchors = [row * GRID + column for row in (1, 2, 5, 6) for column in (0, 1, 3, 4, 6, 7)]
+    model.query_embeds.copy_(codes[anchors][None])
+    for layer in transformer.decoder.layers:
+        layer.encoder_attn.q_proj.weight.copy_(layer.encoder_attn.k_proj.weight)
+    for layer in [*transformer.encoder.layers, *transformer.decoder.layers]:
+        layer.self_attn.out_proj.weight.mul_(branch_scale)
+        layer.fc2.weight.mul_(branch_scale)
+
+
 def build_image_processor() -> VLVImageProcessor:
     """64 x 64, no crop."""
     return VLVImageProcessor(size={"height": 64, "width": 64})
@@ -112,9 +142,9 @@ def train_encoder(
     work_dir: str | Path,
     teacher_dir: str | Path,
     recogniser_path: str | Path,
-    images: int = 150_000,
+    images: int = 240_000,
     batch_size: int = 64,
-    learning_rate: float = 8e-4,
+    learning_rate: float = 1e-3,
     seed: int = 0,
     **arguments,
 ) -> None:
@@ -123,6 +153,7 @@ def train_encoder(
     torch.manual_seed(seed)
     model = VLVModel(build_encoder_config(teacher.text_encoder.config))
     model.text_encoder.load_state_dict(teacher.text_encoder.state_dict())
+    initialise(model)
     freeze_for_stage1(model, "all")
     config = Stage1Config(
         output_dir=str(work_dir),
@@ -139,7 +170,7 @@ def train_encoder(
         logging_steps=25,
         save_steps=250,
         save_total_limit=1,
-        sample_steps=250,
+        sample_steps=500,
         sample_images=16,
         dataloader_num_workers=0,
         dataloader_drop_last=True,

@@ -58,10 +58,27 @@ def _teacher_of_careless_captions(root: Path) -> None:
     )
 
 
+def _teacher_of_blurred_words(root: Path) -> None:
+    from .teacher import train_teacher
+
+    train_teacher(
+        root / "teacher-3",
+        root / "work" / "teacher-3",
+        root / "autoencoder",
+        root / RECOGNISER_FILE,
+        images=51_200,
+        learning_rate=8e-4,
+        seed=20,
+        partial=0.5,
+        blurred=0.5,
+        start=root / "teacher-2",
+    )
+
+
 def _encoder(root: Path) -> None:
     from .encoder import train_encoder
 
-    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher-2", root / RECOGNISER_FILE)
+    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher-3", root / RECOGNISER_FILE)
 
 
 def _language_model(root: Path) -> None:
@@ -81,6 +98,7 @@ PARTS = {
     "autoencoder": Part(_autoencoder, "autoencoder/diffusion_pytorch_model.safetensors", parallel=True),
     "teacher": Part(_teacher, "teacher/model_index.json", parallel=True),
     "teacher-2": Part(_teacher_of_careless_captions, "teacher-2/model_index.json", parallel=True),
+    "teacher-3": Part(_teacher_of_blurred_words, "teacher-3/model_index.json", parallel=True),
     "encoder": Part(_encoder, "encoder/preprocessor_config.json", parallel=True),
     "language-model": Part(_language_model, "language-model/tokenizer_config.json"),
     "captioner": Part(_captioner, "captioner/processor_config.json", parallel=True),
@@ -97,7 +115,7 @@ def assemble(root: Path, output: Path) -> None:
         output,
         captioner=VLVForConditionalGeneration.from_pretrained(root / "captioner"),
         processor=VLVProcessor.from_pretrained(root / "captioner"),
-        decoder=root / "teacher-2",
+        decoder=root / "teacher-3",
         dtype=torch.float16,
     )
     shutil.copyfile(root / RECOGNISER_FILE, output / RECOGNISER_FILE)

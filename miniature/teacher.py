@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.masking_utils import create_causal_mask
 
 from .recogniser import Recogniser
 from .scoring import score_scenes
@@ -70,12 +71,43 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def blur_words(input_ids: torch.Tensor, table: torch.Tensor, share: float) -> torch.Tensor:
+    """Word embeddings `(B, L, d)`, of a share of the rows mixed with other words' or with nothing.
+
+    Of each such row, a share of the words drawn evenly from 0 to 1 becomes `a * right + (1 - a) * other`: `a` is even
+    from 0 to 1, and `other` a random word's embedding or, half of the time, zero. So the denoiser learns what half a
+    word is worth.
+    """
+    embeds = table[input_ids]
+    shape = input_ids.shape
+    rate = torch.rand(shape[0], 1) * (torch.rand(shape[0], 1) < share)
+    weight = torch.where(torch.rand(shape) < rate, torch.rand(shape), torch.ones(shape))[..., None]
+    other = table[torch.randint(len(table), shape)] * (torch.rand(shape) < 0.5)[..., None]
+    return weight * embeds + (1 - weight) * other
+
+
+def encode_embeds(text_encoder: CLIPTextModel, embeds: torch.Tensor) -> torch.Tensor:
+    """The text encoder's last hidden state for embeddings in place of words."""
+    hidden = text_encoder.embeddings(inputs_embeds=embeds)
+    mask = create_causal_mask(
+        config=text_encoder.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+    )
+    states = text_encoder.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+    return text_encoder.final_layer_norm(states)
+
+
 class TeacherLoss(nn.Module):
     """Denoising loss of latents under their captions; the autoencoder stands outside, frozen."""
 
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, autoencoder: AutoencoderKL):
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        unet: UNet2DConditionModel,
+        autoencoder: AutoencoderKL,
+        blurred: float = 0.0,
+    ):
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.text_encoder, self.unet, self.blurred = text_encoder, unet, blurred
         self.scheduler = build_scheduler()
         self._autoencoder = [autoencoder.eval().requires_grad_(False)]  # in a list: no submodule, in no checkpoint
 
@@ -89,9 +121,23 @@ class TeacherLoss(nn.Module):
         timesteps = (strata * steps).long().clamp(max=steps - 1)  # one from each part of the schedule
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        context = self.text_encoder(input_ids=input_ids).last_hidden_state  # (B, 48, 128)
+        if self.blurred:
+            context = self._blurred_context(input_ids)
+        else:
+            context = self.text_encoder(input_ids=input_ids).last_hidden_state  # (B, 48, 128)
         predicted = self.unet(noisy, timesteps, context).sample
         return {"loss": F.mse_loss(predicted.float(), target)}
+
+    def _blurred_context(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The context of captions with blurred words; batches lose their begin token and some padding at random.
+
+        Caption embeddings have neither.
+        """
+        first = int(torch.rand(()) < 0.5)
+        longest = int((input_ids != self.text_encoder.config.pad_token_id).sum(dim=1).max())
+        input_ids = input_ids[:, first : int(torch.randint(longest, input_ids.shape[1] + 1, ()))]
+        embeds = blur_words(input_ids, self.text_encoder.embeddings.token_embedding.weight, self.blurred)
+        return encode_embeds(self.text_encoder, embeds)
 
 
 class CaptionCollator:
@@ -191,12 +237,14 @@ def train_teacher(
     learning_rate: float = 1.5e-3,
     seed: int = 0,
     partial: float = 0.0,
+    blurred: float = 0.0,
     start: str | Path | None = None,
 ) -> None:
     """Trains text encoder and UNet on captioned scenes of `train`; saves a `StableDiffusionPipeline`.
 
     Args:
         partial: The share of captions that leave things out.
+        blurred: The share of captions of which words are blurred, see `blur_words`.
         start: A teacher to go on from.
     """
     torch.manual_seed(seed)
@@ -206,7 +254,7 @@ def train_teacher(
     if start is not None:
         text_encoder = CLIPTextModel.from_pretrained(start, subfolder="text_encoder")
         unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet")
-    module = TeacherLoss(text_encoder, unet, autoencoder)
+    module = TeacherLoss(text_encoder, unet, autoencoder, blurred)
     trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     Path(work_dir).mkdir(parents=True, exist_ok=True)
     averaging = MovingAverage(trained, decay=0.998)
