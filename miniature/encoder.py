@@ -82,8 +82,8 @@ def initialise(model: VLVModel, position_scale: float = 3.0, branch_scale: float
     """Gives an untrained encoder what pretraining gives a Florence-2: a sense of place.
 
     By the library's own initial weights positions are 150 times fainter than what the vision tower sees, and every
-    when told the truth they learn no object within 12,800 pictures; from these weights they name 0.86 of all.
-    when told the truth they learn no object within 12,800 pictures. From these weights they name 0.86 of all.
+    residual branch of the transformer is as loud as what it is added to. So queries see the mean of the picture, and
+    even when told the truth learn no object within 12,800 pictures; from these weights they name 0.86 of all.
 
     - Position embeddings become as strong as the features that they are added to (`position_scale`).
     - Self-attention and feed-forward layers start near zero (`branch_scale`), so that tokens pass as they are.
