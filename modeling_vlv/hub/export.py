@@ -1,12 +1,4 @@
-"""One folder, or Hub repository, out of encoder, captioner and decoder; and loading it back from its parts.
-
-The layout serves transformers and diffusers at once, and holds each weight once:
-
-    config.json, generation_config.json, model.safetensors.index.json, language_model.safetensors    the captioner
-    processor_config.json, tokenizer*.json, chat_template.jinja                                      its processor
-    model_index.json, unet/, vae/, scheduler/, tokenizer/, image_processor/                          the reconstruction
-    encoder/config.json, encoder/model.safetensors                                                   shared by both
-"""
+"""Encoder, captioner and decoder into one folder in the Hub's layout."""
 
 import json
 import os
@@ -16,104 +8,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import SafetensorError
+from diffusers import __version__ as diffusers_version
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
-from .modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
-from .processing_vlv import VLVImageProcessor, VLVProcessor
-
-ENCODER_PREFIX = VLVForConditionalGeneration.base_model_prefix + "."
-LANGUAGE_MODEL_FILE = "language_model.safetensors"  # deliberately not model*.safetensors, which diffusers would fetch
-PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
-
-
-CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", LANGUAGE_MODEL_FILE]
-ENCODER_FILES = ["*.json", "encoder/*"]
-PIPELINE_FILES = ["model_index.json", "*_config.json", "encoder/*", *(f"{part}/*" for part in PIPELINE_PARTS)]
-PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
-
-
-def resolve(
-    source: str | os.PathLike, *, revision: str | None = None, allow_patterns: list[str] | None = None
-) -> Path:
-    """The local folder of a model: itself, or a download of what is asked for of the repository `source`.
-
-    Raises:
-        FileNotFoundError: If `source` looks like a path and is no folder.
-    """
-    path = Path(source)
-    if path.is_dir():
-        return path
-    text = os.fspath(source)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
-        raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
-    try:
-        return _download(text, revision, allow_patterns)
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {text}, and as a Hub repository it cannot be had: {error}"
-        ) from error
-
-
-def _download(repo: str, revision: str | None, allow_patterns: list[str] | None) -> Path:
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=allow_patterns, ignore_patterns=PICKLES))
-
-
-def load_captioner(
-    source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[VLVForConditionalGeneration, VLVProcessor]:
-    """The captioner and its processor, from a folder or repo id; no code of the repository is run.
-
-    Raises:
-        FileNotFoundError: If there is no such folder or no VLV in it.
-        ValueError: If it is a stage-1 checkpoint, which has no language model.
-    """
-    folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
-    require(folder, "config.json")
-    model = _load_whole(VLVForConditionalGeneration, folder, dtype)
-    processor = VLVProcessor(
-        VLVImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, use_fast=True)
-    )
-    return model.to(device).eval(), processor
-
-
-def load_encoder(
-    source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[VLVModel, VLVImageProcessor]:
-    """The encoder and its image processor, from a Hub-layout folder or repo id, or from a stage-1 checkpoint."""
-    folder = resolve(source, revision=revision, allow_patterns=ENCODER_FILES)
-    part = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
-    require(part, "config.json")
-    model = _load_whole(VLVModel, part, dtype)
-    return model.to(device).eval(), VLVImageProcessor.from_pretrained(folder)
-
-
-def _load_whole(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
-    """As `from_pretrained`, but weights that are missing or of another shape are an error, not a random start."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != VLVConfig.model_type:
-        raise ValueError(f"{folder} holds a model of type {model_type!r}, not a VLV")
-    try:
-        model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged: {error}") from error
-    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if lacking:
-        raise ValueError(f"{len(lacking)} weights of {folder} are missing or of another shape, such as {lacking[0]}")
-    return model
-
-
-def require(folder: Path, name: str) -> None:
-    """Raises `FileNotFoundError` if a VLV's folder lacks a file."""
-    if not (folder / name).is_file():
-        raise FileNotFoundError(
-            f"no {name} in {folder}: this is no VLV in the Hub's layout (vlv.hub.export writes it)"
-        )
+from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from ..processing_vlv import VLVImageProcessor, VLVProcessor
+from .layout import ENCODER_FILE, ENCODER_PREFIX, INDEX_FILE, LANGUAGE_MODEL_FILE, PIPELINE_PARTS
+from .remote_code import add_code
 
 
 def export(
@@ -150,18 +51,19 @@ def export(
     (root / "encoder").mkdir(parents=True, exist_ok=True)
 
     tensors = {ENCODER_PREFIX + name: _stored(t, dtype) for name, t in encoder.state_dict().items()}
-    _save(_without_ties(tensors, encoder, ENCODER_PREFIX), root / "encoder" / "model.safetensors")
+    _save(_without_ties(tensors, encoder, ENCODER_PREFIX), root / ENCODER_FILE)
     config = VLVConfig(**{**encoder.config.to_dict(), "decoder_config": None})
     _write_config(config, "VLVModel", root / "encoder" / "config.json")
     if captioner is not None and processor is not None:
         _export_captioner(root, captioner, processor, dtype)
     else:
         _write_config(config, "VLVModel", root / "config.json")
-        _write_json(root / "model.safetensors.index.json", _index(root, ["encoder/model.safetensors"]))
+        _write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE]))
         image_processor.save_pretrained(root)
     image_processor.save_pretrained(root / "image_processor")
     if decoder is not None:
         _export_decoder(root, decoder, dtype)
+    add_code(root)
     return root
 
 
@@ -170,9 +72,7 @@ def _export_captioner(
 ) -> None:
     rest = {n: _stored(t, dtype) for n, t in captioner.state_dict().items() if not n.startswith(ENCODER_PREFIX)}
     _save(_without_ties(rest, captioner, ""), root / LANGUAGE_MODEL_FILE)
-    _write_json(
-        root / "model.safetensors.index.json", _index(root, ["encoder/model.safetensors", LANGUAGE_MODEL_FILE])
-    )
+    _write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE, LANGUAGE_MODEL_FILE]))
     _write_config(captioner.config, "VLVForConditionalGeneration", root / "config.json")
     captioner.generation_config.save_pretrained(root)
     processor.save_pretrained(root)
@@ -180,8 +80,6 @@ def _export_captioner(
 
 
 def _export_decoder(root: Path, decoder: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype | None) -> None:
-    from diffusers import __version__ as diffusers_version
-
     if not isinstance(decoder, DiffusionPipeline):
         decoder = DiffusionPipeline.from_pretrained(os.fspath(decoder), use_safetensors=True)
     for name in PIPELINE_PARTS:
@@ -203,7 +101,7 @@ def _export_decoder(root: Path, decoder: str | os.PathLike | DiffusionPipeline, 
         "tokenizer": ["transformers", type(decoder.components["tokenizer"]).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "_ignore_files": ["model.safetensors.index.json", LANGUAGE_MODEL_FILE],
+        "_ignore_files": [INDEX_FILE, LANGUAGE_MODEL_FILE],
     }
     _write_json(root / "model_index.json", index)
 

@@ -1,0 +1,34 @@
+"""The Hub layout: which file holds what, and which of them each user downloads.
+
+It serves transformers and diffusers at once, and holds each weight once:
+
+    config.json, generation_config.json, model.safetensors.index.json, language_model.safetensors    the captioner
+    processor_config.json, tokenizer*.json, chat_template.jinja                                      its processor
+    model_index.json, unet/, vae/, scheduler/, tokenizer/, image_processor/                          the reconstruction
+    encoder/config.json, encoder/model.safetensors                                                   shared by both
+    *.py, encoder/*.py, image_processor/*.py                                                         code for strangers
+"""
+
+from pathlib import PurePosixPath
+
+ENCODER_PREFIX = "model."  # of the encoder's weights: the captioner's base_model_prefix
+ENCODER_FILE = "encoder/model.safetensors"
+LANGUAGE_MODEL_FILE = "language_model.safetensors"  # deliberately not model*.safetensors, which diffusers would fetch
+INDEX_FILE = "model.safetensors.index.json"
+PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
+
+CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", LANGUAGE_MODEL_FILE]
+ENCODER_FILES = ["*.json", "encoder/*"]
+PIPELINE_FILES = ["model_index.json", "*_config.json", "encoder/*", *(f"{part}/*" for part in PIPELINE_PARTS)]
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "average")
+
+
+def pickles(names: list[str]) -> list[str]:
+    """Those of a folder's or repository's files that may hold pickled weights (a trainer's own state does not)."""
+    return [
+        name
+        for name in names
+        if any(PurePosixPath(name).match(pattern) for pattern in PICKLES)
+        and not PurePosixPath(name).name.startswith(TRAINER_STATE)
+    ]

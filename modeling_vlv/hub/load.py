@@ -1,0 +1,114 @@
+"""Models out of a folder or Hub repository, part by part, without running any code of it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from ..processing_vlv import VLVImageProcessor, VLVProcessor
+from .layout import CAPTIONER_FILES, ENCODER_FILES, PICKLES, pickles
+
+
+def resolve(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_patterns: list[str] | None = None,
+) -> Path:
+    """The local folder of a model: itself, or a download of what is asked for of the repository `source`.
+
+    Raises:
+        FileNotFoundError: If `source` looks like a path and is no folder, or the repository cannot be had.
+        ValueError: If there are pickles in it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        _refuse_pickles(path.name, [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
+        return path
+    text = os.fspath(source)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
+        raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
+    try:
+        return _download(text, revision, token, allow_patterns)
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {text}, and as a Hub repository it cannot be had: {error}"
+        ) from error
+
+
+def _download(repo: str, revision: str | None, token: str | None, allow_patterns: list[str] | None) -> Path:
+    if not constants.is_offline_mode():
+        _refuse_pickles(repo, HfApi(token=token).list_repo_files(repo, revision=revision))
+    return Path(
+        snapshot_download(repo, revision=revision, token=token, allow_patterns=allow_patterns, ignore_patterns=PICKLES)
+    )
+
+
+def _refuse_pickles(source: str, names: list[str]) -> None:
+    if found := pickles(names):
+        raise ValueError(
+            f"{source} holds pickled weights ({', '.join(found[:3])}), which can run code when they are loaded; VLV "
+            "reads safetensors alone. Take the pickles out, or convert the weights to safetensors first"
+        )
+
+
+def load_captioner(
+    source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[VLVForConditionalGeneration, VLVProcessor]:
+    """The captioner and its processor, from a folder or repo id; no code of the repository is run.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or no VLV in it.
+        ValueError: If it is a stage-1 checkpoint, which has no language model.
+    """
+    folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
+    require(folder, "config.json")
+    model = _load_whole(VLVForConditionalGeneration, folder, dtype)
+    processor = VLVProcessor(
+        VLVImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, use_fast=True)
+    )
+    return model.to(device).eval(), processor
+
+
+def load_encoder(
+    source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[VLVModel, VLVImageProcessor]:
+    """The encoder and its image processor, from a Hub-layout folder or repo id, or from a stage-1 checkpoint."""
+    folder = resolve(source, revision=revision, allow_patterns=ENCODER_FILES)
+    part = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
+    require(part, "config.json")
+    model = _load_whole(VLVModel, part, dtype)
+    return model.to(device).eval(), VLVImageProcessor.from_pretrained(folder)
+
+
+def _load_whole(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
+    """As `from_pretrained`, but weights that are missing or of another shape are an error, not a random start."""
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != VLVConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}, not a VLV")
+    try:
+        model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} are damaged: {error}") from error
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:
+        raise ValueError(f"{len(lacking)} weights of {folder} are missing or of another shape, such as {lacking[0]}")
+    return model
+
+
+def require(folder: Path, name: str) -> None:
+    """Raises `FileNotFoundError` if a VLV's folder lacks a file."""
+    if not (folder / name).is_file():
+        raise FileNotFoundError(
+            f"no {name} in {folder}: this is no VLV in the Hub's layout (vlv.hub.export writes it)"
+        )

@@ -1,0 +1,363 @@
+"""A Hub of one process's memory: what huggingface_hub calls to create, fill and read model repositories.
+
+A test double, checked against huggingface_hub's own client in `test_server.py`. Tokens are `hf_NAME`, each allowed to
+write to the organisation of that name and to read its private repositories.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Thread
+from time import sleep
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+LFS_THRESHOLD = 100_000  # bytes; larger files, and weights of any size, are uploaded apart from the commit
+DATE = "2026-01-01T00:00:00.000Z"
+
+
+class Refusal(Exception):
+    """An error that the client understands by its status and `X-Error-Code`."""
+
+    def __init__(self, status: int, code: str | None = None, message: str = ""):
+        self.status, self.code, self.message = status, code, message
+
+    def response(self) -> Response:
+        headers = {"X-Error-Message": self.message} | ({"X-Error-Code": self.code} if self.code else {})
+        return JSONResponse({"error": self.message}, self.status, headers)
+
+
+@dataclass
+class Commit:
+    sha: str
+    title: str
+    files: dict[str, bytes]
+    parents: list[str]
+
+
+@dataclass
+class Repo:
+    name: str
+    private: bool
+    commits: dict[str, Commit] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def commit(self, branch: str, title: str, files: dict[str, bytes]) -> Commit:
+        parents = [self.branches[branch]] if branch in self.branches else []
+        text = json.dumps([parents, title, len(self.commits), {k: git_oid(v) for k, v in sorted(files.items())}])
+        commit = Commit(hashlib.sha1(text.encode()).hexdigest(), title, files, parents)
+        self.commits[commit.sha] = commit
+        self.branches[branch] = commit.sha
+        return commit
+
+    def at(self, revision: str) -> Commit:
+        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        if sha not in self.commits:
+            raise Refusal(404, "RevisionNotFound", f"no revision {revision}")
+        return self.commits[sha]
+
+
+def git_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def is_lfs(path: str, size: int) -> bool:
+    return size > LFS_THRESHOLD or path.endswith(".safetensors")
+
+
+class Hub:
+    """Repositories, uploaded objects, and a record of what was asked for.
+
+    Attributes:
+        requests: `(method, path)` of every request, in order.
+        downloads: Bytes served for each `org/name/file`.
+        uploads: Bytes received, with commits and apart from them.
+        broken_uploads: So many of the next uploads of large files fail, as if the line had gone dead.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.downloads: dict[str, int] = {}
+        self.uploads = 0
+        self.broken_uploads = 0
+
+    def forget_traffic(self) -> None:
+        self.requests, self.downloads, self.uploads = [], {}, 0
+
+    def user(self, request: Request) -> str | None:
+        header = request.headers.get("authorization", "")
+        return header.removeprefix("Bearer hf_") if header.startswith("Bearer hf_") else None
+
+    def repo(self, request: Request, write: bool = False) -> Repo:
+        name = f"{request.path_params['org']}/{request.path_params['name']}"
+        user, repo = self.user(request), self.repos.get(name)
+        if write:
+            self.require_writer(request, request.path_params["org"])
+        if repo is None or (repo.private and user != request.path_params["org"]):
+            raise Refusal(401 if user is None else 404, "RepoNotFound", "Repository not found")
+        return repo
+
+    def require_writer(self, request: Request, org: str) -> None:
+        user = self.user(request)
+        if user is None:
+            raise Refusal(401, None, "Invalid username or password.")
+        if user != org:
+            raise Refusal(403, None, f"{user} may not write to {org}")
+
+    async def whoami(self, request: Request) -> Response:
+        user = self.user(request)
+        if user is None:
+            raise Refusal(401, None, "Invalid username or password.")
+        return JSONResponse({"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    async def create(self, request: Request) -> Response:
+        body = await request.json()
+        org = body.get("organization") or self.user(request) or ""
+        self.require_writer(request, org)
+        name = f"{org}/{body['name']}"
+        url = f"{request.base_url}{name}"
+        if name in self.repos:
+            return JSONResponse({"error": "You already created this model repo", "url": url}, 409)
+        repo = self.repos[name] = Repo(name, bool(body.get("private")) or body.get("visibility") == "private")
+        repo.commit(
+            "main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+        )
+        return JSONResponse({"url": url, "name": name, "id": name})
+
+    async def delete(self, request: Request) -> Response:
+        body = await request.json()
+        self.require_writer(request, body["organization"])
+        del self.repos[f"{body['organization']}/{body['name']}"]
+        return JSONResponse({})
+
+    async def preupload(self, request: Request) -> Response:
+        files = self.repo(request, write=True).at(request.path_params["revision"]).files
+        answer = []
+        for item in (await request.json())["files"]:
+            path = item["path"]
+            entry = {"path": path, "uploadMode": "lfs" if is_lfs(path, item["size"]) else "regular"}
+            if path in files:
+                lfs = entry["uploadMode"] == "lfs"
+                entry["oid"] = hashlib.sha256(files[path]).hexdigest() if lfs else git_oid(files[path])
+            answer.append(entry | {"shouldIgnore": False})
+        return JSONResponse({"files": answer})
+
+    async def lfs_batch(self, request: Request) -> Response:
+        self.repo(request, write=True)
+        objects = []
+        for item in (await request.json())["objects"]:
+            entry = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.objects:
+                entry["actions"] = {"upload": {"href": f"{request.base_url}lfs/{item['oid']}"}}
+            objects.append(entry)
+        return JSONResponse({"transfer": "basic", "objects": objects})
+
+    async def lfs_put(self, request: Request) -> Response:
+        if self.broken_uploads:
+            self.broken_uploads -= 1
+            raise Refusal(500, None, "the line went dead")
+        data = await request.body()
+        oid = request.path_params["oid"]
+        if hashlib.sha256(data).hexdigest() != oid:
+            raise Refusal(400, None, "the content is not what its name says")
+        self.objects[oid] = data
+        self.uploads += len(data)
+        return Response()
+
+    async def commit(self, request: Request) -> Response:
+        repo = self.repo(request, write=True)
+        branch = request.path_params["revision"]
+        files = dict(repo.at(branch).files)
+        title = ""
+        for line in (await request.body()).splitlines():
+            item = json.loads(line)
+            value = item["value"]
+            if item["key"] == "header":
+                title = value["summary"]
+            elif item["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+                self.uploads += len(files[value["path"]])
+            elif item["key"] == "lfsFile":
+                if value["oid"] not in self.objects:
+                    raise Refusal(400, None, f"{value['path']} was never uploaded")
+                files[value["path"]] = self.objects[value["oid"]]
+            elif item["key"] == "deletedFile":
+                files.pop(value["path"], None)
+            else:
+                raise Refusal(400, None, f"a commit of {item['key']} is not spoken here")
+        done = repo.commit(branch, title, files)
+        return JSONResponse({"commitUrl": f"{request.base_url}{repo.name}/commit/{done.sha}", "commitOid": done.sha})
+
+    async def branch(self, request: Request) -> Response:
+        repo, name = self.repo(request, write=True), request.path_params["revision"]
+        if name in repo.branches:
+            return JSONResponse({"error": "the branch exists"}, 409)
+        start = (await request.json() if await request.body() else {}).get("startingPoint", "main")
+        repo.branches[name] = repo.at(start).sha
+        return JSONResponse({})
+
+    async def tag(self, request: Request) -> Response:
+        repo = self.repo(request, write=True)
+        repo.tags[(await request.json())["tag"]] = repo.at(request.path_params["revision"]).sha
+        return JSONResponse({})
+
+    async def info(self, request: Request) -> Response:
+        repo = self.repo(request)
+        commit = repo.at(request.path_params.get("revision", "main"))
+        return JSONResponse(
+            {
+                "id": repo.name,
+                "modelId": repo.name,
+                "sha": commit.sha,
+                "private": repo.private,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "lastModified": DATE,
+                "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+            }
+        )
+
+    async def refs(self, request: Request) -> Response:
+        repo = self.repo(request)
+        return JSONResponse(
+            {
+                kind: [{"name": n, "ref": f"refs/{path}/{n}", "targetCommit": sha} for n, sha in refs.items()]
+                for kind, path, refs in (
+                    ("branches", "heads", repo.branches),
+                    ("tags", "tags", repo.tags),
+                    ("converts", "convert", {}),
+                )
+            }
+        )
+
+    async def commits(self, request: Request) -> Response:
+        repo, found = self.repo(request), []
+        sha: str | None = repo.at(request.path_params["revision"]).sha
+        while sha:
+            commit = repo.commits[sha]
+            found.append({"id": sha, "authors": [], "date": DATE, "title": commit.title, "message": ""})
+            sha = commit.parents[0] if commit.parents else None
+        return JSONResponse(found)
+
+    def entry(self, path: str, data: bytes) -> dict:
+        entry: dict = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
+        if is_lfs(path, len(data)):
+            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return entry
+
+    async def tree(self, request: Request) -> Response:
+        files = self.repo(request).at(request.path_params["revision"]).files
+        folder = request.path_params.get("path", "")
+        prefix = f"{folder}/" if folder else ""
+        below = {path: data for path, data in files.items() if path.startswith(prefix)}
+        if folder and not below:
+            raise Refusal(404, "EntryNotFound", f"no folder {folder}")
+        deep = request.query_params.get("recursive", "").lower() == "true"
+        found, folders = [], set()
+        for path, data in sorted(below.items()):
+            parts = path[len(prefix) :].split("/")
+            folders |= {prefix + "/".join(parts[:n]) for n in range(1, len(parts) if deep else min(len(parts), 2))}
+            if deep or len(parts) == 1:
+                found.append(self.entry(path, data))
+        return JSONResponse(found + [{"type": "directory", "path": p, "size": 0, "oid": "0"} for p in sorted(folders)])
+
+    async def paths_info(self, request: Request) -> Response:
+        files = self.repo(request).at(request.path_params["revision"]).files
+        content_type = request.headers.get("content-type", "")
+        if "json" in content_type:
+            paths = (await request.json())["paths"]
+        else:
+            from urllib.parse import parse_qs
+
+            paths = parse_qs((await request.body()).decode())["paths"]
+        found = [self.entry(p, files[p]) for p in paths if p in files]
+        folders = [p for p in paths if any(f.startswith(p + "/") for f in files)]
+        return JSONResponse(found + [{"type": "directory", "path": p, "size": 0, "oid": "0"} for p in folders])
+
+    async def resolve(self, request: Request) -> Response:
+        repo = self.repo(request)
+        commit = repo.at(request.path_params["revision"])
+        path = request.path_params["path"]
+        headers = {"X-Repo-Commit": commit.sha}
+        if path not in commit.files:
+            refusal = Refusal(404, "EntryNotFound", f"no file {path}").response()
+            refusal.headers["X-Repo-Commit"] = commit.sha
+            return refusal
+        data = commit.files[path]
+        etag = hashlib.sha256(data).hexdigest() if is_lfs(path, len(data)) else git_oid(data)
+        headers |= {"ETag": f'"{etag}"', "X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+        headers["Accept-Ranges"] = "bytes"
+        if request.method == "HEAD":
+            return Response(headers=headers | {"Content-Length": str(len(data))})
+        status = 200
+        if span := request.headers.get("range"):
+            first, _, last = span.removeprefix("bytes=").partition("-")
+            end = int(last) + 1 if last else len(data)
+            headers["Content-Range"] = f"bytes {first}-{min(end, len(data)) - 1}/{len(data)}"
+            data, status = data[int(first) : end], 206
+        name = f"{repo.name}/{path}"
+        self.downloads[name] = self.downloads.get(name, 0) + len(data)
+        return Response(data, status, headers, media_type="application/octet-stream")
+
+    async def validate_yaml(self, request: Request) -> Response:
+        return JSONResponse({"errors": [], "warnings": []})
+
+    def application(self) -> Starlette:
+        repo = "{org}/{name}"
+        routes = [
+            Route("/api/whoami-v2", self.whoami),
+            Route("/api/validate-yaml", self.validate_yaml, methods=["POST"]),
+            Route("/api/repos/create", self.create, methods=["POST"]),
+            Route("/api/repos/delete", self.delete, methods=["DELETE"]),
+            Route(f"/api/models/{repo}", self.info),
+            Route(f"/api/models/{repo}/revision/{{revision}}", self.info),
+            Route(f"/api/models/{repo}/refs", self.refs),
+            Route(f"/api/models/{repo}/commits/{{revision}}", self.commits),
+            Route(f"/api/models/{repo}/tree/{{revision}}", self.tree),
+            Route(f"/api/models/{repo}/tree/{{revision}}/{{path:path}}", self.tree),
+            Route(f"/api/models/{repo}/paths-info/{{revision}}", self.paths_info, methods=["POST"]),
+            Route(f"/api/models/{repo}/preupload/{{revision}}", self.preupload, methods=["POST"]),
+            Route(f"/api/models/{repo}/commit/{{revision}}", self.commit, methods=["POST"]),
+            Route(f"/api/models/{repo}/branch/{{revision}}", self.branch, methods=["POST"]),
+            Route(f"/api/models/{repo}/tag/{{revision}}", self.tag, methods=["POST"]),
+            Route("/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
+            Route("/lfs/{oid}", self.lfs_put, methods=["PUT"]),
+            Route(f"/{repo}/resolve/{{revision}}/{{path:path}}", self.resolve),
+        ]
+        wrapped = Starlette(routes=routes, exception_handlers={Refusal: lambda _, refusal: refusal.response()})  # type: ignore[dict-item, union-attr]
+
+        async def recorded(scope, receive, send):
+            if scope["type"] == "http":
+                self.requests.append((scope["method"], scope["path"]))
+            await wrapped(scope, receive, send)
+
+        return recorded  # type: ignore[return-value]
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[str]:
+    """Runs the hub on a free port of the loopback; yields its address, for `HF_ENDPOINT`."""
+    server = uvicorn.Server(uvicorn.Config(hub.application(), host="127.0.0.1", port=0, log_level="error"))
+    thread = Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the test's Hub server did not start")
+        sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=5)
