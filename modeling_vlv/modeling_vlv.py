@@ -201,6 +201,8 @@ class VLVModel(VLVPreTrainedModel):
     This is what stage 1 trains and what reconstruction needs. The text encoder is part of it and is stored once, here.
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"^language_(model|projector)\."]  # noqa: RUF012 (a captioner's)
+
     def __init__(self, config: VLVConfig):
         super().__init__(config)
         encoder_width = config.encoder_config.text_config.d_model

@@ -1,7 +1,11 @@
 """From an image, or its caption embeddings, back to a picture: what the captioner understood, made visible."""
 
 import inspect
+import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +52,25 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Part of saving and pushing: as diffusers', and beside it the code that strangers need to load this.
+
+        diffusers would name classes of a package that they do not have.
+        """
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        own = Path(inspect.getfile(type(self)))
+        index["_class_name"] = [own.stem, type(self).__name__]
+        _copy(own, folder)
+        for name in ("encoder", "image_processor"):
+            part = type(getattr(self, name))
+            code = Path(inspect.getfile(part))
+            index[name] = [code.stem, part.__name__]
+            _copy(code, folder / name)
+        index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def check_inputs(self, image, caption_embeds, height, width, callback_tensor_inputs) -> None:
         if (image is None) == (caption_embeds is None):
@@ -231,3 +254,8 @@ class VLVReconstructionPipeline(DiffusionPipeline):
     def _default_size(self) -> int:
         size = self.unet.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.vae_scale_factor
+
+
+def _copy(code: Path, folder: Path) -> None:
+    if code.resolve() != (folder / code.name).resolve():
+        shutil.copyfile(code, folder / code.name)

@@ -21,6 +21,7 @@ from vlv.pipelines import VLVReconstructionPipeline
 
 from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, side_by_side
 from .data import Stage1Collator, load_images
+from .facts import write_training_facts
 from .parsing import parse_config
 
 TRAINABLE = ("projector", "transformer", "all")
@@ -240,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
     trainer.save_model()
     trainer.save_state()
+    base = None if config.model is not None else config.encoder
+    write_training_facts(trainer, "stage1", config.model, images=config.images, encoder=base, decoder=config.decoder)
 
 
 if __name__ == "__main__":

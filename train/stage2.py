@@ -17,6 +17,7 @@ from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 
 from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, write_json
 from .data import Stage2Collator, load_pairs
+from .facts import write_training_facts
 from .parsing import parse_config
 
 TRAINABLE = ("projector", "projector+lm", "all")
@@ -191,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     merge_lora(trainer.model)
     trainer.save_model()
     trainer.save_state()
+    write_training_facts(trainer, "stage2", config.model, pairs=config.pairs, language_model=config.language_model)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 """One folder, or Hub repository, out of encoder, captioner and decoder; loading it back; pushing it."""
 
 from .export import export
-from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES
-from .load import load_captioner, load_encoder, require, resolve
+from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
+from .load import load_captioner, load_decoder_parts, load_encoder, require, resolve
+from .push import push, stage, upload
 
 __all__ = [
     "CAPTIONER_FILES",
     "ENCODER_FILES",
     "PIPELINE_FILES",
+    "TRAINING_FILE",
     "export",
     "load_captioner",
+    "load_decoder_parts",
     "load_encoder",
+    "push",
     "require",
     "resolve",
+    "stage",
+    "upload",
 ]

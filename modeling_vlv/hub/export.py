@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
 from .layout import ENCODER_FILE, ENCODER_PREFIX, INDEX_FILE, LANGUAGE_MODEL_FILE, PIPELINE_PARTS
+from .load import load_decoder_parts
 from .remote_code import add_code
 
 
@@ -24,7 +25,7 @@ def export(
     captioner: VLVForConditionalGeneration | None = None,
     processor: VLVProcessor | None = None,
     image_processor: VLVImageProcessor | None = None,
-    decoder: str | os.PathLike | DiffusionPipeline | None = None,
+    decoder: str | os.PathLike | DiffusionPipeline | dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes a VLV in the Hub's layout.
@@ -33,7 +34,8 @@ def export(
         folder: Written into; what it held before under the same names is replaced.
         encoder: A stage-1 model. Not needed with a captioner, which has one.
         captioner: With its `processor`. Without it the folder reconstructs but does not caption.
-        decoder: A diffusers pipeline, or the folder of one, whose UNet, autoencoder, scheduler and tokenizer go in.
+        decoder: A diffusers pipeline, its components, or the folder or repo id of one: its UNet, autoencoder,
+            scheduler and tokenizer go in.
         dtype: What the weights are stored in; by default as they are. They load as float32 all the same, unless the
             reader asks for something else.
 
@@ -79,11 +81,14 @@ def _export_captioner(
     processor.image_processor.save_pretrained(root)
 
 
-def _export_decoder(root: Path, decoder: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype | None) -> None:
-    if not isinstance(decoder, DiffusionPipeline):
-        decoder = DiffusionPipeline.from_pretrained(os.fspath(decoder), use_safetensors=True)
+def _export_decoder(
+    root: Path, decoder: str | os.PathLike | DiffusionPipeline | dict[str, Any], dtype: torch.dtype | None
+) -> None:
+    if isinstance(decoder, DiffusionPipeline):
+        decoder = decoder.components
+    parts = decoder if isinstance(decoder, dict) else load_decoder_parts(decoder)
     for name in PIPELINE_PARTS:
-        part = decoder.components[name]
+        part = parts[name]
         shutil.rmtree(root / name, ignore_errors=True)
         if dtype is not None and name in ("unet", "vae"):
             before = part.dtype
@@ -97,8 +102,8 @@ def _export_decoder(root: Path, decoder: str | os.PathLike | DiffusionPipeline, 
         "_diffusers_version": diffusers_version,
         "encoder": ["modeling_vlv", "VLVModel"],
         "image_processor": ["processing_vlv", "VLVImageProcessor"],
-        "scheduler": ["diffusers", type(decoder.scheduler).__name__],
-        "tokenizer": ["transformers", type(decoder.components["tokenizer"]).__name__],
+        "scheduler": ["diffusers", type(parts["scheduler"]).__name__],
+        "tokenizer": ["transformers", type(parts["tokenizer"]).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "_ignore_files": [INDEX_FILE, LANGUAGE_MODEL_FILE],

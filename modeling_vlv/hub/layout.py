@@ -15,11 +15,14 @@ ENCODER_PREFIX = "model."  # of the encoder's weights: the captioner's base_mode
 ENCODER_FILE = "encoder/model.safetensors"
 LANGUAGE_MODEL_FILE = "language_model.safetensors"  # deliberately not model*.safetensors, which diffusers would fetch
 INDEX_FILE = "model.safetensors.index.json"
+TRAINING_FILE = "training.json"  # how the model came about
+CARD = "README.md"
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
 
 CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", LANGUAGE_MODEL_FILE]
 ENCODER_FILES = ["*.json", "encoder/*"]
-PIPELINE_FILES = ["model_index.json", "*_config.json", "encoder/*", *(f"{part}/*" for part in PIPELINE_PARTS)]
+DECODER_FILES = ["model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS)]
+PIPELINE_FILES = [*DECODER_FILES, "*_config.json", "encoder/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
 TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "average")
 

@@ -2,18 +2,21 @@
 
 import json
 import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
-from .layout import CAPTIONER_FILES, ENCODER_FILES, PICKLES, pickles
+from .layout import CAPTIONER_FILES, DECODER_FILES, ENCODER_FILES, PICKLES, pickles
 
 
 def resolve(
@@ -22,8 +25,13 @@ def resolve(
     revision: str | None = None,
     token: str | None = None,
     allow_patterns: list[str] | None = None,
+    pickles_allowed: bool = False,
 ) -> Path:
     """The local folder of a model: itself, or a download of what is asked for of the repository `source`.
+
+    Args:
+        pickles_allowed: Whether there may be pickles beside it, as in most Stable Diffusion repositories. They are
+            not downloaded, and nothing here reads one.
 
     Raises:
         FileNotFoundError: If `source` looks like a path and is no folder, or the repository cannot be had.
@@ -31,25 +39,24 @@ def resolve(
     """
     path = Path(source)
     if path.is_dir():
-        _refuse_pickles(path.name, [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
+        if not pickles_allowed:
+            _refuse_pickles(path.name, [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
         return path
     text = os.fspath(source)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
         raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
     try:
-        return _download(text, revision, token, allow_patterns)
+        if not pickles_allowed and not constants.is_offline_mode():
+            _refuse_pickles(text, HfApi(token=token).list_repo_files(text, revision=revision))
+        return Path(
+            snapshot_download(
+                text, revision=revision, token=token, allow_patterns=allow_patterns, ignore_patterns=PICKLES
+            )
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"there is no folder {text}, and as a Hub repository it cannot be had: {error}"
         ) from error
-
-
-def _download(repo: str, revision: str | None, token: str | None, allow_patterns: list[str] | None) -> Path:
-    if not constants.is_offline_mode():
-        _refuse_pickles(repo, HfApi(token=token).list_repo_files(repo, revision=revision))
-    return Path(
-        snapshot_download(repo, revision=revision, token=token, allow_patterns=allow_patterns, ignore_patterns=PICKLES)
-    )
 
 
 def _refuse_pickles(source: str, names: list[str]) -> None:
@@ -112,3 +119,44 @@ def require(folder: Path, name: str) -> None:
         raise FileNotFoundError(
             f"no {name} in {folder}: this is no VLV in the Hub's layout (vlv.hub.export writes it)"
         )
+
+
+def load_decoder_parts(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """`unet`, `vae`, `scheduler` and `tokenizer` of a Stable Diffusion or VLV folder or repo id.
+
+    Args:
+        dtype: Of UNet and autoencoder; by default what they are stored in.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or it has no decoder in it.
+        ValueError: If its scheduler is not one of diffusers'.
+    """
+    folder = resolve(source, revision=revision, token=token, allow_patterns=DECODER_FILES, pickles_allowed=True)
+    require(folder, "model_index.json")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    name = index["scheduler"][1]
+    scheduler = getattr(diffusers, name, None)
+    if scheduler is None:
+        raise ValueError(f"{folder / 'model_index.json'} names the scheduler {name!r}, which diffusers does not have")
+    parts: dict[str, Any] = {}
+    for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        stored = dtype or stored_dtype(folder / name)
+        parts[name] = part.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True)
+    parts["scheduler"] = scheduler.from_pretrained(folder, subfolder="scheduler")
+    parts["tokenizer"] = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    return parts
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the first safetensors file of a folder is stored in, by its largest tensor; float32 if there is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            name = max(tensors.keys(), key=lambda key: prod(tensors.get_slice(key).get_shape()))
+            return tensors.get_tensor(name).dtype
+    return torch.float32

@@ -165,7 +165,7 @@ class Hub:
     async def lfs_put(self, request: Request) -> Response:
         if self.broken_uploads:
             self.broken_uploads -= 1
-            raise Refusal(500, None, "the line went dead")
+            raise Refusal(400, None, "the line went dead")
         data = await request.body()
         oid = request.path_params["oid"]
         if hashlib.sha256(data).hexdigest() != oid:

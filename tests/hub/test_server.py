@@ -1,5 +1,7 @@
 """The test's Hub answers huggingface_hub's own client as the real one does."""
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 from huggingface_hub.errors import (
@@ -58,9 +60,12 @@ def test_revisions_branches_and_tags(api, hub_server, folder, tmp_path):
     api.create_tag("org/vlv", tag="v1")
     (folder / "config.json").write_text('{"a": 1}')
     api.upload_folder(repo_id="org/vlv", folder_path=folder, revision="next")
-    read = lambda revision: open(  # noqa: E731
-        api.hf_hub_download("org/vlv", "config.json", revision=revision, cache_dir=tmp_path / "c")
-    ).read()
+
+    def read(revision: str) -> str:
+        return Path(
+            api.hf_hub_download("org/vlv", "config.json", revision=revision, cache_dir=tmp_path / "c")
+        ).read_text()
+
     assert [read(r) for r in ("main", first, "v1", "next")] == ["{}", "{}", "{}", '{"a": 1}']
     refs = api.list_repo_refs("org/vlv")
     assert {b.name for b in refs.branches} == {"main", "next"} and refs.tags[0].target_commit == first

@@ -1,0 +1,98 @@
+"""`vlv push`: a model to the Hub."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from vlv import hub
+
+from .errors import UserError
+from .models import DTYPES, loading
+
+# The first is the base of all errors of the HTTP library that huggingface_hub uses, whichever that is.
+NETWORK_ERRORS: tuple[type[BaseException], ...] = (HfHubHTTPError.__bases__[0], OSError, RuntimeError)
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "push",
+        help="upload a model to the Hugging Face Hub",
+        description="Uploads a model as one repository that transformers and diffusers both load: captioner, encoder, "
+        "text-to-image model, their code, and a model card. Run again after a broken upload, it goes on where it was. "
+        "`--output` writes the same files into a folder and uploads nothing.",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder of a model, checkpoint of stage 1 or 2, or repo id")
+    parser.add_argument("repo", metavar="ORG/NAME", help="the repository; created if need be")
+    parser.add_argument(
+        "--decoder", metavar="DIR_OR_REPO", help="the text-to-image model, if SRC does not hold one already"
+    )
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--revision", help="a branch to upload to; created if need be (default: main)")
+    parser.add_argument("--token", help="of the Hub; by default HF_TOKEN or the one that `hf auth login` stored")
+    parser.add_argument("--dtype", choices=DTYPES, help="store the weights in this precision (default: as they are)")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument(
+        "--results",
+        metavar="FILE",
+        help="figures for the card, as `vlv evaluate` writes them: {subject: {name: value}}",
+    )
+    parser.add_argument("--results-command", metavar="TEXT", help="the command that printed them")
+    parser.add_argument("--license", help="of the repository, as the Hub names licences")
+    parser.add_argument("--output", metavar="DIR", help="write the repository here instead of uploading it")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.repo.count("/") != 1 or arguments.repo.startswith((".", "/")):
+        raise UserError(f"{arguments.repo} is no repository; expected org/name")
+    card = _card(arguments)
+    shared: dict[str, Any] = {"decoder": arguments.decoder, "token": arguments.token, **card}
+    shared["dtype"] = DTYPES[arguments.dtype] if arguments.dtype else None
+    with tempfile.TemporaryDirectory(prefix="vlv-push-") as temporary:
+        folder = arguments.output or temporary
+        with loading(arguments.source):
+            hub.stage(arguments.source, folder, repo=arguments.repo, **shared)
+        if arguments.output:
+            print(f"written to {folder}")
+            return 0
+        try:
+            url = hub.upload(
+                folder,
+                arguments.repo,
+                private=arguments.private,
+                revision=arguments.revision,
+                token=arguments.token,
+                message=arguments.message,
+            )
+        except NETWORK_ERRORS as error:
+            raise UserError(_explain(arguments.repo, error)) from error
+    print(f"pushed: {url}")
+    return 0
+
+
+def _card(arguments: argparse.Namespace) -> dict[str, Any]:
+    card: dict[str, Any] = {"license": arguments.license} if arguments.license else {}
+    if not arguments.results:
+        return card
+    try:
+        results = json.loads(Path(arguments.results).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--results {arguments.results} cannot be read as JSON: {error}") from error
+    if not isinstance(results, dict) or not all(isinstance(v, dict) for v in results.values()):
+        raise UserError(f"--results {arguments.results}: expected {{subject: {{name: value}}}}")
+    if not arguments.results_command:
+        raise UserError("--results needs --results-command: a figure without its command is worth little")
+    return card | {"results": results, "results_command": arguments.results_command}
+
+
+def _explain(repo: str, error: BaseException) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return f"the Hub wants a token to write to {repo}: run `hf auth login`, or set HF_TOKEN or --token"
+    if status == 403:
+        return f"this token may not write to {repo}; is the organisation right, and has the token the right to write?"
+    return f"{repo}: {error}\nwhat was uploaded is kept; run the same command again to go on"

@@ -1,0 +1,114 @@
+"""A model to the Hub: what `vlv push` does."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+
+from ..modeling_vlv import VLVConfig
+from .card import write_card
+from .export import export
+from .layout import CARD, ENCODER_FILE, PICKLES, TRAINING_FILE
+from .load import load_captioner, load_decoder_parts, load_encoder, require, resolve, stored_dtype
+
+
+def push(
+    source: str | os.PathLike,
+    repo: str,
+    *,
+    decoder: str | os.PathLike | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | None = None,
+    message: str | None = None,
+    **card: Any,
+) -> str:
+    """Exports a model in the Hub's layout, with code and card, and uploads it.
+
+    A broken upload goes on where it was when this is called again, and what the repository already holds is not sent
+    again.
+
+    Args:
+        source: A folder in the Hub's layout, a checkpoint of stage 1 or 2, or a repo id.
+        repo: Where to, as `org/name`; created if need be.
+        decoder: A diffusers folder or repo id with the text-to-image model. Not needed where `source` has one.
+        private: Whether a repository that is created is private.
+        revision: A branch; created if need be.
+        token: Of an account that may write to `org`; by default the one that `hf auth login` stored.
+        dtype: What the weights are stored in; by default as they are in `source`.
+        card: For the model card, over what the checkpoint says of itself: `results`, `results_command`, `license`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it is no VLV, or holds pickles.
+    """
+    with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
+        stage(source, folder, decoder=decoder, token=token, dtype=dtype, repo=repo, **card)
+        return upload(folder, repo, private=private, revision=revision, token=token, message=message)
+
+
+def upload(
+    folder: str | os.PathLike,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Uploads what `stage` wrote, as `push` does; returns the address of the commit."""
+    api = HfApi(token=token)
+    api.create_repo(repo, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        revision=revision,
+        commit_message=message or "Upload VLV",
+        ignore_patterns=PICKLES,
+    )
+    return str(commit.commit_url)
+
+
+def stage(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    decoder: str | os.PathLike | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | None = None,
+    repo: str = "org/name",
+    **card: Any,
+) -> Path:
+    """Writes what `push` uploads: the model in the Hub's layout, its code, its card.
+
+    A card that the model has already is kept, unless something is given for a new one.
+    """
+    root = resolve(source, token=token)
+    require(root, "config.json")
+    if decoder is None and (root / "model_index.json").is_file():
+        decoder = root
+    own = dtype or stored_dtype(root / "encoder" if (root / ENCODER_FILE).is_file() else root)
+    parts = load_decoder_parts(decoder, token=token, dtype=dtype) if decoder is not None else None
+    if VLVConfig.from_pretrained(root).decoder_config is not None:
+        model, processor = load_captioner(root, dtype=own)
+        written = export(folder, captioner=model, processor=processor, decoder=parts)
+    else:
+        encoder, image_processor = load_encoder(root, dtype=own)
+        written = export(folder, encoder=encoder, image_processor=image_processor, decoder=parts)
+    if (root / TRAINING_FILE).is_file():
+        shutil.copyfile(root / TRAINING_FILE, written / TRAINING_FILE)
+    if (root / CARD).is_file() and not card:
+        shutil.copyfile(root / CARD, written / CARD)
+    else:
+        write_card(written, repo, **card)
+    return written

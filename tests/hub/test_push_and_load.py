@@ -1,0 +1,361 @@
+"""What is pushed loads over HTTP and from a folder, for people with and without this package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlv import hub as vlv_hub
+from vlv.cli.main import main
+from vlv.pipelines import VLVReconstructionPipeline
+
+from .server import Hub, serve
+
+pytestmark = pytest.mark.slow
+REPO = "org/vlv"
+
+# Stands in for an environment in which this package was never installed.
+WITHOUT_THE_PACKAGE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "vlv":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+CAPTION = """
+import json, sys, torch
+from PIL import Image
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline,
+)
+source, picture, revision = sys.argv[1], Image.open(sys.argv[2]), (sys.argv[3:] or [None])[0]
+trusted = {"trust_remote_code": True, "revision": revision}
+found = {}
+captioner = pipeline("image-to-text", model=source, **trusted)
+found["caption"] = captioner(picture, max_new_tokens=5)[0]["generated_text"]
+built_in = pipeline("image-text-to-text", model=source, **trusted)
+plain = built_in(images=picture, text="a", max_new_tokens=4, return_full_text=False)
+found["after a word"] = plain[0]["generated_text"]
+content = [{"type": "image", "image": picture}, {"type": "text", "text": ""}]
+chat = built_in(text=[{"role": "user", "content": content}], max_new_tokens=5, return_full_text=False)
+found["chat"] = chat[0]["generated_text"]
+config = AutoConfig.from_pretrained(source, **trusted)
+found["queries"] = config.num_queries
+processor = AutoProcessor.from_pretrained(source, **trusted)
+pixels = processor(images=picture).pixel_values
+found["same pixels"] = torch.equal(
+    pixels, AutoImageProcessor.from_pretrained(source, **trusted)(picture, return_tensors="pt").pixel_values
+)
+model = AutoModelForImageTextToText.from_pretrained(source, **trusted)
+ids = model.generate(pixel_values=pixels, max_new_tokens=5, do_sample=False)
+found["auto"] = processor.batch_decode(ids, skip_special_tokens=True)[0]
+half = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16, **trusted)
+found["half"] = str(half.dtype)
+encoder = AutoModel.from_pretrained(source, subfolder="encoder", **trusted)
+found["z"] = encoder(pixel_values=pixels).caption_embeds.sum().item()
+print(json.dumps(found))
+"""
+
+RECONSTRUCT = """
+import json, sys, torch
+from PIL import Image
+from diffusers import DiffusionPipeline
+source, picture, revision = sys.argv[1], Image.open(sys.argv[2]), (sys.argv[3:] or [None])[0]
+pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, revision=revision)
+pipeline.set_progress_bar_config(disable=True)
+draw = lambda p: p(picture, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+drawn = draw(pipeline)
+found = {"sum": drawn.double().sum().item(), "offload": pipeline.model_cpu_offload_seq.split("->")}
+pipeline.save_pretrained("resaved")
+again = DiffusionPipeline.from_pretrained("resaved", trust_remote_code=True)
+again.set_progress_bar_config(disable=True)
+found["resaved"] = draw(again).double().sum().item()
+pipeline.to(torch.bfloat16)
+found["half"] = bool(torch.isfinite(draw(pipeline).float()).all())
+print(json.dumps(found))
+"""
+
+
+class Machine:
+    """A computer with a Hub client of its own: a fresh working folder and a fresh cache."""
+
+    def __init__(self, folder: Path, endpoint: str):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.environment = os.environ | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(folder / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in ("HF_TOKEN", "PYTHONPATH"):
+            self.environment.pop(name, None)
+
+    def python(self, script: str, *arguments, **environment) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def stranger(self, script: str, *arguments, **environment) -> dict:
+        done = self.python(WITHOUT_THE_PACKAGE + script, *arguments, **environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def vlv(self, *arguments, **environment) -> subprocess.CompletedProcess:
+        return self.python("import sys; from vlv.cli.main import main; sys.exit(main())", *arguments, **environment)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory, pictures) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    pictures[1].save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, processor, stable_diffusion) -> Path:
+    from vlv import VLVForConditionalGeneration
+
+    from ..conftest import language_model_config, vlv_config
+
+    torch.manual_seed(0)
+    captioner = VLVForConditionalGeneration(vlv_config(decoder_config=language_model_config())).eval()
+    folder = tmp_path_factory.mktemp("model")
+    vlv_hub.export(folder, captioner=captioner, processor=processor, decoder=stable_diffusion)
+    (folder / vlv_hub.TRAINING_FILE).write_text(
+        json.dumps({"stage1": {"images": "org/pictures", "encoder": "florence-community/Florence-2-base", "steps": 3}})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, model):
+    """`(hub, its address)` with what `vlv push` uploaded."""
+    hub = Hub()
+    with serve(hub) as endpoint:
+        machine = Machine(tmp_path_factory.mktemp("owner"), endpoint)
+        figures = machine.folder / "figures.json"
+        figures.write_text(json.dumps({"captions, combo": {"object_f1": 0.5}}))
+        done = machine.vlv(
+            "push", model, REPO, "--token", "hf_org", "--results", figures, "--results-command", "vlv evaluate x"
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{REPO}/commit/" in done.stdout
+        yield hub, endpoint
+
+
+@pytest.fixture(scope="module")
+def expected(model, picture) -> dict:
+    """The same asked of the parts here, in this process."""
+    captioner, processor = vlv_hub.load_captioner(model)
+    encoder, image_processor = vlv_hub.load_encoder(model)
+    pixels = processor(images=str(picture)).pixel_values
+
+    def words(length: int, **inputs) -> str:
+        ids = captioner.generate(pixel_values=pixels, max_new_tokens=length, do_sample=False, **inputs)
+        return processor.batch_decode(ids, skip_special_tokens=True)[0]
+
+    prefix = processor(text="a")
+    pipeline = VLVReconstructionPipeline(
+        encoder=encoder, image_processor=image_processor, **vlv_hub.load_decoder_parts(model)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(
+        Image.open(picture), num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
+    ).images
+    with torch.no_grad():
+        z = encoder(pixel_values=pixels).caption_embeds.sum().item()
+    return {
+        "caption": words(5),
+        "after a word": words(4, **prefix),
+        "z": z,
+        "sum": drawn.double().sum().item(),
+    }
+
+
+def check_captions(found: dict, expected: dict) -> None:
+    assert found["caption"] == found["chat"] == found["auto"] == expected["caption"]
+    assert found["after a word"].strip() == expected["after a word"].strip()
+    assert found["queries"] == 8 and found["same pixels"] and found["half"] == "torch.bfloat16"
+    assert np.isclose(found["z"], expected["z"], rtol=1e-5)
+
+
+def check_reconstruction(found: dict, expected: dict) -> None:
+    assert np.isclose(found["sum"], expected["sum"], rtol=1e-5)
+    assert np.isclose(found["resaved"], expected["sum"], rtol=1e-5)
+    assert found["half"] and found["offload"][0] == "encoder"
+
+
+def test_a_stranger_captions_over_http_and_then_without_a_network(pushed, expected, picture, tmp_path):
+    hub, endpoint = pushed
+    hub.forget_traffic()
+    machine = Machine(tmp_path / "stranger", endpoint)
+    check_captions(machine.stranger(CAPTION, REPO, picture), expected)
+    fetched = {name.removeprefix(REPO + "/"): size for name, size in hub.downloads.items()}
+    assert not [name for name in fetched if name.startswith(("unet/", "vae/", "scheduler/", "tokenizer/"))]
+    repo = hub.repos[REPO].at("main").files
+    assert fetched["encoder/model.safetensors"] == len(repo["encoder/model.safetensors"])  # once, for all of these
+    assert fetched["language_model.safetensors"] == len(repo["language_model.safetensors"])
+    hub.forget_traffic()
+    check_captions(machine.stranger(CAPTION, REPO, picture, HF_HUB_OFFLINE="1"), expected)
+    assert not hub.requests
+
+
+def test_a_stranger_reconstructs_over_http_without_the_language_model(pushed, expected, picture, tmp_path):
+    hub, endpoint = pushed
+    hub.forget_traffic()
+    revision = hub.repos[REPO].branches["main"]
+    check_reconstruction(
+        Machine(tmp_path / "stranger", endpoint).stranger(RECONSTRUCT, REPO, picture, revision), expected
+    )
+    fetched = {name.removeprefix(REPO + "/") for name in hub.downloads}
+    assert "language_model.safetensors" not in fetched
+    assert {"encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"} <= fetched
+
+
+def test_a_stranger_uses_a_folder(pushed, model, expected, picture, tmp_path):
+    machine = Machine(tmp_path / "stranger", pushed[1])
+    check_captions(machine.stranger(CAPTION, model, picture), expected)
+    check_reconstruction(machine.stranger(RECONSTRUCT, model, picture), expected)
+
+
+def test_nothing_of_a_repository_runs_unless_it_is_trusted(pushed, tmp_path):
+    machine = Machine(tmp_path / "stranger", pushed[1])
+    for script in (
+        'from transformers import pipeline; pipeline("image-to-text", model="org/vlv")',
+        'from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained("org/vlv")',
+    ):
+        done = machine.python(WITHOUT_THE_PACKAGE + script)
+        assert done.returncode and "trust_remote_code=True" in done.stderr
+    assert not list((machine.folder / "hf").rglob("modules/**/modeling_vlv.py"))
+
+
+def test_with_the_package_nothing_needs_to_be_trusted(pushed, expected, picture, tmp_path):
+    machine = Machine(tmp_path / "colleague", pushed[1])
+    script = """
+import json, sys, vlv
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from vlv.pipelines import VLVCaptioningPipeline, load_reconstruction
+captioner = pipeline("image-to-text", model="org/vlv", pipeline_class=VLVCaptioningPipeline)
+model = AutoModelForImageTextToText.from_pretrained("org/vlv")
+print(json.dumps({
+    "caption": captioner(sys.argv[1], max_new_tokens=5)[0]["generated_text"],
+    "own": type(model).__module__, "processor": type(AutoProcessor.from_pretrained("org/vlv")).__module__,
+    "pipeline": type(load_reconstruction("org/vlv")).__module__,
+}))
+"""
+    done = machine.python(script, picture)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["caption"] == expected["caption"]
+    assert all(found[key].startswith("vlv.") for key in ("own", "processor", "pipeline"))
+    assert not list((machine.folder / "hf").rglob("modules/**/modeling_vlv.py"))
+    captions = machine.folder / "captions.json"
+    done = machine.vlv("caption", picture, "--model", REPO, "--output", captions, "--max-new-tokens", 5)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(captions.read_text()) == {"picture.png": expected["caption"]}
+
+
+def test_the_card_says_what_the_checkpoint_is(pushed, picture):
+    card = pushed[0].repos[REPO].at("main").files["README.md"].decode()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "image-to-text" and front["library_name"] == "transformers"
+    assert front["base_model"] == ["florence-community/Florence-2-base"] and front["datasets"] == ["org/pictures"]
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
+    assert "vlv evaluate x" in card and "| captions, combo | object_f1 | 0.5 |" in card
+
+
+def test_the_snippets_of_the_card_run(pushed, pictures, tmp_path):
+    machine = Machine(tmp_path / "reader", pushed[1])
+    pictures[0].save(machine.folder / "image.png")
+    card = pushed[0].repos[REPO].at("main").files["README.md"].decode()
+    snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
+    assert len(snippets) == 2
+    for snippet in snippets:
+        done = machine.python(WITHOUT_THE_PACKAGE + snippet.replace("num_inference_steps=50", "num_inference_steps=2"))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert Image.open(machine.folder / "reconstruction.png").size == (32, 32)
+
+
+def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server, monkeypatch, capsys):
+    hub, endpoint = hub_server
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    push = ["push", str(model), REPO, "--private", "--token"]
+    hub.broken_uploads = 1000
+    assert main([*push, "hf_org"]) == 2
+    assert "run the same command again" in capsys.readouterr().err
+    hub.broken_uploads = 0
+    assert main([*push, "hf_org"]) == 0
+    assert hub.repos[REPO].private
+    hub.forget_traffic()
+    assert main([*push, "hf_org"]) == 0
+    assert hub.uploads == 0
+    capsys.readouterr()
+    for token, reason in (("hf_stranger", "may not write to org/vlv"), ("wrong", "wants a token")):
+        assert main([*push, token]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_a_repository_with_a_pickle_is_refused(model, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(model, tmp_path / "copy")
+    torch.save({}, folder / "pytorch_model.bin")
+    for load in (vlv_hub.load_captioner, vlv_hub.load_encoder):
+        with pytest.raises(ValueError, match=r"holds pickled weights \(pytorch_model.bin\), which can run code"):
+            load(folder)
+
+
+def test_what_was_loaded_is_exported_again_without_loss(model, tmp_path):
+    again = vlv_hub.stage(model, tmp_path / "again")
+    for path in model.rglob("*.safetensors"):
+        before, after = load_file(path), load_file(again / path.relative_to(model))
+        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), path
+    assert {p.relative_to(model) for p in model.rglob("*.py")} == {p.relative_to(again) for p in again.rglob("*.py")}
+    half = vlv_hub.stage(model, tmp_path / "half", dtype=torch.float16)
+    third = vlv_hub.stage(half, tmp_path / "third")
+    for path in half.rglob("*.safetensors"):
+        tensors = load_file(third / path.relative_to(half))
+        assert all(not t.is_floating_point() or t.dtype == torch.float16 for t in tensors.values()), path
+
+
+def test_a_stage_1_checkpoint_is_pushed_and_reconstructs(stage1_checkpoint, stable_diffusion, picture, tmp_path):
+    hub = Hub()
+    with serve(hub) as endpoint:
+        machine = Machine(tmp_path / "owner", endpoint)
+        done = machine.vlv(
+            "push", stage1_checkpoint, REPO, "--decoder", stable_diffusion, "--token", "hf_org", "--revision", "first"
+        )
+        assert done.returncode == 0, done.stderr
+        card = hub.repos[REPO].at("first").files["README.md"].decode()
+        assert "writes no captions" in card and "DiffusionPipeline" in card and 'pipeline("image-to-text"' not in card
+        found = Machine(tmp_path / "stranger", endpoint).stranger(RECONSTRUCT, REPO, picture, "first")
+        assert np.isclose(found["sum"], found["resaved"], rtol=1e-5)
+
+
+def test_the_embedded_code_equals_its_sources():
+    from vlv.checkpoints import MINIATURE
+    from vlv.hub.remote_code import code_file
+
+    files = list(MINIATURE.rglob("*.py"))
+    for path in files:
+        assert path.read_bytes() == code_file(path.name).read_bytes(), path
