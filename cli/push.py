@@ -34,6 +34,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--revision", help="a branch to upload to; created if need be (default: main)")
     parser.add_argument("--token", help="of the Hub; by default HF_TOKEN or the one that `hf auth login` stored")
     parser.add_argument("--dtype", choices=DTYPES, help="store the weights in this precision (default: as they are)")
+    parser.add_argument(
+        "--half-variant", action="store_true", help='store the weights in half precision, too, for variant="fp16"'
+    )
     parser.add_argument("--message", help="of the commit")
     parser.add_argument(
         "--results",
@@ -51,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.repo} is no repository; expected org/name")
     card = _card(arguments)
     shared: dict[str, Any] = {"decoder": arguments.decoder, "token": arguments.token, **card}
+    shared["half_variant"] = arguments.half_variant
     shared["dtype"] = DTYPES[arguments.dtype] if arguments.dtype else None
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as temporary:
         folder = arguments.output or temporary

@@ -17,6 +17,12 @@ AutoModel.register(VLVConfig, VLVModel, exist_ok=True)
 AutoModelForImageTextToText.register(VLVConfig, VLVForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(VLVConfig, image_processor_classes={"pil": VLVImageProcessor}, exist_ok=True)
 AutoProcessor.register(VLVConfig, VLVProcessor, exist_ok=True)
+# What `save_pretrained` and `push_to_hub` of these write loads elsewhere, too: their code goes along.
+VLVConfig.register_for_auto_class()
+VLVModel.register_for_auto_class("AutoModel")
+VLVForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+VLVImageProcessor.register_for_auto_class("AutoImageProcessor")
+VLVProcessor.register_for_auto_class()
 
 __all__ = [
     "FLORENCE_TASK_PROMPT_IDS",

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from .layout import CARD, TRAINING_FILE
+from .layout import CARD, TRAINING_FILE, is_variant
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 LICENCES = {  # of well-known parts, by their Hub pages
@@ -116,7 +116,7 @@ def _parts(folder: Path) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         name = PARTS.get("" if path.parent == folder else path.parent.relative_to(folder).as_posix())
-        if name is None:
+        if name is None or is_variant(path.name):
             continue
         part = found.setdefault(name, {"name": name, "parameters": 0, "megabytes": 0.0, "dtypes": defaultdict(int)})
         part["megabytes"] += path.stat().st_size / 1e6

@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers import __version__ as diffusers_version
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
-from .layout import ENCODER_FILE, ENCODER_PREFIX, INDEX_FILE, LANGUAGE_MODEL_FILE, PIPELINE_PARTS
+from .layout import (
+    ENCODER_FILE,
+    ENCODER_PREFIX,
+    HALF_INDEX_FILE,
+    INDEX_FILE,
+    LANGUAGE_MODEL_FILE,
+    PIPELINE_PARTS,
+    half_name,
+    is_variant,
+)
 from .load import load_decoder_parts
 from .remote_code import add_code
 
@@ -27,6 +37,7 @@ def export(
     image_processor: VLVImageProcessor | None = None,
     decoder: str | os.PathLike | DiffusionPipeline | dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    half_variant: bool = False,
 ) -> Path:
     """Writes a VLV in the Hub's layout.
 
@@ -38,6 +49,7 @@ def export(
             scheduler and tokenizer go in.
         dtype: What the weights are stored in; by default as they are. They load as float32 all the same, unless the
             reader asks for something else.
+        half_variant: Writes the weights in half precision, too, for those who load with `variant="fp16"`.
 
     Returns:
         The folder.
@@ -66,6 +78,8 @@ def export(
     if decoder is not None:
         _export_decoder(root, decoder, dtype)
     add_code(root)
+    if half_variant:
+        _add_half_variant(root)
     return root
 
 
@@ -106,9 +120,27 @@ def _export_decoder(
         "tokenizer": ["transformers", type(parts["tokenizer"]).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "_ignore_files": [INDEX_FILE, LANGUAGE_MODEL_FILE],
+        "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, LANGUAGE_MODEL_FILE, half_name(LANGUAGE_MODEL_FILE)],
     }
     _write_json(root / "model_index.json", index)
+
+
+def _add_half_variant(root: Path) -> None:
+    """Beside each file of weights, and each index of such files, the one that `variant="fp16"` looks for."""
+    weights = [path for path in root.rglob("*.safetensors") if not is_variant(path.name)]
+    for path in weights:
+        tensors = {name: _stored(tensor, torch.float16) for name, tensor in load_file(path).items()}
+        _save(tensors, path.with_name(half_name(path.name)))
+    for path in [p for p in root.rglob("*.safetensors.index.json") if not is_variant(p.name)]:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = {
+            key: str(Path(name).with_name(half_name(Path(name).name))) for key, name in index["weight_map"].items()
+        }
+        size = sum((path.parent / name).stat().st_size for name in set(weight_map.values()))
+        _write_json(
+            path.with_name(path.name.replace(".index.json", ".index.fp16.json")),
+            {"metadata": {"total_size": size}, "weight_map": weight_map},
+        )
 
 
 def _forget_origin(path: Path) -> None:
@@ -135,8 +167,6 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _index(root: Path, files: list[str]) -> dict[str, Any]:
-    from safetensors import safe_open
-
     weight_map, total = {}, 0
     for name in files:
         with safe_open(root / name, "pt") as tensors:

@@ -15,6 +15,7 @@ ENCODER_PREFIX = "model."  # of the encoder's weights: the captioner's base_mode
 ENCODER_FILE = "encoder/model.safetensors"
 LANGUAGE_MODEL_FILE = "language_model.safetensors"  # deliberately not model*.safetensors, which diffusers would fetch
 INDEX_FILE = "model.safetensors.index.json"
+HALF_INDEX_FILE = "model.safetensors.index.fp16.json"
 TRAINING_FILE = "training.json"  # how the model came about
 CARD = "README.md"
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
@@ -35,3 +36,17 @@ def pickles(names: list[str]) -> list[str]:
         if any(PurePosixPath(name).match(pattern) for pattern in PICKLES)
         and not PurePosixPath(name).name.startswith(TRAINER_STATE)
     ]
+
+
+def half_name(name: str) -> str:
+    """What a file of weights is called in half precision: `unet.safetensors` becomes `unet.fp16.safetensors`.
+
+    Of a part of several, the number stays last: `unet.fp16-00001-of-00002.safetensors`.
+    """
+    stem = name.removesuffix(".safetensors")
+    first, dash, number = stem.partition("-")
+    return f"{first}.fp16{dash}{number}.safetensors"
+
+
+def is_variant(name: str) -> bool:
+    return ".fp16" in name

@@ -50,7 +50,11 @@ def resolve(
             _refuse_pickles(text, HfApi(token=token).list_repo_files(text, revision=revision))
         return Path(
             snapshot_download(
-                text, revision=revision, token=token, allow_patterns=allow_patterns, ignore_patterns=PICKLES
+                text,
+                revision=revision,
+                token=token,
+                allow_patterns=allow_patterns,
+                ignore_patterns=[*PICKLES, "*.fp16*"],
             )
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError) as error:

@@ -25,6 +25,7 @@ def push(
     revision: str | None = None,
     token: str | None = None,
     dtype: torch.dtype | None = None,
+    half_variant: bool = False,
     message: str | None = None,
     **card: Any,
 ) -> str:
@@ -41,6 +42,7 @@ def push(
         revision: A branch; created if need be.
         token: Of an account that may write to `org`; by default the one that `hf auth login` stored.
         dtype: What the weights are stored in; by default as they are in `source`.
+        half_variant: Stores them in half precision, too, for `variant="fp16"`.
         card: For the model card, over what the checkpoint says of itself: `results`, `results_command`, `license`.
 
     Returns:
@@ -51,7 +53,7 @@ def push(
         ValueError: If it is no VLV, or holds pickles.
     """
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
-        stage(source, folder, decoder=decoder, token=token, dtype=dtype, repo=repo, **card)
+        stage(source, folder, decoder=decoder, token=token, dtype=dtype, half_variant=half_variant, repo=repo, **card)
         return upload(folder, repo, private=private, revision=revision, token=token, message=message)
 
 
@@ -86,6 +88,7 @@ def stage(
     decoder: str | os.PathLike | None = None,
     token: str | None = None,
     dtype: torch.dtype | None = None,
+    half_variant: bool = False,
     repo: str = "org/name",
     **card: Any,
 ) -> Path:
@@ -101,10 +104,12 @@ def stage(
     parts = load_decoder_parts(decoder, token=token, dtype=dtype) if decoder is not None else None
     if VLVConfig.from_pretrained(root).decoder_config is not None:
         model, processor = load_captioner(root, dtype=own)
-        written = export(folder, captioner=model, processor=processor, decoder=parts)
+        written = export(folder, captioner=model, processor=processor, decoder=parts, half_variant=half_variant)
     else:
         encoder, image_processor = load_encoder(root, dtype=own)
-        written = export(folder, encoder=encoder, image_processor=image_processor, decoder=parts)
+        written = export(
+            folder, encoder=encoder, image_processor=image_processor, decoder=parts, half_variant=half_variant
+        )
     if (root / TRAINING_FILE).is_file():
         shutil.copyfile(root / TRAINING_FILE, written / TRAINING_FILE)
     if (root / CARD).is_file() and not card:

@@ -158,7 +158,11 @@ class Hub:
         for item in (await request.json())["objects"]:
             entry = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in self.objects:
-                entry["actions"] = {"upload": {"href": f"{request.base_url}lfs/{item['oid']}"}}
+                base = f"{request.base_url}lfs/"
+                entry["actions"] = {
+                    "upload": {"href": base + item["oid"]},
+                    "verify": {"href": base + "verify", "header": {"authorization": request.headers["authorization"]}},
+                }
             objects.append(entry)
         return JSONResponse({"transfer": "basic", "objects": objects})
 
@@ -172,6 +176,12 @@ class Hub:
             raise Refusal(400, None, "the content is not what its name says")
         self.objects[oid] = data
         self.uploads += len(data)
+        return Response()
+
+    async def lfs_verify(self, request: Request) -> Response:
+        item = await request.json()
+        if len(self.objects.get(item["oid"], b"")) != item["size"]:
+            raise Refusal(404, None, "that object is not whole")
         return Response()
 
     async def commit(self, request: Request) -> Response:
@@ -332,6 +342,7 @@ class Hub:
             Route(f"/api/models/{repo}/branch/{{revision}}", self.branch, methods=["POST"]),
             Route(f"/api/models/{repo}/tag/{{revision}}", self.tag, methods=["POST"]),
             Route("/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
+            Route("/lfs/verify", self.lfs_verify, methods=["POST"]),
             Route("/lfs/{oid}", self.lfs_put, methods=["PUT"]),
             Route(f"/{repo}/resolve/{{revision}}/{{path:path}}", self.resolve),
         ]

@@ -232,6 +232,45 @@ def test_a_stranger_reconstructs_over_http_without_the_language_model(pushed, ex
     assert {"encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"} <= fetched
 
 
+def test_half_precision_is_fetched_where_it_is_asked_for(model, picture, tmp_path):
+    hub = Hub()
+    with serve(hub) as endpoint:
+        owner = Machine(tmp_path / "owner", endpoint)
+        assert owner.vlv("push", model, REPO, "--half-variant", "--token", "hf_org").returncode == 0
+        hub.forget_traffic()
+        script = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor
+trusted = {"trust_remote_code": True, "variant": "fp16"}
+pipeline = DiffusionPipeline.from_pretrained("org/vlv", torch_dtype=torch.float16, **trusted)
+model = AutoModelForImageTextToText.from_pretrained("org/vlv", dtype=torch.float32, **trusted)
+processor = AutoProcessor.from_pretrained("org/vlv", trust_remote_code=True)
+ids = model.generate(**processor(images=sys.argv[1]), max_new_tokens=5)
+print(json.dumps({"dtypes": [str(pipeline.unet.dtype), str(pipeline.encoder.dtype)], "length": ids.shape[1]}))
+"""
+        found = Machine(tmp_path / "stranger", endpoint).stranger(script, picture)
+        assert found == {"dtypes": ["torch.float16"] * 2, "length": 5}
+        weights = {name for name in hub.downloads if name.endswith(".safetensors")}
+        assert weights and all(".fp16." in name for name in weights), weights
+
+
+def test_what_a_model_saves_by_itself_loads_elsewhere(model, expected, picture, tmp_path):
+    captioner, processor = vlv_hub.load_captioner(model)
+    captioner.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    script = """
+import json, sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = model.generate(**processor(images=sys.argv[2]), max_new_tokens=5, do_sample=False)
+print(json.dumps(processor.batch_decode(ids, skip_special_tokens=True)[0]))
+"""
+    found = Machine(tmp_path / "stranger", "http://127.0.0.1:9").stranger(script, tmp_path / "saved", picture)
+    assert found == expected["caption"]
+
+
 def test_a_stranger_uses_a_folder(pushed, model, expected, picture, tmp_path):
     machine = Machine(tmp_path / "stranger", pushed[1])
     check_captions(machine.stranger(CAPTION, model, picture), expected)
