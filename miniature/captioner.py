@@ -33,10 +33,13 @@ def train_captioner(
     epochs: float = 4,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
-    trainable: str = "all",
+    trainable: str = "projector+lm",
     seed: int = 0,
 ) -> None:
-    """Stage 2 on `pairs` different image-caption pairs."""
+    """Stage 2 on `pairs` different image-caption pairs.
+
+    The encoder rests: captions and reconstructions are then made of the same embeddings, those of stage 1.
+    """
     torch.manual_seed(seed)
     model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(str(encoder_dir), str(language_model_dir))
     processor = VLVProcessor(

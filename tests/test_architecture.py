@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["modeling_vlv", "pipelines", "train", "evaluation", "miniature", "cli"]  # each may import those before it
+LAYERS = [
+    "modeling_vlv",
+    "pipelines",
+    "train",
+    "evaluation",
+    "miniature",
+    "space",
+    "cli",
+]  # each may import those before it
 PACKAGES = {"modeling_vlv": "vlv", **{layer: f"vlv.{layer}" for layer in LAYERS[1:]}}
 SHIPPED_TO_THE_HUB = ["modeling_vlv/modeling_vlv.py", "modeling_vlv/processing_vlv.py"] + [
     str(p.relative_to(ROOT)) for p in sorted((ROOT / "pipelines").glob("pipeline_*.py"))

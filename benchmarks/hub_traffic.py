@@ -1,0 +1,51 @@
+"""What each user of a repository downloads: `python benchmarks/hub_traffic.py`, from the root of a checkout.
+
+Pushes the embedded miniature to the Hub server of the tests and loads it in fresh processes that do not have this
+package, as README.md's table says. Bytes are what the server sent.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.hub.machine import Machine
+from tests.hub.server import Hub, serve
+from vlv.checkpoints import MINIATURE
+
+REPO = "org/vlv-miniature"
+LOADS = {
+    'transformers `pipeline("image-to-text", ...)`': (
+        "from transformers import pipeline; pipeline('image-to-text', model='org/vlv-miniature', trust_remote_code=True)"
+    ),
+    "diffusers `DiffusionPipeline`": (
+        "from diffusers import DiffusionPipeline; "
+        "DiffusionPipeline.from_pretrained('org/vlv-miniature', trust_remote_code=True)"
+    ),
+}
+
+
+def main() -> None:
+    hub = Hub()
+    with serve(hub) as endpoint, tempfile.TemporaryDirectory() as folder:
+        pushed = Machine(Path(folder) / "owner", endpoint).vlv("push", MINIATURE, REPO, "--token", "hf_org")
+        if pushed.returncode:
+            raise SystemExit(pushed.stderr)
+        files = hub.repos[REPO].at("main").files
+        print("| what loads | encoder | language model | denoiser and autoencoder | all it fetches, MB |")
+        print("|---|---|---|---|---|")
+        for number, (name, script) in enumerate(LOADS.items()):
+            hub.forget_traffic()
+            Machine(Path(folder) / str(number), endpoint).stranger(script + "; print('null')")
+            sent = {path.removeprefix(REPO + "/"): size for path, size in hub.downloads.items()}
+            parts = [
+                any(path.startswith(start) and path.endswith(".safetensors") for path in sent)
+                for start in ("encoder/", "language_model", ("unet/", "vae/"))
+            ]
+            print(f"| {name} | {' | '.join('yes' if p else 'no' for p in parts)} | {sum(sent.values()) / 1e6:.1f} |")
+        print(f"\nThe whole repository: {sum(map(len, files.values())) / 1e6:.1f} MB in {len(files)} files.")
+
+
+if __name__ == "__main__":
+    main()

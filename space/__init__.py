@@ -1,0 +1,1 @@
+"""The Gradio demo: a Hugging Face Space, and `vlv demo`."""

@@ -1,0 +1,63 @@
+"""The embedded miniature, pushed and used by strangers: the two calls that this project is about."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from vlv import hub as vlv_hub
+from vlv.checkpoints import MINIATURE
+from vlv.pipelines import load_reconstruction
+
+from .machine import Machine
+from .server import Hub, serve
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (MINIATURE / "config.json").is_file(), reason="no miniature is embedded yet"),
+]
+REPO = "org/vlv-miniature"
+
+CAPTION = """
+import json, sys
+from transformers import pipeline
+captioner = pipeline("image-to-text", model=sys.argv[1], trust_remote_code=True)
+print(json.dumps([row[0]["generated_text"] for row in captioner(sys.argv[2:], max_new_tokens=64)]))
+"""
+
+RECONSTRUCT = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+generator = [torch.Generator().manual_seed(7) for _ in sys.argv[2:]]
+images = pipeline(sys.argv[2:], num_inference_steps=5, generator=generator).images
+for number, image in enumerate(images):
+    image.save(f"{number}.png")
+print(json.dumps(len(images)))
+"""
+
+
+def test_strangers_get_the_same_captions_and_pictures(tmp_path, request):
+    pictures = sorted((request.config.rootpath / "examples" / "images").glob("*.png"))[:4]
+    model, processor = vlv_hub.load_captioner(MINIATURE)
+    ids = model.generate(**processor(images=pictures), max_new_tokens=64, do_sample=False)
+    captions = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    local = load_reconstruction(MINIATURE)
+    local.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(7) for _ in pictures]
+    drawn = local(list(map(str, pictures)), num_inference_steps=5, generator=generators).images
+
+    hub = Hub()
+    with serve(hub) as endpoint:
+        done = Machine(tmp_path / "owner", endpoint).vlv("push", MINIATURE, REPO, "--token", "hf_org")
+        assert done.returncode == 0, done.stderr
+        card = hub.repos[REPO].at("main").files["README.md"]
+        assert card == (MINIATURE / "README.md").read_bytes()
+        assert Machine(tmp_path / "reader", endpoint).stranger(CAPTION, REPO, *pictures) == captions
+        artist = Machine(tmp_path / "artist", endpoint)
+        assert artist.stranger(RECONSTRUCT, REPO, *pictures) == len(pictures)
+    for number, expected in enumerate(drawn):
+        assert Image.open(artist.folder / f"{number}.png").tobytes() == expected.tobytes()
+    assert json.loads((MINIATURE / "model_index.json").read_text())["_class_name"][1] == "VLVReconstructionPipeline"

@@ -1,0 +1,136 @@
+"""The page in a real browser, on the embedded miniature."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlv.checkpoints import MINIATURE
+from vlv.miniature.world import OBJECTS
+
+playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright runs the browser tests")
+pytest.importorskip("gradio", reason="pip install 'vlv[space]' runs the browser tests")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `apt-get install chromium` runs the browser tests"),
+    pytest.mark.skipif(not (MINIATURE / "config.json").is_file(), reason="no miniature is embedded yet"),
+]
+EXAMPLES = Path(__file__).parents[2] / "space" / "examples"
+SECONDS = 1000  # playwright counts in milliseconds
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Of `vlv demo`, running."""
+    log = tmp_path_factory.mktemp("demo") / "log"
+    command = [sys.executable, "-u", "-c", "import sys; from vlv.cli.main import main; sys.exit(main())"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*command, "demo", "--port", "0"], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        for _ in range(900):
+            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
+                break
+            assert server.poll() is None, log.read_text()
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.wait(0.1)
+        yield found.group()
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, address, request):
+    """A fresh page; its last picture goes to the folder named by VLV_SCREENSHOTS, if that is set."""
+    opened = browser.new_page(viewport=getattr(request, "param", {"width": 1100, "height": 900}))
+    opened.set_default_timeout(60 * SECONDS)
+    opened.goto(address)
+    opened.get_by_role("tab", name="Caption").wait_for()
+    yield opened
+    if folder := os.environ.get("VLV_SCREENSHOTS"):
+        opened.wait_for_timeout(0.5 * SECONDS)
+        opened.screenshot(path=Path(folder) / f"{request.node.originalname.removeprefix('test_')}.png")
+    opened.close()
+
+
+def upload(page, path: Path, number: int = 0) -> None:
+    """Into the number-th image field of the open tab."""
+    page.locator("[role=tabpanel]:visible input[type=file]").nth(number).set_input_files(path)
+
+
+def drawn(page, label: str):
+    """The picture shown under a label of the open tab."""
+    return (
+        page.locator("[role=tabpanel]:visible .block").filter(has=page.get_by_text(label, exact=True)).locator("img")
+    )
+
+
+def test_caption(page):
+    upload(page, EXAMPLES / "test-1.png")
+    page.get_by_role("button", name="Caption", exact=True).click()
+    box = page.get_by_label("Caption", exact=True).and_(page.locator("textarea"))
+    playwright.expect(box).to_have_value(re.compile("|".join(OBJECTS)), timeout=60 * SECONDS)
+
+
+def test_reconstruct(page):
+    page.get_by_role("tab", name="Reconstruct").click()
+    page.locator("[role=tabpanel]:visible .gallery button, [role=tabpanel]:visible .gallery-item").first.click()
+    page.wait_for_timeout(1 * SECONDS)
+    page.get_by_role("button", name="Reconstruct", exact=True).click()
+    drawn(page, "Reconstruction").wait_for(timeout=120 * SECONDS)
+    assert drawn(page, "Original, as the model is shown it").is_visible()
+
+
+def test_compose(page):
+    page.get_by_role("tab", name="Compose").click()
+    upload(page, EXAMPLES / "test-1.png", 0)
+    page.wait_for_timeout(1 * SECONDS)
+    upload(page, EXAMPLES / "combo-1.png", -1)
+    page.wait_for_timeout(1 * SECONDS)
+    page.get_by_role("button", name="Compose", exact=True).click()
+    drawn(page, "Mixed").wait_for(timeout=120 * SECONDS)
+
+
+def test_what_is_no_image_is_refused_politely(page, tmp_path):
+    fake = tmp_path / "notes.png"
+    fake.write_text("these are words")
+    upload(page, fake)
+    page.wait_for_timeout(1 * SECONDS)
+    page.get_by_role("button", name="Caption", exact=True).click()
+    page.get_by_text(re.compile("cannot be read as an image|[Cc]annot identify|Invalid")).first.wait_for()
+
+
+@pytest.mark.parametrize("page", [{"width": 390, "height": 844}], indirect=True)
+def test_phone(page):
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= 390
+    upload(page, EXAMPLES / "test-1.png")
+    button = page.get_by_role("button", name="Caption", exact=True)
+    button.scroll_into_view_if_needed()
+    box = button.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] >= 32
+    button.click()
+    field = page.get_by_label("Caption", exact=True).and_(page.locator("textarea"))
+    playwright.expect(field).to_have_value(re.compile("|".join(OBJECTS)), timeout=60 * SECONDS)
+
+
+def test_the_examples_are_pictures_of_the_world():
+    assert all(Image.open(path).size == (64, 64) for path in EXAMPLES.glob("*.png"))
+    assert len(list(EXAMPLES.glob("*.png"))) >= 4
