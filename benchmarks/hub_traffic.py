@@ -15,14 +15,12 @@ from tests.hub.server import Hub, serve
 from vlv.checkpoints import MINIATURE
 
 REPO = "org/vlv-miniature"
+TRUSTED = f"'{REPO}', trust_remote_code=True)"
 LOADS = {
     'transformers `pipeline("image-to-text", ...)`': (
-        "from transformers import pipeline; pipeline('image-to-text', model='org/vlv-miniature', trust_remote_code=True)"
+        f"from transformers import pipeline; pipeline('image-to-text', model={TRUSTED}"
     ),
-    "diffusers `DiffusionPipeline`": (
-        "from diffusers import DiffusionPipeline; "
-        "DiffusionPipeline.from_pretrained('org/vlv-miniature', trust_remote_code=True)"
-    ),
+    "diffusers `DiffusionPipeline`": f"from diffusers import DiffusionPipeline as P; P.from_pretrained({TRUSTED}",
 }
 
 
