@@ -6,30 +6,28 @@
 `configs/stage1.yaml` is the paper's recipe.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoTokenizer
 
 from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
 from vlv.pipelines import VLVReconstructionPipeline
 
-from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, side_by_side
+from .callbacks import SampleCallback, ThroughputTrainer, readable_items, side_by_side
 from .data import Stage1Collator, load_images
-from .facts import write_training_facts
-from .parsing import parse_config
-
-TRAINABLE = ("projector", "transformer", "all")
+from .stage import StageConfig, run_stage
 
 
 @dataclass
-class Stage1Config(TrainingArguments):
+class Stage1Config(StageConfig):
     """Stage 1. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
+
+    TRAINABLE = ("projector", "transformer", "all")
 
     model: str | None = field(
         default=None, metadata={"help": "A VLV to go on from: folder or repo id. Else give encoder and decoder."}
@@ -47,9 +45,6 @@ class Stage1Config(TrainingArguments):
     images: str | None = field(
         default=None, metadata={"help": "Folder of images, parquet files, or a data set of the `datasets` library."}
     )
-    split: str = field(default="train", metadata={"help": "Split of a data set."})
-    image_column: str = field(default="image", metadata={"help": "Column of a data set or parquet file."})
-    on_bad_image: str = field(default="skip", metadata={"help": "'skip' (said and counted) or 'error'."})
     num_queries: int | None = field(
         default=None, metadata={"help": "Caption embeddings an image; by default the text encoder's positions (77)."}
     )
@@ -89,26 +84,13 @@ class Stage1Config(TrainingArguments):
     output_dir: str = field(default="runs/stage1", metadata={"help": "Checkpoints, samples and the model go here."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     max_steps: int = field(default=200_000, metadata={"help": "Optimiser steps."})
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Images a device; the paper's total is 512."}
     )
-    save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every so many steps."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the collator reads the columns."}
-    )
-    report_to: str = field(default="none", metadata={"help": "Such as 'trackio', 'tensorboard' or 'wandb'."})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.trainable not in TRAINABLE:
-            raise ValueError(f"trainable is {self.trainable!r}; expected one of {TRAINABLE}")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator reads the image column")
         self.pre_crop_size = self.pre_crop_size or None
 
 
@@ -232,17 +214,12 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, resuming from the last checkpoint in `output_dir` if there is one, and saves the model there."""
-    config = parse_config(Stage1Config, sys.argv[1:] if arguments is None else arguments, "vlv train stage1")
-    set_seed(config.seed)
-    try:
-        trainer = build_stage1(config)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"vlv train stage1: {error}") from error
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
-    trainer.save_model()
-    trainer.save_state()
-    base = None if config.model is not None else config.encoder
-    write_training_facts(trainer, "stage1", config.model, images=config.images, encoder=base, decoder=config.decoder)
+    run_stage("stage1", Stage1Config, build_stage1, _facts, arguments)
+
+
+def _facts(config: Stage1Config) -> dict[str, Any]:
+    encoder = config.encoder if config.model is None else None
+    return {"images": config.images, "encoder": encoder, "decoder": config.decoder}
 
 
 if __name__ == "__main__":

@@ -6,26 +6,25 @@
 `configs/stage2.yaml` is the paper's recipe.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoTokenizer
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 
-from .callbacks import SampleCallback, ThroughputTrainer, last_checkpoint, readable_items, write_json
+from .callbacks import SampleCallback, ThroughputTrainer, readable_items, write_json
 from .data import Stage2Collator, load_pairs
-from .facts import write_training_facts
-from .parsing import parse_config
-
-TRAINABLE = ("projector", "projector+lm", "all")
+from .stage import StageConfig, run_stage
 
 
 @dataclass
-class Stage2Config(TrainingArguments):
+class Stage2Config(StageConfig):
     """Stage 2. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
+
+    TRAINABLE = ("projector", "projector+lm", "all")
 
     model: str | None = field(
         default=None, metadata={"help": "The stage-1 checkpoint, or a captioner to go on from: folder or repo id."}
@@ -37,10 +36,7 @@ class Stage2Config(TrainingArguments):
         default=None,
         metadata={"help": "Folder with captions (sidecars or .jsonl), parquet files, or a data set."},
     )
-    split: str = field(default="train", metadata={"help": "Split of a data set."})
-    image_column: str = field(default="image", metadata={"help": "Column of a data set or parquet file."})
     caption_column: str = field(default="caption", metadata={"help": "Column of a data set or parquet file."})
-    on_bad_image: str = field(default="skip", metadata={"help": "'skip' (said and counted) or 'error'."})
     trainable: str = field(
         default="all",
         metadata={
@@ -59,24 +55,8 @@ class Stage2Config(TrainingArguments):
     output_dir: str = field(default="runs/stage2", metadata={"help": "Checkpoints, samples and the model go here."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of AdamW."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "How the learning rate falls."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     max_steps: int = field(default=100_000, metadata={"help": "Optimiser steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs a device; the paper's total is 64."})
-    save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every so many steps."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the collator reads the columns."}
-    )
-    report_to: str = field(default="none", metadata={"help": "Such as 'trackio', 'tensorboard' or 'wandb'."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.trainable not in TRAINABLE:
-            raise ValueError(f"trainable is {self.trainable!r}; expected one of {TRAINABLE}")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be false: the collator reads the image and caption columns")
 
 
 def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> None:
@@ -182,17 +162,11 @@ def build_stage2(config: Stage2Config) -> Stage2Trainer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, resuming from the last checkpoint in `output_dir` if there is one, and saves the model there."""
-    config = parse_config(Stage2Config, sys.argv[1:] if arguments is None else arguments, "vlv train stage2")
-    set_seed(config.seed)
-    try:
-        trainer = build_stage2(config)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"vlv train stage2: {error}") from error
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
-    merge_lora(trainer.model)
-    trainer.save_model()
-    trainer.save_state()
-    write_training_facts(trainer, "stage2", config.model, pairs=config.pairs, language_model=config.language_model)
+    run_stage("stage2", Stage2Config, build_stage2, _facts, arguments, merge_lora)
+
+
+def _facts(config: Stage2Config) -> dict[str, Any]:
+    return {"pairs": config.pairs, "language_model": config.language_model}
 
 
 if __name__ == "__main__":
