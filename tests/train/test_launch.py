@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
+from vlv.hub import TRAINING_FILE
 from vlv.train import SeedOfItsOwn, Stage1Config
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
@@ -40,6 +41,9 @@ def test_launchers(launcher, processes, tmp_path, image_folder, stable_diffusion
     assert state["global_step"] == 2
     assert state["epoch"] == processes * 2 * 4 / 16  # the share of the sixteen images that two steps saw
     assert (tmp_path / "run" / "model.safetensors").is_file()
+    facts = json.loads((tmp_path / "run" / TRAINING_FILE).read_text())["stage1"]
+    assert facts["images"] == str(image_folder) and facts["steps"] == 2 and facts["learning_rate"] == 1e-3
+    assert facts["batch_size"] == 4 * processes and facts["final_loss"] > 0
 
 
 def test_processes_draw_different_noise(tmp_path):
