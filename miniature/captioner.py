@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor
+from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor, hub
 from vlv.train import Stage2Config, Stage2Trainer, freeze_for_stage2
 
 from .training import SceneDataset
@@ -42,9 +41,7 @@ def train_captioner(
     """
     torch.manual_seed(seed)
     model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(str(encoder_dir), str(language_model_dir))
-    processor = VLVProcessor(
-        VLVImageProcessor.from_pretrained(encoder_dir), AutoTokenizer.from_pretrained(language_model_dir)
-    )
+    processor = VLVProcessor(VLVImageProcessor.from_pretrained(encoder_dir), hub.load_tokenizer(language_model_dir))
     freeze_for_stage2(model, trainable)
     config = Stage2Config(
         output_dir=str(work_dir),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
@@ -208,7 +207,7 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
         size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
         image_processor = VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
     freeze_for_stage1(model, config.trainable)
-    tokenizer = AutoTokenizer.from_pretrained(config.decoder, subfolder="tokenizer")
+    tokenizer = hub.load_tokenizer(config.decoder, subfolder="tokenizer")
     return Stage1Trainer(model, decoder, config, dataset, image_processor, tokenizer)
 
 

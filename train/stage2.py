@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 
 from .callbacks import SampleCallback, ThroughputTrainer, readable_items, write_json
@@ -151,7 +149,7 @@ def build_stage2(config: Stage2Config) -> Stage2Trainer:
     if VLVConfig.from_pretrained(config.model).decoder_config is None:
         encoder, image_processor = hub.load_encoder(config.model)
         model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(encoder, config.language_model)
-        processor = VLVProcessor(image_processor, AutoTokenizer.from_pretrained(config.language_model))
+        processor = VLVProcessor(image_processor, hub.load_tokenizer(config.language_model))
     else:
         model, processor = hub.load_captioner(config.model)
     freeze_for_stage2(model, config.trainable)

@@ -2,7 +2,7 @@
 
 from .export import export
 from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
-from .load import load_captioner, load_decoder_parts, load_encoder, require, resolve
+from .load import load_captioner, load_decoder_parts, load_encoder, load_tokenizer, require, resolve
 from .push import push, stage, upload
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "load_captioner",
     "load_decoder_parts",
     "load_encoder",
+    "load_tokenizer",
     "push",
     "require",
     "resolve",

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
@@ -83,9 +84,7 @@ def load_captioner(
     folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(folder, "config.json")
     model = _load_whole(VLVForConditionalGeneration, folder, dtype)
-    processor = VLVProcessor(
-        VLVImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, use_fast=True)
-    )
+    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), load_tokenizer(folder))
     return model.to(device).eval(), processor
 
 
@@ -153,8 +152,19 @@ def load_decoder_parts(
         stored = dtype or stored_dtype(folder / name)
         parts[name] = part.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True)
     parts["scheduler"] = scheduler.from_pretrained(folder, subfolder="scheduler")
-    parts["tokenizer"] = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    parts["tokenizer"] = load_tokenizer(folder, subfolder="tokenizer")
     return parts
+
+
+def load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
+    """A tokenizer as it was saved.
+
+    transformers 5 takes every tokenizer beside a Qwen2 (and some others) for Qwen2's own, whatever its configuration
+    says, and then reads another one's words as nonsense without a warning. A generic one is therefore loaded as such.
+    """
+    declared = get_tokenizer_config(os.fspath(source), **kwargs).get("tokenizer_class")
+    generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **kwargs)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

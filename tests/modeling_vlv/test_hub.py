@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 
 from vlv import VLVForConditionalGeneration, hub
+from vlv.miniature.tokenizer import build_tokenizer
 from vlv.pipelines import load_reconstruction
 
 
@@ -84,3 +85,15 @@ def test_another_kind_of_model_is_named(language_model):
 def test_a_missing_folder_is_named(source):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         hub.load_captioner(source)
+
+
+def test_tokenizers_come_back_as_they_were(exported, language_model):
+    words = "a small dog at the top left, a large umbrella at the bottom right"
+    saved = build_tokenizer(for_text_encoder=False)
+    expected = saved(words).input_ids
+    assert len(set(expected)) > 8
+    for tokenizer in (hub.load_tokenizer(language_model), hub.load_captioner(exported)[1].tokenizer):
+        assert tokenizer(words).input_ids == expected
+        assert tokenizer.decode(expected) == saved.decode(expected) == words
+    prompts = hub.load_decoder_parts(exported)["tokenizer"]
+    assert prompts("a small dog").input_ids == build_tokenizer(for_text_encoder=True)("a small dog").input_ids

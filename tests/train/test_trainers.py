@@ -111,6 +111,7 @@ def test_lora_trains_and_merges_into_a_plain_model(tmp_path, stage1_checkpoint, 
         sample_steps=0,
     )
     trainer = build_stage2(config)
+    assert len(set(trainer.processing_class.tokenizer("a large dog").input_ids)) == 3  # read as it was saved
     assert any("lora_A" in name for name in learning(trainer.model))
     trainer.train()
     trainer.model.eval()
