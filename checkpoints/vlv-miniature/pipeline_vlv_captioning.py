@@ -1,0 +1,75 @@
+"""Captions for images, as a transformers pipeline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import Pipeline
+
+
+class VLVCaptioningPipeline(Pipeline):
+    r"""
+    Writes captions. Takes one image, a list, a generator or a dataset; `batch_size` batches them.
+
+    An image may be anything that `VLVImageProcessor` reads (PIL, path, URL, bytes, array), or a mapping
+    `{"caption_embeds": tensor}` with ready embeddings `(Q, d_text)`.
+
+    Call arguments:
+        text (`str`, *optional*): Words that the caption is to continue.
+        max_new_tokens (`int`, *optional*): The most tokens of a caption.
+        generate_kwargs (`dict`, *optional*): Passed to the model's `generate`, such as `num_beams`.
+
+    Returns for each image `[{"generated_text": str}]`, with as many entries as `num_return_sequences`.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+
+    def _sanitize_parameters(
+        self,
+        text: str | None = None,
+        max_new_tokens: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        if kwargs:
+            raise ValueError(
+                f"unknown arguments {sorted(kwargs)}; expected text, max_new_tokens, or generate_kwargs={{...}}"
+            )
+        generation = dict(generate_kwargs or {})
+        if max_new_tokens is not None:
+            if "max_new_tokens" in generation:
+                raise ValueError("max_new_tokens is given twice, by itself and in generate_kwargs; leave one out")
+            generation["max_new_tokens"] = max_new_tokens
+        return {} if text is None else {"text": text}, generation, {}
+
+    def preprocess(self, inputs: Any, text: str | None = None) -> dict[str, torch.Tensor]:
+        words = {} if text is None else dict(self.processor(text=text))
+        if isinstance(inputs, Mapping) and "caption_embeds" in inputs:
+            embeds = torch.as_tensor(inputs["caption_embeds"])
+            embeds = embeds[None] if embeds.ndim == 2 else embeds
+            expected = (1, self.model.config.num_queries, self.model.config.text_encoder_config.hidden_size)
+            if tuple(embeds.shape) != expected:  # a batch of unequal lengths would be padded with zeros, unseen
+                raise ValueError(
+                    f"caption_embeds of one image must be {expected[1:]}, got {tuple(embeds.shape)}; for others call "
+                    "the model's generate(caption_embeds=...)"
+                )
+            return {"caption_embeds": embeds, **words}
+        pixels = self.processor(images=inputs).pixel_values
+        return {"pixel_values": pixels.to(self.dtype or pixels.dtype), **words}
+
+    def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs) -> dict[str, torch.Tensor]:
+        ids = self.model.generate(**model_inputs, **generate_kwargs)
+        if isinstance(ids, Mapping):
+            ids = ids["sequences"]
+        first = model_inputs.get("pixel_values", model_inputs.get("caption_embeds"))
+        rows = len(first) if first is not None else 1
+        return {"generated_ids": ids.view(rows, -1, ids.shape[-1])}  # (B, num_return_sequences, length)
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+        rows = model_outputs["generated_ids"]
+        texts = self.processor.batch_decode(rows.reshape(-1, rows.shape[-1]), skip_special_tokens=True)
+        return [{"generated_text": text.strip()} for text in texts]
