@@ -18,7 +18,7 @@ $(READY): pyproject.toml setup.cfg constraints.txt
 # Captions and reconstructs the example images with the embedded miniature.
 demo: $(READY)
 	$(BIN)/vlv caption examples/images --output outputs/captions.json
-	$(BIN)/vlv reconstruct examples/images --output-dir outputs/reconstructions --sheet outputs/side_by_side.png
+	$(BIN)/vlv reconstruct examples/images --output-dir outputs/reconstructions --sheet outputs/side_by_side.png --captions outputs/captions.json
 	@echo "captions: outputs/captions.json    pictures: outputs/side_by_side.png, outputs/reconstructions/"
 
 test: $(READY)

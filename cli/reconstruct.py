@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .errors import UserError
 from .inputs import Input, collect_images, load_embeddings
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
 from .output import GrowingJson, Tally, write_atomically
+from .sheet import Pair, contact_sheet
 
 
 def add_parser(commands) -> None:
@@ -32,6 +34,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode` instead of images")
     parser.add_argument("--output-dir", default="reconstructions", help="a folder (default: reconstructions)")
     parser.add_argument("--sheet", metavar="FILE.png", help="also one picture: originals above their reconstructions")
+    parser.add_argument("--captions", metavar="FILE", help="captions from `vlv caption`, to be written on the sheet")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: 2.0)")
     parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--seed", type=int, default=42, help="of every picture's noise (default: 42)")
@@ -63,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     sheet = output_path(arguments.sheet, ".png") if arguments.sheet else None
     folder, tally = Path(arguments.output_dir), Tally()
     meter = _meter(pipeline)
-    on_sheet: list[tuple[Image.Image, Image.Image]] = []
+    captions = read_captions(arguments.captions) if arguments.captions else {}
+    on_sheet: list[Pair] = []
     with GrowingJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
         per_image: dict[str, Any] = {}
         for batch in _readable_batches(images, pipeline, size, arguments.batch_size, tally):
@@ -75,12 +79,23 @@ def run(arguments: argparse.Namespace) -> int:
                     if meter is not None:
                         meter.update(_to_bytes(picture), _to_bytes(original))
                     if sheet is not None:
-                        on_sheet.append((original, picture))
+                        on_sheet.append(Pair(original, picture, captions.get(item.name, "")))
             report.save({"pictures": per_image, "failed": tally.failed})
         report.save({"set": _set_metrics(meter), "failed": tally.failed})
     if sheet is not None and on_sheet:
         write_atomically(sheet, contact_sheet(on_sheet).save)
     return tally.close("reconstructed", str(folder))
+
+
+def read_captions(path: str) -> dict[str, str]:
+    """What `vlv caption` wrote."""
+    try:
+        captions = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--captions {path} cannot be read: {error}") from error
+    if not isinstance(captions, dict):
+        raise UserError(f"--captions {path}: expected {{name: caption}}, as `vlv caption` writes")
+    return captions
 
 
 def draw(
@@ -107,20 +122,6 @@ def draw(
         .images.float()
         .cpu()
     )
-
-
-def contact_sheet(pairs: list[tuple[Image.Image, Image.Image]], columns: int = 6, margin: int = 4) -> Image.Image:
-    """Rows of originals, each above a row of their reconstructions."""
-    width, height = pairs[0][1].size
-    columns = min(columns, len(pairs))
-    rows = -(-len(pairs) // columns)
-    sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (2 * height + 2 * margin) + margin), "white")
-    for index, (original, picture) in enumerate(pairs):
-        left = margin + index % columns * (width + margin)
-        top = margin + index // columns * (2 * height + 2 * margin)
-        sheet.paste(original, (left, top))
-        sheet.paste(picture, (left, top + height))
-    return sheet
 
 
 def _to_image(picture: torch.Tensor) -> Image.Image:
