@@ -29,6 +29,15 @@ CSS = """
 """
 
 
+class Upload(gr.Image):
+    """An image field that hands on the file as it was uploaded, for `Demo.load` to read or to refuse with a reason."""
+
+    is_template = True  # to the browser it is a gradio Image
+
+    def preprocess(self, payload: Any) -> str | None:
+        return payload.path if payload is not None else None
+
+
 class Demo:
     """A loaded model and what the tabs do with it.
 
@@ -142,7 +151,7 @@ def build(demo: Demo, steps: int = 25) -> gr.Blocks:
     """
 
     def picture(label: str) -> gr.Image:
-        return gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260)
+        return Upload(label=label, type="filepath", sources=["upload", "clipboard"], height=260)
 
     def drawing_controls() -> list[Any]:
         with gr.Row():

@@ -114,7 +114,7 @@ def test_what_is_no_image_is_refused_politely(page, tmp_path):
     upload(page, fake)
     page.wait_for_timeout(1 * SECONDS)
     page.get_by_role("button", name="Caption", exact=True).click()
-    page.get_by_text(re.compile("cannot be read as an image|[Cc]annot identify|Invalid")).first.wait_for()
+    page.get_by_text("cannot be read as an image").first.wait_for()
 
 
 @pytest.mark.parametrize("page", [{"width": 390, "height": 844}], indirect=True)
