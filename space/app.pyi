@@ -28,8 +28,6 @@ CSS = """
 .image-frame img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
 """
 
-from gradio.events import Dependency
-
 class Upload(gr.Image):
     """An image field that hands on the file as it was uploaded, for `Demo.load` to read or to refuse with a reason."""
 
@@ -37,12 +35,14 @@ class Upload(gr.Image):
 
     def preprocess(self, payload: Any) -> str | None:
         return payload.path if payload is not None else None
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class Demo:
     """A loaded model and what the tabs do with it.
@@ -148,7 +148,6 @@ class Demo:
         text = self.card.read_text(encoding="utf-8")
         return text.split("---", 2)[2] if text.startswith("---") else text
 
-
 def build(demo: Demo, steps: int = 25) -> gr.Blocks:
     """The page.
 
@@ -214,7 +213,6 @@ def build(demo: Demo, steps: int = 25) -> gr.Blocks:
             gr.Markdown(demo.about())
     return page
 
-
 def launch(demo: Demo, **settings: Any) -> None:
     """Serves the page, with a bounded queue and bounded uploads.
 
@@ -224,7 +222,6 @@ def launch(demo: Demo, **settings: Any) -> None:
     page = build(demo)
     page.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1)
     page.launch(max_file_size=MAX_UPLOAD, css=CSS, **settings)
-
 
 if __name__ == "__main__":
     launch(Demo(os.environ["MODEL_ID"], os.environ.get("MODEL_REVISION")))

@@ -13,10 +13,7 @@ from vlv.pipelines import load_reconstruction
 from .machine import Machine
 from .server import Hub, serve
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (MINIATURE / "config.json").is_file(), reason="no miniature is embedded yet"),
-]
+pytestmark = pytest.mark.slow
 REPO = "org/vlv-miniature"
 
 CAPTION = """

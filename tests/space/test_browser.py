@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlv.checkpoints import MINIATURE
 from vlv.miniature.world import OBJECTS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright runs the browser tests")
@@ -19,7 +18,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `apt-get install chromium` runs the browser tests"),
-    pytest.mark.skipif(not (MINIATURE / "config.json").is_file(), reason="no miniature is embedded yet"),
 ]
 EXAMPLES = Path(__file__).parents[2] / "space" / "examples"
 SECONDS = 1000  # playwright counts in milliseconds
