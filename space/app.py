@@ -29,15 +29,6 @@ CSS = """
 """
 
 
-class Upload(gr.Image):
-    """An image field that hands on the file as it was uploaded, for `Demo.load` to read or to refuse with a reason."""
-
-    is_template = True  # to the browser it is a gradio Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload is not None else None
-
-
 class Demo:
     """A loaded model and what the tabs do with it.
 
@@ -151,7 +142,11 @@ def build(demo: Demo, steps: int = 25) -> gr.Blocks:
     """
 
     def picture(label: str) -> gr.Image:
-        return Upload(label=label, type="filepath", sources=["upload", "clipboard"], height=260)
+        field = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260)
+        # The file as it was uploaded, for `Demo.load` to read or to refuse with a reason; gradio itself says "Error".
+        # (A subclass would make gradio write a stub file beside this one.)
+        field.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
+        return field
 
     def drawing_controls() -> list[Any]:
         with gr.Row():

@@ -73,7 +73,7 @@ def upload(
         api.create_branch(repo, branch=revision, exist_ok=True)
     commit = api.upload_folder(
         repo_id=repo,
-        folder_path=folder,
+        folder_path=Path(folder),
         revision=revision,
         commit_message=message or "Upload VLV",
         ignore_patterns=PICKLES,
