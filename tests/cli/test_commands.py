@@ -103,7 +103,16 @@ def test_reconstructs_with_metrics(model_folder, mixed_folder, tmp_path):
     assert Image.open(out / "reconstructions" / "sub" / "cmyk.JPG.png").size == (32, 32)
     assert Image.open(out / "side_by_side" / "good.png.png").size == (64, 32)
 
-    assert Image.open(out / "s.png").size == (5 * 36 + 4, 2 * 32 + 12)
+    width, height = Image.open(out / "s.png").size
+    assert (width, height) == (5 * (160 + 8) + 8, 2 * 160 + 3 * 8)  # enlarged five times, no captions below
+
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"good.png": "two words and then a few more words"}))
+    drawn = [*command, str(mixed_folder), "--output-dir", str(out), "--sheet", str(out / "s.png")]
+    main([*drawn, "--captions", str(captions)])
+    assert Image.open(out / "s.png").height > height
+    captions.write_text("[]")
+    assert main([*drawn, "--captions", str(captions)]) == 2
 
     alone = tmp_path / "alone"
     main([*command, str(mixed_folder / "good.png"), "--output-dir", str(alone)])
