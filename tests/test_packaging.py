@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ["vlv", "vlv.pipelines", "vlv.train", "vlv.evaluation", "vlv.miniature", "vlv.cli", "vlv.checkpoints"]
+PACKAGES = ["vlv", "vlv.hub", "vlv.diffusion_decoder", "vlv.pipelines", "vlv.train", "vlv.evaluation", "vlv.miniature"]
+PACKAGES += ["vlv.space", "vlv.cli", "vlv.checkpoints"]
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -48,6 +49,12 @@ def test_the_wheel_has_the_command_and_the_data(installed, tmp_path):
     assert "caption" in run(str(installed.parent / "vlv"), "--help", cwd=tmp_path)
     code = "import os, vlv.train.configs as c; print(*os.listdir(c.__path__[0]))"
     assert {"stage1.yaml", "stage2.yaml"} <= set(run(str(installed), "-c", code, cwd=tmp_path).split())
+    code = (
+        "from pathlib import Path; from vlv.checkpoints import MINIATURE; from vlv import hub, space; "
+        "print((MINIATURE / 'config.json').is_file(), (Path(hub.__file__).parent / 'model_card.md').is_file(), "
+        "len(list((Path(space.__file__).parent / 'examples').glob('*.png'))) > 3)"
+    )
+    assert run(str(installed), "-c", code, cwd=tmp_path).split() == ["True"] * 3
 
 
 def test_the_editable_install_imports_outside_the_checkout(tmp_path):
@@ -62,3 +69,16 @@ def test_importing_vlv_is_light(tmp_path):
         "assert not heavy, heavy"
     )
     run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_importing_asks_no_network(tmp_path):
+    code = """
+import socket, sys
+def refuse(*arguments, **settings):
+    raise AssertionError("the network was asked at import")
+socket.socket.connect = socket.getaddrinfo = refuse
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+    run(sys.executable, "-c", code, *PACKAGES, cwd=tmp_path)

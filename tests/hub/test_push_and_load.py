@@ -160,14 +160,15 @@ def test_a_stranger_captions_over_http_and_then_without_a_network(pushed, expect
     hub, endpoint = pushed
     hub.forget_traffic()
     machine = Machine(tmp_path / "stranger", endpoint)
-    check_captions(machine.stranger(CAPTION, REPO, picture), expected)
+    pinned = hub.repos[REPO].branches["main"]
+    check_captions(machine.stranger(CAPTION, REPO, picture, pinned), expected)
     fetched = {name.removeprefix(REPO + "/"): size for name, size in hub.downloads.items()}
     assert not [name for name in fetched if name.startswith(("unet/", "vae/", "scheduler/", "tokenizer/"))]
     repo = hub.repos[REPO].at("main").files
     assert fetched["encoder/model.safetensors"] == len(repo["encoder/model.safetensors"])  # once, for all of these
     assert fetched["language_model.safetensors"] == len(repo["language_model.safetensors"])
     hub.forget_traffic()
-    check_captions(machine.stranger(CAPTION, REPO, picture, HF_HUB_OFFLINE="1"), expected)
+    check_captions(machine.stranger(CAPTION, REPO, picture, pinned, HF_HUB_OFFLINE="1"), expected)
     assert not hub.requests
 
 
@@ -178,9 +179,18 @@ def test_a_stranger_reconstructs_over_http_without_the_language_model(pushed, ex
     check_reconstruction(
         Machine(tmp_path / "stranger", endpoint).stranger(RECONSTRUCT, REPO, picture, revision), expected
     )
-    fetched = {name.removeprefix(REPO + "/") for name in hub.downloads}
+    fetched = {name.removeprefix(REPO + "/"): size for name, size in hub.downloads.items()}
+    repo = hub.repos[REPO].at("main").files
     assert "language_model.safetensors" not in fetched
-    assert {"encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"} <= fetched
+    assert all(fetched[name] == len(repo[name]) for name in fetched if name.endswith(".safetensors"))  # each once
+    assert {"encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"} <= set(fetched)
+
+
+def test_offline_diffusers_wants_a_folder(pushed, expected, picture, tmp_path):
+    machine = Machine(tmp_path / "stranger", pushed[1])
+    download = "import json; from huggingface_hub import snapshot_download; "
+    folder = machine.stranger(download + f"print(json.dumps(snapshot_download({REPO!r})))")
+    check_reconstruction(machine.stranger(RECONSTRUCT, folder, picture, HF_HUB_OFFLINE="1"), expected)
 
 
 def test_half_precision_is_fetched_where_it_is_asked_for(model, picture, tmp_path):
@@ -220,6 +230,35 @@ print(json.dumps(processor.batch_decode(ids, skip_special_tokens=True)[0]))
 """
     found = Machine(tmp_path / "stranger", "http://127.0.0.1:9").stranger(script, tmp_path / "saved", picture)
     assert found == expected["caption"]
+
+
+def test_push_to_hub_of_the_parts(model, expected, picture, hub_server, tmp_path):
+    _, endpoint = hub_server
+    push = """
+import sys
+from vlv import hub
+from vlv.pipelines import load_reconstruction
+for part in hub.load_captioner(sys.argv[1]):
+    part.push_to_hub("org/words")
+load_reconstruction(sys.argv[1]).push_to_hub("org/pictures")
+"""
+    done = Machine(tmp_path / "owner", endpoint).python(push, model, HF_TOKEN="hf_org")
+    assert done.returncode == 0, done.stderr[-3000:]
+    script = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("org/words", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("org/words", trust_remote_code=True)
+ids = model.generate(**processor(images=sys.argv[1]), max_new_tokens=5, do_sample=False)
+pipeline = DiffusionPipeline.from_pretrained("org/pictures", trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(0)
+drawn = pipeline(sys.argv[1], num_inference_steps=2, generator=generator, output_type="pt").images
+print(json.dumps([processor.batch_decode(ids, skip_special_tokens=True)[0], drawn.double().sum().item()]))
+"""
+    words, total = Machine(tmp_path / "stranger", endpoint).stranger(script, picture)
+    assert words == expected["caption"] and np.isclose(total, expected["sum"], rtol=1e-5)
 
 
 def test_a_stranger_uses_a_folder(pushed, model, expected, picture, tmp_path):
