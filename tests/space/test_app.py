@@ -1,0 +1,102 @@
+"""The Space as the Hub starts it, and what its tabs do, without a browser."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import gradio as gr
+import pytest
+import yaml
+
+from vlv import hub
+from vlv.checkpoints import MINIATURE
+from vlv.space.app import EXAMPLES, Demo, build
+
+SPACE = Path(__file__).parents[2] / "space"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Demo(str(MINIATURE))
+
+
+def test_the_space_starts_from_its_variables(tmp_path):
+    log = tmp_path / "log"
+    environment = os.environ | {
+        "MODEL_ID": str(MINIATURE),
+        "OMP_NUM_THREADS": "1",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-u", "app.py"], cwd=SPACE, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+            with pytest.raises(subprocess.TimeoutExpired):  # else it ended, and the log says why
+                server.wait(0.2)
+        assert b"VLV" in urlopen(found.group()).read()
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def test_its_front_matter_names_what_is_there():
+    front = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    assert front["sdk"] == "gradio" and (SPACE / front["app_file"]).is_file()
+    assert "vlv" in (SPACE / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams", "sampling"])
+def test_captions_grow_word_by_word(demo, how):
+    steps = list(demo.caption(EXAMPLES[0], 40, how, 1.0, 2))
+    assert steps[-1] and (how == "beams" or len(steps) > 5)
+    assert all(steps[-1].startswith(step) for step in steps)
+
+
+def test_pictures_come_with_progress_and_follow_the_seed(demo):
+    told = []
+
+    def progress(at, **settings):
+        told.append(at)
+
+    original, first = demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)
+    assert told == [(1, 3), (2, 3), (3, 3)] and original.size == first.size == (64, 64)
+    assert demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1].tobytes() == first.tobytes()
+    assert demo.reconstruct(EXAMPLES[0], 2, 3, 2.0, progress)[1].tobytes() != first.tobytes()
+
+
+def test_composing_is_bounded_and_says_so(demo):
+    def progress(at, **settings):
+        pass
+
+    whole = demo.compose(EXAMPLES[0], EXAMPLES[1], demo.queries, 0, 1, 3, 2.0, progress)
+    assert whole.tobytes() == demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1].tobytes()
+    with pytest.raises(gr.Error, match="text encoder has places"):
+        demo.compose(EXAMPLES[0], EXAMPLES[1], 0, 0, 1, 3, 2.0, progress)
+    with pytest.raises(gr.Error, match="Choose the second image first"):
+        demo.compose(EXAMPLES[0], None, 1, 1, 1, 3, 2.0, progress)
+
+
+def test_a_file_that_is_no_image_is_named(demo, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("words")
+    with pytest.raises(gr.Error, match=r"cannot be read as an image: notes\.txt is no image") as refused:
+        demo.load(str(path))
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_stage_1_model_has_no_caption_tab(tmp_path):
+    encoder, image_processor = hub.load_encoder(MINIATURE)
+    folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor, decoder=MINIATURE)
+    page = build(Demo(str(folder)))
+    tabs = [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
+    assert tabs == ["Reconstruct", "Compose"]
+
+
+def test_about_is_the_card_without_its_front_matter(demo):
+    about = demo.about()
+    assert about.lstrip().startswith("# vlv-miniature") and "## Limits" in about
