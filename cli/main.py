@@ -12,6 +12,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:  # has its own way with arguments: a YAML file and overrides
         return _train(given[1:])
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     from . import caption, demo, encode, evaluate, push, reconstruct
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(given)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the line above silences downloads and uploads, too
+        enable_progress_bars()
     try:
         return options.run(options)
     except (UserError, ImportError) as error:  # the second: an extra is not installed, and the message says which

@@ -334,6 +334,7 @@ def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server
     assert "run the same command again" in capsys.readouterr().err
     hub.broken_uploads = 0
     assert main([*push, "hf_org"]) == 0
+    assert "language_model.safetensors: 100%" in capsys.readouterr().err
     assert hub.repos[REPO].private
     hub.forget_traffic()
     assert main([*push, "hf_org"]) == 0
