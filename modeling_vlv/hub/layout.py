@@ -25,6 +25,7 @@ ENCODER_FILES = ["*.json", "encoder/*"]
 DECODER_FILES = ["model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS)]
 PIPELINE_FILES = [*DECODER_FILES, "*_config.json", "encoder/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+TRAINER_FOLDERS = ("checkpoint-", "global_step")  # of transformers' trainer and of DeepSpeed
 TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "average")
 
 
@@ -35,6 +36,7 @@ def pickles(names: list[str]) -> list[str]:
         for name in names
         if any(PurePosixPath(name).match(pattern) for pattern in PICKLES)
         and not PurePosixPath(name).name.startswith(TRAINER_STATE)
+        and not any(part.startswith(TRAINER_FOLDERS) for part in PurePosixPath(name).parts)
     ]
 
 
