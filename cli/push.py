@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from vlv import hub
 
@@ -14,7 +15,7 @@ from .errors import UserError
 from .models import DTYPES, loading
 
 # The first is the base of all errors of the HTTP library that huggingface_hub uses, whichever that is.
-NETWORK_ERRORS: tuple[type[BaseException], ...] = (HfHubHTTPError.__bases__[0], OSError, RuntimeError)
+NETWORK_ERRORS: tuple[type[BaseException], ...] = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
 
 
 def add_parser(commands) -> None:
@@ -50,7 +51,11 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.repo.count("/") != 1 or arguments.repo.startswith((".", "/")):
+    try:
+        validate_repo_id(arguments.repo)
+    except HFValidationError as error:
+        raise UserError(f"{arguments.repo} is no repository; expected org/name: {error}") from error
+    if arguments.repo.count("/") != 1:
         raise UserError(f"{arguments.repo} is no repository; expected org/name")
     card = _card(arguments)
     shared: dict[str, Any] = {"decoder": arguments.decoder, "token": arguments.token, **card}
@@ -95,6 +100,8 @@ def _card(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _explain(repo: str, error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, ValueError) and status is None:
+        return str(error)
     if status == 401:
         return f"the Hub wants a token to write to {repo}: run `hf auth login`, or set HF_TOKEN or --token"
     if status == 403:

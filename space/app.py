@@ -148,6 +148,9 @@ def build(demo: Demo, steps: int = 25) -> gr.Blocks:
         field.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
         return field
 
+    # The tabs share one pipeline, whose scheduler remembers where it is: one request at a time in all.
+    alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+
     def drawing_controls() -> list[Any]:
         with gr.Row():
             seed = gr.Number(42, label="Seed", precision=0)
@@ -172,7 +175,7 @@ def build(demo: Demo, steps: int = 25) -> gr.Blocks:
                     run = gr.Button("Caption", variant="primary")
                     gr.Examples(EXAMPLES, image)
                 words = gr.Textbox(label="Caption", lines=6)
-                run.click(demo.caption, [image, longest, how, temperature, beams], words, api_name="caption")
+                run.click(demo.caption, [image, longest, how, temperature, beams], words, api_name="caption", **alone)
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 source = picture("Image")
@@ -181,7 +184,7 @@ def build(demo: Demo, steps: int = 25) -> gr.Blocks:
             controls = drawing_controls()
             run = gr.Button("Reconstruct", variant="primary")
             gr.Examples(EXAMPLES, source)
-            run.click(demo.reconstruct, [source, *controls], [original, drawn], api_name="reconstruct")
+            run.click(demo.reconstruct, [source, *controls], [original, drawn], api_name="reconstruct", **alone)
         with gr.Tab("Compose"):
             gr.Markdown("The first embeddings of one image, then the first of another.")
             with gr.Row():
@@ -198,6 +201,7 @@ def build(demo: Demo, steps: int = 25) -> gr.Blocks:
                 [first, second, first_count, second_count, *controls],
                 mixed,
                 api_name="compose",
+                **alone,
             )
         with gr.Accordion("About this model", open=False):
             gr.Markdown(demo.about())
@@ -216,4 +220,7 @@ def launch(demo: Demo, **settings: Any) -> None:
 
 
 if __name__ == "__main__":
-    launch(Demo(os.environ["MODEL_ID"], os.environ.get("MODEL_REVISION")))
+    if not os.environ.get("MODEL_ID"):
+        raise SystemExit("set the variable MODEL_ID to the model's repository, such as org/name")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    launch(Demo(os.environ["MODEL_ID"], os.environ.get("MODEL_REVISION"), best))

@@ -60,7 +60,7 @@ def write_card(
     ]
     captions, reconstructs = (folder / "processor_config.json").is_file(), (folder / "model_index.json").is_file()
     data = ModelCardData(
-        license=license or _license(bases),
+        license=license or _license(training),
         library_name="transformers",
         pipeline_tag="image-to-text" if captions else "image-to-image",
         base_model=bases or None,
@@ -106,7 +106,10 @@ def _names(training: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(name for name in names if not Path(name).exists()))
 
 
-def _license(bases: list[str]) -> str:
+def _license(training: dict[str, Any]) -> str:
+    """That of all parts, if it is known of each and the same; else "other"."""
+    keys = ("encoder", "decoder", "language_model")
+    bases = {stage[key] for stage in training.values() for key in keys if stage.get(key)}
     licences = {LICENCES.get(base, "other") for base in bases}
     return licences.pop() if len(licences) == 1 else "other"
 

@@ -25,6 +25,10 @@ ENCODER_FILES = ["*.json", "encoder/*"]
 DECODER_FILES = ["model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS)]
 PIPELINE_FILES = [*DECODER_FILES, "*_config.json", "encoder/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
+OWNED = [  # what a push replaces, and takes away where it has no such file
+    *("*.safetensors", "*.json", "*.jinja", "*.py", *PICKLES),
+    *(f"{folder}/*" for folder in ("encoder", "image_processor", *PIPELINE_PARTS)),
+]
 TRAINER_FOLDERS = ("checkpoint-", "global_step")  # of transformers' trainer and of DeepSpeed
 TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "average")
 

@@ -10,7 +10,12 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -18,6 +23,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
 from .layout import CAPTIONER_FILES, DECODER_FILES, ENCODER_FILES, PICKLES, pickles
+
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library that huggingface_hub uses, whichever
 
 
 def resolve(
@@ -48,7 +55,7 @@ def resolve(
         raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
     try:
         if not pickles_allowed and not constants.is_offline_mode():
-            _refuse_pickles(text, HfApi(token=token).list_repo_files(text, revision=revision))
+            _refuse_pickles(text, _list_files(text, revision, token))
         return Path(
             snapshot_download(
                 text,
@@ -58,10 +65,20 @@ def resolve(
                 ignore_patterns=[*PICKLES, "*.fp16*"],
             )
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTP_ERROR) as error:
         raise FileNotFoundError(
             f"there is no folder {text}, and as a Hub repository it cannot be had: {error}"
         ) from error
+
+
+def _list_files(repo: str, revision: str | None, token: str | None) -> list[str]:
+    """The repository's files, or none where the network fails: what is in the cache may still be used."""
+    try:
+        return HfApi(token=token).list_repo_files(repo, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except HTTP_ERROR:
+        return []
 
 
 def _refuse_pickles(source: str, names: list[str]) -> None:
@@ -145,13 +162,12 @@ def load_decoder_parts(
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     name = index["scheduler"][1]
     scheduler = getattr(diffusers, name, None)
-    if scheduler is None:
+    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise ValueError(f"{folder / 'model_index.json'} names the scheduler {name!r}, which diffusers does not have")
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"scheduler": getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")}
     for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         stored = dtype or stored_dtype(folder / name)
         parts[name] = part.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True)
-    parts["scheduler"] = scheduler.from_pretrained(folder, subfolder="scheduler")
     parts["tokenizer"] = load_tokenizer(folder, subfolder="tokenizer")
     return parts
 
@@ -164,7 +180,10 @@ def load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
     """
     declared = get_tokenizer_config(os.fspath(source), **kwargs).get("tokenizer_class")
     generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(source, **kwargs)
+    if generic:
+        return PreTrainedTokenizerFast.from_pretrained(source, **kwargs)
+    # By default transformers would ask, and then run code out of the repository.
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from ..modeling_vlv import VLVConfig
 from .card import write_card
 from .export import export
-from .layout import CARD, ENCODER_FILE, PICKLES, TRAINING_FILE
+from .layout import CARD, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
 from .load import load_captioner, load_decoder_parts, load_encoder, require, resolve, stored_dtype
 
 
@@ -69,6 +69,10 @@ def upload(
     """Uploads what `stage` wrote, as `push` does; returns the address of the commit."""
     api = HfApi(token=token)
     api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.repo_info(repo).private:
+        raise ValueError(
+            f"{repo} exists and is public; nothing was uploaded. Make it private first, or push elsewhere"
+        )
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     commit = api.upload_folder(
@@ -77,6 +81,7 @@ def upload(
         revision=revision,
         commit_message=message or "Upload VLV",
         ignore_patterns=PICKLES,
+        delete_patterns=OWNED,  # what an earlier push left and this one does not have
     )
     return str(commit.commit_url)
 
@@ -98,6 +103,11 @@ def stage(
     """
     root = resolve(source, token=token)
     require(root, "config.json")
+    here, there = root.resolve(), Path(folder).resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"{folder} is, holds, or lies in the model that would be read; write to another folder")
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise ValueError(f"{folder} is not empty; old files in it could be taken for parts of this model")
     if decoder is None and (root / "model_index.json").is_file():
         decoder = root
     own = dtype or stored_dtype(root / "encoder" if (root / ENCODER_FILE).is_file() else root)

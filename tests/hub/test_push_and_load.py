@@ -339,7 +339,15 @@ def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server
     hub.forget_traffic()
     assert main([*push, "hf_org"]) == 0
     assert hub.uploads == 0
+    files = hub.repos[REPO].at("main").files
+    hub.repos[REPO].commit("main", "an older push", {**files, "encoder/model.fp16.safetensors": b"", "LICENSE": b""})
+    assert main([*push, "hf_org"]) == 0
+    assert set(hub.repos[REPO].at("main").files) == {*files, "LICENSE"}  # stale weights are gone, other files stay
+    hub.repos[REPO].private = False
     capsys.readouterr()
+    assert main([*push, "hf_org"]) == 2
+    assert "exists and is public; nothing was uploaded" in capsys.readouterr().err
+    hub.repos[REPO].private = True
     for token, reason in (("hf_stranger", "may not write to org/vlv"), ("wrong", "wants a token")):
         assert main([*push, token]) == 2
         assert reason in capsys.readouterr().err
@@ -357,6 +365,30 @@ def test_a_repository_with_a_pickle_is_refused(model, tmp_path):
     for load in (vlv_hub.load_captioner, vlv_hub.load_encoder):
         with pytest.raises(ValueError, match=r"holds pickled weights \(pytorch_model.bin\), which can run code"):
             load(folder)
+
+
+def test_code_of_a_tokenizer_is_not_run(model, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(model, tmp_path / "copy")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        vlv_hub.load_captioner(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_staging_never_touches_its_source_or_old_files(model, tmp_path):
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    for folder in (model, model / "inside", model.parent):
+        with pytest.raises(ValueError, match="write to another folder"):
+            vlv_hub.stage(model, folder, dtype=torch.float16)
+    (tmp_path / "old.txt").write_text("")
+    with pytest.raises(ValueError, match="not empty"):
+        vlv_hub.stage(model, tmp_path)
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
 
 
 def test_what_was_loaded_is_exported_again_without_loss(model, tmp_path):
