@@ -178,6 +178,9 @@ def _index(root: Path, files: list[str]) -> dict[str, Any]:
 
 def _write_config(config: VLVConfig, architecture: str, path: Path) -> None:
     values = json.loads(config.to_json_string(use_diff=True))
+    for part in values.values():  # where a part was loaded from is the exporter's own business
+        if isinstance(part, dict):
+            part.pop("_name_or_path", None)
     values |= {"architectures": [architecture], "dtype": "float32"}
     _write_json(path, values)
 

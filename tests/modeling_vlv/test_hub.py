@@ -39,6 +39,14 @@ def test_no_path_of_the_exporters_machine_goes_along(exported, stable_diffusion)
         assert str(stable_diffusion) not in path.read_text(encoding="utf-8"), path
 
 
+def test_no_path_of_the_parts_goes_along(tmp_path, captioner, processor):
+    captioner.config.text_encoder_config._name_or_path = "/home/somebody/text_encoder"
+    captioner.config.decoder_config._name_or_path = "/home/somebody/language-model"
+    folder = hub.export(tmp_path / "vlv", captioner=captioner, processor=processor)
+    for path in folder.rglob("*.json"):
+        assert "/home/somebody" not in path.read_text(encoding="utf-8"), path
+
+
 def test_stored_in_half_precision_it_loads_as_float32(tmp_path, captioner, processor, stable_diffusion):
     folder = hub.export(
         tmp_path / "half", captioner=captioner, processor=processor, decoder=stable_diffusion, dtype=torch.float16
