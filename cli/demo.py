@@ -3,7 +3,7 @@
 import argparse
 
 from .errors import UserError
-from .models import add_model_arguments, choose_device, choose_model, loading
+from .models import add_model_arguments, choose_device, choose_model, loading, precision
 
 
 def add_parser(commands) -> None:
@@ -26,6 +26,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"the page needs gradio: pip install 'vlv[space]' ({error})") from error
     source = choose_model(arguments)
     with loading(source):
-        demo = Demo(source, arguments.revision, choose_device(arguments))
+        demo = Demo(source, arguments.revision, choose_device(arguments), precision(arguments))
     launch(demo, server_name=arguments.host, server_port=arguments.port or None, quiet=False)
     return 0

@@ -36,22 +36,25 @@ class Demo:
         source: Folder in the Hub's layout, or a repo id.
         revision: Branch, tag or commit of the repo.
         device: Where the model runs.
+        dtype: Of all of it.
     """
 
-    def __init__(self, source: str, revision: str | None = None, device: str = "cpu"):
+    def __init__(
+        self, source: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ):
         patterns = [*hub.CAPTIONER_FILES, *hub.PIPELINE_FILES, "README.md"]
         folder = hub.resolve(source, revision=revision, allow_patterns=patterns)
         self.name = source if "/" in source and not Path(source).exists() else folder.name
         self.card = folder / "README.md"
         self.captioner: Any = None
         if (folder / "processor_config.json").is_file():
-            self.captioner, self.processor = hub.load_captioner(folder, device=device)
+            self.captioner, self.processor = hub.load_captioner(folder, device=device, dtype=dtype)
             encoder, image_processor = self.captioner.model, self.processor.image_processor
         else:
-            encoder, image_processor = hub.load_encoder(folder, device=device)
+            encoder, image_processor = hub.load_encoder(folder, device=device, dtype=dtype)
         self.queries = encoder.config.num_queries
         self.image_processor = image_processor
-        parts = hub.load_decoder_parts(folder, dtype=torch.float32)
+        parts = hub.load_decoder_parts(folder, dtype=dtype)
         self.pipeline = VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **parts).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 

@@ -9,6 +9,7 @@ from urllib.request import urlopen
 
 import gradio as gr
 import pytest
+import torch
 import yaml
 
 from vlv import hub
@@ -87,6 +88,13 @@ def test_a_file_that_is_no_image_is_named(demo, tmp_path):
     with pytest.raises(gr.Error, match=r"cannot be read as an image: notes\.txt is no image") as refused:
         demo.load(str(path))
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_it_runs_in_half_precision():
+    half = Demo(str(MINIATURE), dtype=torch.bfloat16)
+    assert half.captioner.dtype == half.pipeline.unet.dtype == torch.bfloat16
+    assert list(half.caption(EXAMPLES[0], 40, "greedy", 1.0, 2))[-1]
+    assert half.reconstruct(EXAMPLES[0], 1, 2, 2.0, lambda *a, **k: None)[1].size == (64, 64)
 
 
 def test_a_stage_1_model_has_no_caption_tab(tmp_path):
