@@ -1,9 +1,13 @@
 """`vlv demo`: the Gradio page, on this machine."""
 
 import argparse
+from pathlib import Path
+
+from vlv.space.deploy import push_space, write_space
 
 from .errors import UserError
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .push import check_repo_id, talking_to_the_hub
 
 
 def add_parser(commands) -> None:
@@ -11,21 +15,54 @@ def add_parser(commands) -> None:
         "demo",
         help="a web page to caption, reconstruct and mix images",
         description="Serves a web page on this machine: captions, reconstructions, pictures mixed from two images. "
-        "The same page runs as a Hugging Face Space (space/ in the repository).",
+        "With --push-space the same page goes to the Hugging Face Hub as a Space, for a --model that is on the Hub.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0 takes a free one")
+    space = parser.add_argument_group("as a Space", "instead of serving the page here")
+    space.add_argument("--push-space", metavar="ORG/NAME", help="create or update this Space on the Hub")
+    space.add_argument("--write-space", metavar="DIR", help="write the Space's files into this new folder")
+    space.add_argument("--private", action="store_true", help="create the Space as a private one")
+    space.add_argument("--token", help="of the Hub; by default HF_TOKEN or the one that `hf auth login` stored")
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.push_space or arguments.write_space:
+        return _deploy(arguments)
     try:
         from vlv.space.app import Demo, launch
     except ImportError as error:
-        raise UserError(f"the page needs gradio: pip install 'vlv[space]' ({error})") from error
+        raise UserError(
+            f"the page needs the extra vlv[space] (pip install '.[space]' in its source folder): {error}"
+        ) from error
     source = choose_model(arguments)
     with loading(source):
         demo = Demo(source, arguments.revision, choose_device(arguments), precision(arguments))
     launch(demo, server_name=arguments.host, server_port=arguments.port or None, quiet=False)
+    return 0
+
+
+def _deploy(arguments: argparse.Namespace) -> int:
+    if not arguments.model or Path(arguments.model).exists():
+        raise UserError("a Space takes its model from the Hub: push it (`vlv push`), then pass --model ORG/NAME")
+    check_repo_id(arguments.model)
+    if arguments.write_space:
+        try:
+            write_space(arguments.write_space, arguments.model)
+        except ValueError as error:
+            raise UserError(f"--write-space {error}") from error
+        print(f"written to {arguments.write_space}; the Space's variable MODEL_ID names the model")
+        return 0
+    check_repo_id(arguments.push_space)
+    with talking_to_the_hub(arguments.push_space):
+        url = push_space(
+            arguments.push_space,
+            arguments.model,
+            revision=arguments.revision,
+            private=arguments.private,
+            token=arguments.token,
+        )
+    print(f"pushed: {url}")
     return 0

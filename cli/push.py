@@ -3,6 +3,8 @@
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,41 +48,65 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--results-command", metavar="TEXT", help="the command that printed them")
     parser.add_argument("--license", help="of the repository, as the Hub names licences")
+    parser.add_argument(
+        "--replace-card",
+        action="store_true",
+        help="write the model card anew even if it was edited on the Hub (otherwise that one is kept, and only what "
+        "--results and --license give is changed in it)",
+    )
     parser.add_argument("--output", metavar="DIR", help="write the repository here instead of uploading it")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        validate_repo_id(arguments.repo)
-    except HFValidationError as error:
-        raise UserError(f"{arguments.repo} is no repository; expected org/name: {error}") from error
-    if arguments.repo.count("/") != 1:
-        raise UserError(f"{arguments.repo} is no repository; expected org/name")
+    check_repo_id(arguments.repo)
     card = _card(arguments)
     shared: dict[str, Any] = {"decoder": arguments.decoder, "token": arguments.token, **card}
     shared["half_variant"] = arguments.half_variant
     shared["dtype"] = DTYPES[arguments.dtype] if arguments.dtype else None
-    with tempfile.TemporaryDirectory(prefix="vlv-push-") as temporary:
-        folder = arguments.output or temporary
+    if arguments.output:
+        with loading(arguments.source):
+            hub.stage(arguments.source, arguments.output, repo=arguments.repo, **shared)
+        print(f"written to {arguments.output}")
+        return 0
+    place = {"revision": arguments.revision, "token": arguments.token}
+    with loading(arguments.source):
+        hub.require(hub.resolve(arguments.source, token=arguments.token), "config.json")
+    with talking_to_the_hub(arguments.repo):
+        hub.create(arguments.repo, private=arguments.private, **place)
+    with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
         with loading(arguments.source):
             hub.stage(arguments.source, folder, repo=arguments.repo, **shared)
-        if arguments.output:
-            print(f"written to {folder}")
-            return 0
-        try:
+        with talking_to_the_hub(arguments.repo):
             url = hub.upload(
                 folder,
                 arguments.repo,
-                private=arguments.private,
-                revision=arguments.revision,
-                token=arguments.token,
                 message=arguments.message,
+                replace_card=arguments.replace_card,
+                **place,
+                **card,
             )
-        except NETWORK_ERRORS as error:
-            raise UserError(_explain(arguments.repo, error)) from error
     print(f"pushed: {url}")
     return 0
+
+
+@contextmanager
+def talking_to_the_hub(repo: str) -> Iterator[None]:
+    """Says in one line what is wrong with a repository that cannot be written to."""
+    try:
+        yield
+    except NETWORK_ERRORS as error:
+        raise UserError(_explain(repo, error)) from error
+
+
+def check_repo_id(repo: str) -> None:
+    """Raises `UserError` unless `repo` is like org/name."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo} is no repository; expected org/name: {error}") from error
+    if repo.count("/") != 1:
+        raise UserError(f"{repo} is no repository; expected org/name")
 
 
 def _card(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -193,5 +193,5 @@ def _meter(pipeline: VLVReconstructionPipeline) -> SetMeter | None:
 
 def _set_metrics(meter: SetMeter | None) -> dict[str, Any]:
     if meter is None:
-        return {"note": "metrics need the eval extra: pip install 'vlv[eval]'"}
+        return {"note": "metrics need the extra vlv[eval] (pip install '.[eval]' in its source folder)"}
     return dataclasses.asdict(meter.compute())

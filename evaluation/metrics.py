@@ -14,7 +14,7 @@ def _torchmetrics() -> Any:
     try:
         import torchmetrics
     except ImportError as error:
-        raise ImportError("metrics need the eval extra: pip install 'vlv[eval]'") from error
+        raise ImportError("metrics need the extra vlv[eval] (pip install '.[eval]' in its source folder)") from error
     return torchmetrics
 
 

@@ -27,7 +27,7 @@ INITIALIZER_RANGE = 0.09  # 1 / sqrt(width): at the usual 0.02 an untrained enco
 MIN_TIMESTEP = 400  # below it a wrong caption costs the teacher a fifth of what it costs above (README, "Stage 1")
 
 
-def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
+def build_encoder_config(text_encoder_config: CLIPTextConfig, num_queries: int = NUM_QUERIES) -> VLVConfig:
     """A vision tower of 8 x 8 places and one mean token, three encoder and two decoder layers, 128 wide, no dropout.
 
     At 64 x 64 Florence-2's own strides would leave 2 x 2 places, hence `patch_stride`.
@@ -72,7 +72,7 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig) -> VLVConfig:
             "image_token_id": 3,
         },
         text_encoder_config=text_encoder_config,
-        num_queries=NUM_QUERIES,
+        num_queries=num_queries,
         initializer_range=0.04,
     )
 
@@ -87,7 +87,8 @@ def initialise(model: VLVModel, position_scale: float = 3.0, branch_scale: float
 
     - Position embeddings become as strong as the features that they are added to (`position_scale`).
     - Self-attention and feed-forward layers start near zero (`branch_scale`), so that tokens pass as they are.
-    - Every query starts as the position code of one of 24 places, and cross-attention as the likeness of the two.
+    - Every query starts as the position code of one of 24 places (fewer queries take every so-manieth of them), and
+      cross-attention as the likeness of the two.
     """
     projector, transformer = model.encoder.multi_modal_projector, model.encoder.language_model
     positions = projector.image_position_embed
@@ -97,7 +98,8 @@ def initialise(model: VLVModel, position_scale: float = 3.0, branch_scale: float
     places = positions(blank).flatten(2).transpose(1, 2)  # (1, 64, d)
     codes = projector.image_proj_norm(projector.image_projection(places))[0]  # (64, d_model)
     anchors = [row * GRID + column for row in (1, 2, 5, 6) for column in (0, 1, 3, 4, 6, 7)]
-    model.query_embeds.copy_(codes[anchors][None])
+    chosen = anchors[:: len(anchors) // model.config.num_queries][: model.config.num_queries]
+    model.query_embeds.copy_(codes[chosen][None])
     for layer in transformer.decoder.layers:
         layer.encoder_attn.q_proj.weight.copy_(layer.encoder_attn.k_proj.weight)
     for layer in [*transformer.encoder.layers, *transformer.decoder.layers]:
@@ -145,13 +147,14 @@ def train_encoder(
     images: int = 240_000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
+    num_queries: int = NUM_QUERIES,
     seed: int = 0,
     **arguments,
 ) -> None:
     """Stage 1 by the project's own trainer: encoder from random weights, teacher frozen, images of `train`."""
     teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
     torch.manual_seed(seed)
-    model = VLVModel(build_encoder_config(teacher.text_encoder.config))
+    model = VLVModel(build_encoder_config(teacher.text_encoder.config, num_queries))
     model.text_encoder.load_state_dict(teacher.text_encoder.state_dict())
     initialise(model)
     freeze_for_stage1(model, "all")

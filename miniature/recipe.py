@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .evaluation import RECOGNISER_FILE
 
@@ -81,6 +82,19 @@ def _encoder(root: Path) -> None:
     train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher-3", root / RECOGNISER_FILE)
 
 
+def _variant(name: str, **settings) -> Part:
+    """A stage 1 that differs from the embedded one in `settings`: what `tables.py` compares."""
+
+    def run(root: Path) -> None:
+        from .encoder import train_encoder
+
+        train_encoder(
+            root / name, root / "work" / name, root / "teacher-3", root / RECOGNISER_FILE, **{"seed": 0, **settings}
+        )
+
+    return Part(run, f"{name}/preprocessor_config.json", parallel=True)
+
+
 def _language_model(root: Path) -> None:
     from .language_model import train_language_model
 
@@ -104,6 +118,16 @@ PARTS = {
     "captioner": Part(_captioner, "captioner/processor_config.json", parallel=True),
 }
 
+VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
+    "encoder-30k": {"images": 30_000},
+    "encoder-60k": {"images": 60_000},
+    "encoder-120k": {"images": 120_000},
+    "encoder-tail-drop": {"images": 120_000, "tail_drop": 0.5},
+    "encoder-6-queries": {"images": 120_000, "num_queries": 6},
+    "encoder-12-queries": {"images": 120_000, "num_queries": 12},
+}
+VARIANTS = {name: _variant(name, **settings) for name, settings in VARIANT_SETTINGS.items()}
+
 
 def assemble(root: Path, output: Path) -> None:
     """Puts the finished parts into one folder in the Hub's layout, in half precision, the judge beside them."""
@@ -126,16 +150,16 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/miniature"), help="where parts and checkpoints go")
     parser.add_argument("--output", type=Path, help="assemble the finished miniature into this folder")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: 2)")
-    parser.add_argument("--only", choices=PARTS, help="train this part alone")
-    parser.add_argument("--worker", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=[*PARTS, *VARIANTS], help="train this part alone")
+    parser.add_argument("--worker", choices=[*PARTS, *VARIANTS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         import torch
 
         torch.set_num_threads(1)
-        PARTS[options.worker].run(options.root)
+        (PARTS | VARIANTS)[options.worker].run(options.root)
         return
-    for name, part in PARTS.items():
+    for name, part in (PARTS | VARIANTS if options.only else PARTS).items():
         if options.only not in (None, name):
             continue
         if (options.root / part.done).exists():

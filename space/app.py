@@ -37,6 +37,10 @@ class Demo:
         revision: Branch, tag or commit of the repo.
         device: Where the model runs.
         dtype: Of all of it.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If it can neither caption nor reconstruct.
     """
 
     def __init__(
@@ -51,12 +55,20 @@ class Demo:
             self.captioner, self.processor = hub.load_captioner(folder, device=device, dtype=dtype)
             encoder, image_processor = self.captioner.model, self.processor.image_processor
         else:
+            if not (folder / "model_index.json").is_file():
+                raise ValueError(
+                    f"{self.name} holds an encoder alone, without a language model to caption or a text-to-image "
+                    "model to reconstruct (`vlv push --decoder` adds one)"
+                )
             encoder, image_processor = hub.load_encoder(folder, device=device, dtype=dtype)
         self.queries = encoder.config.num_queries
         self.image_processor = image_processor
-        parts = hub.load_decoder_parts(folder, dtype=dtype)
-        self.pipeline = VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **parts).to(device)
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline: Any = None
+        if (folder / "model_index.json").is_file():
+            parts = hub.load_decoder_parts(folder, dtype=dtype)
+            pipeline = VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **parts)
+            self.pipeline = pipeline.to(device)
+            self.pipeline.set_progress_bar_config(disable=True)
 
     def load(self, path: str | None, which: str = "an image") -> Image.Image:
         """The picture in a file, or an error that the page shows."""
@@ -138,77 +150,87 @@ class Demo:
 
 
 def build(demo: Demo, steps: int = 25) -> gr.Blocks:
-    """The page.
+    """The page: a tab for each thing that the model can do.
 
     Args:
         steps: Denoising steps to begin with.
     """
-
-    def picture(label: str) -> gr.Image:
-        field = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260)
-        # The file as it was uploaded, for `Demo.load` to read or to refuse with a reason; gradio itself says "Error".
-        # (A subclass would make gradio write a stub file beside this one.)
-        field.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
-        return field
-
     # The tabs share one pipeline, whose scheduler remembers where it is: one request at a time in all.
     alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
-
-    def drawing_controls() -> list[Any]:
-        with gr.Row():
-            seed = gr.Number(42, label="Seed", precision=0)
-            count = gr.Slider(1, 100, steps, step=1, label="Steps")
-            guidance = gr.Slider(1.0, 6.0, 2.0, step=0.1, label="Guidance")
-        return [seed, count, guidance]
-
     with gr.Blocks(title="VLV") as page:
         gr.Markdown(
             f"# What does it see?\n`{demo.name}` turns an image into {demo.queries} caption embeddings. Read them as "
             "words, or let them be drawn again."
         )
         if demo.captioner is not None:
-            with gr.Tab("Caption"), gr.Row():
-                with gr.Column():
-                    image = picture("Image")
-                    with gr.Accordion("Detail and sampling", open=False):
-                        longest = gr.Slider(4, 300, 64, step=1, label="At most so many tokens")
-                        how = gr.Radio(["greedy", "beams", "sampling"], value="greedy", label="Decoding")
-                        temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature (sampling)")
-                        beams = gr.Slider(2, 8, 4, step=1, label="Beams (beams)")
-                    run = gr.Button("Caption", variant="primary")
-                    gr.Examples(EXAMPLES, image)
-                words = gr.Textbox(label="Caption", lines=6)
-                run.click(demo.caption, [image, longest, how, temperature, beams], words, api_name="caption", **alone)
-        with gr.Tab("Reconstruct"):
-            with gr.Row():
-                source = picture("Image")
-                original = gr.Image(label="Original, as the model is shown it", interactive=False, height=260)
-                drawn = gr.Image(label="Reconstruction", interactive=False, height=260)
-            controls = drawing_controls()
-            run = gr.Button("Reconstruct", variant="primary")
-            gr.Examples(EXAMPLES, source)
-            run.click(demo.reconstruct, [source, *controls], [original, drawn], api_name="reconstruct", **alone)
-        with gr.Tab("Compose"):
-            gr.Markdown("The first embeddings of one image, then the first of another.")
-            with gr.Row():
-                first, second = picture("First image"), picture("Second image")
-                mixed = gr.Image(label="Mixed", interactive=False, height=260)
-            with gr.Row():
-                first_count = gr.Slider(0, demo.queries, demo.queries // 2, step=1, label="Tokens of the first")
-                second_count = gr.Slider(0, demo.queries, demo.queries // 2, step=1, label="Tokens of the second")
-            controls = drawing_controls()
-            run = gr.Button("Compose", variant="primary")
-            gr.Examples([list(pair) for pair in pairwise(EXAMPLES)], [first, second])
-            run.click(
-                demo.compose,
-                [first, second, first_count, second_count, *controls],
-                mixed,
-                api_name="compose",
-                **alone,
-            )
+            with gr.Tab("Caption"):
+                _caption_tab(demo, alone)
+        if demo.pipeline is not None:
+            with gr.Tab("Reconstruct"):
+                _reconstruct_tab(demo, steps, alone)
+            with gr.Tab("Compose"):
+                _compose_tab(demo, steps, alone)
+        else:
+            gr.Markdown("This model holds no text-to-image model, so it reconstructs nothing.")
         with gr.Accordion("About this model", open=False):
             gr.Markdown(demo.about())
     return page
+
+
+def _caption_tab(demo: Demo, alone: dict[str, Any]) -> None:
+    with gr.Row():
+        with gr.Column():
+            image = _picture("Image")
+            with gr.Accordion("Detail and sampling", open=False):
+                longest = gr.Slider(4, 300, 64, step=1, label="At most so many tokens")
+                how = gr.Radio(["greedy", "beams", "sampling"], value="greedy", label="Decoding")
+                temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature (sampling)")
+                beams = gr.Slider(2, 8, 4, step=1, label="Beams (beams)")
+            run = gr.Button("Caption", variant="primary")
+            gr.Examples(EXAMPLES, image)
+        words = gr.Textbox(label="Caption", lines=6)
+        run.click(demo.caption, [image, longest, how, temperature, beams], words, api_name="caption", **alone)
+
+
+def _reconstruct_tab(demo: Demo, steps: int, alone: dict[str, Any]) -> None:
+    with gr.Row():
+        source = _picture("Image")
+        original = gr.Image(label="Original, as the model is shown it", interactive=False, height=260)
+        drawn = gr.Image(label="Reconstruction", interactive=False, height=260)
+    controls = _drawing_controls(steps)
+    run = gr.Button("Reconstruct", variant="primary")
+    gr.Examples(EXAMPLES, source)
+    run.click(demo.reconstruct, [source, *controls], [original, drawn], api_name="reconstruct", **alone)
+
+
+def _compose_tab(demo: Demo, steps: int, alone: dict[str, Any]) -> None:
+    gr.Markdown("The first embeddings of one image, then the first of another.")
+    with gr.Row():
+        first, second = _picture("First image"), _picture("Second image")
+        mixed = gr.Image(label="Mixed", interactive=False, height=260)
+    with gr.Row():
+        first_count = gr.Slider(0, demo.queries, demo.queries // 2, step=1, label="Tokens of the first")
+        second_count = gr.Slider(0, demo.queries, demo.queries // 2, step=1, label="Tokens of the second")
+    inputs = [first, second, first_count, second_count, *_drawing_controls(steps)]
+    run = gr.Button("Compose", variant="primary")
+    gr.Examples([list(pair) for pair in pairwise(EXAMPLES)], [first, second])
+    run.click(demo.compose, inputs, mixed, api_name="compose", **alone)
+
+
+def _picture(label: str) -> gr.Image:
+    field = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260)
+    # The file as it was uploaded, for `Demo.load` to read or to refuse with a reason; gradio itself says "Error".
+    # (A subclass would make gradio write a stub file beside this one.)
+    field.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
+    return field
+
+
+def _drawing_controls(steps: int) -> list[Any]:
+    with gr.Row():
+        seed = gr.Number(42, label="Seed", precision=0)
+        count = gr.Slider(1, 100, steps, step=1, label="Steps")
+        guidance = gr.Slider(1.0, 6.0, 2.0, step=0.1, label="Guidance")
+    return [seed, count, guidance]
 
 
 def launch(demo: Demo, **settings: Any) -> None:

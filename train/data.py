@@ -169,7 +169,9 @@ def _load_table(source: str, split: str, revision: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("reading data sets and parquet needs the train extra: pip install 'vlv[train]'") from error
+        raise ImportError(
+            "reading data sets and parquet needs the extra vlv[train] (pip install '.[train]' in its source folder)"
+        ) from error
     files = _parquet_files(source)
     if files:
         missing = [name for name in files if not os.path.exists(name)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from vlv.hub import TRAINING_FILE
+from vlv.hub import TRAINING_FILE, resolve
 
 
 def write_training_facts(trainer: Trainer, stage: str, start: str | None, **facts: Any) -> None:
@@ -14,15 +14,16 @@ def write_training_facts(trainer: Trainer, stage: str, start: str | None, **fact
 
     Args:
         stage: `"stage1"` or `"stage2"`.
-        start: Folder of the model that training went on from, if there was one.
+        start: Folder or repo id of the model that training went on from, if there was one.
         facts: Such as the names of data and base models.
     """
     if not trainer.is_world_process_zero():
         return
     args, state = trainer.args, trainer.state
     known: dict[str, Any] = {}
-    if start is not None and (Path(start) / TRAINING_FILE).is_file():
-        known = json.loads((Path(start) / TRAINING_FILE).read_text(encoding="utf-8"))
+    before = resolve(start, allow_patterns=[TRAINING_FILE]) / TRAINING_FILE if start is not None else None
+    if before is not None and before.is_file():
+        known = json.loads(before.read_text(encoding="utf-8"))
     known[stage] = {
         **facts,
         "steps": state.global_step,

@@ -72,6 +72,13 @@ class Stage1Config(StageConfig):
     min_timestep: int = field(
         default=0, metadata={"help": "Draw timesteps from here to the noisiest; 0 is all of them, as in the paper."}
     )
+    tail_drop: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of batches of which the denoiser sees only the first few caption embeddings, as many as "
+            "chance will (as ViLex), so that a truncated embedding still means something; the paper's is 0."
+        },
+    )
     decoder_gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Trade time for memory in the denoiser, as the authors' script."}
     )
@@ -91,6 +98,8 @@ class Stage1Config(StageConfig):
     def __post_init__(self):
         super().__post_init__()
         self.pre_crop_size = self.pre_crop_size or None
+        if not 0 <= self.tail_drop <= 1:
+            raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
 
 
 def freeze_for_stage1(model: VLVModel, trainable: str) -> None:
@@ -158,7 +167,10 @@ class Stage1Trainer(ThroughputTrainer):
         pixels = inputs["decoder_pixels"].float() / 127.5 - 1  # (B, 3, S, S)
         latents = self.decoder.encode_images(pixels)
         output = model(pixel_values=inputs["pixel_values"], return_dict=True)
-        loss = self.decoder.denoising_loss(latents, output.conditioning)
+        conditioning = output.conditioning  # (B, Q, d_text)
+        if model.training and torch.rand(()) < self.args.tail_drop:  # T is causal: T(z)[:n] is T(z[:n])
+            conditioning = conditioning[:, : int(torch.randint(1, conditioning.shape[1] + 1, ()))]
+        loss = self.decoder.denoising_loss(latents, conditioning)
         return (loss, output) if return_outputs else loss
 
     def draw_grid(self, model: VLVModel, step: int, folder: Path) -> None:

@@ -75,7 +75,7 @@ def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("LoRA needs the train extra: pip install 'vlv[train]'") from error
+        raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model.language_model = get_peft_model(model.language_model, settings)
 

@@ -3,13 +3,14 @@
 from .export import export
 from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
 from .load import load_captioner, load_decoder_parts, load_encoder, load_tokenizer, require, resolve
-from .push import push, stage, upload
+from .push import create, push, stage, upload
 
 __all__ = [
     "CAPTIONER_FILES",
     "ENCODER_FILES",
     "PIPELINE_FILES",
     "TRAINING_FILE",
+    "create",
     "export",
     "load_captioner",
     "load_decoder_parts",

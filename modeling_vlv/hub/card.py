@@ -1,6 +1,8 @@
 """The model card, out of what the checkpoint says of itself."""
 
+import hashlib
 import json
+import re
 from collections import defaultdict
 from math import prod
 from pathlib import Path
@@ -24,6 +26,8 @@ LICENCES = {  # of well-known parts, by their Hub pages
     "Qwen/Qwen2.5-3B": "qwen-research",
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+SECTION = re.compile(r"^## Figures\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+STAMP = re.compile(r"\n*<!-- pushed as ([0-9a-f]{16}) -->\n*\Z")
 PARTS = {
     "encoder": "encoder and text encoder",
     "": "language model and its projector",
@@ -52,12 +56,6 @@ def write_card(
     if (folder / TRAINING_FILE).is_file():
         training = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
     bases = _names(training, ("encoder", "decoder", "language_model"))
-    rows = [
-        {"subject": subject, "figure": figure, "value": value}
-        for subject, figures in (results or {}).items()
-        if isinstance(figures, dict)
-        for figure, value in figures.items()
-    ]
     captions, reconstructs = (folder / "processor_config.json").is_file(), (folder / "model_index.json").is_file()
     data = ModelCardData(
         license=license or _license(training),
@@ -66,19 +64,8 @@ def write_card(
         base_model=bases or None,
         datasets=_names(training, ("images", "pairs")) or None,
         tags=["vlv", "image-captioning", "diffusion"] if captions else ["vlv", "diffusion"],
-        model_name=repo.split("/")[-1],
-        eval_results=[
-            EvalResult(
-                task_type="image-to-text",
-                dataset_type="custom",
-                dataset_name=row["subject"],
-                metric_type=row["figure"],
-                metric_value=row["value"],
-            )
-            for row in rows
-            if isinstance(row["value"], (int, float))
-        ]
-        or None,
+        model_name=repo.split("/")[-1] if results else None,  # the name of its figures
+        eval_results=_eval_results(results) if results else None,
     )
     card = ModelCard.from_template(
         data,
@@ -92,11 +79,76 @@ def write_card(
         max_new_tokens=training.get("stage2", {}).get("max_caption_tokens", 300),
         parts=_parts(folder),
         stages=_stages(training),
-        results=rows,
-        results_command=results_command,
+        figures=_figures(results, results_command),
         licences=[f"{name}: {LICENCES.get(name, 'see its page')}." for name in bases],
     )
     (folder / CARD).write_text(str(card), encoding="utf-8")
+
+
+def change_card(
+    text: str,
+    name: str,
+    *,
+    results: dict[str, Any] | None = None,
+    results_command: str = "",
+    license: str | None = None,
+) -> str:
+    """A card with other figures or another licence, as for `write_card`; all else of it stays as it is."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data
+    if license:
+        data.license = license
+    if results:
+        data.model_name, data.eval_results = name, _eval_results(results)
+        figures, body = _figures(results, results_command), card.text
+        if SECTION.search(body):
+            card.text = SECTION.sub(lambda _: figures + "\n", body, count=1)
+        else:
+            before, limits, after = body.partition("\n## Limits")
+            card.text = before.rstrip() + "\n\n" + figures + limits + after
+    return str(card)
+
+
+def stamp(text: str) -> str:
+    """The card with a last line that tells whether anybody changed it since."""
+    text = STAMP.sub("", text).rstrip() + "\n"
+    return f"{text}\n<!-- pushed as {_digest(text)} -->\n"
+
+
+def is_as_pushed(text: str) -> bool:
+    """Whether a card is what `stamp` made, and nobody changed it since."""
+    found = STAMP.search(text)
+    return found is not None and found.group(1) == _digest(STAMP.sub("", text).rstrip() + "\n")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _eval_results(results: dict[str, Any]) -> list[EvalResult] | None:
+    return [
+        EvalResult(
+            task_type="image-to-text",
+            dataset_type="custom",
+            dataset_name=subject,
+            metric_type=figure,
+            metric_value=value,
+        )
+        for subject, figure, value in _rows(results)
+        if isinstance(value, (int, float))
+    ] or None
+
+
+def _figures(results: dict[str, Any] | None, command: str) -> str:
+    """The card's section of figures."""
+    if not results:
+        return "## Figures\n\nNone were given to `vlv push --results`.\n"
+    table = "".join(f"| {subject} | {figure} | {value} |\n" for subject, figure, value in _rows(results))
+    return f"## Figures\n\nPrinted by `{command}`.\n\n| measured on | figure | value |\n|---|---|---|\n{table}"
+
+
+def _rows(results: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    return [(subject, figure, value) for subject, figures in results.items() for figure, value in figures.items()]
 
 
 def _names(training: dict[str, Any], keys: tuple[str, ...]) -> list[str]:

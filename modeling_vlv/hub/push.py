@@ -1,5 +1,6 @@
 """A model to the Hub: what `vlv push` does."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -8,12 +9,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..modeling_vlv import VLVConfig
-from .card import write_card
+from .card import change_card, is_as_pushed, stamp, write_card
 from .export import export
 from .layout import CARD, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
 from .load import load_captioner, load_decoder_parts, load_encoder, require, resolve, stored_dtype
+
+logger = logging.getLogger(__name__)
 
 
 def push(
@@ -27,6 +31,7 @@ def push(
     dtype: torch.dtype | None = None,
     half_variant: bool = False,
     message: str | None = None,
+    replace_card: bool = False,
     **card: Any,
 ) -> str:
     """Exports a model in the Hub's layout, with code and card, and uploads it.
@@ -43,7 +48,9 @@ def push(
         token: Of an account that may write to `org`; by default the one that `hf auth login` stored.
         dtype: What the weights are stored in; by default as they are in `source`.
         half_variant: Stores them in half precision, too, for `variant="fp16"`.
+        replace_card: Whether a model card that was edited on the Hub gives way; otherwise it is kept, which is said.
         card: For the model card, over what the checkpoint says of itself: `results`, `results_command`, `license`.
+            In a card that is there already nothing else is changed.
 
     Returns:
         The address of the commit.
@@ -52,21 +59,19 @@ def push(
         FileNotFoundError: If there is no such model.
         ValueError: If it is no VLV, or holds pickles.
     """
+    require(resolve(source, token=token), "config.json")
+    create(repo, private=private, revision=revision, token=token)
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
         stage(source, folder, decoder=decoder, token=token, dtype=dtype, half_variant=half_variant, repo=repo, **card)
-        return upload(folder, repo, private=private, revision=revision, token=token, message=message)
+        return upload(folder, repo, revision=revision, token=token, message=message, replace_card=replace_card, **card)
 
 
-def upload(
-    folder: str | os.PathLike,
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    token: str | None = None,
-    message: str | None = None,
-) -> str:
-    """Uploads what `stage` wrote, as `push` does; returns the address of the commit."""
+def create(repo: str, *, private: bool = False, revision: str | None = None, token: str | None = None) -> None:
+    """Creates the repository and the branch `revision` where they are missing, as `push` does.
+
+    Raises:
+        ValueError: If it is to be private, and there is a public one of this name.
+    """
     api = HfApi(token=token)
     api.create_repo(repo, private=private, exist_ok=True)
     if private and not api.repo_info(repo).private:
@@ -75,7 +80,21 @@ def upload(
         )
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
+
+
+def upload(
+    folder: str | os.PathLike,
+    repo: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str | None = None,
+    replace_card: bool = False,
+    **card: Any,
+) -> str:
+    """Uploads what `stage` wrote into a repository that is there, as `push` does; returns the commit's address."""
+    _settle_card(Path(folder) / CARD, repo, revision, token, replace_card, card)
+    commit = HfApi(token=token).upload_folder(
         repo_id=repo,
         folder_path=Path(folder),
         revision=revision,
@@ -84,6 +103,26 @@ def upload(
         delete_patterns=OWNED,  # what an earlier push left and this one does not have
     )
     return str(commit.commit_url)
+
+
+def _settle_card(
+    path: Path, repo: str, revision: str | None, token: str | None, replace: bool, changes: dict[str, Any]
+) -> None:
+    """Puts the card that is to be on the Hub into `path`: a new one, or the Hub's own if somebody edited that."""
+    ours = stamp(path.read_text(encoding="utf-8"))
+    try:
+        theirs = Path(HfApi(token=token).hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        theirs = None
+    if theirs is None or replace or theirs == ours or is_as_pushed(theirs):
+        path.write_text(ours, encoding="utf-8")
+        return
+    logger.warning(
+        "%s has a model card that was edited there: it is kept%s. replace_card (--replace-card) writes it anew",
+        repo,
+        ", but for " + " and ".join(c for c in changes if c != "results_command") if changes else "",
+    )
+    path.write_text(change_card(theirs, repo.split("/")[-1], **changes) if changes else theirs, encoding="utf-8")
 
 
 def stage(
@@ -99,7 +138,7 @@ def stage(
 ) -> Path:
     """Writes what `push` uploads: the model in the Hub's layout, its code, its card.
 
-    A card that the model has already is kept, unless something is given for a new one.
+    In a card that the model has already nothing is changed but what `card` gives.
     """
     root = resolve(source, token=token)
     require(root, "config.json")
@@ -122,8 +161,9 @@ def stage(
         )
     if (root / TRAINING_FILE).is_file():
         shutil.copyfile(root / TRAINING_FILE, written / TRAINING_FILE)
-    if (root / CARD).is_file() and not card:
-        shutil.copyfile(root / CARD, written / CARD)
+    if (root / CARD).is_file():
+        text = (root / CARD).read_text(encoding="utf-8")
+        (written / CARD).write_text(change_card(text, repo.split("/")[-1], **card) if card else text, encoding="utf-8")
     else:
         write_card(written, repo, **card)
     return written

@@ -1,6 +1,14 @@
+import json
+from pathlib import Path
+
 import pytest
+import torch
 from huggingface_hub import constants
 
+from vlv import VLVForConditionalGeneration
+from vlv import hub as vlv_hub
+
+from ..conftest import language_model_config, vlv_config
 from .server import Hub, serve
 
 
@@ -11,4 +19,27 @@ def hub_server(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks LFS alone
     hub = Hub()
     with serve(hub) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         yield hub, endpoint
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory, pictures) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    pictures[1].save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, processor, stable_diffusion) -> Path:
+    torch.manual_seed(0)
+    captioner = VLVForConditionalGeneration(vlv_config(decoder_config=language_model_config())).eval()
+    folder = tmp_path_factory.mktemp("model")
+    vlv_hub.export(folder, captioner=captioner, processor=processor, decoder=stable_diffusion)
+    (folder / vlv_hub.TRAINING_FILE).write_text(
+        json.dumps({"stage1": {"images": "org/pictures", "encoder": "florence-community/Florence-2-base", "steps": 3}})
+    )
+    return folder

@@ -1,4 +1,4 @@
-"""A Hub of one process's memory: what huggingface_hub calls to create, fill and read model repositories.
+"""A Hub of one process's memory: what huggingface_hub calls to create, fill and read models, and to fill Spaces.
 
 A test double, checked against huggingface_hub's own client in `test_server.py`. Tokens are `hf_NAME`, each allowed to
 write to the organisation of that name and to read its private repositories.
@@ -49,6 +49,7 @@ class Repo:
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)  # a Space's
 
     def commit(self, branch: str, title: str, files: dict[str, bytes]) -> Commit:
         parents = [self.branches[branch]] if branch in self.branches else []
@@ -99,7 +100,9 @@ class Hub:
         return header.removeprefix("Bearer hf_") if header.startswith("Bearer hf_") else None
 
     def repo(self, request: Request, write: bool = False) -> Repo:
-        name = f"{request.path_params['org']}/{request.path_params['name']}"
+        path = request.url.path
+        kind = "spaces/" if path.startswith(("/spaces/", "/api/spaces/")) else ""
+        name = f"{kind}{request.path_params['org']}/{request.path_params['name']}"
         user, repo = self.user(request), self.repos.get(name)
         if write:
             self.require_writer(request, request.path_params["org"])
@@ -124,7 +127,7 @@ class Hub:
         body = await request.json()
         org = body.get("organization") or self.user(request) or ""
         self.require_writer(request, org)
-        name = f"{org}/{body['name']}"
+        name = ("spaces/" if body.get("type") == "space" else "") + f"{org}/{body['name']}"
         url = f"{request.base_url}{name}"
         if name in self.repos:
             return JSONResponse({"error": "You already created this model repo", "url": url}, 409)
@@ -133,6 +136,11 @@ class Hub:
             "main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
         )
         return JSONResponse({"url": url, "name": name, "id": name})
+
+    async def variable(self, request: Request) -> Response:
+        repo, body = self.repo(request, write=True), await request.json()
+        repo.variables[body["key"]] = body["value"]
+        return JSONResponse({key: {"key": key, "value": value} for key, value in repo.variables.items()})
 
     async def delete(self, request: Request) -> Response:
         body = await request.json()
@@ -341,6 +349,17 @@ class Hub:
             Route(f"/api/models/{repo}/commit/{{revision}}", self.commit, methods=["POST"]),
             Route(f"/api/models/{repo}/branch/{{revision}}", self.branch, methods=["POST"]),
             Route(f"/api/models/{repo}/tag/{{revision}}", self.tag, methods=["POST"]),
+            *(
+                Route(f"/api/spaces/{repo}{path}", endpoint, methods=["GET" if path.startswith("/tree") else "POST"])
+                for path, endpoint in (
+                    ("/variables", self.variable),
+                    ("/tree/{revision}", self.tree),
+                    ("/preupload/{revision}", self.preupload),
+                    ("/commit/{revision}", self.commit),
+                )
+            ),
+            Route(f"/api/spaces/{repo}", self.info),
+            Route("/spaces/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
             Route("/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
             Route("/lfs/verify", self.lfs_verify, methods=["POST"]),
             Route("/lfs/{oid}", self.lfs_put, methods=["PUT"]),

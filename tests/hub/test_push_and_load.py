@@ -1,13 +1,12 @@
 """What is pushed loads over HTTP and from a folder, for people with and without this package."""
 
 import json
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -73,29 +72,6 @@ pipeline.to(torch.bfloat16)
 found["half"] = bool(torch.isfinite(draw(pipeline).float()).all())
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory, pictures) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    pictures[1].save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, processor, stable_diffusion) -> Path:
-    from vlv import VLVForConditionalGeneration
-
-    from ..conftest import language_model_config, vlv_config
-
-    torch.manual_seed(0)
-    captioner = VLVForConditionalGeneration(vlv_config(decoder_config=language_model_config())).eval()
-    folder = tmp_path_factory.mktemp("model")
-    vlv_hub.export(folder, captioner=captioner, processor=processor, decoder=stable_diffusion)
-    (folder / vlv_hub.TRAINING_FILE).write_text(
-        json.dumps({"stage1": {"images": "org/pictures", "encoder": "florence-community/Florence-2-base", "steps": 3}})
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +289,41 @@ def test_the_card_says_what_the_checkpoint_is(pushed, picture):
     assert "vlv evaluate x" in card and "| captions, combo | object_f1 | 0.5 |" in card
 
 
+def test_a_dead_network_leaves_what_is_in_the_cache(model, expected, picture, tmp_path):
+    hub = Hub()
+    with serve(hub) as endpoint:
+        machine = Machine(tmp_path / "machine", endpoint)
+        assert machine.vlv("push", model, REPO, "--token", "hf_org").returncode == 0
+        command = ["caption", picture, "--model", REPO, "--max-new-tokens", 5, "--output"]
+        done = machine.vlv(*command, machine.folder / "first.json")
+        assert done.returncode == 0, done.stderr
+    done = machine.vlv(*command, machine.folder / "second.json")  # nobody answers any more
+    assert done.returncode == 0, done.stderr
+    assert json.loads((machine.folder / "second.json").read_text()) == {"picture.png": expected["caption"]}
+    done = machine.vlv("caption", picture, "--model", "org/never-seen")
+    assert done.returncode == 2 and "cannot load org/never-seen" in done.stderr
+
+
+def test_stage_2_of_a_repository_knows_what_its_stage_1_was(
+    stage1_checkpoint, language_model, hub_server, image_folder, tmp_path
+):
+    _, endpoint = hub_server
+    machine = Machine(tmp_path / "machine", endpoint)
+    source = shutil.copytree(stage1_checkpoint, tmp_path / "stage1")
+    (source / vlv_hub.TRAINING_FILE).write_text(json.dumps({"stage1": {"images": "org/pictures"}}))
+    assert machine.vlv("push", source, REPO, "--token", "hf_org").returncode == 0
+    run = tmp_path / "run"
+    config = tmp_path / "stage2.yaml"
+    settings = {"model": REPO, "language_model": language_model, "pairs": image_folder, "output_dir": run}
+    settings |= {"max_steps": 1, "sample_steps": 0, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
+    settings |= {"use_cpu": True, "trainable": "projector"}
+    config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    done = machine.vlv("train", "stage2", config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((run / vlv_hub.TRAINING_FILE).read_text())
+    assert facts["stage1"] == {"images": "org/pictures"} and facts["stage2"]["steps"] == 1
+
+
 def test_the_snippets_of_the_card_run(pushed, pictures, tmp_path):
     machine = Machine(tmp_path / "reader", pushed[1])
     pictures[0].save(machine.folder / "image.png")
@@ -325,9 +336,8 @@ def test_the_snippets_of_the_card_run(pushed, pictures, tmp_path):
     assert Image.open(machine.folder / "reconstruction.png").size == (32, 32)
 
 
-def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server, monkeypatch, capsys):
-    hub, endpoint = hub_server
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server, capsys):
+    hub, _ = hub_server
     push = ["push", str(model), REPO, "--private", "--token"]
     hub.broken_uploads = 1000
     assert main([*push, "hf_org"]) == 2
@@ -354,8 +364,6 @@ def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server
 
 
 def test_a_repository_with_a_pickle_is_refused(model, tmp_path):
-    import shutil
-
     folder = shutil.copytree(model, tmp_path / "copy")
     for name in ("training_args.bin", "optimizer.pt", "checkpoint-3/rng_state.pth", "checkpoint-3/global_step3/x.pt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -368,8 +376,6 @@ def test_a_repository_with_a_pickle_is_refused(model, tmp_path):
 
 
 def test_code_of_a_tokenizer_is_not_run(model, tmp_path):
-    import shutil
-
     folder = shutil.copytree(model, tmp_path / "copy")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}

@@ -48,7 +48,6 @@ def test_the_space_starts_from_its_variables(tmp_path):
 def test_its_front_matter_names_what_is_there():
     front = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
     assert front["sdk"] == "gradio" and (SPACE / front["app_file"]).is_file()
-    assert "vlv" in (SPACE / "requirements.txt").read_text()
 
 
 @pytest.mark.parametrize("how", ["greedy", "beams", "sampling"])
@@ -103,6 +102,22 @@ def test_a_stage_1_model_has_no_caption_tab(tmp_path):
     page = build(Demo(str(folder)))
     tabs = [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
     assert tabs == ["Reconstruct", "Compose"]
+
+
+def test_a_captioner_without_a_decoder_has_the_caption_tab_alone(tmp_path):
+    captioner, processor = hub.load_captioner(MINIATURE)
+    folder = hub.export(tmp_path / "s", captioner=captioner, processor=processor)
+    demo = Demo(str(folder))
+    tabs = [block.label for block in build(demo).blocks.values() if isinstance(block, gr.Tab)]
+    assert tabs == ["Caption"]
+    assert list(demo.caption(EXAMPLES[0], 40, "greedy", 1.0, 2))[-1]
+
+
+def test_an_encoder_alone_is_no_demo(tmp_path):
+    encoder, image_processor = hub.load_encoder(MINIATURE)
+    folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor)
+    with pytest.raises(ValueError, match=r"holds an encoder alone.*--decoder"):
+        Demo(str(folder))
 
 
 def test_about_is_the_card_without_its_front_matter(demo):

@@ -1,0 +1,90 @@
+"""A Space runs from its own files: nothing of it must be installed but what its requirements name."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import constants
+
+from vlv.checkpoints import MINIATURE
+from vlv.cli.main import main
+from vlv.space.deploy import write_space
+
+from ..hub.server import Hub, serve
+
+HERE = Path(__file__).parents[2] / "space"
+
+
+def test_requirements_are_the_package_s_own():
+    wanted = [line.split(";") for line in requires("vlv")]
+    core = {name.strip().replace(" ", "") for name, *extra in wanted if not extra or 'extra == "space"' in extra[0]}
+    listed = (HERE / "requirements.txt").read_text().split()
+    order = lambda text: (re.split("[<>=]", text)[0].lower(), *sorted(re.findall("[<>=]+[^,]+", text)))  # noqa: E731
+    assert sorted(map(order, listed)) == sorted(map(order, core))
+
+
+def test_the_page_starts_from_a_space_s_files_alone(tmp_path):
+    space = write_space(tmp_path / "space", "org/vlv")
+    front = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert front["models"] == ["org/vlv"] and front["sdk"] == "gradio" and front["app_file"] == "app.py"
+    script = """
+import json, sys
+sys.path.insert(0, ".")  # as `python app.py` has it
+import app, vlv
+demo = app.Demo(sys.argv[1])
+words = list(demo.caption(app.EXAMPLES[0], 30, "greedy", 1.0, 4))[-1]
+modules = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "vlv" and getattr(m, "__file__", None)]
+print(json.dumps([words, modules, len(app.build(demo).fns)]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(MINIATURE)],
+        cwd=space,
+        env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    words, modules, functions = json.loads(done.stdout.splitlines()[-1])
+    assert " background" in words and functions >= 3
+    assert modules and all(Path(path).is_relative_to(space) for path in modules), modules
+
+
+def test_push_a_space(monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub = Hub()
+    with serve(hub) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        push = ["demo", "--push-space", "org/page", "--token"]
+        model = ["--model", "org/vlv", "--revision", "abc"]
+        assert main([*push, "hf_org", *model]) == 0
+        assert "pushed: " in capsys.readouterr().out
+        space = hub.repos["spaces/org/page"]
+        assert space.variables == {"MODEL_ID": "org/vlv", "MODEL_REVISION": "abc"}
+        files = set(space.at("main").files)
+        assert {"app.py", "README.md", "requirements.txt", "vlv/modeling_vlv.py", "vlv/hub/model_card.md"} <= files
+        assert not [name for name in files if "checkpoints" in name or name.endswith(".pyc")]
+        space.commit("main", "older", {**space.at("main").files, "vlv/gone.py": b"", "LICENSE": b""})
+        assert main([*push, "hf_org", *model]) == 0
+        assert set(space.at("main").files) == {*files, "LICENSE"}
+        for token, reason in (("hf_stranger", "may not write to org/page"), ("wrong", "wants a token")):
+            assert main([*push, token, *model]) == 2
+            assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [[], ["--model", str(MINIATURE)], ["--model", "no-organisation"]])
+def test_a_space_wants_a_model_of_the_hub(model, tmp_path, capsys):
+    assert main(["demo", "--write-space", str(tmp_path / "space"), *model]) == 2
+    assert "org/name" in capsys.readouterr().err.lower()
+
+
+def test_a_space_is_not_written_over_other_files(tmp_path, capsys):
+    (tmp_path / "old.txt").write_text("")
+    assert main(["demo", "--write-space", str(tmp_path), "--model", "org/vlv"]) == 2
+    assert "not empty" in capsys.readouterr().err
