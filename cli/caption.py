@@ -3,15 +3,19 @@
 import argparse
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor, hub
+from vlv.pipelines import trim_caption
 
 from .errors import UserError
 from .inputs import Input, collect_images, load_embeddings
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
 from .output import GrowingJson, Tally
+
+AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
 
 def add_parser(commands) -> None:
@@ -31,6 +35,13 @@ def add_parser(commands) -> None:
         "--max-new-tokens", type=positive, default=300, help="longest caption (default: 300, the paper's)"
     )
     parser.add_argument("--num-beams", type=positive, default=1, help="beams; 1 is greedy (default: 1)")
+    parser.add_argument("--trim", action="store_true", help="cut an unfinished end, leave out repetitions")
+    parser.add_argument(
+        "--as-original",
+        action="store_true",
+        help="as the authors' Caption_inference.py: 4 beams, at most 300 tokens, the prefix rounded to bfloat16, "
+        "--trim (docs/from_the_original.md)",
+    )
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -57,15 +68,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.embeddings:
         images = load_embeddings(arguments.embeddings, model.config.text_encoder_config.hidden_size)
     todo = [image for image in images if image.name not in finished]
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": arguments.max_new_tokens,
         "num_beams": arguments.num_beams,
         "do_sample": False,
     }
+    if arguments.as_original:
+        settings |= AS_ORIGINAL
     tally = Tally()
     with GrowingJson(output, finished) as results:
         for names, batch in batches(todo, processor.image_processor, arguments.batch_size, tally):
             captions = write_captions(model, processor, batch, settings)
+            if arguments.trim or arguments.as_original:
+                captions = [trim_caption(caption) for caption in captions]
             results.save(dict(zip(names, captions, strict=True)))
             tally.done += len(names)
     return tally.close("captioned", str(output))

@@ -1,7 +1,7 @@
 """Pipelines: captions by transformers, reconstructions by diffusers."""
 
 from .loading import load_reconstruction
-from .pipeline_vlv_captioning import VLVCaptioningPipeline
+from .pipeline_vlv_captioning import VLVCaptioningPipeline, trim_caption
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
 
-__all__ = ["VLVCaptioningPipeline", "VLVReconstructionPipeline", "load_reconstruction"]
+__all__ = ["VLVCaptioningPipeline", "VLVReconstructionPipeline", "load_reconstruction", "trim_caption"]

@@ -1,10 +1,23 @@
 """Captions for images, as a transformers pipeline."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import Pipeline
+
+
+def trim_caption(text: str) -> str:
+    """A caption without an unfinished last sentence, and without sentences that occurred before.
+
+    What the authors' code does to every caption, since its models do not learn to end them. A text without any full
+    stop stays as it is.
+    """
+    end = text.rfind(".")
+    if end >= 0:
+        text = text[: end + 1]
+    return " ".join(dict.fromkeys(part for part in re.split(r"(?<=[.!?])\s+", text) if part))
 
 
 class VLVCaptioningPipeline(Pipeline):
@@ -17,6 +30,7 @@ class VLVCaptioningPipeline(Pipeline):
     Call arguments:
         text (`str`, *optional*): Words that the caption is to continue.
         max_new_tokens (`int`, *optional*): The most tokens of a caption.
+        trim (`bool`, *optional*, defaults to `False`): Leave out an unfinished last sentence and repeated ones.
         generate_kwargs (`dict`, *optional*): Passed to the model's `generate`, such as `num_beams`.
 
     Returns for each image `[{"generated_text": str}]`, with as many entries as `num_return_sequences`.
@@ -32,19 +46,20 @@ class VLVCaptioningPipeline(Pipeline):
         self,
         text: str | None = None,
         max_new_tokens: int | None = None,
+        trim: bool = False,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ):
         if kwargs:
             raise ValueError(
-                f"unknown arguments {sorted(kwargs)}; expected text, max_new_tokens, or generate_kwargs={{...}}"
+                f"unknown arguments {sorted(kwargs)}; expected text, max_new_tokens, trim, or generate_kwargs={{...}}"
             )
         generation = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generation:
                 raise ValueError("max_new_tokens is given twice, by itself and in generate_kwargs; leave one out")
             generation["max_new_tokens"] = max_new_tokens
-        return {} if text is None else {"text": text}, generation, {}
+        return {} if text is None else {"text": text}, generation, {"trim": trim}
 
     def preprocess(self, inputs: Any, text: str | None = None) -> dict[str, torch.Tensor]:
         words = {} if text is None else dict(self.processor(text=text))
@@ -69,7 +84,7 @@ class VLVCaptioningPipeline(Pipeline):
         rows = len(first) if first is not None else 1
         return {"generated_ids": ids.view(rows, -1, ids.shape[-1])}  # (B, num_return_sequences, length)
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+    def postprocess(self, model_outputs: dict[str, torch.Tensor], trim: bool = False) -> list[dict[str, str]]:
         rows = model_outputs["generated_ids"]
         texts = self.processor.batch_decode(rows.reshape(-1, rows.shape[-1]), skip_special_tokens=True)
-        return [{"generated_text": text.strip()} for text in texts]
+        return [{"generated_text": trim_caption(text) if trim else text.strip()} for text in texts]

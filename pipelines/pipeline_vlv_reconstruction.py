@@ -189,7 +189,8 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         Args:
             image: One image or a list: PIL, path, bytes, or array, as `VLVImageProcessor` takes them.
             caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`): Ready embeddings instead.
-            height, width (`int`, *optional*): In pixels; by default what the UNet was trained for.
+            height, width (`int`, *optional*): In pixels; by default the square that the images are
+                cropped to, if they are, else what the UNet was trained for.
             num_inference_steps (`int`, *optional*, defaults to 50): As in the authors' code.
             guidance_scale (`float`, *optional*, defaults to 2.0): As in the authors' code; 1 is no guidance.
             guidance_rescale (`float`, *optional*, defaults to 0.0): 0..1, against over-exposure at high guidance.
@@ -252,6 +253,10 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         return self.vae_image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
 
     def _default_size(self) -> int:
+        """The square that the encoder was trained to rebuild, else the UNet's own size."""
+        crop = getattr(self.image_processor, "pre_crop_size", None)
+        if crop and crop % self.vae_scale_factor == 0:
+            return crop
         size = self.unet.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.vae_scale_factor
 

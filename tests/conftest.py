@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; a test that needs a hub starts one
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen2Config, Qwen2ForCausalLM
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel, VLVProcessor
+from vlv.convert_vlv_original_to_hf import convert
 from vlv.miniature.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)
@@ -216,4 +219,34 @@ def image_folder(tmp_path_factory, pictures) -> Path:
         pictures[number % len(pictures)].rotate(90 * number).save(target)
         words = "a small dog" if number % 2 else "a large apple at the top left"
         target.with_suffix(".txt").write_text(words + "\n")
+    return folder
+
+
+GOLDEN = Path(__file__).parent / "golden" / "original-a"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, torch.Tensor]:
+    """What the authors' code computed (tests/golden/README.md)."""
+    return load_file(GOLDEN / "golden.safetensors")
+
+
+@pytest.fixture(scope="session")
+def golden_facts() -> dict:
+    return json.loads((GOLDEN / "golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """The authors' two checkpoints, converted."""
+    folder = tmp_path_factory.mktemp("converted") / "vlv"
+    parts = GOLDEN / "components"
+    convert(
+        folder,
+        stage1=GOLDEN / "stage1",
+        stage2=GOLDEN / "stage2",
+        stable_diffusion=parts / "stable-diffusion",
+        florence=parts / "Florence2large",
+        language_model=parts / "qwen",
+    )
     return folder

@@ -245,16 +245,33 @@ class Stage1Collator(_SkippingCollator):
 
 
 class Stage2Collator(_SkippingCollator):
-    """Pairs to `pixel_values` and `labels`, captions padded to the longest of the batch, EOS a target."""
+    """Pairs to `pixel_values` and `labels`, captions padded to the longest of the batch, EOS a target.
 
-    def __init__(self, processor: VLVProcessor, max_caption_tokens: int, on_bad_image: str = "skip"):
+    Args:
+        append_eos, pad_to_max_length: As in [`VLVProcessor`]'s call; the authors' code has False and True.
+    """
+
+    def __init__(
+        self,
+        processor: VLVProcessor,
+        max_caption_tokens: int,
+        on_bad_image: str = "skip",
+        append_eos: bool = True,
+        pad_to_max_length: bool = False,
+    ):
         super().__init__(on_bad_image)
         self.processor, self.max_caption_tokens = processor, max_caption_tokens
+        self.append_eos, self.pad_to_max_length = append_eos, pad_to_max_length
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         items, pictures, skipped = self.readable(items, self.processor.image_processor.load)
         captions = [item["caption"] for item in items]
         batch = self.processor(
-            images=pictures, suffix=captions, max_length=self.max_caption_tokens, pre_crop_size=None
+            images=pictures,
+            suffix=captions,
+            max_length=self.max_caption_tokens,
+            append_eos=self.append_eos,
+            pad_to_max_length=self.pad_to_max_length,
+            pre_crop_size=None,
         )
         return {**batch, "num_skipped": skipped}

@@ -72,6 +72,7 @@ class Stage1Config(StageConfig):
     min_timestep: int = field(
         default=0, metadata={"help": "Draw timesteps from here to the noisiest; 0 is all of them, as in the paper."}
     )
+    loss: str = field(default="mse", metadata={"help": "'mse' (the paper) or 'l1'."})
     tail_drop: float = field(
         default=0.0,
         metadata={
@@ -208,6 +209,7 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
         dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
         timestep_sampling=config.timestep_sampling,
         min_timestep=config.min_timestep,
+        loss=config.loss,
     )
     if config.model is not None:
         model, image_processor = hub.load_encoder(config.model)

@@ -47,6 +47,14 @@ class Stage2Config(StageConfig):
         metadata={"help": "Above 0: the language model learns by LoRA of this rank, merged when saved at the end."},
     )
     max_caption_tokens: int = field(default=300, metadata={"help": "Longer captions are cut, and then have no EOS."})
+    append_eos: bool = field(
+        default=True,
+        metadata={"help": "Captions learn to end. False as in the authors' script, where they are cut afterwards."},
+    )
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={"help": "Pad every caption to max_caption_tokens, as the authors' script; else to the longest."},
+    )
     sample_steps: int = field(default=1000, metadata={"help": "Write sample captions every so many steps; 0: never."})
     sample_images: int = field(default=8, metadata={"help": "How many samples."})
 
@@ -110,7 +118,13 @@ class Stage2Trainer(ThroughputTrainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
-            data_collator=Stage2Collator(processor, args.max_caption_tokens, args.on_bad_image),
+            data_collator=Stage2Collator(
+                processor,
+                args.max_caption_tokens,
+                args.on_bad_image,
+                append_eos=args.append_eos,
+                pad_to_max_length=args.pad_to_max_length,
+            ),
             processing_class=processor,
             **kwargs,
         )

@@ -54,5 +54,5 @@ class DiffusionDecoder(nn.Module, ABC):
             timesteps: `(B,)`; drawn if not given.
 
         Returns:
-            The mean squared error, a scalar in float32.
+            The mean squared error (or what the family was told to use instead), a scalar in float32.
         """

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .base import DiffusionDecoder
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 
 
 class StableDiffusionDecoder(DiffusionDecoder):
@@ -23,6 +24,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
             parts of the schedule, which gives the same expectation with less noise.
         min_timestep: Draw from here to the noisiest. 0 is all of the schedule, as in the paper. Where little noise was
             added the conditioning hardly matters, so a short training does well to leave that out.
+        loss: `"mse"` (the paper), or `"l1"`, which the authors' code offers.
 
     Raises:
         ValueError: If the scheduler belongs to a flow-matching model, or predicts something unknown.
@@ -35,8 +37,11 @@ class StableDiffusionDecoder(DiffusionDecoder):
         scheduler_config: dict[str, Any],
         timestep_sampling: str = "uniform",
         min_timestep: int = 0,
+        loss: str = "mse",
     ):
         super().__init__()
+        if loss not in LOSSES:
+            raise ValueError(f"loss is {loss!r}; expected one of {tuple(LOSSES)}")
         if "beta_schedule" not in scheduler_config:
             name = scheduler_config.get("_class_name", "this scheduler")
             raise ValueError(f"{name} has no beta schedule: a flow-matching model is no member of this family")
@@ -50,7 +55,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
             raise ValueError(f"min_timestep is {min_timestep}; expected 0 to {steps - 1}")
         self.vae, self.unet = vae.float(), unet
         self.scheduler = DDPMScheduler.from_config(scheduler_config)
-        self.prediction_type = prediction_type
+        self.prediction_type, self.loss = prediction_type, LOSSES[loss]
         self.timestep_sampling, self.min_timestep = timestep_sampling, min_timestep
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         sample_size = unet.config.sample_size
@@ -67,6 +72,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
         variant: str | None = None,
         timestep_sampling: str = "uniform",
         min_timestep: int = 0,
+        loss: str = "mse",
     ) -> "StableDiffusionDecoder":
         """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
         shared = {"revision": revision, "use_safetensors": True, "variant": variant}
@@ -76,6 +82,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
             DDPMScheduler.load_config(model, subfolder="scheduler", revision=revision),
             timestep_sampling,
             min_timestep,
+            loss,
         )
 
     def enable_gradient_checkpointing(self) -> None:
@@ -113,7 +120,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
             noise = torch.randn_like(latents)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)  # (B, C, h, w)
         predicted = self.unet(noisy.to(self.unet.dtype), timesteps, conditioning.to(self.unet.dtype)).sample
-        return F.mse_loss(predicted.float(), self._target(latents, noise, timesteps).float())
+        return self.loss(predicted.float(), self._target(latents, noise, timesteps).float())
 
     def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         if self.prediction_type == "epsilon":

@@ -43,7 +43,9 @@ def export(
 
     Args:
         folder: Written into; what it held before under the same names is replaced.
-        encoder: A stage-1 model. Not needed with a captioner, which has one.
+        encoder: A stage-1 model. Not needed with a captioner, which has one; if both are given, pictures are
+            reconstructed from this one, and captions written from the captioner's own, of which only what differs
+            is stored beside it.
         captioner: With its `processor`. Without it the folder reconstructs but does not caption.
         decoder: A diffusers pipeline, its components, or the folder or repo id of one: its UNet, autoencoder,
             scheduler and tokenizer go in.
@@ -56,7 +58,7 @@ def export(
     """
     root = Path(folder)
     if captioner is not None:
-        encoder = captioner.model
+        encoder = captioner.model if encoder is None else encoder
         if processor is None:
             raise ValueError("a captioner needs its processor: pass processor=")
         image_processor = image_processor or processor.image_processor
@@ -69,7 +71,7 @@ def export(
     config = VLVConfig(**{**encoder.config.to_dict(), "decoder_config": None})
     _write_config(config, "VLVModel", root / "encoder" / "config.json")
     if captioner is not None and processor is not None:
-        _export_captioner(root, captioner, processor, dtype)
+        _export_captioner(root, encoder, captioner, processor, dtype)
     else:
         _write_config(config, "VLVModel", root / "config.json")
         _write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE]))
@@ -84,9 +86,18 @@ def export(
 
 
 def _export_captioner(
-    root: Path, captioner: VLVForConditionalGeneration, processor: VLVProcessor, dtype: torch.dtype | None
+    root: Path,
+    encoder: VLVModel,
+    captioner: VLVForConditionalGeneration,
+    processor: VLVProcessor,
+    dtype: torch.dtype | None,
 ) -> None:
-    rest = {n: _stored(t, dtype) for n, t in captioner.state_dict().items() if not n.startswith(ENCODER_PREFIX)}
+    shared = {ENCODER_PREFIX + name: tensor for name, tensor in encoder.state_dict().items()}
+    rest = {
+        name: _stored(tensor, dtype)
+        for name, tensor in captioner.state_dict().items()
+        if name not in shared or not _same(tensor, shared[name])
+    }
     _save(_without_ties(rest, captioner, ""), root / LANGUAGE_MODEL_FILE)
     _write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE, LANGUAGE_MODEL_FILE]))
     _write_config(captioner.config, "VLVForConditionalGeneration", root / "config.json")
@@ -151,6 +162,10 @@ def _forget_origin(path: Path) -> None:
         _write_json(path, values)
 
 
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape) or torch.equal(one, other)
+
+
 def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     tensor = tensor.detach().cpu()
     return (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).contiguous()
@@ -164,6 +179,9 @@ def _without_ties(tensors: dict[str, torch.Tensor], model: Any, prefix: str) -> 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors would leave it to its owner alone
 
 
 def _index(root: Path, files: list[str]) -> dict[str, Any]:

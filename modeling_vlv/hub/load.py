@@ -22,7 +22,16 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
-from .layout import CAPTIONER_FILES, DECODER_FILES, ENCODER_FILES, PICKLES, pickles
+from .layout import (
+    CAPTIONER_FILES,
+    DECODER_FILES,
+    ENCODER_FILES,
+    ENCODER_PREFIX,
+    INDEX_FILE,
+    LANGUAGE_MODEL_FILE,
+    PICKLES,
+    pickles,
+)
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library that huggingface_hub uses, whichever
 
@@ -139,6 +148,14 @@ def require(folder: Path, name: str) -> None:
         raise FileNotFoundError(
             f"no {name} in {folder}: this is no VLV in the Hub's layout (vlv.hub.export writes it)"
         )
+
+
+def has_two_encoders(folder: Path) -> bool:
+    """Whether captions come from another encoder than reconstructions; what differs lies with the LM."""
+    if not (folder / INDEX_FILE).is_file():
+        return False
+    weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+    return any(name.startswith(ENCODER_PREFIX) and file == LANGUAGE_MODEL_FILE for name, file in weight_map.items())
 
 
 def load_decoder_parts(

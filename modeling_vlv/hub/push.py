@@ -15,7 +15,7 @@ from ..modeling_vlv import VLVConfig
 from .card import change_card, is_as_pushed, stamp, write_card
 from .export import export
 from .layout import CARD, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
-from .load import load_captioner, load_decoder_parts, load_encoder, require, resolve, stored_dtype
+from .load import has_two_encoders, load_captioner, load_decoder_parts, load_encoder, require, resolve, stored_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,10 @@ def stage(
     parts = load_decoder_parts(decoder, token=token, dtype=dtype) if decoder is not None else None
     if VLVConfig.from_pretrained(root).decoder_config is not None:
         model, processor = load_captioner(root, dtype=own)
-        written = export(folder, captioner=model, processor=processor, decoder=parts, half_variant=half_variant)
+        first = load_encoder(root, dtype=own)[0] if has_two_encoders(root) else None
+        written = export(
+            folder, encoder=first, captioner=model, processor=processor, decoder=parts, half_variant=half_variant
+        )
     else:
         encoder, image_processor = load_encoder(root, dtype=own)
         written = export(

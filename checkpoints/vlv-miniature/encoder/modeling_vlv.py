@@ -520,6 +520,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
+        prefix_dtype: torch.dtype | None = None,
         **kwargs,
     ):
         """Writes captions; takes what the language model's own `generate` takes, except what cannot follow a prefix.
@@ -532,6 +533,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images; or give `caption_embeds`.
             caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Ready caption embeddings.
             input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption goes on from; left-padded.
+            prefix_dtype (`torch.dtype`, *optional*): Rounds the prefix to this precision first. The authors' code
+                rounds to bfloat16 whatever the model's precision, which can change what beam search finds.
 
         Returns:
             `(B * num_return_sequences, length)` new token ids: neither prefix is repeated in them.
@@ -544,6 +547,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if generation_config is not None:
             _check_generation_arguments(generation_config.to_diff_dict())
         prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
+        prefix = prefix if prefix_dtype is None else prefix.to(prefix_dtype)
         settings = copy.deepcopy(generation_config or self.generation_config)
         own = {name: value for name, value in self.generation_config.to_dict().items() if value is not None}
         settings.update(**own, defaults_only=True)  # what was passed goes before the model's own

@@ -262,6 +262,8 @@ class VLVProcessor(ProcessorMixin):
         suffix: str | list[str] | None = None,
         return_tensors: str | None = "pt",
         max_length: int | None = None,
+        append_eos: bool = True,
+        pad_to_max_length: bool = False,
         **kwargs,
     ) -> BatchFeature:
         """Prepares a batch.
@@ -274,6 +276,10 @@ class VLVProcessor(ProcessorMixin):
                 learnt too, and are padded on the right with -100 to the longest of the batch.
             max_length (`int`, *optional*): The most tokens of a suffix, EOS counted; a longer one is cut and then has
                 no EOS, since its end is not seen.
+            append_eos (`bool`, *optional*, defaults to `True`): Whether suffixes end with EOS. The authors' code adds
+                none, so that its captions never learn to end.
+            pad_to_max_length (`bool`, *optional*, defaults to `False`): Pads labels to `max_length` whatever their own
+                lengths, as the authors' code does.
 
         Returns:
             `pixel_values` (B, 3, height, width), `input_ids` and `attention_mask` (B, P), `labels` (B, L); of these,
@@ -302,7 +308,9 @@ class VLVProcessor(ProcessorMixin):
             captions = [suffix] if isinstance(suffix, str) else list(suffix)
             if count is not None and len(captions) != count:
                 raise ValueError(f"{len(captions)} captions for {count} images; give one each")
-            data["labels"] = self._labels(captions, max_length)
+            if pad_to_max_length and max_length is None:
+                raise ValueError("pad_to_max_length needs max_length")
+            data["labels"] = self._labels(captions, max_length, append_eos, pad_to_max_length)
         tensors = {k: v if k == "pixel_values" or return_tensors == "pt" else v.tolist() for k, v in data.items()}
         return BatchFeature(tensors)
 
@@ -322,10 +330,13 @@ class VLVProcessor(ProcessorMixin):
                 filled[-len(row) :] = 1
         return ids, mask
 
-    def _labels(self, captions: list[str], max_length: int | None) -> torch.Tensor:
-        rows = [self._ids(caption) + [self.tokenizer.eos_token_id] for caption in captions]
-        rows = [row[:max_length] for row in rows]
-        labels = torch.full((len(rows), max(map(len, rows), default=0)), -100, dtype=torch.long)
+    def _labels(
+        self, captions: list[str], max_length: int | None, append_eos: bool, pad_to_max_length: bool
+    ) -> torch.Tensor:
+        end = [self.tokenizer.eos_token_id] if append_eos else []
+        rows = [(self._ids(caption) + end)[:max_length] for caption in captions]
+        length = max_length if pad_to_max_length else max(map(len, rows), default=0)
+        labels = torch.full((len(rows), length), -100, dtype=torch.long)
         for row, target in zip(rows, labels, strict=True):
             target[: len(row)] = torch.tensor(row)
         return labels

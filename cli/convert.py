@@ -1,0 +1,62 @@
+"""`vlv convert`: checkpoints of the authors' code."""
+
+import argparse
+
+from vlv.convert_vlv_original_to_hf import convert
+
+from .errors import UserError
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert checkpoints of the authors' code",
+        description="Converts a stage-1 checkpoint, a stage-2 checkpoint, or both, as the authors' code saves them, "
+        "into one folder that `vlv caption`, `vlv reconstruct`, `vlv train` and `vlv push` read. Every weight is "
+        "used, or named with the reason why not. Without a checkpoint, converts Microsoft's Florence-2 for `vlv train "
+        "stage1 --encoder`. Needs neither a network nor the authors' code.",
+    )
+    parser.add_argument(
+        "--stage1",
+        metavar="FILE_OR_DIR",
+        help="pytorch_model.bin that DeepSpeed's zero_to_fp32.py wrote, checkpoint_N.pt, or a folder with one",
+    )
+    parser.add_argument("--stage2", metavar="FILE_OR_DIR", help="model.pt, or the folder with it and its tokenizer")
+    parser.add_argument("--stable-diffusion", metavar="DIR", help="the diffusers folder that was trained with")
+    parser.add_argument(
+        "--florence", metavar="DIR", required=True, help="the Florence-2 folder, Microsoft's or transformers'"
+    )
+    parser.add_argument("--language-model", metavar="DIR", help="the language model's folder, for --stage2")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="the --image_size that was trained with (default: 384, or the text-to-image model's own if that is less)",
+    )
+    parser.add_argument("--output", metavar="DIR", required=True, help="a new folder")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        result = convert(
+            arguments.output,
+            stage1=arguments.stage1,
+            stage2=arguments.stage2,
+            stable_diffusion=arguments.stable_diffusion,
+            florence=arguments.florence,
+            language_model=arguments.language_model,
+            image_size=arguments.image_size,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot convert: {error}") from error
+    for name, reason in result.dropped.items():
+        print(f"left out: {name} ({reason})")
+    print(f"converted: {result.folder}")
+    if arguments.stage2:
+        print(f"next: vlv caption IMAGES --as-original --model {result.folder}")
+    if arguments.stage1 or arguments.stage2:
+        print(f"next: vlv reconstruct IMAGES --model {result.folder}")
+    else:
+        print(f"next: vlv train stage1 CONFIG.yaml --encoder {result.folder}")
+    return 0

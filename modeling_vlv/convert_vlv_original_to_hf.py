@@ -1,0 +1,431 @@
+"""Checkpoints of the authors' code to this library's, with `vlv convert`.
+
+Their stage 1 is a state dict with `model.` (Florence-2), `language_proj.`, `query_embed`, `text_encoder.`, `unet.` and
+`vae.`; their stage 2 one with `VLV_model.` (the same without UNet and autoencoder), `mlp.` and `qwen2_model.`. Neither
+holds a configuration, so those of the pretrained parts are read, and sizes from the weights themselves. Nothing is
+guessed: every weight is used, or named with the reason why it is not needed, and one that is missing or has another
+shape is an error.
+
+Weights stay where they are on disk until they are written, one by one (`torch.load(mmap=True)`).
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import AutoConfig, CLIPTextConfig, Florence2Config, Florence2Model, PreTrainedTokenizerFast
+
+from .hub import export, load_decoder_parts, load_tokenizer
+from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVModel
+from .original_checkpoint import read_weights
+from .processing_vlv import VLVImageProcessor, VLVProcessor
+
+IMAGE_SIZE = 384  # pixels: the authors' default of --image_size
+MAX_NEW_TOKENS = 300  # the authors' Caption_inference.py
+TASK_PROMPT = "Describe with a paragraph what is shown in the image."  # Florence-2's for <MORE_DETAILED_CAPTION>
+DROPPED = {  # what a checkpoint may hold and VLV has no use for
+    r"(^|\.)model\.(language_model\.)?lm_head\.weight$": "Florence-2's own word predictions are never made",
+    r"^(language_model\.)?lm_head\.weight$": "Florence-2's own word predictions are never made",
+    r"final_logits_bias$": "Florence-2's own word predictions are never made",
+    r"\.position_ids$": "the numbers 0, 1, 2, ..., which the model makes itself",
+    r"\.rotary_emb\.inv_freq$": "constants, which the model makes itself",
+}
+TO_ORIGINAL = (  # names in transformers' Florence-2 to those in Microsoft's own code
+    (r"^(vision_tower\.convs\.\d+)\.conv\.", r"\1.proj."),
+    (r"\.(spatial|channel)_block\.conv([12])\.", r".\1_block.conv\2.fn.dw."),
+    (r"\.spatial_block\.norm1\.", ".spatial_block.window_attn.norm."),
+    (r"\.channel_block\.norm1\.", ".channel_block.channel_attn.norm."),
+    (r"\.(window|channel)_attn\.(qkv|proj)\.", r".\1_attn.fn.\2."),
+    (r"_block\.norm2\.", "_block.ffn.norm."),
+    (r"_block\.ffn\.(fc[12])\.", r"_block.ffn.fn.net.\1."),
+    (r"^multi_modal_projector\.image_projection\.weight$", "image_projection"),
+    (r"^multi_modal_projector\.image_proj_norm\.", "image_proj_norm."),
+    (r"^multi_modal_projector\.image_position_embed\.", "image_pos_embed."),
+    (r"^multi_modal_projector\.visual_temporal_embed\.", "visual_temporal_embed."),
+    (r"^language_model\.", "language_model.model."),
+)
+
+
+@dataclass
+class Converted:
+    """What a conversion made, and what of the checkpoints it left out.
+
+    Attributes:
+        folder: The result, in the Hub's layout.
+        dropped: Name of each weight that was left out, and why.
+    """
+
+    folder: Path
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def convert(
+    output: str | os.PathLike,
+    *,
+    stage1: str | os.PathLike | None = None,
+    stage2: str | os.PathLike | None = None,
+    stable_diffusion: str | os.PathLike | None = None,
+    florence: str | os.PathLike | None = None,
+    language_model: str | os.PathLike | None = None,
+    image_size: int | None = None,
+) -> Converted:
+    """Converts a stage-1 checkpoint, a stage-2 checkpoint, or both into one folder in the Hub's layout.
+
+    With both, pictures are reconstructed from stage 1's encoder and captions written from stage 2's, which went on
+    learning; weights that the two have in common are stored once. With stage 2 alone its encoder serves both.
+
+    Args:
+        output: A new or empty folder.
+        stage1: `pytorch_model.bin` (what DeepSpeed's `zero_to_fp32.py` writes, also in several parts),
+            `checkpoint_N.pt`, or a folder with one of these.
+        stage2: `model.pt`, or its folder.
+        stable_diffusion: The diffusers folder that the checkpoints were trained with.
+        florence: The Florence-2 folder, Microsoft's or transformers': configuration, preprocessor and tokenizer are
+            read. Without stage 1 and 2 its weights are converted to transformers' own, for `vlv train stage1`.
+        language_model: The language model's folder, for stage 2.
+        image_size: Pixels of the square that pictures were cropped to in training; 384 as in the authors' code, or
+            the text-to-image model's own size where that is less.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing; the message names it.
+        ValueError: If a weight is missing, of another shape, or unknown; the message names it and what was expected.
+    """
+    root = Path(output)
+    if root.is_dir() and any(root.iterdir()):
+        raise ValueError(f"{root} is not empty; name a new folder")
+    result = Converted(root)
+    if florence is None:
+        raise ValueError("the Florence-2 folder is needed (--florence)")
+    florence = _folder(florence, "florence")
+    if stage1 is None and stage2 is None:
+        convert_florence(florence, result)
+        return result
+    if stable_diffusion is None:
+        raise ValueError("the Stable Diffusion folder is needed (--stable-diffusion)")
+    stable_diffusion = _folder(stable_diffusion, "stable-diffusion")
+    if stage2 is not None:
+        if language_model is None:
+            raise ValueError("a stage-2 checkpoint needs the language model's folder (--language-model)")
+        language_model = _folder(language_model, "language-model")
+    image_size = image_size or _image_size(stable_diffusion)
+    image_processor = build_image_processor(florence, image_size)
+    parts: dict[str, Any] = {"image_processor": image_processor}
+    if stage1 is not None:
+        weights, name = read_weights(stage1, ("pytorch_model.bin", "checkpoint_*.pt")), str(stage1)
+        config = build_config(weights, "", florence, stable_diffusion)
+        parts["encoder"] = _fill(VLVModel, config, _encoder_names, weights, name)
+        unet, vae = _decoder_shells(stable_diffusion)
+        scheduler = DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler")  # as the authors' code
+        parts["decoder"] = {
+            "unet": _fill(unet, None, lambda key: ["unet." + key], weights, name),
+            "vae": _fill(vae, None, lambda key: ["vae." + key], weights, name),
+            "scheduler": scheduler,
+            "tokenizer": load_tokenizer(stable_diffusion, subfolder="tokenizer"),
+        }
+        result.dropped |= _leftovers(weights, name)
+    else:
+        parts["decoder"] = load_decoder_parts(stable_diffusion)
+        parts["decoder"]["scheduler"] = DDPMScheduler.from_config(parts["decoder"]["scheduler"].config)
+    if stage2 is not None and language_model is not None:
+        weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)
+        config = build_config(weights, "VLV_model.", florence, stable_diffusion, language_model)
+        captioner = _fill(VLVForConditionalGeneration, config, _captioner_names, weights, name)
+        captioner.generation_config.max_new_tokens = MAX_NEW_TOKENS
+        result.dropped |= _leftovers(weights, name)
+        beside = Path(stage2) if Path(stage2).is_dir() else Path(stage2).parent
+        has_tokenizer = (beside / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(beside if has_tokenizer else language_model)
+        parts |= {"captioner": captioner, "processor": VLVProcessor(image_processor, tokenizer)}
+    export(root, **parts)
+    return result
+
+
+def convert_florence(florence: Path, result: Converted) -> None:
+    """Writes a Florence-2 of either naming as transformers' own, for `vlv train stage1 --encoder`."""
+    weights = read_weights(florence, ("model.safetensors", "pytorch_model.bin"))
+    config = build_florence_config(florence, {name: tuple(t.shape) for name, t in weights.items()}, "")
+    names = _florence_names("")
+    model = _fill(Florence2Model, config, names, weights, str(florence))
+    result.dropped |= _leftovers(weights, str(florence))
+    model.save_pretrained(result.folder)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def original_florence_name(name: str) -> str:
+    """What Microsoft's code calls a weight of `Florence2Model`."""
+    for pattern, replacement in TO_ORIGINAL:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _florence_names(prefix: str) -> Callable[[str], list[str]]:
+    """Where a weight of `Florence2Model` may be found: Microsoft's name first, then transformers'."""
+    return lambda key: [prefix + original_florence_name(key), prefix + key, f"{prefix}model.{key}"]
+
+
+def _encoder_names(key: str) -> list[str]:
+    """Where a weight of `VLVModel` may be found in stage 1."""
+    part, _, rest = key.partition(".")
+    if part == "encoder":
+        return _florence_names("model.")(rest)
+    if part == "text_encoder":
+        return [f"text_encoder.text_model.{rest}", key]
+    return [key.replace("query_embeds", "query_embed").replace("projector.linear_1", "language_proj.0")
+            .replace("projector.linear_2", "language_proj.2")]  # fmt: skip
+
+
+def _captioner_names(key: str) -> list[str]:
+    """Where a weight of `VLVForConditionalGeneration` may be found in stage 2."""
+    part, _, rest = key.partition(".")
+    if part == "model":
+        return ["VLV_model." + name for name in _encoder_names(rest)]
+    if part == "language_model":
+        return ["qwen2_model." + rest]
+    return [
+        key.replace("language_projector.linear_1", "mlp.layers.0").replace(
+            "language_projector.linear_2", "mlp.layers.2"
+        )
+    ]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _fill(
+    model: Any, config: Any, names: Callable[[str], list[str]], weights: dict[str, torch.Tensor], source: str
+) -> Any:
+    """A model with the weights of a checkpoint, which are taken out of `weights`."""
+    if config is not None:
+        with torch.device("meta"):
+            model = model(config)
+    expected: dict[str, torch.Tensor] = model.state_dict()
+    found: dict[str, torch.Tensor] = {}
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    missing: list[str] = []
+    for key, target in expected.items():
+        candidates = names(key)
+        name = next((n for n in candidates if n in weights), None)
+        if name is None:
+            if key not in ties:
+                missing.append(f"{candidates[0]} {tuple(target.shape)}")
+            continue
+        tensor = weights.pop(name)
+        shape = tuple(tensor.shape)
+        if name.endswith("image_projection"):  # a bare matrix (vision, d_model), applied as x @ P
+            tensor, shape = tensor.T, shape[::-1]
+        if shape != tuple(target.shape):
+            raise ValueError(
+                f"{source}: {name} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}; is it from "
+                "another model than the folders given beside it?"
+            )
+        found[key] = tensor
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights: {', '.join(missing[:5])}{', ...' if missing[5:] else ''}; is it "
+            "the right kind of checkpoint, and whole?"
+        )
+    for alias, key in ties.items():
+        if alias in found and not torch.equal(found[alias], found[key]):
+            raise ValueError(
+                f"{source}: {names(alias)[0]} and {names(key)[0]} are one weight in this model, but differ here"
+            )
+        found[alias] = found[key]
+    model.load_state_dict(found, strict=True, assign=True)
+    return model.eval()
+
+
+def _leftovers(weights: dict[str, torch.Tensor], source: str) -> dict[str, str]:
+    """Why what is left was left. Raises `ValueError` for what has no reason."""
+    reasons, unknown = {}, []
+    for name in weights:
+        reason = next((why for pattern, why in DROPPED.items() if re.search(pattern, name)), None)
+        if reason is None:
+            unknown.append(f"{name} {tuple(weights[name].shape)}")
+        else:
+            reasons[name] = reason
+    if unknown:
+        raise ValueError(
+            f"{source} holds {len(unknown)} weights that are not known here: {', '.join(unknown[:5])}"
+            f"{', ...' if unknown[5:] else ''}; are the folders given beside it those that it was trained with?"
+        )
+    return reasons
+
+
+def _decoder_shells(stable_diffusion: Path) -> tuple[nn.Module, nn.Module]:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(stable_diffusion, subfolder="unet", local_files_only=True)
+        )
+        vae = AutoencoderKL.from_config(
+            AutoencoderKL.load_config(stable_diffusion, subfolder="vae", local_files_only=True)
+        )
+    return unet, vae
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+def build_config(
+    weights: dict[str, torch.Tensor],
+    prefix: str,
+    florence: Path,
+    stable_diffusion: Path,
+    language_model: Path | None = None,
+) -> VLVConfig:
+    """The configuration of a checkpoint, from those of its pretrained parts and the sizes of its weights.
+
+    Args:
+        prefix: Of stage 1's names in it: `"VLV_model."` in stage 2.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    queries = shapes.get(prefix + "query_embed")
+    if queries is None:
+        kind = "stage 2" if prefix else "stage 1"
+        raise ValueError(
+            f"there is no {prefix}query_embed among its weights ({', '.join(list(shapes)[:3])}, ...): this is no "
+            f"{kind} checkpoint of the authors' code"
+        )
+    encoder_config = build_florence_config(florence, shapes, prefix + "model.")
+    text_encoder_config = CLIPTextConfig.from_pretrained(stable_diffusion, subfolder="text_encoder")
+    decoder_config = None
+    if language_model is not None:
+        decoder_config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
+        if words := shapes.get("qwen2_model.model.embed_tokens.weight"):
+            decoder_config.vocab_size = words[0]
+    return VLVConfig(
+        encoder_config=encoder_config,
+        text_encoder_config=text_encoder_config,
+        decoder_config=decoder_config,
+        num_queries=queries[1],
+        task_prompt_ids=task_prompt_ids(florence, encoder_config.text_config.vocab_size),
+    )
+
+
+def build_florence_config(folder: Path, shapes: dict[str, tuple[int, ...]], prefix: str) -> Florence2Config:
+    """Florence-2's configuration, of Microsoft's or transformers' making; numbers of positions are the weights' own.
+
+    Args:
+        shapes: Of the weights, by name.
+        prefix: Of Florence-2's names among them.
+    """
+    values = json.loads(_file(folder, "config.json").read_text(encoding="utf-8"))
+    vision, text = dict(values.get("vision_config") or {}), dict(values.get("text_config") or {})
+    if "dim_embed" in vision:
+        _check_vision(vision, folder)
+        vision["embed_dim"] = vision.pop("dim_embed")
+        vision.pop("model_type", None)
+        for name in ("visual_temporal_embedding", "image_pos_embed", "image_feature_source", "enable_checkpoint"):
+            vision.pop(name, None)
+        text = {key: text[key] for key in BART_FIELDS if key in text}
+        text["decoder_start_token_id"] = text.get("decoder_start_token_id", text.get("eos_token_id", 2))
+
+    def rows(*names: str) -> int | None:
+        return next((shapes[prefix + name][0] for name in names if prefix + name in shapes), None)
+
+    text["model_type"] = "bart"
+    inner = ("language_model.model.", "language_model.", "model.language_model.")
+    sizes = {
+        "vocab_size": rows(*(name + "shared.weight" for name in inner)),
+        "max_position_embeddings": rows(*(name + "encoder.embed_positions.weight" for name in inner)),
+    }
+    if sizes["max_position_embeddings"] is not None:
+        sizes["max_position_embeddings"] -= 2  # BART's first two rows are never used
+    text |= {key: size for key, size in sizes.items() if size is not None}
+    projector = ("", "multi_modal_projector.", "model.multi_modal_projector.")
+    sizes = {
+        "max_position_embeddings": rows(*(p + n for p in projector for n in POSITION_TABLES)),
+        "max_temporal_embeddings": rows(*(p + "visual_temporal_embed.pos_idx_to_embed" for p in projector)),
+    }
+    vision |= {key: size for key, size in sizes.items() if size is not None}
+    return Florence2Config(vision_config=vision, text_config=text)
+
+
+BART_FIELDS = (
+    "vocab_size",
+    "activation_dropout",
+    "activation_function",
+    "attention_dropout",
+    "bos_token_id",
+    "d_model",
+    "decoder_attention_heads",
+    "decoder_ffn_dim",
+    "decoder_layerdrop",
+    "decoder_layers",
+    "decoder_start_token_id",
+    "dropout",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "encoder_layerdrop",
+    "encoder_layers",
+    "eos_token_id",
+    "init_std",
+    "max_position_embeddings",
+    "pad_token_id",
+    "scale_embedding",
+)
+POSITION_TABLES = ("image_pos_embed.row_embeddings.weight", "image_position_embed.row_embeddings.weight")
+
+
+def _check_vision(vision: dict[str, Any], folder: Path) -> None:
+    """Raises `ValueError` for what Microsoft's configuration can say and transformers' Florence-2 cannot do."""
+    asked = {
+        "image_feature_source": (vision.get("image_feature_source"), ["spatial_avg_pool", "temporal_avg_pool"]),
+        "visual_temporal_embedding": ((vision.get("visual_temporal_embedding") or {}).get("type"), "COSINE"),
+        "image_pos_embed": ((vision.get("image_pos_embed") or {}).get("type"), "learned_abs_2d"),
+    }
+    for name, (value, known) in asked.items():
+        if value != known:
+            raise ValueError(f"{folder / 'config.json'}: vision_config.{name} is {value!r}; only {known!r} is known")
+
+
+def task_prompt_ids(florence: Path, vocab_size: int) -> list[int]:
+    """The ids of Florence-2's task prompt, with its begin and end, by the tokenizer in its folder.
+
+    Raises:
+        FileNotFoundError: If there is no tokenizer, and it is not Florence-2's own vocabulary, whose ids are known.
+    """
+    if (florence / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=str(florence / "tokenizer.json"))(TASK_PROMPT).input_ids
+    if vocab_size >= 51289:  # Florence-2's own, base and large
+        return FLORENCE_TASK_PROMPT_IDS
+    return load_tokenizer(florence)(TASK_PROMPT).input_ids
+
+
+def build_image_processor(florence: Path, image_size: int) -> VLVImageProcessor:
+    """As the authors prepare images: crop to a square of `image_size`, then what Florence-2's preprocessor does."""
+    settings: dict[str, Any] = {}
+    path = florence / "preprocessor_config.json"
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        settings = {key: values[key] for key in ("size", "image_mean", "image_std", "resample") if key in values}
+    return VLVImageProcessor(pre_crop_size=image_size, **settings)
+
+
+def _image_size(stable_diffusion: Path) -> int:
+    unet = json.loads(_file(stable_diffusion / "unet", "config.json").read_text(encoding="utf-8"))
+    vae = json.loads(_file(stable_diffusion / "vae", "config.json").read_text(encoding="utf-8"))
+    size = unet.get("sample_size") or 64
+    native = (size if isinstance(size, int) else size[0]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return min(IMAGE_SIZE, native)
+
+
+def _folder(path: str | os.PathLike, option: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--{option} {folder}: there is no such folder")
+    return folder
+
+
+def _file(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"there is no {name} in {folder}")
+    return folder / name

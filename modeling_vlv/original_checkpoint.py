@@ -1,0 +1,112 @@
+"""The files that the authors' code saves, read without running anything in them."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+WRAPPERS = ("model_state_dict", "state_dict", "module")
+
+
+def read_weights(path: str | os.PathLike, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, by the names that they have in it, still on disk where the format allows it.
+
+    A dictionary around them (`model_state_dict`) and a `module.` before all names are taken off.
+
+    Args:
+        path: A file (`.bin`, `.pt`, `.safetensors`, or an index of several, `.index.json`), or a folder with one.
+        names: What the file may be called in a folder, the likeliest first; `*` stands for a number, of which the
+            highest is taken.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, or holds no weights.
+    """
+    file = find_checkpoint(Path(path), names)
+    if file.name.endswith(".index.json"):
+        parts = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        weights: dict[str, torch.Tensor] = {}
+        for part in parts:
+            if not (file.parent / part).is_file():
+                raise FileNotFoundError(f"{file.name} names {part}, which is not in {file.parent}")
+            weights |= _read(file.parent / part)
+    else:
+        weights = _read(file)
+    return _strip_module(weights)
+
+
+def find_checkpoint(path: Path, names: tuple[str, ...]) -> Path:
+    """The file itself, or the one of these names in a folder."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    for name in names:
+        for candidate in (name, f"{name}.index.json", f"{name}/{name}", f"{name}/{name}.index.json"):
+            found = [p for p in path.glob(candidate) if p.is_file()]
+            if found:
+                return max(found, key=_number)
+        safe = name.replace("pytorch_model.bin", "model.safetensors")
+        if name != safe:
+            for candidate in (safe, f"{safe}.index.json"):
+                if (path / candidate).is_file():
+                    return path / candidate
+    if (path / "zero_to_fp32.py").is_file() or (path / "latest").is_file():
+        raise FileNotFoundError(
+            f"{path} is a DeepSpeed checkpoint in pieces; put them together first, where DeepSpeed is installed: "
+            f"python {path / 'zero_to_fp32.py'} {path} {path / 'pytorch_model.bin'}"
+        )
+    raise FileNotFoundError(f"there is no {' or '.join(names)} in {path}")
+
+
+def _number(path: Path) -> tuple[int, str]:
+    digits = "".join(c for c in path.stem if c.isdigit())
+    return (int(digits) if digits else -1, path.name)
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
+    try:
+        content = _load(file)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than weights, or is damaged, and is not opened, since it could run code: "
+            f"{str(error).splitlines()[0]}. Save the state dict alone with the code that made it"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    for name in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not a dictionary of weights")
+    weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not weights or len(weights) < len(content):
+        others = [str(name) for name in content if name not in weights]
+        raise ValueError(f"{file} is no dictionary of weights alone: it holds {', '.join(others[:5]) or 'nothing'}")
+    return weights
+
+
+def _load(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(file, map_location="cpu", weights_only=True)  # the old format, which cannot stay on disk
+
+
+def _strip_module(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the `module.` that data-parallel training puts before every name; a `module.` within a name stays."""
+    while weights and all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    return weights

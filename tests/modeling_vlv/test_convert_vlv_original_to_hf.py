@@ -1,0 +1,319 @@
+"""Checkpoints of the authors' code convert whole, in every form they come in, or say what is wrong."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Florence2Model
+
+from vlv import hub
+from vlv.cli.main import main
+from vlv.convert_vlv_original_to_hf import build_florence_config, convert, original_florence_name
+from vlv.pipelines import load_reconstruction
+
+from ..conftest import GOLDEN
+
+PARTS = GOLDEN / "components"
+FOLDERS = {
+    "stable_diffusion": PARTS / "stable-diffusion",
+    "florence": PARTS / "Florence2large",
+    "language_model": PARTS / "qwen",
+}
+
+
+@pytest.fixture(scope="module")
+def weights1():
+    return torch.load(GOLDEN / "stage1" / "pytorch_model.bin", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def weights2():
+    return torch.load(GOLDEN / "stage2" / "model.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion_with_weights(tmp_path_factory, weights1):
+    """The diffusers folder whole, as users have it; the golden set holds its weights in the checkpoint alone."""
+    folder = tmp_path_factory.mktemp("sd") / "sd"
+    shutil.copytree(FOLDERS["stable_diffusion"], folder)
+    for part in ("unet", "vae"):
+        tensors = {k.removeprefix(part + "."): t for k, t in weights1.items() if k.startswith(part + ".")}
+        save_file(tensors, folder / part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def conditioning(folder, golden) -> torch.Tensor:
+    with torch.no_grad():
+        return hub.load_encoder(folder)[0](pixel_values=golden["pixel_values"]).conditioning
+
+
+def prefix(folder, golden) -> torch.Tensor:
+    with torch.no_grad():
+        return hub.load_captioner(folder)[0].get_prefix(golden["pixel_values"])[0]
+
+
+def test_both_checkpoints_share_what_they_have_in_common(converted, weights1, weights2, golden):
+    names, sizes = [], {}
+    for path in (converted / "encoder" / "model.safetensors", converted / "language_model.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            found = set(tensors.keys())
+            names.append(found)
+            sizes[path.name] = {key: tensors.get_tensor(key) for key in found}
+    twice = names[0] & names[1]
+    assert twice and all(name.startswith("model.encoder.language_model.") for name in twice)
+    for name in twice:  # what stage 2 went on training, and nothing else
+        assert not torch.equal(sizes["model.safetensors"][name], sizes["language_model.safetensors"][name])
+    assert torch.allclose(conditioning(converted, golden), golden["text_encoder"], atol=1e-4)
+    assert torch.allclose(prefix(converted, golden), golden["stage2/prefix"], atol=1e-4)
+
+
+def test_both_encoders_survive_another_export(converted, golden, tmp_path):
+    again = hub.stage(converted, tmp_path / "again")
+    assert torch.allclose(conditioning(again, golden), golden["text_encoder"], atol=1e-4)
+    assert torch.allclose(prefix(again, golden), golden["stage2/prefix"], atol=1e-4)
+
+
+def test_stage_1_alone(golden, tmp_path):
+    result = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1" / "pytorch_model.bin", **FOLDERS)
+    assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
+    assert load_reconstruction(result.folder).vae_scale_factor == 8
+    assert set(result.dropped) == {"model.language_model.lm_head.weight", "model.language_model.final_logits_bias"}
+    with pytest.raises(ValueError, match="stage-1 checkpoint"):
+        hub.load_captioner(result.folder)
+
+
+def test_stage_2_alone_reconstructs_from_its_own_encoder(golden, stable_diffusion_with_weights, tmp_path):
+    folders = FOLDERS | {"stable_diffusion": stable_diffusion_with_weights}
+    result = convert(tmp_path / "vlv", stage2=GOLDEN / "stage2", **folders)
+    assert torch.allclose(prefix(result.folder, golden), golden["stage2/prefix"], atol=1e-4)
+    assert torch.allclose(conditioning(result.folder, golden), golden["stage2/text_encoder"], atol=1e-4)
+    assert type(load_reconstruction(result.folder).scheduler).__name__ == "DDPMScheduler"
+    config = json.loads((result.folder / "generation_config.json").read_text())
+    assert config["max_new_tokens"] == 300
+
+
+def save_parts(weights, folder):
+    """As newer versions of `zero_to_fp32.py` write large models."""
+    names, weight_map = list(weights), {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: weights[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+FORMS = {
+    "as it is": lambda w, d: torch.save(w, d / "pytorch_model.bin"),
+    "wrapped": lambda w, d: torch.save({"model_state_dict": w, "epoch": 3}, d / "checkpoint_7.pt"),
+    "of data-parallel training": lambda w, d: torch.save(
+        {f"module.{k}": t for k, t in w.items()}, d / "checkpoint_9.pt"
+    ),
+    "of old torch": lambda w, d: torch.save(w, d / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "in parts": save_parts,
+    "a folder of parts": lambda w, d: [(d / "pytorch_model.bin").mkdir(), save_parts(w, d / "pytorch_model.bin")],
+    "safetensors": lambda w, d: save_file({k: t.clone() for k, t in w.items()}, d / "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_checkpoint(form, weights1, golden, tmp_path):
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    FORMS[form](weights1, source)
+    result = convert(tmp_path / "vlv", stage1=source, **FOLDERS)
+    assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
+
+
+def test_the_last_checkpoint_is_taken(weights1, golden, tmp_path):
+    for number in (9, 10):
+        torch.save(
+            {**weights1, "query_embed": weights1["query_embed"] * (number == 10)}, tmp_path / f"checkpoint_{number}.pt"
+        )
+    result = convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
+    assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
+
+
+def test_bfloat16_stays_bfloat16(weights2, golden, stable_diffusion_with_weights, tmp_path):
+    torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
+    folders = FOLDERS | {"stable_diffusion": stable_diffusion_with_weights}
+    result = convert(tmp_path / "vlv", stage2=tmp_path / "model.pt", **folders)
+    for name in ("language_model.safetensors", "encoder/model.safetensors"):
+        with safe_open(result.folder / name, "pt") as tensors:
+            assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
+    error = (prefix(result.folder, golden) - golden["stage2/prefix"]).abs().max()
+    assert 0 < error < 0.1 * golden["stage2/prefix"].abs().max()
+
+
+def test_sizes_are_read_from_the_weights(weights1, golden, tmp_path):
+    """Florence-2 came with 1024 and with 4096 positions, and nobody knows which one a checkpoint was trained with."""
+    longer = dict(weights1)
+    for part in ("encoder", "decoder"):
+        name = f"model.language_model.model.{part}.embed_positions.weight"
+        longer[name] = torch.cat([weights1[name], torch.randn(100, 64)])
+    longer["query_embed"] = weights1["query_embed"][:, :40]
+    torch.save(longer, tmp_path / "pytorch_model.bin")
+    result = convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
+    config = hub.load_encoder(result.folder)[0].config
+    assert config.encoder_config.text_config.max_position_embeddings == 260 and config.num_queries == 40
+    assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"][:, :40], atol=1e-4)
+
+
+def native_names(weights, prefix):
+    """A state dict whose Florence-2 is transformers' own."""
+    shapes = {name: tuple(t.shape) for name, t in weights.items()}
+    config = build_florence_config(FOLDERS["florence"], shapes, "model.")
+    with torch.device("meta"):
+        native = list(Florence2Model(config).state_dict())
+    florence = {}
+    for name in native:
+        tensor = weights["model." + original_florence_name(name)]
+        florence[prefix + name] = tensor.T.contiguous() if "image_projection" in name else tensor
+    rest = {name: tensor for name, tensor in weights.items() if not name.startswith("model.")}
+    return rest, florence
+
+
+@pytest.mark.parametrize("prefix_", ["model.", "model.model."])
+def test_a_checkpoint_with_transformers_own_florence(prefix_, weights1, golden, tmp_path):
+    rest, florence = native_names(weights1, prefix_)
+    torch.save({**rest, **florence}, tmp_path / "pytorch_model.bin")
+    result = convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
+    assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
+
+
+def test_transformers_own_florence_folder(converted, weights1, golden, tmp_path):
+    folder = tmp_path / "florence"
+    encoder, _ = hub.load_encoder(converted)
+    encoder.encoder.config.save_pretrained(folder)
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(FOLDERS["florence"] / name, folder)
+    result = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", **FOLDERS | {"florence": folder})
+    assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
+
+
+@pytest.mark.parametrize("naming", ["Microsoft's", "transformers'"])
+def test_florence_by_itself_is_made_ready_for_stage_1(naming, weights1, converted, golden, tmp_path):
+    folder = shutil.copytree(FOLDERS["florence"], tmp_path / "florence")
+    if naming == "Microsoft's":
+        florence = {n.removeprefix("model."): t for n, t in weights1.items() if n.startswith("model.")}
+    else:
+        florence = native_names(weights1, "model.")[1] | {
+            "lm_head.weight": weights1["model.language_model.lm_head.weight"]
+        }
+    torch.save(florence, folder / "pytorch_model.bin")
+    assert main(["convert", "--florence", str(folder), "--output", str(tmp_path / "out")]) == 0
+    model = Florence2Model.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        features = model.eval().get_image_features(golden["pixel_values"]).pooler_output
+    assert torch.allclose(features, golden["image_features"], atol=1e-4)
+
+
+def changed(weights, change) -> dict:
+    weights = dict(weights)
+    change(weights)
+    return weights
+
+
+DAMAGE = {
+    "a weight is missing": (
+        lambda w: w.pop("model.vision_tower.convs.0.proj.bias"),
+        r"lacks 1 weights: model\.vision_tower\.convs\.0\.proj\.bias \(16,\)",
+    ),
+    "an unknown weight": (
+        lambda w: w.update({"text_encoder.adapter.weight": torch.zeros(3)}),
+        r"1 weights that are not known here: text_encoder\.adapter\.weight \(3,\)",
+    ),
+    "another shape": (
+        lambda w: w.update({"language_proj.0.weight": torch.zeros(64, 63)}),
+        r"language_proj\.0\.weight has the shape \(64, 63\), expected \(64, 64\)",
+    ),
+    "another UNet": (
+        lambda w: w.update({"unet.conv_in.weight": torch.zeros(16, 9, 3, 3)}),
+        r"unet\.conv_in\.weight has the shape \(16, 9, 3, 3\), expected \(16, 4, 3, 3\)",
+    ),
+    "ties that came apart": (
+        lambda w: w.update({"model.language_model.model.decoder.embed_tokens.weight": torch.zeros(1505, 64)}),
+        "are one weight in this model, but differ here",
+    ),
+    "no queries": (lambda w: w.pop("query_embed"), r"no query_embed .* no stage 1 checkpoint"),
+    "a module. inside a name": (
+        lambda w: w.update({"language_proj.module.0.weight": w.pop("language_proj.0.weight")}),
+        r"lacks 1 weights: language_proj\.0\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_does_not_fit_is_named(damage, weights1, tmp_path):
+    change, message = DAMAGE[damage]
+    torch.save(changed(weights1, change), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
+    assert not (tmp_path / "vlv").exists()
+
+
+def test_aliases_may_be_missing_and_constants_may_be_there(weights1, golden, tmp_path):
+    weights = {name: tensor for name, tensor in weights1.items() if not name.endswith("embed_tokens.weight")}
+    weights["text_encoder.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    result = convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
+    assert "text_encoder.text_model.embeddings.position_ids" in result.dropped
+    assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/vlv-evil-ran",)
+
+
+def test_a_pickle_that_would_run_code_is_not_opened(tmp_path, capsys):
+    torch.save({"query_embed": Evil()}, tmp_path / "pytorch_model.bin")
+    given = [f"--{name.replace('_', '-')}={path}" for name, path in FOLDERS.items()]
+    assert main(["convert", "--stage1", str(tmp_path), *given, "--output", str(tmp_path / "vlv")]) == 2
+    assert "could run code" in capsys.readouterr().err
+    assert not os.path.exists("/tmp/vlv-evil-ran")
+
+
+def test_what_is_missing_is_named(tmp_path, capsys):
+    def run(*arguments) -> str:
+        assert main(["convert", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    florence, stage1 = ("--florence", FOLDERS["florence"]), ("--stage1", GOLDEN / "stage1")
+    sd, output = ("--stable-diffusion", FOLDERS["stable_diffusion"]), ("--output", tmp_path / "vlv")
+    assert "--stable-diffusion" in run(*stage1, *florence, *output)
+    assert "--language-model" in run("--stage2", GOLDEN / "stage2", *sd, *florence, *output)
+    assert "no such folder" in run(*stage1, *sd, "--florence", tmp_path / "none", *output)
+    assert "no checkpoint" in run("--stage1", tmp_path / "none", *sd, *florence, *output)
+    assert "pytorch_model.bin" in run("--stage1", tmp_path, *sd, *florence, *output)
+    (tmp_path / "zero_to_fp32.py").write_text("")
+    assert re.search(r"in pieces.*python .*zero_to_fp32\.py", run("--stage1", tmp_path, *sd, *florence, *output))
+    (tmp_path / "model.pt").write_bytes(b"nothing")
+    language_model = ("--language-model", FOLDERS["language_model"])
+    stage1_too = (*stage1, *sd, *florence, *output)
+    assert "model.pt" in run("--stage2", tmp_path / "model.pt", *language_model, *stage1_too)
+    assert "not empty" in run(*stage1, *sd, *florence, "--output", tmp_path)
+    assert not (tmp_path / "vlv").exists()
+
+
+def test_the_command_then_caption_and_reconstruct(stable_diffusion_with_weights, tmp_path, capsys):
+    folder, images = str(tmp_path / "vlv"), str(GOLDEN / "images")
+    given = [f"--{name.replace('_', '-')}={path}" for name, path in FOLDERS.items()]
+    checkpoints = ["--stage1", str(GOLDEN / "stage1"), "--stage2", str(GOLDEN / "stage2")]
+    assert main(["convert", *checkpoints, *given, "--output", folder]) == 0
+    said = capsys.readouterr().out
+    assert "left out: model.language_model.lm_head.weight" in said
+    assert f"vlv caption IMAGES --as-original --model {folder}" in said
+    captions = tmp_path / "captions.json"
+    assert main(["caption", images, "--model", folder, "--as-original", "--output", str(captions)]) == 0
+    assert set(json.loads(captions.read_text())) == {"img0.png", "img1.png", "img2.png"}
+    pictures = tmp_path / "pictures"
+    assert (
+        main(["reconstruct", images, "--model", folder, "--num-inference-steps", "2", "--output-dir", str(pictures)])
+        == 0
+    )
+    assert len(list(pictures.rglob("img*.png"))) >= 3
