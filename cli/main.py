@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    from . import caption, convert, demo, encode, evaluate, push, reconstruct
+    from . import caption, convert, demo, encode, evaluate, info, push, reconstruct
     from .errors import UserError
 
     parser = argparse.ArgumentParser(
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"vlv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, reconstruct, encode, evaluate, convert, push, demo):
+    for module in (caption, reconstruct, encode, evaluate, convert, info, push, demo):
         module.add_parser(commands)
     commands.add_parser("train", help="train stage 1 (images alone) or stage 2 (image-caption pairs)", add_help=False)
     options = parser.parse_args(given)

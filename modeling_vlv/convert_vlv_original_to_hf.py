@@ -120,7 +120,7 @@ def convert(
     if stage1 is not None:
         weights, name = read_weights(stage1, ("pytorch_model.bin", "checkpoint_*.pt")), str(stage1)
         config = build_config(weights, "", florence, stable_diffusion)
-        parts["encoder"] = _fill(VLVModel, config, _encoder_names, weights, name)
+        parts["encoder"] = _fill(VLVModel, config, encoder_names, weights, name)
         unet, vae = _decoder_shells(stable_diffusion)
         scheduler = DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler")  # as the authors' code
         parts["decoder"] = {
@@ -136,7 +136,7 @@ def convert(
     if stage2 is not None and language_model is not None:
         weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)
         config = build_config(weights, "VLV_model.", florence, stable_diffusion, language_model)
-        captioner = _fill(VLVForConditionalGeneration, config, _captioner_names, weights, name)
+        captioner = _fill(VLVForConditionalGeneration, config, captioner_names, weights, name)
         captioner.generation_config.max_new_tokens = MAX_NEW_TOKENS
         result.dropped |= _leftovers(weights, name)
         beside = Path(stage2) if Path(stage2).is_dir() else Path(stage2).parent
@@ -172,7 +172,7 @@ def _florence_names(prefix: str) -> Callable[[str], list[str]]:
     return lambda key: [prefix + original_florence_name(key), prefix + key, f"{prefix}model.{key}"]
 
 
-def _encoder_names(key: str) -> list[str]:
+def encoder_names(key: str) -> list[str]:
     """Where a weight of `VLVModel` may be found in stage 1."""
     part, _, rest = key.partition(".")
     if part == "encoder":
@@ -183,11 +183,11 @@ def _encoder_names(key: str) -> list[str]:
             .replace("projector.linear_2", "language_proj.2")]  # fmt: skip
 
 
-def _captioner_names(key: str) -> list[str]:
+def captioner_names(key: str) -> list[str]:
     """Where a weight of `VLVForConditionalGeneration` may be found in stage 2."""
     part, _, rest = key.partition(".")
     if part == "model":
-        return ["VLV_model." + name for name in _encoder_names(rest)]
+        return ["VLV_model." + name for name in encoder_names(rest)]
     if part == "language_model":
         return ["qwen2_model." + rest]
     return [

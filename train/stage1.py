@@ -26,7 +26,7 @@ from .stage import StageConfig, run_stage
 class Stage1Config(StageConfig):
     """Stage 1. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
 
-    TRAINABLE = ("projector", "transformer", "all")
+    TRAINABLE = ("projector", "decoder", "transformer", "all")
 
     model: str | None = field(
         default=None, metadata={"help": "A VLV to go on from: folder or repo id. Else give encoder and decoder."}
@@ -53,8 +53,8 @@ class Stage1Config(StageConfig):
     trainable: str = field(
         default="transformer",
         metadata={
-            "help": "'projector' (with the queries), 'transformer' (and Florence-2's encoder and decoder, as the "
-            "authors' script), or 'all' (and its vision tower)."
+            "help": "'projector' (with the queries), 'decoder' (and Florence-2's decoder), 'transformer' (and its "
+            "encoder and words, as the authors' script), or 'all' (and its vision tower)."
         },
     )
     encoder_image_size: int = field(
@@ -111,6 +111,9 @@ def freeze_for_stage1(model: VLVModel, trainable: str) -> None:
     model.requires_grad_(False)
     model.query_embeds.requires_grad_(True)
     model.projector.requires_grad_(True)
+    if trainable == "decoder":
+        model.encoder.language_model.decoder.requires_grad_(True)
+        model.encoder.language_model.shared.requires_grad_(False)
     if trainable in ("transformer", "all"):
         model.encoder.language_model.requires_grad_(True)
         if not model.config.task_prompt_ids:

@@ -22,7 +22,7 @@ from .stage import StageConfig, run_stage
 class Stage2Config(StageConfig):
     """Stage 2. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
 
-    TRAINABLE = ("projector", "projector+lm", "all")
+    TRAINABLE = ("projector", "projector+lm", "projector+lm+decoder", "all", "all+vision")
 
     model: str | None = field(
         default=None, metadata={"help": "The stage-1 checkpoint, or a captioner to go on from: folder or repo id."}
@@ -38,8 +38,8 @@ class Stage2Config(StageConfig):
     trainable: str = field(
         default="all",
         metadata={
-            "help": "'projector', 'projector+lm', or 'all': also Florence-2's encoder and decoder, as the authors' "
-            "script (VLV paper, table 4: each step helps)."
+            "help": "'projector', 'projector+lm', 'projector+lm+decoder' (and Florence-2's decoder), 'all' (and its "
+            "encoder, as the authors' script; VLV paper, table 4: each step helps), or 'all+vision'."
         },
     )
     lora_rank: int = field(
@@ -66,16 +66,22 @@ class Stage2Config(StageConfig):
 
 
 def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> None:
-    """Lets learn what `trainable` says (see `Stage2Config`). Queries, φ, vision tower and text encoder stay frozen."""
+    """Lets learn what `trainable` says (see `Stage2Config`). Queries, φ and text encoder stay frozen."""
     model.requires_grad_(False)
     model.language_projector.requires_grad_(True)
-    if trainable in ("projector+lm", "all"):
+    if trainable != "projector":
         model.language_model.requires_grad_(True)
-    if trainable == "all":
-        transformer = model.model.encoder.language_model
-        transformer.requires_grad_(True)
+    florence = model.model.encoder
+    if trainable == "projector+lm+decoder":
+        florence.language_model.decoder.requires_grad_(True)
+        florence.language_model.shared.requires_grad_(False)
+    if trainable in ("all", "all+vision"):
+        florence.language_model.requires_grad_(True)
         if not model.config.task_prompt_ids:
-            transformer.shared.requires_grad_(False)
+            florence.language_model.shared.requires_grad_(False)
+    if trainable == "all+vision":
+        florence.vision_tower.requires_grad_(True)
+        florence.multi_modal_projector.requires_grad_(True)
 
 
 def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:

@@ -1,5 +1,6 @@
 """One folder, or Hub repository, out of encoder, captioner and decoder; loading it back; pushing it."""
 
+from .describe import Description, describe
 from .export import export
 from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
 from .load import load_captioner, load_decoder_parts, load_encoder, load_tokenizer, require, resolve
@@ -10,7 +11,9 @@ __all__ = [
     "ENCODER_FILES",
     "PIPELINE_FILES",
     "TRAINING_FILE",
+    "Description",
     "create",
+    "describe",
     "export",
     "load_captioner",
     "load_decoder_parts",

@@ -22,6 +22,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
+from ..published import instead
 from .layout import (
     CAPTIONER_FILES,
     DECODER_FILES,
@@ -76,7 +77,7 @@ def resolve(
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTP_ERROR) as error:
         raise FileNotFoundError(
-            f"there is no folder {text}, and as a Hub repository it cannot be had: {error}"
+            f"there is no folder {text}, and as a Hub repository it cannot be had: {error}{instead(text)}"
         ) from error
 
 

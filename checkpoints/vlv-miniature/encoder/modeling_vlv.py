@@ -249,6 +249,12 @@ class VLVModel(VLVPreTrainedModel):
                 Fields of [`VLVConfig`], such as `num_queries` and `task_prompt_ids`. By default as many queries as the
                 text encoder has positions, and Florence-2's task prompt where its vocabulary is Florence-2's.
         """
+        vision = Florence2Config.from_pretrained(encoder, **(encoder_kwargs or {})).vision_config
+        if hasattr(vision, "dim_embed"):
+            raise ValueError(
+                f"{encoder} is a Florence-2 of Microsoft's own format; use florence-community/Florence-2-large or "
+                "-base, or convert it: vlv convert --florence DIR --output NEW_DIR"
+            )
         florence = Florence2Model.from_pretrained(encoder, **(encoder_kwargs or {}))
         text_kwargs = dict(text_encoder_kwargs or {})
         if text_encoder_subfolder:

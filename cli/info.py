@@ -1,0 +1,65 @@
+"""`vlv info`: what a checkpoint holds."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from vlv.hub import Description, describe
+
+from .models import loading
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="what a checkpoint holds",
+        description="Prints what a folder, a Hub repository or a checkpoint of the authors' code holds: stage, parts, "
+        "parameters, precision, licences, files. Reads headers alone; of a repository no weights are downloaded.",
+    )
+    parser.add_argument("source", metavar="DIR_OR_REPO", help="folder, file or Hub repo id")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo")
+    parser.add_argument("--token", help="of the Hub, for a private repo")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with loading(arguments.source):
+        found = describe(arguments.source, revision=arguments.revision, token=arguments.token)
+    print(json.dumps(asdict(found), indent=2) if arguments.json else as_text(found))
+    return 0
+
+
+def as_text(found: Description) -> str:
+    """For people."""
+    lines = [f"{found.source}: {found.kind}"]
+    lines += [f"{name}: {value}" for name, value in found.facts.items() if value is not None]
+    lines.append(f"text-to-image model: {found.family or 'none'}")
+    rows = [(p.name, f"{p.parameters:,}", _dtypes(p.dtypes), f"{p.bytes / 1e6:,.1f}") for p in found.parts]
+    total = (
+        "all",
+        f"{sum(p.parameters for p in found.parts):,}",
+        "",
+        f"{sum(p.bytes for p in found.parts) / 1e6:,.1f}",
+    )
+    lines += ["", *_table([("part", "parameters", "stored as", "MB"), *rows, total]), ""]
+    if found.licences:
+        lines += ["licences", *(f"  {name}: {licence}" for name, licence in found.licences.items()), ""]
+    else:
+        lines += ["licences: it does not say; each part keeps its own", ""]
+    lines += [f"files: {len(found.files)}, {sum(found.files.values()):,} bytes"]
+    width = max(map(len, found.files), default=0)
+    lines += [f"  {name:{width}}  {size:>15,}" for name, size in found.files.items()]
+    return "\n".join(lines)
+
+
+def _dtypes(dtypes: dict[str, int]) -> str:
+    return ", ".join(sorted(dtypes, key=lambda name: -dtypes[name]))
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]:>{widths[3]}}".rstrip()
+        for row in rows
+    ]

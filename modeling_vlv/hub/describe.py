@@ -1,0 +1,213 @@
+"""What a checkpoint holds, from its configurations and the headers of its files: no weight is read or downloaded."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import safe_open
+
+from ..original_checkpoint import find_checkpoint, read_weights
+from .card import DTYPES, LICENCES
+from .layout import CARD, LANGUAGE_MODEL_FILE, TRAINING_FILE, is_variant
+from .load import resolve
+
+FACTS = ["*.json", "*/*.json", CARD]
+ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
+ORIGINAL_PARTS = (  # where names of the authors' checkpoints begin, and what that is
+    ("unet.", "denoiser"),
+    ("vae.", "autoencoder"),
+    ("text_encoder.", "text encoder"),
+    ("language_proj.", "queries and projector"),
+    ("query_embed", "queries and projector"),
+    ("model.", "image encoder"),
+    ("mlp.", "language projector"),
+    ("qwen2_model.", "language model"),
+)
+PARTS = (
+    ("language_model.", "language model"),
+    ("language_projector.", "language projector"),
+    ("query_embeds", "queries and projector"),
+    ("projector.", "queries and projector"),
+    ("text_encoder.", "text encoder"),
+    ("encoder.", "image encoder"),
+)
+
+
+@dataclass
+class Part:
+    """One component: its parameters, what they are stored in (`{dtype: parameters}`), and its bytes."""
+
+    name: str
+    parameters: int = 0
+    bytes: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, shape: tuple[int, ...], dtype: str) -> None:
+        count = prod(shape)
+        self.parameters += count
+        self.bytes += count * WIDTHS.get(dtype, 4)
+        self.dtypes[dtype] = self.dtypes.get(dtype, 0) + count
+
+
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float64": 8, "int32": 4, "uint8": 1}
+
+
+@dataclass
+class Description:
+    """What `vlv info` prints.
+
+    Attributes:
+        kind: Such as "stage 2: captions" or "the authors' stage 1".
+        family: Of the text-to-image model beside it, if there is one.
+        parts: By what they are for.
+        licences: Of the whole and of the pretrained parts, as far as the checkpoint says.
+        files: Name and bytes of each file.
+        facts: Numbers of the configuration.
+    """
+
+    source: str
+    kind: str
+    family: str | None = None
+    parts: list[Part] = field(default_factory=list)
+    licences: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Description:
+    """Describes a folder, a Hub repository, or a checkpoint of the authors' code.
+
+    Raises:
+        FileNotFoundError: If there is no such thing.
+        ValueError: If it is no VLV.
+    """
+    path = Path(source)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return _describe_original(path)
+    if path.is_dir():
+        files = {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
+        tensors = {name: _local_header(path / name) for name in files if name.endswith(".safetensors")}
+        folder = path
+    else:
+        folder = resolve(source, revision=revision, token=token, allow_patterns=FACTS)
+        api = HfApi(token=token)
+        try:
+            entries = api.list_repo_tree(os.fspath(source), revision=revision, recursive=True)
+            files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        except RepositoryNotFoundError as error:
+            raise FileNotFoundError(f"there is no folder or repository {source}: {error}") from error
+        tensors = {
+            name: _remote_header(api, os.fspath(source), name, revision)
+            for name in files
+            if name.endswith(".safetensors")
+        }
+    return _describe_vlv(os.fspath(source), folder, files, tensors)
+
+
+def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dict[str, dict]) -> Description:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "vlv":
+        raise ValueError(f"{source} holds a model of type {config.get('model_type')!r}, not a VLV")
+    captions = config.get("decoder_config") is not None
+    index = folder / "model_index.json"
+    found = Description(
+        source,
+        "stage 2: captions" + (" and reconstructions" if index.is_file() else "")
+        if captions
+        else "stage 1: " + ("reconstructions" if index.is_file() else "caption embeddings") + ", no captions",
+        family=_family(folder) if index.is_file() else None,
+        files=files,
+    )
+    found.facts = {
+        "caption embeddings": f"{config['num_queries']} x {config['text_encoder_config']['hidden_size']}",
+        "language model": (config.get("decoder_config") or {}).get("model_type"),
+    }
+    parts: dict[str, Part] = {}
+    for file, header in tensors.items():
+        if is_variant(file):
+            continue
+        for name, (shape, dtype) in header.items():
+            label = _part(file, name, captions)
+            parts.setdefault(label, Part(label)).add(shape, dtype)
+    found.parts = list(parts.values())
+    if (folder / CARD).is_file():
+        licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict().get("license")
+        if licence:
+            found.licences["this model"] = str(licence)
+    if (folder / TRAINING_FILE).is_file():
+        training = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+        for stage in training.values():
+            for key in ("encoder", "decoder", "language_model"):
+                if stage.get(key) in LICENCES:
+                    found.licences[stage[key]] = LICENCES[stage[key]]
+    return found
+
+
+def _part(file: str, name: str, captions: bool) -> str:
+    folder = file.rpartition("/")[0]
+    if folder in ("unet", "vae"):
+        return {"unet": "denoiser", "vae": "autoencoder"}[folder]
+    if "/" in file and folder != "encoder":
+        return f"other: {folder}"
+    if not folder and file != LANGUAGE_MODEL_FILE and not file.startswith("model"):
+        return f"other: {file}"
+    inner = name.removeprefix("model.")
+    label = next((label for start, label in PARTS if inner.startswith(start)), "other")
+    if captions and file == LANGUAGE_MODEL_FILE and inner != name:
+        return f"{label}, the captioner's own"
+    return label
+
+
+def _family(folder: Path) -> str:
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    predicts = "epsilon"
+    if scheduler.is_file():
+        predicts = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+    return f"Stable Diffusion ({index['unet'][1]}, {index['scheduler'][1]}, predicts {predicts})"
+
+
+def _local_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    with safe_open(path, "pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        return {
+            name: (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+            for name, part in slices.items()
+        }
+
+
+def _remote_header(api: HfApi, repo: str, name: str, revision: str | None) -> dict[str, tuple[tuple[int, ...], str]]:
+    header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+    return {key: (tuple(t.shape), DTYPES.get(t.dtype, t.dtype)) for key, t in header.tensors.items()}
+
+
+def _describe_original(path: Path) -> Description:
+    file = find_checkpoint(path, ORIGINAL)
+    weights = read_weights(file, ORIGINAL)
+    captions = any(name.startswith("qwen2_model.") for name in weights)
+    if not captions and not any(name.endswith("query_embed") for name in weights):
+        raise ValueError(
+            f"{file} is neither a VLV nor a checkpoint of the authors' code; its weights begin with "
+            f"{', '.join(list(weights)[:3])}"
+        )
+    found = Description(str(path), "the authors' " + ("stage 2: captions" if captions else "stage 1: reconstructions"))
+    parts: dict[str, Part] = {}
+    seen: set[tuple] = set()
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place in seen:  # a second name of the same weight
+            continue
+        seen.add(place)
+        inner = name.removeprefix("VLV_model.")
+        label = next((label for start, label in ORIGINAL_PARTS if inner.startswith(start)), "other")
+        parts.setdefault(label, Part(label)).add(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    queries = next(tensor for name, tensor in weights.items() if name.endswith("query_embed"))
+    found.parts, found.facts = list(parts.values()), {"queries": f"{queries.shape[1]} x {queries.shape[2]}"}
+    found.files = {file.name: file.stat().st_size}
+    found.family = "Stable Diffusion, inside" if "denoiser" in parts else None
+    return found

@@ -1,0 +1,86 @@
+"""`vlv info` says what there is, and downloads no weights to say it."""
+
+import json
+
+import pytest
+from huggingface_hub import constants
+from safetensors import safe_open
+
+from vlv.checkpoints import MINIATURE
+from vlv.cli.main import main
+
+from ..conftest import GOLDEN
+from ..hub.machine import Machine
+from ..hub.server import Hub, serve
+
+
+def info(capsys, *arguments) -> dict:
+    assert main(["info", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def parameters(found: dict) -> dict[str, int]:
+    return {part["name"]: part["parameters"] for part in found["parts"]}
+
+
+def test_the_miniature(capsys):
+    found = info(capsys, MINIATURE)
+    assert found["kind"] == "stage 2: captions and reconstructions"
+    assert found["family"] == "Stable Diffusion (UNet2DConditionModel, DDIMScheduler, predicts v_prediction)"
+    assert found["licences"] == {"this model": "cc-by-sa-4.0"}
+    assert found["files"]["config.json"] == (MINIATURE / "config.json").stat().st_size
+    with safe_open(MINIATURE / "unet" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
+        unet = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
+    assert parameters(found)["denoiser"] == unet
+    assert all(set(part["dtypes"]) <= {"float16", "int64"} for part in found["parts"])
+    assert sum(part["bytes"] for part in found["parts"]) < sum(found["files"].values())
+
+
+def test_text_for_people(capsys):
+    assert main(["info", str(MINIATURE)]) == 0
+    said = capsys.readouterr().out
+    assert "caption embeddings: 24 x 128" in said and "denoiser" in said and "language_model.safetensors" in said
+
+
+def test_a_repository_without_its_weights(tmp_path):
+    hub = Hub()
+    with serve(hub) as endpoint:
+        machine = Machine(tmp_path / "machine", endpoint)
+        assert machine.vlv("push", MINIATURE, "org/vlv", "--token", "hf_org").returncode == 0
+        hub.forget_traffic()
+        done = machine.vlv("info", "org/vlv", "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert parameters(found)["language model"] > 100_000
+        assert (
+            found["files"]["language_model.safetensors"] == (MINIATURE / "language_model.safetensors").stat().st_size
+        )
+        assert sum(hub.downloads.values()) < 1_000_000  # headers, not weights
+        done = machine.vlv("info", "org/none")
+        assert done.returncode == 2 and "cannot load org/none" in done.stderr
+
+
+def test_both_encoders_of_a_converted_checkpoint(converted, capsys):
+    found = info(capsys, converted)
+    assert "image encoder" in parameters(found) and "image encoder, the captioner's own" in parameters(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "parts"),
+    [
+        ("stage1", "the authors' stage 1: reconstructions", {"denoiser", "autoencoder"}),
+        ("stage2/model.pt", "the authors' stage 2: captions", {"language model", "language projector"}),
+    ],
+)
+def test_the_authors_files(path, kind, parts, capsys):
+    found = info(capsys, GOLDEN / path)
+    assert found["kind"] == kind and found["facts"] == {"queries": "77 x 64"}
+    shared = {"image encoder", "queries and projector", "text encoder"}
+    assert set(parameters(found)) == parts | shared
+
+
+def test_what_is_no_vlv_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for source in (tmp_path, tmp_path / "none", GOLDEN / "components" / "qwen"):
+        assert main(["info", str(source)]) == 2
+        assert "cannot load" in capsys.readouterr().err
