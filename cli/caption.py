@@ -127,6 +127,6 @@ def write_captions(
     model: VLVForConditionalGeneration, processor: VLVProcessor, batch: dict[str, torch.Tensor], settings: dict
 ) -> list[str]:
     """Captions of one batch of `pixel_values` or `caption_embeds`."""
-    placed = {name: tensor.to(model.device, model.dtype) for name, tensor in batch.items()}
+    placed: dict[str, Any] = {name: tensor.to(model.device, model.dtype) for name, tensor in batch.items()}
     ids = model.generate(**placed, **settings)
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]

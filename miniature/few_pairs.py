@@ -106,7 +106,7 @@ def train_from_pairs(
     model.eval()
 
 
-def _inputs(chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+def _inputs(chosen: torch.Tensor) -> dict[str, Any]:
     if chosen.dtype == torch.uint8:
         return {"pixel_values": to_pixel_values(chosen)}
     return {"caption_embeds": chosen}

@@ -1,7 +1,7 @@
 """The paper's tables in the small world: `python -m vlv.miniature.paper_tables --root runs/miniature`.
 
-Each measurement is written as it comes, to `ROOT/tables`, and skipped once it is there; several processes may share the
-work (`--only` takes the beginning of a name). What was measured is put together by `vlv.evaluation.paper_tables`.
+Each measurement is written as it comes, to `ROOT/tables`, and skipped once it is there; several processes may share
+the work (`--only` takes the beginning of a name). What was measured is put together by `vlv.evaluation.paper_tables`.
 """
 
 import argparse
@@ -16,8 +16,19 @@ from typing import Any
 import torch
 
 from vlv import hub
+from vlv.evaluation.paper_tables import report
 
-from .few_pairs import PAIRS, measure_captioner, untrained_encoder
+from .embeddings import (
+    measure_composition,
+    measure_likeness_to_words,
+    measure_reconstructions,
+    measure_truncation,
+    measure_words,
+)
+from .evaluation import RECOGNISER_FILE
+from .few_pairs import BATCH_SIZE, PAIRS, UPDATES, measure_captioner, untrained_encoder
+from .recipe import VARIANTS
+from .recogniser import Recogniser
 
 SEEDS = (0, 1, 2)
 
@@ -38,6 +49,34 @@ def _what_learns(root: Path, learns: str, seed: int) -> dict[str, Any]:
     return measure_captioner(encoder, root / "language-model", max(PAIRS), learns=learns, seed=seed)
 
 
+def _encoder(root: Path, name: str) -> tuple[Any, Path, Recogniser]:
+    return hub.load_encoder(root / name)[0], root / "teacher-3", Recogniser.load(root / RECOGNISER_FILE)
+
+
+def _reconstructions(root: Path, name: str) -> dict[str, Any]:
+    """Tables 4 (left), 5 (left) and 6: pictures from the embeddings of one encoder."""
+    return measure_reconstructions(*_encoder(root, name))
+
+
+def _words(root: Path) -> dict[str, Any]:
+    return measure_words(root / "teacher-3", Recogniser.load(root / RECOGNISER_FILE))
+
+
+def _truncation(root: Path, name: str) -> dict[str, Any]:
+    return measure_truncation(*_encoder(root, name), kept=KEPT)
+
+
+def _composition(root: Path, name: str) -> dict[str, Any]:
+    return measure_composition(*_encoder(root, name), counts=MIXED)
+
+
+def _likeness(root: Path) -> dict[str, Any]:
+    return measure_likeness_to_words(*hub.load_captioner(root / "captioner"), root / "teacher-3")
+
+
+KEPT = (4, 8, 12, 16, 20, 24)
+MIXED = ((24, 0), (24, 24), (24, 12), (12, 24), (12, 12), (18, 6), (6, 18))
+ENCODERS = ("encoder", *VARIANTS)
 MEASUREMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {}
 for _seed in SEEDS:
     for _origin in ("stage 1", "untrained", "end to end"):
@@ -47,6 +86,14 @@ for _seed in SEEDS:
             )
 for _learns in ("projector", "everything"):
     MEASUREMENTS[f"table 4, {_learns} learns, seed 0"] = partial(_what_learns, learns=_learns, seed=0)
+
+for _name in ENCODERS:
+    MEASUREMENTS[f"reconstructions, {_name}"] = partial(_reconstructions, name=_name)
+for _name in ("encoder", "encoder-120k", "encoder-tail-drop"):
+    MEASUREMENTS[f"figure 6, truncation, {_name}"] = partial(_truncation, name=_name)
+    MEASUREMENTS[f"figure 6, composition, {_name}"] = partial(_composition, name=_name)
+MEASUREMENTS["words, teacher"] = _words
+MEASUREMENTS["words, captions"] = _likeness
 
 
 def measure(root: Path, only: tuple[str, ...] = ("",)) -> None:
@@ -65,13 +112,48 @@ def measure(root: Path, only: tuple[str, ...] = ("",)) -> None:
         print(f"{name}: {found['figures']} ({found['seconds']} s)", flush=True)
 
 
+INTRODUCTION = """# The paper in miniature
+
+What VLV promises, measured in a world where a caption is right or wrong: sixteen drawings on eight backgrounds
+([`miniature/README.md`](../miniature/README.md)). Printed by
+
+```bash
+python -m vlv.miniature.paper_tables --root runs/miniature --report docs/paper_in_miniature.md
+```
+
+from measurements that the same command makes, or keeps where they are made
+([`paper_in_miniature.json`](paper_in_miniature.json)). "Unseen combinations" are scenes of which every object
+stands in a combination of object, background and place that no part was trained on. Updates of each captioner:
+{updates}, of {batch} pairs.
+"""
+
+
+def gather(root: Path) -> dict[str, dict[str, Any]]:
+    """What has been measured so far, by name."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "tables").glob("*.json"))]
+    return {entry["name"]: entry["figures"] for entry in found}
+
+
+def write_report(root: Path, path: Path) -> None:
+    """The page, and beside it the figures that it was made of."""
+    measured = gather(root)
+    introduction = INTRODUCTION.format(updates=UPDATES, batch=BATCH_SIZE)
+    path.write_text(report(measured, introduction), encoding="utf-8")
+    path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.paper_tables", description=__doc__)
     parser.add_argument("--root", type=Path, default=Path("runs/miniature"), help="where the trained parts are")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="beginnings of measurements' names")
+    parser.add_argument("--report", type=Path, metavar="FILE.md", help="write the page of what is measured so far")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing more")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measure(options.root, tuple(options.only))
+    if not options.report_only:
+        measure(options.root, tuple(options.only))
+    if options.report:
+        write_report(options.root, options.report)
 
 
 if __name__ == "__main__":

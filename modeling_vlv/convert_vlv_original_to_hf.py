@@ -113,7 +113,7 @@ def convert(
     if stage2 is not None:
         if language_model is None:
             raise ValueError("a stage-2 checkpoint needs the language model's folder (--language-model)")
-        language_model = _folder(language_model, "language-model")
+        words = _folder(language_model, "language-model")
     image_size = image_size or _image_size(stable_diffusion)
     image_processor = build_image_processor(florence, image_size)
     parts: dict[str, Any] = {"image_processor": image_processor}
@@ -133,15 +133,15 @@ def convert(
     else:
         parts["decoder"] = load_decoder_parts(stable_diffusion)
         parts["decoder"]["scheduler"] = DDPMScheduler.from_config(parts["decoder"]["scheduler"].config)
-    if stage2 is not None and language_model is not None:
+    if stage2 is not None:
         weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)
-        config = build_config(weights, "VLV_model.", florence, stable_diffusion, language_model)
+        config = build_config(weights, "VLV_model.", florence, stable_diffusion, words)
         captioner = _fill(VLVForConditionalGeneration, config, captioner_names, weights, name)
         captioner.generation_config.max_new_tokens = MAX_NEW_TOKENS
         result.dropped |= _leftovers(weights, name)
         beside = Path(stage2) if Path(stage2).is_dir() else Path(stage2).parent
         has_tokenizer = (beside / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(beside if has_tokenizer else language_model)
+        tokenizer = load_tokenizer(beside if has_tokenizer else words)
         parts |= {"captioner": captioner, "processor": VLVProcessor(image_processor, tokenizer)}
     export(root, **parts)
     return result

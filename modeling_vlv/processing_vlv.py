@@ -335,7 +335,7 @@ class VLVProcessor(ProcessorMixin):
     ) -> torch.Tensor:
         end = [self.tokenizer.eos_token_id] if append_eos else []
         rows = [(self._ids(caption) + end)[:max_length] for caption in captions]
-        length = max_length if pad_to_max_length else max(map(len, rows), default=0)
+        length = max(map(len, rows), default=0) if max_length is None or not pad_to_max_length else max_length
         labels = torch.full((len(rows), length), -100, dtype=torch.long)
         for row, target in zip(rows, labels, strict=True):
             target[: len(row)] = torch.tensor(row)

@@ -1,0 +1,265 @@
+"""The paper's tables beside what was measured in the small world: `docs/paper_in_miniature.md`.
+
+Takes measurements by name (`vlv.miniature.paper_tables` makes them) and knows nothing of how they came about. The
+paper's figures are those of arXiv 2507.07104 v2; its FID of photographs and this world's exact scores are different
+things, so what can be compared is which way a figure goes, and how far.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import exp, log
+from statistics import mean
+from typing import Any
+
+Measured = Mapping[str, Mapping[str, Any]]
+PAIRS = (200, 1_000, 5_000, 20_000)
+SPLIT = "combo"
+NONE = "–"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean, and from where to where it is one of several."""
+    if not values:
+        return NONE
+    if len(values) == 1:
+        return number(values[0])
+    return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def pairs_needed(scores: Mapping[int, float], wanted: float = 0.8) -> str:
+    """Pairs at which a score first reaches `wanted`, interpolated between the logarithms of what was tried."""
+    known = sorted(scores.items())
+    if not known:
+        return NONE
+    if known[0][1] >= wanted:
+        return f"fewer than {known[0][0]:,}"
+    for (fewer, below), (more, above) in pairwise(known):
+        if below < wanted <= above:
+            share = (wanted - below) / (above - below)
+            return f"{round(exp(log(fewer) + share * (log(more) - log(fewer)))):,}"
+    return f"more than {known[-1][0]:,}"
+
+
+def table_7(measured: Measured, seeds: Sequence[int] = (0, 1, 2)) -> str:
+    """Is stage 1 needed?"""
+    rows = []
+    origins = {
+        "stage 1, then frozen": "stage 1",
+        "untrained, frozen": "untrained",
+        "untrained, learns from the pairs": "end to end",
+    }
+    for label, origin in origins.items():
+        by_pairs = {
+            pairs: [
+                measured[name][SPLIT]["object_place_f1"]
+                for seed in seeds
+                if (name := f"table 7, {origin}, {pairs} pairs, seed {seed}") in measured
+            ]
+            for pairs in PAIRS
+        }
+        means = {pairs: mean(values) for pairs, values in by_pairs.items() if values}
+        rows.append([label, *(spread(by_pairs[pairs]) for pairs in PAIRS), pairs_needed(means)])
+    ours = table(["encoder", *(f"{pairs:,} pairs" for pairs in PAIRS), "pairs for 0.8"], rows)
+    paper = table(
+        ["language model", "stage 1", "FID of captions, guidance 1 / 2 / 3 / 4"],
+        [
+            ["Qwen2.5-0.5B", "no", "57.29 / 64.02 / 66.92 / 68.18"],
+            ["Qwen2.5-1.5B", "no", "49.15 / 56.66 / 59.15 / 60.14"],
+            ["Qwen2.5-3B", "no", "45.63 / 51.03 / 53.28 / 54.40"],
+            ["Qwen2.5-3B", "yes, frozen", "12.22 / 7.55 / 9.58 / 10.84"],
+        ],
+    )
+    return _section(
+        "Is stage 1 needed? (table 7)",
+        "Object and place F1 of captions of unseen combinations. One language model, the same updates; mean of the "
+        "seeds, and their range where there are several.",
+        ours,
+        paper,
+    )
+
+
+def reconstructions(measured: Measured, names: Mapping[str, str], header: str) -> str:
+    rows = []
+    for label, name in names.items():
+        if (found := measured.get(name)) is not None:
+            keys = ("background", "object_place_f1", "exact")
+            rows.append([label, *(number(found[key]) for key in keys)])
+    return table([header, "background", "object + place F1", "exact scene"], rows) if rows else _not_yet()
+
+
+def table_5_images(measured: Measured) -> str:
+    """Images seen in stage 1."""
+    ours = reconstructions(measured, IMAGES, "images, each its own schedule")
+    paper = table(
+        ["images (checkpoints of one run)", "FID of reconstructions, guidance 1 / 2 / 3 / 4"],
+        [
+            ["6 M", "11.38 / 9.01 / 10.33 / 10.81"],
+            ["18 M", "10.14 / 7.57 / 8.41 / 8.78"],
+            ["40 M", "9.71 / 7.22 / 7.70 / 7.84"],
+        ],
+    )
+    return _section("Images seen in stage 1 (table 5, left)", RECONSTRUCTIONS, ours, paper)
+
+
+def table_4_queries(measured: Measured) -> str:
+    """Number of queries."""
+    names = {
+        "6": "reconstructions, encoder-6-queries",
+        "12": "reconstructions, encoder-12-queries",
+        "24": "reconstructions, encoder-120k",
+    }
+    ours = reconstructions(measured, names, "queries, after 120,000 images")
+    paper = table(["queries", "FID of reconstructions"], [["16", "5.72"], ["32", "5.60"], ["77", "5.30"]])
+    return _section("Number of queries (table 4, left)", RECONSTRUCTIONS, ours, paper)
+
+
+def table_4_learning(measured: Measured) -> str:
+    """What is trained in stage 2."""
+    names = {
+        "projector": "table 4, projector learns, seed 0",
+        "projector and language model": "table 7, stage 1, 20000 pairs, seed 0",
+        "these and the encoder": "table 4, everything learns, seed 0",
+    }
+    keys = ("background", "object_place_f1", "exact")
+    rows = [
+        [label, *(number(measured[name][SPLIT][key]) for key in keys)]
+        for label, name in names.items()
+        if name in measured
+    ]
+    ours = table(["what learns, 20,000 pairs", "background", "object + place F1", "exact scene"], rows) if rows else ""
+    paper = table(
+        ["what learns", "FID of captions, guidance 1 / 2 / 3 / 4"],
+        [
+            ["projector", "14.27 / 9.71 / 11.87 / 13.22"],
+            ["projector and language model", "12.22 / 7.55 / 9.58 / 10.84"],
+            ["these and the encoder", "11.47 / 6.64 / 8.56 / 9.90"],
+        ],
+    )
+    return _section("What learns in stage 2 (table 4, right)", CAPTIONS, ours or _not_yet(), paper)
+
+
+def table_6(measured: Measured) -> str:
+    """Where things are."""
+    rows = []
+    names = {**IMAGES, "the true caption, no image": "words, teacher"}
+    for label, name in names.items():
+        if (found := measured.get(name)) is not None:
+            rows.append([label, number(found["centre"], 4), number(found["scale"], 4), number(found["matched"])])
+    ours = table(["images", "centre", "size", "objects compared"], rows) if rows else _not_yet()
+    paper = table(
+        ["images", "angle", "centre", "scale"],
+        [
+            ["8 M", ".1564", ".1625", ".1775"],
+            ["18 M", ".1287", ".1498", ".1773"],
+            ["34 M", ".1227", ".1402", ".1835"],
+            ["40 M", ".1016", ".0988", ".1222"],
+        ],
+    )
+    about = (
+        "Mean distance between the centres, and mean difference of the sizes (square root of the area), of the same "
+        "object in the picture and in its reconstruction, in widths of the picture; objects that the "
+        "recogniser finds at the right place. Positions here are jittered by up to 0.047 each way, sizes by 0.03."
+    )
+    return _section("Where things are (table 6)", about, ours, paper)
+
+
+def figure_6(measured: Measured) -> str:
+    """Truncation and composition."""
+    encoders = {
+        "240,000 images": "encoder",
+        "120,000 images": "encoder-120k",
+        "120,000 images, tail drop": "encoder-tail-drop",
+    }
+    cut = {
+        label: found
+        for label, name in encoders.items()
+        if (found := measured.get(f"figure 6, truncation, {name}")) is not None
+    }
+    parts = []
+    if cut:
+        counts = sorted({int(count) for found in cut.values() for count in found})
+        rows = [
+            [label, *(f"{found[str(c)]['object_place_f1']:.2f} / {found[str(c)]['background']:.2f}" for c in counts)]
+            for label, found in cut.items()
+        ]
+        parts.append("Object + place F1 / background accuracy of pictures from the first so many of 24 embeddings:\n")
+        parts.append(table(["stage 1", *map(str, counts)], rows))
+    for label, name in encoders.items():
+        if found := measured.get(f"figure 6, composition, {name}"):
+            rows = [[mixed, *(number(value) for value in figures.values())] for mixed, figures in found.items()]
+            parts.append(f"\nTwo pictures, first so many of each, {label}:\n")
+            parts.append(table(["tokens", *next(iter(found.values()))], rows))
+    about = (
+        "The paper mixes two images by cutting the tails of their embeddings and joining the rest, and shows "
+        "pictures. Here the recogniser counts what survives. With tail drop, half of all batches of stage 1 show the "
+        "denoiser only the first few embeddings (as ViLex does)."
+    )
+    return _section("Composition (figure 6)", about, "\n".join(parts) or _not_yet(), "No figures in the paper.")
+
+
+def likeness(measured: Measured) -> str:
+    """Does z behave like language?"""
+    parts = []
+    if found := measured.get("words, captions"):
+        keys = ("background", "object_f1", "object_place_f1", "exact")
+        rows = [[name, *(number(scores[key]) for key in keys)] for name, scores in found.items()]
+        parts.append("Captions, when the language model is given:\n")
+        parts.append(table(["given", "background", "object F1", "object + place F1", "exact scene"], rows))
+    pictures = {"caption embeddings of the picture": "reconstructions, encoder", "its true caption": "words, teacher"}
+    if any(name in measured for name in pictures.values()):
+        rows = [
+            [
+                label,
+                *(number(measured[name][key]) for key in ("object_place_f1", "exact")),
+                *(number(measured[name][key], 4) for key in ("centre", "scale")),
+            ]
+            for label, name in pictures.items()
+            if name in measured
+        ]
+        parts.append("\nPictures, when the denoiser is given:\n")
+        parts.append(table(["given", "object + place F1", "exact scene", "centre off by", "size off by"], rows))
+    about = (
+        "The captioner never saw a word at its input. It is given the text encoder's own embeddings of the words of "
+        "the true caption in place of caption embeddings, and the other way round."
+    )
+    return _section("Are caption embeddings like language?", about, "\n".join(parts) or _not_yet(), None)
+
+
+IMAGES = {
+    "30,000": "reconstructions, encoder-30k",
+    "60,000": "reconstructions, encoder-60k",
+    "120,000": "reconstructions, encoder-120k",
+    "240,000": "reconstructions, encoder",
+}
+RECONSTRUCTIONS = "Reconstructions of unseen combinations, guidance 2, read by the recogniser; one seed."
+CAPTIONS = "Captions of unseen combinations; one seed."
+
+
+def _not_yet() -> str:
+    return "*Not measured yet.*"
+
+
+def _section(title: str, about: str, ours: str, paper: str | None) -> str:
+    text = f"## {title}\n\n{about}\n\n{ours}\n"
+    return text if paper is None else f"{text}\nThe paper's:\n\n{paper}\n"
+
+
+def report(measured: Measured, introduction: str) -> str:
+    """The whole page.
+
+    Args:
+        measured: Figures by the name of their measurement; what is missing is said to be.
+        introduction: What stands before the tables.
+    """
+    sections = (table_7, table_4_learning, table_5_images, table_4_queries, table_6, figure_6, likeness)
+    return introduction.rstrip() + "\n\n" + "\n".join(section(measured) for section in sections)

@@ -1,0 +1,74 @@
+"""The page of the paper's tables says what was measured, and what was not."""
+
+import json
+
+import pytest
+
+from vlv.evaluation.paper_tables import PAIRS, pairs_needed, report, table_7
+from vlv.miniature import paper_tables
+
+
+@pytest.mark.parametrize(
+    ("scores", "needed"),
+    [
+        ({200: 0.9, 1000: 0.95}, "fewer than 200"),
+        ({200: 0.1, 1000: 0.7}, "more than 1,000"),
+        ({200: 0.1, 800: 0.9, 3200: 1.0}, f"{round(200 * 4 ** (0.7 / 0.8)):,}"),
+        ({}, "–"),
+    ],
+)
+def test_pairs_needed(scores, needed):
+    assert pairs_needed(scores) == needed
+
+
+def test_means_and_ranges_of_seeds():
+    measured = {
+        f"table 7, stage 1, {pairs} pairs, seed {seed}": {"combo": {"object_place_f1": 0.5 + 0.1 * seed}}
+        for pairs in PAIRS
+        for seed in (0, 1, 2)
+    }
+    text = table_7(measured)
+    assert "0.600 (0.500 to 0.700)" in text and "more than 20,000" in text
+    assert "| untrained, frozen | – |" in text and "12.22 / 7.55 / 9.58 / 10.84" in text
+
+
+def test_what_is_not_measured_is_said_to_be():
+    text = report({}, "# Title")
+    assert text.startswith("# Title\n\n## ") and text.count("*Not measured yet.*") >= 4
+
+
+def test_measurements_are_kept_as_they_come(tmp_path, monkeypatch):
+    calls = []
+
+    def first(root):
+        calls.append(root)
+        return {"combo": {"object_place_f1": 1.0}}
+
+    def second(root):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(paper_tables, "MEASUREMENTS", {"table 7, stage 1, 200 pairs, seed 0": first, "words": second})
+    with pytest.raises(RuntimeError, match="stopped"):
+        paper_tables.measure(tmp_path)
+    paper_tables.measure(tmp_path, only=("table 7",))
+    assert calls == [tmp_path]
+    paper_tables.write_report(tmp_path, tmp_path / "page.md")
+    assert "fewer than 200" in (tmp_path / "page.md").read_text()
+    assert list(json.loads((tmp_path / "page.json").read_text())) == ["table 7, stage 1, 200 pairs, seed 0"]
+
+
+def test_every_measurement_that_the_page_shows_can_be_made():
+    """The page asks by name: a name that no measurement has would be missing for ever."""
+    asked = set()
+
+    class Recorder(dict):
+        def __contains__(self, name):
+            asked.add(name)
+            return False
+
+        def get(self, name, default=None):
+            asked.add(name)
+            return default
+
+    report(Recorder(), "")
+    assert len(asked) > 40 and asked <= set(paper_tables.MEASUREMENTS)
