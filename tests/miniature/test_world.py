@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from vlv.miniature import render as render_module
 from vlv.miniature.grammar import MAX_WORDS, parse_caption, write_caption
 from vlv.miniature.render import IMAGE_SIZE, artwork, render
 from vlv.miniature.scoring import score_scenes
@@ -172,3 +173,11 @@ def test_scores_count_what_agrees():
     }
     with pytest.raises(ValueError):
         score_scenes([], [])
+
+
+def test_artwork_is_blended_with_what_is_below():
+    """At its edges a drawing lets the background through: nowhere is a picture brighter than both."""
+    for name in OBJECTS:
+        for side in (18, 22, 28, 32):
+            colour, opacity = render_module._sprite(name, side, render_module.artwork)
+            assert (colour <= 255 * opacity + 2).all(), name
