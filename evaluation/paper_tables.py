@@ -215,6 +215,12 @@ def likeness(measured: Measured) -> str:
         rows = [[name, *(number(scores[key]) for key in keys)] for name, scores in found.items()]
         parts.append("Captions, when the language model is given:\n")
         parts.append(table(["given", "background", "object F1", "object + place F1", "exact scene"], rows))
+    if found := measured.get("words, nearest"):
+        rows = [[name, *(number(value) for value in shares.values())] for name, shares in found.items()]
+        parts.append(
+            "\nShare of what is true that is the nearest word of one of the 24 vectors (no word was ever shown):\n"
+        )
+        parts.append(table(["true of", *next(iter(found.values()))], rows))
     pictures = {"caption embeddings of the picture": "reconstructions, encoder", "its true caption": "words, teacher"}
     if any(name in measured for name in pictures.values()):
         rows = [

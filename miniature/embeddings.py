@@ -238,11 +238,42 @@ def measure_likeness_to_words(
     return figures
 
 
+def measure_nearest_words(
+    encoder: VLVModel, teacher_dir: str | Path, n: int = 300, split: str = "combo"
+) -> dict[str, Any]:
+    """How often the nearest words of `z`'s vectors name what the picture shows, and what another picture shows.
+
+    Returns:
+        Shares of true object names, of the words of true places, and of the words of true colours that are the nearest
+        word of one of the picture's vectors; `by chance` is the same against another picture's truth.
+    """
+    pictures, truth = evaluation_items(split, n)
+    tokenizer = _teacher(Path(teacher_dir)).tokenizer
+    words = torch.nn.functional.normalize(encoder.get_input_embeddings().weight.detach(), dim=-1)  # (V, d)
+    embeds = torch.nn.functional.normalize(embed(encoder, pictures), dim=-1)  # (N, Q, d)
+    nearest = [set(tokenizer.convert_ids_to_tokens(row)) for row in (embeds @ words.T).argmax(-1).tolist()]
+    shifted = truth[1:] + truth[:1]
+    return {"of the picture": _named(nearest, truth), "by chance": _named(nearest, shifted)}
+
+
+def _named(nearest: Sequence[set[str]], truth: Sequence[Scene]) -> dict[str, float]:
+    wanted = {
+        "objects": [{o.name for o in scene.objects} for scene in truth],
+        "places": [{word for o in scene.objects for word in o.place.split()} for scene in truth],
+        "colours": [set((scene.background or "").split()) for scene in truth],
+    }
+    return {
+        name: round(sum(len(w & n) for w, n in zip(sets, nearest, strict=True)) / sum(map(len, sets)), 3)
+        for name, sets in wanted.items()
+    }
+
+
 __all__ = [
     "deviations",
     "locate",
     "measure_composition",
     "measure_likeness_to_words",
+    "measure_nearest_words",
     "measure_reconstructions",
     "measure_truncation",
     "measure_words",

@@ -21,6 +21,7 @@ from vlv.evaluation.paper_tables import report
 from .embeddings import (
     measure_composition,
     measure_likeness_to_words,
+    measure_nearest_words,
     measure_reconstructions,
     measure_truncation,
     measure_words,
@@ -75,6 +76,10 @@ def _likeness(root: Path) -> dict[str, Any]:
     return measure_likeness_to_words(*hub.load_captioner(root / "captioner"), root / "teacher-3")
 
 
+def _nearest_words(root: Path) -> dict[str, Any]:
+    return measure_nearest_words(hub.load_encoder(root / "encoder")[0], root / "teacher-3")
+
+
 def _another_style(root: Path) -> dict[str, Any]:
     _, teacher, recogniser = _encoder(root, "encoder")
     return measure_another_style(*hub.load_captioner(root / "captioner"), teacher, recogniser)
@@ -101,6 +106,7 @@ for _name in ("encoder", "encoder-120k", "encoder-tail-drop"):
 MEASUREMENTS["another style"] = _another_style
 MEASUREMENTS["words, teacher"] = _words
 MEASUREMENTS["words, captions"] = _likeness
+MEASUREMENTS["words, nearest"] = _nearest_words
 
 
 def measure(root: Path, only: tuple[str, ...] = ("",)) -> None:
