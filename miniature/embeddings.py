@@ -249,7 +249,9 @@ def measure_nearest_words(
     """
     pictures, truth = evaluation_items(split, n)
     tokenizer = _teacher(Path(teacher_dir)).tokenizer
-    words = torch.nn.functional.normalize(encoder.get_input_embeddings().weight.detach(), dim=-1)  # (V, d)
+    words = torch.nn.functional.normalize(
+        encoder.text_encoder.get_input_embeddings().weight.detach(), dim=-1
+    )  # (V, d)
     embeds = torch.nn.functional.normalize(embed(encoder, pictures), dim=-1)  # (N, Q, d)
     nearest = [set(tokenizer.convert_ids_to_tokens(row)) for row in (embeds @ words.T).argmax(-1).tolist()]
     shifted = truth[1:] + truth[:1]
