@@ -50,23 +50,23 @@ def pairs_needed(scores: Mapping[int, float], wanted: float = 0.8) -> str:
     return f"more than {known[-1][0]:,}"
 
 
-def table_7(measured: Measured, seeds: Sequence[int] = (0, 1, 2)) -> str:
+def scores_by_pairs(measured: Measured, origin: str, seeds: Sequence[int] = (0, 1, 2)) -> dict[int, list[float]]:
+    """Object and place F1 of captions, of as many seeds as were measured, by the number of pairs."""
+    return {
+        pairs: [
+            measured[name][SPLIT]["object_place_f1"]
+            for seed in seeds
+            if (name := f"table 7, {origin}, {pairs} pairs, seed {seed}") in measured
+        ]
+        for pairs in PAIRS
+    }
+
+
+def table_7(measured: Measured) -> str:
     """Is stage 1 needed?"""
     rows = []
-    origins = {
-        "stage 1, then frozen": "stage 1",
-        "untrained, frozen": "untrained",
-        "untrained, learns from the pairs": "end to end",
-    }
-    for label, origin in origins.items():
-        by_pairs = {
-            pairs: [
-                measured[name][SPLIT]["object_place_f1"]
-                for seed in seeds
-                if (name := f"table 7, {origin}, {pairs} pairs, seed {seed}") in measured
-            ]
-            for pairs in PAIRS
-        }
+    for label, origin in ORIGINS.items():
+        by_pairs = scores_by_pairs(measured, origin)
         means = {pairs: mean(values) for pairs, values in by_pairs.items() if values}
         rows.append([label, *(spread(by_pairs[pairs]) for pairs in PAIRS), pairs_needed(means)])
     ours = table(["encoder", *(f"{pairs:,} pairs" for pairs in PAIRS), "pairs for 0.8"], rows)
@@ -258,6 +258,11 @@ def strangers(measured: Measured) -> str:
     return _section("Pictures that no one here drew", about, ours, None)
 
 
+ORIGINS = {
+    "stage 1, then frozen": "stage 1",
+    "untrained, frozen": "untrained",
+    "untrained, learns from the pairs": "end to end",
+}
 IMAGES = {
     "30,000": "reconstructions, encoder-30k",
     "60,000": "reconstructions, encoder-60k",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vlv import hub
+from vlv.evaluation.paper_plots import plot_curves
 from vlv.evaluation.paper_tables import report
 
 from .embeddings import (
@@ -151,6 +152,8 @@ def write_report(root: Path, path: Path) -> None:
     """The page, and beside it the figures that it was made of."""
     measured = gather(root)
     introduction = INTRODUCTION.format(updates=UPDATES, batch=BATCH_SIZE)
+    if plot_curves(measured, path.with_suffix(".png")):
+        introduction += f"\n![Pairs against captions, images against reconstructions]({path.stem}.png)\n"
     path.write_text(report(measured, introduction), encoding="utf-8")
     path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from vlv.evaluation.paper_tables import PAIRS, pairs_needed, report, table_7
 from vlv.miniature import paper_tables
@@ -53,7 +54,9 @@ def test_measurements_are_kept_as_they_come(tmp_path, monkeypatch):
     paper_tables.measure(tmp_path, only=("table 7",))
     assert calls == [tmp_path]
     paper_tables.write_report(tmp_path, tmp_path / "page.md")
-    assert "fewer than 200" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "fewer than 200" in page and "(page.png)" in page
+    assert Image.open(tmp_path / "page.png").width > 600
     assert list(json.loads((tmp_path / "page.json").read_text())) == ["table 7, stage 1, 200 pairs, seed 0"]
 
 
