@@ -12,6 +12,7 @@ Weights stay where they are on disk until they are written, one by one (`torch.l
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +99,8 @@ def convert(
         ValueError: If a weight is missing, of another shape, or unknown; the message names it and what was expected.
     """
     root = Path(output)
-    if root.is_dir() and any(root.iterdir()):
-        raise ValueError(f"{root} is not empty; name a new folder")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root} is {'not empty' if root.is_dir() else 'a file'}; name a new folder")
     result = Converted(root)
     if florence is None:
         raise ValueError("the Florence-2 folder is needed (--florence)")
@@ -143,7 +144,16 @@ def convert(
         has_tokenizer = (beside / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(beside if has_tokenizer else words)
         parts |= {"captioner": captioner, "processor": VLVProcessor(image_processor, tokenizer)}
-    export(root, **parts)
+    unfinished = root.with_name(root.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        export(unfinished, **parts)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if root.is_dir():
+        root.rmdir()
+    unfinished.rename(root)
     return result
 
 

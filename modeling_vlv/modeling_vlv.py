@@ -374,7 +374,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         self.language_projector = VLVProjector(
             config.text_encoder_config.hidden_size, config.decoder_config.get_text_config().hidden_size
         )
-        self.language_model = AutoModelForCausalLM.from_config(config.decoder_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.decoder_config, trust_remote_code=False)
         self.post_init()
         self.model.text_encoder.requires_grad_(False)
         self.generation_config = GenerationConfig.from_model_config(config.decoder_config)

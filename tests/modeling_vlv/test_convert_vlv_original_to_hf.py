@@ -7,13 +7,20 @@ import shutil
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Florence2Model
+from transformers import Florence2Model, Qwen2Config
 
-from vlv import hub
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, hub
 from vlv.cli.main import main
-from vlv.convert_vlv_original_to_hf import build_florence_config, convert, original_florence_name
+from vlv.convert_vlv_original_to_hf import (
+    build_florence_config,
+    captioner_names,
+    convert,
+    encoder_names,
+    original_florence_name,
+)
 from vlv.pipelines import load_reconstruction
 
 from ..conftest import GOLDEN
@@ -297,6 +304,11 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     stage1_too = (*stage1, *sd, *florence, *output)
     assert "model.pt" in run("--stage2", tmp_path / "model.pt", *language_model, *stage1_too)
     assert "not empty" in run(*stage1, *sd, *florence, "--output", tmp_path)
+    assert "model.pt is a file" in run(*stage1, *sd, *florence, "--output", tmp_path / "model.pt")
+    assert "stage 1 checkpoint" in run("--stage1", GOLDEN / "stage2" / "model.pt", *sd, *florence, *output)
+    wrong = ("--language-model", FOLDERS["florence"])  # its configuration names code of its own, which is not run
+    assert "Florence2" in run("--stage2", GOLDEN / "stage2", *wrong, *stage1_too)
+    assert not list(tmp_path.glob("*.unfinished"))
     assert not (tmp_path / "vlv").exists()
 
 
@@ -317,3 +329,141 @@ def test_the_command_then_caption_and_reconstruct(stable_diffusion_with_weights,
         == 0
     )
     assert len(list(pictures.rglob("img*.png"))) >= 3
+
+
+def save_as_the_authors_do(folder, encoder, captioner, unet, vae):
+    """Checkpoints and component folders in the authors' formats, of models of any size."""
+    vision, text = (
+        getattr(encoder.config.encoder_config, part).to_dict() for part in ("vision_config", "text_config")
+    )
+    vision["dim_embed"] = vision.pop("embed_dim")
+    vision |= {
+        "image_feature_source": ["spatial_avg_pool", "temporal_avg_pool"],
+        "visual_temporal_embedding": {"type": "COSINE", "max_temporal_embeddings": 100},
+        "image_pos_embed": {"type": "learned_abs_2d", "max_pos_embeddings": 50},
+    }
+    text["max_position_embeddings"] = 4096  # not so: the weights tell
+    (folder / "florence").mkdir(parents=True)
+    config = {"model_type": "florence2", "vision_config": vision, "text_config": text}
+    (folder / "florence" / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(FOLDERS["florence"] / name, folder / "florence")
+    sd = shutil.copytree(FOLDERS["stable_diffusion"], folder / "sd")
+    unet.save_pretrained(sd / "unet")
+    vae.save_pretrained(sd / "vae")
+    encoder.config.text_encoder_config.save_pretrained(sd / "text_encoder")
+    captioner.language_model.save_pretrained(folder / "lm")
+    for path in FOLDERS["language_model"].glob("*"):
+        if "token" in path.name or path.name in ("vocab.json", "merges.txt"):
+            shutil.copy(path, folder / "lm")
+
+    def original(model) -> dict:
+        state = {}
+        for key, tensor in model.state_dict().items():
+            name = encoder_names(key)[0]
+            state[name] = tensor.T.contiguous() if name.endswith("image_projection") else tensor
+        return state
+
+    parts = {"unet": unet, "vae": vae}
+    frozen = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.state_dict().items()}
+    torch.save(original(encoder) | frozen, folder / "pytorch_model.bin")
+    rest = {k: t for k, t in captioner.state_dict().items() if not k.startswith("model.")}
+    words = {captioner_names(key)[0]: tensor for key, tensor in rest.items()}
+    torch.save({f"VLV_model.{k}": t for k, t in original(captioner.model).items()} | words, folder / "model.pt")
+
+
+def test_other_sizes(tmp_path):
+    """Nothing is taken for granted: widths that differ, odd latents, untied words, one head of keys for seven."""
+    torch.manual_seed(0)
+    shared = {
+        "encoder_config": {
+            "vision_config": {
+                "depths": (1, 2, 1, 1),
+                "embed_dim": (8, 16, 24, 32),
+                "num_heads": (1, 2, 3, 4),
+                "num_groups": (1, 2, 3, 4),
+                "window_size": 6,
+                "projection_dim": 48,
+                "initializer_range": 0.3,
+            },
+            "text_config": {
+                "model_type": "bart",
+                "vocab_size": 1505,
+                "d_model": 48,
+                "encoder_layers": 3,
+                "decoder_layers": 1,
+                "encoder_attention_heads": 3,
+                "decoder_attention_heads": 6,
+                "encoder_ffn_dim": 64,
+                "decoder_ffn_dim": 80,
+                "max_position_embeddings": 130,
+                "pad_token_id": 1,
+                "bos_token_id": 0,
+                "eos_token_id": 2,
+                "decoder_start_token_id": 2,
+                "init_std": 0.3,
+            },
+        },
+        "text_encoder_config": {
+            "vocab_size": 707,
+            "hidden_size": 40,
+            "intermediate_size": 72,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "max_position_embeddings": 77,
+        },
+        "num_queries": 31,
+        "task_prompt_ids": [0, 477, 277, 260, 364, 335, 272, 350, 288, 270, 307, 17, 2],
+        "initializer_range": 0.3,
+    }
+    lm = Qwen2Config(
+        vocab_size=400,
+        hidden_size=56,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=7,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        initializer_range=0.3,
+        eos_token_id=384,
+    )
+    encoder = VLVModel(VLVConfig(**shared)).eval()
+    captioner = VLVForConditionalGeneration(VLVConfig(**shared, decoder_config=lm)).eval()
+    unet = UNet2DConditionModel(
+        sample_size=12,
+        block_out_channels=(16, 24),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=40,
+        attention_head_dim=(2, 3),
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    save_as_the_authors_do(tmp_path / "theirs", encoder, captioner, unet, vae)
+    theirs = tmp_path / "theirs"
+    result = convert(
+        tmp_path / "vlv",
+        stage1=theirs,
+        stage2=theirs / "model.pt",
+        stable_diffusion=theirs / "sd",
+        florence=theirs / "florence",
+        language_model=theirs / "lm",
+    )
+    pixels = torch.randn(2, 3, 96, 96)
+    reconstruction, (model, _) = load_reconstruction(result.folder), hub.load_captioner(result.folder)
+    with torch.no_grad():
+        z, other = encoder(pixel_values=pixels).conditioning, captioner.model(pixel_values=pixels).conditioning
+        assert not torch.allclose(z, other, atol=0.1)
+        assert torch.allclose(reconstruction.encoder(pixel_values=pixels).conditioning, z, atol=1e-5)
+        assert torch.allclose(model.model(pixel_values=pixels).conditioning, other, atol=1e-5)
+        assert torch.allclose(model.get_prefix(pixels)[0], captioner.get_prefix(pixels)[0], atol=1e-4)
+        latents, times = torch.randn(2, 4, 13, 11), torch.tensor([3, 700])
+        drawn = reconstruction.unet(latents, times, z).sample
+        assert torch.allclose(drawn, unet.eval()(latents, times, z).sample, atol=1e-5)
+        assert torch.allclose(reconstruction.vae.decode(latents).sample, vae.eval().decode(latents).sample, atol=1e-5)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(pixels, **settings), captioner.generate(pixels, **settings))
+    assert model.config.encoder_config.text_config.max_position_embeddings == 130
+    assert reconstruction._default_size() == 24  # 12 latents, doubled by this autoencoder
