@@ -51,7 +51,8 @@ def test_strangers_get_the_same_captions_and_pictures(tmp_path, request):
         done = Machine(tmp_path / "owner", endpoint).vlv("push", MINIATURE, REPO, "--token", "hf_org")
         assert done.returncode == 0, done.stderr
         card = hub.repos[REPO].at("main").files["README.md"]
-        assert card == (MINIATURE / "README.md").read_bytes()
+        written, _, stamp = card.decode().rpartition("\n<!-- pushed as ")
+        assert written == (MINIATURE / "README.md").read_text(encoding="utf-8") and stamp
         assert Machine(tmp_path / "reader", endpoint).stranger(CAPTION, REPO, *pictures) == captions
         artist = Machine(tmp_path / "artist", endpoint)
         assert artist.stranger(RECONSTRUCT, REPO, *pictures) == len(pictures)
