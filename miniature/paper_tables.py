@@ -110,8 +110,13 @@ MEASUREMENTS["words, captions"] = _likeness
 MEASUREMENTS["words, nearest"] = _nearest_words
 
 
-def measure(root: Path, only: tuple[str, ...] = ("",)) -> None:
-    """Makes the measurements whose names begin with one of `only` and that are not there yet."""
+def measure(root: Path, only: tuple[str, ...] = ("",)) -> int:
+    """Makes the measurements whose names begin with one of `only` and that are not there yet.
+
+    Returns:
+        How many could not be made, each said with its reason.
+    """
+    missing = 0
     for name, run in MEASUREMENTS.items():
         if not name.startswith(only):
             continue
@@ -121,9 +126,16 @@ def measure(root: Path, only: tuple[str, ...] = ("",)) -> None:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         started = perf_counter()
-        found = {"name": name, "figures": run(root), "seconds": round(perf_counter() - started)}
+        try:
+            figures = run(root)
+        except OSError as error:  # a part that is not trained yet, or a font that is not installed
+            print(f"{name}: not measured: {error}", flush=True)
+            missing += 1
+            continue
+        found = {"name": name, "figures": figures, "seconds": round(perf_counter() - started)}
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(f"{name}: {found['figures']} ({found['seconds']} s)", flush=True)
+    return missing
 
 
 INTRODUCTION = """# The paper in miniature

@@ -60,6 +60,16 @@ def test_measurements_are_kept_as_they_come(tmp_path, monkeypatch):
     assert list(json.loads((tmp_path / "page.json").read_text())) == ["table 7, stage 1, 200 pairs, seed 0"]
 
 
+def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    def lacking(root):
+        raise FileNotFoundError(f"no model in {root / 'encoder-30k'}")
+
+    monkeypatch.setattr(paper_tables, "MEASUREMENTS", {"first": lacking, "second": lambda root: {"figure": 1}})
+    assert paper_tables.measure(tmp_path) == 1
+    assert "first: not measured: no model in" in capsys.readouterr().out
+    assert paper_tables.gather(tmp_path) == {"second": {"figure": 1}}
+
+
 def test_every_measurement_that_the_page_shows_can_be_made():
     """The page asks by name: a name that no measurement has would be missing for ever."""
     asked = set()
