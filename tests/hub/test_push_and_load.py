@@ -14,6 +14,7 @@ from vlv import hub as vlv_hub
 from vlv.cli.main import main
 from vlv.pipelines import VLVReconstructionPipeline
 
+from ..conftest import GOLDEN
 from .machine import WITHOUT_THE_PACKAGE, Machine
 from .server import Hub, serve
 
@@ -431,3 +432,25 @@ def test_the_embedded_code_equals_its_sources():
     files = list(MINIATURE.rglob("*.py"))
     for path in files:
         assert path.read_bytes() == code_file(path.name).read_bytes(), path
+
+
+def test_strangers_use_both_encoders_of_a_converted_checkpoint(converted, golden, tmp_path):
+    """Captions from stage 2's encoder, pictures from stage 1's, without the package and over HTTP."""
+    script = """
+import json, sys
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+golden = load_file(sys.argv[1])
+model = AutoModelForImageTextToText.from_pretrained("org/vlv", trust_remote_code=True).eval()
+pipeline = DiffusionPipeline.from_pretrained("org/vlv", trust_remote_code=True)
+pixels = golden["pixel_values"]
+ids = model.generate(pixels, max_new_tokens=24, do_sample=False)
+off = (pipeline.encoder(pixel_values=pixels).conditioning - golden["text_encoder"]).abs().max().item()
+print(json.dumps([bool((ids == golden["stage2/generated_beams1_fp32"]).all()), off]))
+"""
+    with serve(Hub()) as endpoint:
+        owner = Machine(tmp_path / "owner", endpoint)
+        assert owner.vlv("push", converted, REPO, "--token", "hf_org").returncode == 0
+        same, off = Machine(tmp_path / "stranger", endpoint).stranger(script, GOLDEN / "golden.safetensors")
+    assert same and off < 1e-4
