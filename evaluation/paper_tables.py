@@ -82,7 +82,8 @@ def table_7(measured: Measured) -> str:
     return _section(
         "Is stage 1 needed? (table 7)",
         "Object and place F1 of captions of unseen combinations. One language model, the same updates; mean of the "
-        "seeds, and their range where there are several.",
+        "seeds, and their range where there are several. Whether more updates would help the encoder that "
+        "learns from the pairs was not tried.",
         ours,
         paper,
     )
@@ -204,7 +205,7 @@ def figure_6(measured: Measured) -> str:
         "pictures. Here the recogniser counts what survives. With tail drop, half of all batches of stage 1 show the "
         "denoiser only the first few embeddings (as ViLex does)."
     )
-    return _section("Composition (figure 6)", about, "\n".join(parts) or _not_yet(), "No figures in the paper.")
+    return _section("Composition (figure 6)", about, "\n".join(parts) or _not_yet(), None)
 
 
 def likeness(measured: Measured) -> str:
