@@ -65,6 +65,8 @@ class Demo:
         self.image_processor = image_processor
         self.pipeline: Any = None
         if (folder / "model_index.json").is_file():
+            if hub.has_two_encoders(folder):  # captions come from one, reconstructions from the other
+                encoder, _ = hub.load_encoder(folder, device=device, dtype=dtype)
             parts = hub.load_decoder_parts(folder, dtype=dtype)
             pipeline = VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **parts)
             self.pipeline = pipeline.to(device)

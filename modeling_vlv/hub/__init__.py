@@ -3,7 +3,7 @@
 from .describe import Description, describe
 from .export import export
 from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
-from .load import load_captioner, load_decoder_parts, load_encoder, load_tokenizer, require, resolve
+from .load import has_two_encoders, load_captioner, load_decoder_parts, load_encoder, load_tokenizer, require, resolve
 from .push import create, push, stage, upload
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "create",
     "describe",
     "export",
+    "has_two_encoders",
     "load_captioner",
     "load_decoder_parts",
     "load_encoder",

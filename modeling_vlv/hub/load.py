@@ -31,6 +31,7 @@ from .layout import (
     INDEX_FILE,
     LANGUAGE_MODEL_FILE,
     PICKLES,
+    is_variant,
     pickles,
 )
 
@@ -206,7 +207,7 @@ def load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """What the first safetensors file of a folder is stored in, by its largest tensor; float32 if there is none."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(p for p in folder.glob("*.safetensors") if not is_variant(p.name)):
         with safe_open(path, "pt") as tensors:
             name = max(tensors.keys(), key=lambda key: prod(tensors.get_slice(key).get_shape()))
             return tensors.get_tensor(name).dtype
