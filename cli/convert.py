@@ -2,8 +2,11 @@
 
 import argparse
 
+from safetensors import SafetensorError
+
 from vlv.convert_vlv_original_to_hf import convert
 
+from .caption import positive
 from .errors import UserError
 
 
@@ -29,7 +32,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--language-model", metavar="DIR", help="the language model's folder, for --stage2")
     parser.add_argument(
         "--image-size",
-        type=int,
+        type=positive,
         metavar="PIXELS",
         help="the --image_size that was trained with (default: 384, or the text-to-image model's own if that is less)",
     )
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             language_model=arguments.language_model,
             image_size=arguments.image_size,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot convert: {error}") from error
     for name, reason in result.dropped.items():
         print(f"left out: {name} ({reason})")

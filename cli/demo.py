@@ -47,11 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _deploy(arguments: argparse.Namespace) -> int:
     if not arguments.model or Path(arguments.model).exists():
         raise UserError("a Space takes its model from the Hub: push it (`vlv push`), then pass --model ORG/NAME")
+    if arguments.push_space and arguments.write_space:
+        raise UserError("give --push-space or --write-space, not both")
     check_repo_id(arguments.model)
     if arguments.write_space:
         try:
             write_space(arguments.write_space, arguments.model)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"--write-space {error}") from error
         print(f"written to {arguments.write_space}; the Space's variable MODEL_ID names the model")
         return 0

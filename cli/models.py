@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from vlv.checkpoints import MINIATURE
 
@@ -66,7 +67,7 @@ def loading(source: str) -> Iterator[None]:
     """Says in one line what is wrong with a model that cannot be loaded."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load {source}: {error}") from error
 
 

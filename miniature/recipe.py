@@ -90,7 +90,7 @@ def _encoder(root: Path) -> None:
 
 
 def _variant(name: str, minutes: int, **settings) -> Part:
-    """A stage 1 that differs from the embedded one in `settings`: what `tables.py` compares."""
+    """A stage 1 that differs from the embedded one in `settings`: what `paper_tables.py` compares."""
 
     def run(root: Path) -> None:
         from .encoder import train_encoder

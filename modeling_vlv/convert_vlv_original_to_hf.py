@@ -12,7 +12,6 @@ Weights stay where they are on disk until they are written, one by one (`torch.l
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,17 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import AutoConfig, CLIPTextConfig, Florence2Config, Florence2Model, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    CLIPTextConfig,
+    Florence2Config,
+    Florence2Model,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from .hub import export, load_decoder_parts, load_tokenizer
+from .hub.folders import new_folder
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVModel
 from .original_checkpoint import read_weights
 from .processing_vlv import VLVImageProcessor, VLVProcessor
@@ -98,16 +105,27 @@ def convert(
         FileNotFoundError: If a file or folder is missing; the message names it.
         ValueError: If a weight is missing, of another shape, or unknown; the message names it and what was expected.
     """
-    root = Path(output)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} is {'not empty' if root.is_dir() else 'a file'}; name a new folder")
-    result = Converted(root)
+    result = Converted(Path(output))
+    with new_folder(output) as folder:
+        result.dropped |= _convert(folder, stage1, stage2, stable_diffusion, florence, language_model, image_size)
+    return result
+
+
+def _convert(
+    output: Path,
+    stage1: str | os.PathLike | None,
+    stage2: str | os.PathLike | None,
+    stable_diffusion: str | os.PathLike | None,
+    florence: str | os.PathLike | None,
+    language_model: str | os.PathLike | None,
+    image_size: int | None,
+) -> dict[str, str]:
+    """`convert` into a folder that is there; returns what was left out, and why."""
     if florence is None:
         raise ValueError("the Florence-2 folder is needed (--florence)")
     florence = _folder(florence, "florence")
     if stage1 is None and stage2 is None:
-        convert_florence(florence, result)
-        return result
+        return convert_florence(florence, output)
     if stable_diffusion is None:
         raise ValueError("the Stable Diffusion folder is needed (--stable-diffusion)")
     stable_diffusion = _folder(stable_diffusion, "stable-diffusion")
@@ -115,8 +133,11 @@ def convert(
         if language_model is None:
             raise ValueError("a stage-2 checkpoint needs the language model's folder (--language-model)")
         words = _folder(language_model, "language-model")
+    for part in ("text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
+        _file(stable_diffusion, part)
     image_size = image_size or _image_size(stable_diffusion)
     image_processor = build_image_processor(florence, image_size)
+    dropped: dict[str, str] = {}
     parts: dict[str, Any] = {"image_processor": image_processor}
     if stage1 is not None:
         weights, name = read_weights(stage1, ("pytorch_model.bin", "checkpoint_*.pt")), str(stage1)
@@ -130,7 +151,7 @@ def convert(
             "scheduler": scheduler,
             "tokenizer": load_tokenizer(stable_diffusion, subfolder="tokenizer"),
         }
-        result.dropped |= _leftovers(weights, name)
+        dropped |= _leftovers(weights, name)
     else:
         parts["decoder"] = load_decoder_parts(stable_diffusion)
         parts["decoder"]["scheduler"] = DDPMScheduler.from_config(parts["decoder"]["scheduler"].config)
@@ -138,33 +159,31 @@ def convert(
         weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)
         config = build_config(weights, "VLV_model.", florence, stable_diffusion, words)
         captioner = _fill(VLVForConditionalGeneration, config, captioner_names, weights, name)
+        if (words / "generation_config.json").is_file():
+            captioner.generation_config = GenerationConfig.from_pretrained(words)
         captioner.generation_config.max_new_tokens = MAX_NEW_TOKENS
-        result.dropped |= _leftovers(weights, name)
+        dropped |= _leftovers(weights, name)
         beside = Path(stage2) if Path(stage2).is_dir() else Path(stage2).parent
         has_tokenizer = (beside / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(beside if has_tokenizer else words)
         parts |= {"captioner": captioner, "processor": VLVProcessor(image_processor, tokenizer)}
-    unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        export(unfinished, **parts)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if root.is_dir():
-        root.rmdir()
-    unfinished.rename(root)
-    return result
+    export(output, **parts)
+    return dropped
 
 
-def convert_florence(florence: Path, result: Converted) -> None:
-    """Writes a Florence-2 of either naming as transformers' own, for `vlv train stage1 --encoder`."""
+def convert_florence(florence: Path, output: Path) -> dict[str, str]:
+    """Writes a Florence-2 of either naming as transformers' own, for `vlv train stage1 --encoder`.
+
+    Returns:
+        What was left out, and why.
+    """
     weights = read_weights(florence, ("model.safetensors", "pytorch_model.bin"))
     config = build_florence_config(florence, {name: tuple(t.shape) for name, t in weights.items()}, "")
     names = _florence_names("")
     model = _fill(Florence2Model, config, names, weights, str(florence))
-    result.dropped |= _leftovers(weights, str(florence))
-    model.save_pretrained(result.folder)
+    dropped = _leftovers(weights, str(florence))
+    model.save_pretrained(output)
+    return dropped
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -412,11 +431,8 @@ def task_prompt_ids(florence: Path, vocab_size: int) -> list[int]:
 
 def build_image_processor(florence: Path, image_size: int) -> VLVImageProcessor:
     """As the authors prepare images: crop to a square of `image_size`, then what Florence-2's preprocessor does."""
-    settings: dict[str, Any] = {}
-    path = florence / "preprocessor_config.json"
-    if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        settings = {key: values[key] for key in ("size", "image_mean", "image_std", "resample") if key in values}
+    values = json.loads(_file(florence, "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings = {key: values[key] for key in ("size", "image_mean", "image_std", "resample") if key in values}
     return VLVImageProcessor(pre_crop_size=image_size, **settings)
 
 

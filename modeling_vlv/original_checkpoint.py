@@ -29,7 +29,10 @@ def read_weights(path: str | os.PathLike, names: tuple[str, ...]) -> dict[str, t
     """
     file = find_checkpoint(Path(path), names)
     if file.name.endswith(".index.json"):
-        parts = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            parts = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no index of weights: {error!r}") from error
         weights: dict[str, torch.Tensor] = {}
         for part in parts:
             if not (file.parent / part).is_file():
@@ -79,15 +82,18 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         content = _load(file)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} holds more than weights, or is damaged, and is not opened, since it could run code: "
-            f"{str(error).splitlines()[0]}. Save the state dict alone with the code that made it"
+            f"{file} is no checkpoint of weights alone: it is damaged, a git-lfs pointer, or holds objects that could "
+            "run code when they are opened, and so it is not. Fetch it again, or save the state dict alone"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} cannot be read, is it whole? {reason}") from error
     for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not isinstance(content, dict):
+    if isinstance(content, dict):
+        content = {str(name): value for name, value in content.items()}
+    else:
         raise ValueError(f"{file} holds a {type(content).__name__}, not a dictionary of weights")
     weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not weights or len(weights) < len(content):

@@ -12,6 +12,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.repocard import metadata_load, metadata_save
 
+from vlv.hub.folders import new_folder
+
 HERE = Path(__file__).parent
 PACKAGES = ("vlv", "vlv.diffusion_decoder", "vlv.hub", "vlv.pipelines")  # what app.py needs
 
@@ -27,9 +29,12 @@ def write_space(folder: str | os.PathLike, model: str) -> Path:
         ValueError: If `folder` is not empty.
     """
     root = Path(folder)
-    if root.is_dir() and any(root.iterdir()):
-        raise ValueError(f"{root} is not empty; name a new folder")
-    root.mkdir(parents=True, exist_ok=True)
+    with new_folder(root) as written:
+        _write(written, model)
+    return root
+
+
+def _write(root: Path, model: str) -> None:
     for name in ("app.py", "README.md", "requirements.txt"):
         shutil.copyfile(HERE / name, root / name)
     shutil.copytree(HERE / "examples", root / "examples")
@@ -41,7 +46,6 @@ def write_space(folder: str | os.PathLike, model: str) -> Path:
         for path in source.iterdir():
             if path.suffix in (".py", ".md"):
                 shutil.copyfile(path, target / path.name)
-    return root
 
 
 def push_space(
@@ -63,12 +67,21 @@ def push_space(
 
     Returns:
         The address of the commit.
+
+    Raises:
+        ValueError: If it is to be private, and there is a public Space of this name.
     """
     api = HfApi(token=token)
     api.create_repo(space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    if private and not api.repo_info(space, repo_type="space").private:
+        raise ValueError(
+            f"{space} exists and is public; nothing was uploaded. Make it private first, or push elsewhere"
+        )
     api.add_space_variable(space, "MODEL_ID", model)
     if revision is not None:
         api.add_space_variable(space, "MODEL_REVISION", revision)
+    elif "MODEL_REVISION" in api.get_space_variables(space):  # of another model, or of an earlier push
+        api.delete_space_variable(space, "MODEL_REVISION")
     with tempfile.TemporaryDirectory(prefix="vlv-space-") as folder:
         write_space(folder, model)
         commit = api.upload_folder(

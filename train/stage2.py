@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _facts(config: Stage2Config) -> dict[str, Any]:
-    return {"pairs": config.pairs, "language_model": config.language_model}
+    started_anew = VLVConfig.from_pretrained(config.model).decoder_config is None  # else it was not read
+    return {"pairs": config.pairs, **({"language_model": config.language_model} if started_anew else {})}
 
 
 if __name__ == "__main__":

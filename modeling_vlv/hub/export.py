@@ -163,6 +163,8 @@ def _forget_origin(path: Path) -> None:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a captioner's weight is its encoder's, which may be stored more precisely."""
+    other = other.to(one.dtype)
     return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape) or torch.equal(one, other)
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..modeling_vlv import VLVConfig
 from .card import change_card, is_as_pushed, stamp, write_card
 from .export import export
+from .folders import new_folder
 from .layout import CARD, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
 from .load import has_two_encoders, load_captioner, load_decoder_parts, load_encoder, require, resolve, stored_dtype
 
@@ -145,28 +146,38 @@ def stage(
     here, there = root.resolve(), Path(folder).resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(f"{folder} is, holds, or lies in the model that would be read; write to another folder")
-    if Path(folder).is_dir() and any(Path(folder).iterdir()):
-        raise ValueError(f"{folder} is not empty; old files in it could be taken for parts of this model")
+    with new_folder(folder) as written:
+        _stage(root, written, decoder, token, dtype, half_variant, repo, card)
+    return Path(folder)
+
+
+def _stage(
+    root: Path,
+    folder: Path,
+    decoder: str | os.PathLike | None,
+    token: str | None,
+    dtype: torch.dtype | None,
+    half_variant: bool,
+    repo: str,
+    card: dict[str, Any],
+) -> None:
     if decoder is None and (root / "model_index.json").is_file():
         decoder = root
-    own = dtype or stored_dtype(root / "encoder" if (root / ENCODER_FILE).is_file() else root)
+    apart = (root / ENCODER_FILE).is_file()  # else a trainer's output
+    own = dtype or stored_dtype(root / "encoder" if apart else root)
     parts = load_decoder_parts(decoder, token=token, dtype=dtype) if decoder is not None else None
     if VLVConfig.from_pretrained(root).decoder_config is not None:
-        model, processor = load_captioner(root, dtype=own)
-        first = load_encoder(root, dtype=own)[0] if has_two_encoders(root) else None
-        written = export(
-            folder, encoder=first, captioner=model, processor=processor, decoder=parts, half_variant=half_variant
-        )
+        words = dtype or stored_dtype(root)
+        model, processor = load_captioner(root, dtype=words)
+        first = load_encoder(root, dtype=own)[0] if apart and (own != words or has_two_encoders(root)) else None
+        export(folder, encoder=first, captioner=model, processor=processor, decoder=parts, half_variant=half_variant)
     else:
         encoder, image_processor = load_encoder(root, dtype=own)
-        written = export(
-            folder, encoder=encoder, image_processor=image_processor, decoder=parts, half_variant=half_variant
-        )
+        export(folder, encoder=encoder, image_processor=image_processor, decoder=parts, half_variant=half_variant)
     if (root / TRAINING_FILE).is_file():
-        shutil.copyfile(root / TRAINING_FILE, written / TRAINING_FILE)
+        shutil.copyfile(root / TRAINING_FILE, folder / TRAINING_FILE)
     if (root / CARD).is_file():
         text = (root / CARD).read_text(encoding="utf-8")
-        (written / CARD).write_text(change_card(text, repo.split("/")[-1], **card) if card else text, encoding="utf-8")
+        (folder / CARD).write_text(change_card(text, repo.split("/")[-1], **card) if card else text, encoding="utf-8")
     else:
-        write_card(written, repo, **card)
-    return written
+        write_card(folder, repo, **card)

@@ -138,8 +138,12 @@ class Hub:
         return JSONResponse({"url": url, "name": name, "id": name})
 
     async def variable(self, request: Request) -> Response:
-        repo, body = self.repo(request, write=True), await request.json()
-        repo.variables[body["key"]] = body["value"]
+        repo = self.repo(request, write=request.method != "GET")
+        if request.method == "POST":
+            body = await request.json()
+            repo.variables[body["key"]] = body["value"]
+        elif request.method == "DELETE":
+            del repo.variables[(await request.json())["key"]]
         return JSONResponse({key: {"key": key, "value": value} for key, value in repo.variables.items()})
 
     async def delete(self, request: Request) -> Response:
@@ -352,13 +356,13 @@ class Hub:
             *(
                 Route(f"/api/spaces/{repo}{path}", endpoint, methods=["GET" if path.startswith("/tree") else "POST"])
                 for path, endpoint in (
-                    ("/variables", self.variable),
                     ("/tree/{revision}", self.tree),
                     ("/preupload/{revision}", self.preupload),
                     ("/commit/{revision}", self.commit),
                 )
             ),
             Route(f"/api/spaces/{repo}", self.info),
+            Route(f"/api/spaces/{repo}/variables", self.variable, methods=["GET", "POST", "DELETE"]),
             Route("/spaces/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
             Route("/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
             Route("/lfs/verify", self.lfs_verify, methods=["POST"]),
