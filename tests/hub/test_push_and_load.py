@@ -323,6 +323,15 @@ def test_stage_2_of_a_repository_knows_what_its_stage_1_was(
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads((run / vlv_hub.TRAINING_FILE).read_text())
     assert facts["stage1"] == {"images": "org/pictures"} and facts["stage2"]["steps"] == 1
+    assert facts["stage2"]["language_model"] == str(language_model)
+    more = tmp_path / "more.yaml"
+    settings = {**settings, "model": run, "output_dir": tmp_path / "run-2"}
+    settings.pop("language_model")
+    more.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    done = machine.vlv("train", "stage2", more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((tmp_path / "run-2" / vlv_hub.TRAINING_FILE).read_text())
+    assert "language_model" not in facts["stage2"]  # it was not read: the captioner brought its own
 
 
 def test_the_snippets_of_the_card_run(pushed, pictures, tmp_path):
@@ -404,6 +413,9 @@ def test_what_was_loaded_is_exported_again_without_loss(model, tmp_path):
         before, after = load_file(path), load_file(again / path.relative_to(model))
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), path
     assert {p.relative_to(model) for p in model.rglob("*.py")} == {p.relative_to(again) for p in again.rglob("*.py")}
+    both = vlv_hub.stage(vlv_hub.stage(model, tmp_path / "v", half_variant=True), tmp_path / "vv")
+    for path in both.rglob("*.safetensors"):  # what is stored in full is not taken for its half-precision variant
+        assert all(t.dtype != torch.float16 for t in load_file(path).values()), path
     half = vlv_hub.stage(model, tmp_path / "half", dtype=torch.float16)
     third = vlv_hub.stage(half, tmp_path / "third")
     for path in half.rglob("*.safetensors"):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Florence2Model, Qwen2Config
@@ -308,8 +309,58 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     assert "stage 1 checkpoint" in run("--stage1", GOLDEN / "stage2" / "model.pt", *sd, *florence, *output)
     wrong = ("--language-model", FOLDERS["florence"])  # its configuration names code of its own, which is not run
     assert "Florence2" in run("--stage2", GOLDEN / "stage2", *wrong, *stage1_too)
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert not list(tmp_path.glob(".vlv*"))
     assert not (tmp_path / "vlv").exists()
+
+
+def test_pictures_are_as_large_as_what_the_encoder_was_shown(tmp_path):
+    result = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", image_size=32, **FOLDERS)
+    few = ["--num-inference-steps", "1", "--output-dir", str(tmp_path / "pictures")]
+    assert main(["reconstruct", str(GOLDEN / "images" / "img0.png"), "--model", str(result.folder), *few]) == 0
+    drawn = list((tmp_path / "pictures").rglob("*.png"))
+    assert drawn and all(Image.open(path).height == 32 for path in drawn)
+
+
+def test_bf16_beside_float32_shares_what_did_not_learn(weights2, golden, tmp_path):
+    """The authors' scripts save stage 1 in float32 and stage 2 in bfloat16."""
+    torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
+    mixed = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", stage2=tmp_path / "model.pt", **FOLDERS).folder
+    for folder in (mixed, hub.stage(mixed, tmp_path / "again")):
+        with safe_open(folder / "language_model.safetensors", "pt") as words:
+            own = [name for name in words.keys() if name.startswith("model.")]  # noqa: SIM118
+            assert own and all(name.startswith("model.encoder.language_model.") for name in own)
+            assert {words.get_tensor(name).dtype for name in words.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert torch.allclose(conditioning(folder, golden), golden["text_encoder"], atol=1e-4)
+
+
+@pytest.mark.parametrize("missing", ["text_encoder/config.json", "scheduler/scheduler_config.json"])
+def test_configurations_are_not_made_up(missing, tmp_path):
+    sd = shutil.copytree(FOLDERS["stable_diffusion"], tmp_path / "sd")
+    (sd / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", **FOLDERS | {"stable_diffusion": sd})
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>"])
+def test_what_is_no_checkpoint_is_named_without_dangerous_advice(content, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin") as refused:
+        convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
+    assert "weights_only" not in str(refused.value)
+
+
+def test_no_folder_beside_the_output_is_touched(tmp_path, monkeypatch):
+    (tmp_path / "vlv.unfinished").mkdir()
+    (tmp_path / "vlv.unfinished" / "thesis.txt").write_text("words")
+    (tmp_path / "vlv").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "vlv")
+    convert(tmp_path / "link", stage1=GOLDEN / "stage1", **FOLDERS)
+    assert (tmp_path / "vlv" / "encoder" / "model.safetensors").is_file()
+    assert (tmp_path / "vlv.unfinished" / "thesis.txt").read_text() == "words"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert(".", stage1=GOLDEN / "stage1", **FOLDERS)
+    assert (tmp_path / "here" / "model_index.json").is_file()
 
 
 def test_the_command_then_caption_and_reconstruct(stable_diffusion_with_weights, tmp_path, capsys):

@@ -113,6 +113,15 @@ def test_a_captioner_without_a_decoder_has_the_caption_tab_alone(tmp_path):
     assert list(demo.caption(EXAMPLES[0], 40, "greedy", 1.0, 2))[-1]
 
 
+def test_of_two_encoders_the_page_draws_from_stage_1_s(converted, golden):
+    demo = Demo(str(converted))
+    with torch.no_grad():
+        drawn_from = demo.pipeline.encoder(pixel_values=golden["pixel_values"]).conditioning
+        told_from = demo.captioner.model(pixel_values=golden["pixel_values"]).conditioning
+    assert torch.allclose(drawn_from, golden["text_encoder"], atol=1e-4)
+    assert torch.allclose(told_from, golden["stage2/text_encoder"], atol=1e-4)
+
+
 def test_an_encoder_alone_is_no_demo(tmp_path):
     encoder, image_processor = hub.load_encoder(MINIATURE)
     folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor)

@@ -73,6 +73,10 @@ def test_push_a_space(monkeypatch, capsys):
         space.commit("main", "older", {**space.at("main").files, "vlv/gone.py": b"", "LICENSE": b""})
         assert main([*push, "hf_org", *model]) == 0
         assert set(space.at("main").files) == {*files, "LICENSE"}
+        assert main([*push, "hf_org", "--model", "org/other"]) == 0
+        assert space.variables == {"MODEL_ID": "org/other"}  # the revision was of the model before
+        assert main([*push, "hf_org", "--model", "org/other", "--private"]) == 2
+        assert "exists and is public" in capsys.readouterr().err
         for token, reason in (("hf_stranger", "may not write to org/page"), ("wrong", "wants a token")):
             assert main([*push, token, *model]) == 2
             assert reason in capsys.readouterr().err
