@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
         )
     if arguments.embeddings:
-        images = load_embeddings(arguments.embeddings, model.config.text_encoder_config.hidden_size)
+        images = load_embeddings(arguments.embeddings, model.config.text_encoder_config.hidden_size, "caption")
     todo = [image for image in images if image.name not in finished]
     settings: dict[str, Any] = {
         "max_new_tokens": arguments.max_new_tokens,

@@ -1,6 +1,7 @@
 """`vlv convert`: checkpoints of the authors' code."""
 
 import argparse
+import shlex
 
 from safetensors import SafetensorError
 
@@ -56,10 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name, reason in result.dropped.items():
         print(f"left out: {name} ({reason})")
     print(f"converted: {result.folder}")
+    folder = shlex.quote(str(result.folder))
     if arguments.stage2:
-        print(f"next: vlv caption IMAGES --as-original --model {result.folder}")
+        print(f"next: vlv caption IMAGES --as-original --model {folder}")
     if arguments.stage1 or arguments.stage2:
-        print(f"next: vlv reconstruct IMAGES --model {result.folder}")
+        print(f"next: vlv reconstruct IMAGES --model {folder}")
     else:
-        print(f"next: vlv train stage1 CONFIG.yaml --encoder {result.folder}")
+        print(f"next: vlv train stage1 CONFIG.yaml --encoder {folder}")
     return 0

@@ -55,7 +55,10 @@ def _deploy(arguments: argparse.Namespace) -> int:
             write_space(arguments.write_space, arguments.model)
         except (OSError, ValueError) as error:
             raise UserError(f"--write-space {error}") from error
-        print(f"written to {arguments.write_space}; the Space's variable MODEL_ID names the model")
+        variables = f"MODEL_ID={arguments.model}"
+        if arguments.revision:
+            variables += f" and MODEL_REVISION={arguments.revision}"
+        print(f"written to {arguments.write_space}; set the Space's variables {variables}")
         return 0
     check_repo_id(arguments.push_space)
     with talking_to_the_hub(arguments.push_space):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from vlv import hub
 
 from .caption import batches, positive
+from .errors import UserError
 from .inputs import collect_images
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
 from .output import Tally, write_atomically
@@ -24,6 +25,13 @@ def add_parser(commands) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image files and folders")
     parser.add_argument("--output", default="z.safetensors", help="the safetensors file (default: z.safetensors)")
     parser.add_argument("--batch-size", type=positive, default=8, help="images at once (default: 8)")
+    parser.add_argument(
+        "--for",
+        dest="use",
+        choices=("caption", "reconstruct"),
+        help="what the embeddings are for; needed with a model of two encoders, such as `vlv convert` makes of both "
+        "stages of the authors' code",
+    )
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -34,14 +42,25 @@ def run(arguments: argparse.Namespace) -> int:
     source = choose_model(arguments)
     with loading(source):
         model, image_processor = hub.load_encoder(
-            source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
+            source,
+            revision=arguments.revision,
+            dtype=precision(arguments),
+            device=choose_device(arguments),
+            for_captions=arguments.use == "caption",
         )
+        two = hub.has_two_encoders(hub.resolve(source, revision=arguments.revision, allow_patterns=hub.ENCODER_FILES))
+    if two and arguments.use is None:
+        raise UserError(
+            f"{source} has two encoders, one for captions and one for reconstructions, and neither reads the other's "
+            "embeddings: pass --for caption or --for reconstruct"
+        )
+    metadata = {"model": source} | ({"for": arguments.use} if two else {})
     tally = Tally()
     embeddings: dict[str, torch.Tensor] = {}
     written, next_write = 0, 0.0
 
     def write() -> None:
-        write_atomically(output, lambda path: save_file(embeddings, path, metadata={"model": source}))
+        write_atomically(output, lambda path: save_file(embeddings, path, metadata=metadata))
 
     try:
         for names, batch in batches(images, image_processor, arguments.batch_size, tally):

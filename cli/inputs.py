@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from vlv.train.data import find_images
@@ -52,16 +52,26 @@ def collect_images(paths: list[str]) -> list[Input]:
         named = dict.fromkeys((path.as_posix() if name in clashing else name, path) for name, path in named)
 
 
-def load_embeddings(file: str | os.PathLike, width: int) -> list[Input]:
+def load_embeddings(file: str | os.PathLike, width: int, use: str) -> list[Input]:
     """Caption embeddings as `vlv encode` writes them: one tensor `(Q, d_text)` for each image.
+
+    Args:
+        use: `"caption"` or `"reconstruct"`: what they are read for.
 
     Raises:
         UserError: If the file is no such file, or its embeddings are of another model.
     """
     try:
         tensors = load_file(file)
+        with safe_open(file, "pt") as content:
+            written_for = (content.metadata() or {}).get("for", use)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read as safetensors (`vlv encode` writes such files): {error}") from error
+    if written_for != use:
+        raise UserError(
+            f"{file} was written for `vlv {written_for}`, by the one of the model's two encoders whose embeddings "
+            f"`vlv {use}` cannot read; write it again with `vlv encode --for {use}`"
+        )
     for name, tensor in tensors.items():
         if tensor.ndim != 2 or tensor.shape[1] != width:
             raise UserError(

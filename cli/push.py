@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     place = {"revision": arguments.revision, "token": arguments.token}
     with loading(arguments.source):
-        hub.require(hub.resolve(arguments.source, token=arguments.token), "config.json")
+        hub.read_config(hub.resolve(arguments.source, token=arguments.token))
     with talking_to_the_hub(arguments.repo):
         hub.create(arguments.repo, private=arguments.private, **place)
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:

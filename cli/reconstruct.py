@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
     if arguments.embeddings:
-        images = load_embeddings(arguments.embeddings, pipeline.encoder.config.text_encoder_config.hidden_size)
+        width = pipeline.encoder.config.text_encoder_config.hidden_size
+        images = load_embeddings(arguments.embeddings, width, "reconstruct")
     size = arguments.image_size or pipeline._default_size()
     if size % pipeline.vae_scale_factor:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")

@@ -9,7 +9,6 @@ shape is an error.
 Weights stay where they are on disk until they are written, one by one (`torch.load(mmap=True)`).
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     CLIPTextConfig,
     Florence2Config,
     Florence2Model,
@@ -29,8 +29,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .files import read_json
 from .hub import export, load_decoder_parts, load_tokenizer
-from .hub.folders import new_folder
+from .hub.folders import make_readable, new_folder
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVModel
 from .original_checkpoint import read_weights
 from .processing_vlv import VLVImageProcessor, VLVProcessor
@@ -133,9 +134,10 @@ def _convert(
         if language_model is None:
             raise ValueError("a stage-2 checkpoint needs the language model's folder (--language-model)")
         words = _folder(language_model, "language-model")
-    for part in ("text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"):
-        _file(stable_diffusion, part)
-    image_size = image_size or _image_size(stable_diffusion)
+    read_json(stable_diffusion / "text_encoder" / "config.json", "hidden_size")
+    read_json(stable_diffusion / "scheduler" / "scheduler_config.json", "beta_schedule")
+    read_json(stable_diffusion / "tokenizer" / "tokenizer_config.json")
+    image_size = _image_size(stable_diffusion, image_size)
     image_processor = build_image_processor(florence, image_size)
     dropped: dict[str, str] = {}
     parts: dict[str, Any] = {"image_processor": image_processor}
@@ -149,7 +151,7 @@ def _convert(
             "unet": _fill(unet, None, lambda key: ["unet." + key], weights, name),
             "vae": _fill(vae, None, lambda key: ["vae." + key], weights, name),
             "scheduler": scheduler,
-            "tokenizer": load_tokenizer(stable_diffusion, subfolder="tokenizer"),
+            "tokenizer": load_tokenizer(stable_diffusion / "tokenizer"),
         }
         dropped |= _leftovers(weights, name)
     else:
@@ -160,6 +162,7 @@ def _convert(
         config = build_config(weights, "VLV_model.", florence, stable_diffusion, words)
         captioner = _fill(VLVForConditionalGeneration, config, captioner_names, weights, name)
         if (words / "generation_config.json").is_file():
+            read_json(words / "generation_config.json")
             captioner.generation_config = GenerationConfig.from_pretrained(words)
         captioner.generation_config.max_new_tokens = MAX_NEW_TOKENS
         dropped |= _leftovers(weights, name)
@@ -183,6 +186,7 @@ def convert_florence(florence: Path, output: Path) -> dict[str, str]:
     model = _fill(Florence2Model, config, names, weights, str(florence))
     dropped = _leftovers(weights, str(florence))
     model.save_pretrained(output)
+    make_readable(output)
     return dropped
 
 
@@ -318,16 +322,25 @@ def build_config(
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     queries = shapes.get(prefix + "query_embed")
     if queries is None:
-        kind = "stage 2" if prefix else "stage 1"
+        kind, other, option = ("stage 2", "", "--stage1") if prefix else ("stage 1", "VLV_model.", "--stage2")
+        hint = f"; it looks like the other stage's, pass it as {option}" if other + "query_embed" in shapes else ""
         raise ValueError(
             f"there is no {prefix}query_embed among its weights ({', '.join(list(shapes)[:3])}, ...): this is no "
-            f"{kind} checkpoint of the authors' code"
+            f"{kind} checkpoint of the authors' code{hint}"
         )
+    if len(queries) != 3:
+        raise ValueError(f"{prefix}query_embed has the shape {queries}, expected (1, queries, width)")
     encoder_config = build_florence_config(florence, shapes, prefix + "model.")
     text_encoder_config = CLIPTextConfig.from_pretrained(stable_diffusion, subfolder="text_encoder")
     decoder_config = None
     if language_model is not None:
+        read_json(language_model / "config.json", "model_type")
         decoder_config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
+        if type(decoder_config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(
+                f"{language_model} holds a model of type {decoder_config.model_type!r}, no causal language model such "
+                "as Qwen2"
+            )
         if words := shapes.get("qwen2_model.model.embed_tokens.weight"):
             decoder_config.vocab_size = words[0]
     return VLVConfig(
@@ -346,7 +359,7 @@ def build_florence_config(folder: Path, shapes: dict[str, tuple[int, ...]], pref
         shapes: Of the weights, by name.
         prefix: Of Florence-2's names among them.
     """
-    values = json.loads(_file(folder, "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / "config.json", "vision_config", "text_config")
     vision, text = dict(values.get("vision_config") or {}), dict(values.get("text_config") or {})
     if "dim_embed" in vision:
         _check_vision(vision, folder)
@@ -423,7 +436,10 @@ def task_prompt_ids(florence: Path, vocab_size: int) -> list[int]:
         FileNotFoundError: If there is no tokenizer, and it is not Florence-2's own vocabulary, whose ids are known.
     """
     if (florence / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=str(florence / "tokenizer.json"))(TASK_PROMPT).input_ids
+        try:
+            return PreTrainedTokenizerFast(tokenizer_file=str(florence / "tokenizer.json"))(TASK_PROMPT).input_ids
+        except Exception as error:  # the tokenizers library raises nothing more exact
+            raise ValueError(f"{florence / 'tokenizer.json'} cannot be read; is it whole? {error}") from error
     if vocab_size >= 51289:  # Florence-2's own, base and large
         return FLORENCE_TASK_PROMPT_IDS
     return load_tokenizer(florence)(TASK_PROMPT).input_ids
@@ -431,17 +447,21 @@ def task_prompt_ids(florence: Path, vocab_size: int) -> list[int]:
 
 def build_image_processor(florence: Path, image_size: int) -> VLVImageProcessor:
     """As the authors prepare images: crop to a square of `image_size`, then what Florence-2's preprocessor does."""
-    values = json.loads(_file(florence, "preprocessor_config.json").read_text(encoding="utf-8"))
+    values = read_json(florence / "preprocessor_config.json", "size", "image_mean", "image_std")
     settings = {key: values[key] for key in ("size", "image_mean", "image_std", "resample") if key in values}
     return VLVImageProcessor(pre_crop_size=image_size, **settings)
 
 
-def _image_size(stable_diffusion: Path) -> int:
-    unet = json.loads(_file(stable_diffusion / "unet", "config.json").read_text(encoding="utf-8"))
-    vae = json.loads(_file(stable_diffusion / "vae", "config.json").read_text(encoding="utf-8"))
+def _image_size(stable_diffusion: Path, asked: int | None) -> int:
+    unet = read_json(stable_diffusion / "unet" / "config.json")
+    vae = read_json(stable_diffusion / "vae" / "config.json", "block_out_channels")
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels of a latent's side
+    if asked is not None:
+        if asked % scale:
+            raise ValueError(f"the image size (--image-size) is {asked}, which is not divisible by {scale}")
+        return asked
     size = unet.get("sample_size") or 64
-    native = (size if isinstance(size, int) else size[0]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    return min(IMAGE_SIZE, native)
+    return min(IMAGE_SIZE, (size if isinstance(size, int) else size[0]) * scale)
 
 
 def _folder(path: str | os.PathLike, option: str) -> Path:
@@ -449,9 +469,3 @@ def _folder(path: str | os.PathLike, option: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"--{option} {folder}: there is no such folder")
     return folder
-
-
-def _file(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"there is no {name} in {folder}")
-    return folder / name

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from vlv.files import read_json
 from vlv.hub import TRAINING_FILE, resolve
 
 
@@ -23,7 +24,7 @@ def write_training_facts(trainer: Trainer, stage: str, start: str | None, **fact
     known: dict[str, Any] = {}
     before = resolve(start, allow_patterns=[TRAINING_FILE]) / TRAINING_FILE if start is not None else None
     if before is not None and before.is_file():
-        known = json.loads(before.read_text(encoding="utf-8"))
+        known = read_json(before)
     known[stage] = {
         **facts,
         "steps": state.global_step,

@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
 from .base import DiffusionDecoder
+from .parts import load_part
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
@@ -75,10 +76,10 @@ class StableDiffusionDecoder(DiffusionDecoder):
         loss: str = "mse",
     ) -> "StableDiffusionDecoder":
         """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
-        shared = {"revision": revision, "use_safetensors": True, "variant": variant}
+        shared = {"revision": revision, "variant": variant}
         return cls(
-            AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32, **shared),
-            UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=dtype, **shared),
+            load_part(AutoencoderKL, model, "vae", torch_dtype=torch.float32, **shared),
+            load_part(UNet2DConditionModel, model, "unet", torch_dtype=dtype, **shared),
             DDPMScheduler.load_config(model, subfolder="scheduler", revision=revision),
             timestep_sampling,
             min_timestep,

@@ -3,7 +3,16 @@
 from .describe import Description, describe
 from .export import export
 from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
-from .load import has_two_encoders, load_captioner, load_decoder_parts, load_encoder, load_tokenizer, require, resolve
+from .load import (
+    has_two_encoders,
+    load_captioner,
+    load_decoder_parts,
+    load_encoder,
+    load_tokenizer,
+    read_config,
+    require,
+    resolve,
+)
 from .push import create, push, stage, upload
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "load_encoder",
     "load_tokenizer",
     "push",
+    "read_config",
     "require",
     "resolve",
     "stage",

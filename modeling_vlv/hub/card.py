@@ -1,7 +1,6 @@
 """The model card, out of what the checkpoint says of itself."""
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from math import prod
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
+from ..files import read_header, read_json
 from .layout import CARD, TRAINING_FILE, is_variant
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -25,7 +24,6 @@ LICENCES = {  # of well-known parts, by their Hub pages
     "Qwen/Qwen2.5-1.5B": "apache-2.0",
     "Qwen/Qwen2.5-3B": "qwen-research",
 }
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 SECTION = re.compile(r"^## Figures\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 STAMP = re.compile(r"\n*<!-- pushed as ([0-9a-f]{16}) -->\n*\Z")
 PARTS = {
@@ -51,10 +49,8 @@ def write_card(
         results_command: The command that printed them.
         license: An identifier of the Hub's, if the parts' own do not settle it.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    training: dict[str, Any] = {}
-    if (folder / TRAINING_FILE).is_file():
-        training = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
+    training = read_training(folder)
     bases = _names(training, ("encoder", "decoder", "language_model"))
     captions, reconstructs = (folder / "processor_config.json").is_file(), (folder / "model_index.json").is_file()
     data = ModelCardData(
@@ -83,6 +79,13 @@ def write_card(
         licences=[f"{name}: {LICENCES.get(name, 'see its page')}." for name in bases],
     )
     (folder / CARD).write_text(str(card), encoding="utf-8")
+
+
+def read_training(folder: Path) -> dict[str, dict[str, Any]]:
+    """How a model came about, by stage, as far as `training.json` says."""
+    if not (folder / TRAINING_FILE).is_file():
+        return {}
+    return {stage: facts for stage, facts in read_json(folder / TRAINING_FILE).items() if isinstance(facts, dict)}
 
 
 def change_card(
@@ -175,14 +178,11 @@ def _parts(folder: Path) -> list[dict[str, Any]]:
             continue
         part = found.setdefault(name, {"name": name, "parameters": 0, "megabytes": 0.0, "dtypes": defaultdict(int)})
         part["megabytes"] += path.stat().st_size / 1e6
-        with safe_open(path, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                tensor = tensors.get_slice(key)
-                part["parameters"] += prod(tensor.get_shape())
-                part["dtypes"][tensor.get_dtype()] += 1
+        for shape, dtype in read_header(path).values():
+            part["parameters"] += prod(shape)
+            part["dtypes"][dtype] += 1
     for part in found.values():
-        dtype = max(part["dtypes"], key=part["dtypes"].__getitem__)
-        part["dtype"] = DTYPES.get(dtype, dtype)
+        part["dtype"] = max(part["dtypes"], key=part["dtypes"].__getitem__)
     return list(found.values())
 
 

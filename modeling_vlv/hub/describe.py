@@ -1,20 +1,20 @@
 """What a checkpoint holds, from its configurations and the headers of its files: no weight is read or downloaded."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+import yaml
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors import safe_open
 
+from ..files import DTYPES, Header, read_header, read_json
 from ..original_checkpoint import find_checkpoint, read_weights
-from .card import DTYPES, LICENCES
-from .layout import CARD, LANGUAGE_MODEL_FILE, TRAINING_FILE, is_variant
-from .load import resolve
+from .card import LICENCES, read_training
+from .layout import CARD, INDEX_FILE, LANGUAGE_MODEL_FILE, TRAINER_FOLDERS, is_variant
+from .load import HTTP_ERROR, read_config, resolve
 
 FACTS = ["*.json", "*/*.json", CARD]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -90,29 +90,41 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         return _describe_original(path)
     if path.is_dir():
-        files = {p.relative_to(path).as_posix(): p.stat().st_size for p in sorted(path.rglob("*")) if p.is_file()}
-        tensors = {name: _local_header(path / name) for name in files if name.endswith(".safetensors")}
-        folder = path
-    else:
-        folder = resolve(source, revision=revision, token=token, allow_patterns=FACTS)
-        api = HfApi(token=token)
-        try:
-            entries = api.list_repo_tree(os.fspath(source), revision=revision, recursive=True)
-            files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
-        except RepositoryNotFoundError as error:
-            raise FileNotFoundError(f"there is no folder or repository {source}: {error}") from error
-        tensors = {
-            name: _remote_header(api, os.fspath(source), name, revision)
-            for name in files
-            if name.endswith(".safetensors")
-        }
+        return _describe_folder(os.fspath(source), path)
+    folder = resolve(source, revision=revision, token=token, allow_patterns=FACTS)
+    api = HfApi(token=token)
+    try:
+        if constants.is_offline_mode():
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        entries = api.list_repo_tree(os.fspath(source), revision=revision, recursive=True)
+        files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        weights = [name for name in files if name.endswith(".safetensors")]
+        tensors = {name: _remote_header(api, os.fspath(source), name, revision) for name in weights}
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"there is no folder or repository {source}: {error}") from error
+    except (HTTP_ERROR, ConnectionError) as error:
+        found = _describe_folder(os.fspath(source), folder)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        found.facts["only what is in the cache"] = f"the Hub cannot be asked ({reason})"
+        return found
     return _describe_vlv(os.fspath(source), folder, files, tensors)
 
 
-def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dict[str, dict]) -> Description:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "vlv":
-        raise ValueError(f"{source} holds a model of type {config.get('model_type')!r}, not a VLV")
+def _describe_folder(source: str, folder: Path) -> Description:
+    everything = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in everything}
+    training = [name for name in names if name.startswith(TRAINER_FOLDERS)]
+    files = {name: size for name, size in names.items() if name not in training and not name.startswith(".")}
+    tensors = {name: read_header(folder / name) for name in files if name.endswith(".safetensors")}
+    found = _describe_vlv(source, folder, files, tensors)
+    if training:
+        folders = sorted({name.partition("/")[0] for name in training})
+        found.facts["training goes on from"] = f"{', '.join(folders)} ({sum(names[n] for n in training):,} bytes)"
+    return found
+
+
+def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dict[str, Header]) -> Description:
+    config = read_config(folder)
     captions = config.get("decoder_config") is not None
     index = folder / "model_index.json"
     found = Description(
@@ -124,7 +136,7 @@ def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dic
         files=files,
     )
     found.facts = {
-        "caption embeddings": f"{config['num_queries']} x {config['text_encoder_config']['hidden_size']}",
+        "caption embeddings": f"{config.get('num_queries', 77)} x {config['text_encoder_config'].get('hidden_size')}",
         "language model": (config.get("decoder_config") or {}).get("model_type"),
     }
     parts: dict[str, Part] = {}
@@ -135,17 +147,27 @@ def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dic
             label = _part(file, name, captions)
             parts.setdefault(label, Part(label)).add(shape, dtype)
     found.parts = list(parts.values())
-    if (folder / CARD).is_file():
-        licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict().get("license")
-        if licence:
-            found.licences["this model"] = str(licence)
-    if (folder / TRAINING_FILE).is_file():
-        training = json.loads((folder / TRAINING_FILE).read_text(encoding="utf-8"))
-        for stage in training.values():
-            for key in ("encoder", "decoder", "language_model"):
-                if stage.get(key) in LICENCES:
-                    found.licences[stage[key]] = LICENCES[stage[key]]
+    if (folder / INDEX_FILE).is_file():
+        named = set(read_json(folder / INDEX_FILE, "weight_map")["weight_map"].values())
+        if lacking := sorted(named - files.keys()):
+            found.facts["missing"] = ", ".join(lacking)
+    if licence := _licence(folder / CARD):
+        found.licences["this model"] = licence
+    for stage in read_training(folder).values():
+        for key in ("encoder", "decoder", "language_model"):
+            if stage.get(key) in LICENCES:
+                found.licences[stage[key]] = LICENCES[stage[key]]
     return found
+
+
+def _licence(card: Path) -> str | None:
+    """What a model card says at its head, if there is one and it can be read."""
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (ValueError, yaml.YAMLError):
+        return "unknown: the head of README.md is no YAML"
 
 
 def _part(file: str, name: str, captions: bool) -> str:
@@ -164,24 +186,15 @@ def _part(file: str, name: str, captions: bool) -> str:
 
 
 def _family(folder: Path) -> str:
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json", "unet", "scheduler")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     predicts = "epsilon"
     if scheduler.is_file():
-        predicts = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+        predicts = read_json(scheduler).get("prediction_type", "epsilon")
     return f"Stable Diffusion ({index['unet'][1]}, {index['scheduler'][1]}, predicts {predicts})"
 
 
-def _local_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    with safe_open(path, "pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-        return {
-            name: (tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
-            for name, part in slices.items()
-        }
-
-
-def _remote_header(api: HfApi, repo: str, name: str, revision: str | None) -> dict[str, tuple[tuple[int, ...], str]]:
+def _remote_header(api: HfApi, repo: str, name: str, revision: str | None) -> Header:
     header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
     return {key: (tuple(t.shape), DTYPES.get(t.dtype, t.dtype)) for key, t in header.tensors.items()}
 
@@ -190,10 +203,11 @@ def _describe_original(path: Path) -> Description:
     file = find_checkpoint(path, ORIGINAL)
     weights = read_weights(file, ORIGINAL)
     captions = any(name.startswith("qwen2_model.") for name in weights)
-    if not captions and not any(name.endswith("query_embed") for name in weights):
+    queries = next((tensor for name, tensor in weights.items() if name.endswith("query_embed")), None)
+    if queries is None or queries.ndim != 3:
         raise ValueError(
-            f"{file} is neither a VLV nor a checkpoint of the authors' code; its weights begin with "
-            f"{', '.join(list(weights)[:3])}"
+            f"{file} is neither a VLV nor a checkpoint of the authors' code; it has no query_embed of "
+            f"shape (1, queries, width); its weights begin with {', '.join(list(weights)[:3])}"
         )
     found = Description(str(path), "the authors' " + ("stage 2: captions" if captions else "stage 1: reconstructions"))
     parts: dict[str, Part] = {}
@@ -206,7 +220,6 @@ def _describe_original(path: Path) -> Description:
         inner = name.removeprefix("VLV_model.")
         label = next((label for start, label in ORIGINAL_PARTS if inner.startswith(start)), "other")
         parts.setdefault(label, Part(label)).add(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-    queries = next(tensor for name, tensor in weights.items() if name.endswith("query_embed"))
     found.parts, found.facts = list(parts.values()), {"queries": f"{queries.shape[1]} x {queries.shape[2]}"}
     found.files = {file.name: file.stat().st_size}
     found.family = "Stable Diffusion, inside" if "denoiser" in parts else None

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
+from .folders import make_readable
 from .layout import (
+    CAPTIONER_ONLY,
     ENCODER_FILE,
     ENCODER_PREFIX,
     HALF_INDEX_FILE,
@@ -42,7 +44,7 @@ def export(
     """Writes a VLV in the Hub's layout.
 
     Args:
-        folder: Written into; what it held before under the same names is replaced.
+        folder: Written into. A model that it held before is replaced; a decoder stays if none is given.
         encoder: A stage-1 model. Not needed with a captioner, which has one; if both are given, pictures are
             reconstructed from this one, and captions written from the captioner's own, of which only what differs
             is stored beside it.
@@ -65,6 +67,7 @@ def export(
     if encoder is None or image_processor is None:
         raise ValueError("pass captioner and processor, or encoder and image_processor")
     (root / "encoder").mkdir(parents=True, exist_ok=True)
+    _take_away(root, with_captioner=captioner is None)
 
     tensors = {ENCODER_PREFIX + name: _stored(t, dtype) for name, t in encoder.state_dict().items()}
     _save(_without_ties(tensors, encoder, ENCODER_PREFIX), root / ENCODER_FILE)
@@ -82,7 +85,17 @@ def export(
     add_code(root)
     if half_variant:
         _add_half_variant(root)
+    make_readable(root)
     return root
+
+
+def _take_away(root: Path, with_captioner: bool) -> None:
+    """What another model left here and this one will not replace."""
+    old = [path for path in root.rglob("*.safetensors*") if is_variant(path.name)]
+    if with_captioner:
+        old += [root / name for name in CAPTIONER_ONLY]
+    for path in old:
+        path.unlink(missing_ok=True)
 
 
 def _export_captioner(
@@ -181,9 +194,6 @@ def _without_ties(tensors: dict[str, torch.Tensor], model: Any, prefix: str) -> 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)  # safetensors would leave it to its owner alone
 
 
 def _index(root: Path, files: list[str]) -> dict[str, Any]:

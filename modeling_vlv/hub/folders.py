@@ -8,6 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def make_readable(folder: Path) -> None:
+    """Gives weights the permissions of any new file; safetensors writes them for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder to write into, whose content comes to `path` once all is written; of a failure nothing is left.

@@ -21,6 +21,15 @@ CARD = "README.md"
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
 
 CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", LANGUAGE_MODEL_FILE]
+CAPTIONER_ONLY = (  # what a stage-1 model does not have
+    LANGUAGE_MODEL_FILE,
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "pipeline_vlv_captioning.py",
+)
 ENCODER_FILES = ["*.json", "encoder/*"]
 DECODER_FILES = ["model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS)]
 PIPELINE_FILES = [*DECODER_FILES, "*_config.json", "encoder/*"]

@@ -1,6 +1,5 @@
 """Models out of a folder or Hub repository, part by part, without running any code of it."""
 
-import json
 import os
 from math import prod
 from pathlib import Path
@@ -16,10 +15,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..diffusion_decoder.parts import load_part
+from ..files import read_header, read_json, refuse_damaged
 from ..modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from ..processing_vlv import VLVImageProcessor, VLVProcessor
 from ..published import instead
@@ -117,31 +118,63 @@ def load_captioner(
 
 
 def load_encoder(
-    source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    for_captions: bool = False,
 ) -> tuple[VLVModel, VLVImageProcessor]:
-    """The encoder and its image processor, from a Hub-layout folder or repo id, or from a stage-1 checkpoint."""
+    """The encoder and its image processor, from a Hub-layout folder or repo id, or from a stage-1 checkpoint.
+
+    Args:
+        for_captions: Where there are two encoders (`has_two_encoders`): the one whose embeddings the language model
+            reads, instead of the one whose embeddings the decoder reads.
+    """
     folder = resolve(source, revision=revision, allow_patterns=ENCODER_FILES)
     part = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
+    if for_captions and has_two_encoders(folder):
+        part = folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(part, "config.json")
     model = _load_whole(VLVModel, part, dtype)
     return model.to(device).eval(), VLVImageProcessor.from_pretrained(folder)
 
 
-def _load_whole(model_class: type, folder: Path, dtype: torch.dtype) -> Any:
+def _load_whole(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     """As `from_pretrained`, but weights that are missing or of another shape are an error, not a random start."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != VLVConfig.model_type:
-        raise ValueError(f"{folder} holds a model of type {model_type!r}, not a VLV")
+    read_config(folder)
+    if (folder / INDEX_FILE).is_file():
+        for file in set(read_json(folder / INDEX_FILE, "weight_map")["weight_map"].values()):
+            require(folder, file)
+            read_header(folder / file)
     try:
-        model, report = model_class.from_pretrained(  # type: ignore[attr-defined]
+        model, report = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged: {error}") from error
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        refuse_damaged(folder)
+        raise ValueError(f"{folder} cannot be loaded: {error!r}") from error
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
         raise ValueError(f"{len(lacking)} weights of {folder} are missing or of another shape, such as {lacking[0]}")
     return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a VLV.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or another model's, or says nothing of a language model that lies beside it.
+    """
+    require(folder, "config.json")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != VLVConfig.model_type:
+        raise ValueError(f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}, not a VLV")
+    needed: tuple[str, ...] = ("encoder_config", "text_encoder_config")
+    if (folder / LANGUAGE_MODEL_FILE).is_file():
+        needed += ("decoder_config",)
+    return read_json(folder / "config.json", *needed)
 
 
 def require(folder: Path, name: str) -> None:
@@ -156,7 +189,7 @@ def has_two_encoders(folder: Path) -> bool:
     """Whether captions come from another encoder than reconstructions; what differs lies with the LM."""
     if not (folder / INDEX_FILE).is_file():
         return False
-    weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json(folder / INDEX_FILE, "weight_map")["weight_map"]
     return any(name.startswith(ENCODER_PREFIX) and file == LANGUAGE_MODEL_FILE for name, file in weight_map.items())
 
 
@@ -178,16 +211,19 @@ def load_decoder_parts(
     """
     folder = resolve(source, revision=revision, token=token, allow_patterns=DECODER_FILES, pickles_allowed=True)
     require(folder, "model_index.json")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json", "scheduler", "unet", "vae")
     name = index["scheduler"][1]
-    scheduler = getattr(diffusers, name, None)
+    scheduler = getattr(diffusers, str(name), None)
     if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise ValueError(f"{folder / 'model_index.json'} names the scheduler {name!r}, which diffusers does not have")
+    read_json(folder / "scheduler" / "scheduler_config.json", "beta_schedule")
     parts: dict[str, Any] = {"scheduler": getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")}
     for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         stored = dtype or stored_dtype(folder / name)
-        parts[name] = part.from_pretrained(folder, subfolder=name, torch_dtype=stored, use_safetensors=True)
-    parts["tokenizer"] = load_tokenizer(folder, subfolder="tokenizer")
+        parts[name] = load_part(part, folder, name, torch_dtype=stored)
+    parts["tokenizer"] = load_tokenizer(folder / "tokenizer")
+    if parts["tokenizer"].pad_token is None:
+        raise ValueError(f"{folder / 'tokenizer'} names no padding token; is its tokenizer_config.json whole?")
     return parts
 
 
@@ -197,18 +233,25 @@ def load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
     transformers 5 takes every tokenizer beside a Qwen2 (and some others) for Qwen2's own, whatever its configuration
     says, and then reads another one's words as nonsense without a warning. A generic one is therefore loaded as such.
     """
+    if Path(source).is_dir():
+        for path in Path(source).glob("*token*.json"):
+            read_json(path, *(["model"] if path.name == "tokenizer.json" else []))
     declared = get_tokenizer_config(os.fspath(source), **kwargs).get("tokenizer_class")
     generic = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    if generic:
-        return PreTrainedTokenizerFast.from_pretrained(source, **kwargs)
-    # By default transformers would ask, and then run code out of the repository.
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+    try:
+        if generic:
+            return PreTrainedTokenizerFast.from_pretrained(source, **kwargs)
+        # By default transformers would ask, and then run code out of the repository.
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except OSError:
+        raise  # says what is missing
+    except Exception as error:  # the tokenizers library raises nothing more exact
+        raise ValueError(f"the tokenizer in {source} cannot be read; are its files whole? {error!r}") from error
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """What the first safetensors file of a folder is stored in, by its largest tensor; float32 if there is none."""
     for path in sorted(p for p in folder.glob("*.safetensors") if not is_variant(p.name)):
-        with safe_open(path, "pt") as tensors:
-            name = max(tensors.keys(), key=lambda key: prod(tensors.get_slice(key).get_shape()))
-            return tensors.get_tensor(name).dtype
+        _, dtype = max(read_header(path).values(), key=lambda weight: prod(weight[0]), default=((), "float32"))
+        return getattr(torch, dtype)
     return torch.float32

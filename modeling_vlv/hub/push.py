@@ -11,12 +11,20 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..modeling_vlv import VLVConfig
 from .card import change_card, is_as_pushed, stamp, write_card
 from .export import export
 from .folders import new_folder
 from .layout import CARD, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
-from .load import has_two_encoders, load_captioner, load_decoder_parts, load_encoder, require, resolve, stored_dtype
+from .load import (
+    has_two_encoders,
+    load_captioner,
+    load_decoder_parts,
+    load_encoder,
+    read_config,
+    require,
+    resolve,
+    stored_dtype,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +68,7 @@ def push(
         FileNotFoundError: If there is no such model.
         ValueError: If it is no VLV, or holds pickles.
     """
-    require(resolve(source, token=token), "config.json")
+    read_config(resolve(source, token=token))
     create(repo, private=private, revision=revision, token=token)
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
         stage(source, folder, decoder=decoder, token=token, dtype=dtype, half_variant=half_variant, repo=repo, **card)
@@ -142,7 +150,7 @@ def stage(
     In a card that the model has already nothing is changed but what `card` gives.
     """
     root = resolve(source, token=token)
-    require(root, "config.json")
+    read_config(root)
     here, there = root.resolve(), Path(folder).resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(f"{folder} is, holds, or lies in the model that would be read; write to another folder")
@@ -161,12 +169,13 @@ def _stage(
     repo: str,
     card: dict[str, Any],
 ) -> None:
-    if decoder is None and (root / "model_index.json").is_file():
+    if decoder is None and (root / "unet").is_dir():
+        require(root, "model_index.json")
         decoder = root
     apart = (root / ENCODER_FILE).is_file()  # else a trainer's output
     own = dtype or stored_dtype(root / "encoder" if apart else root)
     parts = load_decoder_parts(decoder, token=token, dtype=dtype) if decoder is not None else None
-    if VLVConfig.from_pretrained(root).decoder_config is not None:
+    if read_config(root).get("decoder_config") is not None:
         words = dtype or stored_dtype(root)
         model, processor = load_captioner(root, dtype=words)
         first = load_encoder(root, dtype=own)[0] if apart and (own != words or has_two_encoders(root)) else None

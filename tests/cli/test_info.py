@@ -58,6 +58,9 @@ def test_a_repository_without_its_weights(tmp_path):
         assert sum(hub.downloads.values()) < 1_000_000  # headers, not weights
         done = machine.vlv("info", "org/none")
         assert done.returncode == 2 and "cannot load org/none" in done.stderr
+    done = machine.vlv("info", "org/vlv")  # the network is gone
+    assert done.returncode == 0, done.stderr
+    assert "only what is in the cache: " in done.stdout and "caption embeddings: 24 x 128" in done.stdout
 
 
 def test_both_encoders_of_a_converted_checkpoint(converted, capsys):

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Florence2Model, Qwen2Config
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, hub
@@ -337,7 +337,8 @@ def test_bf16_beside_float32_shares_what_did_not_learn(weights2, golden, tmp_pat
 def test_configurations_are_not_made_up(missing, tmp_path):
     sd = shutil.copytree(FOLDERS["stable_diffusion"], tmp_path / "sd")
     (sd / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=missing):
+    folder, _, name = missing.partition("/")
+    with pytest.raises(FileNotFoundError, match=f"no {name} in .*/{folder}"):
         convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", **FOLDERS | {"stable_diffusion": sd})
 
 
@@ -518,3 +519,64 @@ def test_other_sizes(tmp_path):
     assert torch.equal(model.generate(pixels, **settings), captioner.generate(pixels, **settings))
     assert model.config.encoder_config.text_config.max_position_embeddings == 130
     assert reconstruction._default_size() == 24  # 12 latents, doubled by this autoencoder
+
+
+def test_the_other_stages_file_is_recognised(stable_diffusion_with_weights, tmp_path):
+    folders = FOLDERS | {"stable_diffusion": stable_diffusion_with_weights}
+    with pytest.raises(ValueError, match="looks like the other stage's, pass it as --stage2"):
+        convert(tmp_path / "a", stage1=GOLDEN / "stage2" / "model.pt", **folders)
+    with pytest.raises(ValueError, match="looks like the other stage's, pass it as --stage1"):
+        convert(tmp_path / "b", stage2=GOLDEN / "stage1" / "pytorch_model.bin", **folders)
+
+
+def test_an_image_size_that_the_autoencoder_cannot_have(tmp_path):
+    with pytest.raises(ValueError, match="--image-size\\) is 100, which is not divisible by 8"):
+        convert(tmp_path / "a", stage1=GOLDEN / "stage1", image_size=100, **FOLDERS)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("Florence2large/config.json", "[]"),
+        ("Florence2large/preprocessor_config.json", "{}"),
+        ("Florence2large/tokenizer.json", "{}"),
+        ("stable-diffusion/scheduler/scheduler_config.json", "{}"),
+        ("stable-diffusion/unet/config.json", '{"sample'),
+        ("stable-diffusion/vae/config.json", "{}"),
+        ("qwen/config.json", '{"model_type": "florence2"}'),
+    ],
+)
+def test_a_damaged_folder_names_the_file(file, content, tmp_path):
+    parts = shutil.copytree(PARTS, tmp_path / "parts")
+    (parts / file).write_text(content)
+    folder, _, name = file.rpartition("/")
+    with pytest.raises(ValueError, match=f"{folder}(/{name}| holds a model of type 'florence2')"):
+        convert(
+            tmp_path / "out",
+            stage1=GOLDEN / "stage1",
+            stage2=GOLDEN / "stage2",
+            stable_diffusion=parts / "stable-diffusion",
+            florence=parts / "Florence2large",
+            language_model=parts / "qwen",
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_are_written_for_one_of_two_encoders(converted, pictures, tmp_path, capsys):
+    picture, z = tmp_path / "a.png", tmp_path / "z.safetensors"
+    pictures[0].save(picture)
+    encode = ["encode", str(picture), "--model", str(converted), "--output", str(z)]
+    assert main(encode) == 2
+    assert "--for caption or --for reconstruct" in capsys.readouterr().err
+    assert main([*encode, "--for", "caption"]) == 0
+    embeddings = load_file(z)["a.png"]
+    model, processor = hub.load_captioner(converted)
+    with torch.no_grad():
+        expected = model.model.get_caption_embeds(processor(images=pictures[0]).pixel_values)[0]
+    assert torch.equal(embeddings, expected)
+    assert main(["reconstruct", "--embeddings", str(z), "--model", str(converted)]) == 2
+    assert "was written for `vlv caption`" in capsys.readouterr().err
+    options = ["--model", str(converted), "--output", str(tmp_path / "c.json"), "--max-new-tokens", "2"]
+    assert main(["caption", "--embeddings", str(z), *options]) == 0
+    assert main([*encode, "--for", "reconstruct"]) == 0
+    assert not torch.equal(load_file(z)["a.png"], embeddings)

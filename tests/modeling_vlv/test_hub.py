@@ -105,3 +105,16 @@ def test_tokenizers_come_back_as_they_were(exported, language_model):
         assert tokenizer.decode(expected) == saved.decode(expected) == words
     prompts = hub.load_decoder_parts(exported)["tokenizer"]
     assert prompts("a small dog").input_ids == build_tokenizer(for_text_encoder=True)("a small dog").input_ids
+
+
+def test_another_model_in_its_place_takes_the_old_ones_files_away(exported, encoder, image_processor):
+    hub.export(exported, encoder=encoder, image_processor=image_processor)
+    assert not (exported / "language_model.safetensors").exists() and not (exported / "tokenizer.json").exists()
+    assert (exported / "unet").is_dir()  # a decoder stays if none is given
+    model, _ = hub.load_encoder(exported)
+    assert torch.equal(model.query_embeds, encoder.query_embeds)
+
+
+def test_every_file_can_be_read_by_others(exported):
+    mode = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
+    assert len(mode) == 1, mode

@@ -1,0 +1,73 @@
+"""Configurations and weights on disk, read so that what is wrong with one names the file."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {  # of safetensors, and what torch calls them
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+Header = dict[str, tuple[tuple[int, ...], str]]  # of each weight its shape and its dtype, such as "float16"
+
+
+def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        needed: Names that must be in it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no JSON object, or lacks one of `needed`; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object; is it the right file?")
+    lacking = [name for name in needed if content.get(name) is None]
+    if lacking:
+        raise ValueError(f"{path} does not say {', '.join(lacking)}; is it whole, and the right file?")
+    return content
+
+
+def read_header(path: Path) -> Header:
+    """Shapes and dtypes of the weights in a safetensors file, without reading them.
+
+    Raises:
+        ValueError: If it is damaged; the message names it.
+    """
+    try:
+        with safe_open(path, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: (shape, DTYPES.get(dtype, dtype)) for name, (shape, dtype) in stored.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors: {error}") from error
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raises `ValueError` that names the first file of a folder that cannot be read.
+
+    For when a library failed on one of them and does not say on which.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)
+    for path in sorted(folder.glob("*.json")):
+        with suppress(FileNotFoundError):
+            read_json(path)
