@@ -8,16 +8,20 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config,
 from .tokenizer import BEGIN, END, PAD, build_tokenizer
 from .training import SceneDataset, train_module
 
+WIDTH, LAYERS = 128, 3
 
-def build_language_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """128 wide, 3 layers, word embeddings tied."""
+
+def build_language_model(
+    tokenizer: PreTrainedTokenizerBase, width: int = WIDTH, layers: int = LAYERS
+) -> Qwen2ForCausalLM:
+    """Heads of 32, word embeddings tied. By default 0.6 million parameters."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=max(1, width // 64),
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
@@ -34,11 +38,13 @@ def train_language_model(
     batch_size: int = 128,
     learning_rate: float = 2e-3,
     seed: int = 0,
+    width: int = WIDTH,
+    layers: int = LAYERS,
 ) -> None:
     """Trains on captions alone and saves model and tokenizer to `output_dir`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(for_text_encoder=False)
-    model = build_language_model(tokenizer)
+    model = build_language_model(tokenizer, width, layers)
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:
         texts = [f"{BEGIN} {item['caption']} {END}" for item in items]

@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -29,27 +30,35 @@ from .embeddings import (
 )
 from .evaluation import RECOGNISER_FILE
 from .few_pairs import BATCH_SIZE, PAIRS, UPDATES, measure_captioner, untrained_encoder
-from .recipe import VARIANTS
+from .recipe import VARIANT_SETTINGS
 from .recogniser import Recogniser
 from .strangers import measure_another_style
 
 SEEDS = (0, 1, 2)
+DECIDED_BELOW = 1_000  # pairs: between 200 and this the captions after stage 1 become good
+LONGER = 4 * UPDATES  # for the encoder that learns from pairs alone, lest it only lacked time
 
 
-def _pairs_needed(root: Path, origin: str, pairs: int, seed: int) -> dict[str, Any]:
+def _pairs_needed(root: Path, origin: str, pairs: int, seed: int, updates: int = UPDATES) -> dict[str, Any]:
     """Table 7: is stage 1 needed?"""
     if origin == "stage 1":
         encoder, _ = hub.load_encoder(root / "encoder")
     else:
         encoder = untrained_encoder(root / "teacher-3", seed)
     learns = "everything" if origin == "end to end" else "projector+lm"
-    return measure_captioner(encoder, root / "language-model", pairs, learns=learns, seed=seed)
+    return measure_captioner(encoder, root / "language-model", pairs, learns=learns, updates=updates, seed=seed)
 
 
 def _what_learns(root: Path, learns: str, seed: int) -> dict[str, Any]:
     """Table 4, right: what is trained in stage 2, on the most pairs."""
     encoder, _ = hub.load_encoder(root / "encoder")
     return measure_captioner(encoder, root / "language-model", max(PAIRS), learns=learns, seed=seed)
+
+
+def _another_size(root: Path, size: str, seed: int) -> dict[str, Any]:
+    """Table 5, right: language models of other sizes, on the pairs that tell them apart."""
+    encoder, _ = hub.load_encoder(root / "encoder")
+    return measure_captioner(encoder, root / f"language-model-{size}", DECIDED_BELOW, seed=seed)
 
 
 def _encoder(root: Path, name: str) -> tuple[Any, Path, Recogniser]:
@@ -88,26 +97,56 @@ def _another_style(root: Path) -> dict[str, Any]:
 
 KEPT = (4, 8, 12, 16, 20, 24)
 MIXED = ((24, 0), (24, 24), (24, 12), (12, 24), (12, 12), (18, 6), (6, 18))
-ENCODERS = ("encoder", *VARIANTS)
-MEASUREMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {}
-for _seed in SEEDS:
-    for _origin in ("stage 1", "untrained", "end to end"):
-        for _pairs in PAIRS:
-            MEASUREMENTS[f"table 7, {_origin}, {_pairs} pairs, seed {_seed}"] = partial(
-                _pairs_needed, origin=_origin, pairs=_pairs, seed=_seed
-            )
-for _learns in ("projector", "everything"):
-    MEASUREMENTS[f"table 4, {_learns} learns, seed 0"] = partial(_what_learns, learns=_learns, seed=0)
+ENCODERS = ("encoder", *VARIANT_SETTINGS)
 
-for _name in ENCODERS:
-    MEASUREMENTS[f"reconstructions, {_name}"] = partial(_reconstructions, name=_name)
-for _name in ("encoder", "encoder-120k", "encoder-tail-drop"):
-    MEASUREMENTS[f"figure 6, truncation, {_name}"] = partial(_truncation, name=_name)
-    MEASUREMENTS[f"figure 6, composition, {_name}"] = partial(_composition, name=_name)
-MEASUREMENTS["another style"] = _another_style
-MEASUREMENTS["words, teacher"] = _words
-MEASUREMENTS["words, captions"] = _likeness
-MEASUREMENTS["words, nearest"] = _nearest_words
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to run, and about how long that takes in one process beside another, on the two virtual cores."""
+
+    run: Callable[[Path], dict[str, Any]]
+    minutes: int
+
+
+def _list_measurements() -> dict[str, Measurement]:
+    found: dict[str, Measurement] = {}
+    for origin, minutes in (("stage 1", 5), ("untrained", 6), ("end to end", 19)):
+        for pairs in PAIRS:
+            # Three seeds where it is decided how many pairs stage 1 needs; elsewhere there is nothing to decide.
+            for seed in SEEDS if origin == "stage 1" and pairs <= DECIDED_BELOW else SEEDS[:1]:
+                run = partial(_pairs_needed, origin=origin, pairs=pairs, seed=seed)
+                found[f"table 7, {origin}, {pairs} pairs, seed {seed}"] = Measurement(run, minutes)
+    run = partial(_pairs_needed, origin="end to end", pairs=max(PAIRS), seed=0, updates=LONGER)
+    found[f"table 7, end to end, {max(PAIRS)} pairs, {LONGER} updates"] = Measurement(run, 75)
+    for learns, minutes in (("projector", 6), ("everything", 26)):
+        run = partial(_what_learns, learns=learns, seed=0)
+        found[f"table 4, {learns} learns, seed 0"] = Measurement(run, minutes)
+    for size, minutes in (("small", 4), ("large", 9)):
+        for seed in SEEDS:
+            run = partial(_another_size, size=size, seed=seed)
+            found[f"table 5, {size} language model, seed {seed}"] = Measurement(run, minutes)
+    for name in ENCODERS:
+        found[f"reconstructions, {name}"] = Measurement(partial(_reconstructions, name=name), 1)
+    for name in ("encoder", "encoder-120k", "encoder-tail-drop"):
+        found[f"figure 6, truncation, {name}"] = Measurement(partial(_truncation, name=name), 3)
+        found[f"figure 6, composition, {name}"] = Measurement(partial(_composition, name=name), 3)
+    found["another style"] = Measurement(_another_style, 4)
+    found["words, teacher"] = Measurement(_words, 1)
+    found["words, captions"] = Measurement(_likeness, 1)
+    found["words, nearest"] = Measurement(_nearest_words, 1)
+    return found
+
+
+MEASUREMENTS = _list_measurements()
+
+
+def _file(root: Path, name: str) -> Path:
+    return root / "tables" / (re.sub(r"[^a-z0-9]+", "-", name) + ".json")
+
+
+def minutes_left(root: Path) -> int:
+    """About how long what is not measured yet takes in one process."""
+    return sum(part.minutes for name, part in MEASUREMENTS.items() if not _file(root, name).exists())
 
 
 def measure(root: Path, only: tuple[str, ...] = ("",)) -> int:
@@ -117,17 +156,17 @@ def measure(root: Path, only: tuple[str, ...] = ("",)) -> int:
         How many could not be made, each said with its reason.
     """
     missing = 0
-    for name, run in MEASUREMENTS.items():
+    for name, measurement in MEASUREMENTS.items():
         if not name.startswith(only):
             continue
-        path = root / "tables" / (re.sub(r"[^a-z0-9]+", "-", name) + ".json")
+        path = _file(root, name)
         if path.exists():
             print(f"{name}: done", flush=True)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         started = perf_counter()
         try:
-            figures = run(root)
+            figures = measurement.run(root)
         except OSError as error:  # a part that is not trained yet, or a font that is not installed
             print(f"{name}: not measured: {error}", flush=True)
             missing += 1

@@ -108,6 +108,17 @@ def _language_model(root: Path) -> None:
     train_language_model(root / "language-model", root / "work" / "language-model")
 
 
+def _another_language_model(name: str, minutes: int, **sizes: int) -> Part:
+    """Another size of the same: what `paper_tables.py` compares."""
+
+    def run(root: Path) -> None:
+        from .language_model import train_language_model
+
+        train_language_model(root / name, root / "work" / name, **sizes)
+
+    return Part(run, f"{name}/tokenizer_config.json", minutes)
+
+
 def _captioner(root: Path) -> None:
     from .captioner import train_captioner
 
@@ -136,8 +147,10 @@ VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
 VARIANTS = {
     name: _variant(name, minutes=round(settings["images"] / 3_900), **settings)
     for name, settings in VARIANT_SETTINGS.items()
+} | {
+    "language-model-small": _another_language_model("language-model-small", 4, width=64, layers=2),
+    "language-model-large": _another_language_model("language-model-large", 17, width=192, layers=4),
 }
-TABLES_MINUTES = 240
 
 
 def assemble(root: Path, output: Path) -> None:
@@ -192,7 +205,9 @@ def plan(root: Path, with_tables: bool = True) -> str:
     steps = PARTS | VARIANTS if with_tables else PARTS
     left = {name: 0 if (root / part.done).exists() else part.minutes for name, part in steps.items()}
     if with_tables:
-        left["tables"] = TABLES_MINUTES
+        from .paper_tables import minutes_left
+
+        left["tables"] = minutes_left(root)
     lines = [f"  {name:<20} {f'about {minutes} min' if minutes else 'done'}" for name, minutes in left.items()]
     total = sum(left.values())
     return "\n".join([f"plan, in {root}:", *lines, f"  {'in all':<20} about {total // 60} h {total % 60} min"])
