@@ -1,6 +1,7 @@
 """`vlv evaluate`: figures of a model, printed and written as JSON."""
 
 import argparse
+import sys
 from typing import Any
 
 from .caption import positive
@@ -14,7 +15,9 @@ def add_parser(commands) -> None:
     miniature = subjects.add_parser(
         "miniature",
         help="everything in the embedded miniature",
-        description="Measures every part of the miniature on scenes it never saw, by an independent recogniser.",
+        description="Measures every part of the miniature on scenes it never saw, by an independent recogniser. "
+        "Prints each part as it comes, then all figures, and which floors and aims they reach. "
+        "About 20 minutes on two cores.",
     )
     miniature.add_argument("--model", metavar="DIR", help="folder of a miniature; by default the embedded one")
     miniature.add_argument("--output", default="evaluation.json", help="the JSON file (default: evaluation.json)")
@@ -24,14 +27,18 @@ def add_parser(commands) -> None:
 
 def run_miniature(arguments: argparse.Namespace) -> int:
     from vlv.miniature.evaluation import evaluate_miniature
+    from vlv.miniature.figures import figures_table, goals_table
 
     output = output_path(arguments.output, ".json")
     folder = choose_model(arguments)
+    found: dict[str, Any] = {}
     with GrowingJson(output) as report:
 
         def record(part: str, figures: Any) -> None:
-            print(f"{part}: {figures}", flush=True)
+            print(f"{part}: {figures}", file=sys.stderr, flush=True)
+            found[part] = figures
             report.save({part: figures})
 
         evaluate_miniature(folder, record, n=arguments.scenes)
+    print(f"{figures_table(found)}\n\n{goals_table(found)}\n\nwritten to {output}")
     return 0
