@@ -53,14 +53,13 @@ def pairs_needed(scores: Mapping[int, float], wanted: float = 0.8) -> str:
 
 def scores_by_pairs(measured: Measured, origin: str, seeds: Sequence[int] = SEEDS) -> dict[int, list[float]]:
     """Object and place F1 of captions, of as many seeds as were measured, by the number of pairs."""
-    return {
-        pairs: [
-            measured[name][SPLIT]["object_place_f1"]
-            for seed in seeds
-            if (name := f"table 7, {origin}, {pairs} pairs, seed {seed}") in measured
-        ]
-        for pairs in PAIRS
-    }
+    return {pairs: scores_of_seeds(measured, f"table 7, {origin}, {pairs} pairs", seeds) for pairs in PAIRS}
+
+
+def scores_of_seeds(measured: Measured, name: str, seeds: Sequence[int] = SEEDS) -> list[float]:
+    """Object and place F1 of captions, of as many seeds as were measured."""
+    names = [f"{name}, seed {seed}" for seed in seeds]
+    return [measured[name][SPLIT]["object_place_f1"] for name in names if name in measured]
 
 
 def summary(measured: Measured) -> str:
@@ -80,6 +79,7 @@ def summary(measured: Measured) -> str:
         by_pairs = scores_by_pairs(measured, origin)
         needed.append(pairs_needed({pairs: mean(values) for pairs, values in by_pairs.items() if values}))
     captions, f1 = (SPLIT, "object_place_f1"), "object_place_f1"
+    sizes = [number(mean(found)) if (found := scores_of_seeds(measured, name)) else NONE for name in SIZES.values()]
     nearest = [score("words, nearest", whose, "objects") for whose in ("of the picture", "by chance")]
     both = [score(f"figure 6, composition, {name}", "12+12", "objects of the second") for name in LAST_TWO]
     rows = [
@@ -99,7 +99,7 @@ def summary(measured: Measured) -> str:
         [
             "a larger language model reads better",
             "FID of captions 9.37 → 7.30 → 6.64",
-            f"{chain([f'{name}, seed 0' for name in SIZES.values()], *captions)}, at 1,000 pairs",
+            f"{' → '.join(sizes)}, at 1,000 pairs",
         ],
         [
             "more images, things more where they were",
@@ -108,14 +108,20 @@ def summary(measured: Measured) -> str:
         ],
         [
             "two images' embeddings compose",
-            "shown",
+            "pictures, no figure",
             f"objects of the second, half of each: {both[0]}; with tail drop {both[1]}",
         ],
-        ["caption embeddings are like words", "meant", f"object names found: {nearest[0]}, by chance {nearest[1]}"],
+        [
+            "caption embeddings are like language",
+            "no figure",
+            f"object names found: {nearest[0]}, by chance {nearest[1]}",
+        ],
     ]
     return "## In short\n\n" + (
-        "F1 is of objects and their places, on combinations that nothing was trained on; each line is one of the tables "
-        "below. The paper's figures at guidance 2.\n\n" + table(["the paper says", "its figure", "here"], rows) + "\n"
+        "F1 is of objects and their places, on combinations that nothing was trained on; each line is one of the "
+        "tables below. The paper's figures at guidance 2.\n\n"
+        + table(["the paper says", "its figure", "here"], rows)
+        + "\n"
     )
 
 
