@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainerCallback, set_seed
 
+from vlv.files import read_json
+
 
 class ThroughputTrainer(Trainer):
     """A `Trainer` that logs `images_per_second`, and `images_skipped` where images could not be read."""
@@ -81,11 +83,19 @@ def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest `checkpoint-N` that was written to its end: `Trainer` writes `trainer_state.json` last."""
-    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
     newest = max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
     if newest is not None:
         print(f"going on from {newest}", flush=True)
     return None if newest is None else str(newest)
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether a run was not killed while it wrote this file."""
+    try:
+        return "global_step" in read_json(state)
+    except ValueError:
+        return False
 
 
 def side_by_side(originals: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:

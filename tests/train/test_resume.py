@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from vlv import VLVModel
+from vlv.train.callbacks import last_checkpoint
 from vlv.train.stage1 import Stage1Config, build_stage1
 
-STEPS, KILLED_AT, SAVED_EVERY = 12, 8, 4
+STEPS, KILLED_AT, SAVED_EVERY = 12, 4, 4
 
 
 def settings(stage: str, output_dir: Path, **inputs) -> list[str]:
@@ -121,3 +122,12 @@ def test_training_changes_the_encoder_and_no_byte_of_what_is_frozen(
     assert not model.text_encoder.training and not trainer.decoder.unet.training
     trainer.save_model()
     assert not [name for name in VLVModel.from_pretrained(tmp_path).state_dict() if "unet" in name or "vae" in name]
+
+
+def test_a_checkpoint_whose_writing_was_cut_short_is_not_taken(tmp_path):
+    for step, state in ((4, '{"global_step": 4}'), (8, '{"global_'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_checkpoint(tmp_path / "none") is None
