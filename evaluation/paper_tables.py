@@ -81,7 +81,7 @@ def summary(measured: Measured) -> str:
     captions, f1 = (SPLIT, "object_place_f1"), "object_place_f1"
     sizes = [number(mean(found)) if (found := scores_of_seeds(measured, name)) else NONE for name in SIZES.values()]
     nearest = [score("words, nearest", whose, "objects") for whose in ("of the picture", "by chance")]
-    both = [score(f"figure 6, composition, {name}", "12+12", "objects of the second") for name in LAST_TWO]
+    both = [score(f"figure 6, truncation, {name}", "12", f1) for name in LAST_TWO]
     rows = [
         [
             "stage 1 is needed",
@@ -109,7 +109,7 @@ def summary(measured: Measured) -> str:
         [
             "two images' embeddings compose",
             "pictures, no figure",
-            f"objects of the second, half of each: {both[0]}; with tail drop {both[1]}",
+            f"half of one's embeddings: {both[0]}, trained with tail drop {both[1]}; of two: see below",
         ],
         [
             "caption embeddings are like language",
@@ -286,11 +286,13 @@ def figure_6(measured: Measured) -> str:
         ]
         parts.append("Object + place F1 / background accuracy of pictures from the first so many of 24 embeddings:\n")
         parts.append(table(["stage 1", *map(str, counts)], rows))
-    for label, name in encoders.items():
-        if found := measured.get(f"figure 6, composition, {name}"):
-            rows = [[mixed, *(number(value) for value in figures.values())] for mixed, figures in found.items()]
-            parts.append(f"\nTwo pictures, first so many of each, {label}:\n")
-            parts.append(table(["tokens", *next(iter(found.values()))], rows))
+    kinds = {"composition": "Two pictures", "single objects": "Two pictures of one object each, at different places"}
+    for kind, title in kinds.items():
+        for label, name in encoders.items():
+            if found := measured.get(f"figure 6, {kind}, {name}"):
+                rows = [[mixed, *(number(value) for value in figures.values())] for mixed, figures in found.items()]
+                parts.append(f"\n{title}, first so many of each, {label}:\n")
+                parts.append(table(["tokens", *next(iter(found.values()))], rows))
     about = (
         "The paper mixes two images by cutting the tails of their embeddings and joining the rest, and shows "
         "pictures. Here the recogniser counts what survives. With tail drop, half of all batches of stage 1 show the "

@@ -170,15 +170,24 @@ def measure_composition(
     recogniser: Recogniser,
     counts: Sequence[tuple[int, int]],
     n: int = 100,
+    single: bool = False,
 ) -> dict[str, Any]:
     """What of two pictures survives when the first embeddings of one are followed by the first of the other.
+
+    Args:
+        n: Pairs, less those that do not fit.
+        single: Pairs of pictures with one object each, at different places, so that there is room for both.
 
     Returns:
         For each `"a+b"`: shares of both pictures' objects that are found in the drawn one (names, wherever they
         stand), and how often its background is the first's and the second's. Pairs have different backgrounds.
     """
-    pictures, truth = evaluation_items("test", 2 * n)
-    pairs = [(i, n + i) for i in range(n) if truth[i].background != truth[n + i].background]
+    pictures, truth = evaluation_items("test", 8 * n if single else 2 * n)
+    if single:
+        alone = [i for i, scene in enumerate(truth) if len(scene.objects) == 1][: 2 * n]
+        pictures, truth = pictures[alone], [truth[i] for i in alone]
+    half = len(truth) // 2
+    pairs = [(i, half + i) for i in range(half) if _may_be_mixed(truth[i], truth[half + i], single)]
     embeds, pipeline = embed(encoder, pictures), pipeline_of(encoder, teacher_dir)
     figures = {}
     for first, second in counts:
@@ -191,6 +200,11 @@ def measure_composition(
             "background of the second": _agree(found, [truth[b] for _, b in pairs]),
         }
     return figures
+
+
+def _may_be_mixed(first: Scene, second: Scene, single: bool) -> bool:
+    places = {o.place for o in first.objects} & {o.place for o in second.objects}
+    return first.background != second.background and not (single and places)
 
 
 def _share(found: Sequence[Scene], truth: Sequence[Scene]) -> float:

@@ -82,6 +82,10 @@ def _composition(root: Path, name: str) -> dict[str, Any]:
     return measure_composition(*_encoder(root, name), counts=MIXED)
 
 
+def _joining(root: Path, name: str) -> dict[str, Any]:
+    return measure_composition(*_encoder(root, name), counts=MIXED, single=True)
+
+
 def _likeness(root: Path) -> dict[str, Any]:
     return measure_likeness_to_words(*hub.load_captioner(root / "captioner"), root / "teacher-3")
 
@@ -130,6 +134,7 @@ def _list_measurements() -> dict[str, Measurement]:
     for name in ("encoder", "encoder-120k", "encoder-tail-drop"):
         found[f"figure 6, truncation, {name}"] = Measurement(partial(_truncation, name=name), 3)
         found[f"figure 6, composition, {name}"] = Measurement(partial(_composition, name=name), 3)
+        found[f"figure 6, single objects, {name}"] = Measurement(partial(_joining, name=name), 3)
     found["another style"] = Measurement(_another_style, 4)
     found["words, teacher"] = Measurement(_words, 1)
     found["words, captions"] = Measurement(_likeness, 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlv.miniature.embeddings import deviations, locate
+from vlv.miniature.embeddings import _may_be_mixed, deviations, locate
 from vlv.miniature.encoder import build_image_processor
 from vlv.miniature.few_pairs import to_pixel_values
 from vlv.miniature.world import Scene, SceneObject
@@ -33,3 +33,14 @@ def test_pixels_are_those_of_the_image_processor():
     picture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = build_image_processor()([picture], return_tensors="pt").pixel_values
     assert torch.allclose(to_pixel_values(picture[None]), expected, atol=1e-6)
+
+
+def test_pictures_are_mixed_where_both_have_room():
+    def scene(background, place):
+        return Scene(background, (SceneObject("dog", "small", place),))
+
+    first = scene("white", "top left")
+    assert _may_be_mixed(first, scene("pink", "bottom right"), single=True)
+    assert not _may_be_mixed(first, scene("pink", "top left"), single=True)
+    assert _may_be_mixed(first, scene("pink", "top left"), single=False)
+    assert not _may_be_mixed(first, scene("white", "bottom right"), single=False)
