@@ -78,15 +78,21 @@ def train_from_pairs(
     labels: torch.Tensor,
     updates: int = UPDATES,
     seed: int = 0,
+    encoder_learning_rate: float = LEARNING_RATE,
 ) -> None:
     """Trains what of `model` requires gradients.
 
     Args:
+        encoder_learning_rate: Of the encoder, where it learns.
         inputs: Pictures `(N, 3, 64, 64)` uint8, or the conditioning `(N, Q, d_text)` of an encoder that rests.
         labels: `(N, L)`, padded with -100.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    encoder = {id(p) for p in model.model.parameters()}
+    groups: list[dict[str, Any]] = [{"params": [p for p in learning if id(p) not in encoder]}]
+    if inside := [p for p in learning if id(p) in encoder]:
+        groups.append({"params": inside, "lr": encoder_learning_rate})
+    optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimiser, WARMUP, updates)
     draws = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
@@ -132,12 +138,14 @@ def measure_captioner(
     learns: str = "projector+lm",
     updates: int = UPDATES,
     seed: int = 0,
+    encoder_learning_rate: float = LEARNING_RATE,
 ) -> dict[str, Any]:
     """Trains a captioner on so many pairs and scores its captions of unseen scenes.
 
     Args:
         encoder: Of any origin; it is not changed unless it learns.
         learns: `"projector"`, `"projector+lm"`, or `"everything"`: the whole encoder, too, but not the text encoder.
+        encoder_learning_rate: Of the encoder, where it learns.
         seed: Of the projector's first weights, of the pairs and of their order.
 
     Returns:
@@ -157,7 +165,7 @@ def measure_captioner(
     inputs = condition(encoder, data.pictures) if rests else data.pictures
     if rests:
         model.model = Ready()
-    train_from_pairs(model, inputs, data.labels, updates, seed)
+    train_from_pairs(model, inputs, data.labels, updates, seed, encoder_learning_rate)
     scores = {}
     for split in ("test", "combo"):
         pictures, truth = evaluation_items(split, SCENES)
