@@ -154,7 +154,10 @@ def table_7(measured: Measured) -> str:
 def _longer(measured: Measured) -> str:
     name = "table 7, end to end, 20000 pairs, 3200 updates"
     if name not in measured:
-        return "Whether more updates or another learning rate would help the encoder that learns from the pairs was not tried."
+        return (
+            "Whether more updates or another learning rate would help the encoder that learns from the pairs was not "
+            "tried."
+        )
     scores = measured[name][SPLIT]
     return (
         "Four times the updates bring the encoder that learns from the pairs, at 20,000 of them, to "
