@@ -41,18 +41,18 @@ def run(arguments: argparse.Namespace) -> int:
     images = collect_images(arguments.paths)
     source = choose_model(arguments)
     with loading(source):
+        two = hub.has_two_encoders(hub.resolve(source, revision=arguments.revision, allow_patterns=["*.json"]))
+        if two and arguments.use is None:
+            raise UserError(
+                f"{source} has two encoders, one for captions and one for reconstructions, and neither reads the "
+                "other's embeddings: pass --for caption or --for reconstruct"
+            )
         model, image_processor = hub.load_encoder(
             source,
             revision=arguments.revision,
             dtype=precision(arguments),
             device=choose_device(arguments),
             for_captions=arguments.use == "caption",
-        )
-        two = hub.has_two_encoders(hub.resolve(source, revision=arguments.revision, allow_patterns=hub.ENCODER_FILES))
-    if two and arguments.use is None:
-        raise UserError(
-            f"{source} has two encoders, one for captions and one for reconstructions, and neither reads the other's "
-            "embeddings: pass --for caption or --for reconstruct"
         )
     metadata = {"model": source} | ({"for": arguments.use} if two else {})
     tally = Tally()

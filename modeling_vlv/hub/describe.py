@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, SafetensorsParsingError
 
 from ..files import DTYPES, Header, read_header, read_json
 from ..original_checkpoint import find_checkpoint, read_weights
 from .card import LICENCES, read_training
 from .layout import CARD, INDEX_FILE, LANGUAGE_MODEL_FILE, TRAINER_FOLDERS, is_variant
-from .load import HTTP_ERROR, read_config, resolve
+from .load import HTTP_ERROR, read_config, read_weight_map, resolve
 
 FACTS = ["*.json", "*/*.json", CARD]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -148,7 +148,7 @@ def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dic
             parts.setdefault(label, Part(label)).add(shape, dtype)
     found.parts = list(parts.values())
     if (folder / INDEX_FILE).is_file():
-        named = set(read_json(folder / INDEX_FILE, "weight_map")["weight_map"].values())
+        named = set(read_weight_map(folder).values())
         if lacking := sorted(named - files.keys()):
             found.facts["missing"] = ", ".join(lacking)
     if licence := _licence(folder / CARD):
@@ -195,7 +195,10 @@ def _family(folder: Path) -> str:
 
 
 def _remote_header(api: HfApi, repo: str, name: str, revision: str | None) -> Header:
-    header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+    try:
+        header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{name} of {repo} is damaged, or no safetensors: {error}") from error
     return {key: (tuple(t.shape), DTYPES.get(t.dtype, t.dtype)) for key, t in header.tensors.items()}
 
 

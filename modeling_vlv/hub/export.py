@@ -66,6 +66,8 @@ def export(
         image_processor = image_processor or processor.image_processor
     if encoder is None or image_processor is None:
         raise ValueError("pass captioner and processor, or encoder and image_processor")
+    if decoder is not None:
+        decoder = _decoder_parts(decoder)  # before anything is written
     (root / "encoder").mkdir(parents=True, exist_ok=True)
     _take_away(root, with_captioner=captioner is None)
 
@@ -85,13 +87,15 @@ def export(
     add_code(root)
     if half_variant:
         _add_half_variant(root)
-    make_readable(root)
+    written = ["encoder"] + (["unet", "vae"] if decoder is not None else [])
+    make_readable(root, *(root / name for name in written))
     return root
 
 
 def _take_away(root: Path, with_captioner: bool) -> None:
     """What another model left here and this one will not replace."""
-    old = [path for path in root.rglob("*.safetensors*") if is_variant(path.name)]
+    places = (root, root / "encoder")  # those of a decoder go with it, if another one comes
+    old = [path for place in places for path in place.glob("*.safetensors*") if is_variant(path.name)]
     if with_captioner:
         old += [root / name for name in CAPTIONER_ONLY]
     for path in old:
@@ -119,12 +123,13 @@ def _export_captioner(
     processor.image_processor.save_pretrained(root)
 
 
-def _export_decoder(
-    root: Path, decoder: str | os.PathLike | DiffusionPipeline | dict[str, Any], dtype: torch.dtype | None
-) -> None:
+def _decoder_parts(decoder: str | os.PathLike | DiffusionPipeline | dict[str, Any]) -> dict[str, Any]:
     if isinstance(decoder, DiffusionPipeline):
-        decoder = decoder.components
-    parts = decoder if isinstance(decoder, dict) else load_decoder_parts(decoder)
+        return decoder.components
+    return decoder if isinstance(decoder, dict) else load_decoder_parts(decoder)
+
+
+def _export_decoder(root: Path, parts: dict[str, Any], dtype: torch.dtype | None) -> None:
     for name in PIPELINE_PARTS:
         part = parts[name]
         shutil.rmtree(root / name, ignore_errors=True)

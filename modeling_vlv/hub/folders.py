@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def make_readable(folder: Path) -> None:
+def make_readable(*folders: Path) -> None:
     """Gives weights the permissions of any new file; safetensors writes them for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in folder.rglob("*.safetensors"):
-        path.chmod(0o666 & ~mask)
+    for folder in folders:
+        for path in folder.glob("*.safetensors"):
+            path.chmod(0o666 & ~mask)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -144,14 +145,22 @@ def _load_whole(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     """As `from_pretrained`, but weights that are missing or of another shape are an error, not a random start."""
     read_config(folder)
     if (folder / INDEX_FILE).is_file():
-        for file in set(read_json(folder / INDEX_FILE, "weight_map")["weight_map"].values()):
+        for file in set(read_weight_map(folder).values()):
             require(folder, file)
             read_header(folder / file)
     try:
         model, report = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (
+        SafetensorError,
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         refuse_damaged(folder)
         raise ValueError(f"{folder} cannot be loaded: {error!r}") from error
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -174,7 +183,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     needed: tuple[str, ...] = ("encoder_config", "text_encoder_config")
     if (folder / LANGUAGE_MODEL_FILE).is_file():
         needed += ("decoder_config",)
+    for name in ("encoder_config", "text_encoder_config", "decoder_config"):
+        if not isinstance(config.get(name, {}), dict | None):
+            raise ValueError(f"{folder / 'config.json'}: {name} is no JSON object")
     return read_json(folder / "config.json", *needed)
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds which weight. Raises `ValueError` that names the index if it is none."""
+    weight_map = read_json(folder / INDEX_FILE, "weight_map")["weight_map"]
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{folder / INDEX_FILE}: weight_map is not an object of file names")
+    return weight_map
 
 
 def require(folder: Path, name: str) -> None:
@@ -189,8 +209,8 @@ def has_two_encoders(folder: Path) -> bool:
     """Whether captions come from another encoder than reconstructions; what differs lies with the LM."""
     if not (folder / INDEX_FILE).is_file():
         return False
-    weight_map = read_json(folder / INDEX_FILE, "weight_map")["weight_map"]
-    return any(name.startswith(ENCODER_PREFIX) and file == LANGUAGE_MODEL_FILE for name, file in weight_map.items())
+    weights = read_weight_map(folder).items()
+    return any(name.startswith(ENCODER_PREFIX) and file == LANGUAGE_MODEL_FILE for name, file in weights)
 
 
 def load_decoder_parts(
@@ -221,6 +241,7 @@ def load_decoder_parts(
     for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         stored = dtype or stored_dtype(folder / name)
         parts[name] = load_part(part, folder, name, torch_dtype=stored)
+    read_json(folder / "tokenizer" / "tokenizer_config.json")  # else its path might be taken for a repo id
     parts["tokenizer"] = load_tokenizer(folder / "tokenizer")
     if parts["tokenizer"].pad_token is None:
         raise ValueError(f"{folder / 'tokenizer'} names no padding token; is its tokenizer_config.json whole?")
@@ -253,5 +274,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """What the first safetensors file of a folder is stored in, by its largest tensor; float32 if there is none."""
     for path in sorted(p for p in folder.glob("*.safetensors") if not is_variant(p.name)):
         _, dtype = max(read_header(path).values(), key=lambda weight: prod(weight[0]), default=((), "float32"))
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(
+                f"{path} is stored in {dtype}, which cannot be read here; convert it to float16 or float32"
+            )
         return getattr(torch, dtype)
     return torch.float32

@@ -21,7 +21,6 @@ from .load import (
     load_decoder_parts,
     load_encoder,
     read_config,
-    require,
     resolve,
     stored_dtype,
 )
@@ -169,9 +168,8 @@ def _stage(
     repo: str,
     card: dict[str, Any],
 ) -> None:
-    if decoder is None and (root / "unet").is_dir():
-        require(root, "model_index.json")
-        decoder = root
+    if decoder is None and ((root / "unet").is_dir() or (root / "model_index.json").is_file()):
+        decoder = root  # if half of it is missing, loading says so
     apart = (root / ENCODER_FILE).is_file()  # else a trainer's output
     own = dtype or stored_dtype(root / "encoder" if apart else root)
     parts = load_decoder_parts(decoder, token=token, dtype=dtype) if decoder is not None else None

@@ -1,5 +1,6 @@
 """A damaged model is an error of one line that names the file; nothing is guessed in its place."""
 
+import json
 import shutil
 
 import pytest
@@ -62,6 +63,8 @@ def commands(model, pictures, tmp_path):
         ("reconstruct", "vae/config.json", LIST),
         ("reconstruct", f"unet/{WEIGHTS}", LACKING),
         ("reconstruct", f"vae/{WEIGHTS}", TRUNCATED),
+        ("caption", "model.safetensors.index.json", '{"weight_map": []}'),
+        ("caption", "config.json", '{"model_type": "vlv", "encoder_config": {}, "decoder_config": "qwen2"}'),
         ("info", "config.json", LIST),
         ("info", f"unet/{WEIGHTS}", TRUNCATED),
         ("info", "scheduler/scheduler_config.json", TRUNCATED),
@@ -103,3 +106,24 @@ def test_info_names_what_is_missing_and_leaves_a_trainers_checkpoints_out(model,
     said = capsys.readouterr().out
     assert "missing: language_model.safetensors" in said and "training goes on from: checkpoint-7" in said
     assert "Qwen/Qwen2.5-3B: qwen-research" in said and "other: checkpoint" not in said
+
+
+def test_half_a_decoder_is_not_left_out(model, commands, tmp_path, capsys):
+    shutil.rmtree(model / "unet")
+    assert main(commands["push"]) == 2
+    assert "unet" in capsys.readouterr().err and not (tmp_path / "pushed").exists()
+
+
+def test_a_missing_tokenizer_is_not_looked_for_on_the_hub(model, commands, capsys):
+    shutil.rmtree(model / "tokenizer")
+    assert main(commands["reconstruct"]) == 2
+    assert "there is no tokenizer_config.json in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [("num_queries", 3), ("d_model", "x")])
+def test_a_configuration_of_another_model(change, model, commands, capsys):
+    config = json.loads((model / "config.json").read_text())
+    (config if change[0] == "num_queries" else config["encoder_config"]["text_config"])[change[0]] = change[1]
+    (model / "config.json").write_text(json.dumps(config))
+    assert main(commands["caption"]) == 2
+    assert str(model) in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from vlv import VLVForConditionalGeneration, hub
 from vlv.miniature.tokenizer import build_tokenizer
@@ -118,3 +119,25 @@ def test_another_model_in_its_place_takes_the_old_ones_files_away(exported, enco
 def test_every_file_can_be_read_by_others(exported):
     mode = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
     assert len(mode) == 1, mode
+
+
+def test_what_is_not_replaced_stays(exported, captioner, processor, tmp_path):
+    (exported / "other").mkdir()
+    kept = [exported / "unet" / "diffusion_pytorch_model.fp16.safetensors", exported / "other" / "a.fp16.safetensors"]
+    for path in kept:
+        path.write_bytes(b"somebody's")
+        path.chmod(0o600)
+    hub.export(exported, captioner=captioner, processor=processor)
+    assert all(path.read_bytes() == b"somebody's" and path.stat().st_mode & 0o777 == 0o600 for path in kept)
+    with pytest.raises(FileNotFoundError):  # before anything is taken away
+        hub.export(
+            exported, encoder=captioner.model, image_processor=processor.image_processor, decoder=tmp_path / "x"
+        )
+    assert (exported / "language_model.safetensors").is_file()
+
+
+def test_a_precision_that_is_not_known_is_named(exported):
+    path = exported / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: t.to(torch.float8_e4m3fn) for name, t in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"F8_E4M3.*float16"):
+        hub.load_decoder_parts(exported)
