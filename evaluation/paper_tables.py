@@ -225,7 +225,7 @@ def table_4_queries(measured: Measured) -> str:
 def table_4_learning(measured: Measured) -> str:
     """What is trained in stage 2."""
     names = dict(zip(("projector", "projector and language model", "these and the encoder"), LEARNING, strict=True))
-    names["the same, the encoder as fast as the rest"] = "table 4, everything at one rate learns, seed 0"
+    names["these and the encoder, all at one rate"] = "table 4, everything at one rate learns, seed 0"
     keys = ("background", "object_place_f1", "exact")
     rows = [
         [label, *(number(measured[name][SPLIT][key]) for key in keys)]
@@ -242,8 +242,8 @@ def table_4_learning(measured: Measured) -> str:
         ],
     )
     about = (
-        f"{CAPTIONS} The encoder that learns has a thirtieth of the others' learning rate; the last row shows what "
-        "comes of giving it the same, 1e-3."
+        f"{CAPTIONS} The encoder learns at a thirtieth of the others' rate, except in the row that says one rate, "
+        "which is 1e-3."
     )
     return _section("What learns in stage 2 (table 4, right)", about, ours or _not_yet(), paper)
 

@@ -1,9 +1,11 @@
 """What `vlv evaluate miniature` prints: every figure, and those that were to be reached."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+
+from vlv.evaluation.paper_tables import table
 
 COLUMNS = ("background", "object_f1", "object_place_f1", "object_size_place_f1", "exact")
 HEADERS = ("background", "object F1", "object + place F1", "object + size + place F1", "exact scene")
@@ -57,7 +59,7 @@ def figures_table(figures: Mapping[str, Any]) -> str:
             rows.setdefault((subject, setting), []).append(
                 (label, split, *(f"{scores[column]:.3f}" for column in COLUMNS))
             )
-    return _markdown(("on unseen scenes", "split", *HEADERS), chain.from_iterable(rows.values()))
+    return table(("on unseen scenes", "split", *HEADERS), list(chain.from_iterable(rows.values())))
 
 
 def goals_table(figures: Mapping[str, Any]) -> str:
@@ -68,10 +70,4 @@ def goals_table(figures: Mapping[str, Any]) -> str:
         if value is not None:
             verdict = "aim reached" if value >= goal.aim else "floor reached" if value >= goal.floor else "missed"
             rows.append((goal.label, f"{value:.3f}", f"{goal.floor}", f"{goal.aim}", verdict))
-    return _markdown(("on combo, at the best guidance", "figure", "floor", "aim", ""), rows)
-
-
-def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    header = tuple(header)
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(("on combo, at the best guidance", "figure", "floor", "aim", ""), rows)

@@ -152,7 +152,7 @@ VARIANTS = {
     name: _variant(name, minutes=round(settings["images"] / 3_900), **settings)
     for name, settings in VARIANT_SETTINGS.items()
 } | {
-    "language-model-small": _another_language_model("language-model-small", 4, width=64, layers=2),
+    "language-model-small": _another_language_model("language-model-small", 2, width=64, layers=2),
     "language-model-large": _another_language_model("language-model-large", 17, width=192, layers=4),
 }
 
@@ -212,9 +212,9 @@ def plan(root: Path, with_tables: bool = True) -> str:
         from .paper_tables import minutes_left
 
         left["tables"] = minutes_left(root)
-    lines = [f"  {name:<20} {f'about {minutes} min' if minutes else 'done'}" for name, minutes in left.items()]
+    lines = [f"  {name:<26} {f'about {minutes} min' if minutes else 'done'}" for name, minutes in left.items()]
     total = sum(left.values())
-    return "\n".join([f"plan, in {root}:", *lines, f"  {'in all':<20} about {total // 60} h {total % 60} min"])
+    return "\n".join([f"plan, in {root}:", *lines, f"  {'in all':<26} about {total // 60} h {total % 60} min"])
 
 
 def _train(parts: dict[str, Part], root: Path, processes: int) -> None:

@@ -186,7 +186,7 @@ def convert_florence(florence: Path, output: Path) -> dict[str, str]:
     model = _fill(Florence2Model, config, names, weights, str(florence))
     dropped = _leftovers(weights, str(florence))
     model.save_pretrained(output)
-    make_readable(output)
+    make_readable(*output.glob("*.safetensors"))
     return dropped
 
 

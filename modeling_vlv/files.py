@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +68,4 @@ def refuse_damaged(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         read_header(path)
     for path in sorted(folder.glob("*.json")):
-        with suppress(FileNotFoundError):
-            read_json(path)
+        read_json(path)

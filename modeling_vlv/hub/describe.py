@@ -1,6 +1,7 @@
 """What a checkpoint holds, from its configurations and the headers of its files: no weight is read or downloaded."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -98,8 +99,9 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
             raise ConnectionError("HF_HUB_OFFLINE is set")
         entries = api.list_repo_tree(os.fspath(source), revision=revision, recursive=True)
         files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
-        weights = [name for name in files if name.endswith(".safetensors")]
-        tensors = {name: _remote_header(api, os.fspath(source), name, revision) for name in weights}
+        return _describe_vlv(
+            os.fspath(source), folder, files, lambda name: _remote_header(api, os.fspath(source), name, revision)
+        )
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"there is no folder or repository {source}: {error}") from error
     except (HTTP_ERROR, ConnectionError) as error:
@@ -107,24 +109,19 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         reason = str(error).partition("\n")[0] or type(error).__name__
         found.facts["only what is in the cache"] = f"the Hub cannot be asked ({reason})"
         return found
-    return _describe_vlv(os.fspath(source), folder, files, tensors)
 
 
 def _describe_folder(source: str, folder: Path) -> Description:
-    everything = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = {path.relative_to(folder).as_posix(): path.stat().st_size for path in everything}
-    training = [name for name in names if name.startswith(TRAINER_FOLDERS)]
-    files = {name: size for name, size in names.items() if name not in training and not name.startswith(".")}
-    tensors = {name: read_header(folder / name) for name in files if name.endswith(".safetensors")}
-    found = _describe_vlv(source, folder, files, tensors)
-    if training:
-        folders = sorted({name.partition("/")[0] for name in training})
-        found.facts["training goes on from"] = f"{', '.join(folders)} ({sum(names[n] for n in training):,} bytes)"
-    return found
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return _describe_vlv(source, folder, sizes, lambda name: read_header(folder / name))
 
 
-def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dict[str, Header]) -> Description:
+def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: Callable[[str], Header]) -> Description:
+    """Describes a VLV by its small files, which are in `folder`, and the headers of its weights, wherever they are."""
     config = read_config(folder)
+    training = {name: size for name, size in sizes.items() if name.startswith(TRAINER_FOLDERS)}
+    files = {name: size for name, size in sizes.items() if name not in training and not name.startswith(".")}
     captions = config.get("decoder_config") is not None
     index = folder / "model_index.json"
     found = Description(
@@ -140,10 +137,10 @@ def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dic
         "language model": (config.get("decoder_config") or {}).get("model_type"),
     }
     parts: dict[str, Part] = {}
-    for file, header in tensors.items():
-        if is_variant(file):
+    for file in files:
+        if not file.endswith(".safetensors") or is_variant(file):
             continue
-        for name, (shape, dtype) in header.items():
+        for name, (shape, dtype) in header_of(file).items():
             label = _part(file, name, captions)
             parts.setdefault(label, Part(label)).add(shape, dtype)
     found.parts = list(parts.values())
@@ -151,6 +148,9 @@ def _describe_vlv(source: str, folder: Path, files: dict[str, int], tensors: dic
         named = set(read_weight_map(folder).values())
         if lacking := sorted(named - files.keys()):
             found.facts["missing"] = ", ".join(lacking)
+    if training:
+        folders = sorted({name.partition("/")[0] for name in training})
+        found.facts["training goes on from"] = f"{', '.join(folders)} ({sum(training.values()):,} bytes)"
     if licence := _licence(folder / CARD):
         found.licences["this model"] = licence
     for stage in read_training(folder).values():

@@ -87,8 +87,6 @@ def export(
     add_code(root)
     if half_variant:
         _add_half_variant(root)
-    written = ["encoder"] + (["unet", "vae"] if decoder is not None else [])
-    make_readable(root, *(root / name for name in written))
     return root
 
 
@@ -139,6 +137,7 @@ def _export_decoder(root: Path, parts: dict[str, Any], dtype: torch.dtype | None
             part.to(before)
         else:
             part.save_pretrained(root / name)
+        make_readable(*(root / name).glob("*.safetensors"))
         _forget_origin(root / name / "config.json")
     index = {
         "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
@@ -199,6 +198,7 @@ def _without_ties(tensors: dict[str, torch.Tensor], model: Any, prefix: str) -> 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    make_readable(path)
 
 
 def _index(root: Path, files: list[str]) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def make_readable(*folders: Path) -> None:
-    """Gives weights the permissions of any new file; safetensors writes them for their owner alone."""
+def make_readable(*weights: Path) -> None:
+    """Gives files the permissions of any new one; safetensors writes them for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    for folder in folders:
-        for path in folder.glob("*.safetensors"):
-            path.chmod(0o666 & ~mask)
+    for path in weights:
+        path.chmod(0o666 & ~mask)
 
 
 @contextmanager
