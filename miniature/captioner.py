@@ -1,15 +1,13 @@
 """The miniature's captioner: stage 2, by the project's own trainer, on image-caption pairs of `train`."""
 
-import os
 from pathlib import Path
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor, hub
-from vlv.train import Stage2Config, Stage2Trainer, freeze_for_stage2
+from vlv.train import Stage2Config, Stage2Trainer, freeze_for_stage2, last_checkpoint
 
-from .training import SceneDataset
+from .training import ON_THIS_MACHINE, SceneDataset, share_of
 
 
 class Pairs(SceneDataset):
@@ -47,27 +45,21 @@ def train_captioner(
         output_dir=str(work_dir),
         trainable=trainable,
         max_steps=int(pairs * epochs) // batch_size,
-        per_device_train_batch_size=batch_size // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=share_of(batch_size),
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=50,
         max_caption_tokens=64,
         logging_steps=25,
         save_steps=200,
-        save_total_limit=1,
         sample_steps=200,
-        dataloader_num_workers=0,
-        disable_tqdm=True,
-        dataloader_drop_last=True,
-        ddp_find_unused_parameters=False,
-        use_cpu=True,
         seed=seed,
+        **ON_THIS_MACHINE,
     )
     trainer = Stage2Trainer(
         model, config, Pairs(pairs, seed=seed + 4), processor, sample_dataset=Pairs(8, split="test", seed=37)
     )
-    last = get_last_checkpoint(str(work_dir)) if Path(work_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(work_dir))
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)

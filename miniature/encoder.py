@@ -1,6 +1,5 @@
 """The miniature's encoder: Florence-2's architecture at 64 x 64, trained by stage 1 on images alone."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,18 +7,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 from transformers import CLIPTextConfig, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlv import VLVConfig, VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import StableDiffusionDecoder
 from vlv.pipelines import VLVReconstructionPipeline
-from vlv.train import SampleCallback, Stage1Config, Stage1Trainer, freeze_for_stage1
+from vlv.train import SampleCallback, Stage1Config, Stage1Trainer, freeze_for_stage1, last_checkpoint
 
 from .evaluation import evaluation_items, reconstruct
 from .recogniser import Recogniser
 from .scoring import score_scenes
 from .teacher import build_scheduler
-from .training import SceneDataset
+from .training import ON_THIS_MACHINE, SceneDataset, share_of
 
 NUM_QUERIES = 24
 GRID = 8  # the vision tower leaves 8 x 8 places
@@ -163,7 +161,7 @@ def train_encoder(
         trainable="all",
         pre_crop_size=None,
         max_steps=images // batch_size,
-        per_device_train_batch_size=batch_size // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=share_of(batch_size),
         learning_rate=learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
@@ -172,15 +170,10 @@ def train_encoder(
         min_timestep=MIN_TIMESTEP,
         logging_steps=25,
         save_steps=250,
-        save_total_limit=1,
         sample_steps=500,
         sample_images=16,
-        dataloader_num_workers=0,
-        dataloader_drop_last=True,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        use_cpu=True,
         seed=seed,
+        **ON_THIS_MACHINE,
         **arguments,
     )
     decoder = StableDiffusionDecoder(
@@ -196,8 +189,7 @@ def train_encoder(
         sample_dataset=ImagesOnly(16, split="test", seed=31),
     )
     trainer.add_callback(SampleCallback(scoring(decoder, teacher.tokenizer, recogniser_path), every=500))
-    last = get_last_checkpoint(str(work_dir)) if Path(work_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(work_dir))
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir)
         build_image_processor().save_pretrained(output_dir)

@@ -39,7 +39,7 @@ def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
     chosen = rng or _First()
     preposition = {place: chosen.choice(options) for place, options in PREPOSITIONS.items()}
     parts = [f"a {o.size} {o.name} {preposition[o.place]} {o.place}" for o in scene.objects]
-    objects = chosen.choice((" and ", " , and "[1:], ", ")).join(parts[-2:])
+    objects = chosen.choice((" and ", ", and ", ", ")).join(parts[-2:])
     if len(parts) > 2:
         objects = ", ".join([*parts[:-2], objects])
     if not scene.objects:

@@ -40,14 +40,29 @@ GENTLY = LEARNING_RATE / 30  # for an encoder that stage 1 has trained: at the f
 LONGER = 4 * UPDATES  # for the encoder that learns from pairs alone, lest it only lacked time
 
 
-def _pairs_needed(root: Path, origin: str, pairs: int, seed: int, updates: int = UPDATES) -> dict[str, Any]:
-    """Table 7: is stage 1 needed?"""
+def _pairs_needed(
+    root: Path,
+    origin: str,
+    pairs: int,
+    seed: int,
+    updates: int = UPDATES,
+    rate: float = LEARNING_RATE,
+) -> dict[str, Any]:
+    """Table 7: is stage 1 needed? `rate` is that of the encoder, where it learns."""
     if origin == "stage 1":
         encoder, _ = hub.load_encoder(root / "encoder")
     else:
         encoder = untrained_encoder(root / "teacher-3", seed)
     learns = "everything" if origin == "end to end" else "projector+lm"
-    return measure_captioner(encoder, root / "language-model", pairs, learns=learns, updates=updates, seed=seed)
+    return measure_captioner(
+        encoder,
+        root / "language-model",
+        pairs,
+        learns=learns,
+        updates=updates,
+        seed=seed,
+        encoder_learning_rate=rate,
+    )
 
 
 def _what_learns(root: Path, learns: str, seed: int, encoder_learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
@@ -128,6 +143,10 @@ def _list_measurements() -> dict[str, Measurement]:
             for seed in SEEDS if origin == "stage 1" and pairs <= DECIDED_BELOW else SEEDS[:1]:
                 run = partial(_pairs_needed, origin=origin, pairs=pairs, seed=seed)
                 found[f"table 7, {origin}, {pairs} pairs, seed {seed}"] = Measurement(run, minutes)
+    for share, rate in (("a tenth", LEARNING_RATE / 10), ("a thirtieth", LEARNING_RATE / 30)):
+        for pairs in PAIRS:
+            run = partial(_pairs_needed, origin="end to end", pairs=pairs, seed=0, rate=rate)
+            found[f"table 7, end to end at {share}, {pairs} pairs, seed 0"] = Measurement(run, 19)
     run = partial(_pairs_needed, origin="end to end", pairs=max(PAIRS), seed=0, updates=LONGER)
     found[f"table 7, end to end, {max(PAIRS)} pairs, {LONGER} updates"] = Measurement(run, 75)
     found["table 4, projector learns, seed 0"] = Measurement(partial(_what_learns, learns="projector", seed=0), 6)

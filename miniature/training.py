@@ -14,15 +14,22 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from vlv.train import SeedOfItsOwn
+from vlv.train import SeedOfItsOwn, last_checkpoint
 
 from .grammar import write_caption
 from .render import render
 from .world import Scene, sample_scenes
 
 EVALUATION_SEED = 1_000_003
+ON_THIS_MACHINE: dict[str, Any] = {  # settings of every trainer: processes of one thread each, no accelerator
+    "use_cpu": True,
+    "dataloader_num_workers": 0,
+    "dataloader_drop_last": True,
+    "ddp_find_unused_parameters": False,
+    "disable_tqdm": True,
+    "save_total_limit": 1,
+}
 
 
 class SceneDataset(Dataset):
@@ -94,6 +101,11 @@ class MovingAverage(TrainerCallback):
             torch.save(self.average.state_dict(), folder / "average.pt")
 
 
+def share_of(batch_size: int) -> int:
+    """What each process takes of a batch, under `torchrun` or alone."""
+    return batch_size // int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def train_module(
     module: nn.Module,
     dataset: Dataset,
@@ -115,10 +127,9 @@ def train_module(
         arguments: Of `TrainingArguments`, over the defaults here.
     """
     set_seed(seed)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = {
+    settings = ON_THIS_MACHINE | {
         "output_dir": str(output_dir),
-        "per_device_train_batch_size": batch_size // processes,
+        "per_device_train_batch_size": share_of(batch_size),
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 100,
@@ -128,14 +139,8 @@ def train_module(
         "num_train_epochs": 1,
         "logging_steps": 50,
         "save_steps": 250,
-        "save_total_limit": 1,
         "remove_unused_columns": False,
         "report_to": "none",
-        "use_cpu": True,
-        "dataloader_num_workers": 0,
-        "dataloader_drop_last": True,
-        "disable_tqdm": True,
-        "ddp_find_unused_parameters": False,
         "seed": seed,
         "data_seed": seed,
         **arguments,
@@ -147,5 +152,4 @@ def train_module(
         data_collator=data_collator,
         callbacks=[*callbacks, SeedOfItsOwn()],
     )
-    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))

@@ -1,6 +1,6 @@
 """Trainers: stage 1 from images alone, stage 2 from image-caption pairs."""
 
-from .callbacks import SampleCallback, SeedOfItsOwn
+from .callbacks import SampleCallback, SeedOfItsOwn, last_checkpoint
 from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, find_images, load_images, load_pairs
 from .stage1 import Stage1Config, Stage1Trainer, freeze_for_stage1
 from .stage2 import Stage2Config, Stage2Trainer, freeze_for_stage2
@@ -19,6 +19,7 @@ __all__ = [
     "find_images",
     "freeze_for_stage1",
     "freeze_for_stage2",
+    "last_checkpoint",
     "load_images",
     "load_pairs",
 ]
