@@ -105,8 +105,8 @@ def test_sizes_of_the_language_model_and_a_longer_training():
         for seed in (0, 1, 2)
     }
     longer = {"object_place_f1": 0.25, "object_f1": 0.5, "background": 0.9}
-    measured["table 7, end to end, 20000 pairs, 3200 updates"] = {"combo": longer}
+    measured["table 7, end to end at a tenth, 20000 pairs, 3200 updates"] = {"combo": longer}
     text = report(measured, "")
     assert "| 64 wide, 2 layers | 0.100 (0.000 to 0.200) | 0.500 (0.500 to 0.500) |" in text
     assert "| 128 wide, 3 layers |" not in text and "14.70 / 9.37 / 11.26 / 12.45" in text
-    assert "to 0.250 (objects alone 0.500, background 0.900)" in text
+    assert "| a tenth of it, 3,200 | 0.900 | 0.500 | 0.250 |" in text and "| a tenth of it, 800 |" not in text
