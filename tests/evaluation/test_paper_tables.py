@@ -110,3 +110,13 @@ def test_sizes_of_the_language_model_and_a_longer_training():
     assert "| 64 wide, 2 layers | 0.100 (0.000 to 0.200) | 0.500 (0.500 to 0.500) |" in text
     assert "| 128 wide, 3 layers |" not in text and "14.70 / 9.37 / 11.26 / 12.45" in text
     assert "| a tenth of it, 3,200 | 0.900 | 0.500 | 0.250 |" in text and "| a tenth of it, 800 |" not in text
+
+
+def test_a_larger_language_model_is_only_called_no_better_when_it_is_not():
+    def page(largest: float) -> str:
+        names = ("table 5, small language model", "table 7, stage 1, 1000 pairs", "table 5, large language model")
+        scores = zip(names, (0.5, 0.6, largest), strict=True)
+        return report({f"{n}, seed 0": {"combo": {"object_place_f1": f, "exact": 0.5}} for n, f in scores}, "")
+
+    assert "The largest is not the best here" in page(0.55)
+    assert "The largest is not the best here" not in page(0.65)
