@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import mean
 
-from .paper_tables import IMAGES, ORIGINS, PAIRS, Measured, scores_by_pairs
+from .paper_tables import IMAGES, LONGER, ORIGINS, PAIRS, SPLIT, Measured, scores_by_pairs, scores_of_reconstructions
 
 
 def plot_curves(measured: Measured, path: str | Path) -> bool:
@@ -26,10 +26,14 @@ def plot_curves(measured: Measured, path: str | Path) -> bool:
             left.plot(list(scores), [mean(values) for values in scores.values()], "o-", label=label)
             lowest, highest = [min(v) for v in scores.values()], [max(v) for v in scores.values()]
             left.fill_between(list(scores), lowest, highest, alpha=0.2)
+    if LONGER in measured:
+        drawn = True
+        score = measured[LONGER][SPLIT]["object_place_f1"]
+        left.plot([max(PAIRS)], [score], "*", markersize=10, label="the same, gently, four times as long")
     left.set(xscale="log", xlabel="image-caption pairs", ylabel="object + place F1 of captions", ylim=(-0.02, 1.02))
     left.set_xticks(PAIRS, [f"{pairs:,}" for pairs in PAIRS])
     left.axhline(0.8, color="grey", linewidth=0.8, linestyle=":")
-    images = {int(label.replace(",", "")): measured[name] for label, name in IMAGES.items() if name in measured}
+    images = {int(label.replace(",", "")): name for label, name in IMAGES.items() if name in measured}
     for key, label in (
         ("object_place_f1", "object + place F1"),
         ("background", "background"),
@@ -37,7 +41,8 @@ def plot_curves(measured: Measured, path: str | Path) -> bool:
     ):
         if images:
             drawn = True
-            right.plot(list(images), [found[key] for found in images.values()], "o-", label=label)
+            scores_of = [mean(scores_of_reconstructions(measured, name, key)) for name in images.values()]
+            right.plot(list(images), scores_of, "o-", label=label)
     right.set(xscale="log", xlabel="images of stage 1", ylabel="of reconstructions", ylim=(-0.02, 1.02))
     if images:
         right.set_xticks(list(images), [f"{count:,}" for count in images])
