@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from vlv.train.data import find_images
+from vlv.files import find_images
 
 from .errors import UserError
 

@@ -1,5 +1,6 @@
 """How like two pictures, or two sets of pictures, are. The measuring is torchmetrics'."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,9 @@ class SetMeter:
             "Inception-v3, 2048 features" if features is None else type(features).__name__
         )
         self.fid = FrechetInceptionDistance(feature=feature)
-        self.kid = KernelInceptionDistance(feature=feature, subset_size=2, subsets=10)
+        with warnings.catch_warnings():  # that it keeps all features: such sets are small beside the images themselves
+            warnings.filterwarnings("ignore", message="Metric .* will save all extracted features")
+            self.kid = KernelInceptionDistance(feature=feature, subset_size=2, subsets=10)
         self.count = 0
 
     def update(self, pictures: torch.Tensor, originals: torch.Tensor) -> None:

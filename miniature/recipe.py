@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="assemble the finished miniature into this folder")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each (default: 2)")
     parser.add_argument("--only", choices=[*PARTS, *VARIANTS], help="train this part alone")
+    parser.add_argument("--plan", action="store_true", help="print what is to do and how long it takes, and stop")
     parser.add_argument("--without-tables", action="store_true", help="train the parts alone, not what tables compare")
     parser.add_argument("--worker", choices=[*PARTS, *VARIANTS], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -192,6 +193,8 @@ def main() -> None:
         _train({options.only: (PARTS | VARIANTS)[options.only]}, options.root, options.processes)
         return
     print(plan(options.root, with_tables=not options.without_tables), flush=True)
+    if options.plan:
+        return
     _train(PARTS, options.root, options.processes)
     if options.output:
         assemble(options.root, options.output)

@@ -1,4 +1,4 @@
-"""Configurations and weights on disk, read so that what is wrong with one names the file."""
+"""Files on disk: images found; configurations and weights read so that what is wrong with one names the file."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DTYPES = {  # of safetensors, and what torch calls them
     "F64": "float64",
     "F32": "float32",
@@ -18,6 +19,18 @@ DTYPES = {  # of safetensors, and what torch calls them
     "BOOL": "bool",
 }
 Header = dict[str, tuple[tuple[int, ...], str]]  # of each weight its shape and its dtype, such as "float16"
+
+
+def find_images(folder: str | os.PathLike) -> list[Path]:
+    """All image files below a folder, their suffix in any case, in the order of their paths; hidden ones left out."""
+    root = Path(folder)
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
 
 
 def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:

@@ -71,6 +71,16 @@ def test_importing_vlv_is_light(tmp_path):
     run(sys.executable, "-c", code, cwd=tmp_path)
 
 
+def test_asking_a_command_for_its_help_is_light(tmp_path):
+    code = (
+        "import contextlib, sys; from vlv.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['caption', '--help'])\n"
+        "heavy = {'datasets', 'gradio', 'matplotlib', 'torchvision', 'torchmetrics'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    run(sys.executable, "-c", code, cwd=tmp_path)
+
+
 def test_importing_asks_no_network(tmp_path):
     code = """
 import socket, sys

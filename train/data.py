@@ -12,23 +12,11 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from vlv import VLVImageProcessor, VLVProcessor
+from vlv.files import IMAGE_SUFFIXES, find_images
 
 logger = logging.get_logger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SIDECAR_SUFFIXES = (".txt", ".caption")
-
-
-def find_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, their suffix in any case, in the order of their paths; hidden ones left out."""
-    root = Path(folder)
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
 
 
 class ListDataset(Dataset):
