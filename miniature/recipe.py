@@ -143,10 +143,13 @@ VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
     "encoder-tail-drop": {"images": 120_000, "tail_drop": 0.5},
     "encoder-6-queries": {"images": 120_000, "num_queries": 6},
     "encoder-12-queries": {"images": 120_000, "num_queries": 12},
-    # A second seed of each, since their order depends on the seed.
+    # Two seeds more of each, since their order depends on the seed.
     "encoder-120k-seed-1": {"images": 120_000, "seed": 1},
+    "encoder-120k-seed-2": {"images": 120_000, "seed": 2},
     "encoder-6-queries-seed-1": {"images": 120_000, "num_queries": 6, "seed": 1},
+    "encoder-6-queries-seed-2": {"images": 120_000, "num_queries": 6, "seed": 2},
     "encoder-12-queries-seed-1": {"images": 120_000, "num_queries": 12, "seed": 1},
+    "encoder-12-queries-seed-2": {"images": 120_000, "num_queries": 12, "seed": 2},
 }
 VARIANTS = {
     name: _variant(name, minutes=round(settings["images"] / 3_900), **settings)
