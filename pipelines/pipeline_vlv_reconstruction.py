@@ -72,11 +72,15 @@ class VLVReconstructionPipeline(DiffusionPipeline):
             _copy(code, folder / name)
         index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def check_inputs(self, image, caption_embeds, height, width, callback_tensor_inputs) -> None:
+    def check_inputs(self, image, caption_embeds, height, width, callback_tensor_inputs, steps, output_type) -> None:
         if (image is None) == (caption_embeds is None):
             raise ValueError("pass either image or caption_embeds, and not both")
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
             raise ValueError(f"height and width must be divisible by {self.vae_scale_factor}, got {height} x {width}")
+        if steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -86,7 +90,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
     def check_counts(self, count: int, images: int, generator, negative_prompt) -> None:
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} pictures; give one, or one each")
-        if isinstance(negative_prompt, list) and len(negative_prompt) not in (1, images):
+        if not isinstance(negative_prompt, str | None) and len(negative_prompt) not in (1, images):
             raise ValueError(
                 f"{len(negative_prompt)} negative prompts for {images} pictures; give one, or one an image"
             )
@@ -206,7 +210,15 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         """
         height = height or self._default_size()
         width = width or self._default_size()
-        self.check_inputs(image, caption_embeds, height, width, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            image,
+            caption_embeds,
+            height,
+            width,
+            callback_on_step_end_tensor_inputs,
+            num_inference_steps,
+            output_type,
+        )
         if caption_embeds is None:
             caption_embeds = self.encode_image(image)
         count = len(caption_embeds) * num_images_per_prompt

@@ -108,8 +108,10 @@ def load_pairs(
 def _folder_pairs(folder: Path, image_column: str, caption_column: str) -> Iterator[dict[str, str]]:
     lists = sorted(folder.glob("*.jsonl"))
     if lists:
-        for path in lists:
-            yield from _jsonl_pairs(path, image_column, caption_column)
+        found = [pair for path in lists for pair in _jsonl_pairs(path, image_column, caption_column)]
+        if not found:
+            raise ValueError(f"no pairs in {', '.join(map(str, lists))}: empty; without it, sidecars are read")
+        yield from found
         return
     images = find_images(folder)
     if not images:
@@ -126,7 +128,7 @@ def _folder_pairs(folder: Path, image_column: str, caption_column: str) -> Itera
 
 
 def _jsonl_pairs(path: Path, image_column: str, caption_column: str) -> Iterator[dict[str, str]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, cast
 
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -25,6 +25,7 @@ class StageConfig(TrainingArguments):
     sample_steps: int = field(default=1000, metadata={"help": "Show samples every so many steps; 0: never."})
     sample_images: int = field(default=8, metadata={"help": "How many samples."})
 
+    num_train_epochs: float = field(default=0, metadata={"help": "Passes over the data, in place of max_steps."})
     adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Of AdamW."})
     save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every so many steps."})
@@ -39,6 +40,18 @@ class StageConfig(TrainingArguments):
         super().__post_init__()
         if self.trainable not in self.TRAINABLE:
             raise ValueError(f"trainable is {self.trainable!r}; expected one of {self.TRAINABLE}")
+        steps: int = cast(Any, self).max_steps
+        if self.num_train_epochs:
+            usual = next(f.default for f in fields(self) if f.name == "max_steps")
+            if steps not in (-1, usual):
+                raise ValueError(
+                    f"max_steps is {steps} and num_train_epochs is {self.num_train_epochs}; give one of them"
+                )
+            self.max_steps = -1
+        elif steps < 1:
+            raise ValueError(f"max_steps is {steps}; give a number of steps, or num_train_epochs")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor must be 0: both stages have losses of their own")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator reads columns that no model knows")
 

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,7 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
     )
     if config.model is not None:
         model, image_processor = hub.load_encoder(config.model)
+        _refuse_another_shape(config, model, image_processor)
     else:
         queries: dict[str, Any] = {} if config.num_queries is None else {"num_queries": config.num_queries}
         model = VLVModel.from_vision_text_pretrained(
@@ -226,6 +227,24 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
     freeze_for_stage1(model, config.trainable)
     tokenizer = hub.load_tokenizer(config.decoder, subfolder="tokenizer")
     return Stage1Trainer(model, decoder, config, dataset, image_processor, tokenizer)
+
+
+def _refuse_another_shape(config: Stage1Config, model: VLVModel, image_processor: VLVImageProcessor) -> None:
+    """A model to go on from has its own queries and sizes: others that are asked for must not be passed over."""
+    own = {
+        "num_queries": model.config.num_queries,
+        "attend_all_queries": model.config.attend_all_queries,
+        "encoder_image_size": image_processor.size["height"],
+        "pre_crop_size": image_processor.pre_crop_size or None,
+    }
+    for setting in fields(config):
+        if setting.name in own:
+            asked = getattr(config, setting.name)
+            if asked not in (setting.default, own[setting.name]):
+                raise ValueError(
+                    f"{setting.name} is {asked}, but {config.model} has {own[setting.name]}; leave it out, or start "
+                    "from encoder and decoder"
+                )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

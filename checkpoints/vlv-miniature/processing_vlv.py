@@ -221,6 +221,8 @@ class VLVImageProcessor(PilBackend):
         """An RGB picture as `(3, height, width)` float32."""
         if pre_crop_size:
             picture = crop_to_square(picture, pre_crop_size)
+        if kwargs["do_resize"] and not (size.height and size.width):
+            raise ValueError(f'size is {dict(size)}; expected {{"height": ..., "width": ...}}, in pixels')
         if kwargs["do_resize"] and picture.size != (size.width, size.height):
             picture = picture.resize((size.width, size.height), resample)
         values = np.asarray(picture).astype(np.float32)  # (height, width, 3)
@@ -311,8 +313,8 @@ class VLVProcessor(ProcessorMixin):
             if pad_to_max_length and max_length is None:
                 raise ValueError("pad_to_max_length needs max_length")
             data["labels"] = self._labels(captions, max_length, append_eos, pad_to_max_length)
-        tensors = {k: v if k == "pixel_values" or return_tensors == "pt" else v.tolist() for k, v in data.items()}
-        return BatchFeature(tensors)
+        as_wanted = {"pt": lambda v: v, "np": lambda v: v.numpy()}.get(return_tensors or "", lambda v: v.tolist())
+        return BatchFeature({k: v if k == "pixel_values" else as_wanted(v) for k, v in data.items()})
 
     def _ids(self, words: str) -> list[int]:
         if not isinstance(words, str):

@@ -163,9 +163,20 @@ def _load_whole(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     ) as error:
         refuse_damaged(folder)
         raise ValueError(f"{folder} cannot be loaded: {error!r}") from error
+    unexpected = sorted(report["unexpected_keys"])
+    if any(".lora_A." in name for name in unexpected):
+        raise ValueError(
+            f"{folder} is a checkpoint of a LoRA run that has not ended; go on with `vlv train stage2` and the same "
+            "settings, which saves a whole model at the end"
+        )
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
         raise ValueError(f"{len(lacking)} weights of {folder} are missing or of another shape, such as {lacking[0]}")
+    if unexpected:
+        raise ValueError(
+            f"{len(unexpected)} weights of {folder} have no place in the model that its config.json describes, "
+            f"such as {unexpected[0]}"
+        )
     return model
 
 

@@ -62,6 +62,17 @@ def test_a_wrong_line_is_named(tmp_path, pictures, line, words):
         load_pairs(str(tmp_path))
 
 
+def test_an_empty_list_of_pairs_is_named_and_a_byte_order_mark_is_no_letter(tmp_path, pictures):
+    pictures[0].save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "list.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"no pairs in .*list\.jsonl"):
+        load_pairs(str(tmp_path))
+    line = '{"file_name": "a.png", "caption": "a cat"}'
+    (tmp_path / "list.jsonl").write_text(line, encoding="utf-8-sig")
+    assert load_pairs(str(tmp_path))[0]["caption"] == "a cat"
+
+
 def test_what_is_missing_is_named(tmp_path, pictures, parquet):
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -63,6 +63,9 @@ def test_the_papers_recipe_is_in_the_defaults_and_in_the_files(stage, config, ex
         ("seed: 1", ["--max_steps", "3", "other.yaml"], "other.yaml must come first"),
         ("- a list", [], "must hold `name: value` lines"),
         ("a: [", [], "is no YAML"),
+        ("max_steps: 7", ["--num_train_epochs", "2"], "max_steps is 7 and num_train_epochs is 2.0; give one of them"),
+        ("max_steps: -1", [], "max_steps is -1; give a number of steps, or num_train_epochs"),
+        ("label_smoothing_factor: 0.1", [], "label_smoothing_factor must be 0"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, capsys, text, arguments, words):
@@ -77,6 +80,11 @@ def test_a_missing_file_is_named(capsys):
     with pytest.raises(SystemExit):
         parse("nowhere.yaml")
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_passes_over_the_data_take_the_place_of_the_recipes_steps():
+    config = parse(str(CONFIGS / "stage1.yaml"), "--num_train_epochs", "2")
+    assert (config.num_train_epochs, config.max_steps) == (2, -1)
 
 
 def test_wrong_choices_are_said():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vlv import VLVForConditionalGeneration, VLVProcessor
+from vlv import VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.train.data import Stage2Collator
 from vlv.train.stage1 import Stage1Config, Stage1Trainer, freeze_for_stage1
 from vlv.train.stage2 import Stage2Config, Stage2Trainer, build_stage2, freeze_for_stage2, merge_lora
@@ -114,6 +114,8 @@ def test_lora_trains_and_merges_into_a_plain_model(tmp_path, stage1_checkpoint, 
     assert len(set(trainer.processing_class.tokenizer("a large dog").input_ids)) == 3  # read as it was saved
     assert any("lora_A" in name for name in learning(trainer.model))
     trainer.train()
+    with pytest.raises(ValueError, match=r"checkpoint-2 is a checkpoint of a LoRA run that has not ended; go on with"):
+        hub.load_captioner(tmp_path / "run" / "checkpoint-2")
     trainer.model.eval()
     pixels = torch.randn(1, 3, 64, 64)
     labels = torch.tensor([[5, 3]])
@@ -150,6 +152,25 @@ def test_samples_do_not_disturb_the_random_state(tmp_path, image_folder, stable_
 
     assert run(sample_steps=2) == run(sample_steps=0)
     assert (tmp_path / "2" / "samples" / "step-0000004.png").stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_queries": 4}, "num_queries is 4, but .* has 8"),
+        ({"attend_all_queries": True}, "attend_all_queries is True, but .* has False"),
+        ({"encoder_image_size": 32}, "encoder_image_size is 32, but .* has 64"),
+        ({"pre_crop_size": 32}, "pre_crop_size is 32, but .* has None"),
+    ],
+)
+def test_a_model_to_go_on_from_keeps_its_shape(
+    tmp_path, image_folder, stable_diffusion, stage1_checkpoint, settings, words
+):
+    from vlv.train.stage1 import build_stage1
+
+    parts = {"model": str(stage1_checkpoint), "decoder": str(stable_diffusion), "images": str(image_folder)}
+    with pytest.raises(ValueError, match=words):
+        build_stage1(Stage1Config(output_dir=str(tmp_path), use_cpu=True, **parts, **settings))
 
 
 def test_inputs_that_are_missing_are_asked_for(tmp_path):

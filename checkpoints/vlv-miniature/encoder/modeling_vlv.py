@@ -8,9 +8,10 @@ encoder's width, d_lm the language model's width.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 # "Describe with a paragraph what is shown in the image." between <s> and </s>: what Florence-2's processor makes of
@@ -171,8 +173,50 @@ class VLVPreTrainedModel(PreTrainedModel):
         """
         super().train(mode)
         if mode:
-            _rest_frozen_parts(self)
+            has, learns = _rest_frozen_parts(self)
+            if has and not learns:
+                return super().train(False)
+            for layer in self._layers_to_checkpoint():
+                layer.training = True
         return self
+
+    def _layers_to_checkpoint(self) -> list[nn.Module]:
+        """Frozen layers that gradients pass through, and that gradient checkpointing was asked for.
+
+        transformers checkpoints layers in training mode only. What they hold stays in evaluation mode, and so does a
+        layer with a dropout of its own.
+        """
+        if not self.is_gradient_checkpointing:
+            return []
+        parts = [module.text_encoder for module in self.modules() if isinstance(module, VLVModel)]
+        if isinstance(self, VLVForConditionalGeneration):
+            parts.append(self.language_model)
+        layers = [layer for part in parts for layer in part.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        return [layer for layer in layers if layer.gradient_checkpointing and not _drops_out(layer)]
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    return any(isinstance(value, float) and value > 0 and "drop" in name for name, value in vars(layer).items())
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """As `model.to(dtype)`, but what is computed and not stored, such as rotary frequencies, keeps its precision."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+
+
+def _build(
+    model_class: Any, config: VLVConfig, dtype: torch.dtype, parts: dict[str, PreTrainedConfig]
+) -> VLVPreTrainedModel:
+    """A new model, its parts with the kinds of attention that the models have whose configurations are `parts`."""
+    kinds = {name: part._attn_implementation for name, part in parts.items() if part._attn_implementation}
+    model = model_class._from_config(config, attn_implementation=kinds)
+    _cast(model, dtype)
+    return model
 
 
 def _rest_frozen_parts(module: nn.Module) -> tuple[bool, bool]:
@@ -195,13 +239,16 @@ def _rest_frozen_parts(module: nn.Module) -> tuple[bool, bool]:
     return has, learns
 
 
+_OF_A_CAPTIONER = r"^language_(model|projector)\."  # weights that a `VLVModel` leaves where it finds them
+
+
 class VLVModel(VLVPreTrainedModel):
     """Image to caption embeddings: Florence-2, learnable queries, a projector, and the frozen text encoder `T`.
 
     This is what stage 1 trains and what reconstruction needs. The text encoder is part of it and is stored once, here.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^language_(model|projector)\."]  # noqa: RUF012 (a captioner's)
+    _keys_to_ignore_on_load_unexpected: Any = [_OF_A_CAPTIONER]  # noqa: RUF012
 
     def __init__(self, config: VLVConfig):
         super().__init__(config)
@@ -263,8 +310,8 @@ class VLVModel(VLVPreTrainedModel):
         config_kwargs.setdefault("num_queries", text_model.config.max_position_embeddings)
         if florence.config.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS):
             config_kwargs.setdefault("task_prompt_ids", FLORENCE_TASK_PROMPT_IDS)
-        config = VLVConfig(encoder_config=florence.config, text_encoder_config=text_model.config, **config_kwargs)
-        model = cls(config).to(dtype)
+        parts = {"encoder_config": florence.config, "text_encoder_config": text_model.config}
+        model = _build(cls, VLVConfig(**copy.deepcopy(parts), **config_kwargs), dtype, parts)
         model.encoder.load_state_dict(florence.state_dict())
         model.text_encoder.load_state_dict(text_model.state_dict())
         return model.eval()
@@ -283,7 +330,7 @@ class VLVModel(VLVPreTrainedModel):
                 f"pixel_values must be (batch, {expected}, height, width), got {tuple(pixel_values.shape)}; "
                 "VLVProcessor prepares them from images"
             )
-        dtype = self.encoder.multi_modal_projector.image_projection.weight.dtype
+        dtype = self.encoder.multi_modal_projector.image_proj_norm.weight.dtype  # of a norm: never quantised
         return self.encoder.get_image_features(pixel_values.to(dtype=dtype)).pooler_output
 
     def get_caption_embeds(
@@ -298,6 +345,12 @@ class VLVModel(VLVPreTrainedModel):
             prompt = torch.tensor([self.config.task_prompt_ids], device=tokens.device)
             words = transformer.shared(prompt).to(tokens.device).expand(len(tokens), -1, -1)
             tokens = torch.cat([tokens, words], dim=1)  # (B, image tokens + prompt, d_model)
+        positions = self.config.encoder_config.text_config.max_position_embeddings
+        if tokens.shape[1] > positions:
+            raise ValueError(
+                f"the image (with the task prompt) gives {tokens.shape[1]} tokens, but the encoder has {positions} "
+                "positions; make images smaller (the image processor's size, --encoder_image_size in training)"
+            )
         memory = transformer.encoder(inputs_embeds=tokens).last_hidden_state
         queries = self.query_embeds.to(memory).expand(len(memory), -1, -1)  # (B, Q, d_model)
         mask: torch.Tensor | None = None
@@ -371,13 +424,16 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             )
         super().__init__(config)
         self.model = VLVModel._from_config(config)
-        self.language_projector = VLVProjector(
-            config.text_encoder_config.hidden_size, config.decoder_config.get_text_config().hidden_size
-        )
+        words = config.decoder_config.get_text_config()
+        words_width = getattr(words, "word_embed_proj_dim", None) or words.hidden_size  # the first: OPT's
+        self.language_projector = VLVProjector(config.text_encoder_config.hidden_size, words_width)
         self.language_model = AutoModelForCausalLM.from_config(config.decoder_config, trust_remote_code=False)
         self.post_init()
         self.model.text_encoder.requires_grad_(False)
         self.generation_config = GenerationConfig.from_model_config(config.decoder_config)
+        # Of these VLVModel leaves the language model's, which here would hide weights that have no place.
+        patterns: set[str] = cast(Any, self)._keys_to_ignore_on_load_unexpected  # of all parts, gathered by post_init
+        patterns.discard(_OF_A_CAPTIONER)
         self.loss_type = None  # no loss that shifts labels, or Trainer would leave the first word out of its count
 
     @classmethod
@@ -409,8 +465,11 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         vlv = VLVModel.from_pretrained(encoder, **(encoder_kwargs or {})) if isinstance(encoder, str) else encoder
         if isinstance(decoder, str):
             decoder = AutoModelForCausalLM.from_pretrained(decoder, **(decoder_kwargs or {}))
-        fields = {name: getattr(vlv.config, name) for name in _SHARED_FIELDS}
-        model = cls(VLVConfig(decoder_config=decoder.config, **fields)).to(dtype)
+        fields = {name: copy.deepcopy(getattr(vlv.config, name)) for name in _SHARED_FIELDS}
+        parts = {name: getattr(vlv.config, name) for name in ("encoder_config", "text_encoder_config")}
+        parts["decoder_config"] = decoder.config
+        config = VLVConfig(decoder_config=copy.deepcopy(decoder.config), **fields)
+        model = _build(cls, config, dtype, parts)
         model.model.load_state_dict(vlv.state_dict())
         model.language_model.load_state_dict(decoder.state_dict())
         if decoder.generation_config is not None:
@@ -443,10 +502,11 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
 
         Returns:
             Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and the caption embeddings `(B, Q, d_text)`.
+            Padding of a text prefix stands before everything else.
         """
         output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)
         embeds = self.get_input_embeddings()
-        prefix = self.language_projector(output.conditioning.to(self.language_projector.linear_1.weight.dtype))
+        prefix = self.language_projector(output.conditioning.to(self.language_projector.linear_1.bias.dtype))
         prefix = prefix.to(embeds.weight.dtype)  # (B, Q, d_lm)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         if input_ids is not None and input_ids.shape[1]:
@@ -454,9 +514,17 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 raise ValueError(f"{len(input_ids)} rows of input_ids for {len(prefix)} images; give one row an image")
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are {tuple(input_ids.shape)}"
+                )
             words = embeds(input_ids).to(prefix)  # (B, P, d_lm)
             prefix = torch.cat([prefix, words], dim=1)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+            # Padding goes to the front, wherever it was: the last place must be what the caption follows.
+            order = (mask != 0).long().argsort(dim=1, stable=True)  # (B, Q + P)
+            prefix = prefix.gather(1, order[..., None].expand_as(prefix))
+            mask = mask.gather(1, order)
         return prefix, mask, output.caption_embeds
 
     def forward(
@@ -478,7 +546,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images; or give `caption_embeds`.
             caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Ready caption embeddings.
             input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): A text prefix, also of length 0; no loss on it.
-            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): Of the text prefix; padding on the left.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): Of the text prefix, padded on either side.
             labels (`torch.Tensor` of shape `(B, L)`, *optional*): The caption alone, its EOS included, padded on the
                 right with -100.
             return_logits (`bool`, *optional*): By default logits are returned except while training with labels, when
@@ -494,27 +562,33 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             words = self.get_input_embeddings()(labels.clamp(min=0)).to(prefix)  # (B, L, d_lm)
             sequence = torch.cat([prefix, words], dim=1)
             mask = torch.cat([mask, (labels != -100).to(mask)], dim=1)
-        places: dict[str, torch.Tensor] = {}
+        places: dict[str, Any] = {}
         if input_ids is not None and input_ids.shape[1]:  # else no padding stands before a word, and none is needed
             places = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        states = self.language_model.get_decoder()(
-            inputs_embeds=sequence, use_cache=False, **places
-        ).last_hidden_state  # (B, Q + P + L, d_lm)
-        head = self.get_output_embeddings()
-
         start = prefix.shape[1] - 1  # this position predicts the first word
-        wanted = states if full_logits else states[:, start : start + (labels.shape[1] if labels is not None else 1)]
+        length = 1 if labels is None else labels.shape[1]
         keep_logits = full_logits or labels is None or (not self.training if return_logits is None else return_logits)
-        logits = head(wanted) if keep_logits else None
+        counted: Any = None if labels is None else labels != -100  # (B, L)
+        logits: torch.Tensor | None = None
+        if self.config.decoder_config.model_type in _PLAIN_HEADS and not keep_logits:
+            states = self.language_model.get_decoder()(
+                inputs_embeds=sequence, use_cache=False, **places
+            ).last_hidden_state  # (B, Q + P + L, d_lm)
+            predicted = self.get_output_embeddings()(states[:, start : start + length][counted])
+        else:
+            wanted = 0 if full_logits else sequence.shape[1] - start  # the last so many; 0 is all
+            if "logits_to_keep" in inspect.signature(self.language_model.forward).parameters:
+                places["logits_to_keep"] = wanted
+            logits = self.language_model(inputs_embeds=sequence, use_cache=False, **places).logits
+            first = 0 if full_logits else logits.shape[1] - wanted
+            logits = logits[:, first:] if full_logits else logits[:, first : first + length]
+            if labels is not None:
+                predicted = (logits[:, start : start + length] if full_logits else logits)[counted]
         loss: torch.Tensor | None = None
         if labels is not None:
-            counted = labels != -100  # (B, L)
-            if logits is None:
-                predicted = head(wanted[counted])
-            else:
-                predicted = (logits[:, start : start + labels.shape[1]] if full_logits else logits)[counted]
             total = F.cross_entropy(predicted.float(), labels[counted].to(predicted.device), reduction="sum")
             loss = total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+        logits = logits if keep_logits else None
         output = VLVCausalLMOutput(loss=loss, logits=logits, caption_embeds=caption_embeds)
         return output if return_dict or return_dict is None else output.to_tuple()
 
@@ -538,7 +612,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images; or give `caption_embeds`.
             caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Ready caption embeddings.
-            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption goes on from; left-padded.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption goes on from.
             prefix_dtype (`torch.dtype`, *optional*): Rounds the prefix to this precision first. The authors' code
                 rounds to bfloat16 whatever the model's precision, which can change what beam search finds.
 
@@ -555,7 +629,13 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
         prefix = prefix if prefix_dtype is None else prefix.to(prefix_dtype)
         settings = copy.deepcopy(generation_config or self.generation_config)
+        for name in (
+            "max_length",
+            "min_length",
+        ):  # a language model's own; passed, they are refused above
+            setattr(settings, name, None)
         own = {name: value for name, value in self.generation_config.to_dict().items() if value is not None}
+        own = {name: value for name, value in own.items() if name not in ("max_length", "min_length")}
         settings.update(**own, defaults_only=True)  # what was passed goes before the model's own
         others = settings.update(**kwargs)  # what is no setting: a streamer, stopping criteria, ...
         return self.language_model.generate(
@@ -572,6 +652,9 @@ _SHARED_FIELDS = (
     "query_initializer_range",
     "initializer_range",
 )
+_PLAIN_HEADS = ("gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "smollm3")
+"""Language models whose logits are their output embeddings' and nothing else: in training these are computed only
+where there is a label. All others' own `forward` computes them, since many scale or cap them (Gemma, Granite)."""
 _REFUSED_GENERATION_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "assistant_model": (lambda v: v is not None, "an assistant cannot read the image prefix; leave it out"),
     "prompt_lookup_num_tokens": (lambda v: v is not None, "the prefix is no text to look up in; leave it out"),
@@ -582,6 +665,7 @@ _REFUSED_GENERATION_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "max_length": (lambda v: v is not None, "the prefix has no words to count; use max_new_tokens"),
     "min_length": (lambda v: v not in (None, 0), "the prefix has no words to count; use min_new_tokens"),
+    "prefill_chunk_size": (lambda v: v is not None, "the prefix has no words to cut; leave it out"),
     "inputs_embeds": (lambda v: v is not None, "pass pixel_values or caption_embeds, and words as input_ids"),
 }
 

@@ -1,0 +1,174 @@
+"""Stage 2 takes any causal language model as it is: its logits, its precision, its settings."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlv import VLVForConditionalGeneration, VLVModel, hub
+from vlv.modeling_vlv import _PLAIN_HEADS
+
+from ..conftest import QUERIES, VOCABULARY, language_model_config, vlv_config
+
+LABELS = torch.tensor([[5, 6, 7, 3], [8, 3, -100, -100], [9, 10, 3, -100]])
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+OWN_SIZES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": VOCABULARY},
+    "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 24, "init_std": 0.3},
+    "gpt_neox": SIZES | {"rotary_pct": 0.5},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY},
+    "granite": SIZES | {"logits_scaling": 8.0},
+    "gemma2": SIZES | {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+}
+KINDS = sorted({*_PLAIN_HEADS, "bloom", "cohere", "gemma2", "granite"})
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(7))
+
+
+def build(kind: str) -> VLVForConditionalGeneration:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{"pad_token_id": 0, **OWN_SIZES.get(kind, SIZES)})
+    return VLVForConditionalGeneration(vlv_config(decoder_config=config)).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_loss_are_the_language_models_own(kind, pixels):
+    """Also where they are capped (Gemma 2) or scaled (Granite, Cohere), and where the fast way is taken."""
+    model = build(kind)
+    with torch.no_grad():
+        prefix, _, _ = model.get_prefix(pixels)
+        words = model.get_input_embeddings()(LABELS.clamp(min=0))
+        own = model.language_model(inputs_embeds=torch.cat([prefix, words], dim=1)).logits
+        expected = own[:, QUERIES - 1 : -1]
+        counted = LABELS != -100
+        loss = F.cross_entropy(expected[counted].float(), LABELS[counted])
+        told = model(pixels, labels=LABELS)
+        torch.testing.assert_close(told.logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(pixels, labels=LABELS, full_logits=True).logits, own, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(pixels).logits, own[:, QUERIES - 1 : QUERIES], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(told.loss, loss, rtol=1e-4, atol=1e-5)
+        model.language_model.training = model.training = True  # as in training, without its dropout
+        trained = model(pixels, labels=LABELS)
+    assert trained.logits is None
+    torch.testing.assert_close(trained.loss, loss, rtol=1e-4, atol=1e-5)
+    assert own.std() > 1e-3  # of models that tell words apart
+
+
+@pytest.mark.parametrize("padded_on", ["left", "right"])
+def test_padding_of_a_text_prefix_changes_nothing_on_either_side(captioner, pixels, padded_on):
+    """Nor does a prefix of no words among others."""
+    rows = [[11, 12, 13], [11, 12], []]
+    ids, mask = torch.zeros(3, 3, dtype=torch.long), torch.zeros(3, 3, dtype=torch.long)
+    for row, words in enumerate(rows):
+        where = slice(0, len(words)) if padded_on == "right" else slice(3 - len(words), 3)
+        ids[row, where], mask[row, where] = torch.tensor(words, dtype=torch.long), 1
+    together = captioner.generate(pixels, input_ids=ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6)
+    loss = captioner(pixels, input_ids=ids, attention_mask=mask, labels=LABELS).logits
+    for row, words in enumerate(rows):
+        alone = {"input_ids": torch.tensor([words], dtype=torch.long)} if words else {}
+        one = pixels[row : row + 1]
+        assert (
+            together[row].tolist() == captioner.generate(one, **alone, max_new_tokens=6, min_new_tokens=6)[0].tolist()
+        )
+        expected = captioner(one, **alone, labels=LABELS[row : row + 1]).logits[0]
+        known = LABELS[row] != -100
+        torch.testing.assert_close(loss[row][known], expected[known], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_another_shape_is_named(captioner, pixels):
+    with pytest.raises(ValueError, match=r"attention_mask is \(3, 2\), but input_ids are \(3, 3\)"):
+        captioner(pixels, input_ids=torch.ones(3, 3).long(), attention_mask=torch.ones(3, 2).long())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_new_captioner_computes_as_it_does_after_saving(encoder, pixels, tmp_path, dtype):
+    """Rotary frequencies, which are not stored, are not rounded with the weights."""
+    torch.manual_seed(5)
+    language_model = AutoModelForCausalLM.from_config(language_model_config()).to(torch.bfloat16)
+    new = VLVForConditionalGeneration.from_encoder_decoder_pretrained(encoder, language_model, dtype=dtype)
+    assert {p.dtype for p in new.parameters()} == {dtype}
+    assert {b.dtype for n, b in new.named_buffers() if n.endswith("inv_freq")} == {torch.float32}
+    new.save_pretrained(tmp_path)
+    loaded = VLVForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
+    with torch.no_grad():
+        expected = loaded(pixels.to(dtype), labels=LABELS).logits
+        torch.testing.assert_close(new(pixels.to(dtype), labels=LABELS).logits, expected, rtol=0, atol=0)
+
+
+def test_parts_keep_their_attention_and_their_configurations(encoder):
+    language_model = AutoModelForCausalLM.from_config(language_model_config())
+    language_model.set_attn_implementation("eager")
+    new = VLVForConditionalGeneration.from_encoder_decoder_pretrained(encoder, language_model)
+    assert new.language_model.config._attn_implementation == "eager"
+    assert new.model.text_encoder.config._attn_implementation == "sdpa"
+    new.resize_token_embeddings(VOCABULARY + 5)
+    assert language_model.config.vocab_size == VOCABULARY == len(language_model.lm_head.weight)
+
+
+def test_weights_without_a_place_are_an_error(tmp_path, processor):
+    """Also those of the language model, which an encoder alone leaves where they are."""
+    config = vlv_config(decoder_config=AutoConfig.for_model("llama", **SIZES, attention_bias=True))
+    VLVForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    hub.load_captioner(tmp_path)
+    assert not VLVModel.from_pretrained(tmp_path, output_loading_info=True)[1]["unexpected_keys"]
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"attention_bias": true', '"attention_bias": false'))
+    with pytest.raises(ValueError, match=r"no place in the model that its config\.json describes, such as .*bias"):
+        hub.load_captioner(tmp_path)
+
+
+def test_lengths_that_a_language_model_brought_along_do_not_count_the_prefix(captioner, pixels):
+    expected = captioner.generate(pixels, max_new_tokens=7, min_new_tokens=7)
+    captioner.generation_config.max_length = 5
+    assert torch.equal(captioner.generate(pixels, max_new_tokens=7, min_new_tokens=7), expected)
+
+
+def test_gradient_checkpointing_reaches_frozen_layers_that_gradients_pass(captioner, pixels):
+    """Where the projector alone learns, it does so through the whole language model."""
+
+    def gradients() -> torch.Tensor:
+        captioner.zero_grad()
+        captioner(pixels, labels=LABELS).loss.backward()
+        return captioner.language_projector.linear_1.weight.grad.clone()
+
+    captioner.requires_grad_(False)
+    captioner.language_projector.requires_grad_(True)
+    expected = gradients()
+    captioner.gradient_checkpointing_enable()
+    captioner.train()
+    layers = [m for m in captioner.language_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers and all(layer.training for layer in layers)
+    assert not captioner.model.encoder.training  # which has dropout
+    torch.testing.assert_close(gradients(), expected)
+
+
+def test_an_encoder_of_which_nothing_learns_gives_its_neighbours_no_noise(encoder, pixels):
+    encoder.requires_grad_(False)
+    classifier = torch.nn.Sequential(encoder, torch.nn.Linear(3, 3)).train()
+    assert not any(module.training for module in classifier[0].modules())
+    encoder.query_embeds.requires_grad_(True)
+    classifier.train()
+    assert encoder.training and not encoder.encoder.training
+
+
+def test_pictures_of_more_tokens_than_positions_are_refused(encoder):
+    with pytest.raises(ValueError, match=r"gives 148 tokens, but the encoder has 96 positions; make images smaller"):
+        encoder(torch.zeros(1, 3, 96, 96))
