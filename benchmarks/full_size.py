@@ -1,4 +1,4 @@
-"""The published system at its real size on this machine's CPU: does it run, how long, and in how much memory?
+"""The reference_configs system at its real size on this machine's CPU: does it run, how long, and in how much memory?
 
     python benchmarks/full_size.py --output benchmarks/full_size.md
 
@@ -25,9 +25,9 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from transformers.initialization import no_init_weights
 
-from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVModel, published
-from vlv.convert_vlv_original_to_hf import convert
+from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVModel, reference_configs
 from vlv.diffusion_decoder import StableDiffusionDecoder
+from vlv.hub import convert
 from vlv.train.stage1 import freeze_for_stage1
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -59,12 +59,12 @@ def pixels() -> torch.Tensor:
 
 
 def decoder() -> StableDiffusionDecoder:
-    parts = published.decoder_parts("cpu", torch.bfloat16)
+    parts = reference_configs.diffusion_components("cpu", torch.bfloat16)
     return StableDiffusionDecoder(parts["vae"], parts["unet"], DDPMScheduler(**SCHEDULE).config)
 
 
 def caption() -> Callable[[], str]:
-    model = random_model(VLVForConditionalGeneration, published.vlv_config())
+    model = random_model(VLVForConditionalGeneration, reference_configs.vlv_config())
     shown = pixels()
 
     def run() -> str:
@@ -75,7 +75,7 @@ def caption() -> Callable[[], str]:
 
 
 def stage1() -> Callable[[], str]:
-    model = random_model(VLVModel, published.vlv_config(language_model=None))
+    model = random_model(VLVModel, reference_configs.vlv_config(language_model=None))
     freeze_for_stage1(model, "transformer")
     frozen, shown = decoder(), pixels()
     clean = torch.rand(1, 3, SIZE, SIZE, dtype=torch.float32) * 2 - 1
@@ -95,7 +95,7 @@ def stage1() -> Callable[[], str]:
 
 @torch.no_grad()
 def reconstruction() -> Callable[[], str]:
-    model = random_model(VLVModel, published.vlv_config(language_model=None))
+    model = random_model(VLVModel, reference_configs.vlv_config(language_model=None))
     frozen, shown = decoder(), pixels()
 
     @torch.no_grad()
@@ -139,11 +139,11 @@ def write_checkpoint(folder: Path) -> None:
     for part in ("encoder", "decoder"):
         weights[f"{inner}{part}.embed_tokens.weight"] = weights[f"{inner}shared.weight"]
     torch.save(weights, folder / "pytorch_model.bin")
-    published.florence_config().save_pretrained(folder / "florence")
+    reference_configs.florence_config().save_pretrained(folder / "florence")
     sd = folder / "stable_diffusion"
     shutil.copytree(GOLDEN / "original-a" / "components" / "stable-diffusion", sd)
-    published.text_encoder_config().save_pretrained(sd / "text_encoder")
-    for name, part in published.decoder_parts("meta").items():
+    reference_configs.text_encoder_config().save_pretrained(sd / "text_encoder")
+    for name, part in reference_configs.diffusion_components("meta").items():
         part.save_config(sd / name)
 
 
@@ -181,7 +181,7 @@ def main() -> None:
         print(json.dumps(measure(options.task)))
         return
     lines = [
-        "# The published system at full size",
+        "# The reference_configs system at full size",
         "",
         "Florence-2-large, Stable Diffusion 2.1-base at 384 x 384, Qwen2.5-3B; bfloat16 (the autoencoder float32),",
         f"random weights; torch {torch.__version__}, {platform.machine()}, {options.threads} threads, no GPU.",

@@ -13,7 +13,7 @@ from vlv.pipelines import trim_caption
 from .errors import UserError
 from .inputs import Input, collect_images, load_embeddings
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
-from .output import GrowingJson, Tally
+from .output import IncrementalJson, Summary
 
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
@@ -75,15 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if arguments.as_original:
         settings |= AS_ORIGINAL
-    tally = Tally()
-    with GrowingJson(output, finished) as results:
-        for names, batch in batches(todo, processor.image_processor, arguments.batch_size, tally):
+    summary = Summary()
+    with IncrementalJson(output, finished) as results:
+        for names, batch in batches(todo, processor.image_processor, arguments.batch_size, summary):
             captions = write_captions(model, processor, batch, settings)
             if arguments.trim or arguments.as_original:
                 captions = [trim_caption(caption) for caption in captions]
             results.save(dict(zip(names, captions, strict=True)))
-            tally.done += len(names)
-    return tally.close("captioned", str(output))
+            summary.done += len(names)
+    return summary.close("captioned", str(output))
 
 
 def _finished(output) -> dict[str, str]:
@@ -96,7 +96,7 @@ def _finished(output) -> dict[str, str]:
 
 
 def batches(
-    inputs: list[Input], image_processor: VLVImageProcessor, size: int, tally: Tally
+    inputs: list[Input], image_processor: VLVImageProcessor, size: int, summary: Summary
 ) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
     """Names with `pixel_values` or `caption_embeds`, `size` at a time; what cannot be read is tallied and left out."""
     names: list[str] = []
@@ -112,7 +112,7 @@ def batches(
             try:
                 row = image_processor(item.path, return_tensors="pt").pixel_values
             except ValueError as error:
-                tally.fail(item.name, str(error).removeprefix("image 0 of 1: "))
+                summary.fail(item.name, str(error).removeprefix("image 0 of 1: "))
                 continue
         names.append(item.name)
         rows.append(row)

@@ -5,7 +5,7 @@ import shlex
 
 from safetensors import SafetensorError
 
-from vlv.convert_vlv_original_to_hf import convert
+from vlv.hub import convert
 
 from .caption import positive
 from .errors import UserError
@@ -18,7 +18,7 @@ def add_parser(commands) -> None:
         description="Converts a stage-1 checkpoint, a stage-2 checkpoint, or both, as the authors' code saves them, "
         "into one folder that `vlv caption`, `vlv reconstruct`, `vlv train` and `vlv push` read. Every weight is "
         "used, or named with the reason why not. Without a checkpoint, converts Microsoft's Florence-2 for `vlv train "
-        "stage1 --encoder`. Needs neither a network nor the authors' code.",
+        "stage1 --image_encoder`. Needs neither a network nor the authors' code.",
     )
     parser.add_argument(
         "--stage1",
@@ -63,5 +63,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stage1 or arguments.stage2:
         print(f"next: vlv reconstruct IMAGES --model {folder}")
     else:
-        print(f"next: vlv train stage1 CONFIG.yaml --encoder {folder}")
+        print(f"next: vlv train stage1 CONFIG.yaml --image_encoder {folder}")
     return 0

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from vlv import hub
+from vlv.files import write_atomically
 
 from .caption import batches, positive
 from .errors import UserError
 from .inputs import collect_images
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
-from .output import Tally, write_atomically
+from .output import Summary
 
 
 def add_parser(commands) -> None:
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             for_captions=arguments.use == "caption",
         )
     metadata = {"model": source} | ({"for": arguments.use} if two else {})
-    tally = Tally()
+    summary = Summary()
     embeddings: dict[str, torch.Tensor] = {}
     written, next_write = 0, 0.0
 
@@ -63,16 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
         write_atomically(output, lambda path: save_file(embeddings, path, metadata=metadata))
 
     try:
-        for names, batch in batches(images, image_processor, arguments.batch_size, tally):
+        for names, batch in batches(images, image_processor, arguments.batch_size, summary):
             with torch.no_grad():
                 rows = model.get_caption_embeds(batch["pixel_values"].to(model.device, model.dtype))
             embeddings |= {name: row.cpu().contiguous().clone() for name, row in zip(names, rows, strict=True)}
-            tally.done += len(names)
+            summary.done += len(names)
             if time.monotonic() >= next_write:  # as results come, but not more than a twentieth of the time
                 start = time.monotonic()
                 write()
-                written, next_write = tally.done, time.monotonic() + 20 * (time.monotonic() - start)
+                written, next_write = summary.done, time.monotonic() + 20 * (time.monotonic() - start)
     finally:  # an interrupted run keeps what is done
-        if tally.done > written:
+        if summary.done > written:
             write()
-    return tally.close("encoded", str(output))
+    return summary.close("encoded", str(output))

@@ -6,7 +6,7 @@ from typing import Any
 
 from .caption import positive
 from .models import choose_model, output_path
-from .output import GrowingJson
+from .output import IncrementalJson
 
 
 def add_parser(commands) -> None:
@@ -15,7 +15,7 @@ def add_parser(commands) -> None:
     miniature = subjects.add_parser(
         "miniature",
         help="everything in the embedded miniature",
-        description="Measures every part of the miniature on scenes it never saw, by an independent recogniser. "
+        description="Measures every part of the miniature on scenes it never saw, by an independent scene_classifier. "
         "Prints each part as it comes, then all figures, and which floors and aims they reach. "
         "About 20 minutes on two cores.",
     )
@@ -27,12 +27,12 @@ def add_parser(commands) -> None:
 
 def run_miniature(arguments: argparse.Namespace) -> int:
     from vlv.miniature.evaluation import evaluate_miniature
-    from vlv.miniature.figures import figures_table, goals_table
+    from vlv.miniature.metrics import figures_table, goals_table
 
     output = output_path(arguments.output, ".json")
     folder = choose_model(arguments)
     found: dict[str, Any] = {}
-    with GrowingJson(output) as report:
+    with IncrementalJson(output) as report:
 
         def record(part: str, figures: Any) -> None:
             print(f"{part}: {figures}", file=sys.stderr, flush=True)

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from httpx import HTTPError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vlv import hub
@@ -16,8 +17,7 @@ from vlv import hub
 from .errors import UserError
 from .models import DTYPES, loading
 
-# The first is the base of all errors of the HTTP library that huggingface_hub uses, whichever that is.
-NETWORK_ERRORS: tuple[type[BaseException], ...] = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
+NETWORK_ERRORS: tuple[type[BaseException], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
 
 def add_parser(commands) -> None:
@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
     parser.add_argument("source", metavar="SRC", help="folder of a model, checkpoint of stage 1 or 2, or repo id")
     parser.add_argument("repo", metavar="ORG/NAME", help="the repository; created if need be")
     parser.add_argument(
-        "--decoder", metavar="DIR_OR_REPO", help="the text-to-image model, if SRC does not hold one already"
+        "--diffusion-model", metavar="DIR_OR_REPO", help="the text-to-image model, if SRC does not hold one already"
     )
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--revision", help="a branch to upload to; created if need be (default: main)")
@@ -61,12 +61,12 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     check_repo_id(arguments.repo)
     card = _card(arguments)
-    shared: dict[str, Any] = {"decoder": arguments.decoder, "token": arguments.token, **card}
+    shared: dict[str, Any] = {"diffusion_model": arguments.diffusion_model, "token": arguments.token, **card}
     shared["half_variant"] = arguments.half_variant
     shared["dtype"] = DTYPES[arguments.dtype] if arguments.dtype else None
     if arguments.output:
         with loading(arguments.source):
-            hub.stage(arguments.source, arguments.output, repo=arguments.repo, **shared)
+            hub.write_repository(arguments.source, arguments.output, repo=arguments.repo, **shared)
         print(f"written to {arguments.output}")
         return 0
     place = {"revision": arguments.revision, "token": arguments.token}
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         hub.create(arguments.repo, private=arguments.private, **place)
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
         with loading(arguments.source):
-            hub.stage(arguments.source, folder, repo=arguments.repo, **shared)
+            hub.write_repository(arguments.source, folder, repo=arguments.repo, **shared)
         with talking_to_the_hub(arguments.repo):
             url = hub.upload(
                 folder,

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlv.evaluation import EncoderFeatures, SetMeter, inception_is_at_hand, picture_metrics
+from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_at_hand
+from vlv.files import write_atomically
 from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
 from .caption import positive
 from .errors import UserError
 from .inputs import Input, collect_images, load_embeddings
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
-from .output import GrowingJson, Tally, write_atomically
+from .output import IncrementalJson, Summary
 from .sheet import Pair, contact_sheet
 
 
@@ -65,27 +66,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")
 
     sheet = output_path(arguments.sheet, ".png") if arguments.sheet else None
-    folder, tally = Path(arguments.output_dir), Tally()
+    folder, summary = Path(arguments.output_dir), Summary()
     meter = _meter(pipeline)
     captions = read_captions(arguments.captions) if arguments.captions else {}
     on_sheet: list[Pair] = []
-    with GrowingJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
+    with IncrementalJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
         per_image: dict[str, Any] = {}
-        for batch in _readable_batches(images, pipeline, size, arguments.batch_size, tally):
+        for batch in _readable_batches(images, pipeline, size, arguments.batch_size, summary):
             drawn = [_to_image(picture) for picture in draw(pipeline, [item for item, _ in batch], size, arguments)]
             for (item, original), picture in zip(batch, drawn, strict=True):
                 per_image[item.name] = _write(folder, item, original, picture)
-                tally.done += 1
+                summary.done += 1
                 if original is not None:
                     if meter is not None:
                         meter.update(_to_bytes(picture), _to_bytes(original))
                     if sheet is not None:
                         on_sheet.append(Pair(original, picture, captions.get(item.name, "")))
-            report.save({"pictures": per_image, "failed": tally.failed})
-        report.save({"set": _set_metrics(meter), "failed": tally.failed})
+            report.save({"pictures": per_image, "failed": summary.failed})
+        report.save({"set": _set_metrics(meter), "failed": summary.failed})
     if sheet is not None and on_sheet:
         write_atomically(sheet, contact_sheet(on_sheet).save)
-    return tally.close("reconstructed", str(folder))
+    return summary.close("reconstructed", str(folder))
 
 
 def read_captions(path: str) -> dict[str, str]:
@@ -139,7 +140,7 @@ def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str
     return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
 
 
-def _readable_batches(images, pipeline, size: int, batch_size: int, tally: Tally):
+def _readable_batches(images, pipeline, size: int, batch_size: int, summary: Summary):
     """Lists of `(input, original as a square picture or None)`."""
     batch: list[tuple[Input, Image.Image | None]] = []
     for item in images:
@@ -148,7 +149,7 @@ def _readable_batches(images, pipeline, size: int, batch_size: int, tally: Tally
             try:
                 original = pipeline.image_processor.load(item.path).resize((size, size), Image.Resampling.BICUBIC)
             except ValueError as error:
-                tally.fail(item.name, str(error))
+                summary.fail(item.name, str(error))
                 continue
         if (
             batch
@@ -177,7 +178,7 @@ def _write(folder: Path, item: Input, original: Image.Image | None, drawn: Image
     pair.paste(drawn, (original.width, 0))
     write_atomically(folder / "side_by_side" / name, lambda path: pair.save(path))
     try:
-        return picture_metrics(_to_bytes(drawn)[0] / 255, _to_bytes(original)[0] / 255)
+        return image_metrics(_to_bytes(drawn)[0] / 255, _to_bytes(original)[0] / 255)
     except ImportError:
         return {}
 

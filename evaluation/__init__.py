@@ -1,5 +1,5 @@
 """Metrics of pictures."""
 
-from .metrics import EncoderFeatures, SetMeter, SetMetrics, inception_is_at_hand, picture_metrics
+from .metrics import EncoderFeatures, SetMeter, SetMetrics, image_metrics, inception_is_at_hand
 
-__all__ = ["EncoderFeatures", "SetMeter", "SetMetrics", "inception_is_at_hand", "picture_metrics"]
+__all__ = ["EncoderFeatures", "SetMeter", "SetMetrics", "image_metrics", "inception_is_at_hand"]

@@ -19,7 +19,7 @@ def _torchmetrics() -> Any:
     return torchmetrics
 
 
-def picture_metrics(picture: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
+def image_metrics(picture: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
     """PSNR in dB and SSIM of one picture against its original.
 
     Args:
@@ -109,7 +109,7 @@ class EncoderFeatures(nn.Module):
     def __init__(self, encoder: Any, image_processor: Any):
         super().__init__()
         self.encoder, self.image_processor = encoder, image_processor
-        self.num_features = encoder.config.encoder_config.vision_config.projection_dim
+        self.num_features = encoder.config.image_encoder_config.vision_config.projection_dim
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ def train_captioner(
     The encoder rests: captions and reconstructions are then made of the same embeddings, those of stage 1.
     """
     torch.manual_seed(seed)
-    model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(str(encoder_dir), str(language_model_dir))
+    model = VLVForConditionalGeneration.from_vlv_text_pretrained(str(encoder_dir), str(language_model_dir))
     processor = VLVProcessor(VLVImageProcessor.from_pretrained(encoder_dir), hub.load_tokenizer(language_model_dir))
     freeze_for_stage2(model, trainable)
     config = Stage2Config(
@@ -52,12 +52,12 @@ def train_captioner(
         max_caption_tokens=64,
         logging_steps=25,
         save_steps=200,
-        sample_steps=200,
+        validation_steps=200,
         seed=seed,
         **ON_THIS_MACHINE,
     )
     trainer = Stage2Trainer(
-        model, config, Pairs(pairs, seed=seed + 4), processor, sample_dataset=Pairs(8, split="test", seed=37)
+        model, config, Pairs(pairs, seed=seed + 4), processor, validation_dataset=Pairs(8, split="test", seed=37)
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(work_dir))
     if trainer.is_world_process_zero():

@@ -11,28 +11,28 @@ from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 from vlv import VLVConfig, VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import StableDiffusionDecoder
 from vlv.pipelines import VLVReconstructionPipeline
-from vlv.train import SampleCallback, Stage1Config, Stage1Trainer, freeze_for_stage1, last_checkpoint
+from vlv.train import Stage1Config, Stage1Trainer, ValidationCallback, freeze_for_stage1, last_checkpoint
 
 from .evaluation import evaluation_items, reconstruct
-from .recogniser import Recogniser
+from .scene_classifier import SceneClassifier
 from .scoring import score_scenes
 from .teacher import build_scheduler
 from .training import ON_THIS_MACHINE, SceneDataset, share_of
 
-NUM_QUERIES = 24
+NUM_QUERY_TOKENS = 24
 GRID = 8  # the vision tower leaves 8 x 8 places
 INITIALIZER_RANGE = 0.09  # 1 / sqrt(width): at the usual 0.02 an untrained encoder this narrow hardly sees its image
 MIN_TIMESTEP = 400  # below it a wrong caption costs the teacher a fifth of what it costs above (README, "Stage 1")
 
 
-def build_encoder_config(text_encoder_config: CLIPTextConfig, num_queries: int = NUM_QUERIES) -> VLVConfig:
+def build_encoder_config(text_encoder_config: CLIPTextConfig, num_query_tokens: int = NUM_QUERY_TOKENS) -> VLVConfig:
     """A vision tower of 8 x 8 places and one mean token, three encoder and two decoder layers, 128 wide, no dropout.
 
     At 64 x 64 Florence-2's own strides would leave 2 x 2 places, hence `patch_stride`.
     """
     width = 128
     return VLVConfig(
-        encoder_config={
+        image_encoder_config={
             "vision_config": {
                 "depths": (1, 1, 1, 1),
                 "embed_dim": (16, 48, 96, 128),
@@ -70,7 +70,7 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig, num_queries: int =
             "image_token_id": 3,
         },
         text_encoder_config=text_encoder_config,
-        num_queries=num_queries,
+        num_query_tokens=num_query_tokens,
         initializer_range=0.04,
     )
 
@@ -88,7 +88,7 @@ def initialise(model: VLVModel, position_scale: float = 3.0, branch_scale: float
     - Every query starts as the position code of one of 24 places (fewer queries take every so-manieth of them), and
       cross-attention as the likeness of the two.
     """
-    projector, transformer = model.encoder.multi_modal_projector, model.encoder.language_model
+    projector, transformer = model.image_encoder.multi_modal_projector, model.image_encoder.language_model
     positions = projector.image_position_embed
     for embedding in (positions.row_embeddings, positions.column_embeddings):
         nn.init.normal_(embedding.weight, std=position_scale)
@@ -96,8 +96,8 @@ def initialise(model: VLVModel, position_scale: float = 3.0, branch_scale: float
     places = positions(blank).flatten(2).transpose(1, 2)  # (1, 64, d)
     codes = projector.image_proj_norm(projector.image_projection(places))[0]  # (64, d_model)
     anchors = [row * GRID + column for row in (1, 2, 5, 6) for column in (0, 1, 3, 4, 6, 7)]
-    chosen = anchors[:: len(anchors) // model.config.num_queries][: model.config.num_queries]
-    model.query_embeds.copy_(codes[chosen][None])
+    chosen = anchors[:: len(anchors) // model.config.num_query_tokens][: model.config.num_query_tokens]
+    model.query_tokens.copy_(codes[chosen][None])
     for layer in transformer.decoder.layers:
         layer.encoder_attn.q_proj.weight.copy_(layer.encoder_attn.k_proj.weight)
     for layer in [*transformer.encoder.layers, *transformer.decoder.layers]:
@@ -118,10 +118,10 @@ class ImagesOnly(SceneDataset):
 
 
 def scoring(
-    decoder: StableDiffusionDecoder, tokenizer: PreTrainedTokenizerBase, recogniser_path: str | Path, n: int = 48
+    decoder: StableDiffusionDecoder, tokenizer: PreTrainedTokenizerBase, scene_classifier_path: str | Path, n: int = 48
 ) -> Callable[[VLVModel, int, Path], None]:
-    """What a `SampleCallback` calls to print how much of unseen scenes is found in their reconstructions."""
-    recogniser = Recogniser.load(recogniser_path)
+    """What a `ValidationCallback` calls to print how much of unseen scenes is found in their reconstructions."""
+    scene_classifier = SceneClassifier.load(scene_classifier_path)
 
     def score(model: VLVModel, step: int, folder: Path) -> None:
         pipeline = VLVReconstructionPipeline(
@@ -131,7 +131,7 @@ def scoring(
         pipeline.set_progress_bar_config(disable=True)
         for split in ("test", "combo"):
             pixels, scenes = evaluation_items(split, n)
-            found = recogniser.read(reconstruct(pipeline, pixels, guidance_scale=2.0, steps=15))
+            found = scene_classifier.read(reconstruct(pipeline, pixels, guidance_scale=2.0, steps=15))
             print(f"step {step}, {split}: {score_scenes(found, scenes)}", flush=True)
 
     return score
@@ -141,18 +141,18 @@ def train_encoder(
     output_dir: str | Path,
     work_dir: str | Path,
     teacher_dir: str | Path,
-    recogniser_path: str | Path,
+    scene_classifier_path: str | Path,
     images: int = 240_000,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
-    num_queries: int = NUM_QUERIES,
+    num_query_tokens: int = NUM_QUERY_TOKENS,
     seed: int = 0,
     **arguments,
 ) -> None:
     """Stage 1 by the project's own trainer: encoder from random weights, teacher frozen, images of `train`."""
     teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
     torch.manual_seed(seed)
-    model = VLVModel(build_encoder_config(teacher.text_encoder.config, num_queries))
+    model = VLVModel(build_encoder_config(teacher.text_encoder.config, num_query_tokens))
     model.text_encoder.load_state_dict(teacher.text_encoder.state_dict())
     initialise(model)
     freeze_for_stage1(model, "all")
@@ -170,8 +170,8 @@ def train_encoder(
         min_timestep=MIN_TIMESTEP,
         logging_steps=25,
         save_steps=250,
-        sample_steps=500,
-        sample_images=16,
+        validation_steps=500,
+        num_validation_images=16,
         seed=seed,
         **ON_THIS_MACHINE,
         **arguments,
@@ -186,9 +186,9 @@ def train_encoder(
         ImagesOnly(images, seed=seed + 2),
         build_image_processor(),
         teacher.tokenizer,
-        sample_dataset=ImagesOnly(16, split="test", seed=31),
+        validation_dataset=ImagesOnly(16, split="test", seed=31),
     )
-    trainer.add_callback(SampleCallback(scoring(decoder, teacher.tokenizer, recogniser_path), every=500))
+    trainer.add_callback(ValidationCallback(scoring(decoder, teacher.tokenizer, scene_classifier_path), every=500))
     trainer.train(resume_from_checkpoint=last_checkpoint(work_dir))
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir)

@@ -12,13 +12,13 @@ from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
 from .autoencoder import measure_psnr, reconstruct_pixels
 from .grammar import parse_caption
-from .recogniser import Recogniser, judge_accuracy
+from .scene_classifier import SceneClassifier, measure_scene_classifier
 from .scoring import score_scenes
 from .teacher import prompt_alignment
 from .training import SceneDataset
 
 SPLITS = ("test", "combo")
-RECOGNISER_FILE = "recogniser.safetensors"
+SCENE_CLASSIFIER_FILE = "scene_classifier.safetensors"
 GUIDANCE = (1.0, 2.0, 4.0)
 SEED = 23  # of the scenes
 
@@ -34,30 +34,37 @@ def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n
     """Measures autoencoder, teacher, stage 1 and stage 2.
 
     Args:
-        folder: The miniature, in the Hub's layout, with its recogniser.
+        folder: The miniature, in the Hub's layout, with its scene_classifier.
         record: Called with the name of a part and its figures, as they come.
         n: Scenes of each split.
         steps: Denoising steps.
     """
-    recogniser = Recogniser.load(Path(folder) / RECOGNISER_FILE)
+    scene_classifier = SceneClassifier.load(Path(folder) / SCENE_CLASSIFIER_FILE)
     reconstruction = load_reconstruction(folder)
     reconstruction.set_progress_bar_config(disable=True)
     captioner, processor = hub.load_captioner(folder)
     record("settings", {"scenes of each split": n, "denoising steps": steps})
     for split in SPLITS:
         pixels, scenes = evaluation_items(split, n)
-        record(f"judge on clean pictures, {split}", judge_accuracy(recogniser, split, n))
+        record(f"judge on clean pictures, {split}", measure_scene_classifier(scene_classifier, split, n))
         rebuilt = torch.cat([reconstruct_pixels(reconstruction.vae, chunk) for chunk in pixels.split(64)])
         figures = {"psnr": round(measure_psnr(reconstruction.vae, split, n), 2)}
-        record(f"autoencoder, {split}", figures | score_scenes(recogniser.read(rebuilt), scenes))
+        record(f"autoencoder, {split}", figures | score_scenes(scene_classifier.read(rebuilt), scenes))
         for guidance in GUIDANCE:
             scores, _ = prompt_alignment(
-                teacher_of(reconstruction), recogniser, split, n, guidance_scale=guidance, num_inference_steps=steps
+                teacher_of(reconstruction),
+                scene_classifier,
+                split,
+                n,
+                guidance_scale=guidance,
+                num_inference_steps=steps,
             )
             record(f"teacher's pictures of prompts, {split}, guidance {guidance:g}", scores)
         for guidance in GUIDANCE[:2]:
             drawn = reconstruct(reconstruction, pixels, guidance, steps)
-            record(f"reconstructions, {split}, guidance {guidance:g}", score_scenes(recogniser.read(drawn), scenes))
+            record(
+                f"reconstructions, {split}, guidance {guidance:g}", score_scenes(scene_classifier.read(drawn), scenes)
+            )
         captions = write_captions(captioner, processor, pixels)
         record(f"captions, {split}", score_scenes([parse_caption(c) for c in captions], scenes))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluation import RECOGNISER_FILE
+from .evaluation import SCENE_CLASSIFIER_FILE
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Part:
     parallel: bool = False
 
 
-def _recogniser(root: Path) -> None:
-    from .recogniser import train_recogniser
+def _scene_classifier(root: Path) -> None:
+    from .scene_classifier import train_scene_classifier
 
-    train_recogniser(root / RECOGNISER_FILE, root / "work" / "recogniser")
+    train_scene_classifier(root / SCENE_CLASSIFIER_FILE, root / "work" / "scene classifier")
 
 
 def _autoencoder(root: Path) -> None:
@@ -47,7 +47,7 @@ def _autoencoder(root: Path) -> None:
 def _teacher(root: Path) -> None:
     from .teacher import train_teacher
 
-    train_teacher(root / "teacher", root / "work" / "teacher", root / "autoencoder", root / RECOGNISER_FILE)
+    train_teacher(root / "teacher", root / "work" / "teacher", root / "autoencoder", root / SCENE_CLASSIFIER_FILE)
 
 
 def _teacher_of_careless_captions(root: Path) -> None:
@@ -57,7 +57,7 @@ def _teacher_of_careless_captions(root: Path) -> None:
         root / "teacher-2",
         root / "work" / "teacher-2",
         root / "autoencoder",
-        root / RECOGNISER_FILE,
+        root / SCENE_CLASSIFIER_FILE,
         images=51_200,
         learning_rate=6e-4,
         seed=10,
@@ -73,7 +73,7 @@ def _teacher_of_blurred_words(root: Path) -> None:
         root / "teacher-3",
         root / "work" / "teacher-3",
         root / "autoencoder",
-        root / RECOGNISER_FILE,
+        root / SCENE_CLASSIFIER_FILE,
         images=51_200,
         learning_rate=8e-4,
         seed=20,
@@ -86,7 +86,7 @@ def _teacher_of_blurred_words(root: Path) -> None:
 def _encoder(root: Path) -> None:
     from .encoder import train_encoder
 
-    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher-3", root / RECOGNISER_FILE)
+    train_encoder(root / "encoder", root / "work" / "encoder", root / "teacher-3", root / SCENE_CLASSIFIER_FILE)
 
 
 def _variant(name: str, minutes: int, **settings) -> Part:
@@ -96,7 +96,11 @@ def _variant(name: str, minutes: int, **settings) -> Part:
         from .encoder import train_encoder
 
         train_encoder(
-            root / name, root / "work" / name, root / "teacher-3", root / RECOGNISER_FILE, **{"seed": 0, **settings}
+            root / name,
+            root / "work" / name,
+            root / "teacher-3",
+            root / SCENE_CLASSIFIER_FILE,
+            **{"seed": 0, **settings},
         )
 
     return Part(run, f"{name}/preprocessor_config.json", minutes, parallel=True)
@@ -126,7 +130,7 @@ def _captioner(root: Path) -> None:
 
 
 PARTS = {
-    "recogniser": Part(_recogniser, RECOGNISER_FILE, 4),
+    "scene classifier": Part(_scene_classifier, SCENE_CLASSIFIER_FILE, 4),
     "autoencoder": Part(_autoencoder, "autoencoder/diffusion_pytorch_model.safetensors", 43, parallel=True),
     "teacher": Part(_teacher, "teacher/model_index.json", 45, parallel=True),
     "teacher-2": Part(_teacher_of_careless_captions, "teacher-2/model_index.json", 10, parallel=True),
@@ -141,15 +145,15 @@ VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
     "encoder-60k": {"images": 60_000},
     "encoder-120k": {"images": 120_000},
     "encoder-tail-drop": {"images": 120_000, "tail_drop": 0.5},
-    "encoder-6-queries": {"images": 120_000, "num_queries": 6},
-    "encoder-12-queries": {"images": 120_000, "num_queries": 12},
+    "encoder-6-queries": {"images": 120_000, "num_query_tokens": 6},
+    "encoder-12-queries": {"images": 120_000, "num_query_tokens": 12},
     # Two seeds more of each, since their order depends on the seed.
     "encoder-120k-seed-1": {"images": 120_000, "seed": 1},
     "encoder-120k-seed-2": {"images": 120_000, "seed": 2},
-    "encoder-6-queries-seed-1": {"images": 120_000, "num_queries": 6, "seed": 1},
-    "encoder-6-queries-seed-2": {"images": 120_000, "num_queries": 6, "seed": 2},
-    "encoder-12-queries-seed-1": {"images": 120_000, "num_queries": 12, "seed": 1},
-    "encoder-12-queries-seed-2": {"images": 120_000, "num_queries": 12, "seed": 2},
+    "encoder-6-queries-seed-1": {"images": 120_000, "num_query_tokens": 6, "seed": 1},
+    "encoder-6-queries-seed-2": {"images": 120_000, "num_query_tokens": 6, "seed": 2},
+    "encoder-12-queries-seed-1": {"images": 120_000, "num_query_tokens": 12, "seed": 1},
+    "encoder-12-queries-seed-2": {"images": 120_000, "num_query_tokens": 12, "seed": 2},
 }
 VARIANTS = {
     name: _variant(name, minutes=round(settings["images"] / 3_900), **settings)
@@ -170,10 +174,10 @@ def assemble(root: Path, output: Path) -> None:
         output,
         captioner=VLVForConditionalGeneration.from_pretrained(root / "captioner"),
         processor=VLVProcessor.from_pretrained(root / "captioner"),
-        decoder=root / "teacher-3",
+        diffusion_model=root / "teacher-3",
         dtype=torch.float16,
     )
-    shutil.copyfile(root / RECOGNISER_FILE, output / RECOGNISER_FILE)
+    shutil.copyfile(root / SCENE_CLASSIFIER_FILE, output / SCENE_CLASSIFIER_FILE)
 
 
 def main() -> None:
@@ -205,7 +209,7 @@ def main() -> None:
     if not options.without_tables:
         _train(VARIANTS, options.root, options.processes)
         page = ["--report", str(options.root / "paper_in_miniature.md")]
-        command = [sys.executable, "-m", "vlv.miniature.paper_tables", "--root", str(options.root), *page]
+        command = [sys.executable, "-m", "vlv.miniature.paper.measurements", "--root", str(options.root), *page]
         _run(command, options.root, "tables")
         print(f"tables: {page[1]}")
 
@@ -215,7 +219,7 @@ def plan(root: Path, with_tables: bool = True) -> str:
     steps = PARTS | VARIANTS if with_tables else PARTS
     left = {name: 0 if (root / part.done).exists() else part.minutes for name, part in steps.items()}
     if with_tables:
-        from .paper_tables import minutes_left
+        from .paper.measurements import minutes_left
 
         left["tables"] = minutes_left(root)
     lines = [f"  {name:<26} {f'about {minutes} min' if minutes else 'done'}" for name, minutes in left.items()]

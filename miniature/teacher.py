@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.masking_utils import create_causal_mask
 
-from .recogniser import Recogniser
+from .scene_classifier import SceneClassifier
 from .scoring import score_scenes
 from .tokenizer import BEGIN, END, PAD, TEXT_POSITIONS, build_tokenizer
 from .training import MovingAverage, SceneDataset, train_module
@@ -172,7 +172,7 @@ def assemble_pipeline(
 
 def prompt_alignment(
     pipeline: StableDiffusionPipeline,
-    recogniser: Recogniser,
+    scene_classifier: SceneClassifier,
     split: str = "test",
     n: int = 500,
     guidance_scale: float = 2.0,
@@ -180,7 +180,7 @@ def prompt_alignment(
     seed: int = 42,
     batch_size: int = 64,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """What the recogniser finds of each prompt in the picture drawn for it.
+    """What the scene classifier finds of each prompt in the picture drawn for it.
 
     Returns:
         Scores as of `score_scenes`, and the pictures `(n, 64, 64, 3)` uint8.
@@ -199,7 +199,7 @@ def prompt_alignment(
         ).images
         pictures.append((drawn * 255).round().astype(np.uint8))
     images = np.concatenate(pictures)
-    found = recogniser.read(torch.from_numpy(images).permute(0, 3, 1, 2))
+    found = scene_classifier.read(torch.from_numpy(images).permute(0, 3, 1, 2))
     return score_scenes(found, [item["scene"] for item in items]), images
 
 
@@ -207,9 +207,14 @@ class AlignmentCallback(TrainerCallback):
     """Every so many steps, prints how far prompts are obeyed and saves a sheet of pictures."""
 
     def __init__(
-        self, averaged: nn.Module, autoencoder: AutoencoderKL, recogniser: Recogniser, every: int, folder: Path
+        self,
+        averaged: nn.Module,
+        autoencoder: AutoencoderKL,
+        scene_classifier: SceneClassifier,
+        every: int,
+        folder: Path,
     ):
-        self.averaged, self.autoencoder, self.recogniser = averaged, autoencoder, recogniser
+        self.averaged, self.autoencoder, self.scene_classifier = averaged, autoencoder, scene_classifier
         self.every, self.folder = every, folder
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -220,7 +225,7 @@ class AlignmentCallback(TrainerCallback):
         pair = dict(self.averaged.named_children())
         random_state = torch.get_rng_state()
         pipeline = assemble_pipeline(self.autoencoder, pair["text_encoder"], pair["unet"])
-        scores, images = prompt_alignment(pipeline, self.recogniser, n=64)
+        scores, images = prompt_alignment(pipeline, self.scene_classifier, n=64)
         torch.set_rng_state(random_state)
         print(f"step {state.global_step}: {scores}", flush=True)
         sheet = images[:32].reshape(4, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(256, 512, 3)
@@ -231,7 +236,7 @@ def train_teacher(
     output_dir: str | Path,
     work_dir: str | Path,
     autoencoder_dir: str | Path,
-    recogniser_path: str | Path,
+    scene_classifier_path: str | Path,
     images: int = 230_400,
     batch_size: int = 128,
     learning_rate: float = 1.5e-3,
@@ -258,7 +263,9 @@ def train_teacher(
     trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     Path(work_dir).mkdir(parents=True, exist_ok=True)
     averaging = MovingAverage(trained, decay=0.998)
-    judging = AlignmentCallback(averaging.average, autoencoder, Recogniser.load(recogniser_path), 300, Path(work_dir))
+    judging = AlignmentCallback(
+        averaging.average, autoencoder, SceneClassifier.load(scene_classifier_path), 300, Path(work_dir)
+    )
     train_module(
         module,
         SceneDataset(images, seed=seed + 1, fields=("pixels", "caption"), partial=partial),

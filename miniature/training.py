@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from vlv.train import SeedOfItsOwn, last_checkpoint
+from vlv.train import PerProcessSeedCallback, last_checkpoint
 
 from .grammar import write_caption
 from .render import render
@@ -150,6 +150,6 @@ def train_module(
         args=TrainingArguments(**settings),
         train_dataset=dataset,
         data_collator=data_collator,
-        callbacks=[*callbacks, SeedOfItsOwn()],
+        callbacks=[*callbacks, PerProcessSeedCallback()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))

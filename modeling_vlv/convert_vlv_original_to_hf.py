@@ -12,7 +12,7 @@ Weights stay where they are on disk until they are written, one by one (`torch.l
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .diffusion_decoder.components import load_components
 from .files import read_json
-from .hub import export, load_decoder_parts, load_tokenizer
-from .hub.folders import make_readable, new_folder
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVModel
 from .original_checkpoint import read_weights
 from .processing_vlv import VLVImageProcessor, VLVProcessor
+from .tokenizer import load_tokenizer
 
 IMAGE_SIZE = 384  # pixels: the authors' default of --image_size
 MAX_NEW_TOKENS = 300  # the authors' Caption_inference.py
@@ -63,20 +63,19 @@ TO_ORIGINAL = (  # names in transformers' Florence-2 to those in Microsoft's own
 
 
 @dataclass
-class Converted:
-    """What a conversion made, and what of the checkpoints it left out.
+class ConvertedCheckpoints:
+    """The models of the authors' checkpoints, and the weights that were left out.
 
     Attributes:
-        folder: The result, in the Hub's layout.
+        parts: Arguments of `vlv.hub.export`, such as `captioner` and `diffusion_model`.
         dropped: Name of each weight that was left out, and why.
     """
 
-    folder: Path
-    dropped: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Any]
+    dropped: dict[str, str]
 
 
-def convert(
-    output: str | os.PathLike,
+def convert_checkpoints(
     *,
     stage1: str | os.PathLike | None = None,
     stage2: str | os.PathLike | None = None,
@@ -84,56 +83,21 @@ def convert(
     florence: str | os.PathLike | None = None,
     language_model: str | os.PathLike | None = None,
     image_size: int | None = None,
-) -> Converted:
-    """Converts a stage-1 checkpoint, a stage-2 checkpoint, or both into one folder in the Hub's layout.
+) -> ConvertedCheckpoints:
+    """Converts a stage-1 checkpoint, a stage-2 checkpoint, or both; `vlv.hub.convert` also writes the result.
 
-    With both, pictures are reconstructed from stage 1's encoder and captions written from stage 2's, which went on
-    learning; weights that the two have in common are stored once. With stage 2 alone its encoder serves both.
-
-    Args:
-        output: A new or empty folder.
-        stage1: `pytorch_model.bin` (what DeepSpeed's `zero_to_fp32.py` writes, also in several parts),
-            `checkpoint_N.pt`, or a folder with one of these.
-        stage2: `model.pt`, or its folder.
-        stable_diffusion: The diffusers folder that the checkpoints were trained with.
-        florence: The Florence-2 folder, Microsoft's or transformers': configuration, preprocessor and tokenizer are
-            read. Without stage 1 and 2 its weights are converted to transformers' own, for `vlv train stage1`.
-        language_model: The language model's folder, for stage 2.
-        image_size: Pixels of the square that pictures were cropped to in training; 384 as in the authors' code, or
-            the text-to-image model's own size where that is less.
-
-    Raises:
-        FileNotFoundError: If a file or folder is missing; the message names it.
-        ValueError: If a weight is missing, of another shape, or unknown; the message names it and what was expected.
+    Args, errors: As for `vlv.hub.convert`. At least one of `stage1` and `stage2` is given.
     """
-    result = Converted(Path(output))
-    with new_folder(output) as folder:
-        result.dropped |= _convert(folder, stage1, stage2, stable_diffusion, florence, language_model, image_size)
-    return result
-
-
-def _convert(
-    output: Path,
-    stage1: str | os.PathLike | None,
-    stage2: str | os.PathLike | None,
-    stable_diffusion: str | os.PathLike | None,
-    florence: str | os.PathLike | None,
-    language_model: str | os.PathLike | None,
-    image_size: int | None,
-) -> dict[str, str]:
-    """`convert` into a folder that is there; returns what was left out, and why."""
-    if florence is None:
-        raise ValueError("the Florence-2 folder is needed (--florence)")
-    florence = _folder(florence, "florence")
-    if stage1 is None and stage2 is None:
-        return convert_florence(florence, output)
-    if stable_diffusion is None:
-        raise ValueError("the Stable Diffusion folder is needed (--stable-diffusion)")
-    stable_diffusion = _folder(stable_diffusion, "stable-diffusion")
+    florence = existing_folder(florence, "florence", "the Florence-2 folder is needed (--florence)")
+    stable_diffusion = existing_folder(
+        stable_diffusion, "stable-diffusion", "the Stable Diffusion folder is needed (--stable-diffusion)"
+    )
     if stage2 is not None:
-        if language_model is None:
-            raise ValueError("a stage-2 checkpoint needs the language model's folder (--language-model)")
-        words = _folder(language_model, "language-model")
+        words = existing_folder(
+            language_model,
+            "language-model",
+            "a stage-2 checkpoint needs the language model's folder (--language-model)",
+        )
     read_json(stable_diffusion / "text_encoder" / "config.json", "hidden_size")
     read_json(stable_diffusion / "scheduler" / "scheduler_config.json", "beta_schedule")
     read_json(stable_diffusion / "tokenizer" / "tokenizer_config.json")
@@ -147,7 +111,7 @@ def _convert(
         parts["encoder"] = _fill(VLVModel, config, encoder_names, weights, name)
         unet, vae = _decoder_shells(stable_diffusion)
         scheduler = DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler")  # as the authors' code
-        parts["decoder"] = {
+        parts["diffusion_model"] = {
             "unet": _fill(unet, None, lambda key: ["unet." + key], weights, name),
             "vae": _fill(vae, None, lambda key: ["vae." + key], weights, name),
             "scheduler": scheduler,
@@ -155,8 +119,8 @@ def _convert(
         }
         dropped |= _leftovers(weights, name)
     else:
-        parts["decoder"] = load_decoder_parts(stable_diffusion)
-        parts["decoder"]["scheduler"] = DDPMScheduler.from_config(parts["decoder"]["scheduler"].config)
+        parts["diffusion_model"] = load_components(stable_diffusion)
+        parts["diffusion_model"]["scheduler"] = DDPMScheduler.from_config(parts["diffusion_model"]["scheduler"].config)
     if stage2 is not None:
         weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)
         config = build_config(weights, "VLV_model.", florence, stable_diffusion, words)
@@ -170,24 +134,19 @@ def _convert(
         has_tokenizer = (beside / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(beside if has_tokenizer else words)
         parts |= {"captioner": captioner, "processor": VLVProcessor(image_processor, tokenizer)}
-    export(output, **parts)
-    return dropped
+    return ConvertedCheckpoints(parts, dropped)
 
 
-def convert_florence(florence: Path, output: Path) -> dict[str, str]:
-    """Writes a Florence-2 of either naming as transformers' own, for `vlv train stage1 --encoder`.
+def convert_florence(florence: Path) -> tuple[Florence2Model, dict[str, str]]:
+    """A Florence-2 with Microsoft's or transformers' names as transformers' own model.
 
     Returns:
-        What was left out, and why.
+        The model, and the name of each weight that was left out, with the reason.
     """
     weights = read_weights(florence, ("model.safetensors", "pytorch_model.bin"))
     config = build_florence_config(florence, {name: tuple(t.shape) for name, t in weights.items()}, "")
-    names = _florence_names("")
-    model = _fill(Florence2Model, config, names, weights, str(florence))
-    dropped = _leftovers(weights, str(florence))
-    model.save_pretrained(output)
-    make_readable(*output.glob("*.safetensors"))
-    return dropped
+    model = _fill(Florence2Model, config, _florence_names(""), weights, str(florence))
+    return model, _leftovers(weights, str(florence))
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -208,11 +167,11 @@ def _florence_names(prefix: str) -> Callable[[str], list[str]]:
 def encoder_names(key: str) -> list[str]:
     """Where a weight of `VLVModel` may be found in stage 1."""
     part, _, rest = key.partition(".")
-    if part == "encoder":
+    if part == "image_encoder":
         return _florence_names("model.")(rest)
     if part == "text_encoder":
         return [f"text_encoder.text_model.{rest}", key]
-    return [key.replace("query_embeds", "query_embed").replace("projector.linear_1", "language_proj.0")
+    return [key.replace("query_tokens", "query_embed").replace("projector.linear_1", "language_proj.0")
             .replace("projector.linear_2", "language_proj.2")]  # fmt: skip
 
 
@@ -224,8 +183,8 @@ def captioner_names(key: str) -> list[str]:
     if part == "language_model":
         return ["qwen2_model." + rest]
     return [
-        key.replace("language_projector.linear_1", "mlp.layers.0").replace(
-            "language_projector.linear_2", "mlp.layers.2"
+        key.replace("language_projection.linear_1", "mlp.layers.0").replace(
+            "language_projection.linear_2", "mlp.layers.2"
         )
     ]
 
@@ -330,25 +289,25 @@ def build_config(
         )
     if len(queries) != 3:
         raise ValueError(f"{prefix}query_embed has the shape {queries}, expected (1, queries, width)")
-    encoder_config = build_florence_config(florence, shapes, prefix + "model.")
+    image_encoder_config = build_florence_config(florence, shapes, prefix + "model.")
     text_encoder_config = CLIPTextConfig.from_pretrained(stable_diffusion, subfolder="text_encoder")
-    decoder_config = None
+    text_config = None
     if language_model is not None:
         read_json(language_model / "config.json", "model_type")
-        decoder_config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
-        if type(decoder_config) not in AutoModelForCausalLM._model_mapping:
+        text_config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
+        if type(text_config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(
-                f"{language_model} holds a model of type {decoder_config.model_type!r}, no causal language model such "
+                f"{language_model} holds a model of type {text_config.model_type!r}, no causal language model such "
                 "as Qwen2"
             )
         if words := shapes.get("qwen2_model.model.embed_tokens.weight"):
-            decoder_config.vocab_size = words[0]
+            text_config.vocab_size = words[0]
     return VLVConfig(
-        encoder_config=encoder_config,
+        image_encoder_config=image_encoder_config,
         text_encoder_config=text_encoder_config,
-        decoder_config=decoder_config,
-        num_queries=queries[1],
-        task_prompt_ids=task_prompt_ids(florence, encoder_config.text_config.vocab_size),
+        text_config=text_config,
+        num_query_tokens=queries[1],
+        task_prompt_ids=task_prompt_ids(florence, image_encoder_config.text_config.vocab_size),
     )
 
 
@@ -464,7 +423,15 @@ def _image_size(stable_diffusion: Path, asked: int | None) -> int:
     return min(IMAGE_SIZE, (size if isinstance(size, int) else size[0]) * scale)
 
 
-def _folder(path: str | os.PathLike, option: str) -> Path:
+def existing_folder(path: str | os.PathLike | None, option: str, hint: str) -> Path:
+    """A folder that was passed as `--option`.
+
+    Raises:
+        ValueError: With `hint`, if none was passed.
+        FileNotFoundError: If there is no such folder.
+    """
+    if path is None:
+        raise ValueError(hint)
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"--{option} {folder}: there is no such folder")

@@ -2,9 +2,13 @@
 
 import json
 import os
+import tempfile
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -58,6 +62,38 @@ def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
     return content
 
 
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls `write` with a temporary file beside `path` and then renames it, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        set_default_permissions(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON as indented UTF-8, atomically. Strings that are not valid Unicode (file names) are escaped."""
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        data = json.dumps(value, indent=2).encode("ascii")
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(data + b"\n"))
+
+
+def set_default_permissions(*paths: Path) -> None:
+    """Gives files the permissions of any new file; safetensors and tempfile let the owner alone read theirs."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in paths:
+        path.chmod(0o666 & ~mask)
+
+
 def read_header(path: Path) -> Header:
     """Shapes and dtypes of the weights in a safetensors file, without reading them.
 
@@ -82,3 +118,20 @@ def refuse_damaged(folder: Path) -> None:
         read_header(path)
     for path in sorted(folder.glob("*.json")):
         read_json(path)
+
+
+def is_variant(name: str) -> bool:
+    """Whether a file of weights is the half-precision variant of another one, such as `model.fp16.safetensors`."""
+    return ".fp16" in name
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What the first safetensors file of a folder is stored in, by its largest tensor; float32 if there is none."""
+    for path in sorted(p for p in folder.glob("*.safetensors") if not is_variant(p.name)):
+        _, dtype = max(read_header(path).values(), key=lambda weight: prod(weight[0]), default=((), "float32"))
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(
+                f"{path} is stored in {dtype}, which cannot be read here; convert it to float16 or float32"
+            )
+        return getattr(torch, dtype)
+    return torch.float32

@@ -1,7 +1,15 @@
 """Pipelines: captions by transformers, reconstructions by diffusers."""
 
+from .generation import generate_captions, generate_images
 from .loading import load_reconstruction
 from .pipeline_vlv_captioning import VLVCaptioningPipeline, trim_caption
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
 
-__all__ = ["VLVCaptioningPipeline", "VLVReconstructionPipeline", "load_reconstruction", "trim_caption"]
+__all__ = [
+    "VLVCaptioningPipeline",
+    "VLVReconstructionPipeline",
+    "generate_captions",
+    "generate_images",
+    "load_reconstruction",
+    "trim_caption",
+]

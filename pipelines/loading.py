@@ -23,5 +23,5 @@ def load_reconstruction(
     """
     folder = hub.resolve(source, revision=revision, allow_patterns=hub.PIPELINE_FILES)
     encoder, image_processor = hub.load_encoder(folder, dtype=dtype)
-    parts = hub.load_decoder_parts(folder, dtype=dtype)
+    parts = hub.load_diffusion_components(folder, dtype=dtype)
     return VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **parts).to(device)

@@ -61,13 +61,13 @@ class Demo:
                     "model to reconstruct (`vlv push --decoder` adds one)"
                 )
             encoder, image_processor = hub.load_encoder(folder, device=device, dtype=dtype)
-        self.queries = encoder.config.num_queries
+        self.queries = encoder.config.num_query_tokens
         self.image_processor = image_processor
         self.pipeline: Any = None
         if (folder / "model_index.json").is_file():
             if hub.has_two_encoders(folder):  # captions come from one, reconstructions from the other
                 encoder, _ = hub.load_encoder(folder, device=device, dtype=dtype)
-            parts = hub.load_decoder_parts(folder, dtype=dtype)
+            parts = hub.load_diffusion_components(folder, dtype=dtype)
             pipeline = VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **parts)
             self.pipeline = pipeline.to(device)
             self.pipeline.set_progress_bar_config(disable=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen2Config, Qwen2ForCausalLM
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel, VLVProcessor
-from vlv.convert_vlv_original_to_hf import convert
+from vlv.hub import convert
 from vlv.miniature.tokenizer import build_tokenizer
 
 torch.set_num_threads(1)
@@ -91,9 +91,9 @@ def language_model_config() -> Qwen2Config:
 
 def vlv_config(**overrides) -> VLVConfig:
     fields = {
-        "encoder_config": ENCODER_CONFIG,
+        "image_encoder_config": ENCODER_CONFIG,
         "text_encoder_config": text_encoder_config(),
-        "num_queries": QUERIES,
+        "num_query_tokens": QUERIES,
         "task_prompt_ids": [0, 5, 2],
         "initializer_range": WEIGHT_SCALE,
     }
@@ -109,7 +109,7 @@ def encoder() -> VLVModel:
 @pytest.fixture
 def captioner() -> VLVForConditionalGeneration:
     torch.manual_seed(0)
-    return VLVForConditionalGeneration(vlv_config(decoder_config=language_model_config())).eval()
+    return VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
 
 
 @pytest.fixture(scope="session")

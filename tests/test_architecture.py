@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     "modeling_vlv",
+    "hub",
     "pipelines",
     "train",
     "evaluation",

@@ -51,7 +51,7 @@ def test_the_wheel_has_the_command_and_the_data(installed, tmp_path):
     assert {"stage1.yaml", "stage2.yaml"} <= set(run(str(installed), "-c", code, cwd=tmp_path).split())
     code = (
         "from pathlib import Path; from vlv.checkpoints import MINIATURE; from vlv import hub, space; "
-        "print((MINIATURE / 'config.json').is_file(), (Path(hub.__file__).parent / 'model_card.md').is_file(), "
+        "print((MINIATURE / 'config.json').is_file(), (Path(hub.__file__).parent / 'model_card_template.md').is_file(), "
         "len(list((Path(space.__file__).parent / 'examples').glob('*.png'))) > 3)"
     )
     assert run(str(installed), "-c", code, cwd=tmp_path).split() == ["True"] * 3

@@ -1,42 +1,15 @@
 """What a person wants to see while training: how fast it goes, and what the model makes of some images by now."""
 
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Trainer, TrainerCallback, set_seed
-
-from vlv.files import read_json
+from transformers import TrainerCallback, set_seed
 
 
-class ThroughputTrainer(Trainer):
-    """A `Trainer` that logs `images_per_second`, and `images_skipped` where images could not be read."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(SeedOfItsOwn())
-        self._images, self._skipped, self._since = 0, 0, time.perf_counter()
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self._skipped += inputs.pop("num_skipped", 0) * self.args.world_size
-        self._images += len(inputs["pixel_values"]) * self.args.world_size
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            now = time.perf_counter()
-            logs["images_per_second"] = round(self._images / max(now - self._since, 1e-9), 2)
-            self._images, self._since = 0, now
-            if self._skipped:
-                logs["images_skipped"] = self._skipped
-        super().log(logs, start_time)
-
-
-class SeedOfItsOwn(TrainerCallback):
+class PerProcessSeedCallback(TrainerCallback):
     """Gives each process its own random numbers; `Trainer` gives all the same, and so the same noise to all images.
 
     When training begins the order of the data is settled, and what a resumed run restores is yet to come.
@@ -46,7 +19,7 @@ class SeedOfItsOwn(TrainerCallback):
         set_seed(args.seed + args.process_index)
 
 
-class SampleCallback(TrainerCallback):
+class ValidationCallback(TrainerCallback):
     """Every `every` steps calls `draw(model, step, folder)` on the first process; random state and mode are kept."""
 
     def __init__(self, draw: Callable[[Any, int, Path], None], every: int):
@@ -81,23 +54,6 @@ def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list
     return items
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest `checkpoint-N` that was written to its end: `Trainer` writes `trainer_state.json` last."""
-    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
-    newest = max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-    if newest is not None:
-        print(f"going on from {newest}", flush=True)
-    return None if newest is None else str(newest)
-
-
-def _is_whole(state: Path) -> bool:
-    """Whether a run was not killed while it wrote this file."""
-    try:
-        return "global_step" in read_json(state)
-    except ValueError:
-        return False
-
-
 def side_by_side(originals: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:
     """One sheet: originals in the upper row, pictures below."""
     width, height = pictures[0].size
@@ -106,8 +62,3 @@ def side_by_side(originals: list[Image.Image], pictures: list[Image.Image]) -> I
         sheet.paste(original.resize((width, height)), (column * width, 0))
         sheet.paste(picture, (column * width, height))
     return sheet
-
-
-def write_json(path: Path, value: Any) -> None:
-    """UTF-8, indented."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

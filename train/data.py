@@ -216,20 +216,20 @@ class _SkippingCollator:
 
 
 class Stage1Collator(_SkippingCollator):
-    """Images to `pixel_values` for the encoder and `decoder_pixels` (B, 3, S, S) uint8 for the frozen decoder."""
+    """Images to `pixel_values` for the encoder and `diffusion_pixels` (B, 3, S, S) uint8 for the frozen decoder."""
 
-    def __init__(self, image_processor: VLVImageProcessor, decoder_image_size: int, on_bad_image: str = "skip"):
+    def __init__(self, image_processor: VLVImageProcessor, diffusion_image_size: int, on_bad_image: str = "skip"):
         super().__init__(on_bad_image)
-        self.image_processor, self.decoder_image_size = image_processor, decoder_image_size
+        self.image_processor, self.diffusion_image_size = image_processor, diffusion_image_size
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         _, pictures, skipped = self.readable(items, self.image_processor.load)
-        side = (self.decoder_image_size, self.decoder_image_size)
+        side = (self.diffusion_image_size, self.diffusion_image_size)
         targets = [np.asarray(p if p.size == side else p.resize(side)) for p in pictures]  # (S, S, 3)
         pixel_values = self.image_processor(pictures, return_tensors="pt", pre_crop_size=None).pixel_values
         return {
             "pixel_values": pixel_values,
-            "decoder_pixels": torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2),
+            "diffusion_pixels": torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2),
             "num_skipped": skipped,  # a number: a tensor would have to be fetched from the device
         }
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, cast
 
 from transformers import Trainer, TrainingArguments, set_seed
 
-from .callbacks import last_checkpoint
-from .facts import write_training_facts
 from .parsing import parse_config
+from .trainer import last_checkpoint
+from .training_metadata import write_training_metadata
 
 
 @dataclass
@@ -22,8 +22,8 @@ class StageConfig(TrainingArguments):
     image_column: str = field(default="image", metadata={"help": "Column of a data set or parquet file."})
     on_bad_image: str = field(default="skip", metadata={"help": "'skip' (said and counted) or 'error'."})
     trainable: str = field(default="all", metadata={"help": "What learns."})
-    sample_steps: int = field(default=1000, metadata={"help": "Show samples every so many steps; 0: never."})
-    sample_images: int = field(default=8, metadata={"help": "How many samples."})
+    validation_steps: int = field(default=1000, metadata={"help": "Show samples every so many steps; 0: never."})
+    num_validation_images: int = field(default=8, metadata={"help": "How many samples."})
 
     num_train_epochs: float = field(default=0, metadata={"help": "Passes over the data, in place of max_steps."})
     adam_beta2: float = field(default=0.99, metadata={"help": "Of AdamW."})
@@ -84,4 +84,4 @@ def run_stage(
     before_saving(trainer.model)
     trainer.save_model()
     trainer.save_state()
-    write_training_facts(trainer, stage, config.model, **facts(config))
+    write_training_metadata(trainer, stage, config.model, **facts(config))

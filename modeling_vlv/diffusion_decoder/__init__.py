@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..published import instead
+from ..reference_configs import replacement_hint
 from .base import DiffusionDecoder
 from .sd import StableDiffusionDecoder
 
@@ -25,7 +25,9 @@ def load_diffusion_decoder(model: str, *, revision: str | None = None, **kwargs:
     try:
         parts = DiffusionPipeline.load_config(model, revision=revision)
     except OSError as error:
-        raise OSError(f"the text-to-image model {model} cannot be had: {error}{instead(model)}") from error
+        raise OSError(
+            f"the text-to-image model {model} could not be loaded: {error}{replacement_hint(model)}"
+        ) from error
     if "unet" not in parts or "vae" not in parts or "text_encoder_2" in parts:
         raise ValueError(
             f"{model} is a {parts.get('_class_name')}; expected a latent diffusion model with a UNet and one text "

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
 from .base import DiffusionDecoder
-from .parts import load_part
+from .components import load_part
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
-from vlv.miniature.evaluation import RECOGNISER_FILE, evaluation_items, reconstruct, write_captions
+from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, evaluation_items, reconstruct, write_captions
 from vlv.miniature.grammar import parse_caption
-from vlv.miniature.recogniser import Recogniser, judge_accuracy
+from vlv.miniature.scene_classifier import SceneClassifier, measure_scene_classifier
 from vlv.miniature.scoring import score_scenes
 from vlv.pipelines import load_reconstruction
 
@@ -49,12 +49,12 @@ def test_captions_end_by_themselves(captioner):
 
 
 def test_reconstructions_show_what_is_there():
-    recogniser = Recogniser.load(MINIATURE / RECOGNISER_FILE)
-    assert judge_accuracy(recogniser, "combo", N)["exact"] >= 0.98
+    scene_classifier = SceneClassifier.load(MINIATURE / SCENE_CLASSIFIER_FILE)
+    assert measure_scene_classifier(scene_classifier, "combo", N)["exact"] >= 0.98
     pipeline = load_reconstruction(MINIATURE)
     pipeline.set_progress_bar_config(disable=True)
     pixels, scenes = evaluation_items("test", N)
-    scores = score_scenes(recogniser.read(reconstruct(pipeline, pixels, 2.0, steps=10)), scenes)
+    scores = score_scenes(scene_classifier.read(reconstruct(pipeline, pixels, 2.0, steps=10)), scenes)
     assert scores["background"] >= 0.9 and scores["object_place_f1"] >= 0.85, scores
 
 

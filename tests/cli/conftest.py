@@ -15,9 +15,9 @@ from ..conftest import language_model_config, vlv_config
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, processor, stable_diffusion) -> Path:
     torch.manual_seed(0)
-    captioner = VLVForConditionalGeneration(vlv_config(decoder_config=language_model_config()))
+    captioner = VLVForConditionalGeneration(vlv_config(text_config=language_model_config()))
     folder = tmp_path_factory.mktemp("vlv")
-    return hub.export(folder, captioner=captioner, processor=processor, decoder=stable_diffusion)
+    return hub.export(folder, captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlv.cli.main import main
-from vlv.cli.output import GrowingJson, write_atomically
+from vlv.cli.output import IncrementalJson
+from vlv.files import write_atomically
 
 READABLE = ["good.png", "palette.png", "sixteen.png", "sub/cmyk.JPG", "sub/good.png"]
 UNREADABLE = ["empty.webp", "text.png", "truncated.jpg"]
@@ -172,20 +173,20 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_run_cut_short_before_its_first_result_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"a": 1}')
-    with pytest.raises(KeyboardInterrupt), GrowingJson(path):
+    with pytest.raises(KeyboardInterrupt), IncrementalJson(path):
         raise KeyboardInterrupt
     assert path.read_text() == '{"a": 1}'
 
 
 def test_file_names_that_are_no_unicode_are_kept(tmp_path):
-    with GrowingJson(tmp_path / "results.json") as results:
+    with IncrementalJson(tmp_path / "results.json") as results:
         results.save({"caf\udce9.png": "a dog"})
     assert json.loads((tmp_path / "results.json").read_text()) == {"caf\udce9.png": "a dog"}
 
 
 def test_a_growing_file_is_whole_at_every_moment(tmp_path):
     path = tmp_path / "results.json"
-    with GrowingJson(path) as results:
+    with IncrementalJson(path) as results:
         for number in range(50):
             results.save({str(number): "x" * 100})
             assert set(json.loads(path.read_text())) <= {str(n) for n in range(number + 1)}

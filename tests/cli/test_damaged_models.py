@@ -64,7 +64,7 @@ def commands(model, pictures, tmp_path):
         ("reconstruct", f"unet/{WEIGHTS}", LACKING),
         ("reconstruct", f"vae/{WEIGHTS}", TRUNCATED),
         ("caption", "model.safetensors.index.json", '{"weight_map": []}'),
-        ("caption", "config.json", '{"model_type": "vlv", "encoder_config": {}, "decoder_config": "qwen2"}'),
+        ("caption", "config.json", '{"model_type": "vlv", "image_encoder_config": {}, "text_config": "qwen2"}'),
         ("info", "config.json", LIST),
         ("info", f"unet/{WEIGHTS}", TRUNCATED),
         ("info", "scheduler/scheduler_config.json", TRUNCATED),
@@ -83,9 +83,9 @@ def test_the_file_is_named(command, file, how, model, commands, capsys):
 
 def test_a_configuration_that_forgot_its_language_model_does_not_lose_it(model, commands, capsys):
     config = model / "config.json"
-    config.write_text(config.read_text().replace('"decoder_config"', '"was_decoder_config"'))
+    config.write_text(config.read_text().replace('"text_config"', '"was_decoder_config"'))
     assert main(commands["push"]) == 2
-    assert "decoder_config" in capsys.readouterr().err
+    assert "text_config" in capsys.readouterr().err
 
 
 def test_a_decoder_of_pickles_says_how_to_convert_it(model, commands, capsys):
@@ -120,10 +120,12 @@ def test_a_missing_tokenizer_is_not_looked_for_on_the_hub(model, commands, capsy
     assert "there is no tokenizer_config.json in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [("num_queries", 3), ("d_model", "x")])
+@pytest.mark.parametrize("change", [("num_query_tokens", 3), ("d_model", "x")])
 def test_a_configuration_of_another_model(change, model, commands, capsys):
     config = json.loads((model / "config.json").read_text())
-    (config if change[0] == "num_queries" else config["encoder_config"]["text_config"])[change[0]] = change[1]
+    (config if change[0] == "num_query_tokens" else config["image_encoder_config"]["text_config"])[change[0]] = change[
+        1
+    ]
     (model / "config.json").write_text(json.dumps(config))
     assert main(commands["caption"]) == 2
     assert str(model) in capsys.readouterr().err

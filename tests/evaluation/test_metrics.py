@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlv.evaluation import EncoderFeatures, SetMeter, picture_metrics
+from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics
 
 
 class Means(nn.Module):
@@ -24,12 +24,12 @@ def noise(n: int, seed: int, shift: int = 0) -> torch.Tensor:
 
 def test_psnr_and_ssim_of_known_pictures():
     grey = torch.full((3, 32, 32), 0.5)
-    assert picture_metrics(grey + 0.1, grey)["psnr"] == pytest.approx(20.0, abs=1e-3)  # 10 log10(1 / 0.01)
+    assert image_metrics(grey + 0.1, grey)["psnr"] == pytest.approx(20.0, abs=1e-3)  # 10 log10(1 / 0.01)
     picture = torch.rand(3, 32, 32)
-    assert picture_metrics(picture, picture)["ssim"] == pytest.approx(1.0)
-    assert picture_metrics(torch.rand(3, 32, 32), picture)["ssim"] < 0.3
+    assert image_metrics(picture, picture)["ssim"] == pytest.approx(1.0)
+    assert image_metrics(torch.rand(3, 32, 32), picture)["ssim"] < 0.3
     with pytest.raises(ValueError, match=r"two \(3, H, W\) pictures"):
-        picture_metrics(grey, grey[:, :16])
+        image_metrics(grey, grey[:, :16])
 
 
 def test_fid_tells_like_sets_from_unlike_ones():

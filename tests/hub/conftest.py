@@ -36,10 +36,12 @@ def picture(tmp_path_factory, pictures) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, processor, stable_diffusion) -> Path:
     torch.manual_seed(0)
-    captioner = VLVForConditionalGeneration(vlv_config(decoder_config=language_model_config())).eval()
+    captioner = VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
     folder = tmp_path_factory.mktemp("model")
-    vlv_hub.export(folder, captioner=captioner, processor=processor, decoder=stable_diffusion)
+    vlv_hub.export(folder, captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
     (folder / vlv_hub.TRAINING_FILE).write_text(
-        json.dumps({"stage1": {"images": "org/pictures", "encoder": "florence-community/Florence-2-base", "steps": 3}})
+        json.dumps(
+            {"stage1": {"images": "org/pictures", "image_encoder": "florence-community/Florence-2-base", "steps": 3}}
+        )
     )
     return folder

@@ -39,7 +39,7 @@ content = [{"type": "image", "image": picture}, {"type": "text", "text": ""}]
 chat = built_in(text=[{"role": "user", "content": content}], max_new_tokens=5, return_full_text=False)
 found["chat"] = chat[0]["generated_text"]
 config = AutoConfig.from_pretrained(source, **trusted)
-found["queries"] = config.num_queries
+found["queries"] = config.num_query_tokens
 processor = AutoProcessor.from_pretrained(source, **trusted)
 pixels = processor(images=picture).pixel_values
 found["same pixels"] = torch.equal(
@@ -104,7 +104,7 @@ def expected(model, picture) -> dict:
 
     prefix = processor(text="a")
     pipeline = VLVReconstructionPipeline(
-        encoder=encoder, image_processor=image_processor, **vlv_hub.load_decoder_parts(model)
+        encoder=encoder, image_processor=image_processor, **vlv_hub.load_diffusion_components(model)
     )
     pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(
@@ -316,7 +316,7 @@ def test_stage_2_of_a_repository_knows_what_its_stage_1_was(
     run = tmp_path / "run"
     config = tmp_path / "stage2.yaml"
     settings = {"model": REPO, "language_model": language_model, "pairs": image_folder, "output_dir": run}
-    settings |= {"max_steps": 1, "sample_steps": 0, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
+    settings |= {"max_steps": 1, "validation_steps": 0, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
     settings |= {"use_cpu": True, "trainable": "projector"}
     config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     done = machine.vlv("train", "stage2", config)

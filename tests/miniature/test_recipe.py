@@ -12,9 +12,9 @@ from vlv.miniature import recipe
 from vlv.miniature.autoencoder import train_autoencoder
 from vlv.miniature.captioner import train_captioner
 from vlv.miniature.encoder import train_encoder
-from vlv.miniature.evaluation import RECOGNISER_FILE
+from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE
 from vlv.miniature.language_model import train_language_model
-from vlv.miniature.recogniser import train_recogniser
+from vlv.miniature.scene_classifier import train_scene_classifier
 from vlv.miniature.teacher import train_teacher
 from vlv.miniature.training import MovingAverage, SceneDataset, train_module
 from vlv.pipelines import VLVCaptioningPipeline, load_reconstruction
@@ -24,9 +24,9 @@ from vlv.pipelines import VLVCaptioningPipeline, load_reconstruction
 def trained(tmp_path_factory):
     """A folder where every part was trained for two steps, in order, by the functions that the recipe calls."""
     root = tmp_path_factory.mktemp("miniature")
-    judge = root / RECOGNISER_FILE
+    judge = root / SCENE_CLASSIFIER_FILE
     work = root / "work"
-    train_recogniser(judge, work / "recogniser", images=128)
+    train_scene_classifier(judge, work / "scene classifier", images=128)
     train_autoencoder(root / "autoencoder", work / "autoencoder", images=32)
     train_teacher(root / "teacher", work / "teacher", root / "autoencoder", judge, images=32, batch_size=16)
     train_teacher(
@@ -62,7 +62,7 @@ def test_the_parts_that_were_trained_make_a_model(trained, tmp_path, pictures):
     assert isinstance(caption[0]["generated_text"], str)
     pipe = load_reconstruction(tmp_path / "assembled")
     assert pipe(pictures[0], num_inference_steps=2).images[0].size == (64, 64)
-    assert (tmp_path / "assembled" / RECOGNISER_FILE).is_file()
+    assert (tmp_path / "assembled" / SCENE_CLASSIFIER_FILE).is_file()
 
 
 @pytest.mark.slow

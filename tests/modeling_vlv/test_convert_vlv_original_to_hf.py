@@ -18,10 +18,10 @@ from vlv.cli.main import main
 from vlv.convert_vlv_original_to_hf import (
     build_florence_config,
     captioner_names,
-    convert,
     encoder_names,
     original_florence_name,
 )
+from vlv.hub import convert
 from vlv.pipelines import load_reconstruction
 
 from ..conftest import GOLDEN
@@ -73,7 +73,7 @@ def test_both_checkpoints_share_what_they_have_in_common(converted, weights1, we
             names.append(found)
             sizes[path.name] = {key: tensors.get_tensor(key) for key in found}
     twice = names[0] & names[1]
-    assert twice and all(name.startswith("model.encoder.language_model.") for name in twice)
+    assert twice and all(name.startswith("model.image_encoder.language_model.") for name in twice)
     for name in twice:  # what stage 2 went on training, and nothing else
         assert not torch.equal(sizes["model.safetensors"][name], sizes["language_model.safetensors"][name])
     assert torch.allclose(conditioning(converted, golden), golden["text_encoder"], atol=1e-4)
@@ -81,7 +81,7 @@ def test_both_checkpoints_share_what_they_have_in_common(converted, weights1, we
 
 
 def test_both_encoders_survive_another_export(converted, golden, tmp_path):
-    again = hub.stage(converted, tmp_path / "again")
+    again = hub.write_repository(converted, tmp_path / "again")
     assert torch.allclose(conditioning(again, golden), golden["text_encoder"], atol=1e-4)
     assert torch.allclose(prefix(again, golden), golden["stage2/prefix"], atol=1e-4)
 
@@ -167,7 +167,7 @@ def test_sizes_are_read_from_the_weights(weights1, golden, tmp_path):
     torch.save(longer, tmp_path / "pytorch_model.bin")
     result = convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
     config = hub.load_encoder(result.folder)[0].config
-    assert config.encoder_config.text_config.max_position_embeddings == 260 and config.num_queries == 40
+    assert config.image_encoder_config.text_config.max_position_embeddings == 260 and config.num_query_tokens == 40
     assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"][:, :40], atol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_with_transformers_own_florence(prefix_, weights1, golden, 
 def test_transformers_own_florence_folder(converted, weights1, golden, tmp_path):
     folder = tmp_path / "florence"
     encoder, _ = hub.load_encoder(converted)
-    encoder.encoder.config.save_pretrained(folder)
+    encoder.image_encoder.config.save_pretrained(folder)
     for name in ("tokenizer.json", "preprocessor_config.json"):
         shutil.copy(FOLDERS["florence"] / name, folder)
     result = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", **FOLDERS | {"florence": folder})
@@ -325,10 +325,10 @@ def test_bf16_beside_float32_shares_what_did_not_learn(weights2, golden, tmp_pat
     """The authors' scripts save stage 1 in float32 and stage 2 in bfloat16."""
     torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
     mixed = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", stage2=tmp_path / "model.pt", **FOLDERS).folder
-    for folder in (mixed, hub.stage(mixed, tmp_path / "again")):
+    for folder in (mixed, hub.write_repository(mixed, tmp_path / "again")):
         with safe_open(folder / "language_model.safetensors", "pt") as words:
             own = [name for name in words.keys() if name.startswith("model.")]  # noqa: SIM118
-            assert own and all(name.startswith("model.encoder.language_model.") for name in own)
+            assert own and all(name.startswith("model.image_encoder.language_model.") for name in own)
             assert {words.get_tensor(name).dtype for name in words.keys()} == {torch.bfloat16}  # noqa: SIM118
         assert torch.allclose(conditioning(folder, golden), golden["text_encoder"], atol=1e-4)
 
@@ -386,7 +386,7 @@ def test_the_command_then_caption_and_reconstruct(stable_diffusion_with_weights,
 def save_as_the_authors_do(folder, encoder, captioner, unet, vae):
     """Checkpoints and component folders in the authors' formats, of models of any size."""
     vision, text = (
-        getattr(encoder.config.encoder_config, part).to_dict() for part in ("vision_config", "text_config")
+        getattr(encoder.config.image_encoder_config, part).to_dict() for part in ("vision_config", "text_config")
     )
     vision["dim_embed"] = vision.pop("embed_dim")
     vision |= {
@@ -428,7 +428,7 @@ def test_other_sizes(tmp_path):
     """Nothing is taken for granted: widths that differ, odd latents, untied words, one head of keys for seven."""
     torch.manual_seed(0)
     shared = {
-        "encoder_config": {
+        "image_encoder_config": {
             "vision_config": {
                 "depths": (1, 2, 1, 1),
                 "embed_dim": (8, 16, 24, 32),
@@ -464,7 +464,7 @@ def test_other_sizes(tmp_path):
             "num_attention_heads": 5,
             "max_position_embeddings": 77,
         },
-        "num_queries": 31,
+        "num_query_tokens": 31,
         "task_prompt_ids": [0, 477, 277, 260, 364, 335, 272, 350, 288, 270, 307, 17, 2],
         "initializer_range": 0.3,
     }
@@ -480,7 +480,7 @@ def test_other_sizes(tmp_path):
         eos_token_id=384,
     )
     encoder = VLVModel(VLVConfig(**shared)).eval()
-    captioner = VLVForConditionalGeneration(VLVConfig(**shared, decoder_config=lm)).eval()
+    captioner = VLVForConditionalGeneration(VLVConfig(**shared, text_config=lm)).eval()
     unet = UNet2DConditionModel(
         sample_size=12,
         block_out_channels=(16, 24),
@@ -517,7 +517,7 @@ def test_other_sizes(tmp_path):
         assert torch.allclose(reconstruction.vae.decode(latents).sample, vae.eval().decode(latents).sample, atol=1e-5)
     settings = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(pixels, **settings), captioner.generate(pixels, **settings))
-    assert model.config.encoder_config.text_config.max_position_embeddings == 130
+    assert model.config.image_encoder_config.text_config.max_position_embeddings == 130
     assert reconstruction._default_size() == 24  # 12 latents, doubled by this autoencoder
 
 

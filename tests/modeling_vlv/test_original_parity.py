@@ -61,10 +61,10 @@ def stage1_loss(model, decoder, golden, noise="diffusion_noise", steps="timestep
 
 def original_name(name: str) -> str:
     """Of a weight of `VLVModel` in a stage-1 checkpoint."""
-    if name.startswith("encoder."):
-        return "model." + original_florence_name(name.removeprefix("encoder."))
+    if name.startswith("image_encoder."):
+        return "model." + original_florence_name(name.removeprefix("image_encoder."))
     for ours, theirs in (
-        ("query_embeds", "query_embed"),
+        ("query_tokens", "query_embed"),
         ("projector.linear_1", "language_proj.0"),
         ("projector.linear_2", "language_proj.2"),
         ("text_encoder.", "text_encoder.text_model."),
@@ -88,11 +88,11 @@ def test_pixels(stage1, golden):
 def test_image_to_caption_embeddings(stage1, golden):
     model = stage1[0]
     assert model.config.task_prompt_ids == golden["florence_input_ids"][0].tolist()
-    tower = model.encoder.vision_tower(golden["pixel_values"]).last_hidden_state
+    tower = model.image_encoder.vision_tower(golden["pixel_values"]).last_hidden_state
     close(tower.flatten(2).transpose(1, 2), golden["vision_tower"])
     close(model.get_image_features(golden["pixel_values"]), golden["image_features"])
     states = {}
-    transformer = model.encoder.language_model
+    transformer = model.image_encoder.language_model
     for name in ("encoder", "decoder"):
         getattr(transformer, name).register_forward_hook(
             lambda *call, name=name: states.update({name: call[-1].last_hidden_state})
@@ -161,7 +161,7 @@ def test_four_steps_of_stage_1(learner, decoder, golden):
         losses.append(loss)
     close(torch.stack(losses), golden["stage1_train/losses"], 1e-3)
     close(torch.stack(norms), golden["stage1_train/grad_norms"], 1e-3)
-    close(learner.query_embeds, golden["stage1_train/query_embed"], 1e-3)
+    close(learner.query_tokens, golden["stage1_train/query_embed"], 1e-3)
     close(learner.projector.linear_1.weight, golden["stage1_train/language_proj.0.weight"], 1e-3)
 
 
@@ -214,11 +214,13 @@ def test_stage_2_loss_and_gradients(stage2, golden, golden_facts):
     loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     ours = {
-        "mlp.layers.0.weight": "language_projector.linear_1.weight",
+        "mlp.layers.0.weight": "language_projection.linear_1.weight",
         "qwen2_model.model.layers.0.self_attn.q_proj.weight": "language_model.model.layers.0.self_attn.q_proj.weight",
     }
     for name in [n.removeprefix("stage2_grad/") for n in golden if n.startswith("stage2_grad/")]:
-        key = ours.get(name, name.replace("VLV_model.model.language_model.model", "model.encoder.language_model"))
+        key = ours.get(
+            name, name.replace("VLV_model.model.language_model.model", "model.image_encoder.language_model")
+        )
         close(gradients[key], golden[f"stage2_grad/{name}"], 1e-3)
 
 

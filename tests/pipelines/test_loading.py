@@ -8,7 +8,7 @@ from vlv.pipelines import load_reconstruction
 
 
 def test_the_reconstruction_is_assembled_from_its_parts(tmp_path, captioner, processor, stable_diffusion, pictures):
-    exported = hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, decoder=stable_diffusion)
+    exported = hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
     pipeline = load_reconstruction(exported)
     assert torch.equal(pipeline.encode_image(pictures[:2]), load_reconstruction(exported).encode_image(pictures[:2]))
     pixels = pipeline.image_processor(pictures[:2], return_tensors="pt").pixel_values

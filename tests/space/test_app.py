@@ -98,7 +98,7 @@ def test_it_runs_in_half_precision():
 
 def test_a_stage_1_model_has_no_caption_tab(tmp_path):
     encoder, image_processor = hub.load_encoder(MINIATURE)
-    folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor, decoder=MINIATURE)
+    folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor, diffusion_model=MINIATURE)
     page = build(Demo(str(folder)))
     tabs = [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
     assert tabs == ["Reconstruct", "Compose"]

@@ -68,7 +68,13 @@ def test_push_a_space(monkeypatch, capsys):
         space = hub.repos["spaces/org/page"]
         assert space.variables == {"MODEL_ID": "org/vlv", "MODEL_REVISION": "abc"}
         files = set(space.at("main").files)
-        assert {"app.py", "README.md", "requirements.txt", "vlv/modeling_vlv.py", "vlv/hub/model_card.md"} <= files
+        assert {
+            "app.py",
+            "README.md",
+            "requirements.txt",
+            "vlv/modeling_vlv.py",
+            "vlv/hub/model_card_template.md",
+        } <= files
         assert not [name for name in files if "checkpoints" in name or name.endswith(".pyc")]
         space.commit("main", "older", {**space.at("main").files, "vlv/gone.py": b"", "LICENSE": b""})
         assert main([*push, "hf_org", *model]) == 0

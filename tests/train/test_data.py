@@ -93,11 +93,11 @@ def test_stage_1_shows_encoder_and_decoder_the_same_crop(pictures):
     processor = VLVImageProcessor(
         size={"height": 32, "width": 32}, pre_crop_size=16, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
-    batch = Stage1Collator(processor, decoder_image_size=16)([{"image": p} for p in pictures])
-    assert batch["pixel_values"].shape == (8, 3, 32, 32) and batch["decoder_pixels"].shape == (8, 3, 16, 16)
-    assert batch["decoder_pixels"].dtype == torch.uint8
+    batch = Stage1Collator(processor, diffusion_image_size=16)([{"image": p} for p in pictures])
+    assert batch["pixel_values"].shape == (8, 3, 32, 32) and batch["diffusion_pixels"].shape == (8, 3, 16, 16)
+    assert batch["diffusion_pixels"].dtype == torch.uint8
     cropped = processor.load(pictures[1])
-    assert np.array_equal(batch["decoder_pixels"][1].permute(1, 2, 0).numpy(), np.asarray(cropped))
+    assert np.array_equal(batch["diffusion_pixels"][1].permute(1, 2, 0).numpy(), np.asarray(cropped))
     enlarged = np.asarray(cropped.resize((32, 32), Image.Resampling.BICUBIC)) / 255
     np.testing.assert_allclose(batch["pixel_values"][1].permute(1, 2, 0), enlarged, atol=1e-6)
 

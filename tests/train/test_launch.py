@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from vlv.hub import TRAINING_FILE
-from vlv.train import SeedOfItsOwn, Stage1Config
+from vlv.train import PerProcessSeedCallback, Stage1Config
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]
@@ -21,14 +21,14 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 def test_launchers(launcher, processes, tmp_path, image_folder, stable_diffusion, stage1_checkpoint):
     values = {
         "model": stage1_checkpoint,
-        "decoder": stable_diffusion,
+        "diffusion_model": stable_diffusion,
         "images": image_folder,
         "output_dir": tmp_path / "run",
         "max_steps": 2,
         "logging_steps": 1,
         "per_device_train_batch_size": 4,
         "dataloader_num_workers": 0,
-        "sample_steps": 0,
+        "validation_steps": 0,
         "use_cpu": True,
         "disable_tqdm": True,
     }
@@ -53,7 +53,7 @@ def test_processes_draw_different_noise(tmp_path):
         class Arguments:
             seed, process_index = 42, rank
 
-        SeedOfItsOwn().on_train_begin(Arguments(), TrainerState(), TrainerControl())
+        PerProcessSeedCallback().on_train_begin(Arguments(), TrainerState(), TrainerControl())
         draws.append(torch.randn(4))
     assert not torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
     assert Stage1Config(output_dir=str(tmp_path), use_cpu=True).process_index == 0

@@ -22,7 +22,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("learning_rate: 1e-3\nnum_queries: 16\nattend_all_queries: true\noutput_dir: there\n")
     config = parse(str(path), "--learning_rate", "1e-4", "--max_steps=7")
-    assert (config.learning_rate, config.max_steps, config.num_queries) == (1e-4, 7, 16)
+    assert (config.learning_rate, config.max_steps, config.num_query_tokens) == (1e-4, 7, 16)
     assert config.attend_all_queries is True and config.output_dir == "there"
     assert parse(str(path)).learning_rate == 1e-3
 
@@ -56,7 +56,7 @@ def test_the_papers_recipe_is_in_the_defaults_and_in_the_files(stage, config, ex
     ("text", "arguments", "words"),
     [
         ("learnign_rate: 1", [], "unknown setting 'learnign_rate'; did you mean 'learning_rate'?"),
-        ("seed: 1", ["--num_querys", "3"], "unknown setting 'num_querys'; did you mean 'num_queries'?"),
+        ("seed: 1", ["--num_querys", "3"], "unknown setting 'num_querys'; did you mean 'num_query_tokens'?"),
         ("seed: 1", ["--zzzzzz", "3"], "unknown setting 'zzzzzz'; see --help"),
         ("max_steps: many", [], "invalid int value: 'many'"),
         ("seed: 1", ["--trainable", "everything"], "trainable is 'everything'; expected one of"),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from vlv import VLVModel
-from vlv.train.callbacks import last_checkpoint
 from vlv.train.stage1 import Stage1Config, build_stage1
+from vlv.train.trainer import last_checkpoint
 
 STEPS, KILLED_AT, SAVED_EVERY = 12, 4, 4
 
@@ -30,8 +30,8 @@ def settings(stage: str, output_dir: Path, **inputs) -> list[str]:
         "dataloader_num_workers": 1,
         "use_cpu": True,
         "disable_tqdm": True,
-        "sample_steps": 5,
-        "sample_images": 2,
+        "validation_steps": 5,
+        "num_validation_images": 2,
         **inputs,
     }
     return [sys.executable, "-m", f"vlv.train.{stage}", *(f"--{k}={v}" for k, v in values.items())]
@@ -64,7 +64,12 @@ def test_a_killed_run_resumes_with_the_same_losses(
     stage, tmp_path, image_folder, stable_diffusion, stage1_checkpoint, language_model
 ):
     if stage == "stage1":
-        inputs = {"model": stage1_checkpoint, "decoder": stable_diffusion, "images": image_folder, "trainable": "all"}
+        inputs = {
+            "model": stage1_checkpoint,
+            "diffusion_model": stable_diffusion,
+            "images": image_folder,
+            "trainable": "all",
+        }
     else:
         inputs = {"model": stage1_checkpoint, "language_model": language_model, "pairs": image_folder}
     run(settings(stage, tmp_path / "unbroken", **inputs))
@@ -92,14 +97,14 @@ def test_training_changes_the_encoder_and_no_byte_of_what_is_frozen(
     config = Stage1Config(
         output_dir=str(tmp_path),
         model=str(stage1_checkpoint),
-        decoder=str(stable_diffusion),
+        diffusion_model=str(stable_diffusion),
         images=str(image_folder),
         trainable="all",
         max_steps=3,
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         dataloader_num_workers=0,
-        sample_steps=0,
+        validation_steps=0,
         use_cpu=True,
         disable_tqdm=True,
     )

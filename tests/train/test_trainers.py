@@ -18,11 +18,11 @@ def learning(model) -> set[str]:
 def test_what_learns_in_stage_1(encoder):
     freeze_for_stage1(encoder, "projector")
     first = learning(encoder)
-    assert {name.split(".")[0] for name in first} == {"query_embeds", "projector"}
+    assert {name.split(".")[0] for name in first} == {"query_tokens", "projector"}
     freeze_for_stage1(encoder, "transformer")
     second = learning(encoder)
     assert first < second and not any("vision_tower" in n or "multi_modal" in n or "text_encoder" in n for n in second)
-    assert "encoder.language_model.shared.weight" in second  # the task prompt uses it
+    assert "image_encoder.language_model.shared.weight" in second  # the task prompt uses it
     freeze_for_stage1(encoder, "all")
     assert learning(encoder) == {n for n, _ in encoder.named_parameters() if not n.startswith("text_encoder")}
 
@@ -32,11 +32,11 @@ def test_what_learns_in_stage_2(captioner):
     for trainable in ("projector", "projector+lm", "all"):
         freeze_for_stage2(captioner, trainable)
         parts.append({name.removeprefix("model.").split(".")[0] for name in learning(captioner)})
-        assert not captioner.model.query_embeds.requires_grad
+        assert not captioner.model.query_tokens.requires_grad
     assert parts == [
-        {"language_projector"},
-        {"language_projector", "language_model"},
-        {"language_projector", "language_model", "encoder"},
+        {"language_projection"},
+        {"language_projection", "language_model"},
+        {"language_projection", "language_model", "image_encoder"},
     ]
 
 
@@ -49,7 +49,7 @@ def stage2(tmp_path, captioner, processor, dataset, **settings) -> Stage2Trainer
         dataloader_num_workers=0,
         use_cpu=True,
         disable_tqdm=True,
-        sample_steps=0,
+        validation_steps=0,
         **settings,
     )
     freeze_for_stage2(captioner, config.trainable)
@@ -108,7 +108,7 @@ def test_lora_trains_and_merges_into_a_plain_model(tmp_path, stage1_checkpoint, 
         dataloader_num_workers=0,
         use_cpu=True,
         disable_tqdm=True,
-        sample_steps=0,
+        validation_steps=0,
     )
     trainer = build_stage2(config)
     assert len(set(trainer.processing_class.tokenizer("a large dog").input_ids)) == 3  # read as it was saved
@@ -130,18 +130,18 @@ def test_lora_trains_and_merges_into_a_plain_model(tmp_path, stage1_checkpoint, 
 def test_samples_do_not_disturb_the_random_state(tmp_path, image_folder, stable_diffusion, stage1_checkpoint):
     from vlv.train.stage1 import build_stage1
 
-    def run(sample_steps: int) -> list[float]:
+    def run(validation_steps: int) -> list[float]:
         config = Stage1Config(
-            output_dir=str(tmp_path / str(sample_steps)),
+            output_dir=str(tmp_path / str(validation_steps)),
             model=str(stage1_checkpoint),
-            decoder=str(stable_diffusion),
+            diffusion_model=str(stable_diffusion),
             images=str(image_folder),
             max_steps=4,
             logging_steps=1,
             per_device_train_batch_size=4,
             dataloader_num_workers=0,
-            sample_steps=sample_steps,
-            sample_images=2,
+            validation_steps=validation_steps,
+            num_validation_images=2,
             use_cpu=True,
             disable_tqdm=True,
         )
@@ -150,14 +150,14 @@ def test_samples_do_not_disturb_the_random_state(tmp_path, image_folder, stable_
         trainer.train()
         return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
-    assert run(sample_steps=2) == run(sample_steps=0)
+    assert run(validation_steps=2) == run(validation_steps=0)
     assert (tmp_path / "2" / "samples" / "step-0000004.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_queries": 4}, "num_queries is 4, but .* has 8"),
+        ({"num_query_tokens": 4}, "num_query_tokens is 4, but .* has 8"),
         ({"attend_all_queries": True}, "attend_all_queries is True, but .* has False"),
         ({"encoder_image_size": 32}, "encoder_image_size is 32, but .* has 64"),
         ({"pre_crop_size": 32}, "pre_crop_size is 32, but .* has None"),
@@ -168,7 +168,7 @@ def test_a_model_to_go_on_from_keeps_its_shape(
 ):
     from vlv.train.stage1 import build_stage1
 
-    parts = {"model": str(stage1_checkpoint), "decoder": str(stable_diffusion), "images": str(image_folder)}
+    parts = {"model": str(stage1_checkpoint), "diffusion_model": str(stable_diffusion), "images": str(image_folder)}
     with pytest.raises(ValueError, match=words):
         build_stage1(Stage1Config(output_dir=str(tmp_path), use_cpu=True, **parts, **settings))
 

@@ -1,0 +1,231 @@
+"""What a checkpoint holds, from its configurations and the headers of its files: no weight is read or downloaded."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+from httpx import HTTPError
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import RepositoryNotFoundError, SafetensorsParsingError
+
+from vlv.files import DTYPES, Header, is_variant, read_header, read_json
+from vlv.original_checkpoint import find_checkpoint, read_weights
+
+from .card import LICENCES, read_training
+from .layout import CARD, INDEX_FILE, LANGUAGE_MODEL_FILE, TRAINER_FOLDERS
+from .load import read_config, read_weight_map, resolve
+
+FACTS = ["*.json", "*/*.json", CARD]
+ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
+ORIGINAL_PARTS = (  # where names of the authors' checkpoints begin, and what that is
+    ("unet.", "denoiser"),
+    ("vae.", "autoencoder"),
+    ("text_encoder.", "text encoder"),
+    ("language_proj.", "queries and projector"),
+    ("query_embed", "queries and projector"),
+    ("model.", "image encoder"),
+    ("mlp.", "language projector"),
+    ("qwen2_model.", "language model"),
+)
+PARTS = (
+    ("language_model.", "language model"),
+    ("language_projection.", "language projector"),
+    ("query_tokens", "queries and projector"),
+    ("projector.", "queries and projector"),
+    ("text_encoder.", "text encoder"),
+    ("image_encoder.", "image encoder"),
+)
+
+
+@dataclass
+class Part:
+    """One component: its parameters, what they are stored in (`{dtype: parameters}`), and its bytes."""
+
+    name: str
+    parameters: int = 0
+    bytes: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, shape: tuple[int, ...], dtype: str) -> None:
+        count = prod(shape)
+        self.parameters += count
+        self.bytes += count * WIDTHS.get(dtype, 4)
+        self.dtypes[dtype] = self.dtypes.get(dtype, 0) + count
+
+
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float64": 8, "int32": 4, "uint8": 1}
+
+
+@dataclass
+class Description:
+    """What `vlv info` prints.
+
+    Attributes:
+        kind: Such as "stage 2: captions" or "the authors' stage 1".
+        family: Of the text-to-image model beside it, if there is one.
+        parts: By what they are for.
+        licences: Of the whole and of the pretrained parts, as far as the checkpoint says.
+        files: Name and bytes of each file.
+        facts: Numbers of the configuration.
+    """
+
+    source: str
+    kind: str
+    family: str | None = None
+    parts: list[Part] = field(default_factory=list)
+    licences: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Description:
+    """Describes a folder, a Hub repository, or a checkpoint of the authors' code.
+
+    Raises:
+        FileNotFoundError: If there is no such thing.
+        ValueError: If it is no VLV.
+    """
+    path = Path(source)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return _describe_original(path)
+    if path.is_dir():
+        return _describe_folder(os.fspath(source), path)
+    folder = resolve(source, revision=revision, token=token, allow_patterns=FACTS)
+    api = HfApi(token=token)
+    try:
+        if constants.is_offline_mode():
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        entries = api.list_repo_tree(os.fspath(source), revision=revision, recursive=True)
+        files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        return _describe_vlv(
+            os.fspath(source), folder, files, lambda name: _remote_header(api, os.fspath(source), name, revision)
+        )
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"there is no folder or repository {source}: {error}") from error
+    except (HTTPError, ConnectionError) as error:
+        found = _describe_folder(os.fspath(source), folder)
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        found.facts["only what is in the cache"] = f"the Hub cannot be asked ({reason})"
+        return found
+
+
+def _describe_folder(source: str, folder: Path) -> Description:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return _describe_vlv(source, folder, sizes, lambda name: read_header(folder / name))
+
+
+def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: Callable[[str], Header]) -> Description:
+    """Describes a VLV by its small files, which are in `folder`, and the headers of its weights, wherever they are."""
+    config = read_config(folder)
+    training = {name: size for name, size in sizes.items() if name.startswith(TRAINER_FOLDERS)}
+    files = {name: size for name, size in sizes.items() if name not in training and not name.startswith(".")}
+    captions = config.get("text_config") is not None
+    index = folder / "model_index.json"
+    found = Description(
+        source,
+        "stage 2: captions" + (" and reconstructions" if index.is_file() else "")
+        if captions
+        else "stage 1: " + ("reconstructions" if index.is_file() else "caption embeddings") + ", no captions",
+        family=_family(folder) if index.is_file() else None,
+        files=files,
+    )
+    found.facts = {
+        "caption embeddings": f"{config.get('num_query_tokens', 77)} x {config['text_encoder_config'].get('hidden_size')}",
+        "language model": (config.get("text_config") or {}).get("model_type"),
+    }
+    parts: dict[str, Part] = {}
+    for file in files:
+        if not file.endswith(".safetensors") or is_variant(file):
+            continue
+        for name, (shape, dtype) in header_of(file).items():
+            label = _part(file, name, captions)
+            parts.setdefault(label, Part(label)).add(shape, dtype)
+    found.parts = list(parts.values())
+    if (folder / INDEX_FILE).is_file():
+        named = set(read_weight_map(folder).values())
+        if lacking := sorted(named - files.keys()):
+            found.facts["missing"] = ", ".join(lacking)
+    if training:
+        folders = sorted({name.partition("/")[0] for name in training})
+        found.facts["training goes on from"] = f"{', '.join(folders)} ({sum(training.values()):,} bytes)"
+    if licence := _licence(folder / CARD):
+        found.licences["this model"] = licence
+    for stage in read_training(folder).values():
+        for key in ("image_encoder", "diffusion_model", "language_model"):
+            if stage.get(key) in LICENCES:
+                found.licences[stage[key]] = LICENCES[stage[key]]
+    return found
+
+
+def _licence(card: Path) -> str | None:
+    """What a model card says at its head, if there is one and it can be read."""
+    if not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (ValueError, yaml.YAMLError):
+        return "unknown: the head of README.md is no YAML"
+
+
+def _part(file: str, name: str, captions: bool) -> str:
+    folder = file.rpartition("/")[0]
+    if folder in ("unet", "vae"):
+        return {"unet": "denoiser", "vae": "autoencoder"}[folder]
+    if "/" in file and folder != "encoder":
+        return f"other: {folder}"
+    if not folder and file != LANGUAGE_MODEL_FILE and not file.startswith("model"):
+        return f"other: {file}"
+    inner = name.removeprefix("model.")
+    label = next((label for start, label in PARTS if inner.startswith(start)), "other")
+    if captions and file == LANGUAGE_MODEL_FILE and inner != name:
+        return f"{label}, the captioner's own"
+    return label
+
+
+def _family(folder: Path) -> str:
+    index = read_json(folder / "model_index.json", "unet", "scheduler")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    predicts = "epsilon"
+    if scheduler.is_file():
+        predicts = read_json(scheduler).get("prediction_type", "epsilon")
+    return f"Stable Diffusion ({index['unet'][1]}, {index['scheduler'][1]}, predicts {predicts})"
+
+
+def _remote_header(api: HfApi, repo: str, name: str, revision: str | None) -> Header:
+    try:
+        header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+    except SafetensorsParsingError as error:
+        raise ValueError(f"{name} of {repo} is damaged, or no safetensors: {error}") from error
+    return {key: (tuple(t.shape), DTYPES.get(t.dtype, t.dtype)) for key, t in header.tensors.items()}
+
+
+def _describe_original(path: Path) -> Description:
+    file = find_checkpoint(path, ORIGINAL)
+    weights = read_weights(file, ORIGINAL)
+    captions = any(name.startswith("qwen2_model.") for name in weights)
+    queries = next((tensor for name, tensor in weights.items() if name.endswith("query_embed")), None)
+    if queries is None or queries.ndim != 3:
+        raise ValueError(
+            f"{file} is neither a VLV nor a checkpoint of the authors' code; it has no query_embed of "
+            f"shape (1, queries, width); its weights begin with {', '.join(list(weights)[:3])}"
+        )
+    found = Description(str(path), "the authors' " + ("stage 2: captions" if captions else "stage 1: reconstructions"))
+    parts: dict[str, Part] = {}
+    seen: set[tuple] = set()
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place in seen:  # a second name of the same weight
+            continue
+        seen.add(place)
+        inner = name.removeprefix("VLV_model.")
+        label = next((label for start, label in ORIGINAL_PARTS if inner.startswith(start)), "other")
+        parts.setdefault(label, Part(label)).add(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+    found.parts, found.facts = list(parts.values()), {"queries": f"{queries.shape[1]} x {queries.shape[2]}"}
+    found.files = {file.name: file.stat().st_size}
+    found.family = "Stable Diffusion, inside" if "denoiser" in parts else None
+    return found

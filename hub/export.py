@@ -1,0 +1,220 @@
+"""Encoder, captioner and decoder into one folder in the Hub's layout."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers import __version__ as diffusers_version
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vlv.files import is_variant, set_default_permissions, write_json
+from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
+
+from .layout import (
+    CAPTIONER_ONLY,
+    ENCODER_FILE,
+    ENCODER_PREFIX,
+    HALF_INDEX_FILE,
+    INDEX_FILE,
+    LANGUAGE_MODEL_FILE,
+    PIPELINE_PARTS,
+    half_name,
+)
+from .load import load_diffusion_components
+from .remote_code import add_code
+
+
+def export(
+    folder: str | os.PathLike,
+    *,
+    encoder: VLVModel | None = None,
+    captioner: VLVForConditionalGeneration | None = None,
+    processor: VLVProcessor | None = None,
+    image_processor: VLVImageProcessor | None = None,
+    diffusion_model: str | os.PathLike | DiffusionPipeline | dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    half_variant: bool = False,
+) -> Path:
+    """Writes a VLV in the Hub's layout.
+
+    Args:
+        folder: Written into. A model that it held before is replaced; a decoder stays if none is given.
+        encoder: A stage-1 model. Not needed with a captioner, which has one; if both are given, pictures are
+            reconstructed from this one, and captions written from the captioner's own, of which only what differs
+            is stored beside it.
+        captioner: With its `processor`. Without it the folder reconstructs but does not caption.
+        diffusion_model: A diffusers pipeline, its components, or the folder or repo id of one: its UNet, autoencoder,
+            scheduler and tokenizer go in.
+        dtype: What the weights are stored in; by default as they are. They load as float32 all the same, unless the
+            reader asks for something else.
+        half_variant: Writes the weights in half precision, too, for those who load with `variant="fp16"`.
+
+    Returns:
+        The folder.
+    """
+    root = Path(folder)
+    if captioner is not None:
+        encoder = captioner.model if encoder is None else encoder
+        if processor is None:
+            raise ValueError("a captioner needs its processor: pass processor=")
+        image_processor = image_processor or processor.image_processor
+    if encoder is None or image_processor is None:
+        raise ValueError("pass captioner and processor, or encoder and image_processor")
+    if diffusion_model is not None:
+        diffusion_model = _diffusion_components(diffusion_model)  # before anything is written
+    (root / "encoder").mkdir(parents=True, exist_ok=True)
+    _take_away(root, with_captioner=captioner is None)
+
+    tensors = {ENCODER_PREFIX + name: _stored(t, dtype) for name, t in encoder.state_dict().items()}
+    _save(_without_ties(tensors, encoder, ENCODER_PREFIX), root / ENCODER_FILE)
+    config = VLVConfig(**{**encoder.config.to_dict(), "text_config": None})
+    _write_config(config, "VLVModel", root / "encoder" / "config.json")
+    if captioner is not None and processor is not None:
+        _export_captioner(root, encoder, captioner, processor, dtype)
+    else:
+        _write_config(config, "VLVModel", root / "config.json")
+        write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE]))
+        image_processor.save_pretrained(root)
+    image_processor.save_pretrained(root / "image_processor")
+    if diffusion_model is not None:
+        _export_diffusion_components(root, diffusion_model, dtype)
+    add_code(root)
+    if half_variant:
+        _add_half_variant(root)
+    return root
+
+
+def _take_away(root: Path, with_captioner: bool) -> None:
+    """What another model left here and this one will not replace."""
+    places = (root, root / "encoder")  # those of a decoder go with it, if another one comes
+    old = [path for place in places for path in place.glob("*.safetensors*") if is_variant(path.name)]
+    if with_captioner:
+        old += [root / name for name in CAPTIONER_ONLY]
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+def _export_captioner(
+    root: Path,
+    encoder: VLVModel,
+    captioner: VLVForConditionalGeneration,
+    processor: VLVProcessor,
+    dtype: torch.dtype | None,
+) -> None:
+    shared = {ENCODER_PREFIX + name: tensor for name, tensor in encoder.state_dict().items()}
+    rest = {
+        name: _stored(tensor, dtype)
+        for name, tensor in captioner.state_dict().items()
+        if name not in shared or not _same(tensor, shared[name])
+    }
+    _save(_without_ties(rest, captioner, ""), root / LANGUAGE_MODEL_FILE)
+    write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE, LANGUAGE_MODEL_FILE]))
+    _write_config(captioner.config, "VLVForConditionalGeneration", root / "config.json")
+    captioner.generation_config.save_pretrained(root)
+    processor.save_pretrained(root)
+    processor.image_processor.save_pretrained(root)
+
+
+def _diffusion_components(diffusion_model: str | os.PathLike | DiffusionPipeline | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(diffusion_model, DiffusionPipeline):
+        return diffusion_model.components
+    return diffusion_model if isinstance(diffusion_model, dict) else load_diffusion_components(diffusion_model)
+
+
+def _export_diffusion_components(root: Path, parts: dict[str, Any], dtype: torch.dtype | None) -> None:
+    for name in PIPELINE_PARTS:
+        part = parts[name]
+        shutil.rmtree(root / name, ignore_errors=True)
+        if dtype is not None and name in ("unet", "vae"):
+            before = part.dtype
+            part.to(dtype).save_pretrained(root / name)
+            part.to(before)
+        else:
+            part.save_pretrained(root / name)
+        set_default_permissions(*(root / name).glob("*.safetensors"))
+        _forget_origin(root / name / "config.json")
+    index = {
+        "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
+        "_diffusers_version": diffusers_version,
+        "encoder": ["modeling_vlv", "VLVModel"],
+        "image_processor": ["processing_vlv", "VLVImageProcessor"],
+        "scheduler": ["diffusers", type(parts["scheduler"]).__name__],
+        "tokenizer": ["transformers", type(parts["tokenizer"]).__name__],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, LANGUAGE_MODEL_FILE, half_name(LANGUAGE_MODEL_FILE)],
+    }
+    write_json(root / "model_index.json", index)
+
+
+def _add_half_variant(root: Path) -> None:
+    """Beside each file of weights, and each index of such files, the one that `variant="fp16"` looks for."""
+    weights = [path for path in root.rglob("*.safetensors") if not is_variant(path.name)]
+    for path in weights:
+        tensors = {name: _stored(tensor, torch.float16) for name, tensor in load_file(path).items()}
+        _save(tensors, path.with_name(half_name(path.name)))
+    for path in [p for p in root.rglob("*.safetensors.index.json") if not is_variant(p.name)]:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = {
+            key: str(Path(name).with_name(half_name(Path(name).name))) for key, name in index["weight_map"].items()
+        }
+        size = sum((path.parent / name).stat().st_size for name in set(weight_map.values()))
+        write_json(
+            path.with_name(path.name.replace(".index.json", ".index.fp16.json")),
+            {"metadata": {"total_size": size}, "weight_map": weight_map},
+        )
+
+
+def _forget_origin(path: Path) -> None:
+    """Takes the exporter's own path out of a part's configuration, where diffusers leaves it."""
+    if path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values.pop("_name_or_path", None)
+        write_json(path, values)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a captioner's weight is its encoder's, which may be stored more precisely."""
+    other = other.to(one.dtype)
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape) or torch.equal(one, other)
+
+
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor).contiguous()
+
+
+def _without_ties(tensors: dict[str, torch.Tensor], model: Any, prefix: str) -> dict[str, torch.Tensor]:
+    """Leaves out names that the model ties to another one on loading."""
+    tied = {prefix + name for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    set_default_permissions(path)
+
+
+def _index(root: Path, files: list[str]) -> dict[str, Any]:
+    weight_map, total = {}, 0
+    for name in files:
+        with safe_open(root / name, "pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                weight_map[key] = name
+                total += tensors.get_tensor(key).nbytes
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write_config(config: VLVConfig, architecture: str, path: Path) -> None:
+    values = json.loads(config.to_json_string(use_diff=True))
+    for part in values.values():  # where a part was loaded from is the exporter's own business
+        if isinstance(part, dict):
+            part.pop("_name_or_path", None)
+    values |= {"architectures": [architecture], "dtype": "float32"}
+    write_json(path, values)

@@ -1,0 +1,241 @@
+"""Models out of a folder or Hub repository, part by part, without running any code of it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from httpx import HTTPError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+
+from vlv.diffusion_decoder.components import load_components
+from vlv.files import read_header, read_json, refuse_damaged
+from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
+from vlv.reference_configs import replacement_hint
+from vlv.tokenizer import load_tokenizer
+
+from .layout import (
+    CAPTIONER_FILES,
+    DIFFUSION_FILES,
+    ENCODER_FILES,
+    ENCODER_PREFIX,
+    INDEX_FILE,
+    LANGUAGE_MODEL_FILE,
+    PICKLES,
+    pickles,
+)
+
+
+def resolve(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    allow_patterns: list[str] | None = None,
+    pickles_allowed: bool = False,
+) -> Path:
+    """The local folder of a model: itself, or a download of what is asked for of the repository `source`.
+
+    Args:
+        pickles_allowed: Whether there may be pickles beside it, as in most Stable Diffusion repositories. They are
+            not downloaded, and nothing here reads one.
+
+    Raises:
+        FileNotFoundError: If `source` looks like a path and is no folder, or the repository cannot be had.
+        ValueError: If there are pickles in it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not pickles_allowed:
+            _refuse_pickles(path.name, [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
+        return path
+    text = os.fspath(source)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
+        raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
+    try:
+        if not pickles_allowed and not constants.is_offline_mode():
+            _refuse_pickles(text, _list_files(text, revision, token))
+        return Path(
+            snapshot_download(
+                text,
+                revision=revision,
+                token=token,
+                allow_patterns=allow_patterns,
+                ignore_patterns=[*PICKLES, "*.fp16*"],
+            )
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTPError) as error:
+        raise FileNotFoundError(
+            f"there is no folder {text}, and as a Hub repository it could not be loaded: {error}{replacement_hint(text)}"
+        ) from error
+
+
+def _list_files(repo: str, revision: str | None, token: str | None) -> list[str]:
+    """The repository's files, or none where the network fails: what is in the cache may still be used."""
+    try:
+        return HfApi(token=token).list_repo_files(repo, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise
+    except HTTPError:
+        return []
+
+
+def _refuse_pickles(source: str, names: list[str]) -> None:
+    if found := pickles(names):
+        raise ValueError(
+            f"{source} holds pickled weights ({', '.join(found[:3])}), which can run code when they are loaded; VLV "
+            "reads safetensors alone. Take the pickles out, or convert the weights to safetensors first"
+        )
+
+
+def load_captioner(
+    source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[VLVForConditionalGeneration, VLVProcessor]:
+    """The captioner and its processor, from a folder or repo id; no code of the repository is run.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or no VLV in it.
+        ValueError: If it is a stage-1 checkpoint, which has no language model.
+    """
+    folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
+    require(folder, "config.json")
+    model = _load_whole(VLVForConditionalGeneration, folder, dtype)
+    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), load_tokenizer(folder))
+    return model.to(device).eval(), processor
+
+
+def load_encoder(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    for_captions: bool = False,
+) -> tuple[VLVModel, VLVImageProcessor]:
+    """The encoder and its image processor, from a Hub-layout folder or repo id, or from a stage-1 checkpoint.
+
+    Args:
+        for_captions: Where there are two encoders (`has_two_encoders`): the one whose embeddings the language model
+            reads, instead of the one whose embeddings the decoder reads.
+    """
+    folder = resolve(source, revision=revision, allow_patterns=ENCODER_FILES)
+    part = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
+    if for_captions and has_two_encoders(folder):
+        part = folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
+    require(part, "config.json")
+    model = _load_whole(VLVModel, part, dtype)
+    return model.to(device).eval(), VLVImageProcessor.from_pretrained(folder)
+
+
+def _load_whole(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """As `from_pretrained`, but weights that are missing or of another shape are an error, not a random start."""
+    read_config(folder)
+    if (folder / INDEX_FILE).is_file():
+        for file in set(read_weight_map(folder).values()):
+            require(folder, file)
+            read_header(folder / file)
+    try:
+        model, report = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (
+        SafetensorError,
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        refuse_damaged(folder)
+        raise ValueError(f"{folder} cannot be loaded: {error!r}") from error
+    unexpected = sorted(report["unexpected_keys"])
+    if model_class is VLVModel:  # in a captioner's folder, it leaves the language model where it is
+        unexpected = [name for name in unexpected if not name.startswith(("language_model.", "language_projection."))]
+    if any(".lora_A." in name for name in unexpected):
+        raise ValueError(
+            f"{folder} is a checkpoint of a LoRA run that has not ended; go on with `vlv train stage2` and the same "
+            "settings, which saves a whole model at the end"
+        )
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:
+        raise ValueError(f"{len(lacking)} weights of {folder} are missing or of another shape, such as {lacking[0]}")
+    if unexpected:
+        raise ValueError(
+            f"{len(unexpected)} weights of {folder} have no place in the model that its config.json describes, "
+            f"such as {unexpected[0]}"
+        )
+    return model
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a VLV.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or another model's, or says nothing of a language model that lies beside it.
+    """
+    require(folder, "config.json")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != VLVConfig.model_type:
+        raise ValueError(f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}, not a VLV")
+    needed: tuple[str, ...] = ("image_encoder_config", "text_encoder_config")
+    if (folder / LANGUAGE_MODEL_FILE).is_file():
+        needed += ("text_config",)
+    for name in ("image_encoder_config", "text_encoder_config", "text_config"):
+        if not isinstance(config.get(name, {}), dict | None):
+            raise ValueError(f"{folder / 'config.json'}: {name} is no JSON object")
+    return read_json(folder / "config.json", *needed)
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Which file holds which weight. Raises `ValueError` that names the index if it is none."""
+    weight_map = read_json(folder / INDEX_FILE, "weight_map")["weight_map"]
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{folder / INDEX_FILE}: weight_map is not an object of file names")
+    return weight_map
+
+
+def require(folder: Path, name: str) -> None:
+    """Raises `FileNotFoundError` if a VLV's folder lacks a file."""
+    if not (folder / name).is_file():
+        raise FileNotFoundError(
+            f"no {name} in {folder}: this is no VLV in the Hub's layout (vlv.hub.export writes it)"
+        )
+
+
+def has_two_encoders(folder: Path) -> bool:
+    """Whether captions come from another encoder than reconstructions; what differs lies with the LM."""
+    if not (folder / INDEX_FILE).is_file():
+        return False
+    weights = read_weight_map(folder).items()
+    return any(name.startswith(ENCODER_PREFIX) and file == LANGUAGE_MODEL_FILE for name, file in weights)
+
+
+def load_diffusion_components(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """`unet`, `vae`, `scheduler` and `tokenizer` of a Stable Diffusion or VLV folder or repo id.
+
+    Args:
+        dtype: Precision of UNet and autoencoder; by default what they are stored in.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or repository, or it holds no text-to-image model.
+        ValueError: If its scheduler is not one of diffusers', or a file is damaged.
+    """
+    folder = resolve(source, revision=revision, token=token, allow_patterns=DIFFUSION_FILES, pickles_allowed=True)
+    require(folder, "model_index.json")
+    return load_components(folder, dtype)

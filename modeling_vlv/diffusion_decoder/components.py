@@ -1,0 +1,80 @@
+"""The components of a diffusers folder or repository: loaded completely, or an error that names what is wrong."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+
+from ..files import read_json, refuse_damaged, stored_dtype
+from ..tokenizer import load_tokenizer
+
+
+def load_part(part: type[ModelMixin], model: str | os.PathLike, subfolder: str, **kwargs: Any) -> Any:
+    """As diffusers' `from_pretrained`, but of safetensors alone, and every weight must be there.
+
+    Args:
+        part: Such as `UNet2DConditionModel`.
+        model: A folder or repo id.
+        kwargs: Of `from_pretrained`.
+
+    Raises:
+        OSError: If it cannot be had, or holds pickled weights alone.
+        ValueError: If a file is damaged, or a weight is missing or of another shape.
+    """
+    place, local = f"{model}, {subfolder}", Path(model) / subfolder
+    if Path(model).is_dir():
+        place = str(local)
+        read_json(local / "config.json", "_class_name")
+    try:
+        loaded, report = part.from_pretrained(
+            model, subfolder=subfolder, use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise OSError(f"{place} cannot be loaded: {error}{_remedy(local)}") from error
+    except (ValueError, RuntimeError) as error:
+        refuse_damaged(local)
+        raise ValueError(f"{place}: the weights do not fit its config.json: {error}") from error
+    if report["missing_keys"]:
+        lacking = sorted(report["missing_keys"])
+        raise ValueError(f"{place} lacks {len(lacking)} weights, such as {lacking[0]}; is it whole?")
+    return loaded
+
+
+def _remedy(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if not pickles or any(folder.glob("*.safetensors")):
+        return ""
+    return (
+        f"\nIt holds {pickles[0]}, a pickle, which can run code when it is opened. If you trust it, convert it once: "
+        "DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+    )
+
+
+def load_components(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """`unet`, `vae`, `scheduler` and `tokenizer` of a folder with a `model_index.json`.
+
+    Args:
+        dtype: Precision of UNet and autoencoder; by default what they are stored in.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, the scheduler is not one of diffusers', or the tokenizer cannot pad.
+    """
+    index = read_json(folder / "model_index.json", "scheduler", "unet", "vae")
+    name = str(index["scheduler"][1])
+    scheduler = getattr(diffusers, name, None)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
+        raise ValueError(f"{folder / 'model_index.json'} names the scheduler {name!r}, which diffusers does not have")
+    read_json(folder / "scheduler" / "scheduler_config.json", "beta_schedule")
+    components: dict[str, Any] = {"scheduler": getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")}
+    for part, part_class in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        stored = dtype or stored_dtype(folder / part)
+        components[part] = load_part(part_class, folder, part, torch_dtype=stored)
+    read_json(folder / "tokenizer" / "tokenizer_config.json")  # otherwise its path might be taken for a repo id
+    components["tokenizer"] = load_tokenizer(folder / "tokenizer")
+    if components["tokenizer"].pad_token is None:
+        raise ValueError(f"{folder / 'tokenizer'} names no padding token; is its tokenizer_config.json complete?")
+    return components

