@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from .paper.tables import table
+from vlv.evaluation import markdown_table
 
 COLUMNS = ("background", "object_f1", "object_place_f1", "object_size_place_f1", "exact")
 HEADERS = ("background", "object F1", "object + place F1", "object + size + place F1", "exact scene")
@@ -65,7 +65,7 @@ def figures_table(figures: Mapping[str, Any]) -> str:
             rows.setdefault((subject, setting), []).append(
                 (label, split, *(f"{scores[column]:.3f}" for column in COLUMNS))
             )
-    return table(("on unseen scenes", "split", *HEADERS), list(chain.from_iterable(rows.values())))
+    return markdown_table(("on unseen scenes", "split", *HEADERS), list(chain.from_iterable(rows.values())))
 
 
 def goals_table(figures: Mapping[str, Any]) -> str:
@@ -76,4 +76,4 @@ def goals_table(figures: Mapping[str, Any]) -> str:
         if value is not None:
             verdict = "aim reached" if value >= goal.aim else "floor reached" if value >= goal.floor else "missed"
             rows.append((goal.label, f"{value:.3f}", f"{goal.floor}", f"{goal.aim}", verdict))
-    return table(("on combo, at the best guidance", "figure", "floor", "aim", ""), rows)
+    return markdown_table(("on combo, at the best guidance", "figure", "floor", "aim", ""), rows)
