@@ -1,5 +1,6 @@
-"""VLV's processors: the one place where images become pixels and words become ids."""
+"""VLV's processors: the one place where images become pixel values and text becomes token ids."""
 
+import difflib
 import io
 import os
 from typing import Any
@@ -10,27 +11,27 @@ from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.processing_utils import ImagesKwargs
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
 
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-# Beyond this ratio of the sides, resizing before the crop would make a picture many times the crop's size.
+# Beyond this ratio of the sides, resizing before the crop would make an image many times the size of the crop.
 MAX_RATIO_FOR_RESIZE_FIRST = 16
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """Any kind of image as an upright 8-bit RGB picture.
+    """Converts any kind of image to an upright 8-bit RGB image.
 
-    Transparency is laid over white; 16-bit values are divided by 257; "F" pictures and float arrays must lie in 0..1;
-    the EXIF orientation is applied; of an animation the first frame is taken.
+    Transparent pixels are composited over white. 16-bit values are divided by 257. Images of mode "F" and float arrays
+    must lie in 0..1. The EXIF orientation is applied. The first frame of an animation is used.
 
     Args:
         image: A PIL image, a path, a URL, bytes, or a numpy or torch array of shape (H, W), (H, W, C) or (C, H, W)
-            with 1, 3 or 4 channels, uint8, uint16, bool, or float in 0..1. Where both ends could be channels, a torch
-            tensor is read as channels first and a numpy array as channels last.
+            with 1, 3 or 4 channels: uint8, uint16, bool, or float in 0..1. If both the first and the last axis could
+            be channels, a torch tensor is read as channels first and a numpy array as channels last.
 
     Raises:
-        ValueError: If this cannot be an image, with the reason.
+        ValueError: If the input cannot be read as an image, with the reason.
     """
     if isinstance(image, Image.Image):
         return _pil_to_rgb(image)
@@ -51,7 +52,9 @@ def to_rgb(image: Any) -> Image.Image:
         if not data:
             raise ValueError("the image is empty (0 bytes)")
         return _open(io.BytesIO(data), f"{len(data)} bytes")
-    raise ValueError(f"a {type(image).__name__} is no image; expected a PIL image, path, bytes, numpy or torch array")
+    raise ValueError(
+        f"a {type(image).__name__} is not an image; expected a PIL image, path, bytes, numpy or torch array"
+    )
 
 
 def _open(source: str | io.BytesIO, name: str) -> Image.Image:
@@ -59,16 +62,14 @@ def _open(source: str | io.BytesIO, name: str) -> Image.Image:
         with Image.open(source) as image:
             return _pil_to_rgb(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no image in a format that can be read") from error
+        raise ValueError(f"{name} is not an image in a format that can be read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded safely: {error}") from error
     except PermissionError as error:
         raise ValueError(f"{name} may not be read: {error.strerror}") from error
     except (ValueError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # a damaged file may raise anything in Pillow's decoders: OSError, TypeError, struct.error
+    except Exception as error:  # Pillow's decoders raise OSError, TypeError, struct.error, ... for damaged files
         raise ValueError(f"{name} is damaged: {error}") from error
 
 
@@ -76,8 +77,8 @@ def _download(url: str) -> bytes:
     try:
         response = get_session().get(url, timeout=30, follow_redirects=True)
         response.raise_for_status()
-    except Exception as error:  # of whichever HTTP library huggingface_hub uses
-        raise ValueError(f"{url} cannot be downloaded: {error}") from error
+    except Exception as error:  # the HTTP library of huggingface_hub and its exceptions differ between versions
+        raise ValueError(f"{url} could not be downloaded: {error}") from error
     return response.content
 
 
@@ -116,10 +117,10 @@ def _array_to_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or 0 in shape:
-        raise ValueError(f"an array of shape {shape} is no image; expected (H, W), (H, W, C) or (C, H, W)")
+        raise ValueError(f"an array of shape {shape} is not an image; expected (H, W), (H, W, C) or (C, H, W)")
     first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
     if not first and not last:
-        raise ValueError(f"an array of shape {shape} is no image; expected 1, 3 or 4 channels, first or last")
+        raise ValueError(f"an array of shape {shape} is not an image; expected 1, 3 or 4 channels, first or last")
     if first and (not last or (channels_first_if_unclear and len(shape) == 3)):
         array = np.moveaxis(array, 0, -1)  # (H, W, C)
     if array.dtype == np.bool_:
@@ -139,9 +140,10 @@ def _array_to_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def crop_to_square(image: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size` (bilinear), then the square in the middle: what the authors' code does with 384.
+    """Resizes the shorter side to `size` pixels (bilinear), then crops the square in the middle.
 
-    A picture much longer than wide is cropped while it is resized, which gives the same to within one grey level.
+    The authors' code does this with 384. An image much longer than wide is cropped while it is resized; the result
+    agrees to within one grey level.
     """
     width, height = image.size
     if width <= height:
@@ -157,7 +159,7 @@ def crop_to_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """A list of single images from one image, a batch array `(B, ...)`, or a list, however nested."""
+    """Returns a list of single images for one image, a batch array `(B, ...)`, or a nested list."""
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
     if isinstance(images, (list, tuple)):
@@ -166,21 +168,30 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 class VLVImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """
+    pre_crop_size (`int`, *optional*): Side in pixels of the square that images are cropped to first.
+    """
+
     pre_crop_size: int | None
 
 
 class VLVImageProcessor(PilBackend):
     r"""
-    Turns images of any mode, size and orientation into `pixel_values`, with Pillow alone.
+    Converts images of any mode, size and orientation to `pixel_values`. Uses Pillow, not torchvision.
 
     Args:
         size (`dict`, *optional*, defaults to 768 x 768):
-            What the encoder takes. The picture is resized to it exactly, without regard to its shape.
+            Height and width in pixels of the encoder's input. Images are resized to it without keeping their aspect
+            ratio.
         pre_crop_size (`int`, *optional*):
-            First crop to a square of this many pixels. The authors' models were trained with 384, so that the edges of
-            a picture that is not square are never seen; None sees all of it, squeezed.
-        resample (`int`, *optional*, defaults to `3`): Pillow's filter for the second step; bicubic as Florence-2.
+            Side in pixels of the square that images are cropped to first. The authors' models are trained with 384 and
+            never see the edges of an image that is not square. None uses the whole image, squeezed.
+        resample (`int`, *optional*, defaults to `3`): Pillow's filter of the resize to `size`; bicubic as Florence-2.
         image_mean, image_std (`list[float]`, *optional*): Default to ImageNet's.
+
+    Raises:
+        ValueError: If an image cannot be read (the message gives its index and the reason), or for options of other
+            image processors that this one does not implement (`do_center_crop`, `do_pad`).
     """
 
     resample = Image.Resampling.BICUBIC
@@ -197,43 +208,52 @@ class VLVImageProcessor(PilBackend):
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
     def load(self, image: Any) -> Image.Image:
-        """The upright RGB picture, cropped where `pre_crop_size` says so: what both encoder and decoder are shown."""
-        picture = to_rgb(image)
-        return crop_to_square(picture, self.pre_crop_size) if self.pre_crop_size else picture
+        """The upright RGB image, cropped to `pre_crop_size` if that is set: what encoder and diffusion model see."""
+        rgb = to_rgb(image)
+        return crop_to_square(rgb, self.pre_crop_size) if self.pre_crop_size else rgb
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        return image_url_or_urls  # paths, URLs and bytes are opened one by one, so that an error can name its item
+        return image_url_or_urls  # `to_rgb` opens paths, URLs and bytes one by one, so that an error can name its item
 
     def _preprocess_image_like_inputs(self, images: Any, *args, **kwargs) -> BatchFeature:
         flat = flatten_images(images)
         if not flat:
             raise ValueError("expected at least one image, got none")
-        pixels = []
+        for name in ("do_center_crop", "do_pad"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is not supported; pre_crop_size crops to a square first, size is exact")
+        pixel_values = []
         for index, image in enumerate(flat):
             try:
-                picture = to_rgb(image)
+                rgb = to_rgb(image)
             except ValueError as error:
                 raise ValueError(f"image {index} of {len(flat)}: {error}") from error
-            pixels.append(self._to_pixels(picture, **kwargs))
-        return BatchFeature({"pixel_values": pixels}, tensor_type=kwargs.get("return_tensors"))
+            # `do_rescale=False` says that values are in 0..1 already. `to_rgb` turns such floats into bytes.
+            rescaled = isinstance(image, (np.ndarray, torch.Tensor)) and "float" in str(image.dtype)
+            pixel_values.append(self._to_pixel_values(rgb, rescaled=rescaled, **kwargs))
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=kwargs.get("return_tensors"))
 
-    def _to_pixels(self, picture: Image.Image, *, size, resample, pre_crop_size=None, **kwargs) -> np.ndarray:
-        """An RGB picture as `(3, height, width)` float32."""
+    def _to_pixel_values(
+        self, rgb: Image.Image, *, size, resample, rescaled: bool, pre_crop_size=None, **kwargs
+    ) -> np.ndarray:
+        """`(3, height, width)` float32, or `(height, width, 3)` with `data_format="channels_last"`."""
         if pre_crop_size:
-            picture = crop_to_square(picture, pre_crop_size)
+            rgb = crop_to_square(rgb, pre_crop_size)
         if kwargs["do_resize"] and not (size.height and size.width):
             raise ValueError(f'size is {dict(size)}; expected {{"height": ..., "width": ...}}, in pixels')
-        if kwargs["do_resize"] and picture.size != (size.width, size.height):
-            picture = picture.resize((size.width, size.height), resample)
-        values = np.asarray(picture).astype(np.float32)  # (height, width, 3)
-        if kwargs["do_rescale"]:
-            values *= np.float32(kwargs["rescale_factor"])
+        if kwargs["do_resize"] and rgb.size != (size.width, size.height):
+            rgb = rgb.resize((size.width, size.height), resample)
+        values = np.asarray(rgb).astype(np.float32)  # (height, width, 3)
+        if kwargs["do_rescale"] or rescaled:
+            values *= np.float32(kwargs["rescale_factor"] if kwargs["do_rescale"] else 1 / 255)
         if kwargs["do_normalize"]:
             values = (values - np.float32(kwargs["image_mean"])) / np.float32(kwargs["image_std"])
+        if kwargs.get("data_format") == ChannelDimension.LAST:
+            return values
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-# Users' words only, one after the other, with nothing between them and the caption: the model knows no dialogue.
+# The text of user messages, one after the other. Nothing separates it from the caption: the model knows no dialogue.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -242,19 +262,53 @@ CHAT_TEMPLATE = (
 )
 
 
+class VLVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """
+    append_eos (`bool`): Whether a suffix ends with EOS.
+    pad_to_max_length (`bool`): Whether labels are padded to `max_length`.
+    """
+
+    images_kwargs: VLVImageProcessorKwargs
+    append_eos: bool
+    pad_to_max_length: bool
+
+
 class VLVProcessor(ProcessorMixin):
     r"""
-    Images to `pixel_values`, words before the caption to `input_ids`, the caption itself to `labels`.
+    Images to `pixel_values`, a text prefix to `input_ids`, captions to `labels`.
 
     Args:
         image_processor ([`VLVImageProcessor`]): Prepares the images.
-        tokenizer (`PreTrainedTokenizerBase`): The language model's own. It must have an EOS token.
-        chat_template (`str`, *optional*): By default the user's words alone, which may be none.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The language model's own. It needs an EOS token. One without a padding token pads with EOS.
+        chat_template (`str`, *optional*): By default the text of the user's messages, which may be empty.
+
+    Raises:
+        ValueError: If the tokenizer has no EOS token.
     """
 
+    valid_processor_kwargs = VLVProcessorKwargs
+    # A text prefix is padded on the left, because the caption follows it, and has no BOS or EOS.
+    text_kwargs = {  # noqa: RUF012
+        "add_special_tokens": False,
+        "padding": True,
+        "padding_side": "left",
+        "return_attention_mask": True,
+        "return_token_type_ids": False,
+        "return_tensors": "pt",
+    }
+    images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+    append_eos = True
+    pad_to_max_length = False
+
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        if tokenizer is not None and tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token, so captions could never end; set tokenizer.eos_token")
+        if tokenizer is not None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "the tokenizer has no EOS token, so captions could never end; set tokenizer.eos_token"
+                )
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def __call__(
@@ -262,98 +316,129 @@ class VLVProcessor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         suffix: str | list[str] | None = None,
-        return_tensors: str | None = "pt",
-        max_length: int | None = None,
-        append_eos: bool = True,
-        pad_to_max_length: bool = False,
+        videos: None = None,
+        audio: None = None,
         **kwargs,
     ) -> BatchFeature:
         """Prepares a batch.
 
         Args:
-            images: One image or many, of any kind that [`VLVImageProcessor`] takes.
-            text (`str` or `list[str]`, *optional*): Words that the caption is to continue; may be empty. One for all
-                images, or one each. Without EOS, padded on the left.
-            suffix (`str` or `list[str]`, *optional*): The captions to learn, one each. They end with EOS, which is
-                learnt too, and are padded on the right with -100 to the longest of the batch.
-            max_length (`int`, *optional*): The most tokens of a suffix, EOS counted; a longer one is cut and then has
-                no EOS, since its end is not seen.
-            append_eos (`bool`, *optional*, defaults to `True`): Whether suffixes end with EOS. The authors' code adds
-                none, so that its captions never learn to end.
-            pad_to_max_length (`bool`, *optional*, defaults to `False`): Pads labels to `max_length` whatever their own
-                lengths, as the authors' code does.
+            images: One image or several, of any kind that [`VLVImageProcessor`] takes.
+            text (`str` or `list[str]`, *optional*):
+                A text prefix that the caption continues; may be empty. One for all images, or one for each. It has no
+                EOS and is padded on the left.
+            suffix (`str` or `list[str]`, *optional*):
+                Captions to train on, one for each image. They end with EOS, which is a label, too, and are padded on
+                the right with -100 to the longest of the batch.
+            max_length (`int`, *optional*):
+                Largest number of tokens of a suffix, EOS included. A longer one is cut and has no EOS. For `text` it
+                counts with `truncation=True` or `padding="max_length"`.
+            append_eos (`bool`, *optional*, defaults to `True`):
+                Whether suffixes end with EOS. The authors' code adds none, so that its captions never learn to end.
+            pad_to_max_length (`bool`, *optional*, defaults to `False`):
+                Pads labels to `max_length`, as the authors' code does, instead of to the longest of the batch.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"` or None for lists.
+            kwargs: Arguments of transformers' image processors (`size`, `do_normalize`, ...) and tokenizers
+                (`padding`, `truncation`, ...), also as `images_kwargs` and `text_kwargs`.
 
         Returns:
-            `pixel_values` (B, 3, height, width), `input_ids` and `attention_mask` (B, P), `labels` (B, L); of these,
-            what was asked for.
+            `pixel_values` (B, 3, height, width), `input_ids` and `attention_mask` (B, P), `labels` (B, L): those that
+            the arguments ask for.
 
         Raises:
-            ValueError: If nothing is given, or an image cannot be read; the message names which one.
+            ValueError: If nothing is given, numbers of images and texts differ, or an image cannot be read; the
+                message gives the index of the image.
+            TypeError: For an unknown argument; the message gives the nearest name.
         """
+        if videos is not None or audio is not None:
+            raise ValueError("VLV takes images and text, not videos or audio")
         if images is None and text is None and suffix is None:
             raise ValueError("give images, text or suffix")
-        image_kwargs = {k: v for k, v in kwargs.items() if k in VLVImageProcessorKwargs.__annotations__}
-        image_kwargs |= {k: v for k, v in kwargs.items() if k in ImagesKwargs.__annotations__}
-        image_kwargs |= kwargs.get("images_kwargs") or {}
+        self._refuse_unknown(kwargs)
+        merged = self._merge_kwargs(VLVProcessorKwargs, **kwargs)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
         data: dict[str, Any] = {}
         count = None
         if images is not None:
-            data.update(self.image_processor(images, return_tensors=return_tensors, **image_kwargs))
+            data.update(self.image_processor(images, **merged["images_kwargs"]))
             count = len(data["pixel_values"])
         if text is not None:
             texts = [text] * (count or 1) if isinstance(text, str) else list(text)
             if count is not None and len(texts) != count:
-                raise ValueError(f"{len(texts)} texts for {count} images; give one for all, or one each")
-            rows = [self._ids(words) for words in texts]
-            data["input_ids"], data["attention_mask"] = self._pad_left(rows)
+                raise ValueError(f"{len(texts)} texts for {count} images; give one for all, or one for each")
+            data.update(self._encode_prefix(texts, return_tensors, merged["text_kwargs"]))
         if suffix is not None:
             captions = [suffix] if isinstance(suffix, str) else list(suffix)
             if count is not None and len(captions) != count:
-                raise ValueError(f"{len(captions)} captions for {count} images; give one each")
-            if pad_to_max_length and max_length is None:
-                raise ValueError("pad_to_max_length needs max_length")
-            data["labels"] = self._labels(captions, max_length, append_eos, pad_to_max_length)
-        as_wanted = {"pt": lambda v: v, "np": lambda v: v.numpy()}.get(return_tensors or "", lambda v: v.tolist())
-        return BatchFeature({k: v if k == "pixel_values" else as_wanted(v) for k, v in data.items()})
+                raise ValueError(f"{len(captions)} captions for {count} images; give one for each")
+            max_length = merged["text_kwargs"].get("max_length")
+            labels = self._labels(captions, max_length, merged["append_eos"], merged["pad_to_max_length"])
+            data["labels"] = _convert(labels, return_tensors)
+        return BatchFeature(data)
 
-    def _ids(self, words: str) -> list[int]:
-        if not isinstance(words, str):
-            raise ValueError(f"texts must be strings, got {type(words).__name__}")
-        return self.tokenizer(words, add_special_tokens=False).input_ids
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        """Raises `TypeError` for a name that neither processor, image processor nor tokenizer knows."""
+        images, text = set(VLVImageProcessorKwargs.__annotations__), set(TextKwargs.__annotations__)
+        known = images | text | set(VLVProcessorKwargs.__annotations__) | {"common_kwargs"}
+        nested = {"images_kwargs": images, "text_kwargs": text, "common_kwargs": images | text}
+        unknown = [(name, known) for name in kwargs if name not in known]
+        for group, names in nested.items():
+            unknown += [(name, names) for name in kwargs.get(group) or {} if name not in names]
+        for name, names in unknown:
+            near = difflib.get_close_matches(name, [*names, "suffix", "images", "text"], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"VLVProcessor got an unknown argument {name!r}{hint}")
 
-    def _pad_left(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        length = max(map(len, rows), default=0)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        ids = torch.full((len(rows), length), pad, dtype=torch.long)
-        mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for row, (target, filled) in zip(rows, zip(ids, mask, strict=True), strict=True):
-            if row:
-                target[-len(row) :] = torch.tensor(row)
-                filled[-len(row) :] = 1
-        return ids, mask
+    def _encode_prefix(self, texts: list[str], return_tensors: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"texts must be strings, got {type(text).__name__}")
+        if not kwargs.get("truncation") and kwargs.get("padding") != "max_length":
+            kwargs = {name: value for name, value in kwargs.items() if name != "max_length"}
+        encoded = self.tokenizer(texts, **kwargs)
+        return {name: _convert(rows, return_tensors) for name, rows in encoded.items()}
 
     def _labels(
         self, captions: list[str], max_length: int | None, append_eos: bool, pad_to_max_length: bool
-    ) -> torch.Tensor:
+    ) -> list[list[int]]:
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise ValueError(f"captions must be strings, got {type(caption).__name__}")
+        if pad_to_max_length and max_length is None:
+            raise ValueError("pad_to_max_length needs max_length")
         end = [self.tokenizer.eos_token_id] if append_eos else []
-        rows = [(self._ids(caption) + end)[:max_length] for caption in captions]
-        length = max(map(len, rows), default=0) if max_length is None or not pad_to_max_length else max_length
-        labels = torch.full((len(rows), length), -100, dtype=torch.long)
-        for row, target in zip(rows, labels, strict=True):
-            target[: len(row)] = torch.tensor(row)
-        return labels
+        rows = [(ids + end)[:max_length] for ids in self.tokenizer(captions, add_special_tokens=False).input_ids]
+        padded = self.tokenizer.pad(
+            {"input_ids": rows},
+            padding="max_length" if pad_to_max_length else "longest",
+            max_length=max_length,
+            padding_side="right",
+            return_attention_mask=True,
+        )
+        return [
+            [token if counted else -100 for token, counted in zip(ids, mask, strict=True)]
+            for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+        ]
 
     @property
     def model_input_names(self) -> list[str]:
         return ["pixel_values", "input_ids", "attention_mask"]
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
-        """As the tokenizer's."""
+        """The tokenizer's `batch_decode`."""
         return self.tokenizer.batch_decode(*args, **kwargs)
 
     def decode(self, *args, **kwargs) -> str:
-        """As the tokenizer's."""
+        """The tokenizer's `decode`."""
         return self.tokenizer.decode(*args, **kwargs)
+
+
+def _convert(rows: list[list[int]], return_tensors: str | None) -> Any:
+    """Rows of equal length as int64, also where that length is 0, which the libraries would make float."""
+    if return_tensors is None:
+        return rows
+    values = np.asarray(rows, dtype=np.int64)
+    return torch.from_numpy(values) if return_tensors == "pt" else values
 
 
 __all__ = ["VLVImageProcessor", "VLVProcessor"]

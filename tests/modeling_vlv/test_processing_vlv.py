@@ -116,19 +116,19 @@ def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(pictures):
     [
         ("nowhere.png", "nowhere.png does not exist"),
         (b"", "empty"),
-        (b"no image", "no image in a format"),
+        (b"no image", "not an image in a format"),
         (encoded(Image.fromarray(RED.repeat(9, 0)))[:-40], "damaged"),
         (np.zeros((5, 5, 7), np.uint8), "1, 3 or 4 channels"),
-        (np.zeros((0, 5, 3), np.uint8), "no image"),
+        (np.zeros((0, 5, 3), np.uint8), "not an image"),
         (np.full((4, 4, 3), 3.0), "must lie in 0..1"),
         (np.full((4, 4, 3), np.nan), "must lie in 0..1"),
         (np.zeros((4, 4, 3), np.int64), "uint8, or float"),
         (Image.new("F", (4, 4), 2.0), "must lie in 0..1"),
-        (None, "NoneType is no image"),
-        (7, "int is no image"),
+        (None, "NoneType is not an image"),
+        (7, "int is not an image"),
     ],
 )
-def test_what_is_no_image_is_named_with_the_reason(image, words, pictures):
+def test_an_input_that_is_not_an_image_is_named_with_the_reason(image, words, pictures):
     processor = VLVImageProcessor(size={"height": 16, "width": 16})
     with pytest.raises(ValueError, match=f"image 1 of 3: .*{words}"):
         processor([pictures[0], image, pictures[1]])

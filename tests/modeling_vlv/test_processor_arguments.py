@@ -1,0 +1,117 @@
+"""VLVProcessor takes the arguments that transformers' processors take, and refuses those that it does not know."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+from vlv import VLVProcessor
+
+TEXTS = ["a large dog", "a"]
+
+
+def test_padding_to_a_length_is_the_tokenizers(processor):
+    batch = processor(text=TEXTS, padding="max_length", max_length=6)
+    assert batch.input_ids.shape == (2, 6)
+    assert batch.attention_mask.tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]]
+    nested = processor(text=TEXTS, text_kwargs={"padding": "max_length", "max_length": 6})
+    assert torch.equal(nested.input_ids, batch.input_ids)
+
+
+def test_a_text_prefix_is_cut_only_when_asked(processor):
+    assert processor(text="a large dog", max_length=2).input_ids.shape == (1, 3)
+    cut = processor(text="a large dog", truncation=True, max_length=2).input_ids
+    assert processor.batch_decode(cut) == ["a large"]
+
+
+def test_without_padding_rows_keep_their_lengths(processor):
+    rows = processor(text=TEXTS, padding=False, return_tensors=None)["input_ids"]
+    assert [len(row) for row in rows] == [3, 1]
+
+
+def test_what_else_the_tokenizer_returns_is_returned(processor):
+    assert processor(text="a large", return_offsets_mapping=True)["offset_mapping"].shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", "np", None])
+def test_the_kind_of_tensors_is_the_one_asked_for(processor, pictures, return_tensors):
+    batch = processor(images=pictures[:2], text=TEXTS, suffix=TEXTS, return_tensors=return_tensors)
+    kind = {"pt": torch.Tensor, "np": np.ndarray, None: list}[return_tensors]
+    assert {name: type(values) for name, values in batch.items()} == dict.fromkeys(
+        ("pixel_values", "input_ids", "attention_mask", "labels"), kind
+    )
+    assert np.asarray(batch["labels"]).tolist() == processor(suffix=TEXTS).labels.tolist()
+
+
+def test_labels_are_padded_to_a_length_when_asked(processor):
+    labels = processor(suffix=TEXTS, max_length=6, pad_to_max_length=True).labels
+    end = processor.tokenizer.eos_token_id
+    assert labels.shape == (2, 6) and labels[1, 1:].tolist() == [end, -100, -100, -100, -100]
+    assert labels[:, -1].tolist() == [-100, -100]
+    unended = processor(suffix=TEXTS, append_eos=False).labels
+    assert unended.shape == (2, 3) and end not in unended
+
+
+def test_a_padding_token_that_occurs_in_a_caption_is_a_label(image_processor):
+    """Many language models have no padding token and pad with EOS: only padding is ignored, not the caption's end."""
+    tokenizer = _byte_tokenizer()
+    processor = VLVProcessor(image_processor, tokenizer)
+    assert processor.tokenizer.pad_token == tokenizer.eos_token
+    labels = processor(suffix=["ab", "a"]).labels
+    assert labels.tolist() == [[0, 1, 2], [0, 2, -100]]
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = GPT2Tokenizer(vocab={"a": 0, "b": 1, "<|endoftext|>": 2}, merges=[])
+    tokenizer.pad_token = None
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sufix": "a"}, r"unknown argument 'sufix'; did you mean 'suffix'\?"),
+        ({"imagesize": 3}, "unknown argument 'imagesize'"),
+        ({"generation_config": None}, "unknown argument 'generation_config'"),
+        ({"text_kwargs": {"paddin": True}}, r"unknown argument 'paddin'; did you mean 'padding'\?"),
+        ({"images_kwargs": {"do_normalise": True}}, r"'do_normalise'; did you mean 'do_normalize'\?"),
+    ],
+)
+def test_an_unknown_argument_is_an_error(processor, pictures, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        processor(images=pictures[0], **arguments)
+
+
+def test_an_argument_given_twice_is_an_error(processor, pictures):
+    with pytest.raises(ValueError, match="passed two times"):
+        processor(images=pictures[0], do_normalize=True, images_kwargs={"do_normalize": False})
+
+
+def test_videos_and_audio_are_refused(processor, pictures):
+    with pytest.raises(ValueError, match="not videos or audio"):
+        processor(images=pictures[0], videos=[[pictures[0]]])
+
+
+def test_image_arguments_reach_the_image_processor(processor, pictures):
+    plain = processor(images=pictures[0]).pixel_values
+    raw = processor(images=pictures[0], do_normalize=False, do_rescale=False).pixel_values
+    assert raw.max() > 100 and plain.max() < 10
+    small = processor(images=pictures[0], images_kwargs={"size": {"height": 16, "width": 24}}).pixel_values
+    assert small.shape == (1, 3, 16, 24)
+    last = processor.image_processor(pictures[0], data_format="channels_last", return_tensors="pt").pixel_values
+    assert torch.equal(last.permute(0, 3, 1, 2), plain)
+
+
+def test_values_that_are_rescaled_already_are_not_rescaled_again(processor):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    expected = processor(images=image).pixel_values
+    floats = np.asarray(image, dtype=np.float32) / 255
+    torch.testing.assert_close(processor(images=floats, do_rescale=False).pixel_values, expected)
+    torch.testing.assert_close(processor(images=floats).pixel_values, expected)
+
+
+@pytest.mark.parametrize("options", [{"do_center_crop": True, "crop_size": 32}, {"do_pad": True, "pad_size": 80}])
+def test_image_options_that_are_not_implemented_are_refused(processor, pictures, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is not supported"):
+        processor(images=pictures[0], **options)
