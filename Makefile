@@ -1,35 +1,48 @@
-# `make demo` shows what this is; `make test` proves it. Both set up what they need, in .venv.
+# `make demo` shows what this is, `make test` checks it. Both set up what they need, in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+READY := $(VENV)/.files
+CODE := $(shell sed -n 's/^    vlv[.a-z_]* = \([a-z_]*\)$$/\1/p' setup.cfg)
+LIST_OF_FILES = find $(CODE) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
+WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format miniature evaluate clean
+.PHONY: demo test test-fast lint format miniature evaluate clean always
 .DEFAULT_GOAL := demo
 
-$(READY): pyproject.toml setup.cfg constraints.txt
+$(VENV)/.ready: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed; pass PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --config-settings editable_mode=strict --editable '.[train,eval,miniature,space,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[train,eval,miniature,space,dev]'
+	$(LIST_OF_FILES) > $(READY)
 	touch $@
+
+# A strict editable install links each file: changed contents are live, but a new, moved or removed file needs new links.
+$(READY): $(VENV)/.ready always
+	@$(LIST_OF_FILES) | cmp -s - $@ || { \
+		$(INSTALL) --no-deps --no-build-isolation --force-reinstall --editable . && $(LIST_OF_FILES) > $@; }
 
 # Captions and reconstructs the example images with the embedded miniature.
 demo: $(READY)
 	$(BIN)/vlv caption examples/images --output outputs/captions.json
 	$(BIN)/vlv reconstruct examples/images --output-dir outputs/reconstructions --sheet outputs/side_by_side.png --captions outputs/captions.json
-	@echo "captions: outputs/captions.json    pictures: outputs/side_by_side.png, outputs/reconstructions/"
+	@echo "captions: outputs/captions.json    images: outputs/side_by_side.png, outputs/reconstructions/"
 
+# The files of one worker share its fixtures. Each worker computes on one thread.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# mypy reads an installed copy: it does not know that the folders here are packages of other names.
+# Without the tests marked `slow`.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	rm -rf .cache/lint build && $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .cache/lint .
-	cd .cache/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p vlv
+	$(BIN)/mypy -p vlv
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
