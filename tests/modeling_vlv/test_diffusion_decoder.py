@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
 
-from ..conftest import TEXT_WIDTH, stable_diffusion_parts
+from ..builders import TEXT_WIDTH, stable_diffusion_parts
 
 
 def build(prediction_type: str = "epsilon", timestep_sampling: str = "uniform", **scheduler) -> StableDiffusionDecoder:

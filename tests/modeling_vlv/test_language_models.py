@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
 
-from ..conftest import QUERIES, VOCABULARY, language_model_config, vlv_config
+from ..builders import QUERIES, VOCABULARY, language_model_config, vlv_config
 
 LABELS = torch.tensor([[5, 6, 7, 3], [8, 3, -100, -100], [9, 10, 3, -100]])
 SIZES = {

@@ -16,7 +16,7 @@ from transformers import (
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 
-from ..conftest import POSITIONS, QUERIES, TEXT_WIDTH, VOCABULARY, language_model_config, vlv_config
+from ..builders import POSITIONS, QUERIES, TEXT_WIDTH, VOCABULARY, language_model_config, vlv_config
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from vlv.pipelines import load_reconstruction, trim_caption
 from vlv.train.stage1 import freeze_for_stage1
 from vlv.train.stage2 import freeze_for_stage2
 
-from ..conftest import GOLDEN
+from ..builders import GOLDEN
 
 # One of them is transparent. The authors' code looks behind its transparency (and finds black); this project lays it
 # over white.

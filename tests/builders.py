@@ -1,0 +1,138 @@
+"""Builders of small, untrained components, and assertions that several tests share."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, Qwen2Config
+
+from vlv import VLVConfig
+
+GOLDEN = Path(__file__).parent / "golden" / "original-a"
+"""Checkpoints and values of the authors' code (tests/golden/README.md)."""
+
+TEXT_WIDTH, POSITIONS, QUERIES, VOCABULARY = 32, 12, 8, 55
+# Untrained models of the usual 0.02 hardly see their input: every image would have the same caption, and no test that
+# compares captions could fail.
+WEIGHT_SCALE = 0.3
+
+IMAGE_ENCODER_CONFIG = {
+    "vision_config": {
+        "depths": (1, 1, 1, 1),
+        "embed_dim": (16, 16, 32, 32),
+        "num_heads": (2, 2, 4, 4),
+        "num_groups": (2, 2, 4, 4),
+        "patch_stride": (4, 2, 1, 1),
+        "window_size": 4,
+        "projection_dim": 24,
+        "initializer_range": WEIGHT_SCALE,
+    },
+    "text_config": {
+        "model_type": "bart",
+        "vocab_size": 10,
+        "d_model": 24,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 96,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "init_std": WEIGHT_SCALE,
+    },
+}
+
+
+def text_encoder_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=POSITIONS,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+
+
+def language_model_config() -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=40,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=WEIGHT_SCALE,
+        tie_word_embeddings=True,
+    )
+
+
+def vlv_config(**overrides) -> VLVConfig:
+    fields = {
+        "image_encoder_config": IMAGE_ENCODER_CONFIG,
+        "text_encoder_config": text_encoder_config(),
+        "num_query_tokens": QUERIES,
+        "task_prompt_ids": [0, 5, 2],
+        "initializer_range": WEIGHT_SCALE,
+    }
+    return VLVConfig(**{**fields, **overrides})
+
+
+def stable_diffusion_parts(prediction_type: str = "epsilon", **scheduler) -> dict:
+    torch.manual_seed(1)
+    return {
+        "vae": AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            mid_block_add_attention=False,
+        ),
+        "unet": UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        "scheduler": DDPMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type=prediction_type,
+            clip_sample=False,
+            **scheduler,
+        ),
+    }
+
+
+def assert_close_to_scale(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Asserts that two tensors differ by at most `tolerance` times the largest absolute value of `expected`.
+
+    Kernels of different processors add numbers in different orders, so the error of an element depends on the scale of
+    the tensor, not on the element. float32 has about 1e-7 per operation; 1e-5 leaves room for a hundred of them.
+    """
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    got, expected = got.detach().double(), expected.detach().double()
+    scale = expected.abs().max().item()
+    worst = (got - expected).abs().max().item()
+    assert worst <= tolerance * scale, f"differs by {worst:.3g}; {tolerance:g} x {scale:.3g} is allowed"
