@@ -1,4 +1,4 @@
-"""The frozen decoder computes diffusers' own losses, and nothing can move it."""
+"""The diffusion decoder computes diffusers' own losses, and no training changes it."""
 
 import json
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vlv.diffusion_decoder import DiffusionDecoder, StableDiffusionDecoder, load_diffusion_decoder
 
-from ..builders import TEXT_WIDTH, stable_diffusion_parts
+from ..builders import TEXT_WIDTH, assert_close_to_scale, stable_diffusion_parts
 
 
 def build(prediction_type: str = "epsilon", timestep_sampling: str = "uniform", **scheduler) -> StableDiffusionDecoder:
@@ -18,7 +18,7 @@ def build(prediction_type: str = "epsilon", timestep_sampling: str = "uniform", 
 
 
 @pytest.fixture
-def draws() -> dict[str, torch.Tensor]:
+def inputs() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         "latents": torch.randn(3, 4, 8, 8, generator=generator),
@@ -30,27 +30,27 @@ def draws() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_loss_by_the_formulas(prediction_type, zero_snr, draws):
+def test_the_loss_by_the_formulas(prediction_type, zero_snr, inputs):
     decoder = build(prediction_type, rescale_betas_zero_snr=zero_snr)
-    kept = decoder.scheduler.alphas_cumprod[draws["timesteps"]].view(3, 1, 1, 1)
+    kept = decoder.scheduler.alphas_cumprod[inputs["timesteps"]].view(3, 1, 1, 1)
     if zero_snr:
-        assert kept[-1] == 0  # nothing of the picture is left at the end
-    noisy = kept.sqrt() * draws["latents"] + (1 - kept).sqrt() * draws["noise"]
+        assert kept[-1] == 0  # no signal is left at the last timestep
+    noisy = kept.sqrt() * inputs["latents"] + (1 - kept).sqrt() * inputs["noise"]
     target = {
-        "epsilon": draws["noise"],
-        "v_prediction": kept.sqrt() * draws["noise"] - (1 - kept).sqrt() * draws["latents"],
-        "sample": draws["latents"],
+        "epsilon": inputs["noise"],
+        "v_prediction": kept.sqrt() * inputs["noise"] - (1 - kept).sqrt() * inputs["latents"],
+        "sample": inputs["latents"],
     }[prediction_type]
-    predicted = decoder.unet(noisy, draws["timesteps"], draws["conditioning"]).sample
-    torch.testing.assert_close(decoder.denoising_loss(**draws), F.mse_loss(predicted, target))
+    predicted = decoder.unet(noisy, inputs["timesteps"], inputs["conditioning"]).sample
+    assert_close_to_scale(decoder.denoising_loss(**inputs), F.mse_loss(predicted, target))
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler])
-def test_any_schedulers_config_gives_the_same_noise(scheduler, draws):
+def test_any_schedulers_config_gives_the_same_noise(scheduler, inputs):
     config = scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config
     parts = stable_diffusion_parts()
     decoder = StableDiffusionDecoder(parts["vae"], parts["unet"], config)
-    torch.testing.assert_close(decoder.denoising_loss(**draws), build().denoising_loss(**draws))
+    assert_close_to_scale(decoder.denoising_loss(**inputs), build().denoising_loss(**inputs))
 
 
 def test_latents_are_scaled_samples_of_the_posterior():
@@ -59,22 +59,22 @@ def test_latents_are_scaled_samples_of_the_posterior():
     latents = decoder.encode_images(pixels, torch.Generator().manual_seed(3))
     posterior = decoder.vae.encode(pixels).latent_dist
     expected = posterior.sample(torch.Generator().manual_seed(3)) * 0.18215
-    torch.testing.assert_close(latents, expected)
+    assert_close_to_scale(latents, expected)
     with pytest.raises(ValueError, match="divisible by 4"):
         decoder.encode_images(pixels[..., :30])
 
 
-def test_gradients_pass_through_to_the_conditioning_and_stop_nowhere_else(draws):
+def test_only_the_conditioning_receives_gradients(inputs):
     decoder = build()
-    draws["conditioning"].requires_grad_(True)
+    inputs["conditioning"].requires_grad_(True)
     decoder.train()
-    decoder.denoising_loss(**draws).backward()
-    assert draws["conditioning"].grad.abs().sum() > 0
+    decoder.denoising_loss(**inputs).backward()
+    assert inputs["conditioning"].grad.abs().sum() > 0
     assert all(p.grad is None and not p.requires_grad for p in decoder.parameters())
     assert not any(module.training for module in decoder.modules())
 
 
-def test_timesteps():
+def test_timesteps_are_uniform_or_stratified_and_start_at_the_minimum():
     decoder = build()
     uniform = torch.cat([decoder.sample_timesteps(64) for _ in range(40)])
     assert 0 <= uniform.min() < 20 and 980 <= uniform.max() <= 999
@@ -92,14 +92,14 @@ def test_timesteps():
         StableDiffusionDecoder(late["vae"], late["unet"], late["scheduler"].config, min_timestep=1000)
 
 
-def test_loads_a_diffusers_folder(stable_diffusion, draws):
+def test_loads_a_diffusers_folder(stable_diffusion, inputs):
     decoder = load_diffusion_decoder(str(stable_diffusion))
     assert isinstance(decoder, DiffusionDecoder)
     assert decoder.image_size == 32
-    torch.testing.assert_close(decoder.denoising_loss(**draws), build().denoising_loss(**draws))
+    assert_close_to_scale(decoder.denoising_loss(**inputs), build().denoising_loss(**inputs))
 
 
-def test_other_families_are_refused(tmp_path, stable_diffusion):
+def test_diffusion_models_of_other_families_are_errors(tmp_path, stable_diffusion):
     parts = stable_diffusion_parts()
     with pytest.raises(ValueError, match="flow-matching"):
         StableDiffusionDecoder(parts["vae"], parts["unet"], FlowMatchEulerDiscreteScheduler().config)

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
 
-from ..builders import QUERIES, VOCABULARY, language_model_config, vlv_config
+from ..builders import QUERIES, VOCABULARY, assert_close_to_scale, language_model_config, vlv_config
 
 LABELS = torch.tensor([[5, 6, 7, 3], [8, 3, -100, -100], [9, 10, 3, -100]])
 SIZES = {
@@ -61,7 +61,7 @@ def build(kind: str) -> VLVForConditionalGeneration:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_loss_are_the_language_models_own(kind, pixels):
-    """Also where they are capped (Gemma 2) or scaled (Granite, Cohere), and where the fast way is taken."""
+    """Also for capped (Gemma 2) and scaled (Granite, Cohere) logits, and in training, where most are not computed."""
     model = build(kind)
     with torch.no_grad():
         prefix, _, _ = model.get_prefix(pixels)
@@ -70,21 +70,29 @@ def test_logits_and_loss_are_the_language_models_own(kind, pixels):
         expected = own[:, QUERIES - 1 : -1]
         counted = LABELS != -100
         loss = F.cross_entropy(expected[counted].float(), LABELS[counted])
-        told = model(pixels, labels=LABELS)
-        torch.testing.assert_close(told.logits, expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model(pixels, labels=LABELS, full_logits=True).logits, own, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(model(pixels).logits, own[:, QUERIES - 1 : QUERIES], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(told.loss, loss, rtol=1e-4, atol=1e-5)
+        output = model(pixels, labels=LABELS)
+        assert_close_to_scale(output.logits, expected)
+        assert_close_to_scale(model(pixels, labels=LABELS, full_logits=True).logits, own)
+        assert_close_to_scale(model(pixels).logits, own[:, QUERIES - 1 : QUERIES])
+        assert_close_to_scale(output.loss, loss)
         model.language_model.training = model.training = True  # as in training, without its dropout
         trained = model(pixels, labels=LABELS)
     assert trained.logits is None
-    torch.testing.assert_close(trained.loss, loss, rtol=1e-4, atol=1e-5)
-    assert own.std() > 1e-3  # of models that tell words apart
+    assert_close_to_scale(trained.loss, loss)
+    assert own.std() > 1e-3  # else every loss is the same
+
+
+@pytest.mark.parametrize("settings", [{}, {"labels": LABELS}, {"labels": LABELS, "return_logits": False}])
+def test_a_language_model_that_ignores_logits_to_keep_is_an_error(pixels, settings):
+    config = AutoConfig.for_model("xlstm", **{**SIZES, "num_hidden_layers": 1, "num_heads": 2, "qk_dim_factor": 1.0})
+    model = VLVForConditionalGeneration(vlv_config(text_config=config)).eval()
+    with torch.no_grad(), pytest.raises(TypeError, match="xLSTMForCausalLM ignores logits_to_keep"):
+        model(pixels, **settings)
 
 
 @pytest.mark.parametrize("padded_on", ["left", "right"])
 def test_padding_of_a_text_prefix_changes_nothing_on_either_side(captioner, pixels, padded_on):
-    """Nor does a prefix of no words among others."""
+    """The same holds for an empty prefix among others."""
     rows = [[11, 12, 13], [11, 12], []]
     ids, mask = torch.zeros(3, 3, dtype=torch.long), torch.zeros(3, 3, dtype=torch.long)
     for row, words in enumerate(rows):
@@ -100,10 +108,10 @@ def test_padding_of_a_text_prefix_changes_nothing_on_either_side(captioner, pixe
         )
         expected = captioner(one, **alone, labels=LABELS[row : row + 1]).logits[0]
         known = LABELS[row] != -100
-        torch.testing.assert_close(loss[row][known], expected[known], rtol=1e-4, atol=1e-5)
+        assert_close_to_scale(loss[row][known], expected[known])
 
 
-def test_a_mask_of_another_shape_is_named(captioner, pixels):
+def test_an_attention_mask_of_another_shape_is_an_error(captioner, pixels):
     with pytest.raises(ValueError, match=r"attention_mask is \(3, 2\), but input_ids are \(3, 3\)"):
         captioner(pixels, input_ids=torch.ones(3, 3).long(), attention_mask=torch.ones(3, 2).long())
 
@@ -120,10 +128,10 @@ def test_a_new_captioner_computes_as_it_does_after_saving(encoder, pixels, tmp_p
     loaded = VLVForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
     with torch.no_grad():
         expected = loaded(pixels.to(dtype), labels=LABELS).logits
-        torch.testing.assert_close(new(pixels.to(dtype), labels=LABELS).logits, expected, rtol=0, atol=0)
+        assert torch.equal(new(pixels.to(dtype), labels=LABELS).logits, expected)
 
 
-def test_parts_keep_their_attention_and_their_configurations(encoder):
+def test_submodels_keep_their_attention_implementations_and_their_configurations(encoder):
     language_model = AutoModelForCausalLM.from_config(language_model_config())
     language_model.set_attn_implementation("eager")
     new = VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, language_model)
@@ -133,7 +141,7 @@ def test_parts_keep_their_attention_and_their_configurations(encoder):
     assert language_model.config.vocab_size == VOCABULARY == len(language_model.lm_head.weight)
 
 
-def test_weights_without_a_place_are_an_error(tmp_path, processor):
+def test_weights_that_the_model_does_not_have_are_an_error(tmp_path, processor):
     config = vlv_config(text_config=AutoConfig.for_model("llama", **SIZES, attention_bias=True))
     VLVForConditionalGeneration(config).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
@@ -147,12 +155,12 @@ def test_weights_without_a_place_are_an_error(tmp_path, processor):
         hub.load_captioner(tmp_path)
 
 
-def test_lengths_that_a_language_model_brought_along_do_not_count_the_prefix(captioner, pixels):
+def test_length_limits_of_the_language_models_own_generation_config_do_not_count_the_prefix(captioner, pixels):
     expected = captioner.generate(pixels, max_new_tokens=7, min_new_tokens=7)
     captioner.generation_config.max_length = 5
     assert torch.equal(captioner.generate(pixels, max_new_tokens=7, min_new_tokens=7), expected)
 
 
-def test_pictures_of_more_tokens_than_positions_are_refused(encoder):
+def test_images_of_more_tokens_than_positions_are_an_error(encoder):
     with pytest.raises(ValueError, match=r"gives 148 tokens, but the encoder has 96 positions; make images smaller"):
         encoder(torch.zeros(1, 3, 96, 96))

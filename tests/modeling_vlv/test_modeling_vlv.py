@@ -1,8 +1,12 @@
 """VLV's models compute what the paper says, survive saving, and refuse what they cannot do."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -13,10 +17,22 @@ from transformers import (
     Qwen2ForCausalLM,
     TextStreamer,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv.modeling_vlv import encode_text_embeds
 
-from ..builders import POSITIONS, QUERIES, TEXT_WIDTH, VOCABULARY, language_model_config, vlv_config
+from ..builders import (
+    POSITIONS,
+    QUERIES,
+    TEXT_WIDTH,
+    VOCABULARY,
+    assert_close_to_scale,
+    language_model_config,
+    vlv_config,
+)
 
 
 @pytest.fixture
@@ -30,20 +46,21 @@ LABELS = torch.tensor([[5, 6, 7, 3], [8, 3, -100, -100], [9, 10, 3, -100]])
 # The encoder
 
 
-def test_shapes(encoder, pixels):
+def test_caption_embeddings_and_conditioning_have_one_row_a_query_token(encoder, pixels):
     output = encoder(pixels)
     assert output.caption_embeds.shape == output.conditioning.shape == (3, QUERIES, TEXT_WIDTH)
 
 
-def test_conditioning_is_the_text_encoder_fed_with_embeddings(encoder):
-    """T(z) with z the embeddings of real words is what the text encoder makes of the words."""
-    ids = torch.randint(5, VOCABULARY, (2, POSITIONS))
-    words = encoder.text_encoder.embeddings.token_embedding(ids)
+def test_text_embeddings_encode_as_their_token_ids_do(encoder):
+    """`T(z)` with z the embeddings of real words is what `CLIPTextModel` makes of the words."""
+    ids = torch.randint(5, VOCABULARY, (2, POSITIONS), generator=torch.Generator().manual_seed(1))
+    embeds = encoder.text_encoder.embeddings.token_embedding(ids)
     expected = encoder.text_encoder(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(encoder.encode_caption_embeds(words), expected, rtol=0, atol=1e-6)
+    assert_close_to_scale(encode_text_embeds(encoder.text_encoder, embeds), expected)
+    assert_close_to_scale(encoder(caption_embeds=embeds).conditioning, expected)
 
 
-def test_queries_are_causal_unless_asked_otherwise(pixels):
+def test_query_tokens_attend_causally_unless_attend_all_queries_is_set(pixels):
     torch.manual_seed(0)
     causal = VLVModel(vlv_config()).eval()
     both_ways = VLVModel(vlv_config(attend_all_queries=True)).eval()
@@ -59,7 +76,7 @@ def test_queries_are_causal_unless_asked_otherwise(pixels):
     assert change_last_query(both_ways) > 1e-3
 
 
-def test_the_task_prompt_is_read(encoder, pixels):
+def test_the_task_prompt_changes_the_caption_embeddings(encoder, pixels):
     with_prompt = encoder.get_caption_embeds(pixels)
     encoder.config.task_prompt_ids = []
     assert (encoder.get_caption_embeds(pixels) - with_prompt).abs().max() > 1e-5
@@ -89,32 +106,32 @@ def test_starts_from_pretrained_parts(tmp_path, stable_diffusion):
 # Saving
 
 
-def facts(config: dict) -> dict:
+def stored_fields(config: dict) -> dict:
     """A configuration without what loading adds to it."""
     added = ("dtype", "_name_or_path", "architectures", "transformers_version")
-    return {k: facts(v) if isinstance(v, dict) else v for k, v in config.items() if k not in added}
+    return {k: stored_fields(v) if isinstance(v, dict) else v for k, v in config.items() if k not in added}
 
 
 @pytest.mark.parametrize("model_class", [VLVModel, VLVForConditionalGeneration])
 def test_every_tensor_survives_saving(model_class, tmp_path):
     torch.manual_seed(0)
-    decoder = language_model_config() if model_class is VLVForConditionalGeneration else None
-    model = model_class(vlv_config(text_config=decoder))
+    text_config = language_model_config() if model_class is VLVForConditionalGeneration else None
+    model = model_class(vlv_config(text_config=text_config))
     model.save_pretrained(tmp_path)
     loaded, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert facts(loaded.config.to_dict()) == facts(model.config.to_dict())
+    assert stored_fields(loaded.config.to_dict()) == stored_fields(model.config.to_dict())
 
 
-def test_buffers_are_right_after_loading(tmp_path, encoder, pixels):
+def test_buffers_have_the_same_values_after_loading(tmp_path, encoder, pixels):
     encoder.save_pretrained(tmp_path)
     assert torch.equal(VLVModel.from_pretrained(tmp_path)(pixels).conditioning, encoder(pixels).conditioning)
 
 
-def test_auto_classes_know_vlv(tmp_path, captioner):
+def test_auto_classes_load_vlv(tmp_path, captioner):
     captioner.save_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), VLVConfig)
     assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), VLVForConditionalGeneration)
@@ -132,9 +149,22 @@ def test_stage_2_starts_from_an_encoder_and_a_language_model(stage1_checkpoint, 
     assert model.generation_config.eos_token_id == 3
 
 
-def test_more_queries_than_positions_are_refused():
+def test_more_query_tokens_than_positions_are_an_error():
     with pytest.raises(ValueError, match=f"choose 1 to {POSITIONS}"):
         vlv_config(num_query_tokens=POSITIONS + 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("encoder_config", "image_encoder_config"),
+        ("decoder_config", "text_config"),
+        ("num_queries", "num_query_tokens"),
+    ],
+)
+def test_a_field_name_of_an_older_version_is_an_error_that_gives_the_new_name(old, new):
+    with pytest.raises(ValueError, match=rf"{old}.*{new}"):
+        vlv_config(**{old: None})
 
 
 # Precision and attention
@@ -147,12 +177,39 @@ def test_sdpa_is_the_default_and_eager_agrees(tmp_path, captioner, pixels):
     assert {part.config._attn_implementation for part in parts} == {"sdpa"}
     assert eager.model.text_encoder.config._attn_implementation == "eager"
     expected, got = captioner(pixels, labels=LABELS), eager(pixels, labels=LABELS)
-    torch.testing.assert_close(got.caption_embeds, expected.caption_embeds, rtol=0, atol=1e-5)
-    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-5)
+    assert_close_to_scale(got.caption_embeds, expected.caption_embeds)
+    assert_close_to_scale(got.logits, expected.logits)
+
+
+def test_every_attention_module_calls_the_attention_function_that_is_set(captioner, pixels, monkeypatch):
+    calls: Counter[torch.nn.Module] = Counter()
+
+    def counting_attention(module, *args, **kwargs):
+        calls[module] += 1
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "counting", counting_attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "counting", sdpa_mask)
+    expected = captioner(pixels, labels=LABELS)
+    captioner.set_attn_implementation("counting")
+    got = captioner(pixels, labels=LABELS)
+    assert torch.equal(got.caption_embeds, expected.caption_embeds) and torch.equal(got.logits, expected.logits)
+    attention = {module for module in captioner.modules() if type(module).__name__.endswith("Attention")}
+    assert len(attention) == 17  # 4 window, 4 channel, 1 + 2 + 2 (cross) of Florence-2, 2 of CLIP, 2 of Qwen2
+    assert calls == Counter(dict.fromkeys(attention, 1))
+
+
+def test_forward_compiles_as_one_graph(captioner, pixels):
+    encode = torch.compile(captioner.model, fullgraph=True, backend="eager")
+    caption = torch.compile(captioner, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(encode(pixels).conditioning, captioner.model(pixels).conditioning)
+        got, expected = caption(pixels, labels=LABELS), captioner(pixels, labels=LABELS)
+    assert torch.equal(got.loss, expected.loss) and torch.equal(got.logits, expected.logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precisions(tmp_path, captioner, pixels, dtype):
+def test_half_precision_gives_nearly_the_same_loss(tmp_path, captioner, pixels, dtype):
     captioner.save_pretrained(tmp_path)
     half = VLVForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype).eval()
     output = half(pixels, labels=LABELS)
@@ -162,19 +219,26 @@ def test_half_precisions(tmp_path, captioner, pixels, dtype):
     assert half.generate(pixels, max_new_tokens=3).shape == (3, 3)
 
 
-def test_device_map_auto(tmp_path, captioner, pixels):
+def test_device_map_auto_gives_the_same_loss(tmp_path, captioner, pixels):
     captioner.save_pretrained(tmp_path)
     placed = VLVForConditionalGeneration.from_pretrained(tmp_path, device_map="auto").eval()
     assert torch.equal(placed(pixels, labels=LABELS).loss, captioner(pixels, labels=LABELS).loss)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(captioner, pixels):
+def test_gradient_checkpointing_computes_each_layer_twice_and_gives_the_same_gradients(captioner, pixels):
+    layers = {n: m for n, m in captioner.named_modules() if isinstance(m, GradientCheckpointingLayer)}
+    calls: Counter[str] = Counter()
+    for name, layer in layers.items():
+        # The attention is inside what is computed again; the layer's own hooks and its last submodule are not.
+        layer.self_attn.register_forward_hook(lambda module, inputs, output, name=name: calls.update([name]))
+
     def gradient() -> torch.Tensor:
+        calls.clear()
         captioner.zero_grad()
         captioner(pixels, labels=LABELS).loss.backward()
         return captioner.model.query_tokens.grad.clone()
 
-    for module in captioner.modules():  # dropout would draw anew
+    for module in captioner.modules():  # dropout would differ between the two passes
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name in ("dropout", "activation_dropout", "attention_dropout", "drop_prob"):
@@ -182,9 +246,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(captioner, pixels):
                 setattr(module, name, 0.0)
     captioner.train()
     plain = gradient()
+    assert calls == dict.fromkeys(layers, 1)
     captioner.gradient_checkpointing_enable()
     assert captioner.is_gradient_checkpointing
-    torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-6)
+    assert_close_to_scale(gradient(), plain)
+    assert calls == dict.fromkeys(layers, 2)
+    parts = ("model.image_encoder.", "model.text_encoder.", "language_model.")
+    assert all(any(name.startswith(part) for name in layers) for part in parts)
 
 
 # The loss
@@ -200,11 +268,11 @@ def test_the_loss_is_that_of_the_language_model_over_prefix_and_caption(captione
         loss = captioner.language_model(inputs_embeds=embeds, labels=torch.cat([ignored, ids], dim=1)).loss
         expected, count = expected + loss * ids.shape[1], count + ids.shape[1]
     got = captioner(pixels, labels=LABELS)
-    torch.testing.assert_close(got.loss, expected / count)
+    assert_close_to_scale(got.loss, expected / count)
     assert got.logits.shape == (3, 4, VOCABULARY)
 
 
-def test_training_computes_logits_where_there_is_a_label_only(captioner, pixels):
+def test_training_computes_logits_only_where_there_is_a_label(captioner, pixels):
     sizes = []
     captioner.get_output_embeddings().register_forward_hook(lambda module, inputs, output: sizes.append(output.shape))
     evaluated = captioner(pixels, labels=LABELS).loss
@@ -215,28 +283,28 @@ def test_training_computes_logits_where_there_is_a_label_only(captioner, pixels)
     output = captioner(pixels, labels=LABELS)
     assert output.logits is None
     assert sizes[-1] == ((LABELS != -100).sum(), VOCABULARY)
-    torch.testing.assert_close(output.loss, evaluated)
+    assert_close_to_scale(output.loss, evaluated)
 
 
 def test_full_logits_begin_with_the_prefix(captioner, pixels):
     full = captioner(pixels, labels=LABELS, full_logits=True)
     assert full.logits.shape == (3, QUERIES + 4, VOCABULARY)
     part = captioner(pixels, labels=LABELS)
-    torch.testing.assert_close(full.logits[:, QUERIES - 1 : QUERIES + 3], part.logits)
-    torch.testing.assert_close(full.loss, part.loss)
+    assert_close_to_scale(full.logits[:, QUERIES - 1 : QUERIES + 3], part.logits)
+    assert_close_to_scale(full.loss, part.loss)
 
 
-def test_without_labels_the_next_token(captioner, pixels):
+def test_without_labels_the_logits_are_of_the_next_token(captioner, pixels):
     logits = captioner(pixels).logits
     assert logits.shape == (3, 1, VOCABULARY)
     assert torch.equal(logits.argmax(-1), captioner.generate(pixels, max_new_tokens=1))
 
 
-def test_gradient_accumulation_weighs_words_not_batches(captioner, pixels):
-    whole = captioner(pixels, labels=LABELS).loss
+def test_gradient_accumulation_weighs_tokens_not_batches(captioner, pixels):
+    one_batch = captioner(pixels, labels=LABELS).loss
     count = (LABELS != -100).sum()
     parts = [captioner(pixels[i : i + 1], labels=LABELS[i : i + 1], num_items_in_batch=count).loss for i in range(3)]
-    torch.testing.assert_close(sum(parts), whole)
+    assert_close_to_scale(sum(parts), one_batch)
 
 
 def test_a_text_prefix_of_another_length_changes_nothing_for_its_neighbours(captioner, pixels):
@@ -244,7 +312,7 @@ def test_a_text_prefix_of_another_length_changes_nothing_for_its_neighbours(capt
     mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]])
     together = captioner(pixels, input_ids=ids, attention_mask=mask, labels=LABELS, return_logits=True).logits
     alone = captioner(pixels[:1], input_ids=ids[:1, 2:], labels=LABELS[:1], return_logits=True).logits
-    torch.testing.assert_close(together[0], alone[0], rtol=0, atol=1e-5)
+    assert_close_to_scale(together[0], alone[0])
 
 
 # Generation
@@ -252,7 +320,7 @@ def test_a_text_prefix_of_another_length_changes_nothing_for_its_neighbours(capt
 
 def test_captions_do_not_depend_on_their_batch(captioner, pixels):
     together = captioner.generate(pixels, max_new_tokens=6, do_sample=False)
-    assert len(set(map(tuple, together.tolist()))) == 3  # or nothing below could fail
+    assert len(set(map(tuple, together.tolist()))) == 3  # else no comparison below could fail
     shuffled = captioner.generate(pixels[[2, 0, 1]], max_new_tokens=6, do_sample=False)
     assert torch.equal(shuffled, together[[2, 0, 1]])
     for i in range(3):
@@ -260,7 +328,7 @@ def test_captions_do_not_depend_on_their_batch(captioner, pixels):
         assert torch.equal(alone[0], together[i])
 
 
-def test_ready_embeddings_stand_for_the_image(captioner, pixels):
+def test_caption_embeddings_replace_the_image(captioner, pixels):
     z = captioner.model.get_caption_embeds(pixels)
     assert torch.equal(
         captioner.generate(caption_embeds=z, max_new_tokens=5), captioner.generate(pixels, max_new_tokens=5)
@@ -268,7 +336,7 @@ def test_ready_embeddings_stand_for_the_image(captioner, pixels):
     assert torch.equal(captioner(caption_embeds=z, labels=LABELS).loss, captioner(pixels, labels=LABELS).loss)
 
 
-def test_ways_of_decoding(captioner, pixels):
+def test_beams_sampling_static_cache_and_stopping_criteria_work(captioner, pixels):
     ids = captioner.generate(pixels, max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2)
     assert ids.shape == (6, 5)
     torch.manual_seed(1)
@@ -289,7 +357,7 @@ def test_a_text_prefix_is_continued(captioner, pixels):
     assert torch.equal(empty, captioner.generate(pixels, max_new_tokens=3))
 
 
-def test_streams_one_caption(captioner, pixels, processor, capsys):
+def test_a_streamer_receives_the_caption_of_one_image(captioner, pixels, processor, capsys):
     ids = captioner.generate(pixels[:1], max_new_tokens=4, streamer=TextStreamer(processor.tokenizer))
     assert processor.decode(ids[0]).split()[0] in capsys.readouterr().out
 
@@ -303,7 +371,7 @@ def test_its_own_generation_config_is_honoured(captioner, pixels, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"max_length": 9}, "use max_new_tokens"),
         ({"min_length": 9}, "use min_new_tokens"),
@@ -315,12 +383,12 @@ def test_its_own_generation_config_is_honoured(captioner, pixels, tmp_path):
         ({"input_ids": torch.ones(2, 1, dtype=torch.long)}, "2 rows of input_ids for 3 images"),
     ],
 )
-def test_what_generation_cannot_do_is_said(captioner, pixels, arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_arguments_that_generation_does_not_support_are_errors_with_advice(captioner, pixels, arguments, message):
+    with pytest.raises(ValueError, match=message):
         captioner.generate(pixels, **arguments)
 
 
-def test_what_the_models_cannot_take_is_said(captioner, encoder, stage1_checkpoint):
+def test_inputs_that_do_not_fit_are_errors_that_name_the_cause(captioner, encoder, stage1_checkpoint):
     with pytest.raises(ValueError, match="exactly one of pixel_values"):
         captioner.generate()
     with pytest.raises(ValueError, match=r"must be \(batch, 3, height, width\)"):

@@ -11,6 +11,8 @@ from transformers import AutoProcessor
 from vlv import VLVConfig, VLVImageProcessor, VLVProcessor
 from vlv.processing_vlv import crop_to_square, to_rgb
 
+from ..builders import assert_close_to_scale
+
 RED = np.zeros((6, 8, 3), np.uint8)
 RED[:, :4] = (255, 0, 0)  # left half red, right half black
 
@@ -21,15 +23,15 @@ def encoded(image: Image.Image, **options) -> bytes:
     return buffer.getvalue()
 
 
-def test_one_picture_in_every_form_gives_the_same_pixels(tmp_path):
-    picture = Image.fromarray(RED)
-    picture.save(tmp_path / "red.png")
+def test_an_image_in_every_accepted_form_gives_the_same_pixels(tmp_path):
+    image = Image.fromarray(RED)
+    image.save(tmp_path / "red.png")
     forms = [
-        picture,
+        image,
         tmp_path / "red.png",
         str(tmp_path / "red.png"),
-        encoded(picture),
-        bytearray(encoded(picture)),
+        encoded(image),
+        bytearray(encoded(image)),
         RED,
         RED.transpose(2, 0, 1),
         RED.astype(np.float32) / 255,
@@ -58,29 +60,29 @@ def test_one_picture_in_every_form_gives_the_same_pixels(tmp_path):
         (Image.new("F", (4, 4), 0.5), (128, 128, 128)),
     ],
 )
-def test_modes(image, expected):
+def test_images_of_every_mode_convert_to_rgb(image, expected):
     assert set(map(tuple, np.asarray(to_rgb(image)).reshape(-1, 3).tolist())) == {expected}
 
 
-def test_a_palette_with_transparency_lies_over_white():
+def test_transparent_palette_entries_become_white():
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([255, 0, 0, 0, 255, 0])
     palette.putpixel((0, 0), 1)
     data = encoded(palette, transparency=0)
-    picture = to_rgb(data)
-    assert picture.getpixel((0, 0)) == (0, 255, 0) and picture.getpixel((1, 1)) == (255, 255, 255)
+    image = to_rgb(data)
+    assert image.getpixel((0, 0)) == (0, 255, 0) and image.getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter to the right
     data = encoded(Image.fromarray(RED), format="JPEG", exif=exif, quality=95)
-    picture = to_rgb(data)
-    assert picture.size == (6, 8)
-    assert picture.getpixel((3, 1))[0] > 200 > 50 > picture.getpixel((3, 6))[0]
+    image = to_rgb(data)
+    assert image.size == (6, 8)
+    assert image.getpixel((3, 1))[0] > 200 > 50 > image.getpixel((3, 6))[0]
 
 
-def test_the_first_frame_of_an_animation(tmp_path):
+def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "a.gif") as animation:
@@ -90,17 +92,17 @@ def test_the_first_frame_of_an_animation(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (5000, 3), (640, 480), (333, 777)])
-def test_any_shape(size):
+def test_images_of_any_shape_are_resized(size):
     processor = VLVImageProcessor(size={"height": 32, "width": 32}, pre_crop_size=48)
     assert processor(Image.new("RGB", size, "red"), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
 
 
-def test_the_crop_of_a_long_picture_agrees_with_resizing_first():
+def test_the_crop_of_a_long_image_agrees_with_resizing_first():
     random = np.random.default_rng(0)
-    picture = Image.fromarray(random.integers(0, 256, (20, 20 * 17, 3), dtype=np.uint8))
-    resized = picture.resize((32 * 17, 32), Image.Resampling.BILINEAR)
+    image = Image.fromarray(random.integers(0, 256, (20, 20 * 17, 3), dtype=np.uint8))
+    resized = image.resize((32 * 17, 32), Image.Resampling.BILINEAR)
     expected = np.asarray(resized.crop((256, 0, 288, 32))).astype(int)
-    assert np.abs(np.asarray(crop_to_square(picture, 32)).astype(int) - expected).max() <= 1
+    assert np.abs(np.asarray(crop_to_square(image, 32)).astype(int) - expected).max() <= 1
 
 
 def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(pictures):
@@ -108,11 +110,11 @@ def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(pictures):
     pixels = processor(pictures[1], return_tensors="pt").pixel_values[0].permute(1, 2, 0).numpy()
     resized = np.asarray(pictures[1].resize((40, 24), Image.Resampling.BICUBIC)) / 255
     expected = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(pixels, expected, atol=1e-5)
+    assert_close_to_scale(torch.from_numpy(pixels), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize(
-    ("image", "words"),
+    ("image", "message"),
     [
         ("nowhere.png", "nowhere.png does not exist"),
         (b"", "empty"),
@@ -128,9 +130,9 @@ def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(pictures):
         (7, "int is not an image"),
     ],
 )
-def test_an_input_that_is_not_an_image_is_named_with_the_reason(image, words, pictures):
+def test_an_input_that_is_not_an_image_is_named_with_the_reason(image, message, pictures):
     processor = VLVImageProcessor(size={"height": 16, "width": 16})
-    with pytest.raises(ValueError, match=f"image 1 of 3: .*{words}"):
+    with pytest.raises(ValueError, match=f"image 1 of 3: .*{message}"):
         processor([pictures[0], image, pictures[1]])
     with pytest.raises(ValueError, match="at least one image"):
         processor([])
@@ -143,7 +145,7 @@ def test_a_batch_array_is_a_list_of_images(processor):
     assert torch.equal(processor(images=torch.from_numpy(batch).permute(0, 3, 1, 2)).pixel_values, expected)
 
 
-def test_words_before_the_caption_have_no_end_and_stand_on_the_right(processor, pictures):
+def test_a_text_prefix_has_no_eos_and_is_padded_on_the_left(processor, pictures):
     batch = processor(images=pictures[:2], text=["a large", "a"])
     assert processor.batch_decode(batch.input_ids, skip_special_tokens=True) == ["a large", "a"]
     assert batch.attention_mask.tolist() == [[1, 1], [0, 1]]
@@ -151,7 +153,7 @@ def test_words_before_the_caption_have_no_end_and_stand_on_the_right(processor, 
     assert processor(images=pictures[:2], text="").input_ids.shape == (2, 0)
 
 
-def test_a_caption_ends_with_eos_and_is_padded_with_what_is_not_learnt(processor):
+def test_labels_end_with_eos_and_are_padded_with_minus_100(processor):
     labels = processor(suffix=["a small dog", "a"]).labels
     end = processor.tokenizer.eos_token_id
     assert labels[0, -1] == end and labels[1].tolist()[1:] == [end, -100, -100]
@@ -162,13 +164,13 @@ def test_a_caption_ends_with_eos_and_is_padded_with_what_is_not_learnt(processor
 @pytest.mark.parametrize(
     "content", ["a large", [{"type": "image"}, {"type": "text", "text": "a large"}], [{"type": "image"}]]
 )
-def test_the_chat_template_gives_the_users_words_alone(processor, content):
-    words = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    assert words in ("a large", "")
-    assert (words == "") == (content == [{"type": "image"}])
+def test_the_chat_template_gives_only_the_users_text(processor, content):
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert text in ("a large", "")
+    assert (text == "") == (content == [{"type": "image"}])
 
 
-def test_saving(tmp_path, processor, pictures):
+def test_a_processor_is_the_same_after_saving(tmp_path, processor, pictures):
     processor.save_pretrained(tmp_path)
     VLVConfig().save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
@@ -178,7 +180,7 @@ def test_saving(tmp_path, processor, pictures):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_wrong_numbers_are_said(processor, pictures):
+def test_wrong_numbers_of_images_texts_and_captions_are_errors(processor, pictures):
     with pytest.raises(ValueError, match="1 texts for 2 images"):
         processor(images=pictures[:2], text=["a"])
     with pytest.raises(ValueError, match="3 captions for 2 images"):
