@@ -23,6 +23,8 @@ from vlv.miniature.tokenizer import build_tokenizer
 from .builders import (
     GOLDEN,
     POSITIONS,
+    QUERIES,  # noqa: F401
+    TEXT_WIDTH,  # noqa: F401
     language_model_config,
     stable_diffusion_parts,
     text_encoder_config,
