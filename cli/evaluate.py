@@ -27,7 +27,7 @@ def add_parser(commands) -> None:
 
 def run_miniature(arguments: argparse.Namespace) -> int:
     from vlv.miniature.evaluation import evaluate_miniature
-    from vlv.miniature.metrics import figures_table, goals_table
+    from vlv.miniature.metrics import goals_table, scores_table
 
     output = output_path(arguments.output, ".json")
     folder = choose_model(arguments)
@@ -40,5 +40,5 @@ def run_miniature(arguments: argparse.Namespace) -> int:
             report.save({part: figures})
 
         evaluate_miniature(folder, record, n=arguments.scenes)
-    print(f"{figures_table(found)}\n\n{goals_table(found)}\n\nwritten to {output}")
+    print(f"{scores_table(found)}\n\n{goals_table(found)}\n\nwritten to {output}")
     return 0

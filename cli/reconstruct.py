@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_at_hand
+from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_available
 from vlv.files import write_atomically
 from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
@@ -185,7 +185,7 @@ def _write(folder: Path, item: Input, original: Image.Image | None, drawn: Image
 
 def _meter(pipeline: VLVReconstructionPipeline) -> SetMeter | None:
     try:
-        if inception_is_at_hand():
+        if inception_is_available():
             return SetMeter()
         features = EncoderFeatures(pipeline.encoder, pipeline.image_processor)
         return SetMeter(features, "this VLV's mean image token (Inception is not at hand)")

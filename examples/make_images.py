@@ -1,4 +1,4 @@
-"""Draws the example images: scenes that no part of the miniature was trained on (`python examples/make_images.py`)."""
+"""Renders the example images, scenes that the miniature was not trained on: `python examples/make_images.py`."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent / "images"
 
 
 def main() -> None:
-    """Six scenes of `test`, unseen, and six of `combo`, of which every object stands where none like it ever stood."""
+    """Writes six images of scenes of `test` and six of `combo` (`vlv.miniature.world` defines the splits)."""
     for split in ("test", "combo"):
         rng = random.Random(f"examples/{split}")
         for number in range(6):

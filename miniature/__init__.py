@@ -1,1 +1,4 @@
-"""A small world, and the recipe that trains a whole VLV in it from nothing, on two CPU cores in hours."""
+"""A small world of emoji scenes, and the recipe that trains a complete VLV in it from random weights.
+
+The recipe runs on two CPU cores in a few hours.
+"""

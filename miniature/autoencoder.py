@@ -7,14 +7,15 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from .training import MovingAverage, SceneDataset, train_module
+from .data import SceneDataset
+from .training import MovingAverageCallback, train_module
 
 LATENT_CHANNELS = 16
 KL_WEIGHT = 1e-6
 
 
 def build_autoencoder(latent_channels: int = LATENT_CHANNELS) -> AutoencoderKL:
-    """Narrow at full resolution, where the work is; no attention."""
+    """An autoencoder without attention that is narrow at full resolution, where most of the computation is."""
     widths = (16, 32, 64, 128)
     return AutoencoderKL(
         in_channels=3,
@@ -47,20 +48,20 @@ class AutoencoderLoss(nn.Module):
 
 
 @torch.no_grad()
-def fix_posterior(autoencoder: AutoencoderKL) -> None:
-    """Makes the posterior all but exact, so that a sample of it is its mean.
+def remove_posterior_variance(autoencoder: AutoencoderKL) -> None:
+    """Sets the variance of the posterior close to zero, so that a sample equals the mean.
 
-    The KL term turns channels that the decoder does not need into plain noise. No denoiser could predict that noise;
-    its loss would be a third noise.
+    The KL term turns channels that the VAE's decoder does not need into noise. No denoiser can predict that noise, and
+    a third of its loss would be noise.
     """
     channels = autoencoder.config.latent_channels
     autoencoder.quant_conv.weight[channels:] = 0.0
-    autoencoder.quant_conv.bias[channels:] = -20.0  # the log of the variance
+    autoencoder.quant_conv.bias[channels:] = -20.0  # the logarithm of the variance
 
 
 @torch.no_grad()
-def measure_scale(autoencoder: AutoencoderKL, n: int = 512) -> float:
-    """One over the standard deviation of the latents: what `scaling_factor` means in Stable Diffusion."""
+def measure_scaling_factor(autoencoder: AutoencoderKL, n: int = 512) -> float:
+    """One over the standard deviation of the latents, as Stable Diffusion defines `scaling_factor`."""
     data = SceneDataset(n, seed=7)
     latents = [
         autoencoder.encode(
@@ -73,14 +74,14 @@ def measure_scale(autoencoder: AutoencoderKL, n: int = 512) -> float:
 
 @torch.no_grad()
 def reconstruct_pixels(autoencoder: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """`(B, 3, 64, 64)` uint8 through the autoencoder and back, by the mean of the posterior."""
+    """Reconstructions of images, both `(B, 3, 64, 64)` uint8, from the mean of the posterior."""
     latents = autoencoder.encode(pixels.float() / 127.5 - 1).latent_dist.mean
     return ((autoencoder.decode(latents).sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()
 def measure_psnr(autoencoder: AutoencoderKL, split: str = "test", n: int = 256) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio of the reconstruction, in dB."""
+    """The mean peak signal-to-noise ratio of the reconstructions of `n` images, in dB."""
     data = SceneDataset(n, split=split, seed=11)
     total = 0.0
     for start in range(0, n, 64):
@@ -102,7 +103,7 @@ def train_autoencoder(
     """Trains the autoencoder on rendered scenes of `train` and saves it to `output_dir` in diffusers' format."""
     torch.manual_seed(seed)
     module = AutoencoderLoss(build_autoencoder(latent_channels))
-    averaging = MovingAverage(module.autoencoder, decay=0.995)
+    averaging = MovingAverageCallback(module.autoencoder, decay=0.995)
     train_module(
         module,
         SceneDataset(images, seed=seed),
@@ -117,7 +118,7 @@ def train_autoencoder(
     if int(os.environ.get("RANK", "0")):
         return
     average: AutoencoderKL = averaging.average
-    fix_posterior(average)
-    average.register_to_config(scaling_factor=measure_scale(average))
+    remove_posterior_variance(average)
+    average.register_to_config(scaling_factor=measure_scaling_factor(average))
     average.save_pretrained(output_dir)
     print(f"autoencoder: {measure_psnr(average):.2f} dB on unseen scenes")

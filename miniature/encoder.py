@@ -1,6 +1,6 @@
-"""The miniature's encoder: Florence-2's architecture at 64 x 64, trained by stage 1 on images alone."""
+"""The miniature's encoder: Florence-2's architecture at 64 x 64 pixels, trained by stage 1 on images alone."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,22 +13,27 @@ from vlv.diffusion_decoder import StableDiffusionDecoder
 from vlv.pipelines import VLVReconstructionPipeline
 from vlv.train import Stage1Config, Stage1Trainer, ValidationCallback, freeze_for_stage1, last_checkpoint
 
-from .evaluation import evaluation_items, reconstruct
+from .data import SceneDataset, evaluation_items
+from .evaluation import reconstruct_images
 from .scene_classifier import SceneClassifier
 from .scoring import score_scenes
 from .teacher import build_scheduler
-from .training import ON_THIS_MACHINE, SceneDataset, share_of
+from .training import CPU_ARGUMENTS, per_process_batch_size
 
 NUM_QUERY_TOKENS = 24
-GRID = 8  # the vision tower leaves 8 x 8 places
-INITIALIZER_RANGE = 0.09  # 1 / sqrt(width): at the usual 0.02 an untrained encoder this narrow hardly sees its image
-MIN_TIMESTEP = 400  # below it a wrong caption costs the teacher a fifth of what it costs above (README, "Stage 1")
+GRID = 8  # the vision tower's output has 8 x 8 positions
+INITIALIZER_RANGE = 0.09  # 1 / sqrt(width): with the usual 0.02, z hardly depends on the image (README, "Stage 1")
+MIN_TIMESTEP = (
+    400  # below, a wrong caption adds a fifth as much loss as above (README, "Where the conditioning counts")
+)
+POSITION_STD = 3.0  # the standard deviation of the vision tower's features
+BRANCH_SCALE = 0.1
 
 
 def build_encoder_config(text_encoder_config: CLIPTextConfig, num_query_tokens: int = NUM_QUERY_TOKENS) -> VLVConfig:
-    """A vision tower of 8 x 8 places and one mean token, three encoder and two decoder layers, 128 wide, no dropout.
+    """A vision tower with 8 x 8 positions and one mean token, three encoder and two decoder layers of width 128.
 
-    At 64 x 64 Florence-2's own strides would leave 2 x 2 places, hence `patch_stride`.
+    There is no dropout. `patch_stride` differs from Florence-2's, which would give 2 x 2 positions at 64 x 64 pixels.
     """
     width = 128
     return VLVConfig(
@@ -76,65 +81,68 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig, num_query_tokens: 
 
 
 @torch.no_grad()
-def initialise(model: VLVModel, position_scale: float = 3.0, branch_scale: float = 0.1) -> None:
-    """Gives an untrained encoder what pretraining gives a Florence-2: a sense of place.
+def initialize_encoder(model: VLVModel) -> None:
+    """Changes an untrained encoder's weights so that each query token attends to its own part of the image.
 
-    By the library's own initial weights positions are 150 times fainter than what the vision tower sees, and every
-    residual branch of the transformer is as loud as what it is added to. So queries see the mean of the picture, and
-    even when told the truth learn no object within 12,800 pictures; from these weights they name 0.86 of all.
+    With the library's initial weights, position embeddings are 150 times smaller than the features of the vision
+    tower, and each residual branch of the transformer is as large as its input. Query tokens then see the mean of the
+    image: trained with true labels they recognize no object within 12,800 images. With these weights they recognize
+    0.86 of the objects (README, "Stage 1").
 
-    - Position embeddings become as strong as the features that they are added to (`position_scale`).
-    - Self-attention and feed-forward layers start near zero (`branch_scale`), so that tokens pass as they are.
-    - Every query starts as the position code of one of 24 places (fewer queries take every so-manieth of them), and
-      cross-attention as the likeness of the two.
+    - Position embeddings have the standard deviation of the features that they are added to (`POSITION_STD`).
+    - The outputs of self-attention and feed-forward layers are scaled by `BRANCH_SCALE`, so that tokens pass almost
+      unchanged.
+    - Each query token is the position embedding of one of 24 positions (with fewer query tokens, every n-th of them),
+      and the query projection of cross-attention equals its key projection, so that attention is similarity.
     """
     projector, transformer = model.image_encoder.multi_modal_projector, model.image_encoder.language_model
     positions = projector.image_position_embed
     for embedding in (positions.row_embeddings, positions.column_embeddings):
-        nn.init.normal_(embedding.weight, std=position_scale)
+        nn.init.normal_(embedding.weight, std=POSITION_STD)
     blank = torch.zeros(1, projector.vision_embedding_dim, GRID, GRID)
-    places = positions(blank).flatten(2).transpose(1, 2)  # (1, 64, d)
-    codes = projector.image_proj_norm(projector.image_projection(places))[0]  # (64, d_model)
+    embeddings = positions(blank).flatten(2).transpose(1, 2)  # (1, 64, d)
+    codes = projector.image_proj_norm(projector.image_projection(embeddings))[0]  # (64, d_model)
     anchors = [row * GRID + column for row in (1, 2, 5, 6) for column in (0, 1, 3, 4, 6, 7)]
     chosen = anchors[:: len(anchors) // model.config.num_query_tokens][: model.config.num_query_tokens]
     model.query_tokens.copy_(codes[chosen][None])
     for layer in transformer.decoder.layers:
         layer.encoder_attn.q_proj.weight.copy_(layer.encoder_attn.k_proj.weight)
     for layer in [*transformer.encoder.layers, *transformer.decoder.layers]:
-        layer.self_attn.out_proj.weight.mul_(branch_scale)
-        layer.fc2.weight.mul_(branch_scale)
+        layer.self_attn.out_proj.weight.mul_(BRANCH_SCALE)
+        layer.fc2.weight.mul_(BRANCH_SCALE)
 
 
 def build_image_processor() -> VLVImageProcessor:
-    """64 x 64, no crop."""
+    """Resizes to 64 x 64 pixels, without a crop."""
     return VLVImageProcessor(size={"height": 64, "width": 64})
 
 
 class ImagesOnly(SceneDataset):
-    """Pictures of scenes as stage 1 wants them: `{"image": (3, 64, 64) uint8 tensor}` and nothing else."""
+    """Items as stage 1 reads them: `{"image": (3, 64, 64) uint8 tensor}`."""
 
     def __getitem__(self, index: int) -> dict:
         return {"image": super().__getitem__(index)["pixels"]}
 
 
-def scoring(
-    decoder: StableDiffusionDecoder, tokenizer: PreTrainedTokenizerBase, scene_classifier_path: str | Path, n: int = 48
-) -> Callable[[VLVModel, int, Path], None]:
-    """What a `ValidationCallback` calls to print how much of unseen scenes is found in their reconstructions."""
-    scene_classifier = SceneClassifier.load(scene_classifier_path)
-
-    def score(model: VLVModel, step: int, folder: Path) -> None:
-        pipeline = VLVReconstructionPipeline(
-            model, decoder.vae, decoder.unet, decoder.scheduler, build_image_processor(), tokenizer
-        )
-        pipeline.scheduler = build_scheduler()
-        pipeline.set_progress_bar_config(disable=True)
-        for split in ("test", "combo"):
-            pixels, scenes = evaluation_items(split, n)
-            found = scene_classifier.read(reconstruct(pipeline, pixels, guidance_scale=2.0, steps=15))
-            print(f"step {step}, {split}: {score_scenes(found, scenes)}", flush=True)
-
-    return score
+def print_reconstruction_scores(
+    model: VLVModel,
+    step: int,
+    folder: Path,
+    *,
+    diffusion_model: StableDiffusionDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    scene_classifier: SceneClassifier,
+    n: int = 48,
+) -> None:
+    """Prints the scores of reconstructions of `n` unseen scenes of each split. For `ValidationCallback`."""
+    pipeline = VLVReconstructionPipeline(
+        model, diffusion_model.vae, diffusion_model.unet, build_scheduler(), build_image_processor(), tokenizer
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    for split in ("test", "combo"):
+        pixels, scenes = evaluation_items(split, n)
+        predicted = scene_classifier.predict_scenes(reconstruct_images(pipeline, pixels, guidance_scale=2.0, steps=15))
+        print(f"step {step}, {split}: {score_scenes(predicted, scenes)}", flush=True)
 
 
 def train_encoder(
@@ -149,19 +157,25 @@ def train_encoder(
     seed: int = 0,
     **arguments,
 ) -> None:
-    """Stage 1 by the project's own trainer: encoder from random weights, teacher frozen, images of `train`."""
+    """Trains stage 1 with the trainer of `vlv.train`: a new encoder, a frozen teacher, images of `train`.
+
+    Args:
+        images: Number of training images.
+        batch_size: Of all processes together.
+        arguments: Further settings of `Stage1Config`, such as `tail_drop`.
+    """
     teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
     torch.manual_seed(seed)
     model = VLVModel(build_encoder_config(teacher.text_encoder.config, num_query_tokens))
     model.text_encoder.load_state_dict(teacher.text_encoder.state_dict())
-    initialise(model)
+    initialize_encoder(model)
     freeze_for_stage1(model, "all")
     config = Stage1Config(
         output_dir=str(work_dir),
         trainable="all",
         pre_crop_size=None,
         max_steps=images // batch_size,
-        per_device_train_batch_size=share_of(batch_size),
+        per_device_train_batch_size=per_process_batch_size(batch_size),
         learning_rate=learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
@@ -173,22 +187,28 @@ def train_encoder(
         validation_steps=500,
         num_validation_images=16,
         seed=seed,
-        **ON_THIS_MACHINE,
+        **CPU_ARGUMENTS,
         **arguments,
     )
-    decoder = StableDiffusionDecoder(
+    diffusion_model = StableDiffusionDecoder(
         teacher.vae, teacher.unet, teacher.scheduler.config, config.timestep_sampling, config.min_timestep
     )
     trainer = Stage1Trainer(
         model,
-        decoder,
+        diffusion_model,
         config,
         ImagesOnly(images, seed=seed + 2),
         build_image_processor(),
         teacher.tokenizer,
         validation_dataset=ImagesOnly(16, split="test", seed=31),
     )
-    trainer.add_callback(ValidationCallback(scoring(decoder, teacher.tokenizer, scene_classifier_path), every=500))
+    validate = partial(
+        print_reconstruction_scores,
+        diffusion_model=diffusion_model,
+        tokenizer=teacher.tokenizer,
+        scene_classifier=SceneClassifier.load(scene_classifier_path),
+    )
+    trainer.add_callback(ValidationCallback(validate, every=500))
     trainer.train(resume_from_checkpoint=last_checkpoint(work_dir))
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir)

@@ -1,4 +1,4 @@
-"""Every figure of the miniature, measured on scenes that nothing but the judge has seen."""
+"""All scores of the miniature, measured on scenes that no part but the scene classifier was trained on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,69 +8,61 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from vlv import VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
+from vlv.pipelines import VLVReconstructionPipeline, generate_captions, generate_images, load_reconstruction
 
 from .autoencoder import measure_psnr, reconstruct_pixels
+from .data import evaluation_items
 from .grammar import parse_caption
 from .scene_classifier import SceneClassifier, measure_scene_classifier
 from .scoring import score_scenes
-from .teacher import prompt_alignment
-from .training import SceneDataset
+from .teacher import measure_prompt_alignment
 
 SPLITS = ("test", "combo")
 SCENE_CLASSIFIER_FILE = "scene_classifier.safetensors"
-GUIDANCE = (1.0, 2.0, 4.0)
-SEED = 23  # of the scenes
-
-
-def evaluation_items(split: str, n: int) -> tuple[torch.Tensor, list]:
-    """Pictures `(n, 3, 64, 64)` uint8 and their scenes."""
-    data = SceneDataset(n, split=split, seed=SEED, fields=("pixels", "scene"))
-    items = [data[i] for i in range(n)]
-    return torch.stack([item["pixels"] for item in items]), [item["scene"] for item in items]
+TEACHER_GUIDANCE = (1.0, 2.0, 4.0)
+RECONSTRUCTION_GUIDANCE = (1.0, 2.0)
+MAX_NEW_TOKENS = 64
 
 
 def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n: int = 500, steps: int = 25) -> None:
-    """Measures autoencoder, teacher, stage 1 and stage 2.
+    """Measures the scene classifier, the autoencoder, the teacher, reconstructions and captions.
 
     Args:
-        folder: The miniature, in the Hub's layout, with its scene_classifier.
-        record: Called with the name of a part and its figures, as they come.
-        n: Scenes of each split.
-        steps: Denoising steps.
+        folder: A miniature in the Hub's layout, with its scene classifier.
+        record: Called after each measurement with its name and its scores (for `"settings"`: with the settings).
+        n: Number of scenes of each split.
+        steps: Number of denoising steps.
+
+    Raises:
+        FileNotFoundError: If `folder` has no scene classifier, or a part of the model is missing.
     """
     scene_classifier = SceneClassifier.load(Path(folder) / SCENE_CLASSIFIER_FILE)
     reconstruction = load_reconstruction(folder)
     reconstruction.set_progress_bar_config(disable=True)
+    teacher = teacher_pipeline(reconstruction)
     captioner, processor = hub.load_captioner(folder)
     record("settings", {"scenes of each split": n, "denoising steps": steps})
     for split in SPLITS:
         pixels, scenes = evaluation_items(split, n)
-        record(f"judge on clean pictures, {split}", measure_scene_classifier(scene_classifier, split, n))
-        rebuilt = torch.cat([reconstruct_pixels(reconstruction.vae, chunk) for chunk in pixels.split(64)])
-        figures = {"psnr": round(measure_psnr(reconstruction.vae, split, n), 2)}
-        record(f"autoencoder, {split}", figures | score_scenes(scene_classifier.read(rebuilt), scenes))
-        for guidance in GUIDANCE:
-            scores, _ = prompt_alignment(
-                teacher_of(reconstruction),
-                scene_classifier,
-                split,
-                n,
-                guidance_scale=guidance,
-                num_inference_steps=steps,
+        record(f"scene classifier on clean images, {split}", measure_scene_classifier(scene_classifier, split, n))
+        decoded = torch.cat([reconstruct_pixels(reconstruction.vae, chunk) for chunk in pixels.split(64)])
+        psnr = {"psnr": round(measure_psnr(reconstruction.vae, split, n), 2)}
+        record(f"autoencoder, {split}", psnr | score_scenes(scene_classifier.predict_scenes(decoded), scenes))
+        for guidance in TEACHER_GUIDANCE:
+            scores, _ = measure_prompt_alignment(
+                teacher, scene_classifier, split, n, guidance_scale=guidance, num_inference_steps=steps
             )
-            record(f"teacher's pictures of prompts, {split}, guidance {guidance:g}", scores)
-        for guidance in GUIDANCE[:2]:
-            drawn = reconstruct(reconstruction, pixels, guidance, steps)
-            record(
-                f"reconstructions, {split}, guidance {guidance:g}", score_scenes(scene_classifier.read(drawn), scenes)
-            )
-        captions = write_captions(captioner, processor, pixels)
-        record(f"captions, {split}", score_scenes([parse_caption(c) for c in captions], scenes))
+            record(f"teacher's images of prompts, {split}, guidance {guidance:g}", scores)
+        for guidance in RECONSTRUCTION_GUIDANCE:
+            images = reconstruct_images(reconstruction, pixels, guidance, steps)
+            scores = score_scenes(scene_classifier.predict_scenes(images), scenes)
+            record(f"reconstructions, {split}, guidance {guidance:g}", scores)
+        captions = caption_images(captioner, processor, pixels)
+        record(f"captions, {split}", score_scenes([parse_caption(caption) for caption in captions], scenes))
 
 
-def teacher_of(pipeline: VLVReconstructionPipeline) -> StableDiffusionPipeline:
-    """The teacher inside a reconstruction pipeline: its UNet and autoencoder with the encoder's own text encoder."""
+def teacher_pipeline(pipeline: VLVReconstructionPipeline) -> StableDiffusionPipeline:
+    """The teacher as a text-to-image pipeline, from the components of a reconstruction pipeline."""
     teacher = StableDiffusionPipeline(
         vae=pipeline.vae,
         text_encoder=pipeline.encoder.text_encoder,
@@ -85,30 +77,29 @@ def teacher_of(pipeline: VLVReconstructionPipeline) -> StableDiffusionPipeline:
     return teacher
 
 
-def reconstruct(
+def reconstruct_images(
     pipeline: VLVReconstructionPipeline, pixels: torch.Tensor, guidance_scale: float, steps: int, batch_size: int = 64
 ) -> torch.Tensor:
-    """Pictures `(n, 3, 64, 64)` uint8 through z and back, each from its own noise."""
-    drawn = []
-    for start in range(0, len(pixels), batch_size):
-        batch = list(pixels[start : start + batch_size])
-        pictures = pipeline(
-            batch,
+    """Reconstructions of images, both `(N, 3, 64, 64)` uint8. Each has noise of its own, seeded by its index."""
+    batches = [
+        generate_images(
+            pipeline,
+            image=list(pixels[start : start + batch_size]),
+            seeds=range(start, min(start + batch_size, len(pixels))),
             guidance_scale=guidance_scale,
             num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
-            output_type="pt",
-        ).images
-        drawn.append((pictures * 255).round().to(torch.uint8))
-    return torch.cat(drawn)
+        )
+        for start in range(0, len(pixels), batch_size)
+    ]
+    return (torch.cat(batches) * 255).round().to(torch.uint8)
 
 
-def write_captions(
+def caption_images(
     model: VLVForConditionalGeneration, processor: VLVProcessor, pixels: torch.Tensor, batch_size: int = 64
 ) -> list[str]:
-    """Greedy captions."""
+    """Greedy captions of images `(N, 3, 64, 64)` uint8."""
     captions: list[str] = []
     for chunk in pixels.split(batch_size):
-        ids = model.generate(pixel_values=processor(images=chunk).pixel_values, max_new_tokens=64, do_sample=False)
-        captions += processor.batch_decode(ids, skip_special_tokens=True)
+        pixel_values = processor(images=chunk).pixel_values
+        captions += generate_captions(model, processor, pixel_values=pixel_values, max_new_tokens=MAX_NEW_TOKENS)
     return captions

@@ -1,11 +1,11 @@
-"""Captions of scenes: a grammar that writes them, and a parser that reads them back into scenes."""
+"""Captions of scenes: a grammar that writes them and a parser that turns them back into scenes."""
 
 import random
 import re
 
 from .world import BACKGROUNDS, OBJECTS, PLACES, SIZES, Scene, SceneObject
 
-MAX_WORDS = 46  # commas and full stops counted: 48 text-encoder positions less begin and end
+MAX_WORDS = 46  # with commas and full stops: 48 positions of the text encoder, less the begin and end tokens
 PREPOSITIONS = dict.fromkeys(PLACES, ("at the", "in the", "on the")) | {"centre": ("at the", "in the")}
 OPENINGS = ("", "", "there is ", "a picture of ", "we see ")
 ENDINGS = (
@@ -25,18 +25,18 @@ _BACKGROUND = re.compile(rf"\b({'|'.join(sorted(BACKGROUNDS, key=len, reverse=Tr
 
 
 def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """A sentence that states exactly what the scene holds, objects in the order of places.
+    """A sentence that states exactly what the scene contains, with objects in the order of `PLACES`.
 
     Args:
-        scene: What to describe. Without a background, or without objects, the sentence is silent about them; a scene
-            of neither has an empty caption.
-        rng: Draws the phrasing; without it the plain sentence is written, e.g. "a large apple at the top left and a
+        scene: The scene to describe. A background of None and missing objects are not mentioned; a scene with neither
+            has an empty caption.
+        rng: Chooses the phrasing. Without it the first phrasing is used, such as "a large apple at the top left and a
             small dog at the bottom right, on a light blue background".
 
     Returns:
-        At most `MAX_WORDS` words, commas counted.
+        At most `MAX_WORDS` words, where a comma counts as a word.
     """
-    chosen = rng or _First()
+    chosen = rng or _FirstChoice()
     preposition = {place: chosen.choice(options) for place, options in PREPOSITIONS.items()}
     parts = [f"a {o.size} {o.name} {preposition[o.place]} {o.place}" for o in scene.objects]
     objects = chosen.choice((" and ", ", and ", ", ")).join(parts[-2:])
@@ -53,24 +53,22 @@ def write_caption(scene: Scene, rng: random.Random | None = None) -> str:
 
 
 def parse_caption(caption: str) -> Scene:
-    """What a caption says: every `<size> <object> <preposition> [the] <place>` and the first `<colour> background`.
+    """The scene of a caption: every `<size> <object> <preposition> [the] <place>` and the first `<colour> background`.
 
-    Objects come in the order of `PLACES`, whatever the order of the sentence; whatever else the caption holds is
-    passed over, so a caption that says nothing of the world gives an empty scene with background None.
+    Objects are in the order of `PLACES`, whatever their order in the sentence. The rest of the caption is ignored, so
+    a caption without any such phrase gives a scene without objects and with background None.
     """
-    objects = [SceneObject(*reversed_order) for reversed_order in _read_objects(caption)]
+    objects = [
+        SceneObject(name.lower(), size.lower(), place.lower())
+        for size, name, place in _OBJECT.findall(" ".join(caption.split()))
+    ]
     objects.sort(key=lambda o: PLACES.index(o.place))
     background = _BACKGROUND.search(" ".join(caption.split()))
     return Scene(background.group(1).lower() if background else None, tuple(objects))
 
 
-def _read_objects(caption: str) -> list[tuple[str, str, str]]:
-    found = _OBJECT.findall(" ".join(caption.split()))
-    return [(name.lower(), size.lower(), place.lower()) for size, name, place in found]
-
-
-class _First:
-    """Stands in for `random.Random` where the plain phrasing is wanted: always the first choice."""
+class _FirstChoice:
+    """Takes the place of `random.Random` and always makes the first choice."""
 
     def choice(self, options):
         return options[0]

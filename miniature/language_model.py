@@ -1,12 +1,14 @@
 """The miniature's language model: Qwen2's architecture, trained on captions of `train` as plain text."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from .data import SceneDataset
 from .tokenizer import BEGIN, END, PAD, build_tokenizer
-from .training import SceneDataset, train_module
+from .training import train_module
 
 WIDTH, LAYERS = 128, 3
 
@@ -14,7 +16,7 @@ WIDTH, LAYERS = 128, 3
 def build_language_model(
     tokenizer: PreTrainedTokenizerBase, width: int = WIDTH, layers: int = LAYERS
 ) -> Qwen2ForCausalLM:
-    """Heads of 32, word embeddings tied. By default 0.6 million parameters."""
+    """A `Qwen2ForCausalLM` with heads of 32 and tied embeddings. The default sizes give 0.6 million parameters."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -31,6 +33,14 @@ def build_language_model(
     return Qwen2ForCausalLM(config)
 
 
+def collate_captions(items: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """`input_ids` `(B, L)` of captions between begin and end tokens, and `labels`, -100 where a caption is padded."""
+    texts = [f"{BEGIN} {item['caption']} {END}" for item in items]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    return {"input_ids": batch.input_ids, "labels": labels}
+
+
 def train_language_model(
     output_dir: str | Path,
     work_dir: str | Path,
@@ -41,24 +51,17 @@ def train_language_model(
     width: int = WIDTH,
     layers: int = LAYERS,
 ) -> None:
-    """Trains on captions alone and saves model and tokenizer to `output_dir`."""
+    """Trains on captions without images, and saves the model and its tokenizer to `output_dir`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(for_text_encoder=False)
     model = build_language_model(tokenizer, width, layers)
-
-    def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-        texts = [f"{BEGIN} {item['caption']} {END}" for item in items]
-        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        return {"input_ids": batch.input_ids, "labels": labels}
-
     train_module(
         model,
         SceneDataset(captions, seed=seed + 3, fields=("caption",)),
         work_dir,
         batch_size=batch_size,
         learning_rate=learning_rate,
-        data_collator=collate,
+        data_collator=partial(collate_captions, tokenizer=tokenizer),
         seed=seed,
     )
     model.generation_config = GenerationConfig(

@@ -1,4 +1,4 @@
-"""What `vlv evaluate miniature` prints: every figure, and those that were to be reached."""
+"""The tables that `vlv evaluate miniature` prints: all scores, and the goals that were set for some of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,73 +7,90 @@ from typing import Any
 
 from vlv.evaluation import markdown_table
 
-COLUMNS = ("background", "object_f1", "object_place_f1", "object_size_place_f1", "exact")
-HEADERS = ("background", "object F1", "object + place F1", "object + size + place F1", "exact scene")
+METRICS = {  # of `scoring.score_scenes`, with their titles
+    "background": "background",
+    "object_f1": "object F1",
+    "object_place_f1": "object + place F1",
+    "object_size_place_f1": "object + size + place F1",
+    "exact": "exact scene",
+}
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure with the least that will do and what was hoped for.
+    """The least value of a metric that is acceptable, and the value that was aimed for.
 
     Attributes:
-        parts: Names of measurements, of which the best counts.
-        column: One of `COLUMNS`.
+        measurements: Names of measurements. The best of them counts.
+        metric: One of `METRICS`.
+        floor: The least acceptable value.
+        aim: The value aimed for.
     """
 
     label: str
-    parts: tuple[str, ...]
-    column: str
+    measurements: tuple[str, ...]
+    metric: str
     floor: float
     aim: float
 
-    def reached(self, figures: Mapping[str, Mapping[str, Any]]) -> float | None:
-        """The best of the parts that were measured."""
-        return max((figures[part][self.column] for part in self.parts if part in figures), default=None)
+    def best_value(self, scores: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """The best value of the metric in the measurements that were made; None if there is none.
+
+        Args:
+            scores: The scores of each measurement, by its name.
+        """
+        return max((scores[name][self.metric] for name in self.measurements if name in scores), default=None)
+
+    def result(self, value: float) -> str:
+        """Whether a value reaches the aim, the floor, or neither."""
+        if value >= self.aim:
+            return "aim reached"
+        return "floor reached" if value >= self.floor else "missed"
 
 
-TEACHER = tuple(f"teacher's pictures of prompts, combo, guidance {guidance}" for guidance in (1, 2, 4))
+CLASSIFIER = ("scene classifier on clean images, combo",)
+TEACHER = tuple(f"teacher's images of prompts, combo, guidance {guidance}" for guidance in (1, 2, 4))
 RECONSTRUCTIONS = tuple(f"reconstructions, combo, guidance {guidance}" for guidance in (1, 2))
+CAPTIONS = ("captions, combo",)
 GOALS = (
-    Goal(
-        "scene classifier itself, object + place F1",
-        ("judge on clean pictures, combo",),
-        "object_place_f1",
-        0.98,
-        0.995,
-    ),
-    Goal("teacher's pictures of prompts, object + place F1", TEACHER, "object_place_f1", 0.85, 0.95),
-    Goal("stage 1's reconstructions, object + place F1", RECONSTRUCTIONS, "object_place_f1", 0.85, 0.95),
-    Goal("stage 1's reconstructions, background", RECONSTRUCTIONS, "background", 0.97, 0.99),
-    Goal("captions, object F1", ("captions, combo",), "object_f1", 0.93, 0.98),
-    Goal("captions, object + place F1", ("captions, combo",), "object_place_f1", 0.88, 0.96),
-    Goal("captions, background", ("captions, combo",), "background", 0.97, 0.99),
-    Goal("captions, exact scene", ("captions, combo",), "exact", 0.65, 0.90),
+    Goal("scene classifier on clean images, object + place F1", CLASSIFIER, "object_place_f1", 0.98, 0.995),
+    Goal("teacher's images of prompts, object + place F1", TEACHER, "object_place_f1", 0.85, 0.95),
+    Goal("reconstructions, object + place F1", RECONSTRUCTIONS, "object_place_f1", 0.85, 0.95),
+    Goal("reconstructions, background", RECONSTRUCTIONS, "background", 0.97, 0.99),
+    Goal("captions, object F1", CAPTIONS, "object_f1", 0.93, 0.98),
+    Goal("captions, object + place F1", CAPTIONS, "object_place_f1", 0.88, 0.96),
+    Goal("captions, background", CAPTIONS, "background", 0.97, 0.99),
+    Goal("captions, exact scene", CAPTIONS, "exact", 0.65, 0.90),
 )
 
 
-def figures_table(figures: Mapping[str, Any]) -> str:
-    """All parts' scores, as Markdown."""
-    rows: dict[tuple[str, str], list[tuple[str, ...]]] = {}  # both splits of a part together
-    for name, scores in figures.items():
-        if isinstance(scores, Mapping) and "exact" in scores:
+def scores_table(scores: Mapping[str, Any]) -> str:
+    """The scores of all measurements as a Markdown table.
+
+    Args:
+        scores: By the name of the measurement: `"subject, split"` or `"subject, split, setting"`. Values that are not
+            scores of `score_scenes` (the settings) are skipped. Rows of one subject and setting are placed together.
+    """
+    rows: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+    for name, values in scores.items():
+        if isinstance(values, Mapping) and "exact" in values:
             subject, _, rest = name.partition(", ")
             split, _, setting = rest.partition(", ")
             notes = [setting] if setting else []
-            if "psnr" in scores:
-                notes.append(f"{scores['psnr']} dB")
+            if "psnr" in values:
+                notes.append(f"{values['psnr']} dB")
             label = f"{subject} ({', '.join(notes)})" if notes else subject
             rows.setdefault((subject, setting), []).append(
-                (label, split, *(f"{scores[column]:.3f}" for column in COLUMNS))
+                (label, split, *(f"{values[metric]:.3f}" for metric in METRICS))
             )
-    return markdown_table(("on unseen scenes", "split", *HEADERS), list(chain.from_iterable(rows.values())))
+    return markdown_table(("on unseen scenes", "split", *METRICS.values()), list(chain.from_iterable(rows.values())))
 
 
-def goals_table(figures: Mapping[str, Any]) -> str:
-    """What was to be reached on `combo`, and whether it was, as Markdown."""
+def goals_table(scores: Mapping[str, Any]) -> str:
+    """The goals on `combo`, their values and whether they were reached, as a Markdown table."""
     rows = []
     for goal in GOALS:
-        value = goal.reached(figures)
+        value = goal.best_value(scores)
         if value is not None:
-            verdict = "aim reached" if value >= goal.aim else "floor reached" if value >= goal.floor else "missed"
-            rows.append((goal.label, f"{value:.3f}", f"{goal.floor}", f"{goal.aim}", verdict))
-    return markdown_table(("on combo, at the best guidance", "figure", "floor", "aim", ""), rows)
+            rows.append((goal.label, f"{value:.3f}", f"{goal.floor}", f"{goal.aim}", goal.result(value)))
+    return markdown_table(("on combo, at the best guidance", "value", "floor", "aim", "result"), rows)

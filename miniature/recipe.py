@@ -61,8 +61,8 @@ def _teacher_of_careless_captions(root: Path) -> None:
         images=51_200,
         learning_rate=6e-4,
         seed=10,
-        partial=0.5,
-        start=root / "teacher",
+        partial_captions=0.5,
+        initial_teacher=root / "teacher",
     )
 
 
@@ -77,9 +77,9 @@ def _teacher_of_blurred_words(root: Path) -> None:
         images=51_200,
         learning_rate=8e-4,
         seed=20,
-        partial=0.5,
-        blurred=0.5,
-        start=root / "teacher-2",
+        partial_captions=0.5,
+        embedding_mixing=0.5,
+        initial_teacher=root / "teacher-2",
     )
 
 

@@ -1,7 +1,7 @@
-"""The independent judge: a small CNN that reads a scene out of a picture.
+"""The scene classifier: a small CNN that predicts the scene of an image, to score generated images.
 
-It is trained on rendered scenes alone, of every split (it is the one part that may be), so no part of the system it
-judges ever touched it. Its own accuracy on `test` and `combo` stands beside every figure that it gives.
+It is independent of the system that it scores: it is trained on rendered scenes only. It is also the only part that is
+trained on scenes of every split. Its own accuracy on `test` and `combo` is reported beside the scores.
 """
 
 from pathlib import Path
@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .training import SceneDataset, train_module
+from .data import SceneDataset, evaluation_items
+from .scoring import score_scenes
+from .training import train_module
 from .world import COLOURS, OBJECTS, PLACES, SIZES, Scene, SceneObject
 
-ABSENT = len(OBJECTS)  # the class of a place where nothing is
+ABSENT = len(OBJECTS)  # the class of an empty place
 
 
 class SceneClassifier(nn.Module):
-    """For each place an object (or none) and its size, and one background colour."""
+    """Predicts an object (or none) and its size for each place, and one background colour."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -50,8 +52,8 @@ class SceneClassifier(nn.Module):
         return objects, sizes, self.background(hidden)
 
     @torch.no_grad()
-    def read(self, pixels: torch.Tensor) -> list[Scene]:
-        """The scene in each of `(B, 3, 64, 64)` uint8 pictures."""
+    def predict_scenes(self, pixels: torch.Tensor) -> list[Scene]:
+        """The predicted scene of each of `(B, 3, 64, 64)` uint8 images."""
         was_training, _ = self.training, self.eval()
         scenes = []
         for chunk in pixels.split(256):
@@ -67,21 +69,25 @@ class SceneClassifier(nn.Module):
         return scenes
 
     def save(self, path: str | Path) -> None:
-        """Half precision: the judge's weights are shipped, its figures are taken from the shipped ones."""
+        """Saves the weights in half precision. `measure_scene_classifier` is to be run on the saved weights."""
         save_file({name: t.half() if t.is_floating_point() else t for name, t in self.state_dict().items()}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "SceneClassifier":
-        """Raises `FileNotFoundError` where there is no such file."""
+        """Loads what `save` wrote, in float32 and evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no scene classifier at {path}; `make miniature` trains one")
+            raise FileNotFoundError(f"there is no scene classifier at {path}; `make miniature` trains one")
         model = cls()
         model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in load_file(path).items()})
         return model.eval()
 
 
 class SceneClassifierLoss(nn.Module):
-    """Cross-entropy of objects (with absence), sizes of the objects that are there, and background."""
+    """Cross-entropy of the object at each place (or none), of the sizes of objects, and of the background."""
 
     def __init__(self, scene_classifier: SceneClassifier):
         super().__init__()
@@ -100,7 +106,12 @@ class SceneClassifierLoss(nn.Module):
 
 
 def collate_scenes(items: list[dict]) -> dict[str, torch.Tensor]:
-    """Pictures, `objects` (B, 5), `sizes` (B, 5; -100 where nothing is) and `background` (B)."""
+    """The arguments of `SceneClassifierLoss.forward`.
+
+    Returns:
+        `pixels` `(B, 3, 64, 64)` uint8 and class indices: `objects` `(B, 5)` (`ABSENT` at empty places), `sizes`
+        `(B, 5)` (-100 at empty places) and `background` `(B,)`.
+    """
     objects = torch.full((len(items), len(PLACES)), ABSENT)
     sizes = torch.full((len(items), len(PLACES)), -100)
     for row, item in enumerate(items):
@@ -114,7 +125,7 @@ def collate_scenes(items: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def train_scene_classifier(path: str | Path, work_dir: str | Path, images: int = 60_000, seed: int = 0) -> None:
-    """Trains the judge on rendered scenes of any kind and saves it to `path`."""
+    """Trains the scene classifier on rendered scenes of any kind and saves it to `path`."""
     torch.manual_seed(seed)
     scene_classifier = SceneClassifier()
     train_module(
@@ -128,16 +139,12 @@ def train_scene_classifier(path: str | Path, work_dir: str | Path, images: int =
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     scene_classifier.save(path)
-    judge = SceneClassifier.load(path)
+    saved = SceneClassifier.load(path)
     for split in ("test", "combo"):
-        print(f"scene classifier on {split}: {measure_scene_classifier(judge, split)}")
+        print(f"scene classifier on {split}: {measure_scene_classifier(saved, split)}")
 
 
 def measure_scene_classifier(scene_classifier: SceneClassifier, split: str, n: int = 500) -> dict[str, float]:
-    """What the judge reads out of clean renderings of a split, scored like everything that it judges."""
-    from .scoring import score_scenes
-
-    data = SceneDataset(n, split=split, seed=23, fields=("pixels", "scene"))
-    items = [data[i] for i in range(n)]
-    pixels = torch.stack([item["pixels"] for item in items])
-    return score_scenes(scene_classifier.read(pixels), [item["scene"] for item in items])
+    """Scores, as of `score_scenes`, of the scene classifier itself on rendered images of a split."""
+    pixels, scenes = evaluation_items(split, n)
+    return score_scenes(scene_classifier.predict_scenes(pixels), scenes)

@@ -1,4 +1,4 @@
-"""How well one list of scenes agrees with another: exact, so that no judgement enters."""
+"""Scores of predicted scenes against the true ones, by exact comparison."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,26 +12,32 @@ ASPECTS: dict[str, Callable[[SceneObject], tuple]] = {
 }
 
 
-def score_scenes(found: Sequence[Scene], truth: Sequence[Scene]) -> dict[str, float]:
-    """Agreement of scenes that were read (from captions or pictures) with the true ones.
+def score_scenes(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[str, float]:
+    """Agreement of scenes that were predicted (from captions or images) with the true ones.
+
+    Args:
+        predicted: One scene for each of `true`.
 
     Returns:
-        `background` accuracy; micro-averaged F1 of objects, of objects with their place, and of objects with size and
-        place, counting a concept as often as it occurs; and `exact`, the share of scenes that agree in everything.
+        All in 0..1: `background` accuracy; micro-averaged F1 of objects, of objects with their place, and of objects
+        with size and place, where an object counts as often as it occurs; and `exact`, the share of scenes that are
+        equal.
 
     Raises:
         ValueError: If the lists differ in length or are empty.
     """
-    if len(found) != len(truth) or not truth:
-        raise ValueError(f"expected as many scenes as truths, and at least one; got {len(found)} and {len(truth)}")
-    scores = {"background": sum(f.background == t.background for f, t in zip(found, truth, strict=True)) / len(truth)}
+    if len(predicted) != len(true) or not true:
+        raise ValueError(
+            f"expected one predicted scene for each true scene, and at least one; got {len(predicted)} and {len(true)}"
+        )
+    pairs = list(zip(predicted, true, strict=True))
+    scores = {"background": sum(p.background == t.background for p, t in pairs) / len(pairs)}
     for name, aspect in ASPECTS.items():
-        shared = claimed = true = 0
-        for f, t in zip(found, truth, strict=True):
-            said, there = Counter(map(aspect, f.objects)), Counter(map(aspect, t.objects))
-            shared += (said & there).total()
-            claimed += said.total()
-            true += there.total()
-        scores[name] = 2 * shared / (claimed + true) if claimed + true else 0.0
-    scores["exact"] = sum(f == t for f, t in zip(found, truth, strict=True)) / len(truth)
+        matches = total = 0
+        for p, t in pairs:
+            predicted_counts, true_counts = Counter(map(aspect, p.objects)), Counter(map(aspect, t.objects))
+            matches += (predicted_counts & true_counts).total()
+            total += predicted_counts.total() + true_counts.total()
+        scores[name] = 2 * matches / total if total else 0.0
+    scores["exact"] = sum(p == t for p, t in pairs) / len(pairs)
     return {name: round(value, 4) for name, value in scores.items()}

@@ -1,6 +1,7 @@
-"""The miniature's text-to-image model: a CLIP text encoder and a UNet, trained together on captioned pictures.
+"""The miniature's teacher: a CLIP text encoder and a UNet, trained together on images with captions.
 
-It plays Stable Diffusion's part: what comes out is a plain diffusers `StableDiffusionPipeline`, frozen ever after.
+It takes the place of Stable Diffusion. The result is a diffusers `StableDiffusionPipeline`; stages 1 and 2 keep it
+frozen.
 """
 
 import os
@@ -10,29 +11,34 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import make_image_grid
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.masking_utils import create_causal_mask
 
+from vlv.modeling_vlv import encode_text_embeds
+
+from .data import SceneDataset
 from .scene_classifier import SceneClassifier
 from .scoring import score_scenes
 from .tokenizer import BEGIN, END, PAD, TEXT_POSITIONS, build_tokenizer
-from .training import MovingAverage, SceneDataset, train_module
+from .training import MovingAverageCallback, train_module
 
-CAPTION_DROPOUT = 0.1  # the share of pictures shown with an empty caption, for classifier-free guidance
+TEXT_WIDTH = 128
+CAPTION_DROPOUT = 0.1  # the share of images with an empty caption, for classifier-free guidance
 
 
 def build_text_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
-    """CLIP's text model, 128 wide and 3 layers deep."""
+    """CLIP's text model with 3 layers of width 128."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=TEXT_WIDTH,
         intermediate_size=512,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=TEXT_POSITIONS,
-        projection_dim=128,
+        projection_dim=TEXT_WIDTH,
         pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
         bos_token_id=tokenizer.convert_tokens_to_ids(BEGIN),
         eos_token_id=tokenizer.convert_tokens_to_ids(END),
@@ -40,8 +46,8 @@ def build_text_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def build_unet(latent_channels: int, text_width: int = 128) -> UNet2DConditionModel:
-    """Two levels, 8 x 8 and 4 x 4, with cross-attention in both. (`attention_head_dim` is the number of heads.)"""
+def build_unet(latent_channels: int) -> UNet2DConditionModel:
+    """Two levels, 8 x 8 and 4 x 4, with cross-attention in both."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=latent_channels,
@@ -50,14 +56,14 @@ def build_unet(latent_channels: int, text_width: int = 128) -> UNet2DConditionMo
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=text_width,
-        attention_head_dim=(4, 8),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=(4, 8),  # diffusers takes this as the number of heads
         norm_num_groups=16,
     )
 
 
 def build_scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal SNR: at the last timestep nothing of the picture is left, as in sampling."""
+    """v-prediction with zero terminal SNR: at the last timestep the latents are pure noise, as sampling assumes."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -71,45 +77,46 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def blur_words(input_ids: torch.Tensor, table: torch.Tensor, share: float) -> torch.Tensor:
-    """Word embeddings `(B, L, d)`, of a share of the rows mixed with other words' or with nothing.
+def mix_embeddings(input_ids: torch.Tensor, embedding_table: torch.Tensor, share: float) -> torch.Tensor:
+    """Token embeddings `(B, L, d)`, in a share of the rows mixed with other embeddings.
 
-    Of each such row, a share of the words drawn evenly from 0 to 1 becomes `a * right + (1 - a) * other`: `a` is even
-    from 0 to 1, and `other` a random word's embedding or, half of the time, zero. So the denoiser learns what half a
-    word is worth.
+    In each mixed row, the share of mixed tokens is sampled uniformly from 0 to 1. A mixed token has the embedding
+    `a * own + (1 - a) * other`, with `a` uniform from 0 to 1 and `other` the embedding of a random token or, with a
+    probability of one half, zero. This teaches the denoiser to use caption embeddings that are partly right.
+
+    Args:
+        input_ids: `(B, L)`.
+        embedding_table: `(vocabulary, d)`.
+        share: Probability that a row is mixed, 0 to 1.
     """
-    embeds = table[input_ids]
+    embeds = embedding_table[input_ids]
     shape = input_ids.shape
     rate = torch.rand(shape[0], 1) * (torch.rand(shape[0], 1) < share)
     weight = torch.where(torch.rand(shape) < rate, torch.rand(shape), torch.ones(shape))[..., None]
-    other = table[torch.randint(len(table), shape)] * (torch.rand(shape) < 0.5)[..., None]
+    other = embedding_table[torch.randint(len(embedding_table), shape)] * (torch.rand(shape) < 0.5)[..., None]
     return weight * embeds + (1 - weight) * other
 
 
-def encode_embeds(text_encoder: CLIPTextModel, embeds: torch.Tensor) -> torch.Tensor:
-    """The text encoder's last hidden state for embeddings in place of words."""
-    hidden = text_encoder.embeddings(inputs_embeds=embeds)
-    mask = create_causal_mask(
-        config=text_encoder.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-    )
-    states = text_encoder.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
-    return text_encoder.final_layer_norm(states)
-
-
 class TeacherLoss(nn.Module):
-    """Denoising loss of latents under their captions; the autoencoder stands outside, frozen."""
+    """The denoising loss of images with their captions as conditioning.
+
+    The autoencoder is frozen and not a submodule, so it is not in the checkpoints.
+
+    Args:
+        embedding_mixing: The share of captions whose token embeddings are mixed by `mix_embeddings`.
+    """
 
     def __init__(
         self,
         text_encoder: CLIPTextModel,
         unet: UNet2DConditionModel,
         autoencoder: AutoencoderKL,
-        blurred: float = 0.0,
+        embedding_mixing: float = 0.0,
     ):
         super().__init__()
-        self.text_encoder, self.unet, self.blurred = text_encoder, unet, blurred
+        self.text_encoder, self.unet, self.embedding_mixing = text_encoder, unet, embedding_mixing
         self.scheduler = build_scheduler()
-        self._autoencoder = [autoencoder.eval().requires_grad_(False)]  # in a list: no submodule, in no checkpoint
+        self._autoencoder = [autoencoder.eval().requires_grad_(False)]  # a list hides it from nn.Module
 
     def forward(self, pixels: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -118,30 +125,33 @@ class TeacherLoss(nn.Module):
         noise = torch.randn_like(latents)
         steps = self.scheduler.config.num_train_timesteps
         strata = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)
-        timesteps = (strata * steps).long().clamp(max=steps - 1)  # one from each part of the schedule
+        timesteps = (
+            (strata * steps).long().clamp(max=steps - 1)
+        )  # stratified: one from each of B equal parts of the schedule
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
-        if self.blurred:
-            context = self._blurred_context(input_ids)
+        if self.embedding_mixing:
+            prompt_embeds = self._encode_mixed_embeddings(input_ids)
         else:
-            context = self.text_encoder(input_ids=input_ids).last_hidden_state  # (B, 48, 128)
-        predicted = self.unet(noisy, timesteps, context).sample
-        return {"loss": F.mse_loss(predicted.float(), target)}
+            prompt_embeds = self.text_encoder(input_ids=input_ids).last_hidden_state  # (B, 48, 128)
+        velocity_pred = self.unet(noisy, timesteps, prompt_embeds).sample
+        return {"loss": F.mse_loss(velocity_pred.float(), target)}
 
-    def _blurred_context(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The context of captions with blurred words; batches lose their begin token and some padding at random.
+    def _encode_mixed_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The prompt embeddings `(B, L, 128)` of captions with mixed token embeddings.
 
-        Caption embeddings have neither.
+        The begin token and some of the padding are removed at random, since caption embeddings have neither.
         """
         first = int(torch.rand(()) < 0.5)
         longest = int((input_ids != self.text_encoder.config.pad_token_id).sum(dim=1).max())
         input_ids = input_ids[:, first : int(torch.randint(longest, input_ids.shape[1] + 1, ()))]
-        embeds = blur_words(input_ids, self.text_encoder.embeddings.token_embedding.weight, self.blurred)
-        return encode_embeds(self.text_encoder, embeds)
+        embedding_table = self.text_encoder.embeddings.token_embedding.weight
+        embeds = mix_embeddings(input_ids, embedding_table, self.embedding_mixing)
+        return encode_text_embeds(self.text_encoder, embeds)
 
 
 class CaptionCollator:
-    """Pictures and token ids, captions dropped with probability `dropout`, every row padded to all positions."""
+    """Makes `pixels` `(B, 3, 64, 64)` and `input_ids` `(B, 48)`; a caption is empty with probability `dropout`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dropout: float = 0.0):
         self.tokenizer, self.dropout = tokenizer, dropout
@@ -155,7 +165,7 @@ class CaptionCollator:
 def assemble_pipeline(
     autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The teacher as diffusers knows it."""
+    """The teacher as a diffusers pipeline."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text_encoder,
@@ -170,7 +180,7 @@ def assemble_pipeline(
     return pipeline
 
 
-def prompt_alignment(
+def measure_prompt_alignment(
     pipeline: StableDiffusionPipeline,
     scene_classifier: SceneClassifier,
     split: str = "test",
@@ -180,31 +190,41 @@ def prompt_alignment(
     seed: int = 42,
     batch_size: int = 64,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """What the scene classifier finds of each prompt in the picture drawn for it.
+    """How well the images that a teacher generates agree with their prompts.
+
+    Args:
+        pipeline: The teacher.
+        scene_classifier: Predicts the scenes of the generated images.
+        n: Number of prompts.
+        seed: Seed of the noise.
 
     Returns:
-        Scores as of `score_scenes`, and the pictures `(n, 64, 64, 3)` uint8.
+        The scores of `score_scenes`, and the images `(n, 64, 64, 3)` uint8.
     """
     data = SceneDataset(n, split=split, seed=29, fields=("caption", "scene"))
     items = [data[i] for i in range(n)]
     generator = torch.Generator().manual_seed(seed)
-    pictures = []
+    batches = []
     for start in range(0, n, batch_size):
-        drawn = pipeline(
+        batch = pipeline(
             [item["caption"] for item in items[start : start + batch_size]],
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             generator=generator,
             output_type="np",
         ).images
-        pictures.append((drawn * 255).round().astype(np.uint8))
-    images = np.concatenate(pictures)
-    found = scene_classifier.read(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return score_scenes(found, [item["scene"] for item in items]), images
+        batches.append((batch * 255).round().astype(np.uint8))
+    images = np.concatenate(batches)
+    predicted = scene_classifier.predict_scenes(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return score_scenes(predicted, [item["scene"] for item in items]), images
 
 
-class AlignmentCallback(TrainerCallback):
-    """Every so many steps, prints how far prompts are obeyed and saves a sheet of pictures."""
+class PromptAlignmentCallback(TrainerCallback):
+    """Every `every` steps, prints the scores of `measure_prompt_alignment` and saves a grid of images to `folder`.
+
+    Args:
+        averaged: Has the submodules `text_encoder` and `unet`.
+    """
 
     def __init__(
         self,
@@ -220,16 +240,14 @@ class AlignmentCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every or not state.is_world_process_zero:
             return
-        from PIL import Image
-
-        pair = dict(self.averaged.named_children())
+        parts = dict(self.averaged.named_children())
         random_state = torch.get_rng_state()
-        pipeline = assemble_pipeline(self.autoencoder, pair["text_encoder"], pair["unet"])
-        scores, images = prompt_alignment(pipeline, self.scene_classifier, n=64)
+        pipeline = assemble_pipeline(self.autoencoder, parts["text_encoder"], parts["unet"])
+        scores, images = measure_prompt_alignment(pipeline, self.scene_classifier, n=64)
         torch.set_rng_state(random_state)
         print(f"step {state.global_step}: {scores}", flush=True)
-        sheet = images[:32].reshape(4, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(256, 512, 3)
-        Image.fromarray(sheet).save(self.folder / "samples.png")
+        grid = make_image_grid([Image.fromarray(image) for image in images[:32]], rows=4, cols=8)
+        grid.save(self.folder / "samples.png")
 
 
 def train_teacher(
@@ -241,39 +259,41 @@ def train_teacher(
     batch_size: int = 128,
     learning_rate: float = 1.5e-3,
     seed: int = 0,
-    partial: float = 0.0,
-    blurred: float = 0.0,
-    start: str | Path | None = None,
+    partial_captions: float = 0.0,
+    embedding_mixing: float = 0.0,
+    initial_teacher: str | Path | None = None,
 ) -> None:
-    """Trains text encoder and UNet on captioned scenes of `train`; saves a `StableDiffusionPipeline`.
+    """Trains the text encoder and the UNet on scenes of `train` with captions; saves a `StableDiffusionPipeline`.
 
     Args:
-        partial: The share of captions that leave things out.
-        blurred: The share of captions of which words are blurred, see `blur_words`.
-        start: A teacher to go on from.
+        images: Number of training images.
+        batch_size: Of all processes together.
+        partial_captions: The share of captions that are partial, see `SceneDataset`.
+        embedding_mixing: The share of captions with mixed token embeddings, see `mix_embeddings`.
+        initial_teacher: The teacher whose weights training starts from. By default they are random.
     """
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_dir)
     tokenizer = build_tokenizer(for_text_encoder=True)
     text_encoder, unet = build_text_encoder(tokenizer), build_unet(autoencoder.config.latent_channels)
-    if start is not None:
-        text_encoder = CLIPTextModel.from_pretrained(start, subfolder="text_encoder")
-        unet = UNet2DConditionModel.from_pretrained(start, subfolder="unet")
-    module = TeacherLoss(text_encoder, unet, autoencoder, blurred)
+    if initial_teacher is not None:
+        text_encoder = CLIPTextModel.from_pretrained(initial_teacher, subfolder="text_encoder")
+        unet = UNet2DConditionModel.from_pretrained(initial_teacher, subfolder="unet")
+    module = TeacherLoss(text_encoder, unet, autoencoder, embedding_mixing)
     trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     Path(work_dir).mkdir(parents=True, exist_ok=True)
-    averaging = MovingAverage(trained, decay=0.998)
-    judging = AlignmentCallback(
+    averaging = MovingAverageCallback(trained, decay=0.998)
+    validation = PromptAlignmentCallback(
         averaging.average, autoencoder, SceneClassifier.load(scene_classifier_path), 300, Path(work_dir)
     )
     train_module(
         module,
-        SceneDataset(images, seed=seed + 1, fields=("pixels", "caption"), partial=partial),
+        SceneDataset(images, seed=seed + 1, fields=("pixels", "caption"), partial_captions=partial_captions),
         work_dir,
         batch_size=batch_size,
         learning_rate=learning_rate,
         data_collator=CaptionCollator(tokenizer, CAPTION_DROPOUT),
-        callbacks=(averaging, judging),
+        callbacks=(averaging, validation),
         seed=seed,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},

@@ -13,7 +13,7 @@ TEXT_POSITIONS = 48
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, punctuation, and every word that the grammar can write, in alphabetical order."""
+    """Special tokens, punctuation, and then every word that the grammar can write, in alphabetical order."""
     prepositions = [option for options in PREPOSITIONS.values() for option in options]
     phrases = [*OBJECTS, *SIZES, *PLACES, *COLOURS, *prepositions, *OPENINGS, *ENDINGS, *BEGINNINGS, "a and"]
     words = set(re.findall(r"[a-z]+", re.sub(r"\{[a-z]+\}", " ", " ".join(phrases))))
@@ -21,11 +21,11 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer(for_text_encoder: bool) -> PreTrainedTokenizerFast:
-    """A lower-casing word tokenizer.
+    """A word-level tokenizer that lowercases its input.
 
     Args:
-        for_text_encoder: With begin and end around every text and `TEXT_POSITIONS` places, as CLIP's has; else nothing
-            is added, as with Qwen2's, and padding goes to the left.
+        for_text_encoder: True adds begin and end tokens to every text and limits it to `TEXT_POSITIONS` tokens, as
+            CLIP's tokenizer does. False adds nothing, as Qwen2's tokenizer does, and pads on the left.
     """
     words = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
@@ -33,7 +33,9 @@ def build_tokenizer(for_text_encoder: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[,.]"), behavior="isolated")]
     )
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words apart, commas close to what is before
+    tokenizer.decoder = decoders.WordPiece(
+        prefix="##", cleanup=True
+    )  # words separated by spaces, no space before a comma
     special = {"pad_token": PAD, "unk_token": UNKNOWN, "bos_token": BEGIN, "eos_token": END}
     if not for_text_encoder:
         return PreTrainedTokenizerFast(

@@ -1,12 +1,11 @@
-"""What every part of the recipe shares: endless rendered scenes as a dataset, averaged weights, and one way to train.
+"""Training of the miniature's parts: averaged weights, and one function that trains any of them.
 
-Each part is a small module whose `forward` returns its own loss, so that `transformers.Trainer` does the rest:
-schedule, checkpoints, resuming, and data-parallel training (`torchrun --nproc_per_node 2`).
+Each part is a small module whose `forward` returns its own loss. `transformers.Trainer` does the rest: schedule,
+checkpoints, resuming, and data-parallel training (`torchrun --nproc_per_node 2`).
 """
 
 import copy
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from vlv.train import PerProcessSeedCallback, last_checkpoint
 
-from .grammar import write_caption
-from .render import render
-from .world import Scene, sample_scenes
-
-EVALUATION_SEED = 1_000_003
-ON_THIS_MACHINE: dict[str, Any] = {  # settings of every trainer: processes of one thread each, no accelerator
+CPU_ARGUMENTS: dict[str, Any] = {  # arguments of every trainer: processes with one thread each, no accelerator
     "use_cpu": True,
     "dataloader_num_workers": 0,
     "dataloader_drop_last": True,
@@ -32,50 +26,8 @@ ON_THIS_MACHINE: dict[str, Any] = {  # settings of every trainer: processes of o
 }
 
 
-class SceneDataset(Dataset):
-    """`length` scenes of a split, each drawn, rendered and described from its own number, so that any can be remade.
-
-    Items hold `pixels`, a `(3, 64, 64)` uint8 tensor, `scene`, and `caption`; `fields` chooses which. Of a share
-    `partial` of the scenes the caption leaves out each object, and the background, with even chance.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        split: str | None = "train",
-        seed: int = 0,
-        fields: tuple[str, ...] = ("pixels",),
-        partial: float = 0.0,
-    ):
-        self.length, self.split, self.seed, self.fields, self.partial = length, split, seed, fields, partial
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        rng = random.Random(f"{self.seed}/{self.split}/{index}")
-        scene = next(sample_scenes(rng, self.split))
-        item: dict = {}
-        if "pixels" in self.fields:
-            item["pixels"] = torch.from_numpy(render(scene, rng)).permute(2, 0, 1)
-        if "caption" in self.fields:
-            told = leave_out(scene, rng) if rng.random() < self.partial else scene
-            item["caption"] = write_caption(told, rng)
-        if "scene" in self.fields:
-            item["scene"] = scene
-        return item
-
-
-def leave_out(scene: Scene, rng: random.Random) -> Scene:
-    """The scene less some of its objects, and perhaps its background: what a careless caption tells of it."""
-    objects = tuple(o for o in scene.objects if rng.random() < 0.5)
-    return Scene(scene.background if rng.random() < 0.5 else None, objects)
-
-
-class MovingAverage(TrainerCallback):
-    """Keeps an exponential moving average of a module's trained weights beside the checkpoints."""
+class MovingAverageCallback(TrainerCallback):
+    """Keeps an exponential moving average of a module's weights in `average`, and saves it in each checkpoint."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999, warmup: int = 20):
         self.module, self.decay, self.warmup = module, decay, warmup
@@ -101,8 +53,8 @@ class MovingAverage(TrainerCallback):
             torch.save(self.average.state_dict(), folder / "average.pt")
 
 
-def share_of(batch_size: int) -> int:
-    """What each process takes of a batch, under `torchrun` or alone."""
+def per_process_batch_size(batch_size: int) -> int:
+    """The part of a batch that each process trains on, under `torchrun` or alone."""
     return batch_size // int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -118,18 +70,19 @@ def train_module(
     callbacks: tuple[TrainerCallback, ...] = (),
     **arguments,
 ) -> None:
-    """Trains a module that returns `{"loss": ...}` on one pass over `dataset`, resuming where it stopped.
+    """Trains a module that returns `{"loss": ...}` for one pass over `dataset`. An interrupted run resumes.
 
     Args:
         module: Called with the collated batch as keyword arguments.
+        output_dir: For checkpoints. If it has one, training resumes from it.
         batch_size: Of all processes together.
-        callbacks: Such as a `MovingAverage` of a part of `module`.
-        arguments: Of `TrainingArguments`, over the defaults here.
+        callbacks: For example a `MovingAverageCallback` of a part of `module`.
+        arguments: Arguments of `TrainingArguments`. They replace the defaults below.
     """
     set_seed(seed)
-    settings = ON_THIS_MACHINE | {
+    settings = CPU_ARGUMENTS | {
         "output_dir": str(output_dir),
-        "per_device_train_batch_size": share_of(batch_size),
+        "per_device_train_batch_size": per_process_batch_size(batch_size),
         "learning_rate": learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 100,

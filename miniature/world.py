@@ -1,13 +1,13 @@
-"""The emoji world: what a scene may hold, how scenes are drawn at random, and which split a scene belongs to.
+"""The emoji world: what a scene can contain, how scenes are sampled, and which split a scene belongs to.
 
-Splits go by a scene's meaning, never by seed, so that the same scene is in the same split in every process:
+A split depends on the content of a scene, never on a seed, so a scene is in the same split in every process:
 
 - an (object, background, place) triple is *held out* when `(7 * object + 3 * background + 5 * place) % 10 == 0`,
   each numbered from 0 in the order of the tuples below;
 - `combo`: every object of the scene is in a held-out triple;
 - `test`: no held-out triple, and the first byte of the sha256 of the scene's canonical text is below 26;
-- `train`: everything else without a held-out triple;
-- a scene with some, but not only, held-out triples is in no split.
+- `train`: all other scenes without a held-out triple;
+- a scene with both held-out and other triples is in no split.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ SPLITS = ("train", "test", "combo")
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene: what it is, how large, and where."""
+    """One object of a scene: its name, its size and its place."""
 
     name: str
     size: str
@@ -63,14 +63,14 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background colour (None where a caption names none) and its objects in the order of `PLACES`."""
+    """A background colour (None if a caption names none) and objects in the order of `PLACES`."""
 
     background: str | None
     objects: tuple[SceneObject, ...]
 
     @property
     def text(self) -> str:
-        """The canonical text, the same for equal scenes: what the split is taken from."""
+        """The canonical text. Equal scenes have equal texts; `split` is computed from it."""
         objects = "; ".join(f"{o.size} {o.name} {o.place}" for o in self.objects)
         return f"{self.background}: {objects}"
 
@@ -83,30 +83,27 @@ class Scene:
 
 
 def is_held_out(name: str, background: str | None, place: str) -> bool:
-    """Whether no part of the system but the judge may train on this object, background and place together."""
+    """Whether only the scene classifier may be trained on this combination of object, background and place."""
     if background is None:
         return False
     number = 7 * OBJECTS.index(name) + 3 * COLOURS.index(background) + 5 * PLACES.index(place)
     return number % 10 == 0
 
 
-def random_scene(rng: random.Random, n_objects: int, concepts: int = len(OBJECTS)) -> Scene:
-    """A scene of `n_objects` drawn evenly, whatever its split; the centre is used by an object alone only."""
+def random_scene(rng: random.Random, n_objects: int) -> Scene:
+    """A scene of any split with `n_objects` objects, sampled uniformly. Only a single object can be at the centre."""
     places = [rng.choice(PLACES)] if n_objects == 1 else sorted(rng.sample(CORNERS, n_objects), key=PLACES.index)
-    objects = tuple(SceneObject(OBJECTS[rng.randrange(concepts)], rng.choice(SIZES), place) for place in places)
+    objects = tuple(SceneObject(OBJECTS[rng.randrange(len(OBJECTS))], rng.choice(SIZES), place) for place in places)
     return Scene(rng.choice(COLOURS), objects)
 
 
-def sample_scenes(
-    rng: random.Random, split: str | None = "train", concepts: int = len(OBJECTS), n_objects: int | None = None
-) -> Iterator[Scene]:
-    """Endless scenes of a split, drawn with replacement.
+def sample_scenes(rng: random.Random, split: str | None = "train", n_objects: int | None = None) -> Iterator[Scene]:
+    """An endless stream of scenes of a split, sampled with replacement.
 
     Args:
-        rng: The source of randomness; the same state gives the same scenes.
-        split: One of `SPLITS`, or None for scenes of any kind (for the judge alone).
-        concepts: Only the first so many of `OBJECTS` occur.
-        n_objects: A fixed number of objects; by default the number is drawn first, evenly from 1 to 3.
+        rng: The source of randomness. The same state gives the same scenes.
+        split: One of `SPLITS`, or None for scenes of any kind (for the scene classifier only).
+        n_objects: The number of objects. By default each scene has 1 to 3, with equal probability.
 
     Raises:
         ValueError: If `split` is not one of `SPLITS`.
@@ -115,7 +112,7 @@ def sample_scenes(
         raise ValueError(f"split must be one of {SPLITS} or None, not {split!r}")
     while True:
         count = n_objects or rng.randint(1, MAX_OBJECTS)
-        scene = random_scene(rng, count, concepts)
+        scene = random_scene(rng, count)
         while split is not None and scene.split() != split:
-            scene = random_scene(rng, count, concepts)
+            scene = random_scene(rng, count)
         yield scene

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from vlv import VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
 from vlv.modeling_vlv import VLVModelOutput
 
-from ..captioner import Pairs
-from ..encoder import build_encoder_config, build_image_processor, initialise
-from ..evaluation import evaluation_items
+from ..captioner import ImageCaptionPairs
+from ..encoder import build_encoder_config, build_image_processor, initialize_encoder
+from ..data import evaluation_items
 from ..grammar import parse_caption
 from ..scoring import score_scenes
 
@@ -44,7 +44,7 @@ def untrained_encoder(teacher_dir: str | Path, seed: int) -> VLVModel:
     torch.manual_seed(seed)
     model = VLVModel(build_encoder_config(teacher.text_encoder.config))
     model.text_encoder.load_state_dict(teacher.text_encoder.state_dict())
-    initialise(model)
+    initialize_encoder(model)
     return model.eval()
 
 
@@ -67,7 +67,7 @@ class CaptionedPictures:
     """So many pairs of the training split in memory: `pictures` (N, 3, 64, 64) uint8 and `labels` (N, L)."""
 
     def __init__(self, count: int, processor: VLVProcessor, seed: int):
-        items = [pairs[i] for pairs in (Pairs(count, seed=seed + 4),) for i in range(count)]
+        items = [pairs[i] for pairs in (ImageCaptionPairs(count, seed=seed + 4),) for i in range(count)]
         self.pictures = torch.stack([item["image"] for item in items])
         self.labels = processor(suffix=[item["caption"] for item in items]).labels
 

@@ -16,7 +16,7 @@ from vlv import VLVForConditionalGeneration, VLVModel, VLVProcessor
 from vlv.pipelines import VLVReconstructionPipeline
 
 from ..encoder import build_image_processor
-from ..evaluation import evaluation_items
+from ..data import evaluation_items
 from ..grammar import parse_caption, write_caption
 from ..render import IMAGE_SIZE
 from ..scene_classifier import SceneClassifier
@@ -127,7 +127,7 @@ def measure_reconstructions(
     """Scores of reconstructions, and how far objects moved in them."""
     pictures, truth = evaluation_items(split, n)
     drawn = draw(pipeline_of(encoder, teacher_dir), embed(encoder, pictures))
-    found = scene_classifier.read(drawn)
+    found = scene_classifier.predict_scenes(drawn)
     return score_scenes(found, truth) | deviations(pictures, drawn, truth, found)
 
 
@@ -151,7 +151,7 @@ def measure_words(
             width=IMAGE_SIZE,
         ).images
         drawn.append((images * 255).round().to(torch.uint8))
-    found = scene_classifier.read(torch.cat(drawn))
+    found = scene_classifier.predict_scenes(torch.cat(drawn))
     return score_scenes(found, truth) | deviations(pictures, torch.cat(drawn), truth, found)
 
 
@@ -162,7 +162,7 @@ def measure_truncation(
     pictures, truth = evaluation_items("test", n)
     embeds, pipeline = embed(encoder, pictures), pipeline_of(encoder, teacher_dir)
     return {
-        str(count): score_scenes(scene_classifier.read(draw(pipeline, embeds[:, :count])), truth) for count in kept
+        str(count): score_scenes(scene_classifier.predict_scenes(draw(pipeline, embeds[:, :count])), truth) for count in kept
     }
 
 
@@ -194,7 +194,7 @@ def measure_composition(
     figures = {}
     for first, second in counts:
         mixed = torch.stack([torch.cat([embeds[a][:first], embeds[b][:second]]) for a, b in pairs])
-        found = scene_classifier.read(draw(pipeline, mixed))
+        found = scene_classifier.predict_scenes(draw(pipeline, mixed))
         figures[f"{first}+{second}"] = {
             "objects of the first": _share(found, [truth[a] for a, _ in pairs]),
             "objects of the second": _share(found, [truth[b] for _, b in pairs]),

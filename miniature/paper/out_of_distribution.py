@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlv import VLVForConditionalGeneration, VLVProcessor
 
-from ..evaluation import SEED, evaluation_items, write_captions
+from ..data import EVALUATION_SEED, evaluation_items
+from ..evaluation import caption_images
 from ..grammar import parse_caption
-from ..render import premultiplied, render
+from ..render import crop_and_premultiply, render
 from ..scene_classifier import SceneClassifier
 from ..scoring import score_scenes
 from ..world import CODEPOINTS, Scene
@@ -31,7 +32,7 @@ FONT_SIZE = 109  # the only one that this font has
 
 @functools.cache
 def noto_artwork(name: str) -> Image.Image:
-    """Noto's drawing of a concept, in place of `render.artwork`.
+    """Noto's drawing of a concept, in place of `render.openmoji_artwork`.
 
     Raises:
         FileNotFoundError: If the font is not installed.
@@ -44,12 +45,12 @@ def noto_artwork(name: str) -> Image.Image:
     # Pillow blends the drawing's edges with the black that is below; without them they are smooth enough, since four
     # to six pixels become one in a scene.
     image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha > 250 else 0))
-    return premultiplied(image)
+    return crop_and_premultiply(image)
 
 
 def pictures_in_another_style(scenes: list[Scene]) -> torch.Tensor:
     """`(N, 3, 64, 64)` uint8."""
-    drawn = [render(scene, random.Random(f"{SEED}/{i}"), noto_artwork) for i, scene in enumerate(scenes)]
+    drawn = [render(scene, random.Random(f"{EVALUATION_SEED}/{i}"), noto_artwork) for i, scene in enumerate(scenes)]
     return torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn])
 
 
@@ -64,11 +65,11 @@ def measure_another_style(
     own, truth = evaluation_items("test", n)
     figures: dict[str, Any] = {}
     for style, pictures in (("OpenMoji", own), ("Noto", pictures_in_another_style(truth))):
-        captions = write_captions(captioner, processor, pictures)
+        captions = caption_images(captioner, processor, pictures)
         figures[f"captions, {style}"] = score_scenes([parse_caption(caption) for caption in captions], truth)
         drawn = draw(pipeline_of(captioner.model, teacher_dir), embed(captioner.model, pictures))
-        figures[f"reconstructions, {style}"] = score_scenes(scene_classifier.read(drawn), truth)
-        figures[f"the scene classifier itself, {style}"] = score_scenes(scene_classifier.read(pictures), truth)
+        figures[f"reconstructions, {style}"] = score_scenes(scene_classifier.predict_scenes(drawn), truth)
+        figures[f"the scene classifier itself, {style}"] = score_scenes(scene_classifier.predict_scenes(pictures), truth)
     return figures
 
 

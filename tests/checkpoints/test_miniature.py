@@ -1,4 +1,4 @@
-"""The embedded miniature is whole, small enough, and as good as its card says."""
+"""The embedded miniature: its files, its captions and its reconstructions."""
 
 import json
 import random
@@ -10,13 +10,14 @@ from safetensors import safe_open
 from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
-from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, evaluation_items, reconstruct, write_captions
+from vlv.miniature.data import evaluation_items
+from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, caption_images, reconstruct_images
 from vlv.miniature.grammar import parse_caption
 from vlv.miniature.scene_classifier import SceneClassifier, measure_scene_classifier
 from vlv.miniature.scoring import score_scenes
 from vlv.pipelines import load_reconstruction
 
-N = 48  # scenes: enough to see a broken part, few enough to be quick
+N = 48  # scenes: enough to notice a broken part in a short time
 
 
 @pytest.fixture(scope="module")
@@ -35,30 +36,31 @@ def test_files_are_small_safe_and_in_half_precision():
 
 
 @pytest.mark.parametrize("split", ["test", "combo"])
-def test_captions_say_what_is_there(captioner, split):
+def test_captions_describe_the_scenes(captioner, split):
     pixels, scenes = evaluation_items(split, N)
-    scores = score_scenes([parse_caption(c) for c in write_captions(*captioner, pixels)], scenes)
+    scores = score_scenes([parse_caption(c) for c in caption_images(*captioner, pixels)], scenes)
     assert scores["background"] >= 0.97 and scores["object_place_f1"] >= 0.93, scores
 
 
-def test_captions_end_by_themselves(captioner):
+def test_captions_end_with_the_end_token(captioner):
     model, processor = captioner
     pixels, _ = evaluation_items("test", 16)
     ids = model.generate(processor(images=pixels).pixel_values, max_new_tokens=100)
     assert ((ids == processor.tokenizer.eos_token_id).any(dim=1)).float().mean() >= 0.9
 
 
-def test_reconstructions_show_what_is_there():
+def test_reconstructions_show_the_scenes():
     scene_classifier = SceneClassifier.load(MINIATURE / SCENE_CLASSIFIER_FILE)
     assert measure_scene_classifier(scene_classifier, "combo", N)["exact"] >= 0.98
     pipeline = load_reconstruction(MINIATURE)
     pipeline.set_progress_bar_config(disable=True)
     pixels, scenes = evaluation_items("test", N)
-    scores = score_scenes(scene_classifier.read(reconstruct(pipeline, pixels, 2.0, steps=10)), scenes)
+    images = reconstruct_images(pipeline, pixels, 2.0, steps=10)
+    scores = score_scenes(scene_classifier.predict_scenes(images), scenes)
     assert scores["background"] >= 0.9 and scores["object_place_f1"] >= 0.85, scores
 
 
-def test_without_a_model_the_commands_use_it_and_say_so(tmp_path, capsys):
+def test_commands_without_a_model_use_the_miniature_and_say_so(tmp_path, capsys):
     from PIL import Image
 
     from vlv.miniature.render import render

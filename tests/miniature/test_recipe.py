@@ -11,12 +11,13 @@ from vlv import hub
 from vlv.miniature import recipe
 from vlv.miniature.autoencoder import train_autoencoder
 from vlv.miniature.captioner import train_captioner
+from vlv.miniature.data import SceneDataset
 from vlv.miniature.encoder import train_encoder
 from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE
 from vlv.miniature.language_model import train_language_model
 from vlv.miniature.scene_classifier import train_scene_classifier
 from vlv.miniature.teacher import train_teacher
-from vlv.miniature.training import MovingAverage, SceneDataset, train_module
+from vlv.miniature.training import MovingAverageCallback, train_module
 from vlv.pipelines import VLVCaptioningPipeline, load_reconstruction
 
 
@@ -24,23 +25,23 @@ from vlv.pipelines import VLVCaptioningPipeline, load_reconstruction
 def trained(tmp_path_factory):
     """A folder where every part was trained for two steps, in order, by the functions that the recipe calls."""
     root = tmp_path_factory.mktemp("miniature")
-    judge = root / SCENE_CLASSIFIER_FILE
+    classifier = root / SCENE_CLASSIFIER_FILE
     work = root / "work"
-    train_scene_classifier(judge, work / "scene classifier", images=128)
+    train_scene_classifier(classifier, work / "scene classifier", images=128)
     train_autoencoder(root / "autoencoder", work / "autoencoder", images=32)
-    train_teacher(root / "teacher", work / "teacher", root / "autoencoder", judge, images=32, batch_size=16)
+    train_teacher(root / "teacher", work / "teacher", root / "autoencoder", classifier, images=32, batch_size=16)
     train_teacher(
         root / "teacher-3",
         work / "teacher-3",
         root / "autoencoder",
-        judge,
+        classifier,
         images=32,
         batch_size=16,
-        partial=0.5,
-        blurred=0.5,
-        start=root / "teacher",
+        partial_captions=0.5,
+        embedding_mixing=0.5,
+        initial_teacher=root / "teacher",
     )
-    train_encoder(root / "encoder", work / "encoder", root / "teacher-3", judge, images=32, batch_size=16)
+    train_encoder(root / "encoder", work / "encoder", root / "teacher-3", classifier, images=32, batch_size=16)
     train_language_model(root / "language-model", work / "language-model", captions=32, batch_size=16)
     train_captioner(
         root / "captioner",
@@ -97,7 +98,7 @@ def test_the_plan_alone_starts_nothing(tmp_path, monkeypatch, capsys):
 
 
 class Brightness(nn.Module):
-    """Learns to tell how bright a picture is: a part that trains in no time."""
+    """Predicts the brightness of an image: a part that trains in no time."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +120,7 @@ class StopAt(TrainerCallback):
 def train_brightness(folder, *callbacks):
     torch.manual_seed(0)
     module = Brightness()
-    averaging = MovingAverage(module, decay=0.9)
+    averaging = MovingAverageCallback(module, decay=0.9)
     settings = {"batch_size": 4, "learning_rate": 1e-3, "save_steps": 3, "logging_steps": 1, "warmup_steps": 2}
     train_module(module, SceneDataset(32), folder, callbacks=(averaging, *callbacks), **settings)
     return module.state_dict(), averaging.average.state_dict()
