@@ -8,6 +8,7 @@ from vlv.miniature.data import SceneDataset
 from vlv.miniature.encoder import build_encoder_config, build_image_processor, initialize_encoder
 from vlv.miniature.teacher import build_text_encoder, mix_embeddings
 from vlv.miniature.tokenizer import build_tokenizer
+from vlv.modeling_vlv import encode_text_embeds
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,21 @@ def test_initial_weights_let_every_query_token_attend_to_its_own_part_of_the_ima
 
 def test_embeddings_are_mixed_in_the_given_share_of_rows_and_otherwise_kept(text_encoder):
     torch.manual_seed(0)
-    table = text_encoder.embeddings.token_embedding.weight.detach()
-    ids = torch.randint(4, len(table), (400, 12))
-    assert torch.equal(mix_embeddings(ids, table, 0.0), table[ids])
-    mixed = mix_embeddings(ids, table, 0.5)
-    changed = (mixed - table[ids]).norm(dim=2) > 1e-6  # (400, 12)
+    embedding_table = text_encoder.embeddings.token_embedding.weight.detach()
+    ids = torch.randint(4, len(embedding_table), (400, 12))
+    assert torch.equal(mix_embeddings(ids, embedding_table, 0.0), embedding_table[ids])
+    mixed = mix_embeddings(ids, embedding_table, 0.5)
+    changed = (mixed - embedding_table[ids]).norm(dim=2) > 1e-6  # (400, 12)
     rows = changed.any(dim=1).float().mean()
     assert 0.35 < rows < 0.5  # by chance no token is mixed in some rows of the half
     assert 0.15 < changed.float().mean() < 0.35
+
+
+def test_encoding_token_embeddings_gives_the_same_as_encoding_the_tokens(text_encoder):
+    ids = build_tokenizer(for_text_encoder=True)(
+        ["a large cat at the centre"], padding="max_length", return_tensors="pt"
+    ).input_ids
+    embedding_table = text_encoder.embeddings.token_embedding.weight
+    with torch.no_grad():
+        expected = text_encoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(encode_text_embeds(text_encoder, embedding_table[ids]), expected)
