@@ -3,7 +3,7 @@
 import pytest
 
 from vlv.checkpoints import MINIATURE
-from vlv.miniature.evaluation import evaluation_items
+from vlv.miniature.data import evaluation_items
 from vlv.miniature.paper import out_of_distribution as strangers
 from vlv.miniature.scene_classifier import SceneClassifier
 from vlv.miniature.scoring import score_scenes
@@ -16,7 +16,7 @@ def test_the_same_scenes_in_other_drawings():
     own, truth = evaluation_items("test", 60)
     other = strangers.pictures_in_another_style(truth)
     assert other.shape == own.shape and not (other == own).all(dim=(1, 2, 3)).any()
-    read = score_scenes(SceneClassifier.load(MINIATURE / "scene_classifier.safetensors").read(other), truth)
+    read = score_scenes(SceneClassifier.load(MINIATURE / "scene_classifier.safetensors").predict_scenes(other), truth)
     assert read["background"] > 0.9  # the colours are the world's, the drawings are not
     assert read["exact"] < 0.9
 
