@@ -1,14 +1,17 @@
 """VLV's processors: the one place where images become pixel values and text becomes token ids."""
 
+import base64
 import difflib
 import io
 import os
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
 from huggingface_hub import get_session
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
@@ -17,60 +20,135 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKw
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 # Beyond this ratio of the sides, resizing before the crop would make an image many times the size of the crop.
 MAX_RATIO_FOR_RESIZE_FIRST = 16
+ORIENTATIONS = {  # of EXIF (CIPA DC-008, 4.6.5), and the transposition that makes an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_rgb(image: Any) -> Image.Image:
     """Converts any kind of image to an upright 8-bit RGB image.
 
     Transparent pixels are composited over white. 16-bit values are divided by 257. Images of mode "F" and float arrays
-    must lie in 0..1. The EXIF orientation is applied. The first frame of an animation is used.
+    must lie in 0..1. The EXIF orientation is applied; other metadata is ignored, whatever it holds. Of an animation in
+    a file the first frame is used, of an animation that is open already the current frame. The caller's image is not
+    changed.
 
     Args:
-        image: A PIL image, a path, a URL, bytes, or a numpy or torch array of shape (H, W), (H, W, C) or (C, H, W)
-            with 1, 3 or 4 channels: uint8, uint16, bool, or float in 0..1. If both the first and the last axis could
-            be channels, a torch tensor is read as channels first and a numpy array as channels last.
+        image: A PIL image, a path, a URL, a data URI, a base64 string, bytes, or a numpy or torch array of shape
+            (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8, uint16, bool, or float in 0..1. If both the
+            first and the last axis could be channels, a torch tensor is read as channels first and a numpy array as
+            channels last.
 
     Raises:
-        ValueError: If the input cannot be read as an image, with the reason.
+        ValueError: If the input cannot be read as an image, with the reason. The message quotes at most 80 characters
+            of the input.
     """
     if isinstance(image, Image.Image):
         return _pil_to_rgb(image)
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _array_to_rgb(image)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return _open(io.BytesIO(_download(image)), image)
+        return _open_bytes(_download(image), _shorten(image))
+    if isinstance(image, str) and image.startswith("data:"):
+        return _open_bytes(_decode_data_uri(image), _shorten(image))
     if isinstance(image, (str, os.PathLike)):
-        if os.path.isdir(image):
-            raise ValueError(f"{image} is a folder; give the images in it")
-        if not os.path.exists(image):
-            raise ValueError(f"{image} does not exist")
-        if os.path.getsize(image) == 0:
-            raise ValueError(f"{image} is empty (0 bytes)")
-        return _open(os.fspath(image), os.fspath(image))
+        return _open_path(os.fspath(image))
     if isinstance(image, (bytes, bytearray, memoryview)):
         data = bytes(image)
-        if not data:
-            raise ValueError("the image is empty (0 bytes)")
-        return _open(io.BytesIO(data), f"{len(data)} bytes")
+        return _open_bytes(data, f"{len(data)} bytes")
     raise ValueError(
-        f"a {type(image).__name__} is not an image; expected a PIL image, path, bytes, numpy or torch array"
+        f"a {type(image).__name__} is not an image; expected a PIL image, path, URL, base64 string, bytes, numpy or "
+        "torch array"
     )
 
 
-def _open(source: str | io.BytesIO, name: str) -> Image.Image:
+def _shorten(text: str) -> str:
+    """At most 80 characters of an input, for an error message: its end, which tells paths apart."""
+    return text if len(text) <= 80 else "..." + text[-77:]
+
+
+def _decode_data_uri(uri: str) -> bytes:
+    """The bytes of `data:image/png;base64,...` (RFC 2397)."""
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise ValueError(f"{_shorten(uri)} is not a data URI; expected data:image/...;base64,...")
+    data = unquote_to_bytes(payload)
+    if not header.endswith(";base64"):
+        return data
     try:
-        with Image.open(source) as image:
-            return _pil_to_rgb(image)
+        return base64.b64decode(data)
+    except ValueError as error:
+        raise ValueError(f"the base64 of {_shorten(header)} is damaged: {error}") from error
+
+
+def _open_path(path: str) -> Image.Image:
+    name = _shorten(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a folder; give the images in it")
+    if not os.path.exists(path):
+        if (data := _decode_base64_image(path)) is not None:
+            return _open_bytes(data, f"{len(data)} bytes of base64")
+        raise ValueError(f"{name} does not exist")
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} could not be read: {error.strerror}") from error
+    return _open_bytes(data, name)
+
+
+def _decode_base64_image(text: str) -> bytes | None:
+    """The bytes of a base64 string, if they begin like an image file. Line breaks are allowed."""
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+        with Image.open(io.BytesIO(data)):
+            return data
+    except (ValueError, OSError):  # of base64, and of Pillow for other content
+        return None
+
+
+def _open_bytes(data: bytes, name: str) -> Image.Image:
+    """The image in the bytes of a file; errors call it `name`."""
+    if not data:
+        raise ValueError(f"{name} is empty (0 bytes)")
+    try:
+        try:
+            return _decode(data)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error) and "too large" not in str(error):
+                raise
+            return _decode(_without_png_metadata(data))  # Pillow refuses large texts and profiles beside the pixels
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image in a format that can be read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded safely: {error}") from error
-    except PermissionError as error:
-        raise ValueError(f"{name} may not be read: {error.strerror}") from error
-    except (ValueError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, TypeError, struct.error, ... for damaged files
         raise ValueError(f"{name} is damaged: {error}") from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        return _pil_to_rgb(image)
+
+
+def _without_png_metadata(data: bytes) -> bytes:
+    """A PNG file without texts and colour profile."""
+    signature, position = 8, 8
+    kept = [data[:signature]]
+    while position + 8 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 12 + length
+        if data[position + 4 : position + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def _download(url: str) -> bytes:
@@ -78,15 +156,13 @@ def _download(url: str) -> bytes:
         response = get_session().get(url, timeout=30, follow_redirects=True)
         response.raise_for_status()
     except Exception as error:  # the HTTP library of huggingface_hub and its exceptions differ between versions
-        raise ValueError(f"{url} could not be downloaded: {error}") from error
+        raise ValueError(f"{_shorten(url)} could not be downloaded: {_shorten(str(error))}") from error
     return response.content
 
 
 def _pil_to_rgb(image: Image.Image) -> Image.Image:
-    if image.tell():
-        image.seek(0)
     image.load()
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.width < 1 or image.height < 1:
         raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
     if image.mode in WIDE_MODES:
@@ -96,7 +172,17 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned by its EXIF orientation. EXIF that cannot be parsed says nothing."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # SyntaxError for data that is not TIFF, struct.error, KeyError, ...
+        return image
+    method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
 
 
 def _wide_values(image: Image.Image) -> np.ndarray:

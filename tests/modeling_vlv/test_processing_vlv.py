@@ -82,15 +82,6 @@ def test_exif_orientation_is_applied():
     assert image.getpixel((3, 1))[0] > 200 > 50 > image.getpixel((3, 6))[0]
 
 
-def test_an_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    with Image.open(tmp_path / "a.gif") as animation:
-        animation.seek(1)
-        assert to_rgb(animation).getpixel((0, 0)) == (255, 0, 0)
-    assert to_rgb(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
-
-
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1), (5000, 3), (640, 480), (333, 777)])
 def test_images_of_any_shape_are_resized(size):
     processor = VLVImageProcessor(size={"height": 32, "width": 32}, pre_crop_size=48)
