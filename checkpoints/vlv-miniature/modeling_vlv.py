@@ -35,7 +35,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, can_return_tuple
 
 # "Describe with a paragraph what is shown in the image." between <s> and </s>: what Florence-2's processor makes of
-# the task token <MORE_DETAILED_CAPTION>. The authors' code always uses these ids (train/VLV_stage1.py of the original).
+# the task token <MORE_DETAILED_CAPTION>. The authors' code always uses them (train/VLV_stage1.py of the original).
 FLORENCE_TASK_PROMPT_IDS = [0, 47066, 21700, 19, 10, 17818, 99, 16, 2343, 11, 5, 2274, 4, 2]
 
 RENAMED_CONFIG_FIELDS = {
