@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.embeddings:
         width = pipeline.encoder.config.text_encoder_config.hidden_size
         images = load_embeddings(arguments.embeddings, width, "reconstruct")
-    size = arguments.image_size or pipeline._default_size()
+    size = arguments.image_size or pipeline.default_size
     if size % pipeline.vae_scale_factor:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")
 

@@ -1,4 +1,4 @@
-"""Pipelines: captions by transformers, reconstructions by diffusers."""
+"""Captioning (a pipeline of transformers) and reconstruction (a pipeline of diffusers)."""
 
 from .generation import generate_captions, generate_images
 from .loading import load_reconstruction

@@ -1,4 +1,4 @@
-"""Captions and images of a batch: the calls that commands, trainers and evaluations share."""
+"""Generates the captions or the images of one batch, for commands, trainers and evaluations."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,16 +19,19 @@ def generate_captions(
     caption_embeds: torch.Tensor | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
-    """Captions of one batch, without special tokens and surrounding blanks.
+    """Captions of one batch, without special tokens and surrounding white space.
 
     Args:
-        pixel_values: `(B, 3, height, width)`. Or give `caption_embeds`.
-        caption_embeds: `(B, Q, d_text)`.
+        pixel_values: `(B, 3, height, width)`. Either this or `caption_embeds` is given.
+        caption_embeds: `(B, N, d_text)`.
         generate_kwargs: Arguments of `VLVForConditionalGeneration.generate`, such as `max_new_tokens`. Sampling is off
             unless they turn it on.
+
+    Returns:
+        `B` captions, or `B * num_return_sequences`.
     """
-    given = {"pixel_values": pixel_values, "caption_embeds": caption_embeds}
-    inputs: dict[str, Any] = {n: t.to(model.device, model.dtype) for n, t in given.items() if t is not None}
+    inputs: dict[str, Any] = {"pixel_values": pixel_values, "caption_embeds": caption_embeds}
+    inputs = {name: value.to(model.device, model.dtype) for name, value in inputs.items() if value is not None}
     ids = model.generate(**inputs, **{"do_sample": False, **generate_kwargs})
     return [caption.strip() for caption in processor.batch_decode(ids, skip_special_tokens=True)]
 
@@ -44,11 +47,16 @@ def generate_images(
     """Reconstructions `(B, 3, height, width)` of one batch, float32 in 0..1 on the CPU.
 
     Args:
-        image: Images of any kind that the pipeline's image processor takes. Or give `caption_embeds`.
+        image: Images of any kind that the pipeline's image processor takes. Either this or `caption_embeds` is given.
         caption_embeds: `(B, N, d_text)`.
-        seeds: One for each image. Each image has noise of its own, so it does not depend on the batch that it is in.
+        seeds: One for each generated image. Its noise depends on its seed alone, not on the rest of the batch.
         pipeline_kwargs: Arguments of the pipeline's call, such as `num_inference_steps`.
     """
-    inputs: dict[str, Any] = {"image": image} if caption_embeds is None else {"caption_embeds": caption_embeds}
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipeline(**inputs, generator=generators, output_type="pt", **pipeline_kwargs).images.float().cpu()
+    output = pipeline(
+        image,
+        caption_embeds,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="pt",
+        **pipeline_kwargs,
+    )
+    return output.images.float().cpu()

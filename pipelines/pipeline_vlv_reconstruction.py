@@ -1,4 +1,4 @@
-"""From an image, or its caption embeddings, back to a picture: what the captioner understood, made visible."""
+"""The reconstruction pipeline: from images, or their caption embeddings, to images by a frozen text-to-image model."""
 
 import inspect
 import json
@@ -10,27 +10,91 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+# The next two are diffusers' own (pipelines/stable_diffusion/pipeline_stable_diffusion.py). They are not imported from
+# there because importing that file prints warnings about torchvision.
+def rescale_noise_cfg(
+    noise_cfg: torch.Tensor, noise_pred_text: torch.Tensor, guidance_rescale: float = 0.0
+) -> torch.Tensor:
+    """The guided prediction with its standard deviation moved towards that of the conditional one.
+
+    Section 3.4 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
+
+    Args:
+        noise_cfg: Prediction with guidance, `(B, C, h, w)`.
+        noise_pred_text: Prediction under the condition alone, of the same shape.
+        guidance_rescale: 0 (no change) to 1 (the standard deviation of `noise_pred_text`).
+    """
+    std_text = noise_pred_text.std(dim=list(range(1, noise_pred_text.ndim)), keepdim=True)
+    std_cfg = noise_cfg.std(dim=list(range(1, noise_cfg.ndim)), keepdim=True)
+    noise_pred_rescaled = noise_cfg * (std_text / std_cfg)
+    return guidance_rescale * noise_pred_rescaled + (1 - guidance_rescale) * noise_cfg
+
+
+def retrieve_timesteps(
+    scheduler: Any,
+    num_inference_steps: int,
+    device: torch.device,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> tuple[torch.Tensor, int]:
+    """Sets the scheduler's timesteps.
+
+    Args:
+        num_inference_steps: Number of denoising steps; ignored where `timesteps` or `sigmas` are given.
+        timesteps: Custom timesteps in descending order.
+        sigmas: Custom noise levels in descending order.
+
+    Returns:
+        The scheduler's timesteps, and the number of denoising steps. The two differ for schedulers that evaluate the
+        model more than once in a step.
+
+    Raises:
+        ValueError: If both are given, or the scheduler does not take the one that is given.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("pass either timesteps or sigmas, not both")
+    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+        if values is None:
+            continue
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(scheduler).__name__} does not take custom {name}; leave {name} out, or use a scheduler whose "
+                f"set_timesteps has an argument {name}"
+            )
+        scheduler.set_timesteps(**{name: values}, device=device)
+        return scheduler.timesteps, len(scheduler.timesteps)
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    return scheduler.timesteps, num_inference_steps
 
 
 class VLVReconstructionPipeline(DiffusionPipeline):
     r"""
     Reconstructs images from their caption embeddings with the frozen text-to-image model.
 
+    Caption embeddings (`caption_embeds`, `z`) are what the encoder computes from an image. Prompt embeddings
+    (`prompt_embeds`, `T(z)`) are the output of the text encoder, on which the denoiser is conditioned. The call takes
+    caption embeddings; callbacks see prompt embeddings.
+
     Args:
-        encoder (`VLVModel`): Turns images into caption embeddings; it holds the text encoder, too.
-        vae (`AutoencoderKL`): From latents to pixels.
+        encoder (`VLVModel`): Computes caption embeddings from images, and holds the text encoder.
+        vae (`AutoencoderKL`): Decodes latents to pixels.
         unet (`UNet2DConditionModel`): The denoiser.
-        scheduler: Any discrete diffusers scheduler.
-        image_processor (`VLVImageProcessor`): The captioner's own, so that both see the same pixels.
-        tokenizer: The text encoder's, for negative prompts and the empty one.
+        scheduler: Any discrete scheduler of diffusers.
+        image_processor (`VLVImageProcessor`): The captioner's, so that both see the same pixels.
+        tokenizer: The text encoder's, for negative prompts and the empty prompt.
     """
 
     model_cpu_offload_seq = "encoder->unet->vae"
-    _callback_tensor_inputs = ["latents", "conditioning", "negative_conditioning"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -54,77 +118,161 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """Part of saving and pushing: as diffusers', and beside it the code that strangers need to load this.
+        """Writes `model_index.json` and, beside it, the code that loading needs where this package is not installed.
 
-        diffusers would name classes of a package that they do not have.
+        Part of `save_pretrained` and `push_to_hub`. Without it, `model_index.json` would name classes of this package.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         folder = Path(save_directory)
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        own = Path(inspect.getfile(type(self)))
-        index["_class_name"] = [own.stem, type(self).__name__]
-        _copy(own, folder)
+        pipeline_code = Path(inspect.getfile(type(self)))
+        index["_class_name"] = [pipeline_code.stem, type(self).__name__]
+        _copy(pipeline_code, folder)
         for name in ("encoder", "image_processor"):
-            part = type(getattr(self, name))
-            code = Path(inspect.getfile(part))
-            index[name] = [code.stem, part.__name__]
+            component = type(getattr(self, name))
+            code = Path(inspect.getfile(component))
+            index[name] = [code.stem, component.__name__]
             _copy(code, folder / name)
         index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def check_inputs(self, image, caption_embeds, height, width, callback_tensor_inputs, steps, output_type) -> None:
+    @property
+    def default_size(self) -> int:
+        """Height and width in pixels where none are given.
+
+        The square that the image processor crops to, if it crops and the VAE can decode that size; else the size that
+        the UNet was trained for.
+        """
+        crop = getattr(self.image_processor, "pre_crop_size", None)
+        if crop and crop % self.vae_scale_factor == 0:
+            return crop
+        size = self.unet.config.sample_size
+        return (size if isinstance(size, int) else size[0]) * self.vae_scale_factor
+
+    @property
+    def guidance_scale(self) -> float:
+        """The current scale of classifier-free guidance. A callback changes it by setting `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self) -> float:
+        return self._guidance_rescale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of timesteps of the current call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the remaining steps are skipped. A callback asks for that by setting `_interrupt = True`."""
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        image: Any,
+        caption_embeds: torch.Tensor | None,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        timesteps: list[int] | None,
+        sigmas: list[float] | None,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises a `ValueError` for arguments of `__call__` that are wrong whatever the images are."""
         if (image is None) == (caption_embeds is None):
             raise ValueError("pass either image or caption_embeds, and not both")
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
             raise ValueError(f"height and width must be divisible by {self.vae_scale_factor}, got {height} x {width}")
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
-        if output_type not in ("pil", "np", "pt", "latent"):
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if values is not None and len(values) == 0:
+                raise ValueError(f"{name} is empty; give at least one value, or leave it out")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
-        unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {unknown}"
+                f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {sorted(unknown)}"
             )
 
-    def check_counts(self, count: int, images: int, generator, negative_prompt) -> None:
+    def check_batch_sizes(
+        self,
+        batch_size: int,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        negative_prompt: str | Sequence[str] | None,
+    ) -> None:
+        """Raises a `ValueError` unless there is one generator, or one for each generated image, and so on.
+
+        Args:
+            batch_size: Number of images, or of caption embeddings, that are reconstructed.
+        """
+        count = batch_size * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} pictures; give one, or one each")
-        if not isinstance(negative_prompt, str | None) and len(negative_prompt) not in (1, images):
+            raise ValueError(f"{len(generator)} generators for {count} images; give one, or one for each image")
+        if not isinstance(negative_prompt, str | None) and len(negative_prompt) not in (1, batch_size):
             raise ValueError(
-                f"{len(negative_prompt)} negative prompts for {images} pictures; give one, or one an image"
+                f"{len(negative_prompt)} negative prompts for {batch_size} images; give one, or one for each image"
             )
 
     @torch.no_grad()
     def encode_image(self, image: Any) -> torch.Tensor:
-        """Caption embeddings `(B, Q, d_text)` of one image or a list, of any kind that the image processor takes."""
+        """Caption embeddings `(B, Q, d_text)` of images.
+
+        Args:
+            image: One image or a list, of any kind that `VLVImageProcessor` takes.
+        """
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
         return self.encoder(pixel_values=pixel_values.to(self._execution_device, self.encoder.dtype)).caption_embeds
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
-        """Conditioning `(B, positions, d_text)` of words, padded to all positions of the text encoder."""
-        positions = self.encoder.config.text_encoder_config.max_position_embeddings
-        words = [prompt] if isinstance(prompt, str) else list(prompt)
-        ids = self.tokenizer(
-            words, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.encoder(input_ids=ids.to(self._execution_device)).conditioning
-
-    def mix_caption_embeds(self, embeds: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
-        """Joins the first so many embeddings of several images (VLV paper, sec. 4.4, compositionality).
+        """Prompt embeddings `(B, positions, d_text)` of texts, padded or truncated to the text encoder's positions.
 
         Args:
-            embeds: Of each image, `(1, Q, d_text)` or `(Q, d_text)`.
-            lengths: How many of each to keep, from the front. Together at most the text encoder's positions.
+            prompt: One text or a list.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        positions = self.encoder.config.text_encoder_config.max_position_embeddings
+        input_ids = self.tokenizer(
+            prompts, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.encoder(input_ids=input_ids.to(self._execution_device)).conditioning
+
+    @torch.no_grad()
+    def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
+        """Prompt embeddings `T(z)`, `(B, N, d_text)`, of caption embeddings of the same shape."""
+        caption_embeds = caption_embeds.to(self._execution_device, self.encoder.dtype)
+        return self.encoder(caption_embeds=caption_embeds).conditioning
+
+    def mix_caption_embeds(self, caption_embeds: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
+        """Joins the leading caption embeddings of several images (VLV paper, sec. 4.4, compositionality).
+
+        Args:
+            caption_embeds: Those of each image, `(1, Q, d_text)` or `(Q, d_text)`.
+            lengths: For each image, the number of embeddings to keep from the front. Their sum is at least 1 and at
+                most the text encoder's number of positions.
 
         Returns:
-            `(1, sum(lengths), d_text)`, for `caption_embeds`.
+            `(1, sum(lengths), d_text)`, for the call's `caption_embeds`.
+
+        Raises:
+            ValueError: If there is not one length for each image, or the lengths do not fit.
         """
         positions = self.encoder.config.text_encoder_config.max_position_embeddings
-        if len(embeds) != len(lengths) or not embeds:
-            raise ValueError(f"{len(embeds)} embeddings and {len(lengths)} lengths; give one length each")
-        rows = [e[0] if e.ndim == 3 else e for e in embeds]  # (Q, d_text)
+        if len(caption_embeds) != len(lengths) or not caption_embeds:
+            raise ValueError(f"{len(caption_embeds)} embeddings and {len(lengths)} lengths; give one length each")
+        rows = [embeds[0] if embeds.ndim == 3 else embeds for embeds in caption_embeds]  # (Q, d_text)
         for row, length in zip(rows, lengths, strict=True):
             if not 0 <= length <= len(row):
                 raise ValueError(f"cannot keep {length} of {len(row)} caption embeddings")
@@ -132,9 +280,27 @@ class VLVReconstructionPipeline(DiffusionPipeline):
             raise ValueError(f"the lengths sum to {sum(lengths)}; the text encoder has places for 1 to {positions}")
         return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])[None]
 
-    def prepare_latents(self, count, height, width, dtype, device, generator, latents) -> torch.Tensor:
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Initial noise `(B, C, h, w)`, scaled as the scheduler expects it.
+
+        Args:
+            height, width: Of the images, in pixels.
+            latents: Standard normal noise to use instead of noise from `generator`.
+
+        Raises:
+            ValueError: If `latents` has another shape.
+        """
         shape = (
-            count,
+            batch_size,
             self.unet.config.in_channels,
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
@@ -145,29 +311,53 @@ class VLVReconstructionPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be {shape}, got {tuple(latents.shape)}")
         return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
-    def prepare_extra_step_kwargs(self, generator, eta: float) -> dict[str, Any]:
+    def prepare_extra_step_kwargs(
+        self, generator: torch.Generator | list[torch.Generator] | None, eta: float
+    ) -> dict[str, Any]:
+        """Those of `eta` and `generator` that the scheduler's `step` accepts; schedulers differ in that."""
         accepted = inspect.signature(self.scheduler.step).parameters
-        offered = {"eta": eta, "generator": generator}
-        return {name: value for name, value in offered.items() if name in accepted}
+        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in accepted}
 
-    def predict(self, latents, timestep, conditioning, negative_conditioning, guidance_scale, guidance_rescale):
-        """The denoiser's answer at one step, with classifier-free guidance where there is a negative conditioning."""
-        inputs = self.scheduler.scale_model_input(latents, timestep)
-        if negative_conditioning is None:
-            return self.unet(inputs, timestep, encoder_hidden_states=conditioning, return_dict=False)[0]
-        if negative_conditioning.shape == conditioning.shape:
-            context = torch.cat([negative_conditioning, conditioning])  # (2 B, Q, d_text)
-            both = self.unet(torch.cat([inputs] * 2), timestep, encoder_hidden_states=context, return_dict=False)[0]
-            without, told = both.chunk(2)
-        else:  # fewer queries than text positions: two calls
-            without = self.unet(inputs, timestep, encoder_hidden_states=negative_conditioning, return_dict=False)[0]
-            told = self.unet(inputs, timestep, encoder_hidden_states=conditioning, return_dict=False)[0]
-        guided = without + guidance_scale * (told - without)
-        if guidance_rescale > 0:  # sec. 3.4 of arXiv 2305.08891
-            axes = list(range(1, told.ndim))
-            matched = guided * (told.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
-            guided = guidance_rescale * matched + (1 - guidance_rescale) * guided
-        return guided
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The denoiser's output `(B, C, h, w)` at one timestep, with classifier-free guidance if that is on.
+
+        Args:
+            latents: `(B, C, h, w)`.
+            prompt_embeds: `(B, N, d_text)`.
+            negative_prompt_embeds: `(B, M, d_text)`, or None where guidance is off. `M` may differ from `N`.
+
+        Raises:
+            ValueError: If guidance is on and there are no negative prompt embeddings.
+        """
+        latents = self.scheduler.scale_model_input(latents, timestep)
+        if not self.do_classifier_free_guidance:
+            return self.unet(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        if negative_prompt_embeds is None:
+            raise ValueError(
+                "a callback turned guidance on, but there are no negative_prompt_embeds; call the pipeline with "
+                "guidance_scale > 1, or return negative_prompt_embeds from the callback"
+            )
+        if negative_prompt_embeds.shape == prompt_embeds.shape:
+            embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2 B, N, d_text)
+            noise_pred = self.unet(
+                torch.cat([latents] * 2), timestep, encoder_hidden_states=embeds, return_dict=False
+            )[0]
+            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+        else:  # fewer caption embeddings than text positions cannot share a batch with the negative prompt
+            noise_pred_uncond = self.unet(
+                latents, timestep, encoder_hidden_states=negative_prompt_embeds, return_dict=False
+            )[0]
+            noise_pred_text = self.unet(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
+        if self.guidance_rescale > 0.0:
+            noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale=self.guidance_rescale)
+        return noise_pred
 
     @torch.no_grad()
     def __call__(
@@ -177,6 +367,8 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         guidance_scale: float = 2.0,
         guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
@@ -186,91 +378,178 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         r"""
+        Reconstructs images.
+
         Args:
-            image: One image or a list: PIL, path, bytes, or array, as `VLVImageProcessor` takes them.
-            caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`): Ready embeddings instead.
-            height, width (`int`, *optional*): In pixels; by default the square that the images are
-                cropped to, if they are, else what the UNet was trained for.
-            num_inference_steps (`int`, *optional*, defaults to 50): As in the authors' code.
-            guidance_scale (`float`, *optional*, defaults to 2.0): As in the authors' code; 1 is no guidance.
-            guidance_rescale (`float`, *optional*, defaults to 0.0): 0..1, against over-exposure at high guidance.
-            negative_prompt (`str` or `list[str]`, *optional*): Words to steer away from, instead of none.
-            num_images_per_prompt (`int`, *optional*, defaults to 1): Pictures of each image, next to each other.
-            eta (`float`, *optional*, defaults to 0.0): DDIM's, for schedulers that have it.
-            generator (`torch.Generator` or a list, one for each picture): The same seed gives the same picture; with
-                one each, a picture does not depend on those it is drawn with.
-            latents (`torch.Tensor`, *optional*): The noise to start from.
-            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            callback_on_step_end (`Callable`, *optional*): Called as `callback(pipeline, step, timestep, tensors)`;
-                what it returns replaces `latents`, `conditioning` or `negative_conditioning`.
+            image:
+                One image or a list, of any kind that `VLVImageProcessor` takes: PIL, path, URL, bytes, or array.
+                Either this or `caption_embeds` is given.
+            caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`):
+                Caption embeddings, as `encode_image` and `mix_caption_embeds` return them. They are not diffusers'
+                `prompt_embeds`: the pipeline passes them through the text encoder.
+            height, width (`int`, *optional*, default to `default_size`):
+                Size of the images in pixels.
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                Number of denoising steps. The default is the authors' code's.
+            timesteps (`list[int]`, *optional*):
+                Custom timesteps in descending order instead of `num_inference_steps`, for schedulers that take them.
+            sigmas (`list[float]`, *optional*):
+                Custom noise levels in descending order instead of `num_inference_steps`, for schedulers that take
+                them.
+            guidance_scale (`float`, *optional*, defaults to 2.0):
+                Scale of classifier-free guidance; 1 turns it off. The default is the authors' code's.
+            guidance_rescale (`float`, *optional*, defaults to 0.0):
+                0 to 1; reduces over-exposure at high guidance (arXiv 2305.08891).
+            negative_prompt (`str` or `list[str]`, *optional*, defaults to the empty prompt):
+                What guidance steers away from: one text, or one for each image. Ignored without guidance.
+            num_images_per_prompt (`int`, *optional*, defaults to 1):
+                Number of reconstructions of each image. They are next to each other in the output.
+            eta (`float`, *optional*, defaults to 0.0):
+                DDIM's eta; other schedulers ignore it.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the noise reproducible. With one generator for each generated image, an image does not depend on
+                the others in its batch.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*):
+                The initial noise instead of noise from `generator`.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` (`(B, H, W, 3)` in 0..1), `"pt"` (`(B, 3, H, W)` in 0..1) or `"latent"`.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an [`~pipelines.ImagePipelineOutput`] or a tuple of one element.
+            callback_on_step_end (`Callable`, `PipelineCallback`, `MultiPipelineCallbacks`, *optional*):
+                Called as `callback(pipeline, step, timestep, callback_kwargs)` at the end of each step. The tensors
+                that it returns replace the pipeline's. It may set `pipeline._interrupt = True`, which skips the
+                remaining steps, and `pipeline._guidance_scale`.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`):
+                Names of the tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"` `(B, N, d_text)` or
+                `"negative_prompt_embeds"` (`(B, M, d_text)`, None without guidance). The two embeddings are separate,
+                not concatenated, because `M` and `N` may differ. A `PipelineCallback` names its own.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: The images.
+
+        Raises:
+            ValueError: If arguments contradict each other, the model or the scheduler.
         """
-        height = height or self._default_size()
-        width = width or self._default_size()
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 0. Default height and width
+        height = height or self.default_size
+        width = width or self.default_size
+
+        # 1. Check inputs
         self.check_inputs(
             image,
             caption_embeds,
             height,
             width,
-            callback_on_step_end_tensor_inputs,
             num_inference_steps,
+            timesteps,
+            sigmas,
+            num_images_per_prompt,
             output_type,
+            callback_on_step_end_tensor_inputs,
         )
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._interrupt = False
+
+        # 2. Encode the images
         if caption_embeds is None:
-            caption_embeds = self.encode_image(image)
-        count = len(caption_embeds) * num_images_per_prompt
-        self.check_counts(count, len(caption_embeds), generator, negative_prompt)
+            caption_embeds = self.encode_image(image)  # (B, Q, d_text)
+        batch_size = len(caption_embeds)
+        self.check_batch_sizes(batch_size, num_images_per_prompt, generator, negative_prompt)
+        count = batch_size * num_images_per_prompt
         device, dtype = self._execution_device, self.unet.dtype
 
-        embeds = caption_embeds.to(device, self.encoder.dtype)  # (B, N, d_text)
-        conditioning = self.encoder(caption_embeds=embeds).conditioning.to(dtype)
-        conditioning = conditioning.repeat_interleave(num_images_per_prompt, dim=0)  # (count, N, d_text)
-        negative_conditioning = None
-        if guidance_scale > 1:
-            negative = self.encode_prompt(negative_prompt or "").to(dtype)
-            negative_conditioning = negative.repeat_interleave(count // len(negative), dim=0)
+        # 3. Encode the caption embeddings and the negative prompt as prompt embeddings
+        prompt_embeds = self.encode_caption_embeds(caption_embeds).to(dtype)
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)  # (count, N, d_text)
+        negative_prompt_embeds = None
+        if self.do_classifier_free_guidance:
+            negative_prompt_embeds = self.encode_prompt(negative_prompt or "").to(dtype)  # (1 or B, positions, d_text)
+            repeats = count // len(negative_prompt_embeds)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # 4. Prepare timesteps
+        schedule, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas
+        )
+
+        # 5. Prepare latents
         latents = self.prepare_latents(count, height, width, dtype, device, generator, latents)
-        step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                predicted = self.predict(
-                    latents, timestep, conditioning, negative_conditioning, guidance_scale, guidance_rescale
-                )
-                latents = self.scheduler.step(predicted, timestep, latents, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    state = {
-                        "latents": latents,
-                        "conditioning": conditioning,
-                        "negative_conditioning": negative_conditioning,
-                    }
-                    asked = {name: state[name] for name in callback_on_step_end_tensor_inputs}
-                    state.update(callback_on_step_end(self, index, timestep, asked) or {})
-                    latents, conditioning = state["latents"], state["conditioning"]
-                    negative_conditioning = state["negative_conditioning"]
-                progress.update()
 
-        pictures = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        # 6. Prepare extra step kwargs
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+
+        # 7. Denoising loop
+        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
+        self._num_timesteps = len(schedule)
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(schedule):
+                if self.interrupt:
+                    continue
+                noise_pred = self.predict_noise(latents, t, prompt_embeds, negative_prompt_embeds)
+                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    latents = outputs.get("latents", latents)
+                    prompt_embeds = _replaced_embeds(prompt_embeds, outputs.get("prompt_embeds", prompt_embeds))
+                    negative_prompt_embeds = outputs.get("negative_prompt_embeds", negative_prompt_embeds)
+
+                if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
+        # 8. Decode the latents
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+
+        # 9. Offload all models
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
-        """Latents `(B, C, h, w)` to pictures, as PIL images, `(B, H, W, 3)` numpy or `(B, 3, H, W)` torch in 0..1."""
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Images of latents `(B, C, h, w)`.
+
+        Args:
+            output_type: `"pil"` for a list of PIL images, `"np"` for `(B, H, W, 3)` or `"pt"` for `(B, 3, H, W)`, both
+                float in 0..1.
+        """
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
         return self.vae_image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
 
-    def _default_size(self) -> int:
-        """The square that the encoder was trained to rebuild, else the UNet's own size."""
-        crop = getattr(self.image_processor, "pre_crop_size", None)
-        if crop and crop % self.vae_scale_factor == 0:
-            return crop
-        size = self.unet.config.sample_size
-        return (size if isinstance(size, int) else size[0]) * self.vae_scale_factor
+
+def _replaced_embeds(prompt_embeds: torch.Tensor, returned: torch.Tensor) -> torch.Tensor:
+    """The prompt embeddings `(B, N, d_text)` after a callback.
+
+    diffusers' callbacks that end guidance expect the negative and the prompt's embeddings in one tensor, of which they
+    keep the last row or the second half. There is no negative half here, so what they want is all of `prompt_embeds`.
+
+    Raises:
+        ValueError: If `returned` is not that, and has not one row for each image.
+    """
+    if len(returned) == len(prompt_embeds):
+        return returned
+    if 0 < len(returned) < len(prompt_embeds) and torch.equal(returned, prompt_embeds[-len(returned) :]):
+        return prompt_embeds
+    raise ValueError(
+        f"the callback returned prompt_embeds of {len(returned)} rows for {len(prompt_embeds)} images; "
+        "return one row for each image"
+    )
 
 
 def _copy(code: Path, folder: Path) -> None:

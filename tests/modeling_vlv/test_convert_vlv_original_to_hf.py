@@ -518,7 +518,7 @@ def test_other_sizes(tmp_path):
     settings = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(pixels, **settings), captioner.generate(pixels, **settings))
     assert model.config.image_encoder_config.text_config.max_position_embeddings == 130
-    assert reconstruction._default_size() == 24  # 12 latents, doubled by this autoencoder
+    assert reconstruction.default_size == 24  # 12 latents, doubled by this autoencoder
 
 
 def test_the_other_stages_file_is_recognised(stable_diffusion_with_weights, tmp_path):

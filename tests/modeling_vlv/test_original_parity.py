@@ -188,7 +188,7 @@ def test_a_converted_checkpoint_reconstructs_by_the_authors_settings_unless_told
     config = pipeline.scheduler.config
     assert type(pipeline.scheduler).__name__ == "DDPMScheduler"
     assert (config.steps_offset, config.timestep_spacing, config.clip_sample) == (1, "leading", False)
-    assert pipeline._default_size() == 64
+    assert pipeline.default_size == 64
 
 
 def labels_as_the_authors_make_them(processor, golden_facts) -> torch.Tensor:
