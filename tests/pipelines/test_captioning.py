@@ -1,11 +1,11 @@
-"""The captioning pipeline takes images one by one, in lists, in streams, and gives the same captions."""
+"""The captioning pipeline gives the same captions for single images, lists, streams and batches."""
 
 import pytest
 import torch
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from vlv.pipelines import VLVCaptioningPipeline
+from vlv.pipelines import VLVCaptioningPipeline, generate_captions
 
 
 @pytest.fixture
@@ -14,23 +14,27 @@ def pipe(captioner, processor):
     return VLVCaptioningPipeline(model=captioner, processor=processor)
 
 
+def captions(rows: list[list[dict[str, str]]]) -> list[list[str]]:
+    return [[entry["generated_text"] for entry in row] for row in rows]
+
+
 def test_one_image_a_list_a_generator_and_a_dataset_agree(pipe, pictures):
-    one_by_one = [pipe(picture) for picture in pictures]
+    one_by_one = [pipe(image) for image in pictures]
     assert len({row[0]["generated_text"] for row in one_by_one}) > 4  # or nothing below could fail
     assert all(list(row[0]) == ["generated_text"] for row in one_by_one)
     assert pipe(pictures, batch_size=3) == one_by_one
-    assert list(pipe(picture for picture in pictures)) == one_by_one
-    data = KeyDataset([{"image": picture} for picture in pictures], "image")
+    assert list(pipe(image for image in pictures)) == one_by_one
+    data = KeyDataset([{"image": image} for image in pictures], "image")
     assert list(pipe(data, batch_size=2)) == one_by_one
 
 
-def test_captions_are_what_generate_writes(pipe, captioner, processor, pictures):
+def test_captions_are_those_of_generate(pipe, captioner, processor, pictures):
     ids = captioner.generate(processor(images=pictures[:2]).pixel_values)
-    words = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    assert [row[0]["generated_text"] for row in pipe(pictures[:2])] == words
+    expected = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    assert captions(pipe(pictures[:2])) == [[text] for text in expected]
 
 
-def test_paths_bytes_and_ready_embeddings(pipe, captioner, processor, pictures, tmp_path):
+def test_paths_bytes_and_caption_embeds_are_images_too(pipe, captioner, processor, pictures, tmp_path):
     pictures[0].save(tmp_path / "a.png")
     expected = pipe(pictures[0])
     assert pipe(str(tmp_path / "a.png")) == expected
@@ -40,22 +44,32 @@ def test_paths_bytes_and_ready_embeddings(pipe, captioner, processor, pictures, 
     assert pipe({"caption_embeds": z[0]}) == expected
 
 
-def test_generation_settings(pipe, pictures):
+def test_each_image_has_num_return_sequences_captions_of_beam_search(pipe, captioner, processor, pictures):
     settings = {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 3}
     rows = pipe(pictures[:2], batch_size=2, max_new_tokens=3, generate_kwargs=settings)
-    assert [len(row) for row in rows] == [2, 2]
-    assert (
-        pipe(pictures[0], text="a large", max_new_tokens=2) == pipe([pictures[0]], text="a large", max_new_tokens=2)[0]
-    )
+    pixel_values = processor(images=pictures[:2]).pixel_values
+    expected = generate_captions(captioner, processor, pixel_values=pixel_values, max_new_tokens=3, **settings)
+    assert captions(rows) == [expected[:2], expected[2:]]
+    assert len(set(expected)) == 4  # or their order could be wrong
 
 
-def test_what_is_wrong_is_said(pipe, pictures):
+def test_a_caption_continues_the_text(pipe, captioner, processor, pictures):
+    inputs = processor(images=pictures[0], text="a large")
+    ids = captioner.generate(**inputs, max_new_tokens=3)
+    expected = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert pipe(pictures[0], text="a large", max_new_tokens=3) == [{"generated_text": expected}]
+    assert pipe(pictures[0], max_new_tokens=3) != [{"generated_text": expected}]
+
+
+def test_errors_name_the_cause(pipe, pictures):
     with pytest.raises(ValueError, match=r"unknown arguments \['prompt'\]"):
         pipe(pictures[0], prompt="what is this?")
     with pytest.raises(ValueError, match="given twice"):
         pipe(pictures[0], max_new_tokens=2, generate_kwargs={"max_new_tokens": 3})
-    with pytest.raises(ValueError, match="no image in a format"):
-        pipe(b"no image")
+    with pytest.raises(ValueError, match="image in a format"):
+        pipe(b"not an image")
+    with pytest.raises(ValueError, match=r"caption_embeds of one image must be \(8, 32\), got \(1, 3, 32\)"):
+        pipe({"caption_embeds": torch.zeros(3, 32)})
 
 
 def test_the_built_in_task_works_with_text_and_with_chat(captioner, processor, pictures):

@@ -1,22 +1,49 @@
-"""The reconstruction pipeline is put together from the parts of one folder."""
+"""`load_reconstruction` assembles the pipeline from the components of one folder."""
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
 from vlv import hub
-from vlv.pipelines import load_reconstruction
+from vlv.miniature.tokenizer import build_tokenizer
+from vlv.pipelines import VLVReconstructionPipeline, generate_images, load_reconstruction
 
 
-def test_the_reconstruction_is_assembled_from_its_parts(tmp_path, captioner, processor, stable_diffusion, pictures):
-    exported = hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
-    pipeline = load_reconstruction(exported)
-    assert torch.equal(pipeline.encode_image(pictures[:2]), load_reconstruction(exported).encode_image(pictures[:2]))
-    pixels = pipeline.image_processor(pictures[:2], return_tensors="pt").pixel_values
-    assert torch.equal(pipeline.encode_image(pictures[:2]), captioner.model.get_caption_embeds(pixels))
-    pipeline.set_progress_bar_config(disable=True)
-    assert pipeline(pictures[0], num_inference_steps=2).images[0].size == (32, 32)
+@pytest.fixture
+def exported(tmp_path, captioner, processor, stable_diffusion):
+    return hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
 
 
-def test_a_folder_without_a_decoder_is_named(tmp_path):
+def test_the_pipeline_reconstructs_like_one_put_together_by_hand(
+    exported, captioner, image_processor, stable_diffusion, pictures
+):
+    loaded = load_reconstruction(exported)
+    by_hand = VLVReconstructionPipeline(
+        encoder=captioner.model,
+        vae=AutoencoderKL.from_pretrained(stable_diffusion, subfolder="vae"),
+        unet=UNet2DConditionModel.from_pretrained(stable_diffusion, subfolder="unet"),
+        scheduler=DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler"),
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(for_text_encoder=True),
+    )
+    assert torch.equal(loaded.encode_image(pictures[:2]), by_hand.encode_image(pictures[:2]))
+    assert torch.equal(loaded.encode_prompt("a large dog"), by_hand.encode_prompt("a large dog"))
+    images = []
+    for pipeline in (loaded, by_hand):
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(generate_images(pipeline, image=pictures[:2], seeds=(1, 2), num_inference_steps=2))
+    assert images[0].shape == (2, 3, 32, 32)
+    assert torch.equal(*images)
+
+
+def test_all_components_have_the_given_precision(exported):
+    pipeline = load_reconstruction(exported, dtype=torch.bfloat16)
+    assert pipeline.encoder.dtype == pipeline.unet.dtype == pipeline.vae.dtype == torch.bfloat16
+
+
+def test_a_folder_without_a_diffusion_model_is_named(tmp_path, encoder, image_processor):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         load_reconstruction(tmp_path)
+    folder = hub.export(tmp_path / "encoder", encoder=encoder, image_processor=image_processor)
+    with pytest.raises(FileNotFoundError, match=str(folder)):
+        load_reconstruction(folder)
