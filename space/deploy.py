@@ -1,6 +1,6 @@
-"""The page as a Hugging Face Space: `vlv demo --push-space`.
+"""Writes and pushes the page as a Hugging Face Space: `vlv demo --push-space`.
 
-The Space carries the code that it runs, since this package is on no index that a Space could install it from.
+A Space holds a copy of the packages that it needs, because no package index has this package.
 """
 
 import os
@@ -22,8 +22,8 @@ def write_space(folder: str | os.PathLike, model: str) -> Path:
     """Writes a Space's files: page, examples, requirements, the packages that the page uses, and the front matter.
 
     Args:
-        folder: New or empty.
-        model: Repo id that the front matter links to. The page itself takes it from the variable `MODEL_ID`.
+        folder: A new or empty folder.
+        model: Repo id that the front matter links to. The page itself reads the variable `MODEL_ID`.
 
     Raises:
         ValueError: If `folder` is not empty.
@@ -60,16 +60,17 @@ def push_space(
 
     Args:
         space: The Space, as `org/name`.
-        model: The model's repo id: the Space's variable `MODEL_ID`.
-        revision: Of the model, the variable `MODEL_REVISION`; pin a commit for a page that lasts.
-        private: Whether a Space that is created is private. One with a private model needs a secret `HF_TOKEN`.
-        token: Of an account that may write to `org`.
+        model: The model's repo id; it becomes the Space's variable `MODEL_ID`.
+        revision: Branch, tag or commit of the model; it becomes the variable `MODEL_REVISION`. With a commit the page
+            does not change when the model does.
+        private: Whether a new Space is private. A Space with a private model needs a secret `HF_TOKEN`.
+        token: Access token of an account that may write to `org`.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: If it is to be private, and there is a public Space of this name.
+        ValueError: If `private` is set and a public Space of this name exists.
     """
     api = HfApi(token=token)
     api.create_repo(space, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
@@ -80,7 +81,7 @@ def push_space(
     api.add_space_variable(space, "MODEL_ID", model)
     if revision is not None:
         api.add_space_variable(space, "MODEL_REVISION", revision)
-    elif "MODEL_REVISION" in api.get_space_variables(space):  # of another model, or of an earlier push
+    elif "MODEL_REVISION" in api.get_space_variables(space):  # the revision of an earlier push
         api.delete_space_variable(space, "MODEL_REVISION")
     with tempfile.TemporaryDirectory(prefix="vlv-space-") as folder:
         write_space(folder, model)

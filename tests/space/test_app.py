@@ -1,4 +1,4 @@
-"""The Space as the Hub starts it, and what its tabs do, without a browser."""
+"""The Space as the Hub starts it, and the functions of its tabs, without a browser."""
 
 import os
 import re
@@ -14,6 +14,7 @@ import yaml
 
 from vlv import hub
 from vlv.checkpoints import MINIATURE
+from vlv.pipelines import generate_captions
 from vlv.space.app import EXAMPLES, Demo, build
 
 SPACE = Path(__file__).parents[2] / "space"
@@ -37,7 +38,7 @@ def test_the_space_starts_from_its_variables(tmp_path):
         )
     try:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
-            with pytest.raises(subprocess.TimeoutExpired):  # else it ended, and the log says why
+            with pytest.raises(subprocess.TimeoutExpired):  # otherwise it ended, and the log says why
                 server.wait(0.2)
         assert b"VLV" in urlopen(found.group()).read()
     finally:
@@ -45,46 +46,55 @@ def test_the_space_starts_from_its_variables(tmp_path):
         server.wait(10)
 
 
-def test_its_front_matter_names_what_is_there():
+def test_its_front_matter_names_files_that_exist():
     front = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
     assert front["sdk"] == "gradio" and (SPACE / front["app_file"]).is_file()
 
 
-@pytest.mark.parametrize("how", ["greedy", "beams", "sampling"])
-def test_captions_grow_word_by_word(demo, how):
-    steps = list(demo.caption(EXAMPLES[0], 40, how, 1.0, 2))
-    assert steps[-1] and (how == "beams" or len(steps) > 5)
+@pytest.mark.parametrize("decoding", ["greedy", "beams", "sampling"])
+def test_captions_grow_word_by_word(demo, decoding):
+    steps = list(demo.caption(EXAMPLES[0], 40, decoding, 1.0, 2))
+    assert steps[-1] and (len(steps) == 1 if decoding == "beams" else len(steps) > 5)
     assert all(steps[-1].startswith(step) for step in steps)
 
 
-def test_pictures_come_with_progress_and_follow_the_seed(demo):
-    told = []
+@pytest.mark.parametrize(("decoding", "settings"), [("greedy", {}), ("beams", {"num_beams": 4})])
+def test_the_last_caption_is_that_of_the_model(demo, decoding, settings):
+    pixel_values = demo.processor(images=EXAMPLES[1]).pixel_values
+    expected = generate_captions(
+        demo.captioner, demo.processor, pixel_values=pixel_values, max_new_tokens=40, **settings
+    )
+    assert list(demo.caption(EXAMPLES[1], 40, decoding, 1.0, 4))[-1] == expected[0]
+
+
+def test_images_come_with_progress_and_follow_the_seed(demo):
+    reported = []
 
     def progress(at, **settings):
-        told.append(at)
+        reported.append(at)
 
     original, first = demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)
-    assert told == [(1, 3), (2, 3), (3, 3)] and original.size == first.size == (64, 64)
+    assert reported == [(1, 3), (2, 3), (3, 3)] and original.size == first.size == (64, 64)
     assert demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1].tobytes() == first.tobytes()
     assert demo.reconstruct(EXAMPLES[0], 2, 3, 2.0, progress)[1].tobytes() != first.tobytes()
 
 
-def test_composing_is_bounded_and_says_so(demo):
+def test_composing_refuses_numbers_that_do_not_fit(demo):
     def progress(at, **settings):
         pass
 
-    whole = demo.compose(EXAMPLES[0], EXAMPLES[1], demo.queries, 0, 1, 3, 2.0, progress)
-    assert whole.tobytes() == demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1].tobytes()
+    first_alone = demo.compose(EXAMPLES[0], EXAMPLES[1], demo.num_query_tokens, 0, 1, 3, 2.0, progress)
+    assert first_alone.tobytes() == demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1].tobytes()
     with pytest.raises(gr.Error, match="text encoder has places"):
         demo.compose(EXAMPLES[0], EXAMPLES[1], 0, 0, 1, 3, 2.0, progress)
     with pytest.raises(gr.Error, match="Choose the second image first"):
         demo.compose(EXAMPLES[0], None, 1, 1, 1, 3, 2.0, progress)
 
 
-def test_a_file_that_is_no_image_is_named(demo, tmp_path):
+def test_a_file_that_is_not_an_image_is_named_without_its_folder(demo, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("words")
-    with pytest.raises(gr.Error, match=r"cannot be read as an image: notes\.txt is no image") as refused:
+    with pytest.raises(gr.Error, match=r"cannot be read as an image: notes\.txt is ") as refused:
         demo.load(str(path))
     assert str(tmp_path) not in str(refused.value)
 
@@ -102,9 +112,11 @@ def test_a_stage_1_model_has_no_caption_tab(tmp_path):
     page = build(Demo(str(folder)))
     tabs = [block.label for block in page.blocks.values() if isinstance(block, gr.Tab)]
     assert tabs == ["Reconstruct", "Compose"]
+    texts = " ".join(block.value for block in page.blocks.values() if isinstance(block, gr.Markdown))
+    assert "The page reconstructs images from them." in texts
 
 
-def test_a_captioner_without_a_decoder_has_the_caption_tab_alone(tmp_path):
+def test_a_captioner_without_a_diffusion_model_has_only_the_caption_tab(tmp_path):
     captioner, processor = hub.load_captioner(MINIATURE)
     folder = hub.export(tmp_path / "s", captioner=captioner, processor=processor)
     demo = Demo(str(folder))
@@ -113,22 +125,22 @@ def test_a_captioner_without_a_decoder_has_the_caption_tab_alone(tmp_path):
     assert list(demo.caption(EXAMPLES[0], 40, "greedy", 1.0, 2))[-1]
 
 
-def test_of_two_encoders_the_page_draws_from_stage_1_s(converted, golden):
+def test_of_two_encoders_the_page_reconstructs_from_that_of_stage_1(converted, golden):
     demo = Demo(str(converted))
     with torch.no_grad():
-        drawn_from = demo.pipeline.encoder(pixel_values=golden["pixel_values"]).conditioning
-        told_from = demo.captioner.model(pixel_values=golden["pixel_values"]).conditioning
-    assert torch.allclose(drawn_from, golden["text_encoder"], atol=1e-4)
-    assert torch.allclose(told_from, golden["stage2/text_encoder"], atol=1e-4)
+        reconstructed_from = demo.pipeline.encoder(pixel_values=golden["pixel_values"]).conditioning
+        captioned_from = demo.captioner.model(pixel_values=golden["pixel_values"]).conditioning
+    assert torch.allclose(reconstructed_from, golden["text_encoder"], atol=1e-4)
+    assert torch.allclose(captioned_from, golden["stage2/text_encoder"], atol=1e-4)
 
 
-def test_an_encoder_alone_is_no_demo(tmp_path):
+def test_an_encoder_without_other_models_is_refused(tmp_path):
     encoder, image_processor = hub.load_encoder(MINIATURE)
     folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor)
-    with pytest.raises(ValueError, match=r"holds an encoder alone.*--decoder"):
+    with pytest.raises(ValueError, match=r"holds only an encoder.*--diffusion-model"):
         Demo(str(folder))
 
 
-def test_about_is_the_card_without_its_front_matter(demo):
+def test_about_is_the_model_card_without_its_front_matter(demo):
     about = demo.about()
     assert about.lstrip().startswith("# vlv-miniature") and "## Limits" in about

@@ -25,7 +25,7 @@ SECONDS = 1000  # playwright counts in milliseconds
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Of `vlv demo`, running."""
+    """The address of a running `vlv demo`."""
     log = tmp_path_factory.mktemp("demo") / "log"
     command = [sys.executable, "-u", "-c", "import sys; from vlv.cli.main import main; sys.exit(main())"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -56,7 +56,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, address, request):
-    """A fresh page; its last picture goes to the folder named by VLV_SCREENSHOTS, if that is set."""
+    """A new page. Its last state is saved as an image in the folder VLV_SCREENSHOTS, if that variable is set."""
     opened = browser.new_page(viewport=getattr(request, "param", {"width": 1100, "height": 900}))
     opened.set_default_timeout(60 * SECONDS)
     opened.goto(address)
@@ -69,12 +69,12 @@ def page(browser, address, request):
 
 
 def upload(page, path: Path, number: int = 0) -> None:
-    """Into the number-th image field of the open tab."""
+    """Uploads a file into the `number`-th image field of the open tab."""
     page.locator("[role=tabpanel]:visible input[type=file]").nth(number).set_input_files(path)
 
 
-def drawn(page, label: str):
-    """The picture shown under a label of the open tab."""
+def shown_image(page, label: str):
+    """The image under a label of the open tab."""
     return (
         page.locator("[role=tabpanel]:visible .block").filter(has=page.get_by_text(label, exact=True)).locator("img")
     )
@@ -92,8 +92,8 @@ def test_reconstruct(page):
     page.locator("[role=tabpanel]:visible .gallery button, [role=tabpanel]:visible .gallery-item").first.click()
     page.wait_for_timeout(1 * SECONDS)
     page.get_by_role("button", name="Reconstruct", exact=True).click()
-    drawn(page, "Reconstruction").wait_for(timeout=120 * SECONDS)
-    assert drawn(page, "Original, as the model is shown it").is_visible()
+    shown_image(page, "Reconstruction").wait_for(timeout=120 * SECONDS)
+    assert shown_image(page, "Original, resized").is_visible()
 
 
 def test_compose(page):
@@ -103,12 +103,12 @@ def test_compose(page):
     upload(page, EXAMPLES / "combo-1.png", -1)
     page.wait_for_timeout(1 * SECONDS)
     page.get_by_role("button", name="Compose", exact=True).click()
-    drawn(page, "Mixed").wait_for(timeout=120 * SECONDS)
+    shown_image(page, "Composed").wait_for(timeout=120 * SECONDS)
 
 
-def test_what_is_no_image_is_refused_politely(page, tmp_path):
+def test_a_file_that_is_not_an_image_gives_a_message(page, tmp_path):
     fake = tmp_path / "notes.png"
-    fake.write_text("these are words")
+    fake.write_text("this is text")
     upload(page, fake)
     page.wait_for_timeout(1 * SECONDS)
     page.get_by_role("button", name="Caption", exact=True).click()
@@ -129,6 +129,6 @@ def test_phone(page):
     playwright.expect(field).to_have_value(re.compile("|".join(OBJECTS)), timeout=60 * SECONDS)
 
 
-def test_the_examples_are_pictures_of_the_world():
+def test_the_examples_have_the_size_of_the_miniature_s_images():
     assert all(Image.open(path).size == (64, 64) for path in EXAMPLES.glob("*.png"))
     assert len(list(EXAMPLES.glob("*.png"))) >= 4

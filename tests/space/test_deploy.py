@@ -1,4 +1,4 @@
-"""A Space runs from its own files: nothing of it must be installed but what its requirements name."""
+"""A Space runs from its own files; only its requirements need to be installed."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_requirements_are_the_package_s_own():
     assert sorted(map(order, listed)) == sorted(map(order, core))
 
 
-def test_the_page_starts_from_a_space_s_files_alone(tmp_path):
+def test_the_page_starts_from_only_the_files_of_a_space(tmp_path):
     space = write_space(tmp_path / "space", "org/vlv")
     front = yaml.safe_load((space / "README.md").read_text().split("---")[1])
     assert front["models"] == ["org/vlv"] and front["sdk"] == "gradio" and front["app_file"] == "app.py"
@@ -38,9 +38,9 @@ import json, sys
 sys.path.insert(0, ".")  # as `python app.py` has it
 import app, vlv
 demo = app.Demo(sys.argv[1])
-words = list(demo.caption(app.EXAMPLES[0], 30, "greedy", 1.0, 4))[-1]
+caption = list(demo.caption(app.EXAMPLES[0], 30, "greedy", 1.0, 4))[-1]
 modules = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "vlv" and getattr(m, "__file__", None)]
-print(json.dumps([words, modules, len(app.build(demo).fns)]))
+print(json.dumps([caption, modules, len(app.build(demo).fns)]))
 """
     done = subprocess.run(
         [sys.executable, "-P", "-c", script, str(MINIATURE)],
@@ -50,12 +50,12 @@ print(json.dumps([words, modules, len(app.build(demo).fns)]))
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    words, modules, functions = json.loads(done.stdout.splitlines()[-1])
-    assert " background" in words and functions >= 3
+    caption, modules, functions = json.loads(done.stdout.splitlines()[-1])
+    assert " background" in caption and functions >= 3
     assert modules and all(Path(path).is_relative_to(space) for path in modules), modules
 
 
-def test_push_a_space(monkeypatch, capsys):
+def test_pushing_creates_and_updates_a_space(monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub = Hub()
@@ -80,7 +80,7 @@ def test_push_a_space(monkeypatch, capsys):
         assert main([*push, "hf_org", *model]) == 0
         assert set(space.at("main").files) == {*files, "LICENSE"}
         assert main([*push, "hf_org", "--model", "org/other"]) == 0
-        assert space.variables == {"MODEL_ID": "org/other"}  # the revision was of the model before
+        assert space.variables == {"MODEL_ID": "org/other"}  # the revision belonged to the earlier model
         assert main([*push, "hf_org", "--model", "org/other", "--private"]) == 2
         assert "exists and is public" in capsys.readouterr().err
         for token, reason in (("hf_stranger", "may not write to org/page"), ("wrong", "wants a token")):
@@ -89,7 +89,7 @@ def test_push_a_space(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("model", [[], ["--model", str(MINIATURE)], ["--model", "no-organisation"]])
-def test_a_space_wants_a_model_of_the_hub(model, tmp_path, capsys):
+def test_a_space_needs_a_model_of_the_hub(model, tmp_path, capsys):
     assert main(["demo", "--write-space", str(tmp_path / "space"), *model]) == 2
     assert "org/name" in capsys.readouterr().err.lower()
 
