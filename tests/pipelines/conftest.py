@@ -3,7 +3,7 @@ import pytest
 from vlv.miniature.tokenizer import build_tokenizer
 from vlv.pipelines import VLVReconstructionPipeline
 
-from ..conftest import stable_diffusion_parts
+from ..builders import stable_diffusion_parts
 
 
 @pytest.fixture

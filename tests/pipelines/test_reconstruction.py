@@ -19,7 +19,7 @@ from PIL import Image
 from vlv import VLVImageProcessor
 from vlv.checkpoints import MINIATURE
 
-from ..conftest import POSITIONS, QUERIES, TEXT_WIDTH
+from ..builders import POSITIONS, QUERIES, TEXT_WIDTH
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def test_pushing_creates_and_updates_a_space(monkeypatch, capsys):
         assert space.variables == {"MODEL_ID": "org/other"}  # the revision belonged to the earlier model
         assert main([*push, "hf_org", "--model", "org/other", "--private"]) == 2
         assert "exists and is public" in capsys.readouterr().err
-        for token, reason in (("hf_stranger", "may not write to org/page"), ("wrong", "wants a token")):
+        for token, reason in (("hf_outsider", "may not write to org/page"), ("wrong", "wants a token")):
             assert main([*push, token, *model]) == 2
             assert reason in capsys.readouterr().err
 
