@@ -1,8 +1,8 @@
-"""How many image-caption pairs a captioner needs, and what it is that saves them (VLV paper, tables 4, 5 and 7).
+"""How many image-caption pairs a captioner needs, and what lowers that number (VLV paper, tables 4, 5 and 7).
 
-Captioners differ in one thing at a time: where their encoder comes from, how many pairs they see, what learns, which
-language model reads. All make the same number of updates. Where the encoder rests, its conditioning is computed once
-for all of them, which changes nothing but the time it takes.
+Captioners differ in one thing at a time: the origin of the encoder, the number of pairs, the trainable parts, or the
+language model. All make the same number of updates unless a measurement says otherwise. The conditioning of a frozen
+encoder is computed once, before training, which changes the time and nothing else.
 """
 
 from pathlib import Path
@@ -15,31 +15,35 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from vlv import VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
 from vlv.modeling_vlv import VLVModelOutput
+from vlv.pipelines import generate_captions
+from vlv.train import freeze_for_stage1, freeze_for_stage2, set_train_mode
 
 from ..captioner import ImageCaptionPairs
-from ..encoder import build_encoder_config, build_image_processor, initialize_encoder
 from ..data import evaluation_items
+from ..encoder import build_encoder_config, build_image_processor, initialize_encoder
 from ..grammar import parse_caption
 from ..scoring import score_scenes
+from ..world import Scene
 
 UPDATES = 800
 BATCH_SIZE = 64
 WARMUP = 50
 LEARNING_RATE = 1e-3
-PAIRS = (200, 1_000, 5_000, 20_000)
-SCENES = 300  # of each split, to judge captions by
+SCENES = 300  # captioned of each split
 MAX_TOKENS = 64
 
 
-class Ready(nn.Module):
-    """Stands in for an encoder that rests: takes its conditioning, computed before, as if it were embeddings."""
+class CachedConditioning(nn.Module):
+    """Takes the place of a frozen encoder and returns its conditioning, computed before and given as embeddings."""
 
-    def forward(self, pixel_values: torch.Tensor | None = None, caption_embeds: torch.Tensor | None = None):
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, caption_embeds: torch.Tensor | None = None
+    ) -> VLVModelOutput:
         return VLVModelOutput(caption_embeds=caption_embeds, conditioning=caption_embeds)
 
 
 def untrained_encoder(teacher_dir: str | Path, seed: int) -> VLVModel:
-    """What stage 1 starts from: the encoder's own random weights, the teacher's text encoder."""
+    """The encoder before stage 1: random weights drawn from `seed`, and the teacher's text encoder."""
     teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
     torch.manual_seed(seed)
     model = VLVModel(build_encoder_config(teacher.text_encoder.config))
@@ -48,28 +52,43 @@ def untrained_encoder(teacher_dir: str | Path, seed: int) -> VLVModel:
     return model.eval()
 
 
-def to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:
-    """`(B, 3, 64, 64)` uint8 to what the encoder sees, as the miniature's image processor does."""
+def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
+    """Normalises images `(B, 3, 64, 64)` uint8 as the miniature's image processor does."""
     processor = build_image_processor()
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    return (pictures.float() / 255 - mean) / std
+    return (images.float() / 255 - mean) / std
 
 
 @torch.no_grad()
-def condition(encoder: VLVModel, pictures: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
-    """`T(z)` of pictures `(N, 3, 64, 64)` uint8."""
-    return torch.cat(
-        [encoder(pixel_values=to_pixel_values(chunk)).conditioning for chunk in pictures.split(batch_size)]
-    )
+def compute_conditioning(encoder: VLVModel, images: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
+    """Conditioning `(N, Q, d_text)` of images `(N, 3, 64, 64)` uint8."""
+    return torch.cat([encoder(pixel_values=to_pixel_values(chunk)).conditioning for chunk in images.split(batch_size)])
 
 
-class CaptionedPictures:
-    """So many pairs of the training split in memory: `pictures` (N, 3, 64, 64) uint8 and `labels` (N, L)."""
+class CaptionedImages:
+    """The first `count` pairs of the training split in memory: `images` (N, 3, 64, 64) uint8, `labels` (N, L)."""
 
     def __init__(self, count: int, processor: VLVProcessor, seed: int):
-        items = [pairs[i] for pairs in (ImageCaptionPairs(count, seed=seed + 4),) for i in range(count)]
-        self.pictures = torch.stack([item["image"] for item in items])
+        pairs = ImageCaptionPairs(count, seed=seed + 4)
+        items = [pairs[i] for i in range(count)]
+        self.images = torch.stack([item["image"] for item in items])
         self.labels = processor(suffix=[item["caption"] for item in items]).labels
+
+
+def freeze(model: VLVForConditionalGeneration, trainable: str) -> None:
+    """Freezes what is not trained.
+
+    Args:
+        trainable: `"projector"` or `"projector+lm"` as in stage 2; `"all"` adds everything that stage 1 trains.
+
+    Raises:
+        ValueError: If `trainable` is none of these.
+    """
+    if trainable not in ("projector", "projector+lm", "all"):
+        raise ValueError(f"trainable is {trainable!r}; expected 'projector', 'projector+lm' or 'all'")
+    freeze_for_stage2(model, trainable)
+    if trainable == "all":
+        freeze_for_stage1(model.model, "all")
 
 
 def train_from_pairs(
@@ -80,53 +99,52 @@ def train_from_pairs(
     seed: int = 0,
     encoder_learning_rate: float = LEARNING_RATE,
 ) -> None:
-    """Trains what of `model` requires gradients.
+    """Trains the parameters of `model` that require gradients.
 
     Args:
-        encoder_learning_rate: Of the encoder, where it learns.
-        inputs: Pictures `(N, 3, 64, 64)` uint8, or the conditioning `(N, Q, d_text)` of an encoder that rests.
+        inputs: Images `(N, 3, 64, 64)` uint8, or the conditioning `(N, Q, d_text)` of a frozen encoder.
         labels: `(N, L)`, padded with -100.
+        seed: Of the order of the pairs.
+        encoder_learning_rate: Of the encoder's trainable parameters; the others have `LEARNING_RATE`.
     """
-    learning = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     encoder = {id(p) for p in model.model.parameters()}
-    groups: list[dict[str, Any]] = [{"params": [p for p in learning if id(p) not in encoder]}]
-    if inside := [p for p in learning if id(p) in encoder]:
-        groups.append({"params": inside, "lr": encoder_learning_rate})
+    groups: list[dict[str, Any]] = [{"params": [p for p in trainable if id(p) not in encoder]}]
+    if encoder_parameters := [p for p in trainable if id(p) in encoder]:
+        groups.append({"params": encoder_parameters, "lr": encoder_learning_rate})
     optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimiser, WARMUP, updates)
-    draws = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
-    model.train()
+    set_train_mode(model)
     for _ in range(updates):
-        while len(order) < BATCH_SIZE:  # one pass after the other, each in its own order
-            order = torch.cat([order, torch.randperm(len(inputs), generator=draws)])
-        chosen, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
-        target = labels[chosen]
+        while len(order) < BATCH_SIZE:  # one epoch after the other, each shuffled anew
+            order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
+        batch, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+        target = labels[batch]
         target = target[:, : int((target != -100).sum(1).max())]
-        loss = model(**_inputs(inputs[chosen]), labels=target).loss
+        loss = model(**_model_inputs(inputs[batch]), labels=target).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(learning, 1.0)
+        nn.utils.clip_grad_norm_(trainable, 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
     model.eval()
 
 
-def _inputs(chosen: torch.Tensor) -> dict[str, Any]:
-    if chosen.dtype == torch.uint8:
-        return {"pixel_values": to_pixel_values(chosen)}
-    return {"caption_embeds": chosen}
+def _model_inputs(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    if inputs.dtype == torch.uint8:
+        return {"pixel_values": to_pixel_values(inputs)}
+    return {"caption_embeds": inputs}
 
 
-@torch.no_grad()
 def score_captions(
-    model: VLVForConditionalGeneration, processor: VLVProcessor, inputs: torch.Tensor, truth: list
-) -> dict:
-    """Scores of greedy captions."""
+    model: VLVForConditionalGeneration, processor: VLVProcessor, inputs: torch.Tensor, truth: list[Scene]
+) -> dict[str, float]:
+    """Scores of greedy captions; `inputs` as in `train_from_pairs`."""
     captions: list[str] = []
     for chunk in inputs.split(100):
-        ids = model.generate(**_inputs(chunk), max_new_tokens=MAX_TOKENS, do_sample=False)
-        captions += processor.batch_decode(ids, skip_special_tokens=True)
+        captions += generate_captions(model, processor, **_model_inputs(chunk), max_new_tokens=MAX_TOKENS)
     return score_scenes([parse_caption(caption) for caption in captions], truth)
 
 
@@ -135,40 +153,36 @@ def measure_captioner(
     language_model_dir: str | Path,
     pairs: int,
     *,
-    learns: str = "projector+lm",
+    trainable: str = "projector+lm",
     updates: int = UPDATES,
     seed: int = 0,
     encoder_learning_rate: float = LEARNING_RATE,
-) -> dict[str, Any]:
-    """Trains a captioner on so many pairs and scores its captions of unseen scenes.
+) -> dict[str, dict[str, float]]:
+    """Trains a captioner on `pairs` image-caption pairs and scores its captions of unseen scenes.
 
     Args:
-        encoder: Of any origin; it is not changed unless it learns.
-        learns: `"projector"`, `"projector+lm"`, or `"everything"`: the whole encoder, too, but not the text encoder.
-        encoder_learning_rate: Of the encoder, where it learns.
-        seed: Of the projector's first weights, of the pairs and of their order.
+        encoder: Of any origin. It changes only where `trainable` is `"all"`.
+        trainable: See `freeze`.
+        seed: Of the projector's initial weights, of the pairs and of their order.
+        encoder_learning_rate: Of the encoder, where it is trained.
 
     Returns:
-        `{split: scores}`.
+        `{split: scores}`, the scores as in `score_scenes`.
     """
     torch.manual_seed(seed)
     processor = VLVProcessor(build_image_processor(), hub.load_tokenizer(language_model_dir))
     language_model = AutoModelForCausalLM.from_pretrained(language_model_dir)
     model = VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, language_model)
-    model.requires_grad_(learns != "projector")
-    model.language_projection.requires_grad_(True)
-    model.model.requires_grad_(learns == "everything")
-    model.model.text_encoder.requires_grad_(False)
-    model.model.image_encoder.language_model.shared.requires_grad_(False)
-    data = CaptionedPictures(pairs, processor, seed)
-    rests = learns != "everything"
-    inputs = condition(encoder, data.pictures) if rests else data.pictures
-    if rests:
-        model.model = Ready()
+    freeze(model, trainable)
+    encoder_is_frozen = trainable != "all"
+    data = CaptionedImages(pairs, processor, seed)
+    inputs = compute_conditioning(encoder, data.images) if encoder_is_frozen else data.images
+    if encoder_is_frozen:
+        model.model = CachedConditioning()
     train_from_pairs(model, inputs, data.labels, updates, seed, encoder_learning_rate)
     scores = {}
     for split in ("test", "combo"):
-        pictures, truth = evaluation_items(split, SCENES)
-        shown = condition(encoder, pictures) if rests else pictures
-        scores[split] = score_captions(model, processor, shown, truth)
+        images, truth = evaluation_items(split, SCENES)
+        inputs = compute_conditioning(encoder, images) if encoder_is_frozen else images
+        scores[split] = score_captions(model, processor, inputs, truth)
     return scores

@@ -1,50 +1,54 @@
-"""What caption embeddings hold: how much of a picture, how exactly, in which order, and how like words they are.
+"""What caption embeddings encode: objects, positions, the order of the embeddings, and their likeness to tokens.
 
-VLV paper, tables 4 (left), 5 (left) and 6, and figure 6, where truth is known.
+VLV paper, tables 4 (left), 5 (left) and 6, and figure 6, on scenes that are known exactly.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 
 from vlv import VLVForConditionalGeneration, VLVModel, VLVProcessor
-from vlv.pipelines import VLVReconstructionPipeline
+from vlv.pipelines import VLVReconstructionPipeline, generate_captions, generate_images
 
-from ..encoder import build_image_processor
 from ..data import evaluation_items
+from ..encoder import build_image_processor
 from ..grammar import parse_caption, write_caption
 from ..render import IMAGE_SIZE
 from ..scene_classifier import SceneClassifier
 from ..scoring import score_scenes
 from ..teacher import build_scheduler
 from ..world import Scene
-from .data_efficiency import to_pixel_values
+from .data_efficiency import MAX_TOKENS, to_pixel_values
 
 STEPS = 25
 GUIDANCE = 2.0
-DIFFERENCE = 60  # of 765: how far a pixel's colour is from the background's before it belongs to an object
-WINDOWS = {  # rows and columns in which an object of this place is looked for
+BATCH_SIZE = 50
+COLOUR_DISTANCE = 60  # of 765: a pixel whose colour is farther from the background's belongs to an object
+WINDOWS = {  # place -> rows and columns in which its object is searched
     "top left": (slice(0, 32), slice(0, 32)),
     "top right": (slice(0, 32), slice(32, 64)),
     "bottom left": (slice(32, 64), slice(0, 32)),
     "bottom right": (slice(32, 64), slice(32, 64)),
     "centre": (slice(0, 64), slice(0, 64)),
 }
+SAME_IMAGE, ANOTHER_IMAGE = "same image", "another image"  # whose truth `measure_nearest_tokens` compares with
 
 
 @lru_cache(maxsize=1)
-def _teacher(teacher_dir: Path) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
+def load_teacher(teacher_dir: Path) -> StableDiffusionPipeline:
+    """The teacher, without a progress bar."""
+    teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
+    teacher.set_progress_bar_config(disable=True)
+    return teacher
 
 
-def pipeline_of(encoder: VLVModel, teacher_dir: str | Path) -> VLVReconstructionPipeline:
-    """Reconstruction from an encoder, by the teacher that it learnt from."""
-    teacher = _teacher(Path(teacher_dir))
+def build_pipeline(encoder: VLVModel, teacher_dir: str | Path) -> VLVReconstructionPipeline:
+    """Reconstruction by an encoder and the teacher that it was trained with."""
+    teacher = load_teacher(Path(teacher_dir))
     pipeline = VLVReconstructionPipeline(
         encoder, teacher.vae, teacher.unet, build_scheduler(), build_image_processor(), teacher.tokenizer
     )
@@ -53,39 +57,62 @@ def pipeline_of(encoder: VLVModel, teacher_dir: str | Path) -> VLVReconstruction
 
 
 @torch.no_grad()
-def embed(encoder: VLVModel, pictures: torch.Tensor) -> torch.Tensor:
-    """`z` of pictures `(N, 3, 64, 64)` uint8."""
-    return torch.cat([encoder(pixel_values=to_pixel_values(chunk)).caption_embeds for chunk in pictures.split(128)])
+def encode_images(encoder: VLVModel, images: torch.Tensor) -> torch.Tensor:
+    """Caption embeddings `(N, Q, d_text)` of images `(N, 3, 64, 64)` uint8."""
+    return torch.cat([encoder(pixel_values=to_pixel_values(chunk)).caption_embeds for chunk in images.split(128)])
 
 
-def draw(pipeline: VLVReconstructionPipeline, embeds: torch.Tensor, batch_size: int = 50) -> torch.Tensor:
-    """Pictures `(N, 3, 64, 64)` uint8 from caption embeddings, each from its own noise."""
-    drawn = []
-    for start in range(0, len(embeds), batch_size):
-        chunk = embeds[start : start + batch_size]
-        pictures = pipeline(
-            caption_embeds=chunk,
+def generate_from_embeds(pipeline: VLVReconstructionPipeline, embeds: torch.Tensor) -> torch.Tensor:
+    """Images `(N, 3, 64, 64)` uint8 from caption embeddings `(N, Q, d_text)`; image `i` has seed `i`."""
+    batches = [
+        generate_images(
+            pipeline,
+            caption_embeds=embeds[start : start + BATCH_SIZE],
+            seeds=range(start, min(start + BATCH_SIZE, len(embeds))),
             guidance_scale=GUIDANCE,
             num_inference_steps=STEPS,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
+        )
+        for start in range(0, len(embeds), BATCH_SIZE)
+    ]
+    return _to_uint8(torch.cat(batches))
+
+
+def generate_from_captions(teacher: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
+    """The teacher's images `(N, 3, 64, 64)` uint8 of captions, from the noise that `generate_from_embeds` uses."""
+    batches = [
+        teacher(
+            list(captions[start : start + BATCH_SIZE]),
+            guidance_scale=GUIDANCE,
+            num_inference_steps=STEPS,
+            generator=[
+                torch.Generator().manual_seed(seed) for seed in range(start, min(start + BATCH_SIZE, len(captions)))
+            ],
             output_type="pt",
+            height=IMAGE_SIZE,
+            width=IMAGE_SIZE,
         ).images
-        drawn.append((pictures * 255).round().to(torch.uint8))
-    return torch.cat(drawn)
+        for start in range(0, len(captions), BATCH_SIZE)
+    ]
+    return _to_uint8(torch.cat(batches))
 
 
-def locate(picture: torch.Tensor, place: str) -> tuple[float, float, float] | None:
-    """Centre (x, y) and size of what stands at a place, in widths of the picture; None if nothing does.
+def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+    return (images * 255).round().to(torch.uint8)
+
+
+def locate(image: torch.Tensor, place: str) -> tuple[float, float, float] | None:
+    """Centre (x, y) and size of the object at a place, as shares of the image's width; None if there is no object.
 
     Args:
-        picture: `(3, 64, 64)` uint8. Its median colour is taken for the background.
+        image: `(3, 64, 64)` uint8. Its median colour is taken as the background.
+        place: One of `WINDOWS`.
 
     Returns:
         The centroid of the pixels that differ from the background, and the square root of their area.
     """
-    colours = picture.float()
+    colours = image.float()
     background = colours.flatten(1).median(dim=1).values  # (3,)
-    mask = (colours - background[:, None, None]).abs().sum(0) > DIFFERENCE
+    mask = (colours - background[:, None, None]).abs().sum(0) > COLOUR_DISTANCE
     rows, columns = WINDOWS[place]
     inside = torch.zeros_like(mask)
     inside[rows, columns] = mask[rows, columns]
@@ -96,20 +123,27 @@ def locate(picture: torch.Tensor, place: str) -> tuple[float, float, float] | No
 
 
 def deviations(
-    originals: torch.Tensor, drawn: torch.Tensor, truth: Sequence[Scene], found: Sequence[Scene]
+    originals: torch.Tensor, generated: torch.Tensor, truth: Sequence[Scene], found: Sequence[Scene]
 ) -> dict[str, float]:
-    """Mean distance of centres and mean difference of sizes of the objects that both pictures show at the same place.
+    """Mean distance of centres, and mean difference of sizes, of the objects that both images show at the same place.
 
-    Both in widths of the picture; `matched` is the share of the true objects that were compared.
+    Args:
+        originals: `(N, 3, 64, 64)` uint8.
+        generated: The same, one for each original.
+        truth: Scenes of the originals.
+        found: Scenes that the scene classifier reads from the generated images.
+
+    Returns:
+        `centre` and `scale` as shares of the image's width; `matched`, the share of true objects that were compared.
     """
     centres, sizes, total = [], [], 0
-    for original, picture, scene, read in zip(originals, drawn, truth, found, strict=True):
-        total += len(scene.objects)
-        there = {(o.name, o.place) for o in read.objects}
-        for o in scene.objects:
-            if (o.name, o.place) not in there:
+    for original, image, true_scene, found_scene in zip(originals, generated, truth, found, strict=True):
+        total += len(true_scene.objects)
+        names_and_places = {(o.name, o.place) for o in found_scene.objects}
+        for o in true_scene.objects:
+            if (o.name, o.place) not in names_and_places:
                 continue
-            one, other = locate(original, o.place), locate(picture, o.place)
+            one, other = locate(original, o.place), locate(image, o.place)
             if one is not None and other is not None:
                 centres.append(((one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2) ** 0.5)
                 sizes.append(abs(one[2] - other[2]))
@@ -123,46 +157,35 @@ def deviations(
 
 def measure_reconstructions(
     encoder: VLVModel, teacher_dir: str | Path, scene_classifier: SceneClassifier, n: int = 200, split: str = "combo"
-) -> dict[str, Any]:
-    """Scores of reconstructions, and how far objects moved in them."""
-    pictures, truth = evaluation_items(split, n)
-    drawn = draw(pipeline_of(encoder, teacher_dir), embed(encoder, pictures))
-    found = scene_classifier.predict_scenes(drawn)
-    return score_scenes(found, truth) | deviations(pictures, drawn, truth, found)
+) -> dict[str, float]:
+    """Scores of reconstructions, and how far their objects are from the originals'."""
+    images, truth = evaluation_items(split, n)
+    generated = generate_from_embeds(build_pipeline(encoder, teacher_dir), encode_images(encoder, images))
+    found = scene_classifier.predict_scenes(generated)
+    return score_scenes(found, truth) | deviations(images, generated, truth, found)
 
 
-def measure_words(
+def measure_true_captions(
     teacher_dir: str | Path, scene_classifier: SceneClassifier, n: int = 200, split: str = "combo"
-) -> dict[str, Any]:
-    """The same of the teacher's pictures of the true captions: what words alone can tell."""
-    pictures, truth = evaluation_items(split, n)
-    teacher = _teacher(Path(teacher_dir))
-    teacher.set_progress_bar_config(disable=True)
-    drawn = []
-    for start in range(0, n, 50):
-        chunk = truth[start : start + 50]
-        images = teacher(
-            [write_caption(scene) for scene in chunk],
-            guidance_scale=GUIDANCE,
-            num_inference_steps=STEPS,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
-            output_type="pt",
-            height=IMAGE_SIZE,
-            width=IMAGE_SIZE,
-        ).images
-        drawn.append((images * 255).round().to(torch.uint8))
-    found = scene_classifier.predict_scenes(torch.cat(drawn))
-    return score_scenes(found, truth) | deviations(pictures, torch.cat(drawn), truth, found)
+) -> dict[str, float]:
+    """The measures of `measure_reconstructions` for images that the teacher generates from the true captions."""
+    images, truth = evaluation_items(split, n)
+    generated = generate_from_captions(load_teacher(Path(teacher_dir)), [write_caption(scene) for scene in truth])
+    found = scene_classifier.predict_scenes(generated)
+    return score_scenes(found, truth) | deviations(images, generated, truth, found)
 
 
 def measure_truncation(
     encoder: VLVModel, teacher_dir: str | Path, scene_classifier: SceneClassifier, kept: Sequence[int], n: int = 100
-) -> dict[str, Any]:
-    """Scores of reconstructions from the first so many caption embeddings alone."""
-    pictures, truth = evaluation_items("test", n)
-    embeds, pipeline = embed(encoder, pictures), pipeline_of(encoder, teacher_dir)
+) -> dict[str, dict[str, float]]:
+    """Scores of reconstructions from the first caption embeddings alone, by the number of embeddings in `kept`."""
+    images, truth = evaluation_items("test", n)
+    embeds, pipeline = encode_images(encoder, images), build_pipeline(encoder, teacher_dir)
     return {
-        str(count): score_scenes(scene_classifier.predict_scenes(draw(pipeline, embeds[:, :count])), truth) for count in kept
+        str(count): score_scenes(
+            scene_classifier.predict_scenes(generate_from_embeds(pipeline, embeds[:, :count])), truth
+        )
+        for count in kept
     }
 
 
@@ -173,43 +196,45 @@ def measure_composition(
     counts: Sequence[tuple[int, int]],
     n: int = 100,
     single: bool = False,
-) -> dict[str, Any]:
-    """What of two pictures survives when the first embeddings of one are followed by the first of the other.
+) -> dict[str, dict[str, float]]:
+    """What an image shows that is generated from the first embeddings of one image and the first of another.
 
     Args:
-        n: Pairs, less those that do not fit.
-        single: Pairs of pictures with one object each, at different places, so that there is room for both.
+        counts: How many embeddings are taken of the first and of the second image.
+        n: Pairs of images, before those that do not fit are left out. The two backgrounds of a pair differ.
+        single: Pairs of images with one object each, at different places, so that both fit into one image.
 
     Returns:
-        For each `"a+b"`: shares of both pictures' objects that are found in the drawn one (names, wherever they
-        stand), and how often its background is the first's and the second's. Pairs have different backgrounds.
+        For each `"a+b"` of `counts`: the shares of the first's and of the second's objects that are found in the
+        generated image (by name, at any place), and the shares of images with the first's and the second's background.
     """
-    pictures, truth = evaluation_items("test", 8 * n if single else 2 * n)
+    images, truth = evaluation_items("test", 8 * n if single else 2 * n)
     if single:
         alone = [i for i, scene in enumerate(truth) if len(scene.objects) == 1][: 2 * n]
-        pictures, truth = pictures[alone], [truth[i] for i in alone]
+        images, truth = images[alone], [truth[i] for i in alone]
     half = len(truth) // 2
-    pairs = [(i, half + i) for i in range(half) if _may_be_mixed(truth[i], truth[half + i], single)]
-    embeds, pipeline = embed(encoder, pictures), pipeline_of(encoder, teacher_dir)
-    figures = {}
+    pairs = [(i, half + i) for i in range(half) if _fit_together(truth[i], truth[half + i], single)]
+    first_truth, second_truth = [truth[a] for a, _ in pairs], [truth[b] for _, b in pairs]
+    embeds, pipeline = encode_images(encoder, images), build_pipeline(encoder, teacher_dir)
+    results = {}
     for first, second in counts:
         mixed = torch.stack([torch.cat([embeds[a][:first], embeds[b][:second]]) for a, b in pairs])
-        found = scene_classifier.predict_scenes(draw(pipeline, mixed))
-        figures[f"{first}+{second}"] = {
-            "objects of the first": _share(found, [truth[a] for a, _ in pairs]),
-            "objects of the second": _share(found, [truth[b] for _, b in pairs]),
-            "background of the first": _agree(found, [truth[a] for a, _ in pairs]),
-            "background of the second": _agree(found, [truth[b] for _, b in pairs]),
+        found = scene_classifier.predict_scenes(generate_from_embeds(pipeline, mixed))
+        results[f"{first}+{second}"] = {
+            "objects of the first": _object_recall(found, first_truth),
+            "objects of the second": _object_recall(found, second_truth),
+            "background of the first": _background_accuracy(found, first_truth),
+            "background of the second": _background_accuracy(found, second_truth),
         }
-    return figures
+    return results
 
 
-def _may_be_mixed(first: Scene, second: Scene, single: bool) -> bool:
+def _fit_together(first: Scene, second: Scene, single: bool) -> bool:
     places = {o.place for o in first.objects} & {o.place for o in second.objects}
     return first.background != second.background and not (single and places)
 
 
-def _share(found: Sequence[Scene], truth: Sequence[Scene]) -> float:
+def _object_recall(found: Sequence[Scene], truth: Sequence[Scene]) -> float:
     names = [
         (Counter(o.name for o in f.objects), Counter(o.name for o in t.objects))
         for f, t in zip(found, truth, strict=True)
@@ -217,83 +242,74 @@ def _share(found: Sequence[Scene], truth: Sequence[Scene]) -> float:
     return round(sum((f & t).total() for f, t in names) / sum(t.total() for _, t in names), 3)
 
 
-def _agree(found: Sequence[Scene], truth: Sequence[Scene]) -> float:
+def _background_accuracy(found: Sequence[Scene], truth: Sequence[Scene]) -> float:
     return round(sum(f.background == t.background for f, t in zip(found, truth, strict=True)) / len(truth), 3)
 
 
-@torch.no_grad()
-def measure_likeness_to_words(
+def measure_token_embeddings(
     captioner: VLVForConditionalGeneration,
     processor: VLVProcessor,
     teacher_dir: str | Path,
     n: int = 300,
     split: str = "combo",
-) -> dict[str, Any]:
-    """Captions from `z`, and from the embeddings of the true caption's words, which the captioner never saw."""
-    pictures, truth = evaluation_items(split, n)
-    tokenizer, encoder = _teacher(Path(teacher_dir)).tokenizer, captioner.model
-    table = encoder.get_input_embeddings()
-    figures = {}
-    for name in ("caption embeddings", "words, padded", "words, as many as there are"):
-        captions = []
-        for start in range(0, n, 50):
-            if name == "caption embeddings":
-                batches = [embed(encoder, pictures[start : start + 50])]
-            else:
-                texts = [write_caption(scene) for scene in truth[start : start + 50]]
-                if name == "words, padded":
-                    length = tokenizer.model_max_length
-                    ids = tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
-                    batches = [table(ids)]
-                else:
-                    batches = [table(tokenizer(text, return_tensors="pt").input_ids) for text in texts]
-            for embeds in batches:
-                ids = captioner.generate(caption_embeds=embeds, max_new_tokens=64, do_sample=False)
-                captions += processor.batch_decode(ids, skip_special_tokens=True)
-        figures[name] = score_scenes([parse_caption(caption) for caption in captions], truth)
-    return figures
+) -> dict[str, dict[str, float]]:
+    """Scores of captions from caption embeddings, and from token embeddings of the true caption.
+
+    The captioner was trained on caption embeddings only. Token embeddings are given padded to the length of the text
+    encoder, and unpadded.
+    """
+    images, truth = evaluation_items(split, n)
+    tokenizer, encoder = load_teacher(Path(teacher_dir)).tokenizer, captioner.model
+    token_embeddings = encoder.get_input_embeddings()
+    texts = [write_caption(scene) for scene in truth]
+    padded_ids = tokenizer(
+        texts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        batches_of = {
+            "caption embeddings": [encode_images(encoder, chunk) for chunk in images.split(BATCH_SIZE)],
+            "token embeddings, padded": [token_embeddings(chunk) for chunk in padded_ids.split(BATCH_SIZE)],
+            "token embeddings, unpadded": [
+                token_embeddings(tokenizer(text, return_tensors="pt").input_ids) for text in texts
+            ],
+        }
+    results = {}
+    for name, batches in batches_of.items():
+        captions: list[str] = []
+        for embeds in batches:
+            captions += generate_captions(captioner, processor, caption_embeds=embeds, max_new_tokens=MAX_TOKENS)
+        results[name] = score_scenes([parse_caption(caption) for caption in captions], truth)
+    return results
 
 
-def measure_nearest_words(
+def measure_nearest_tokens(
     encoder: VLVModel, teacher_dir: str | Path, n: int = 300, split: str = "combo"
-) -> dict[str, Any]:
-    """How often the nearest words of `z`'s vectors name what the picture shows, and what another picture shows.
+) -> dict[str, dict[str, float]]:
+    """How often the tokens nearest to caption embeddings, by cosine, name what the image shows.
 
     Returns:
-        Shares of true object names, of the words of true places, and of the words of true colours that are the nearest
-        word of one of the picture's vectors; `by chance` is the same against another picture's truth.
+        The shares of true object names, of the words of true places, and of the words of true background colours, that
+        are the token nearest to one of the image's embeddings. `ANOTHER_IMAGE` compares the same tokens with the truth
+        of another image, which gives the level of chance.
     """
-    pictures, truth = evaluation_items(split, n)
-    tokenizer = _teacher(Path(teacher_dir)).tokenizer
-    words = torch.nn.functional.normalize(
-        encoder.text_encoder.get_input_embeddings().weight.detach(), dim=-1
-    )  # (V, d)
-    embeds = torch.nn.functional.normalize(embed(encoder, pictures), dim=-1)  # (N, Q, d)
-    nearest = [set(tokenizer.convert_ids_to_tokens(row)) for row in (embeds @ words.T).argmax(-1).tolist()]
+    images, truth = evaluation_items(split, n)
+    tokenizer = load_teacher(Path(teacher_dir)).tokenizer
+    table = encoder.text_encoder.get_input_embeddings().weight.detach()
+    table = torch.nn.functional.normalize(table, dim=-1)  # (V, d)
+    embeds = torch.nn.functional.normalize(encode_images(encoder, images), dim=-1)  # (N, Q, d)
+    nearest = [set(tokenizer.convert_ids_to_tokens(row)) for row in (embeds @ table.T).argmax(-1).tolist()]
     shifted = truth[1:] + truth[:1]
-    return {"of the picture": _named(nearest, truth), "by chance": _named(nearest, shifted)}
+    return {SAME_IMAGE: _named(nearest, truth), ANOTHER_IMAGE: _named(nearest, shifted)}
 
 
 def _named(nearest: Sequence[set[str]], truth: Sequence[Scene]) -> dict[str, float]:
-    wanted = {
+    """Shares of true words that are among the nearest tokens."""
+    true_words = {
         "objects": [{o.name for o in scene.objects} for scene in truth],
         "places": [{word for o in scene.objects for word in o.place.split()} for scene in truth],
         "colours": [set((scene.background or "").split()) for scene in truth],
     }
     return {
         name: round(sum(len(w & n) for w, n in zip(sets, nearest, strict=True)) / sum(map(len, sets)), 3)
-        for name, sets in wanted.items()
+        for name, sets in true_words.items()
     }
-
-
-__all__ = [
-    "deviations",
-    "locate",
-    "measure_composition",
-    "measure_likeness_to_words",
-    "measure_nearest_words",
-    "measure_reconstructions",
-    "measure_truncation",
-    "measure_words",
-    "pipeline_of",
-]

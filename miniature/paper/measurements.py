@@ -1,264 +1,349 @@
-"""The paper's tables in the small world: `python -m vlv.miniature.paper --root runs/miniature`.
+"""The measurements behind the paper's tables: what to run, how long it takes, and which table row shows the result.
 
-Each measurement is written as it comes, to `ROOT/tables`, and skipped once it is there; several processes may share
-the work (`--only` takes the beginning of a name). What was measured is put together by `vlv.miniature.paper.tables`.
+`runner` runs `MEASUREMENTS`; `tables` and `plots` look results up by the keys that stand here and nowhere else. Each
+group is what one table shows. Measurements of a group with the same label are one row, measured with several seeds.
 """
 
-import argparse
-import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
-
-import torch
 
 from vlv import hub
 
+from ..encoder import NUM_QUERY_TOKENS
 from ..evaluation import SCENE_CLASSIFIER_FILE
-from ..recipe import VARIANT_SETTINGS
+from ..language_model import LAYERS, WIDTH
 from ..scene_classifier import SceneClassifier
-from .data_efficiency import BATCH_SIZE, LEARNING_RATE, PAIRS, UPDATES, measure_captioner, untrained_encoder
+from .data_efficiency import LEARNING_RATE, UPDATES, measure_captioner, untrained_encoder
 from .embedding_probes import (
     measure_composition,
-    measure_likeness_to_words,
-    measure_nearest_words,
+    measure_nearest_tokens,
     measure_reconstructions,
+    measure_token_embeddings,
+    measure_true_captions,
     measure_truncation,
-    measure_words,
 )
-from .out_of_distribution import measure_another_style
-from .plots import plot_curves
-from .tables import report
+from .out_of_distribution import measure_out_of_distribution
 
+TEACHER, CAPTIONER = "teacher-3", "captioner"  # folders below ROOT
 SEEDS = (0, 1, 2)
-DECIDED_BELOW = 1_000  # pairs: between 200 and this the captions after stage 1 become good
-GENTLY = LEARNING_RATE / 30  # for an encoder that stage 1 has trained: at the full rate captions fail
-LONGER = 4 * UPDATES  # for the encoder that learns from pairs alone, lest it only lacked time
+PAIRS = (200, 1_000, 5_000, 20_000)
+FEW_PAIRS = 1_000  # captions after stage 1 become good between 200 pairs and this number
+ALL_PAIRS = max(PAIRS)
+HALF = NUM_QUERY_TOKENS // 2
+KEPT = (4, 8, HALF, 16, 20, NUM_QUERY_TOKENS)  # of an image's embeddings, for truncation
+MIXED = ((24, 0), (24, 24), (24, 12), (12, 24), (12, 12), (18, 6), (6, 18))  # of two images', for composition
 
 
-def _pairs_needed(
-    root: Path,
-    origin: str,
-    pairs: int,
-    seed: int,
-    updates: int = UPDATES,
-    rate: float = LEARNING_RATE,
-) -> dict[str, Any]:
-    """Table 7: is stage 1 needed? `rate` is that of the encoder, where it learns."""
-    if origin == "stage 1":
-        encoder, _ = hub.load_encoder(root / "encoder")
-    else:
-        encoder = untrained_encoder(root / "teacher-3", seed)
-    learns = "everything" if origin == "end to end" else "projector+lm"
-    return measure_captioner(
-        encoder,
-        root / "language-model",
-        pairs,
-        learns=learns,
-        updates=updates,
-        seed=seed,
-        encoder_learning_rate=rate,
-    )
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder of stage 1, in `folder` below ROOT, with the settings of its training."""
+
+    folder: str
+    images: int
+    num_query_tokens: int = NUM_QUERY_TOKENS
+    tail_drop: float = 0.0
+    seed: int = 0
 
 
-def _what_learns(root: Path, learns: str, seed: int, encoder_learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
-    """Table 4, right: what is trained in stage 2, on the most pairs."""
-    encoder, _ = hub.load_encoder(root / "encoder")
-    return measure_captioner(
-        encoder,
-        root / "language-model",
-        max(PAIRS),
-        learns=learns,
-        seed=seed,
-        encoder_learning_rate=encoder_learning_rate,
-    )
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model, in `folder` below ROOT, with its size."""
 
-
-def _another_size(root: Path, size: str, seed: int) -> dict[str, Any]:
-    """Table 5, right: language models of other sizes, on the pairs that tell them apart."""
-    encoder, _ = hub.load_encoder(root / "encoder")
-    return measure_captioner(encoder, root / f"language-model-{size}", DECIDED_BELOW, seed=seed)
-
-
-def _encoder(root: Path, name: str) -> tuple[Any, Path, SceneClassifier]:
-    return hub.load_encoder(root / name)[0], root / "teacher-3", SceneClassifier.load(root / SCENE_CLASSIFIER_FILE)
-
-
-def _reconstructions(root: Path, name: str) -> dict[str, Any]:
-    """Tables 4 (left), 5 (left) and 6: pictures from the embeddings of one encoder."""
-    return measure_reconstructions(*_encoder(root, name))
-
-
-def _words(root: Path) -> dict[str, Any]:
-    return measure_words(root / "teacher-3", SceneClassifier.load(root / SCENE_CLASSIFIER_FILE))
-
-
-def _truncation(root: Path, name: str) -> dict[str, Any]:
-    return measure_truncation(*_encoder(root, name), kept=KEPT)
-
-
-def _composition(root: Path, name: str) -> dict[str, Any]:
-    return measure_composition(*_encoder(root, name), counts=MIXED)
-
-
-def _joining(root: Path, name: str) -> dict[str, Any]:
-    return measure_composition(*_encoder(root, name), counts=MIXED, single=True)
-
-
-def _likeness(root: Path) -> dict[str, Any]:
-    return measure_likeness_to_words(*hub.load_captioner(root / "captioner"), root / "teacher-3")
-
-
-def _nearest_words(root: Path) -> dict[str, Any]:
-    return measure_nearest_words(hub.load_encoder(root / "encoder")[0], root / "teacher-3")
-
-
-def _another_style(root: Path) -> dict[str, Any]:
-    _, teacher, scene_classifier = _encoder(root, "encoder")
-    return measure_another_style(*hub.load_captioner(root / "captioner"), teacher, scene_classifier)
-
-
-KEPT = (4, 8, 12, 16, 20, 24)
-MIXED = ((24, 0), (24, 24), (24, 12), (12, 24), (12, 12), (18, 6), (6, 18))
-ENCODERS = ("encoder", *VARIANT_SETTINGS)
+    folder: str
+    width: int
+    layers: int
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What to run, and about how long that takes in one process beside another, on the two virtual cores."""
+    """One measurement.
 
-    run: Callable[[Path], dict[str, Any]]
-    minutes: int
-
-
-def _list_measurements() -> dict[str, Measurement]:
-    found: dict[str, Measurement] = {}
-    for origin, minutes in (("stage 1", 5), ("untrained", 6), ("end to end", 19)):
-        for pairs in PAIRS:
-            # Three seeds where it is decided how many pairs stage 1 needs, and with all pairs, which table 4 compares.
-            several = origin == "stage 1" and (pairs <= DECIDED_BELOW or pairs == max(PAIRS))
-            for seed in SEEDS if several else SEEDS[:1]:
-                run = partial(_pairs_needed, origin=origin, pairs=pairs, seed=seed)
-                found[f"table 7, {origin}, {pairs} pairs, seed {seed}"] = Measurement(run, minutes)
-    # The encoder that learns from pairs alone must not have failed for its learning rate, or for want of time.
-    for share, rate in (("a tenth", LEARNING_RATE / 10), ("a thirtieth", GENTLY)):
-        run = partial(_pairs_needed, origin="end to end", pairs=max(PAIRS), seed=0, rate=rate)
-        found[f"table 7, end to end at {share}, {max(PAIRS)} pairs, seed 0"] = Measurement(run, 19)
-    run = partial(
-        _pairs_needed, origin="end to end", pairs=max(PAIRS), seed=0, updates=LONGER, rate=LEARNING_RATE / 10
-    )
-    found[f"table 7, end to end at a tenth, {max(PAIRS)} pairs, {LONGER} updates"] = Measurement(run, 70)
-    found["table 4, projector learns, seed 0"] = Measurement(partial(_what_learns, learns="projector", seed=0), 6)
-    for name, rate, seeds in (("everything", GENTLY, SEEDS), ("everything at one rate", LEARNING_RATE, SEEDS[:1])):
-        for seed in seeds:
-            run = partial(_what_learns, learns="everything", seed=seed, encoder_learning_rate=rate)
-            found[f"table 4, {name} learns, seed {seed}"] = Measurement(run, 24)
-    for size, minutes in (("small", 4), ("large", 9)):
-        for seed in SEEDS:
-            run = partial(_another_size, size=size, seed=seed)
-            found[f"table 5, {size} language model, seed {seed}"] = Measurement(run, minutes)
-    for name in ENCODERS:
-        found[f"reconstructions, {name}"] = Measurement(partial(_reconstructions, name=name), 1)
-    for name in ("encoder", "encoder-120k", "encoder-tail-drop"):
-        found[f"figure 6, truncation, {name}"] = Measurement(partial(_truncation, name=name), 3)
-        found[f"figure 6, composition, {name}"] = Measurement(partial(_composition, name=name), 3)
-        found[f"figure 6, single objects, {name}"] = Measurement(partial(_joining, name=name), 3)
-    found["another style"] = Measurement(_another_style, 4)
-    found["words, teacher"] = Measurement(_words, 1)
-    found["words, captions"] = Measurement(_likeness, 1)
-    found["words, nearest"] = Measurement(_nearest_words, 1)
-    return found
-
-
-MEASUREMENTS = _list_measurements()
-
-
-def _file(root: Path, name: str) -> Path:
-    return root / "tables" / (re.sub(r"[^a-z0-9]+", "-", name) + ".json")
-
-
-def minutes_left(root: Path) -> int:
-    """About how long what is not measured yet takes in one process."""
-    return sum(part.minutes for name, part in MEASUREMENTS.items() if not _file(root, name).exists())
-
-
-def measure(root: Path, only: tuple[str, ...] = ("",)) -> int:
-    """Makes the measurements whose names begin with one of `only` and that are not there yet.
-
-    Returns:
-        How many could not be made, each said with its reason.
+    Attributes:
+        key: Its name in files, in the report's JSON and in `--only`.
+        label: Of the table row that shows it.
+        run: Called with ROOT and `settings`; returns the results.
+        minutes: In one process beside another, on two virtual cores of one physical core.
     """
-    missing = 0
-    for name, measurement in MEASUREMENTS.items():
-        if not name.startswith(only):
-            continue
-        path = _file(root, name)
-        if path.exists():
-            print(f"{name}: done", flush=True)
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        started = perf_counter()
-        try:
-            figures = measurement.run(root)
-        except OSError as error:  # a part that is not trained yet, or a font that is not installed
-            print(f"{name}: not measured: {error}", flush=True)
-            missing += 1
-            continue
-        found = {"name": name, "figures": figures, "seconds": round(perf_counter() - started)}
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        print(f"{name}: {found['figures']} ({found['seconds']} s)", flush=True)
-    return missing
+
+    key: str
+    label: str
+    run: Callable[..., dict[str, Any]]
+    minutes: int
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
-INTRODUCTION = """# The paper in miniature
+# Parts that the measurements compare. The recipe trains the variants for the tables only.
 
-What VLV promises, measured in a world where a caption is right or wrong: sixteen drawings on eight backgrounds
-([`miniature/README.md`](../miniature/README.md)). Printed by
+ENCODER = Encoder("encoder", images=240_000)
+ENCODER_120K = Encoder("encoder-120k", images=120_000)
+ENCODER_TAIL_DROP = Encoder("encoder-tail-drop", images=120_000, tail_drop=0.5)
+ENCODER_VARIANTS = [
+    Encoder("encoder-30k", images=30_000),
+    Encoder("encoder-60k", images=60_000),
+    ENCODER_120K,
+    ENCODER_TAIL_DROP,
+    Encoder("encoder-6-queries", images=120_000, num_query_tokens=6),
+    Encoder("encoder-12-queries", images=120_000, num_query_tokens=12),
+    # Two more seeds for each number of query tokens, because the order of the results depends on the seed.
+    Encoder("encoder-120k-seed-1", images=120_000, seed=1),
+    Encoder("encoder-120k-seed-2", images=120_000, seed=2),
+    Encoder("encoder-6-queries-seed-1", images=120_000, num_query_tokens=6, seed=1),
+    Encoder("encoder-6-queries-seed-2", images=120_000, num_query_tokens=6, seed=2),
+    Encoder("encoder-12-queries-seed-1", images=120_000, num_query_tokens=12, seed=1),
+    Encoder("encoder-12-queries-seed-2", images=120_000, num_query_tokens=12, seed=2),
+]
+ENCODERS = [ENCODER, *ENCODER_VARIANTS]
 
-```bash
-python -m vlv.miniature.paper --root runs/miniature --report docs/paper_in_miniature.md
-```
-
-from measurements that the same command makes, or keeps where they are made
-([`paper_in_miniature.json`](paper_in_miniature.json)). "Unseen combinations" are scenes of which every object
-stands in a combination of object, background and place that no part was trained on. Updates of each captioner:
-{updates}, of {batch} pairs.
-"""
-
-
-def gather(root: Path) -> dict[str, dict[str, Any]]:
-    """What has been measured so far, by name."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((root / "tables").glob("*.json"))]
-    return {entry["name"]: entry["figures"] for entry in found}
-
-
-def write_report(root: Path, path: Path) -> None:
-    """The page, and beside it the figures that it was made of."""
-    measured = gather(root)
-    introduction = INTRODUCTION.format(updates=UPDATES, batch=BATCH_SIZE)
-    if plot_curves(measured, path.with_suffix(".png")):
-        introduction += f"\n![Pairs against captions, images against reconstructions]({path.stem}.png)\n"
-    path.write_text(report(measured, introduction), encoding="utf-8")
-    path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+LANGUAGE_MODEL = LanguageModel("language-model", WIDTH, LAYERS)
+SMALL_LANGUAGE_MODEL = LanguageModel("language-model-small", width=64, layers=2)
+LARGE_LANGUAGE_MODEL = LanguageModel("language-model-large", width=192, layers=4)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlv.miniature.paper", description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("runs/miniature"), help="where the trained parts are")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="beginnings of measurements' names")
-    parser.add_argument("--report", type=Path, metavar="FILE.md", help="write the page of what is measured so far")
-    parser.add_argument("--report-only", action="store_true", help="measure nothing more")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if not options.report_only:
-        measure(options.root, tuple(options.only))
-    if options.report:
-        write_report(options.root, options.report)
+# What a measurement runs: each function loads parts from ROOT and measures them.
 
 
-if __name__ == "__main__":
-    main()
+def run_captioner(
+    root: Path,
+    pairs: int,
+    seed: int,
+    stage_1: bool = True,
+    language_model: LanguageModel = LANGUAGE_MODEL,
+    **training: Any,
+) -> dict[str, Any]:
+    """A captioner with the encoder of stage 1, or with an untrained one; `training` as in `measure_captioner`."""
+    encoder = hub.load_encoder(root / ENCODER.folder)[0] if stage_1 else untrained_encoder(root / TEACHER, seed)
+    return measure_captioner(encoder, root / language_model.folder, pairs, seed=seed, **training)
+
+
+def run_reconstructions(root: Path, encoder: Encoder) -> dict[str, Any]:
+    return measure_reconstructions(*_load_encoder_and_teacher(root, encoder))
+
+
+def run_truncation(root: Path, encoder: Encoder) -> dict[str, Any]:
+    return measure_truncation(*_load_encoder_and_teacher(root, encoder), kept=KEPT)
+
+
+def run_composition(root: Path, encoder: Encoder, single: bool) -> dict[str, Any]:
+    return measure_composition(*_load_encoder_and_teacher(root, encoder), counts=MIXED, single=single)
+
+
+def run_out_of_distribution(root: Path) -> dict[str, Any]:
+    captioner, processor = hub.load_captioner(root / CAPTIONER)
+    return measure_out_of_distribution(captioner, processor, root / TEACHER, _load_scene_classifier(root))
+
+
+def run_true_captions(root: Path) -> dict[str, Any]:
+    return measure_true_captions(root / TEACHER, _load_scene_classifier(root))
+
+
+def run_token_embeddings(root: Path) -> dict[str, Any]:
+    return measure_token_embeddings(*hub.load_captioner(root / CAPTIONER), root / TEACHER)
+
+
+def run_nearest_tokens(root: Path) -> dict[str, Any]:
+    return measure_nearest_tokens(hub.load_encoder(root / ENCODER.folder)[0], root / TEACHER)
+
+
+def _load_encoder_and_teacher(root: Path, encoder: Encoder) -> tuple[Any, Path, SceneClassifier]:
+    return hub.load_encoder(root / encoder.folder)[0], root / TEACHER, _load_scene_classifier(root)
+
+
+def _load_scene_classifier(root: Path) -> SceneClassifier:
+    return SceneClassifier.load(root / SCENE_CLASSIFIER_FILE)
+
+
+def captioners(
+    key: str, label: str, minutes: int, seeds: Iterable[int] = SEEDS[:1], **settings: Any
+) -> list[Measurement]:
+    """One captioner for each seed."""
+    return [
+        Measurement(f"{key}, seed {seed}", label, run_captioner, minutes, {"seed": seed, **settings}) for seed in seeds
+    ]
+
+
+def reconstructions(encoder: Encoder, label: str) -> Measurement:
+    return Measurement(f"reconstructions, {encoder.folder}", label, run_reconstructions, 1, {"encoder": encoder})
+
+
+def with_label(measurements: Iterable[Measurement], label: str) -> list[Measurement]:
+    """The same measurements under the label that they have in another table."""
+    return [replace(measurement, label=label) for measurement in measurements]
+
+
+def with_pairs(measurements: Iterable[Measurement], pairs: int) -> list[Measurement]:
+    """Those of the measurements that train on this number of pairs."""
+    return [measurement for measurement in measurements if measurement.settings["pairs"] == pairs]
+
+
+# Table 7: is stage 1 needed?
+
+STAGE_1 = [
+    measurement
+    for pairs in PAIRS
+    # Three seeds where few pairs are enough, and with all pairs, which table 4 compares.
+    for seeds in [SEEDS if pairs <= FEW_PAIRS or pairs == ALL_PAIRS else SEEDS[:1]]
+    for measurement in captioners(
+        f"table 7, encoder of stage 1, {pairs} pairs", "stage 1, then frozen", 5, seeds, pairs=pairs
+    )
+]
+UNTRAINED = [
+    measurement
+    for pairs in PAIRS
+    for measurement in captioners(
+        f"table 7, untrained encoder, frozen, {pairs} pairs", "untrained, frozen", 6, pairs=pairs, stage_1=False
+    )
+]
+END_TO_END = [
+    measurement
+    for pairs in PAIRS
+    for measurement in captioners(
+        f"table 7, untrained encoder, trainable, {pairs} pairs",
+        "untrained, trained on the pairs",
+        19,
+        pairs=pairs,
+        stage_1=False,
+        trainable="all",
+    )
+]
+DATA_EFFICIENCY = [*STAGE_1, *UNTRAINED, *END_TO_END]
+
+# Does the encoder that is trained on the pairs fail because of its learning rate, or because of too few updates?
+
+LOWER_LEARNING_RATES = [
+    measurement
+    for share, rate in (("a tenth", LEARNING_RATE / 10), ("a thirtieth", LEARNING_RATE / 30))
+    for measurement in captioners(
+        f"table 7, untrained encoder, trainable at {share} of the learning rate, {ALL_PAIRS} pairs",
+        f"{share} of it, {UPDATES}",
+        19,
+        pairs=ALL_PAIRS,
+        stage_1=False,
+        trainable="all",
+        encoder_learning_rate=rate,
+    )
+]
+MORE_UPDATES = captioners(
+    f"table 7, untrained encoder, trainable at a tenth of the learning rate, {ALL_PAIRS} pairs, {4 * UPDATES} updates",
+    f"a tenth of it, {4 * UPDATES:,}",
+    70,
+    pairs=ALL_PAIRS,
+    stage_1=False,
+    trainable="all",
+    updates=4 * UPDATES,
+    encoder_learning_rate=LEARNING_RATE / 10,
+)
+ENCODER_LEARNING_RATES = [
+    *with_label(with_pairs(END_TO_END, ALL_PAIRS), f"1e-3, as the language model, {UPDATES}"),
+    *LOWER_LEARNING_RATES,
+    *MORE_UPDATES,
+]
+
+# Table 4, right: what is trained in stage 2.
+
+PROJECTOR = captioners("table 4, projector trainable", "projector", 6, pairs=ALL_PAIRS, trainable="projector")
+PROJECTOR_AND_LANGUAGE_MODEL = with_label(with_pairs(STAGE_1, ALL_PAIRS), "projector and language model")
+ALL_TRAINABLE = captioners(
+    "table 4, all trainable",
+    "projector, language model and encoder",
+    24,
+    SEEDS,
+    pairs=ALL_PAIRS,
+    trainable="all",
+    encoder_learning_rate=LEARNING_RATE / 30,  # at the full rate an encoder that stage 1 trained fails
+)
+ONE_LEARNING_RATE = captioners(
+    "table 4, all trainable at one learning rate",
+    "the same, all at one learning rate",
+    24,
+    pairs=ALL_PAIRS,
+    trainable="all",
+    encoder_learning_rate=LEARNING_RATE,
+)
+TRAINABLE_PARTS = [*PROJECTOR, *PROJECTOR_AND_LANGUAGE_MODEL, *ALL_TRAINABLE, *ONE_LEARNING_RATE]
+
+# Table 5, right: size of the language model, on few pairs, where the sizes differ.
+
+
+def _size(language_model: LanguageModel) -> str:
+    return f"{language_model.width} wide, {language_model.layers} layers"
+
+
+SMALL = captioners(
+    "table 5, small language model",
+    _size(SMALL_LANGUAGE_MODEL),
+    4,
+    SEEDS,
+    pairs=FEW_PAIRS,
+    language_model=SMALL_LANGUAGE_MODEL,
+)
+MIDDLE = with_label(with_pairs(STAGE_1, FEW_PAIRS), _size(LANGUAGE_MODEL))
+LARGE = captioners(
+    "table 5, large language model",
+    _size(LARGE_LANGUAGE_MODEL),
+    9,
+    SEEDS,
+    pairs=FEW_PAIRS,
+    language_model=LARGE_LANGUAGE_MODEL,
+)
+LANGUAGE_MODEL_SIZES = [*SMALL, *MIDDLE, *LARGE]
+
+# Table 5, left: images seen in stage 1. Table 4, left: number of query tokens.
+
+IMAGES = [
+    reconstructions(encoder, f"{encoder.images:,}")
+    for encoder in sorted(ENCODERS, key=lambda encoder: encoder.images)
+    if encoder.num_query_tokens == NUM_QUERY_TOKENS and not encoder.tail_drop
+]
+QUERY_TOKENS = [
+    reconstructions(encoder, str(encoder.num_query_tokens))
+    for encoder in sorted(ENCODERS, key=lambda encoder: encoder.num_query_tokens)
+    if encoder.images == ENCODER_120K.images and not encoder.tail_drop
+]
+
+# Table 6: positions. One seed of each number of images, and the teacher's images of true captions.
+
+IMAGES_ONE_SEED = [measurement for measurement in IMAGES if measurement.settings["encoder"].seed == 0]
+TRUE_CAPTIONS = Measurement("images from true captions", "the true caption, no image", run_true_captions, 1)
+
+# Figure 6: truncation and composition.
+
+PROBED_ENCODERS = (ENCODER, ENCODER_120K, ENCODER_TAIL_DROP)
+
+
+def probe(key: str, encoder: Encoder, run: Callable[..., dict[str, Any]], **settings: Any) -> Measurement:
+    label = f"{encoder.images:,} images" + (", tail drop" if encoder.tail_drop else "")
+    return Measurement(f"figure 6, {key}, {encoder.folder}", label, run, 3, {"encoder": encoder, **settings})
+
+
+TRUNCATION = [probe("truncation", encoder, run_truncation) for encoder in PROBED_ENCODERS]
+COMPOSITION = [probe("composition", encoder, run_composition, single=False) for encoder in PROBED_ENCODERS]
+SINGLE_OBJECTS = [probe("single objects", encoder, run_composition, single=True) for encoder in PROBED_ENCODERS]
+
+# Not in the paper.
+
+OUT_OF_DISTRIBUTION = Measurement("out of distribution", "Noto Color Emoji", run_out_of_distribution, 4)
+TOKEN_EMBEDDINGS = Measurement("captions from token embeddings", "captions", run_token_embeddings, 1)
+NEAREST_TOKENS = Measurement("nearest tokens", "nearest tokens", run_nearest_tokens, 1)
+GENERATED_FROM = [
+    reconstructions(ENCODER, "caption embeddings of the image"),
+    replace(TRUE_CAPTIONS, label="its true caption"),
+]
+
+MEASUREMENTS = [
+    *DATA_EFFICIENCY,
+    *LOWER_LEARNING_RATES,
+    *MORE_UPDATES,
+    *PROJECTOR,
+    *ALL_TRAINABLE,
+    *ONE_LEARNING_RATE,
+    *SMALL,
+    *LARGE,
+    *(reconstructions(encoder, encoder.folder) for encoder in ENCODERS),
+    *(measurement for three in zip(TRUNCATION, COMPOSITION, SINGLE_OBJECTS, strict=True) for measurement in three),
+    OUT_OF_DISTRIBUTION,
+    TRUE_CAPTIONS,
+    TOKEN_EMBEDDINGS,
+    NEAREST_TOKENS,
+]

@@ -1,16 +1,15 @@
-"""What the miniature makes of pictures that no part of it ever saw: the same scenes in another artist's drawings.
+"""Results on images out of distribution: the same scenes with another artist's artwork.
 
     python -m vlv.miniature.paper.out_of_distribution --output outputs/other-style
 
-draws some into a folder, for `vlv caption` and `vlv reconstruct`. The drawings are those of Google's Noto Color Emoji
-(SIL Open Font License), Debian's package fonts-noto-color-emoji.
+renders some of them into a folder, for `vlv caption` and `vlv reconstruct`. The artwork is Google's Noto Color Emoji
+(SIL Open Font License), from Debian's package fonts-noto-color-emoji. No part of the miniature was trained on it.
 """
 
 import argparse
 import functools
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -24,64 +23,73 @@ from ..render import crop_and_premultiply, render
 from ..scene_classifier import SceneClassifier
 from ..scoring import score_scenes
 from ..world import CODEPOINTS, Scene
-from .embedding_probes import draw, embed, pipeline_of
+from .embedding_probes import build_pipeline, encode_images, generate_from_embeds
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_SIZE = 109  # the only one that this font has
+FONT_SIZE = 109  # the only size in this font
 
 
 @functools.cache
 def noto_artwork(name: str) -> Image.Image:
-    """Noto's drawing of a concept, in place of `render.openmoji_artwork`.
+    """Noto's artwork of an object, in the form of `render.openmoji_artwork`: RGBA, premultiplied alpha, cropped.
 
     Raises:
         FileNotFoundError: If the font is not installed.
     """
     if not FONT.is_file():
-        raise FileNotFoundError(f"there is no {FONT}: install Debian's package fonts-noto-color-emoji")
+        raise FileNotFoundError(f"the font {FONT} is not installed; install Debian's package fonts-noto-color-emoji")
     image = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
     font = ImageFont.truetype(str(FONT), FONT_SIZE)
     ImageDraw.Draw(image).text((12, 12), chr(int(CODEPOINTS[name], 16)), font=font, embedded_color=True)
-    # Pillow blends the drawing's edges with the black that is below; without them they are smooth enough, since four
-    # to six pixels become one in a scene.
+    # Pillow blends the edges with black. Without the blended pixels the edges are still smooth, because four to six
+    # pixels become one in a scene.
     image.putalpha(image.getchannel("A").point(lambda alpha: 255 if alpha > 250 else 0))
     return crop_and_premultiply(image)
 
 
-def pictures_in_another_style(scenes: list[Scene]) -> torch.Tensor:
-    """`(N, 3, 64, 64)` uint8."""
-    drawn = [render(scene, random.Random(f"{EVALUATION_SEED}/{i}"), noto_artwork) for i, scene in enumerate(scenes)]
-    return torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in drawn])
+def render_in_noto(scenes: list[Scene]) -> torch.Tensor:
+    """Images `(N, 3, 64, 64)` uint8 of scenes, with Noto's artwork."""
+    images = [render(scene, random.Random(f"{EVALUATION_SEED}/{i}"), noto_artwork) for i, scene in enumerate(scenes)]
+    return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])
 
 
-def measure_another_style(
+def measure_out_of_distribution(
     captioner: VLVForConditionalGeneration,
     processor: VLVProcessor,
     teacher_dir: str | Path,
     scene_classifier: SceneClassifier,
     n: int = 300,
-) -> dict[str, Any]:
-    """Scores of captions and reconstructions of scenes of `test` in Noto's drawings, and in the world's own."""
-    own, truth = evaluation_items("test", n)
-    figures: dict[str, Any] = {}
-    for style, pictures in (("OpenMoji", own), ("Noto", pictures_in_another_style(truth))):
-        captions = caption_images(captioner, processor, pictures)
-        figures[f"captions, {style}"] = score_scenes([parse_caption(caption) for caption in captions], truth)
-        drawn = draw(pipeline_of(captioner.model, teacher_dir), embed(captioner.model, pictures))
-        figures[f"reconstructions, {style}"] = score_scenes(scene_classifier.predict_scenes(drawn), truth)
-        figures[f"the scene classifier itself, {style}"] = score_scenes(scene_classifier.predict_scenes(pictures), truth)
-    return figures
+) -> dict[str, dict[str, float]]:
+    """Scores of captions and reconstructions of scenes of `test`, with OpenMoji's artwork and with Noto's.
+
+    The scene classifier's own readings of the images are scored as well.
+    """
+    openmoji, truth = evaluation_items("test", n)
+    results = {}
+    for style, images in (("OpenMoji", openmoji), ("Noto", render_in_noto(truth))):
+        captions = caption_images(captioner, processor, images)
+        results[f"captions, {style}"] = score_scenes([parse_caption(caption) for caption in captions], truth)
+        pipeline = build_pipeline(captioner.model, teacher_dir)
+        generated = generate_from_embeds(pipeline, encode_images(captioner.model, images))
+        results[f"reconstructions, {style}"] = score_scenes(scene_classifier.predict_scenes(generated), truth)
+        results[f"scene classifier on the originals, {style}"] = score_scenes(
+            scene_classifier.predict_scenes(images), truth
+        )
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.paper.out_of_distribution", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the pictures go")
-    parser.add_argument("--pictures", type=int, default=8, help="default: 8")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the images")
+    parser.add_argument("--images", type=int, default=8, help="number of images (default: 8)")
+    parser.add_argument("--pictures", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    _, scenes = evaluation_items("test", options.pictures)
+    if options.pictures is not None:
+        parser.error("--pictures is called --images now")
+    _, scenes = evaluation_items("test", options.images)
     options.output.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures_in_another_style(scenes)):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(options.output / f"noto-{number}.png")
+    for number, image in enumerate(render_in_noto(scenes)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(options.output / f"noto-{number}.png")
 
 
 if __name__ == "__main__":

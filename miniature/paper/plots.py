@@ -1,13 +1,15 @@
-"""The curves of `docs/paper_in_miniature.md`: pairs against captions, images against reconstructions."""
+"""The curves of `docs/paper_in_miniature.md`: captions by number of pairs, reconstructions by number of images."""
 
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-from .tables import IMAGES, LONGER, ORIGINS, PAIRS, SPLIT, Measured, scores_by_pairs, scores_of_reconstructions
+from .measurements import DATA_EFFICIENCY, IMAGES, MORE_UPDATES, PAIRS
+from .tables import F1, METRICS, Results, by_label, caption_scores, image_scores, scores_by_pairs
 
 
-def plot_curves(measured: Measured, path: str | Path) -> bool:
-    """Draws what there is as one PNG; returns whether there was anything to draw.
+def plot_curves(results: Results, path: str | Path) -> bool:
+    """Plots the available results as one PNG; returns False, and writes nothing, if there are none.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -18,38 +20,40 @@ def plot_curves(measured: Measured, path: str | Path) -> bool:
         raise ImportError("plots need matplotlib, of the extra vlv[miniature]") from error
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2)
-    drawn = False
-    for label, origin in ORIGINS.items():
-        scores = {pairs: values for pairs, values in scores_by_pairs(measured, origin).items() if values}
-        if scores:
-            drawn = True
-            left.plot(list(scores), [mean(values) for values in scores.values()], "o-", label=label)
-            lowest, highest = [min(v) for v in scores.values()], [max(v) for v in scores.values()]
-            left.fill_between(list(scores), lowest, highest, alpha=0.2)
-    if LONGER in measured:
-        drawn = True
-        score = measured[LONGER][SPLIT]["object_place_f1"]
-        left.plot([max(PAIRS)], [score], "*", markersize=10, label="the same, gently, four times as long")
-    left.set(xscale="log", xlabel="image-caption pairs", ylabel="object + place F1 of captions", ylim=(-0.02, 1.02))
-    left.set_xticks(PAIRS, [f"{pairs:,}" for pairs in PAIRS])
-    left.axhline(0.8, color="grey", linewidth=0.8, linestyle=":")
-    images = {int(label.replace(",", "")): name for label, name in IMAGES.items() if name in measured}
-    for key, label in (
-        ("object_place_f1", "object + place F1"),
-        ("background", "background"),
-        ("exact", "exact scene"),
-    ):
-        if images:
-            drawn = True
-            scores_of = [mean(scores_of_reconstructions(measured, name, key)) for name in images.values()]
-            right.plot(list(images), scores_of, "o-", label=label)
-    right.set(xscale="log", xlabel="images of stage 1", ylabel="of reconstructions", ylim=(-0.02, 1.02))
-    if images:
-        right.set_xticks(list(images), [f"{count:,}" for count in images])
+    plotted = [_plot_captions(left, results), _plot_reconstructions(right, results)]
     for axes in (left, right):
         if axes.get_lines():
             axes.legend(frameon=False, fontsize=8)
         axes.minorticks_off()
-    if drawn:
+    if any(plotted):
         figure.savefig(path)
-    return drawn
+    return any(plotted)
+
+
+def _plot_captions(axes: Any, results: Results) -> bool:
+    for label, group in by_label(DATA_EFFICIENCY).items():
+        scores = scores_by_pairs(results, group)
+        if scores:
+            axes.plot(list(scores), [mean(values) for values in scores.values()], "o-", label=label)
+            lowest, highest = [min(values) for values in scores.values()], [max(values) for values in scores.values()]
+            axes.fill_between(list(scores), lowest, highest, alpha=0.2)
+    for score in caption_scores(results, MORE_UPDATES):
+        label = "the same, lower rate, 4 x updates"
+        axes.plot([max(PAIRS)], [score], "*", markersize=10, label=label)
+    plotted = bool(axes.get_lines())
+    axes.set(xscale="log", xlabel="image-caption pairs", ylabel="object + place F1 of captions", ylim=(-0.02, 1.02))
+    axes.set_xticks(PAIRS, [f"{pairs:,}" for pairs in PAIRS])
+    axes.axhline(0.8, color="grey", linewidth=0.8, linestyle=":")
+    return plotted
+
+
+def _plot_reconstructions(axes: Any, results: Results) -> bool:
+    rows = [row for row in by_label(IMAGES).values() if image_scores(results, row)]
+    images = [row[0].settings["encoder"].images for row in rows]
+    axes.set(xscale="log", xlabel="images of stage 1", ylabel="scores of reconstructions", ylim=(-0.02, 1.02))
+    if not rows:
+        return False
+    for metric in (F1, "background", "exact"):
+        axes.plot(images, [mean(image_scores(results, row, metric)) for row in rows], "o-", label=METRICS[metric])
+    axes.set_xticks(images, [f"{count:,}" for count in images])
+    return True

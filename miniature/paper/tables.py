@@ -1,155 +1,184 @@
-"""The paper's tables beside what was measured in the small world: `docs/paper_in_miniature.md`.
+"""The paper's tables beside the results of the miniature, as Markdown: `docs/paper_in_miniature.md`.
 
-Takes measurements by name (`vlv.miniature.paper` makes them) and knows nothing of how they came about. The
-paper's figures are those of arXiv 2507.07104 v2; its FID of photographs and this world's exact scores are different
-things, so what can be compared is which way a figure goes, and how far.
+Results come by the key of their measurement (`measurements`). The paper's numbers are those of arXiv 2507.07104 v2.
+Its FID of photographs and the miniature's exact scores are different metrics, so only the direction of a change, and
+how large it is, can be compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import exp, log
 from statistics import mean
 from typing import Any
 
-Measured = Mapping[str, Mapping[str, Any]]
-PAIRS = (200, 1_000, 5_000, 20_000)
-SEEDS = (0, 1, 2)
+from vlv.evaluation import markdown_table
+
+from . import measurements
+from .embedding_probes import ANOTHER_IMAGE, SAME_IMAGE
+from .measurements import PAIRS, Measurement, with_pairs
+
+Results = Mapping[str, Mapping[str, Any]]
 SPLIT = "combo"
-NONE = "–"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+MISSING = "–"
+NOT_YET = "*Not measured yet.*"
+METRICS = {
+    "background": "background",
+    "object_f1": "object F1",
+    "object_place_f1": "object + place F1",
+    "exact": "exact scene",
+}
+F1 = "object_place_f1"
+RECONSTRUCTIONS = (
+    "Reconstructions of unseen combinations, guidance 2, read by the scene classifier; one seed, or the mean of "
+    "several and their range."
+)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
+    return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def spread(values: Sequence[float]) -> str:
-    """A mean, and from where to where it is one of several."""
+    """The mean of several values with their range, or the one value."""
     if not values:
-        return NONE
+        return MISSING
     if len(values) == 1:
         return number(values[0])
     return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def pairs_needed(scores: Mapping[int, float], wanted: float = 0.8) -> str:
-    """Pairs at which a score first reaches `wanted`, interpolated between the logarithms of what was tried."""
+def pairs_needed(scores: Mapping[int, float], target: float = 0.8) -> str:
+    """The number of pairs at which a score first reaches `target`, interpolated on a logarithmic scale.
+
+    Args:
+        scores: The score of each number of pairs.
+    """
     known = sorted(scores.items())
     if not known:
-        return NONE
-    if known[0][1] >= wanted:
+        return MISSING
+    if known[0][1] >= target:
         return f"fewer than {known[0][0]:,}"
     for (fewer, below), (more, above) in pairwise(known):
-        if below < wanted <= above:
-            share = (wanted - below) / (above - below)
+        if below < target <= above:
+            share = (target - below) / (above - below)
             return f"{round(exp(log(fewer) + share * (log(more) - log(fewer)))):,}"
     return f"more than {known[-1][0]:,}"
 
 
-def scores_by_pairs(measured: Measured, origin: str, seeds: Sequence[int] = SEEDS) -> dict[int, list[float]]:
-    """Object and place F1 of captions, of as many seeds as were measured, by the number of pairs."""
-    return {pairs: scores_of_seeds(measured, f"table 7, {origin}, {pairs} pairs", seeds) for pairs in PAIRS}
+def by_label(group: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """The rows of a table: measurements with the same label, in the order of the group."""
+    rows: dict[str, list[Measurement]] = {}
+    for measurement in group:
+        rows.setdefault(measurement.label, []).append(measurement)
+    return rows
 
 
-def scores_of_seeds(
-    measured: Measured, name: str, seeds: Sequence[int] = SEEDS, key: str = "object_place_f1"
-) -> list[float]:
-    """One figure of captions, of as many seeds as were measured."""
-    names = [f"{name}, seed {seed}" for seed in seeds]
-    return [measured[name][SPLIT][key] for name in names if name in measured]
+def caption_scores(results: Results, group: Iterable[Measurement], metric: str = F1) -> list[float]:
+    """One metric of captions, for each measurement that has results."""
+    return [results[m.key][SPLIT][metric] for m in group if m.key in results]
 
 
-def scores_of_reconstructions(measured: Measured, name: str, key: str) -> list[float]:
-    """One figure of the pictures of an encoder, and of the same with other seeds where there are some."""
-    names = [name, *(f"{name}-seed-{seed}" for seed in SEEDS[1:])]
-    return [measured[found][key] for found in names if found in measured]
+def image_scores(results: Results, group: Iterable[Measurement], metric: str = F1) -> list[float]:
+    """One metric of generated images, for each measurement that has results."""
+    return [results[m.key][metric] for m in group if m.key in results]
 
 
-def summary(measured: Measured) -> str:
-    """Each claim, the paper's figure and this world's, in one table."""
+def scores_by_pairs(results: Results, group: Iterable[Measurement]) -> dict[int, list[float]]:
+    """Object and place F1 of captions, for each number of pairs that has results."""
+    group = list(group)
+    scores = {pairs: caption_scores(results, with_pairs(group, pairs)) for pairs in PAIRS}
+    return {pairs: values for pairs, values in scores.items() if values}
 
-    def score(name: str, *keys: str) -> str:
-        value: Any = measured.get(name)
-        for key in keys:
-            value = None if value is None else value.get(key)
-        return number(value)
 
-    def chain(names: Sequence[str], *keys: str) -> str:
-        return " → ".join(score(name, *keys) for name in names)
+def summary(results: Results) -> str:
+    """One table: each claim, the paper's number and the miniature's."""
 
-    def means(found: Sequence[Sequence[float]]) -> str:
-        return " → ".join(number(mean(scores)) if scores else NONE for scores in found)
+    def chain(rows: Iterable[Sequence[float]]) -> str:
+        return " → ".join(number(mean(scores)) if scores else MISSING for scores in rows)
 
-    def pictures(names: Sequence[str]) -> str:
-        return means([scores_of_reconstructions(measured, name, f1) for name in names])
+    def captions(*groups: Sequence[Measurement]) -> str:
+        return chain(caption_scores(results, group) for group in groups)
 
-    def captions(names: Sequence[str]) -> str:
-        return means([scores_of_seeds(measured, name) for name in names])
+    def images(group: Sequence[Measurement]) -> str:
+        return chain(image_scores(results, row) for row in by_label(group).values())
 
-    needed = []
-    for origin in ORIGINS.values():
-        by_pairs = scores_by_pairs(measured, origin)
-        needed.append(pairs_needed({pairs: mean(values) for pairs, values in by_pairs.items() if values}))
-    f1 = "object_place_f1"
-    nearest = [score("words, nearest", whose, "objects") for whose in ("of the picture", "by chance")]
-    both = [score(f"figure 6, truncation, {name}", "12", f1) for name in LAST_TWO]
+    with_stage_1, without = (
+        pairs_needed({pairs: mean(values) for pairs, values in scores_by_pairs(results, group).items()})
+        for group in (measurements.STAGE_1, measurements.END_TO_END)
+    )
+    sizes = chain(image_scores(results, [m], "scale") for m in measurements.IMAGES_ONE_SEED)
+    _, half, half_tail_drop = (
+        number(results[m.key][str(measurements.HALF)][F1] if m.key in results else None)
+        for m in measurements.TRUNCATION
+    )
+    nearest = results.get(measurements.NEAREST_TOKENS.key, {})
+    named, by_chance = (
+        number(nearest[image]["objects"] if image in nearest else None) for image in (SAME_IMAGE, ANOTHER_IMAGE)
+    )
     rows = [
         [
             "stage 1 is needed",
             "FID of captions 51.03 without, 7.55 with",
-            f"pairs for an F1 of 0.8: {needed[0]} with; {needed[2]} without, in equal updates",
+            f"pairs for an F1 of 0.8: {with_stage_1} with; {without} without, in equal updates",
         ],
         [
-            "more images, better pictures",
+            "more images give better reconstructions",
             "FID 9.01 → 7.57 → 7.22, 6 M to 40 M",
-            f"{pictures(list(IMAGES.values()))}, 30,000 to 240,000",
+            f"{images(measurements.IMAGES)}, 30,000 to 240,000",
         ],
-        ["more queries, better pictures", "FID 5.72 → 5.60 → 5.30, 16 to 77", f"{pictures(QUERIES)}, 6 to 24"],
-        ["the language model must learn, too", "FID of captions 9.71 → 7.55", captions(LEARNING[:2])],
-        ["it helps if the encoder goes on learning", "FID of captions 7.55 → 6.64", captions(LEARNING[1:])],
         [
-            "a larger language model reads better",
+            "more query tokens give better reconstructions",
+            "FID 5.72 → 5.60 → 5.30, 16 to 77",
+            f"{images(measurements.QUERY_TOKENS)}, 6 to 24",
+        ],
+        [
+            "training the language model helps",
+            "FID of captions 9.71 → 7.55",
+            captions(measurements.PROJECTOR, measurements.PROJECTOR_AND_LANGUAGE_MODEL),
+        ],
+        [
+            "training the encoder, too, helps",
+            "FID of captions 7.55 → 6.64",
+            captions(measurements.PROJECTOR_AND_LANGUAGE_MODEL, measurements.ALL_TRAINABLE),
+        ],
+        [
+            "a larger language model writes better captions",
             "FID of captions 9.37 → 7.30 → 6.64",
-            f"{captions(list(SIZES.values()))}, at 1,000 pairs",
+            f"{captions(measurements.SMALL, measurements.MIDDLE, measurements.LARGE)}, at 1,000 pairs",
         ],
         [
-            "more images, things more where they were",
+            "more images give more exact positions",
             "centre off by .1625 → .0988",
-            f"size off by {chain(list(IMAGES.values()), 'scale')}",
+            f"size off by {sizes}",
         ],
         [
-            "two images' embeddings compose",
-            "pictures, no figure",
-            f"half of one's embeddings: {both[0]}, trained with tail drop {both[1]}; of two: see below",
+            "the embeddings of two images compose",
+            "images, no number",
+            f"half of one image's embeddings: {half}, trained with tail drop {half_tail_drop}; of two: see below",
         ],
         [
             "caption embeddings are like language",
-            "no figure",
-            f"object names found: {nearest[0]}, by chance {nearest[1]}",
+            "no number",
+            f"object names found: {named}, by chance {by_chance}",
         ],
     ]
-    return "## In short\n\n" + (
-        "F1 is of objects and their places, on combinations that nothing was trained on; each line is one of the "
-        "tables below. The paper's figures at guidance 2.\n\n"
-        + table(["the paper says", "its figure", "here"], rows)
+    return "## Summary\n\n" + (
+        "F1 is of objects and their places, on combinations that no part was trained on. Each line is one of the "
+        "tables below. The paper's numbers are at guidance 2.\n\n"
+        + markdown_table(["the paper's claim", "its number", "here"], rows)
         + "\n"
     )
 
 
-def table_7(measured: Measured) -> str:
-    """Is stage 1 needed?"""
+def data_efficiency(results: Results) -> str:
+    """Table 7: is stage 1 needed?"""
     rows = []
-    for label, origin in ORIGINS.items():
-        by_pairs = scores_by_pairs(measured, origin)
-        means = {pairs: mean(values) for pairs, values in by_pairs.items() if values}
-        rows.append([label, *(spread(by_pairs[pairs]) for pairs in PAIRS), pairs_needed(means)])
-    ours = table(["encoder", *(f"{pairs:,} pairs" for pairs in PAIRS), "pairs for 0.8"], rows)
-    paper = table(
+    for label, group in by_label(measurements.DATA_EFFICIENCY).items():
+        scores = scores_by_pairs(results, group)
+        needed = pairs_needed({pairs: mean(values) for pairs, values in scores.items()})
+        rows.append([label, *(spread(scores.get(pairs, [])) for pairs in PAIRS), needed])
+    ours = markdown_table(["encoder", *(f"{pairs:,} pairs" for pairs in PAIRS), "pairs for 0.8"], rows)
+    paper = markdown_table(
         ["language model", "stage 1", "FID of captions, guidance 1 / 2 / 3 / 4"],
         [
             ["Qwen2.5-0.5B", "no", "57.29 / 64.02 / 66.92 / 68.18"],
@@ -160,41 +189,28 @@ def table_7(measured: Measured) -> str:
     )
     return _section(
         "Is stage 1 needed? (table 7)",
-        "Object and place F1 of captions of unseen combinations. One language model, the same updates; mean of the "
-        "seeds, and their range where there are several. In the last row the encoder learns at 1e-3, too.",
-        ours + _fairness(measured),
+        "Object and place F1 of captions of unseen combinations. All rows have the same language model and the same "
+        "number of updates; one seed, or the mean of several and their range. In the last row the encoder is trained "
+        "at a learning rate of 1e-3, too.",
+        ours + _encoder_learning_rates(results),
         paper,
     )
 
 
-def _fairness(measured: Measured) -> str:
-    """Whether the encoder that learns from the pairs failed for its learning rate, or for want of time."""
-    rows = []
-    for label, name in FAIRNESS.items():
-        if name in measured:
-            scores = measured[name][SPLIT]
-            rows.append([label, *(number(scores[key]) for key in ("background", "object_f1", "object_place_f1"))])
+def _encoder_learning_rates(results: Results) -> str:
+    """Whether the encoder that is trained on the pairs fails because of its learning rate or of too few updates."""
+    metrics = ("background", "object_f1", F1)
+    rows = _score_rows(results, measurements.ENCODER_LEARNING_RATES, caption_scores, metrics)
     if not rows:
         return ""
-    about = "The encoder that learns from 20,000 pairs, at other learning rates of its own, and for longer:"
-    return f"\n\n{about}\n\n" + table(["its rate, and updates", "background", "object F1", "object + place F1"], rows)
+    about = "The encoder that is trained on 20,000 pairs, at other learning rates of its own, and for more updates:"
+    header = ["its learning rate, and updates", *(METRICS[metric] for metric in metrics)]
+    return f"\n\n{about}\n\n{markdown_table(header, rows)}"
 
 
-def reconstructions(measured: Measured, names: Mapping[str, str], header: str) -> str:
-    """Of each name, and of the same with other seeds where there are some."""
-    rows = []
-    for label, name in names.items():
-        keys = ("background", "object_place_f1", "exact")
-        found = [scores_of_reconstructions(measured, name, key) for key in keys]
-        if any(found):
-            rows.append([label, *(spread(scores) for scores in found)])
-    return table([header, "background", "object + place F1", "exact scene"], rows) if rows else _not_yet()
-
-
-def table_5_images(measured: Measured) -> str:
-    """Images seen in stage 1."""
-    ours = reconstructions(measured, IMAGES, "images, each its own schedule")
-    paper = table(
+def images_seen(results: Results) -> str:
+    """Table 5, left: images seen in stage 1."""
+    paper = markdown_table(
         ["images (checkpoints of one run)", "FID of reconstructions, guidance 1 / 2 / 3 / 4"],
         [
             ["6 M", "11.38 / 9.01 / 10.33 / 10.81"],
@@ -202,19 +218,16 @@ def table_5_images(measured: Measured) -> str:
             ["40 M", "9.71 / 7.22 / 7.70 / 7.84"],
         ],
     )
+    ours = _score_table("images, one run each", results, measurements.IMAGES, image_scores)
     return _section("Images seen in stage 1 (table 5, left)", RECONSTRUCTIONS, ours, paper)
 
 
-def table_5_language_model(measured: Measured) -> str:
-    """Size of the language model."""
-    rows, averages = [], []
-    for label, name in SIZES.items():
-        found = [measured[key][SPLIT] for seed in SEEDS if (key := f"{name}, seed {seed}") in measured]
-        if found:
-            averages.append(mean(scores["object_place_f1"] for scores in found))
-            rows.append([label, *(spread([scores[key] for scores in found]) for key in ("object_place_f1", "exact"))])
-    ours = table(["language model, 1,000 pairs", "object + place F1", "exact scene"], rows) if rows else _not_yet()
-    paper = table(
+def language_model_size(results: Results) -> str:
+    """Table 5, right: size of the language model."""
+    ours = _score_table(
+        "language model, 1,000 pairs", results, measurements.LANGUAGE_MODEL_SIZES, caption_scores, (F1, "exact")
+    )
+    paper = markdown_table(
         ["language model", "FID of captions, guidance 1 / 2 / 3 / 4"],
         [
             ["Qwen2.5-0.5B", "14.70 / 9.37 / 11.26 / 12.45"],
@@ -223,65 +236,62 @@ def table_5_language_model(measured: Measured) -> str:
         ],
     )
     about = (
-        "Captions of unseen combinations; mean of the seeds, and their range. Each was trained on the same captions "
-        "first, and reads the same frozen encoder."
+        "Captions of unseen combinations; mean of the seeds, and their range. Each language model was first trained "
+        "on the same captions, and is given the embeddings of the same frozen encoder."
     )
-    if len(rows) == len(SIZES) and max(averages) > averages[-1]:
+    sizes = [caption_scores(results, group) for group in by_label(measurements.LANGUAGE_MODEL_SIZES).values()]
+    if all(sizes) and max(map(mean, sizes)) > mean(sizes[-1]):
         about += (
-            " The largest is not the best here. Why was not measured; the learning rates were chosen with the middle "
-            "one."
+            " The largest is not the best here. The cause was not measured; the learning rates were chosen with the "
+            "middle one."
         )
     return _section("Size of the language model (table 5, right)", about, ours, paper)
 
 
-def table_4_queries(measured: Measured) -> str:
-    """Number of queries."""
-    names = dict(zip(("6", "12", "24"), QUERIES, strict=True))
-    ours = reconstructions(measured, names, "queries, after 120,000 images")
-    paper = table(["queries", "FID of reconstructions"], [["16", "5.72"], ["32", "5.60"], ["77", "5.30"]])
-    found = [scores_of_reconstructions(measured, name, "object_place_f1") for name in QUERIES]
+def query_tokens(results: Results) -> str:
+    """Table 4, left: number of query tokens."""
+    ours = _score_table("query tokens, after 120,000 images", results, measurements.QUERY_TOKENS, image_scores)
+    paper = markdown_table(
+        ["query tokens", "FID of reconstructions"], [["16", "5.72"], ["32", "5.60"], ["77", "5.30"]]
+    )
+    numbers = [image_scores(results, group) for group in by_label(measurements.QUERY_TOKENS).values()]
     about = RECONSTRUCTIONS
-    if all(found) and max(max(scores) - min(scores) for scores in found) > abs(mean(found[-1]) - mean(found[0])):
-        about += " Seeds differ by more than numbers of queries do: so few of each do not decide which number is best."
-    return _section("Number of queries (table 4, left)", about, ours, paper)
+    if all(numbers) and max(max(n) - min(n) for n in numbers) > abs(mean(numbers[-1]) - mean(numbers[0])):
+        about += (
+            " The seeds differ by more than the numbers of query tokens do, so these seeds are too few to decide "
+            "which number is best."
+        )
+    return _section("Number of query tokens (table 4, left)", about, ours, paper)
 
 
-def table_4_learning(measured: Measured) -> str:
-    """What is trained in stage 2."""
-    names = dict(zip(("projector", "projector and language model", "these and the encoder"), LEARNING, strict=True))
-    names["these and the encoder, all at one rate"] = "table 4, everything at one rate learns"
-    keys = ("background", "object_place_f1", "exact")
-    rows = [
-        [label, *(spread(scores_of_seeds(measured, name, key=key)) for key in keys)]
-        for label, name in names.items()
-        if scores_of_seeds(measured, name)
-    ]
-    ours = table(["what learns, 20,000 pairs", "background", "object + place F1", "exact scene"], rows) if rows else ""
-    paper = table(
-        ["what learns", "FID of captions, guidance 1 / 2 / 3 / 4"],
+def trainable_parts(results: Results) -> str:
+    """Table 4, right: what is trained in stage 2."""
+    ours = _score_table("trainable, 20,000 pairs", results, measurements.TRAINABLE_PARTS, caption_scores)
+    paper = markdown_table(
+        ["trainable", "FID of captions, guidance 1 / 2 / 3 / 4"],
         [
             ["projector", "14.27 / 9.71 / 11.87 / 13.22"],
             ["projector and language model", "12.22 / 7.55 / 9.58 / 10.84"],
-            ["these and the encoder", "11.47 / 6.64 / 8.56 / 9.90"],
+            ["projector, language model and encoder", "11.47 / 6.64 / 8.56 / 9.90"],
         ],
     )
     about = (
-        "Captions of unseen combinations; one seed, or the mean of several and their range. The encoder learns at a "
-        "thirtieth of the others' rate, except in the row that says one rate, which is 1e-3. Of 300 scenes a "
+        "Captions of unseen combinations; one seed, or the mean of several and their range. The encoder's learning "
+        "rate is a thirtieth of the others', except in the row with one rate, which is 1e-3. In 300 scenes a "
         "difference of 0.005 is about three objects."
     )
-    return _section("What learns in stage 2 (table 4, right)", about, ours or _not_yet(), paper)
+    return _section("Trainable parts in stage 2 (table 4, right)", about, ours, paper)
 
 
-def table_6(measured: Measured) -> str:
-    """Where things are."""
+def positions(results: Results) -> str:
+    """Table 6: positions and sizes."""
     rows = []
-    names = {**IMAGES, "the true caption, no image": "words, teacher"}
-    for label, name in names.items():
-        if (found := measured.get(name)) is not None:
-            rows.append([label, number(found["centre"], 4), number(found["scale"], 4), number(found["matched"])])
-    ours = table(["images", "centre", "size", "objects compared"], rows) if rows else _not_yet()
-    paper = table(
+    for measurement in [*measurements.IMAGES_ONE_SEED, measurements.TRUE_CAPTIONS]:
+        if (found := results.get(measurement.key)) is not None:
+            centre, scale, matched = number(found["centre"], 4), number(found["scale"], 4), number(found["matched"])
+            rows.append([measurement.label, centre, scale, matched])
+    ours = markdown_table(["images", "centre", "size", "objects compared"], rows) if rows else NOT_YET
+    paper = markdown_table(
         ["images", "angle", "centre", "scale"],
         [
             ["8 M", ".1564", ".1625", ".1775"],
@@ -292,166 +302,139 @@ def table_6(measured: Measured) -> str:
     )
     about = (
         "Mean distance between the centres, and mean difference of the sizes (square root of the area), of the same "
-        "object in the picture and in its reconstruction, in widths of the picture; objects that the "
-        "scene classifier finds at the right place; one seed. Positions here are jittered by up to 0.047 each way, sizes by "
-        "0.03."
+        "object in the image and in its reconstruction, as shares of the image's width; one seed. Objects are "
+        "compared if the scene classifier finds them at the right place. In the images positions are jittered by up "
+        "to 0.047 in each direction, sizes by 0.03."
     )
-    return _section("Where things are (table 6)", about, ours, paper)
+    return _section("Positions and sizes (table 6)", about, ours, paper)
 
 
-def figure_6(measured: Measured) -> str:
-    """Truncation and composition."""
-    encoders = {
-        "240,000 images": "encoder",
-        "120,000 images": "encoder-120k",
-        "120,000 images, tail drop": "encoder-tail-drop",
-    }
-    cut = {
-        label: found
-        for label, name in encoders.items()
-        if (found := measured.get(f"figure 6, truncation, {name}")) is not None
-    }
+def composition(results: Results) -> str:
+    """Figure 6: truncation and composition."""
     parts = []
-    if cut:
-        counts = sorted({int(count) for found in cut.values() for count in found})
+    truncated = {m.label: results[m.key] for m in measurements.TRUNCATION if m.key in results}
+    if truncated:
+        counts = sorted({int(count) for found in truncated.values() for count in found})
         rows = [
-            [label, *(f"{found[str(c)]['object_place_f1']:.2f} / {found[str(c)]['background']:.2f}" for c in counts)]
-            for label, found in cut.items()
+            [label, *(f"{found[str(n)][F1]:.2f} / {found[str(n)]['background']:.2f}" for n in counts)]
+            for label, found in truncated.items()
         ]
-        parts.append("Object + place F1 / background accuracy of pictures from the first so many of 24 embeddings:\n")
-        parts.append(table(["stage 1", *map(str, counts)], rows))
-    kinds = {"composition": "Two pictures", "single objects": "Two pictures of one object each, at different places"}
-    for kind, title in kinds.items():
-        for label, name in encoders.items():
-            if found := measured.get(f"figure 6, {kind}, {name}"):
-                rows = [[mixed, *(number(value) for value in figures.values())] for mixed, figures in found.items()]
-                parts.append(f"\n{title}, first so many of each, {label}:\n")
-                parts.append(table(["tokens", *next(iter(found.values()))], rows))
+        parts.append("Object + place F1 / background accuracy of images from the first embeddings alone, of 24:\n")
+        parts.append(markdown_table(["stage 1", *map(str, counts)], rows))
+    for title, group in (
+        ("Two images", measurements.COMPOSITION),
+        ("Two images of one object each, at different places", measurements.SINGLE_OBJECTS),
+    ):
+        for measurement in group:
+            if found := results.get(measurement.key):
+                rows = [[mixed, *map(number, shares.values())] for mixed, shares in found.items()]
+                parts.append(f"\n{title}, the first embeddings of each, {measurement.label}:\n")
+                parts.append(markdown_table(["embeddings", *next(iter(found.values()))], rows))
     about = (
-        "The paper mixes two images by cutting the tails of their embeddings and joining the rest, and shows "
-        "pictures. Here the scene classifier counts what survives. With tail drop, half of all batches of stage 1 show the "
-        "denoiser only the first few embeddings (as ViLex does)."
+        "The paper composes two images by truncating their embeddings and concatenating the rest, and shows the "
+        "results as images. Here the scene classifier counts what remains of each. With tail drop, half of all "
+        "batches of stage 1 show the denoiser only the first few embeddings (as ViLex does)."
     )
-    return _section("Composition (figure 6)", about, "\n".join(parts) or _not_yet(), None)
+    return _section("Composition (figure 6)", about, "\n".join(parts) or NOT_YET)
 
 
-def likeness(measured: Measured) -> str:
-    """Does z behave like language?"""
+def likeness_to_language(results: Results) -> str:
+    """Are caption embeddings like language?"""
     parts = []
-    if found := measured.get("words, captions"):
-        keys = ("background", "object_f1", "object_place_f1", "exact")
-        rows = [[name, *(number(scores[key]) for key in keys)] for name, scores in found.items()]
+    if found := results.get(measurements.TOKEN_EMBEDDINGS.key):
         parts.append("Captions, when the language model is given:\n")
-        parts.append(table(["given", "background", "object F1", "object + place F1", "exact scene"], rows))
-    if found := measured.get("words, nearest"):
-        rows = [[name, *(number(value) for value in shares.values())] for name, shares in found.items()]
+        parts.append(_metrics_table("given", found))
+    if found := results.get(measurements.NEAREST_TOKENS.key):
+        rows = [[name, *map(number, shares.values())] for name, shares in found.items()]
         parts.append(
-            "\nShare of what is true that is the nearest word of one of the 24 vectors (no word was ever shown):\n"
+            "\nShare of true words that are the nearest token of one of the 24 embeddings (the encoder was trained on "
+            "no words):\n"
         )
-        parts.append(table(["true of", *next(iter(found.values()))], rows))
-    pictures = {"caption embeddings of the picture": "reconstructions, encoder", "its true caption": "words, teacher"}
-    if any(name in measured for name in pictures.values()):
-        rows = [
-            [
-                label,
-                *(number(measured[name][key]) for key in ("object_place_f1", "exact")),
-                *(number(measured[name][key], 4) for key in ("centre", "scale")),
-            ]
-            for label, name in pictures.items()
-            if name in measured
-        ]
-        parts.append("\nPictures, when the denoiser is given:\n")
-        parts.append(table(["given", "object + place F1", "exact scene", "centre off by", "size off by"], rows))
-    about = (
-        "The captioner never saw a word at its input. It is given the text encoder's own embeddings of the words of "
-        "the true caption in place of caption embeddings, and the other way round."
-    )
-    return _section("Are caption embeddings like language?", about, "\n".join(parts) or _not_yet(), None)
-
-
-def strangers(measured: Measured) -> str:
-    """What happens out of distribution."""
+        parts.append(markdown_table(["true of", *next(iter(found.values()))], rows))
     rows = []
-    for name, scores in (measured.get("another style") or {}).items():
-        keys = ("background", "object_f1", "object_place_f1", "exact")
-        rows.append([name, *(number(scores[key]) for key in keys)])
-    ours = table(["", "background", "object F1", "object + place F1", "exact scene"], rows) if rows else _not_yet()
+    for measurement in measurements.GENERATED_FROM:
+        if (scores := results.get(measurement.key)) is not None:
+            f1, exact = number(scores[F1]), number(scores["exact"])
+            rows.append([measurement.label, f1, exact, number(scores["centre"], 4), number(scores["scale"], 4)])
+    if rows:
+        parts.append("\nImages, when the denoiser is given:\n")
+        parts.append(markdown_table(["given", METRICS[F1], METRICS["exact"], "centre off by", "size off by"], rows))
     about = (
-        "The same scenes in another artist's drawings (Noto Color Emoji). Backgrounds and places are seen, drawings "
-        "are taken for those that it knows; of photographs it makes scenes of its own world. There is no aim here.\n\n"
-        "![Noto drawings and photographs, what they become, and what is said of them](out_of_distribution.png)\n\n"
-        "*Originals, below each its reconstruction, and its caption. `python -m vlv.miniature.paper.out_of_distribution --output "
-        "DIR`, then `vlv caption` and `vlv reconstruct --sheet` of DIR and [`examples/photos`](../examples/photos).*"
+        "The captioner was trained on caption embeddings, never on words. Here it is given the text encoder's token "
+        "embeddings of the true caption instead, and the denoiser is given the true caption instead of caption "
+        "embeddings."
     )
-    return _section("Pictures that no one here drew", about, ours, None)
+    return _section("Are caption embeddings like language?", about, "\n".join(parts) or NOT_YET)
 
 
-ORIGINS = {
-    "stage 1, then frozen": "stage 1",
-    "untrained, frozen": "untrained",
-    "untrained, learns from the pairs": "end to end",
-}
-LONGER = "table 7, end to end at a tenth, 20000 pairs, 3200 updates"
-FAIRNESS = {
-    "1e-3, as the language model, 800": "table 7, end to end, 20000 pairs, seed 0",
-    "a tenth of it, 800": "table 7, end to end at a tenth, 20000 pairs, seed 0",
-    "a thirtieth of it, 800": "table 7, end to end at a thirtieth, 20000 pairs, seed 0",
-    "a tenth of it, 3,200": LONGER,
-}
-IMAGES = {
-    "30,000": "reconstructions, encoder-30k",
-    "60,000": "reconstructions, encoder-60k",
-    "120,000": "reconstructions, encoder-120k",
-    "240,000": "reconstructions, encoder",
-}
-QUERIES = (
-    "reconstructions, encoder-6-queries",
-    "reconstructions, encoder-12-queries",
-    "reconstructions, encoder-120k",
-)
-LEARNING = (
-    "table 4, projector learns",
-    "table 7, stage 1, 20000 pairs",
-    "table 4, everything learns",
-)
-SIZES = {
-    "64 wide, 2 layers": "table 5, small language model",
-    "128 wide, 3 layers": "table 7, stage 1, 1000 pairs",
-    "192 wide, 4 layers": "table 5, large language model",
-}
-LAST_TWO = ("encoder-120k", "encoder-tail-drop")
-RECONSTRUCTIONS = (
-    "Reconstructions of unseen combinations, guidance 2, read by the scene classifier; one seed, or the mean of several "
-    "and their range."
-)
+def out_of_distribution(results: Results) -> str:
+    """Results on artwork that nothing was trained on."""
+    found = results.get(measurements.OUT_OF_DISTRIBUTION.key)
+    about = (
+        "The same scenes with another artist's artwork (Noto Color Emoji). Backgrounds and places are recognised; "
+        "objects are taken for ones that the model knows. Reconstructions of photographs are scenes of the "
+        "miniature's own world. No target is set for these scores.\n\n"
+        "![Noto artwork and photographs, their reconstructions and their captions](out_of_distribution.png)\n\n"
+        "*Originals, with the reconstruction and the caption of each below it. "
+        "`python -m vlv.miniature.paper.out_of_distribution --output DIR`, then `vlv caption` and "
+        "`vlv reconstruct --sheet` of DIR and [`examples/photos`](../examples/photos).*"
+    )
+    return _section("Out of distribution", about, _metrics_table("", found) if found else NOT_YET)
 
 
-def _not_yet() -> str:
-    return "*Not measured yet.*"
+Scores = Callable[[Results, Iterable[Measurement], str], list[float]]  # `caption_scores` or `image_scores`
 
 
-def _section(title: str, about: str, ours: str, paper: str | None) -> str:
+def _score_rows(
+    results: Results, group: Sequence[Measurement], scores: Scores, metrics: Sequence[str]
+) -> list[list[str]]:
+    """One row for each label with results: the label, and the spread of each metric over the seeds."""
+    return [
+        [label, *(spread(scores(results, row, metric)) for metric in metrics)]
+        for label, row in by_label(group).items()
+        if scores(results, row, metrics[0])
+    ]
+
+
+def _score_table(
+    title: str,
+    results: Results,
+    group: Sequence[Measurement],
+    scores: Scores,
+    metrics: Sequence[str] = ("background", F1, "exact"),
+) -> str:
+    rows = _score_rows(results, group, scores, metrics)
+    return markdown_table([title, *(METRICS[metric] for metric in metrics)], rows) if rows else NOT_YET
+
+
+def _metrics_table(title: str, found: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of one measurement that scores several things: one row for each, with every metric."""
+    rows = [[name, *(number(scores[metric]) for metric in METRICS)] for name, scores in found.items()]
+    return markdown_table([title, *METRICS.values()], rows)
+
+
+def _section(title: str, about: str, ours: str, paper: str | None = None) -> str:
     text = f"## {title}\n\n{about}\n\n{ours}\n"
     return text if paper is None else f"{text}\nThe paper's:\n\n{paper}\n"
 
 
-def report(measured: Measured, introduction: str) -> str:
-    """The whole page.
+def report(results: Results, introduction: str) -> str:
+    """The page.
 
     Args:
-        measured: Figures by the name of their measurement; what is missing is said to be.
-        introduction: What stands before the tables.
+        results: By the keys of their measurements. Tables without results say so.
+        introduction: The text before the tables.
     """
     sections = (
         summary,
-        table_7,
-        table_4_learning,
-        table_5_images,
-        table_5_language_model,
-        table_4_queries,
-        table_6,
-        figure_6,
-        likeness,
-        strangers,
+        data_efficiency,
+        trainable_parts,
+        images_seen,
+        language_model_size,
+        query_tokens,
+        positions,
+        composition,
+        likeness_to_language,
+        out_of_distribution,
     )
-    return introduction.rstrip() + "\n\n" + "\n".join(section(measured) for section in sections)
+    return introduction.rstrip() + "\n\n" + "\n".join(section(results) for section in sections)

@@ -1,6 +1,8 @@
-"""`make miniature`: every part trains on what the parts before it left, and what comes out is a model."""
+"""`make miniature`: each run trains on the outputs of the runs before it, and the result is a model."""
 
+import inspect
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,23 +27,23 @@ from vlv.pipelines import VLVCaptioningPipeline, load_reconstruction
 def trained(tmp_path_factory):
     """A folder where every part was trained for two steps, in order, by the functions that the recipe calls."""
     root = tmp_path_factory.mktemp("miniature")
-    classifier = root / SCENE_CLASSIFIER_FILE
+    scene_classifier = root / SCENE_CLASSIFIER_FILE
     work = root / "work"
-    train_scene_classifier(classifier, work / "scene classifier", images=128)
+    train_scene_classifier(scene_classifier, work / "scene-classifier", images=128)
     train_autoencoder(root / "autoencoder", work / "autoencoder", images=32)
-    train_teacher(root / "teacher", work / "teacher", root / "autoencoder", classifier, images=32, batch_size=16)
+    train_teacher(root / "teacher", work / "teacher", root / "autoencoder", scene_classifier, images=32, batch_size=16)
     train_teacher(
         root / "teacher-3",
         work / "teacher-3",
         root / "autoencoder",
-        classifier,
+        scene_classifier,
         images=32,
         batch_size=16,
         partial_captions=0.5,
         embedding_mixing=0.5,
         initial_teacher=root / "teacher",
     )
-    train_encoder(root / "encoder", work / "encoder", root / "teacher-3", classifier, images=32, batch_size=16)
+    train_encoder(root / "encoder", work / "encoder", root / "teacher-3", scene_classifier, images=32, batch_size=16)
     train_language_model(root / "language-model", work / "language-model", captions=32, batch_size=16)
     train_captioner(
         root / "captioner",
@@ -56,7 +58,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_parts_that_were_trained_make_a_model(trained, tmp_path, pictures):
+def test_the_trained_parts_are_assembled_into_a_model(trained, tmp_path, pictures):
     recipe.assemble(trained, tmp_path / "assembled")
     model, processor = hub.load_captioner(tmp_path / "assembled")
     caption = VLVCaptioningPipeline(model=model, processor=processor)(pictures[0], max_new_tokens=4)
@@ -67,38 +69,69 @@ def test_the_parts_that_were_trained_make_a_model(trained, tmp_path, pictures):
 
 
 @pytest.mark.slow
-def test_a_teacher_goes_on_from_the_teacher_that_it_is_given(trained):
+def test_a_teacher_continues_from_the_teacher_that_it_is_given(trained):
     weights = [
-        torch.cat([p.flatten() for p in hub_part(trained / name).parameters()]) for name in ("teacher", "teacher-3")
+        torch.cat([p.flatten() for p in load_unet(trained / name).parameters()]) for name in ("teacher", "teacher-3")
     ]
-    assert 0 < (weights[0] - weights[1]).abs().mean() < 1e-2  # two steps away, not another start
+    assert 0 < (weights[0] - weights[1]).abs().mean() < 1e-2  # two steps away, not a new start
 
 
-def hub_part(folder):
+def load_unet(folder):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
 
 @pytest.mark.slow
-def test_what_is_trained_is_skipped(trained):
-    done = [name for name, part in recipe.PARTS.items() if (trained / part.done).exists()]
-    assert done == [name for name in recipe.PARTS if name != "teacher-2"]  # which was not trained here
+def test_runs_that_are_done_are_skipped(trained, monkeypatch):
+    done = [run.name for run in recipe.PARTS if (trained / run.done).exists()]
+    assert done == [run.name for run in recipe.PARTS if run.name != "teacher-2"]  # the fixture leaves it out
     plan = recipe.plan(trained, with_tables=False)
     assert "encoder                    done" in plan
-    assert f"in all                     about 0 h {recipe.PARTS['teacher-2'].minutes} min" in plan
+    assert f"in all                     about 0 h {recipe.RUNS['teacher-2'].minutes} min" in plan
+    started = []
+    monkeypatch.setattr(recipe, "_run_command", lambda command, root, name: started.append((name, command)))
+    monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(trained), "--without-tables", "--processes", "2"])
+    recipe.main()
+    ((name, command),) = started
+    assert name == "teacher-2" and command[-3:] == [str(trained), "--worker", "teacher-2"]
+    assert "torch.distributed.run" in command and "--nproc_per_node=2" in command
 
 
 def test_the_plan_alone_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(tmp_path / "runs"), "--plan"])
     recipe.main()
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in [*recipe.PARTS, *recipe.VARIANTS, "tables", "in all"])
+    assert all(f"  {name} " in printed for name in [*recipe.RUNS, "tables", "in all"])
     assert not (tmp_path / "runs").exists()
 
 
+def test_runs_are_in_order_and_the_tables_come_last(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(recipe, "_run_command", lambda command, root, name: started.append((name, command)))
+    monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(tmp_path)])
+    recipe.main()
+    assert [name for name, _ in started] == [*recipe.RUNS, "tables"]
+    page = ["--root", str(tmp_path), "--report", str(tmp_path / "paper_in_miniature.md")]
+    assert started[-1][1][1:] == ["-m", "vlv.miniature.paper", *page]
+    finished: set[str] = set()
+    for run in recipe.RUNS.values():
+        assert set(run.inputs.values()) <= finished, run.name
+        finished.add(run.output or run.name)
+
+
+@pytest.mark.parametrize("run", recipe.RUNS.values(), ids=lambda run: run.name)
+def test_a_run_passes_the_arguments_of_its_function(run, tmp_path):
+    signature = inspect.signature(run.train)
+    calls: list[dict] = []
+    replace(run, train=lambda *args, **kwargs: calls.append(signature.bind(*args, **kwargs).arguments))(tmp_path)
+    (arguments,) = calls
+    output, work, *_ = arguments.values()
+    assert (tmp_path / run.done).is_relative_to(output) and work == tmp_path / "work" / run.name
+
+
 class Brightness(nn.Module):
-    """Predicts the brightness of an image: a part that trains in no time."""
+    """Predicts the brightness of an image: a part that is trained in a moment."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +159,7 @@ def train_brightness(folder, *callbacks):
     return module.state_dict(), averaging.average.state_dict()
 
 
-def test_a_part_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path):
     unbroken = train_brightness(tmp_path / "unbroken")
     train_brightness(tmp_path / "stopped", StopAt(5))  # two steps after its last checkpoint
     resumed = train_brightness(tmp_path / "stopped")

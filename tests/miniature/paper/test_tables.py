@@ -1,13 +1,24 @@
-"""The page of the paper's tables says what was measured, and what was not."""
-
-import json
+"""The page shows what was measured, and says what was not."""
 
 import pytest
-from PIL import Image
 
-from vlv.miniature.paper.measurements import Measurement
-from vlv.miniature.paper import measurements as paper_tables
-from vlv.miniature.paper.tables import PAIRS, pairs_needed, report, table_7
+from vlv.miniature.paper import measurements
+from vlv.miniature.paper.measurements import MEASUREMENTS, SEEDS, Measurement
+from vlv.miniature.paper.tables import SPLIT, data_efficiency, pairs_needed, report
+
+
+def captions(f1: float, **others: float) -> dict:
+    return {SPLIT: {"background": 1.0, "object_f1": f1, "object_place_f1": f1, "exact": 0.5, **others}}
+
+
+def images(f1: float) -> dict:
+    return {"background": 1.0, "object_place_f1": f1, "exact": 0.5, "centre": 0.04, "scale": 0.01, "matched": 0.9}
+
+
+def of_seeds(group: list[Measurement], *results: dict) -> dict[str, dict]:
+    """Results of the first seeds of one row."""
+    assert len(group) >= len(results)
+    return {measurement.key: result for measurement, result in zip(group, results, strict=False)}
 
 
 @pytest.mark.parametrize(
@@ -19,130 +30,88 @@ from vlv.miniature.paper.tables import PAIRS, pairs_needed, report, table_7
         ({}, "–"),
     ],
 )
-def test_pairs_needed(scores, needed):
+def test_pairs_needed_are_interpolated(scores, needed):
     assert pairs_needed(scores) == needed
 
 
-def test_means_and_ranges_of_seeds():
-    measured = {
-        f"table 7, stage 1, {pairs} pairs, seed {seed}": {"combo": {"object_place_f1": 0.5 + 0.1 * seed}}
-        for pairs in PAIRS
-        for seed in (0, 1, 2)
-    }
-    text = table_7(measured)
-    assert "0.600 (0.500 to 0.700)" in text and "more than 20,000" in text
+def test_seeds_are_shown_as_mean_and_range():
+    results = {m.key: captions(0.5 + 0.1 * m.settings["seed"]) for m in measurements.STAGE_1}
+    text = data_efficiency(results)
+    assert "| stage 1, then frozen | 0.600 (0.500 to 0.700) | 0.600 (0.500 to 0.700) | 0.500 | 0.600" in text
+    assert "more than 20,000" in text
     assert "| untrained, frozen | – |" in text and "12.22 / 7.55 / 9.58 / 10.84" in text
 
 
-def test_what_is_not_measured_is_said_to_be():
+def test_a_table_without_results_says_so():
     text = report({}, "# Title")
-    assert text.startswith("# Title\n\n## ") and text.count("*Not measured yet.*") >= 4
+    assert text.startswith("# Title\n\n## ")
+    assert text.count("*Not measured yet.*") == 8  # each table but the summary and table 7, which show dashes
 
 
-def test_measurements_are_kept_as_they_come(tmp_path, monkeypatch):
-    calls = []
+class Recorder(dict):
+    """No results; records the keys that are looked up."""
 
-    def first(root):
-        calls.append(root)
-        return {"combo": {"object_place_f1": 1.0}}
+    def __init__(self):
+        self.keys_looked_up = set()
 
-    def second(root):
-        raise RuntimeError("stopped")
+    def __contains__(self, key):
+        self.keys_looked_up.add(key)
+        return False
 
-    monkeypatch.setattr(
-        paper_tables,
-        "MEASUREMENTS",
-        {"table 7, stage 1, 200 pairs, seed 0": Measurement(first, 1), "words": Measurement(second, 2)},
-    )
-    with pytest.raises(RuntimeError, match="stopped"):
-        paper_tables.measure(tmp_path)
-    assert paper_tables.minutes_left(tmp_path) == 2
-    paper_tables.measure(tmp_path, only=("table 7",))
-    assert calls == [tmp_path]
-    paper_tables.write_report(tmp_path, tmp_path / "page.md")
-    page = (tmp_path / "page.md").read_text()
-    assert "fewer than 200" in page and "(page.png)" in page
-    assert Image.open(tmp_path / "page.png").width > 600
-    assert list(json.loads((tmp_path / "page.json").read_text())) == ["table 7, stage 1, 200 pairs, seed 0"]
+    def get(self, key, default=None):
+        self.keys_looked_up.add(key)
+        return default
 
 
-def test_what_cannot_be_measured_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    def lacking(root):
-        raise FileNotFoundError(f"no model in {root / 'encoder-30k'}")
-
-    monkeypatch.setattr(
-        paper_tables,
-        "MEASUREMENTS",
-        {"first": Measurement(lacking, 1), "second": Measurement(lambda root: {"figure": 1}, 2)},
-    )
-    assert paper_tables.measure(tmp_path) == 1
-    assert "first: not measured: no model in" in capsys.readouterr().out
-    assert paper_tables.gather(tmp_path) == {"second": {"figure": 1}}
+def test_the_page_shows_every_measurement_but_one_and_no_others():
+    results = Recorder()
+    report(results, "")
+    keys = {m.key for m in MEASUREMENTS}
+    tail_drop = {m.key for m in MEASUREMENTS if m.label == measurements.ENCODER_TAIL_DROP.folder}
+    assert len(tail_drop) == 1  # its reconstructions are in no table, figure 6 shows it
+    assert results.keys_looked_up == keys - tail_drop
 
 
-def test_every_measurement_that_the_page_shows_can_be_made():
-    """The page asks by name: a name that no measurement has would be missing for ever."""
-    asked = set()
-
-    class Recorder(dict):
-        def __contains__(self, name):
-            asked.add(name)
-            return False
-
-        def get(self, name, default=None):
-            asked.add(name)
-            return default
-
-    report(Recorder(), "")
-    asked = {
-        name for name in asked if not name.endswith(("seed 1", "seed 2", "seed-1", "seed-2"))
-    }  # not all have more than one
-    assert len(asked) > 30 and asked <= set(paper_tables.MEASUREMENTS)
+def test_each_measurement_is_listed_once():
+    keys = [m.key for m in MEASUREMENTS]
+    assert len(keys) == len(set(keys)) == 58
 
 
-def test_sizes_of_the_language_model_and_a_longer_training():
-    measured = {
-        f"table 5, {size} language model, seed {seed}": {"combo": {"object_place_f1": 0.1 * seed, "exact": 0.5}}
-        for size in ("small", "large")
-        for seed in (0, 1, 2)
-    }
-    longer = {"object_place_f1": 0.25, "object_f1": 0.5, "background": 0.9}
-    measured["table 7, end to end at a tenth, 20000 pairs, 3200 updates"] = {"combo": longer}
-    text = report(measured, "")
+def test_sizes_of_the_language_model_and_more_updates_are_shown():
+    scores = [captions(0.1 * seed) for seed in SEEDS]
+    results = of_seeds(measurements.SMALL, *scores) | of_seeds(measurements.LARGE, *scores)
+    results |= of_seeds(measurements.MORE_UPDATES, captions(0.25, object_f1=0.5, background=0.9))
+    text = report(results, "")
     assert "| 64 wide, 2 layers | 0.100 (0.000 to 0.200) | 0.500 (0.500 to 0.500) |" in text
     assert "| 128 wide, 3 layers |" not in text and "14.70 / 9.37 / 11.26 / 12.45" in text
     assert "| a tenth of it, 3,200 | 0.900 | 0.500 | 0.250 |" in text and "| a tenth of it, 800 |" not in text
 
 
-def test_a_larger_language_model_is_only_called_no_better_when_it_is_not():
-    def page(largest: float) -> str:
-        names = ("table 5, small language model", "table 7, stage 1, 1000 pairs", "table 5, large language model")
-        scores = zip(names, (0.5, 0.6, largest), strict=True)
-        return report({f"{n}, seed 0": {"combo": {"object_place_f1": f, "exact": 0.5}} for n, f in scores}, "")
+@pytest.mark.parametrize(("largest", "said"), [(0.55, True), (0.65, False)])
+def test_the_page_says_that_the_largest_is_not_the_best_only_if_it_is_not(largest, said):
+    results = (
+        of_seeds(measurements.SMALL, captions(0.5))
+        | of_seeds(measurements.MIDDLE, captions(0.6))
+        | of_seeds(measurements.LARGE, captions(largest))
+    )
+    assert ("The largest is not the best here" in report(results, "")) is said
 
-    assert "The largest is not the best here" in page(0.55)
-    assert "The largest is not the best here" not in page(0.65)
 
-
-def test_figures_of_seeds_are_averaged_and_a_single_one_is_kept_whichever_it_is():
-    where = {"centre": 0.04, "scale": 0.01, "matched": 0.9}
-    first, second = ({"background": 1.0, "object_place_f1": f1, "exact": 0.5, **where} for f1 in (0.6, 0.8))
-    both = {"reconstructions, encoder-120k": first, "reconstructions, encoder-120k-seed-1": second}
+def test_seeds_of_reconstructions_are_averaged_and_a_single_one_is_kept_whichever_it_is():
+    full = [m for m in measurements.QUERY_TOKENS if m.label == "24"]
+    both = of_seeds(full, images(0.6), images(0.8))
     text = report(both, "")
     assert "| 24 | 1.000 (1.000 to 1.000) | 0.700 (0.600 to 0.800) |" in text and "– → – → 0.700, 6 to 24" in text
-    text = report(both | {"reconstructions, encoder-120k-seed-2": first | {"object_place_f1": 1.0}}, "")
+    text = report(both | {full[2].key: images(1.0)}, "")
     assert "| 24 | 1.000 (1.000 to 1.000) | 0.800 (0.600 to 1.000) |" in text
-    text = report({"reconstructions, encoder-6-queries-seed-1": second}, "")
+    fewest = [m for m in measurements.QUERY_TOKENS if m.label == "6"]
+    text = report({fewest[1].key: images(0.8)}, "")
     assert "| 6 | 1.000 | 0.800 | 0.500 |" in text
 
 
-def test_what_learns_is_shown_with_the_range_of_its_seeds():
-    scores = {"background": 1.0, "exact": 0.5}
-    frozen = {
-        f"table 7, stage 1, 20000 pairs, seed {seed}": {"combo": scores | {"object_place_f1": f1}}
-        for seed, f1 in enumerate((0.97, 0.98, 0.99))
-    }
-    text = report(frozen | {"table 4, everything learns, seed 0": {"combo": scores | {"object_place_f1": 0.9}}}, "")
+def test_trainable_parts_are_shown_with_the_range_of_their_seeds():
+    frozen = of_seeds(measurements.PROJECTOR_AND_LANGUAGE_MODEL, captions(0.97), captions(0.98), captions(0.99))
+    text = report(frozen | of_seeds(measurements.ALL_TRAINABLE, captions(0.9)), "")
     assert "| projector and language model | 1.000 (1.000 to 1.000) | 0.980 (0.970 to 0.990) |" in text
-    assert "| these and the encoder | 1.000 | 0.900 | 0.500 |" in text
+    assert "| projector, language model and encoder | 1.000 | 0.900 | 0.500 |" in text
     assert "| 0.980 → 0.900 |" in text
