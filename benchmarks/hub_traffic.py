@@ -35,7 +35,7 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for number, (name, script) in enumerate(LOADS.items()):
             hub.forget_traffic()
-            Machine(Path(folder) / str(number), endpoint).stranger(script + "; print('null')")
+            Machine(Path(folder) / str(number), endpoint).without_package(script + "; print('null')")
             sent = {path.removeprefix(REPO + "/"): size for path, size in hub.downloads.items()}
             parts = [
                 any(path.startswith(start) and path.endswith(".safetensors") for path in sent)

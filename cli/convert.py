@@ -16,8 +16,8 @@ def add_parser(commands) -> None:
         "convert",
         help="convert checkpoints of the authors' code",
         description="Converts a stage-1 checkpoint, a stage-2 checkpoint, or both, as the authors' code saves them, "
-        "into one folder that `vlv caption`, `vlv reconstruct`, `vlv train` and `vlv push` read. Every weight is "
-        "used, or named with the reason why not. Without a checkpoint, converts Microsoft's Florence-2 for `vlv train "
+        "into one folder that `vlv caption`, `vlv reconstruct`, `vlv train` and `vlv push` read. Every weight that is "
+        "not used is listed with the reason. Without a checkpoint, converts Microsoft's Florence-2 for `vlv train "
         "stage1 --image_encoder`. Needs neither a network nor the authors' code.",
     )
     parser.add_argument(
@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
         help="pytorch_model.bin that DeepSpeed's zero_to_fp32.py wrote, checkpoint_N.pt, or a folder with one",
     )
     parser.add_argument("--stage2", metavar="FILE_OR_DIR", help="model.pt, or the folder with it and its tokenizer")
-    parser.add_argument("--stable-diffusion", metavar="DIR", help="the diffusers folder that was trained with")
+    parser.add_argument("--stable-diffusion", metavar="DIR", help="the diffusers folder used in training")
     parser.add_argument(
         "--florence", metavar="DIR", required=True, help="the Florence-2 folder, Microsoft's or transformers'"
     )
@@ -35,7 +35,7 @@ def add_parser(commands) -> None:
         "--image-size",
         type=positive,
         metavar="PIXELS",
-        help="the --image_size that was trained with (default: 384, or the text-to-image model's own if that is less)",
+        help="the --image_size used in training (default: 384, or the text-to-image model's own if that is smaller)",
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="a new folder")
     parser.set_defaults(run=run)
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             image_size=arguments.image_size,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot convert: {error}") from error
+        raise UserError(f"could not convert: {error}") from error
     for name, reason in result.dropped.items():
         print(f"left out: {name} ({reason})")
     print(f"converted: {result.folder}")

@@ -14,11 +14,11 @@ def add_parser(commands) -> None:
         "info",
         help="what a checkpoint holds",
         description="Prints what a folder, a Hub repository or a checkpoint of the authors' code holds: stage, parts, "
-        "parameters, precision, licences, files. Reads headers alone; of a repository no weights are downloaded.",
+        "parameters, precision, licences, files. Reads the headers of weight files alone, and downloads no weights.",
     )
     parser.add_argument("source", metavar="DIR_OR_REPO", help="folder, file or Hub repo id")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repo")
-    parser.add_argument("--token", help="of the Hub, for a private repo")
+    parser.add_argument("--token", help="Hub token, for a private repo")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
@@ -31,9 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def as_text(found: Description) -> str:
-    """For people."""
+    """The description as lines of text."""
     lines = [f"{found.source}: {found.kind}"]
-    lines += [f"{name}: {value}" for name, value in found.facts.items() if value is not None]
+    lines += [f"{name}: {value}" for name, value in found.properties.items() if value is not None]
     lines.append(f"text-to-image model: {found.family or 'none'}")
     rows = [(p.name, f"{p.parameters:,}", _dtypes(p.dtypes), f"{p.bytes / 1e6:,.1f}") for p in found.parts]
     total = (
@@ -46,7 +46,7 @@ def as_text(found: Description) -> str:
     if found.licences:
         lines += ["licences", *(f"  {name}: {licence}" for name, licence in found.licences.items()), ""]
     else:
-        lines += ["licences: it does not say; each part keeps its own", ""]
+        lines += ["licences: not stated; each part keeps its own", ""]
     lines += [f"files: {len(found.files)}, {sum(found.files.values()):,} bytes"]
     width = max(map(len, found.files), default=0)
     lines += [f"  {name:{width}}  {size:>15,}" for name, size in found.files.items()]

@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from httpx import HTTPError
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -17,119 +15,105 @@ from vlv import hub
 from .errors import UserError
 from .models import DTYPES, loading
 
-NETWORK_ERRORS: tuple[type[BaseException], ...] = (HTTPError, OSError, RuntimeError, ValueError)
-
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "push",
         help="upload a model to the Hugging Face Hub",
         description="Uploads a model as one repository that transformers and diffusers both load: captioner, encoder, "
-        "text-to-image model, their code, and a model card. Run again after a broken upload, it goes on where it was. "
+        "text-to-image model, their code, and a model card. After a broken upload the same command continues it. "
         "`--output` writes the same files into a folder and uploads nothing.",
     )
-    parser.add_argument("source", metavar="SRC", help="folder of a model, checkpoint of stage 1 or 2, or repo id")
-    parser.add_argument("repo", metavar="ORG/NAME", help="the repository; created if need be")
+    parser.add_argument("source", metavar="SRC", help="folder of a model, stage-1 or stage-2 checkpoint, or repo id")
+    parser.add_argument("repo", metavar="ORG/NAME", help="the repository; created if it does not exist")
     parser.add_argument(
-        "--diffusion-model", metavar="DIR_OR_REPO", help="the text-to-image model, if SRC does not hold one already"
+        "--diffusion-model", metavar="DIR_OR_REPO", help="the text-to-image model, if SRC does not hold one"
     )
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
-    parser.add_argument("--revision", help="a branch to upload to; created if need be (default: main)")
-    parser.add_argument("--token", help="of the Hub; by default HF_TOKEN or the one that `hf auth login` stored")
-    parser.add_argument("--dtype", choices=DTYPES, help="store the weights in this precision (default: as they are)")
+    parser.add_argument("--revision", help="branch to upload to; created if it does not exist (default: main)")
+    parser.add_argument("--token", help="Hub token; by default HF_TOKEN or the one that `hf auth login` stored")
+    parser.add_argument("--dtype", choices=DTYPES, help="store the weights in this precision (default: as in SRC)")
     parser.add_argument(
-        "--half-variant", action="store_true", help='store the weights in half precision, too, for variant="fp16"'
+        "--half-variant", action="store_true", help='also store the weights in half precision, for variant="fp16"'
     )
-    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--message", help="commit message")
     parser.add_argument(
         "--results",
         metavar="FILE",
-        help="figures for the card, as `vlv evaluate` writes them: {subject: {name: value}}",
+        help="JSON with metrics for the card, as `vlv evaluate` writes it: {subject: {metric: value}}",
     )
-    parser.add_argument("--results-command", metavar="TEXT", help="the command that printed them")
-    parser.add_argument("--license", help="of the repository, as the Hub names licences")
+    parser.add_argument("--results-command", metavar="TEXT", help="the command that printed the metrics")
+    parser.add_argument("--license", help="licence identifier of the Hub for the repository")
     parser.add_argument(
         "--replace-card",
         action="store_true",
-        help="write the model card anew even if it was edited on the Hub (otherwise that one is kept, and only what "
-        "--results and --license give is changed in it)",
+        help="write a new model card even if the card was edited on the Hub (by default the edited card is kept, and "
+        "only --results and --license change it)",
     )
-    parser.add_argument("--output", metavar="DIR", help="write the repository here instead of uploading it")
+    parser.add_argument("--output", metavar="DIR", help="write the repository into this folder and upload nothing")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     check_repo_id(arguments.repo)
-    card = _card(arguments)
-    shared: dict[str, Any] = {"diffusion_model": arguments.diffusion_model, "token": arguments.token, **card}
-    shared["half_variant"] = arguments.half_variant
-    shared["dtype"] = DTYPES[arguments.dtype] if arguments.dtype else None
+    shared: dict[str, Any] = {
+        "diffusion_model": arguments.diffusion_model,
+        "token": arguments.token,
+        "dtype": DTYPES[arguments.dtype] if arguments.dtype else None,
+        "half_variant": arguments.half_variant,
+        "card": _card(arguments),
+    }
     if arguments.output:
         with loading(arguments.source):
             hub.write_repository(arguments.source, arguments.output, repo=arguments.repo, **shared)
         print(f"written to {arguments.output}")
         return 0
-    place = {"revision": arguments.revision, "token": arguments.token}
-    with loading(arguments.source):
-        hub.read_config(hub.resolve(arguments.source, token=arguments.token))
-    with talking_to_the_hub(arguments.repo):
-        hub.create(arguments.repo, private=arguments.private, **place)
-    with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
+    try:
         with loading(arguments.source):
-            hub.write_repository(arguments.source, folder, repo=arguments.repo, **shared)
-        with talking_to_the_hub(arguments.repo):
-            url = hub.upload(
-                folder,
+            url = hub.push(
+                arguments.source,
                 arguments.repo,
+                private=arguments.private,
+                revision=arguments.revision,
                 message=arguments.message,
                 replace_card=arguments.replace_card,
-                **place,
-                **card,
+                **shared,
             )
+    except hub.UploadError as error:
+        raise UserError(str(error)) from error
     print(f"pushed: {url}")
     return 0
 
 
 @contextmanager
 def talking_to_the_hub(repo: str) -> Iterator[None]:
-    """Says in one line what is wrong with a repository that cannot be written to."""
+    """Turns errors of an upload to `repo` into a `UserError` of one line."""
     try:
-        yield
-    except NETWORK_ERRORS as error:
-        raise UserError(_explain(repo, error)) from error
+        with hub.upload_errors(repo):
+            yield
+    except hub.UploadError as error:
+        raise UserError(str(error)) from error
 
 
 def check_repo_id(repo: str) -> None:
-    """Raises `UserError` unless `repo` is like org/name."""
+    """Raises `UserError` unless `repo` has the form org/name."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{repo} is no repository; expected org/name: {error}") from error
+        raise UserError(f"{repo} is not a repo id; expected org/name: {error}") from error
     if repo.count("/") != 1:
-        raise UserError(f"{repo} is no repository; expected org/name")
+        raise UserError(f"{repo} is not a repo id; expected org/name")
 
 
-def _card(arguments: argparse.Namespace) -> dict[str, Any]:
-    card: dict[str, Any] = {"license": arguments.license} if arguments.license else {}
+def _card(arguments: argparse.Namespace) -> hub.Card:
+    """The card of the options `--results`, `--results-command` and `--license`."""
     if not arguments.results:
-        return card
+        return hub.Card(license=arguments.license)
     try:
         results = json.loads(Path(arguments.results).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--results {arguments.results} cannot be read as JSON: {error}") from error
-    if not isinstance(results, dict) or not all(isinstance(v, dict) for v in results.values()):
-        raise UserError(f"--results {arguments.results}: expected {{subject: {{name: value}}}}")
-    if not arguments.results_command:
-        raise UserError("--results needs --results-command: a figure without its command is worth little")
-    return card | {"results": results, "results_command": arguments.results_command}
-
-
-def _explain(repo: str, error: BaseException) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, ValueError) and status is None:
-        return str(error)
-    if status == 401:
-        return f"the Hub wants a token to write to {repo}: run `hf auth login`, or set HF_TOKEN or --token"
-    if status == 403:
-        return f"this token may not write to {repo}; is the organisation right, and has the token the right to write?"
-    return f"{repo}: {error}\nwhat was uploaded is kept; run the same command again to go on"
+        raise UserError(f"--results {arguments.results} could not be read as JSON: {error}") from error
+    try:
+        return hub.Card(results, arguments.results_command or "", arguments.license)
+    except ValueError as error:
+        raise UserError(f"--results {arguments.results}: {error}") from error

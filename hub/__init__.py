@@ -1,7 +1,8 @@
-"""One folder, or Hub repository, out of encoder, captioner and decoder; loading it back; pushing it."""
+"""One folder or Hub repository that holds encoder, captioner and diffusion model: write it, load it, push it."""
 
 from vlv.tokenizer import load_tokenizer
 
+from .card import Card
 from .convert import Conversion, convert
 from .describe import Description, describe
 from .export import export
@@ -15,17 +16,18 @@ from .load import (
     require,
     resolve,
 )
-from .push import create, push, upload, write_repository
+from .push import UploadError, push, upload_errors, write_repository
 
 __all__ = [
     "CAPTIONER_FILES",
     "ENCODER_FILES",
     "PIPELINE_FILES",
     "TRAINING_FILE",
+    "Card",
     "Conversion",
     "Description",
+    "UploadError",
     "convert",
-    "create",
     "describe",
     "export",
     "has_two_encoders",
@@ -37,6 +39,6 @@ __all__ = [
     "read_config",
     "require",
     "resolve",
-    "upload",
+    "upload_errors",
     "write_repository",
 ]

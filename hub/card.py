@@ -1,8 +1,9 @@
-"""The model card, out of what the checkpoint says of itself."""
+"""The model card, written from what the checkpoint says about itself."""
 
 import hashlib
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from vlv.files import is_variant, read_header, read_json
 
-from .layout import CARD, TRAINING_FILE
+from .layout import CARD_FILE, TRAINING_FILE
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
-LICENCES = {  # of well-known parts, by their Hub pages
+LICENCES = {  # of well-known pretrained models, from their Hub pages
     "florence-community/Florence-2-base": "mit",
     "florence-community/Florence-2-large": "mit",
     "microsoft/Florence-2-base": "mit",
@@ -25,102 +26,125 @@ LICENCES = {  # of well-known parts, by their Hub pages
     "Qwen/Qwen2.5-1.5B": "apache-2.0",
     "Qwen/Qwen2.5-3B": "qwen-research",
 }
-SECTION = re.compile(r"^## Figures\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+PRETRAINED = ("image_encoder", "diffusion_model", "language_model")  # keys of training.json that name a base model
+DATASETS = ("images", "pairs")  # keys of training.json that name a data set
+# transformers 5 has no task "image-to-text". The Hub shows a card of that task with an advice to downgrade.
+CAPTIONING_TASK = "image-text-to-text"
+RECONSTRUCTION_TASK = "image-to-image"
+ENCODER_TASK = "image-feature-extraction"
+TAGS = ["vlv", "diffusion", "custom_code"]
+CAPTIONING_TAGS = ["image-captioning", "image-to-text", "conversational"]
+RESULTS_SECTION = re.compile(r"^## (?:Evaluation|Figures)\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 STAMP = re.compile(r"\n*<!-- pushed as ([0-9a-f]{16}) -->\n*\Z")
 PARTS = {
     "encoder": "encoder and text encoder",
-    "": "language model and its projector",
+    "": "language model and language projection",
     "unet": "denoiser",
     "vae": "autoencoder",
 }
 
 
-def write_card(
-    folder: Path,
-    repo: str,
-    *,
-    results: dict[str, Any] | None = None,
-    results_command: str = "",
-    license: str | None = None,
-) -> None:
-    """Writes `README.md` of a folder in the Hub's layout.
+@dataclass
+class Card:
+    """What the owner of a model adds to its card.
 
-    Args:
-        results: Figures by what they were measured on, `{subject: {figure: value}}`, as `vlv evaluate` writes them.
-        results_command: The command that printed them.
-        license: An identifier of the Hub's, if the parts' own do not settle it.
+    Attributes:
+        results: Metrics, `{subject: {metric: value}}`, as `vlv evaluate` writes them.
+        results_command: The command that printed `results`.
+        license: A licence identifier of the Hub. By default the one that all pretrained parts share, else "other".
+
+    Raises:
+        ValueError: If `results` has another form, or comes without its command.
     """
+
+    results: dict[str, dict[str, Any]] | None = None
+    results_command: str = ""
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.results is None:
+            return
+        if not isinstance(self.results, dict) or not all(isinstance(v, dict) for v in self.results.values()):
+            raise ValueError("results must be {subject: {metric: value}}, as `vlv evaluate` writes them")
+        if not self.results_command:
+            raise ValueError("results need the command that printed them; pass results_command (--results-command)")
+
+    @property
+    def changes(self) -> list[str]:
+        """What it changes in a card that exists: `"license"`, `"results"`, both or nothing."""
+        return [name for name in ("license", "results") if getattr(self, name)]
+
+
+def write_card(folder: Path, repo: str, card: Card) -> None:
+    """Writes `README.md` of a folder in the Hub layout."""
     config = read_json(folder / "config.json")
     training = read_training(folder)
-    bases = _names(training, ("image_encoder", "diffusion_model", "language_model"))
+    base_models = _repo_ids(training, PRETRAINED)
     captions, reconstructs = (folder / "processor_config.json").is_file(), (folder / "model_index.json").is_file()
+    task = CAPTIONING_TASK if captions else RECONSTRUCTION_TASK if reconstructs else ENCODER_TASK
+    name = repo.split("/")[-1]
     data = ModelCardData(
-        license=license or _license(training),
+        license=card.license or _shared_license(training),
         library_name="transformers",
-        pipeline_tag="image-to-text" if captions else "image-to-image",
-        base_model=bases or None,
-        datasets=_names(training, ("images", "pairs")) or None,
-        tags=["vlv", "image-captioning", "diffusion"] if captions else ["vlv", "diffusion"],
-        model_name=repo.split("/")[-1] if results else None,  # the name of its figures
-        eval_results=_eval_results(results) if results else None,
+        pipeline_tag=task,
+        base_model=base_models or None,
+        datasets=_repo_ids(training, DATASETS) or None,
+        tags=TAGS + CAPTIONING_TAGS if captions else TAGS,
+        model_name=name if card.results else None,  # the Hub files evaluation results under it
+        eval_results=_eval_results(card.results, task) if card.results else None,
     )
-    card = ModelCard.from_template(
+    text = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        name=repo.split("/")[-1],
+        name=name,
         repo=repo,
         captions=captions,
         reconstructs=reconstructs,
-        queries=config["num_query_tokens"],
+        num_query_tokens=config["num_query_tokens"],
         width=config["text_encoder_config"]["hidden_size"],
         max_new_tokens=training.get("stage2", {}).get("max_caption_tokens", 300),
         parts=_parts(folder),
         stages=_stages(training),
-        figures=_figures(results, results_command),
-        licences=[f"{name}: {LICENCES.get(name, 'see its page')}." for name in bases],
+        results=_results_section(card),
+        licences=[f"{model}: {LICENCES.get(model, 'see its page')}." for model in base_models],
     )
-    (folder / CARD).write_text(str(card), encoding="utf-8")
+    (folder / CARD_FILE).write_text(str(text), encoding="utf-8")
 
 
 def read_training(folder: Path) -> dict[str, dict[str, Any]]:
-    """How a model came about, by stage, as far as `training.json` says."""
+    """The training metadata of each stage in `training.json`. Empty if there is no such file."""
     if not (folder / TRAINING_FILE).is_file():
         return {}
-    return {stage: facts for stage, facts in read_json(folder / TRAINING_FILE).items() if isinstance(facts, dict)}
+    stages = read_json(folder / TRAINING_FILE).items()
+    return {stage: metadata for stage, metadata in stages if isinstance(metadata, dict)}
 
 
-def change_card(
-    text: str,
-    name: str,
-    *,
-    results: dict[str, Any] | None = None,
-    results_command: str = "",
-    license: str | None = None,
-) -> str:
-    """A card with other figures or another licence, as for `write_card`; all else of it stays as it is."""
-    card = ModelCard(text, ignore_metadata_errors=True)
-    data: Any = card.data
-    if license:
-        data.license = license
-    if results:
-        data.model_name, data.eval_results = name, _eval_results(results)
-        figures, body = _figures(results, results_command), card.text
-        if SECTION.search(body):
-            card.text = SECTION.sub(lambda _: figures + "\n", body, count=1)
+def change_card(text: str, repo: str, card: Card) -> str:
+    """The text of a card with the licence and results of `card`. Everything else stays as it is."""
+    changed = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = changed.data
+    if card.license:
+        data.license = card.license
+    if card.results:
+        data.model_name = repo.split("/")[-1]
+        data.eval_results = _eval_results(card.results, data.pipeline_tag or CAPTIONING_TASK)
+        section, body = _results_section(card), changed.text
+        if RESULTS_SECTION.search(body):
+            changed.text = RESULTS_SECTION.sub(lambda _: section + "\n", body, count=1)
         else:
             before, limits, after = body.partition("\n## Limits")
-            card.text = before.rstrip() + "\n\n" + figures + limits + after
-    return str(card)
+            changed.text = before.rstrip() + "\n\n" + section + limits + after
+    return str(changed)
 
 
 def stamp(text: str) -> str:
-    """The card with a last line that tells whether anybody changed it since."""
+    """The card with a last line by which `is_as_pushed` recognises an unchanged card."""
     text = STAMP.sub("", text).rstrip() + "\n"
     return f"{text}\n<!-- pushed as {_digest(text)} -->\n"
 
 
 def is_as_pushed(text: str) -> bool:
-    """Whether a card is what `stamp` made, and nobody changed it since."""
+    """Whether a card has the stamp of `stamp` and was not changed since."""
     found = STAMP.search(text)
     return found is not None and found.group(1) == _digest(STAMP.sub("", text).rstrip() + "\n")
 
@@ -129,49 +153,56 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _eval_results(results: dict[str, Any]) -> list[EvalResult] | None:
+def _eval_results(results: dict[str, dict[str, Any]], task: str) -> list[EvalResult] | None:
     return [
         EvalResult(
-            task_type="image-to-text",
+            task_type=task,
             dataset_type="custom",
             dataset_name=subject,
-            metric_type=figure,
+            metric_type=metric,
             metric_value=value,
         )
-        for subject, figure, value in _rows(results)
+        for subject, metric, value in _rows(results)
         if isinstance(value, (int, float))
     ] or None
 
 
-def _figures(results: dict[str, Any] | None, command: str) -> str:
-    """The card's section of figures."""
-    if not results:
-        return "## Figures\n\nNone were given to `vlv push --results`.\n"
-    table = "".join(f"| {subject} | {figure} | {value} |\n" for subject, figure, value in _rows(results))
-    return f"## Figures\n\nPrinted by `{command}`.\n\n| measured on | figure | value |\n|---|---|---|\n{table}"
+def _results_section(card: Card) -> str:
+    if not card.results:
+        return "## Evaluation\n\nNo results were passed to `vlv push --results`.\n"
+    rows = "".join(f"| {subject} | {metric} | {value} |\n" for subject, metric, value in _rows(card.results))
+    head = "| subject | metric | value |\n|---|---|---|\n"
+    return f"## Evaluation\n\nPrinted by `{card.results_command}`.\n\n{head}{rows}"
 
 
-def _rows(results: dict[str, Any]) -> list[tuple[str, str, Any]]:
-    return [(subject, figure, value) for subject, figures in results.items() for figure, value in figures.items()]
+def _rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, Any]]:
+    return [(subject, metric, value) for subject, metrics in results.items() for metric, value in metrics.items()]
 
 
-def _names(training: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """Repo ids among the facts of all stages; names of local folders tell nobody anything."""
+def pretrained_models(training: dict[str, dict[str, Any]]) -> list[str]:
+    """Names of the pretrained models, over all stages; of local folders, too."""
+    return _names(training, PRETRAINED)
+
+
+def _names(training: dict[str, dict[str, Any]], keys: tuple[str, ...]) -> list[str]:
     found = [stage.get(key) for stage in training.values() for key in keys]
-    names = [n for n in found if isinstance(n, str) and n.count("/") == 1 and not n.startswith((".", "/", "~"))]
-    return list(dict.fromkeys(name for name in names if not Path(name).exists()))
+    return list(dict.fromkeys(name for name in found if isinstance(name, str)))
 
 
-def _license(training: dict[str, Any]) -> str:
-    """That of all parts, if it is known of each and the same; else "other"."""
-    keys = ("image_encoder", "diffusion_model", "language_model")
-    bases = {stage[key] for stage in training.values() for key in keys if stage.get(key)}
-    licences = {LICENCES.get(base, "other") for base in bases}
+def _repo_ids(training: dict[str, dict[str, Any]], keys: tuple[str, ...]) -> list[str]:
+    """The repo ids among the names; a local folder means nothing to a reader of the card."""
+    names = [n for n in _names(training, keys) if n.count("/") == 1 and not n.startswith((".", "/", "~"))]
+    return [name for name in names if not Path(name).exists()]
+
+
+def _shared_license(training: dict[str, dict[str, Any]]) -> str:
+    """The licence that all pretrained models share, or "other" if one is unknown or they differ."""
+    licences = {LICENCES.get(model, "other") for model in pretrained_models(training)}
     return licences.pop() if len(licences) == 1 else "other"
 
 
 def _parts(folder: Path) -> list[dict[str, Any]]:
-    """Name, parameters, precision and size of what is stored, read off the files' headers."""
+    """Name, parameters, precision and size of each stored part, from the headers of the weight files."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         name = PARTS.get("" if path.parent == folder else path.parent.relative_to(folder).as_posix())
@@ -187,13 +218,11 @@ def _parts(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _stages(training: dict[str, Any]) -> list[dict[str, str]]:
+def _stages(training: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     titles = {"stage1": "Stage 1, images alone", "stage2": "Stage 2, image-caption pairs"}
     stages = []
     for key, title in titles.items():
-        if facts := training.get(key):
-            text = ", ".join(
-                f"{name.replace('_', ' ')}: {value}" for name, value in facts.items() if value is not None
-            )
-            stages.append({"title": title, "text": text + "."})
+        if metadata := training.get(key):
+            known = [f"{name.replace('_', ' ')}: {value}" for name, value in metadata.items() if value is not None]
+            stages.append({"title": title, "text": ", ".join(known) + "."})
     return stages

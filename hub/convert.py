@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code into a folder in the Hub's layout: what `vlv convert` does."""
+"""Converts checkpoints of the authors' code into a folder in the Hub layout: what `vlv convert` does."""
 
 import os
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ class Conversion:
     """The result of a conversion.
 
     Attributes:
-        folder: The converted model, in the Hub's layout.
-        dropped: Name of each weight that was left out, and why.
+        folder: The converted model, in the Hub layout.
+        dropped: Name of each weight that was left out, with the reason.
     """
 
     folder: Path
@@ -34,23 +34,23 @@ def convert(
     language_model: str | os.PathLike | None = None,
     image_size: int | None = None,
 ) -> Conversion:
-    """Converts a stage-1 checkpoint, a stage-2 checkpoint, or both into one folder in the Hub's layout.
+    """Converts a stage-1 checkpoint, a stage-2 checkpoint, or both into one folder in the Hub layout.
 
-    With both, images are reconstructed from stage 1's encoder, and captions are written from stage 2's, which was
-    trained further; weights that the two share are stored once. With stage 2 alone its encoder serves both. With
-    neither, the Florence-2 is converted to transformers' format, for `vlv train stage1 --image_encoder`.
+    With both, stage 1's encoder serves reconstruction, and stage 2's encoder, which was trained further, captioning.
+    Weights that the two share are stored once. With stage 2 alone its encoder serves both. With neither, Florence-2 is
+    converted to transformers' format, for `vlv train stage1 --image_encoder`.
 
     Args:
-        output: A new or empty folder. It is complete or not there: a failure leaves nothing.
+        output: A new or empty folder. A failure leaves nothing there.
         stage1: `pytorch_model.bin` (which DeepSpeed's `zero_to_fp32.py` writes, also in several parts),
             `checkpoint_N.pt`, or a folder with one of these.
         stage2: `model.pt`, or its folder.
         stable_diffusion: The diffusers folder that the checkpoints were trained with.
-        florence: The Florence-2 folder, Microsoft's or transformers': configuration, preprocessor and tokenizer are
-            read, and the weights where neither stage is given.
+        florence: The Florence-2 folder, in Microsoft's or transformers' format. Configuration, preprocessor and
+            tokenizer are read, and the weights where neither stage is given.
         language_model: The language model's folder, for stage 2.
-        image_size: Pixels of the square that images were cropped to in training; by default 384 as in the authors'
-            code, or the text-to-image model's own size where that is less.
+        image_size: Side in pixels of the square that images were cropped to in training; by default 384 as in the
+            authors' code, or the text-to-image model's own size where that is smaller.
 
     Raises:
         FileNotFoundError: If a file or folder is missing; the message names it.

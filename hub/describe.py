@@ -1,4 +1,4 @@
-"""What a checkpoint holds, from its configurations and the headers of its files: no weight is read or downloaded."""
+"""Describes a checkpoint by its configurations and the headers of its files. No weight is read or downloaded."""
 
 import os
 from collections.abc import Callable
@@ -15,35 +15,37 @@ from huggingface_hub.errors import RepositoryNotFoundError, SafetensorsParsingEr
 from vlv.files import DTYPES, Header, is_variant, read_header, read_json
 from vlv.original_checkpoint import find_checkpoint, read_weights
 
-from .card import LICENCES, read_training
-from .layout import CARD, INDEX_FILE, LANGUAGE_MODEL_FILE, TRAINER_FOLDERS
+from .card import LICENCES, pretrained_models, read_training
+from .layout import CARD_FILE, INDEX_FILE, LANGUAGE_MODEL_FILE, TRAINER_FOLDERS
 from .load import read_config, read_weight_map, resolve
 
-FACTS = ["*.json", "*/*.json", CARD]
+METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
-ORIGINAL_PARTS = (  # where names of the authors' checkpoints begin, and what that is
+ORIGINAL_PARTS = (  # prefixes of weight names in the authors' checkpoints
     ("unet.", "denoiser"),
     ("vae.", "autoencoder"),
     ("text_encoder.", "text encoder"),
-    ("language_proj.", "queries and projector"),
-    ("query_embed", "queries and projector"),
+    ("language_proj.", "query tokens and projector"),
+    ("query_embed", "query tokens and projector"),
     ("model.", "image encoder"),
-    ("mlp.", "language projector"),
+    ("mlp.", "language projection"),
     ("qwen2_model.", "language model"),
 )
-PARTS = (
+PARTS = (  # prefixes of weight names here
     ("language_model.", "language model"),
-    ("language_projection.", "language projector"),
-    ("query_tokens", "queries and projector"),
-    ("projector.", "queries and projector"),
+    ("language_projection.", "language projection"),
+    ("query_tokens", "query tokens and projector"),
+    ("projector.", "query tokens and projector"),
     ("text_encoder.", "text encoder"),
     ("image_encoder.", "image encoder"),
 )
 
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float64": 8, "int32": 4, "uint8": 1}  # bytes
+
 
 @dataclass
 class Part:
-    """One component: its parameters, what they are stored in (`{dtype: parameters}`), and its bytes."""
+    """One component: its number of parameters, their bytes, and the parameters of each precision."""
 
     name: str
     parameters: int = 0
@@ -57,20 +59,17 @@ class Part:
         self.dtypes[dtype] = self.dtypes.get(dtype, 0) + count
 
 
-WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float64": 8, "int32": 4, "uint8": 1}
-
-
 @dataclass
 class Description:
     """What `vlv info` prints.
 
     Attributes:
-        kind: Such as "stage 2: captions" or "the authors' stage 1".
-        family: Of the text-to-image model beside it, if there is one.
-        parts: By what they are for.
-        licences: Of the whole and of the pretrained parts, as far as the checkpoint says.
+        kind: Such as "stage 2: captions" or "the authors' stage 1: reconstructions".
+        family: Of the text-to-image model in it, if there is one.
+        parts: Its components.
+        licences: Of the model and of its pretrained parts, as far as the checkpoint says.
         files: Name and bytes of each file.
-        facts: Numbers of the configuration.
+        properties: Numbers of the configuration, missing files, training checkpoints.
     """
 
     source: str
@@ -79,22 +78,22 @@ class Description:
     parts: list[Part] = field(default_factory=list)
     licences: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    properties: dict[str, Any] = field(default_factory=dict)
 
 
 def describe(source: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Description:
     """Describes a folder, a Hub repository, or a checkpoint of the authors' code.
 
     Raises:
-        FileNotFoundError: If there is no such thing.
-        ValueError: If it is no VLV.
+        FileNotFoundError: If there is no such file, folder or repository.
+        ValueError: If it is not a VLV model, or a file is damaged.
     """
     path = Path(source)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
         return _describe_original(path)
     if path.is_dir():
         return _describe_folder(os.fspath(source), path)
-    folder = resolve(source, revision=revision, token=token, allow_patterns=FACTS)
+    folder = resolve(source, revision=revision, token=token, allow_patterns=METADATA_FILES)
     api = HfApi(token=token)
     try:
         if constants.is_offline_mode():
@@ -109,7 +108,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
     except (HTTPError, ConnectionError) as error:
         found = _describe_folder(os.fspath(source), folder)
         reason = str(error).partition("\n")[0] or type(error).__name__
-        found.facts["only what is in the cache"] = f"the Hub cannot be asked ({reason})"
+        found.properties["only what is in the cache"] = f"the Hub does not answer ({reason})"
         return found
 
 
@@ -120,7 +119,7 @@ def _describe_folder(source: str, folder: Path) -> Description:
 
 
 def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: Callable[[str], Header]) -> Description:
-    """Describes a VLV by its small files, which are in `folder`, and the headers of its weights, wherever they are."""
+    """Describes a model by its configurations in `folder` and the headers of its weights, which may be remote."""
     config = read_config(folder)
     training = {name: size for name, size in sizes.items() if name.startswith(TRAINER_FOLDERS)}
     files = {name: size for name, size in sizes.items() if name not in training and not name.startswith(".")}
@@ -134,8 +133,9 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
         family=_family(folder) if index.is_file() else None,
         files=files,
     )
-    found.facts = {
-        "caption embeddings": f"{config.get('num_query_tokens', 77)} x {config['text_encoder_config'].get('hidden_size')}",
+    num_query_tokens, width = config.get("num_query_tokens", 77), config["text_encoder_config"].get("hidden_size")
+    found.properties = {
+        "caption embeddings": f"{num_query_tokens} x {width}",
         "language model": (config.get("text_config") or {}).get("model_type"),
     }
     parts: dict[str, Part] = {}
@@ -148,28 +148,26 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
     found.parts = list(parts.values())
     if (folder / INDEX_FILE).is_file():
         named = set(read_weight_map(folder).values())
-        if lacking := sorted(named - files.keys()):
-            found.facts["missing"] = ", ".join(lacking)
+        if missing := sorted(named - files.keys()):
+            found.properties["missing"] = ", ".join(missing)
     if training:
         folders = sorted({name.partition("/")[0] for name in training})
-        found.facts["training goes on from"] = f"{', '.join(folders)} ({sum(training.values()):,} bytes)"
-    if licence := _licence(folder / CARD):
+        found.properties["training checkpoints"] = f"{', '.join(folders)} ({sum(training.values()):,} bytes)"
+    if licence := _licence(folder / CARD_FILE):
         found.licences["this model"] = licence
-    for stage in read_training(folder).values():
-        for key in ("image_encoder", "diffusion_model", "language_model"):
-            if stage.get(key) in LICENCES:
-                found.licences[stage[key]] = LICENCES[stage[key]]
+    models = pretrained_models(read_training(folder))
+    found.licences |= {model: LICENCES[model] for model in models if model in LICENCES}
     return found
 
 
 def _licence(card: Path) -> str | None:
-    """What a model card says at its head, if there is one and it can be read."""
+    """The licence in the front matter of a model card. None if there is none."""
     if not card.is_file():
         return None
     try:
         return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict().get("license")
     except (ValueError, yaml.YAMLError):
-        return "unknown: the head of README.md is no YAML"
+        return "unknown: the front matter of README.md is not YAML"
 
 
 def _part(file: str, name: str, captions: bool) -> str:
@@ -190,17 +188,17 @@ def _part(file: str, name: str, captions: bool) -> str:
 def _family(folder: Path) -> str:
     index = read_json(folder / "model_index.json", "unet", "scheduler")
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    predicts = "epsilon"
+    prediction_type = "epsilon"  # diffusers' default
     if scheduler.is_file():
-        predicts = read_json(scheduler).get("prediction_type", "epsilon")
-    return f"Stable Diffusion ({index['unet'][1]}, {index['scheduler'][1]}, predicts {predicts})"
+        prediction_type = read_json(scheduler).get("prediction_type", "epsilon")
+    return f"Stable Diffusion ({index['unet'][1]}, {index['scheduler'][1]}, predicts {prediction_type})"
 
 
 def _remote_header(api: HfApi, repo: str, name: str, revision: str | None) -> Header:
     try:
         header = api.parse_safetensors_file_metadata(repo, name, revision=revision)
     except SafetensorsParsingError as error:
-        raise ValueError(f"{name} of {repo} is damaged, or no safetensors: {error}") from error
+        raise ValueError(f"{name} of {repo} is damaged, or not a safetensors file: {error}") from error
     return {key: (tuple(t.shape), DTYPES.get(t.dtype, t.dtype)) for key, t in header.tensors.items()}
 
 
@@ -211,8 +209,8 @@ def _describe_original(path: Path) -> Description:
     queries = next((tensor for name, tensor in weights.items() if name.endswith("query_embed")), None)
     if queries is None or queries.ndim != 3:
         raise ValueError(
-            f"{file} is neither a VLV nor a checkpoint of the authors' code; it has no query_embed of "
-            f"shape (1, queries, width); its weights begin with {', '.join(list(weights)[:3])}"
+            f"{file} is neither a VLV model nor a checkpoint of the authors' code: it has no query_embed of "
+            f"shape (1, query tokens, width); its weights begin with {', '.join(list(weights)[:3])}"
         )
     found = Description(str(path), "the authors' " + ("stage 2: captions" if captions else "stage 1: reconstructions"))
     parts: dict[str, Part] = {}
@@ -225,7 +223,7 @@ def _describe_original(path: Path) -> Description:
         inner = name.removeprefix("VLV_model.")
         label = next((label for start, label in ORIGINAL_PARTS if inner.startswith(start)), "other")
         parts.setdefault(label, Part(label)).add(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-    found.parts, found.facts = list(parts.values()), {"queries": f"{queries.shape[1]} x {queries.shape[2]}"}
+    found.parts, found.properties = list(parts.values()), {"query tokens": f"{queries.shape[1]} x {queries.shape[2]}"}
     found.files = {file.name: file.stat().st_size}
-    found.family = "Stable Diffusion, inside" if "denoiser" in parts else None
+    found.family = "Stable Diffusion, in the same file" if "denoiser" in parts else None
     return found

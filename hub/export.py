@@ -1,4 +1,4 @@
-"""Encoder, captioner and decoder into one folder in the Hub's layout."""
+"""Exports encoder, captioner and diffusion model into one folder in the Hub layout."""
 
 import json
 import os
@@ -41,35 +41,40 @@ def export(
     dtype: torch.dtype | None = None,
     half_variant: bool = False,
 ) -> Path:
-    """Writes a VLV in the Hub's layout.
+    """Writes a VLV model in the Hub layout.
 
     Args:
-        folder: Written into. A model that it held before is replaced; a decoder stays if none is given.
-        encoder: A stage-1 model. Not needed with a captioner, which has one; if both are given, pictures are
-            reconstructed from this one, and captions written from the captioner's own, of which only what differs
-            is stored beside it.
-        captioner: With its `processor`. Without it the folder reconstructs but does not caption.
-        diffusion_model: A diffusers pipeline, its components, or the folder or repo id of one: its UNet, autoencoder,
-            scheduler and tokenizer go in.
-        dtype: What the weights are stored in; by default as they are. They load as float32 all the same, unless the
-            reader asks for something else.
-        half_variant: Writes the weights in half precision, too, for those who load with `variant="fp16"`.
+        folder: An earlier model in it is replaced. Its diffusion model stays if none is given.
+        encoder: A stage-1 model. Not needed with a captioner, which has an encoder of its own. If both are given, this
+            one serves reconstruction and the captioner's own serves captioning; of the latter only the weights that
+            differ are stored.
+        captioner: Without it the folder reconstructs but does not caption.
+        processor: Of the captioner; required with it.
+        image_processor: Of the encoder; by default the processor's.
+        diffusion_model: A diffusers pipeline, its components, or the folder or repo id of one. Its UNet, autoencoder,
+            scheduler and tokenizer are written.
+        dtype: Precision of the stored weights; by default their own. They load as float32 unless the reader asks for
+            another precision.
+        half_variant: Also writes the weights in half precision, for `variant="fp16"`.
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: If captioner and processor, or encoder and image processor, are not given together.
     """
     root = Path(folder)
     if captioner is not None:
         encoder = captioner.model if encoder is None else encoder
         if processor is None:
-            raise ValueError("a captioner needs its processor: pass processor=")
+            raise ValueError("a captioner needs its processor; pass processor=")
         image_processor = image_processor or processor.image_processor
     if encoder is None or image_processor is None:
         raise ValueError("pass captioner and processor, or encoder and image_processor")
     if diffusion_model is not None:
         diffusion_model = _diffusion_components(diffusion_model)  # before anything is written
     (root / "encoder").mkdir(parents=True, exist_ok=True)
-    _take_away(root, with_captioner=captioner is None)
+    _remove_stale_files(root, captions=captioner is not None)
 
     tensors = {ENCODER_PREFIX + name: _stored(t, dtype) for name, t in encoder.state_dict().items()}
     _save(_without_ties(tensors, encoder, ENCODER_PREFIX), root / ENCODER_FILE)
@@ -90,11 +95,11 @@ def export(
     return root
 
 
-def _take_away(root: Path, with_captioner: bool) -> None:
-    """What another model left here and this one will not replace."""
-    places = (root, root / "encoder")  # those of a decoder go with it, if another one comes
-    old = [path for place in places for path in place.glob("*.safetensors*") if is_variant(path.name)]
-    if with_captioner:
+def _remove_stale_files(root: Path, captions: bool) -> None:
+    """Deletes files of an earlier model that this one will not overwrite."""
+    folders = (root, root / "encoder")  # the diffusion model's folders are replaced with it
+    old = [path for folder in folders for path in folder.glob("*.safetensors*") if is_variant(path.name)]
+    if not captions:
         old += [root / name for name in CAPTIONER_ONLY]
     for path in old:
         path.unlink(missing_ok=True)
@@ -127,25 +132,25 @@ def _diffusion_components(diffusion_model: str | os.PathLike | DiffusionPipeline
     return diffusion_model if isinstance(diffusion_model, dict) else load_diffusion_components(diffusion_model)
 
 
-def _export_diffusion_components(root: Path, parts: dict[str, Any], dtype: torch.dtype | None) -> None:
+def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: torch.dtype | None) -> None:
     for name in PIPELINE_PARTS:
-        part = parts[name]
+        component = components[name]
         shutil.rmtree(root / name, ignore_errors=True)
         if dtype is not None and name in ("unet", "vae"):
-            before = part.dtype
-            part.to(dtype).save_pretrained(root / name)
-            part.to(before)
+            original_dtype = component.dtype
+            component.to(dtype).save_pretrained(root / name)
+            component.to(original_dtype)
         else:
-            part.save_pretrained(root / name)
+            component.save_pretrained(root / name)
         set_default_permissions(*(root / name).glob("*.safetensors"))
-        _forget_origin(root / name / "config.json")
+        _remove_origin(root / name / "config.json")
     index = {
         "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
         "_diffusers_version": diffusers_version,
         "encoder": ["modeling_vlv", "VLVModel"],
         "image_processor": ["processing_vlv", "VLVImageProcessor"],
-        "scheduler": ["diffusers", type(parts["scheduler"]).__name__],
-        "tokenizer": ["transformers", type(parts["tokenizer"]).__name__],
+        "scheduler": ["diffusers", type(components["scheduler"]).__name__],
+        "tokenizer": ["transformers", type(components["tokenizer"]).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, LANGUAGE_MODEL_FILE, half_name(LANGUAGE_MODEL_FILE)],
@@ -154,7 +159,7 @@ def _export_diffusion_components(root: Path, parts: dict[str, Any], dtype: torch
 
 
 def _add_half_variant(root: Path) -> None:
-    """Beside each file of weights, and each index of such files, the one that `variant="fp16"` looks for."""
+    """Writes the half-precision files that `variant="fp16"` loads, beside each weight file and each index."""
     weights = [path for path in root.rglob("*.safetensors") if not is_variant(path.name)]
     for path in weights:
         tensors = {name: _stored(tensor, torch.float16) for name, tensor in load_file(path).items()}
@@ -171,8 +176,8 @@ def _add_half_variant(root: Path) -> None:
         )
 
 
-def _forget_origin(path: Path) -> None:
-    """Takes the exporter's own path out of a part's configuration, where diffusers leaves it."""
+def _remove_origin(path: Path) -> None:
+    """Removes the local path that diffusers writes into a component's configuration."""
     if path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         values.pop("_name_or_path", None)
@@ -180,7 +185,7 @@ def _forget_origin(path: Path) -> None:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a captioner's weight is its encoder's, which may be stored more precisely."""
+    """Whether a captioner's weight equals the encoder's, which may have a higher precision."""
     other = other.to(one.dtype)
     return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape) or torch.equal(one, other)
 
@@ -191,7 +196,7 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _without_ties(tensors: dict[str, torch.Tensor], model: Any, prefix: str) -> dict[str, torch.Tensor]:
-    """Leaves out names that the model ties to another one on loading."""
+    """Leaves out names that the model ties to another weight when it loads."""
     tied = {prefix + name for name in (getattr(model, "all_tied_weights_keys", None) or {})}
     return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
@@ -205,7 +210,7 @@ def _index(root: Path, files: list[str]) -> dict[str, Any]:
     weight_map, total = {}, 0
     for name in files:
         with safe_open(root / name, "pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
                 weight_map[key] = name
                 total += tensors.get_tensor(key).nbytes
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -213,7 +218,7 @@ def _index(root: Path, files: list[str]) -> dict[str, Any]:
 
 def _write_config(config: VLVConfig, architecture: str, path: Path) -> None:
     values = json.loads(config.to_json_string(use_diff=True))
-    for part in values.values():  # where a part was loaded from is the exporter's own business
+    for part in values.values():  # local paths of the exporter do not belong into the repository
         if isinstance(part, dict):
             part.pop("_name_or_path", None)
     values |= {"architectures": [architecture], "dtype": "float32"}

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Output folders that are complete or not there."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into, whose content comes to `path` once all is written; of a failure nothing is left.
+    """A temporary folder to write into. Its content moves to `path` at the end; a failure leaves nothing there.
 
     Raises:
-        ValueError: If `path` is a file, or a folder with something in it.
+        ValueError: If `path` is a file, or a folder that is not empty.
     """
     root = Path(path).resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):

@@ -1,27 +1,27 @@
-"""The Hub layout: which file holds what, and which of them each user downloads.
+"""The Hub layout: which file holds what, and which files each user downloads.
 
-It serves transformers and diffusers at once, and holds each weight once:
+It serves transformers and diffusers, and stores each weight once:
 
-    config.json, generation_config.json, model.safetensors.index.json, language_model.safetensors    the captioner
+    config.json, generation_config.json, model.safetensors.index.json, language_model.safetensors    captioner
     processor_config.json, tokenizer*.json, chat_template.jinja                                      its processor
-    model_index.json, unet/, vae/, scheduler/, tokenizer/, image_processor/                          the reconstruction
+    model_index.json, unet/, vae/, scheduler/, tokenizer/, image_processor/                          reconstruction
     encoder/config.json, encoder/model.safetensors                                                   shared by both
-    *.py, encoder/*.py, image_processor/*.py                                                         code for strangers
+    *.py, encoder/*.py, image_processor/*.py                                                         code of vlv
 """
 
 from pathlib import PurePosixPath
 
-ENCODER_PREFIX = "model."  # of the encoder's weights: the captioner's base_model_prefix
+ENCODER_PREFIX = "model."  # of the encoder's weight names: the captioner's base_model_prefix
 ENCODER_FILE = "encoder/model.safetensors"
-LANGUAGE_MODEL_FILE = "language_model.safetensors"  # deliberately not model*.safetensors, which diffusers would fetch
+LANGUAGE_MODEL_FILE = "language_model.safetensors"  # not model*.safetensors, which diffusers would download
 INDEX_FILE = "model.safetensors.index.json"
 HALF_INDEX_FILE = "model.safetensors.index.fp16.json"
-TRAINING_FILE = "training.json"  # how the model came about
-CARD = "README.md"
+TRAINING_FILE = "training.json"  # training metadata of each stage
+CARD_FILE = "README.md"
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
 
 CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", LANGUAGE_MODEL_FILE]
-CAPTIONER_ONLY = (  # what a stage-1 model does not have
+CAPTIONER_ONLY = (  # files that a stage-1 model does not have
     LANGUAGE_MODEL_FILE,
     "generation_config.json",
     "processor_config.json",
@@ -34,7 +34,7 @@ ENCODER_FILES = ["*.json", "encoder/*"]
 DIFFUSION_FILES = ["model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS)]
 PIPELINE_FILES = [*DIFFUSION_FILES, "*_config.json", "encoder/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
-OWNED = [  # what a push replaces, and takes away where it has no such file
+OWNED = [  # files that a push replaces, or deletes where it has no such file
     *("*.safetensors", "*.json", "*.jinja", "*.py", *PICKLES),
     *(f"{folder}/*" for folder in ("encoder", "image_processor", *PIPELINE_PARTS)),
 ]
@@ -43,7 +43,7 @@ TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args
 
 
 def pickles(names: list[str]) -> list[str]:
-    """Those of a folder's or repository's files that may hold pickled weights (a trainer's own state does not)."""
+    """The names of files that may hold pickled weights. A trainer's own state is not among them."""
     return [
         name
         for name in names
@@ -54,9 +54,9 @@ def pickles(names: list[str]) -> list[str]:
 
 
 def half_name(name: str) -> str:
-    """What a file of weights is called in half precision: `unet.safetensors` becomes `unet.fp16.safetensors`.
+    """The name of a weight file in half precision: `unet.safetensors` becomes `unet.fp16.safetensors`.
 
-    Of a part of several, the number stays last: `unet.fp16-00001-of-00002.safetensors`.
+    The number of a shard stays last: `unet.fp16-00001-of-00002.safetensors`.
     """
     stem = name.removesuffix(".safetensors")
     first, dash, number = stem.partition("-")

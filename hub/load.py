@@ -1,4 +1,4 @@
-"""Models out of a folder or Hub repository, part by part, without running any code of it."""
+"""Loads the parts of a model from a folder or Hub repository without running any code of it."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from vlv.diffusion_decoder.components import load_components
 from vlv.files import read_header, read_json, refuse_damaged
-from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, refuse_renamed_fields
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 from vlv.reference_configs import replacement_hint
 from vlv.tokenizer import load_tokenizer
@@ -42,15 +42,16 @@ def resolve(
     allow_patterns: list[str] | None = None,
     pickles_allowed: bool = False,
 ) -> Path:
-    """The local folder of a model: itself, or a download of what is asked for of the repository `source`.
+    """The local folder of a model: `source` itself, or a download of the repository `source`.
 
     Args:
-        pickles_allowed: Whether there may be pickles beside it, as in most Stable Diffusion repositories. They are
-            not downloaded, and nothing here reads one.
+        allow_patterns: The files to download; by default all. Half-precision variants are never downloaded.
+        pickles_allowed: Whether the model may hold pickles, as most Stable Diffusion repositories do. They are not
+            downloaded, and nothing here reads one.
 
     Raises:
-        FileNotFoundError: If `source` looks like a path and is no folder, or the repository cannot be had.
-        ValueError: If there are pickles in it.
+        FileNotFoundError: If `source` looks like a path and is not a folder, or the repository could not be loaded.
+        ValueError: If it holds pickled weights.
     """
     path = Path(source)
     if path.is_dir():
@@ -74,12 +75,13 @@ def resolve(
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTPError) as error:
         raise FileNotFoundError(
-            f"there is no folder {text}, and as a Hub repository it could not be loaded: {error}{replacement_hint(text)}"
+            f"there is no folder {text}, and as a Hub repository it could not be loaded: {error}"
+            f"{replacement_hint(text)}"
         ) from error
 
 
 def _list_files(repo: str, revision: str | None, token: str | None) -> list[str]:
-    """The repository's files, or none where the network fails: what is in the cache may still be used."""
+    """The repository's files; an empty list if the network fails, since the cache may still hold the model."""
     try:
         return HfApi(token=token).list_repo_files(repo, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -92,22 +94,26 @@ def _refuse_pickles(source: str, names: list[str]) -> None:
     if found := pickles(names):
         raise ValueError(
             f"{source} holds pickled weights ({', '.join(found[:3])}), which can run code when they are loaded; VLV "
-            "reads safetensors alone. Take the pickles out, or convert the weights to safetensors first"
+            "reads safetensors alone. Remove the pickles, or convert the weights to safetensors first"
         )
 
 
 def load_captioner(
     source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[VLVForConditionalGeneration, VLVProcessor]:
-    """The captioner and its processor, from a folder or repo id; no code of the repository is run.
+    """The captioner, in evaluation mode, and its processor. No code of the repository runs.
+
+    Args:
+        source: A folder in the Hub layout, a stage-2 checkpoint, or a repo id.
 
     Raises:
-        FileNotFoundError: If there is no such folder or no VLV in it.
-        ValueError: If it is a stage-1 checkpoint, which has no language model.
+        FileNotFoundError: If there is no such folder, or it holds no VLV model.
+        ValueError: If it is a stage-1 checkpoint, which has no language model; if a file is damaged; or if a weight is
+            missing, unexpected, or of another shape.
     """
     folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(folder, "config.json")
-    model = _load_whole(VLVForConditionalGeneration, folder, dtype)
+    model = _load_strictly(VLVForConditionalGeneration, folder, dtype)
     processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), load_tokenizer(folder))
     return model.to(device).eval(), processor
 
@@ -120,23 +126,28 @@ def load_encoder(
     device: str = "cpu",
     for_captions: bool = False,
 ) -> tuple[VLVModel, VLVImageProcessor]:
-    """The encoder and its image processor, from a Hub-layout folder or repo id, or from a stage-1 checkpoint.
+    """The encoder, in evaluation mode, and its image processor. No code of the repository runs.
 
     Args:
-        for_captions: Where there are two encoders (`has_two_encoders`): the one whose embeddings the language model
-            reads, instead of the one whose embeddings the decoder reads.
+        source: A folder in the Hub layout, a stage-1 checkpoint, or a repo id.
+        for_captions: Of a model with two encoders (`has_two_encoders`), the one whose embeddings the language model
+            reads. By default the one whose embeddings the diffusion model reads.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or it holds no VLV model.
+        ValueError: If a file is damaged, or a weight is missing, unexpected, or of another shape.
     """
     folder = resolve(source, revision=revision, allow_patterns=ENCODER_FILES)
     part = folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder
     if for_captions and has_two_encoders(folder):
         part = folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(part, "config.json")
-    model = _load_whole(VLVModel, part, dtype)
+    model = _load_strictly(VLVModel, part, dtype)
     return model.to(device).eval(), VLVImageProcessor.from_pretrained(folder)
 
 
-def _load_whole(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """As `from_pretrained`, but weights that are missing or of another shape are an error, not a random start."""
+def _load_strictly(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """`from_pretrained`, but a missing, misshaped or unexpected weight is an error, never a random start."""
     read_config(folder)
     if (folder / INDEX_FILE).is_file():
         for file in set(read_weight_map(folder).values()):
@@ -156,18 +167,18 @@ def _load_whole(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
         RuntimeError,
     ) as error:
         refuse_damaged(folder)
-        raise ValueError(f"{folder} cannot be loaded: {error!r}") from error
+        raise ValueError(f"{folder} could not be loaded: {error!r}") from error
     unexpected = sorted(report["unexpected_keys"])
-    if model_class is VLVModel:  # in a captioner's folder, it leaves the language model where it is
+    if model_class is VLVModel:  # a captioner's folder also holds a language model
         unexpected = [name for name in unexpected if not name.startswith(("language_model.", "language_projection."))]
     if any(".lora_A." in name for name in unexpected):
         raise ValueError(
             f"{folder} is a checkpoint of a LoRA run that has not ended; go on with `vlv train stage2` and the same "
-            "settings, which saves a whole model at the end"
+            "settings, which saves a complete model at the end"
         )
-    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if lacking:
-        raise ValueError(f"{len(lacking)} weights of {folder} are missing or of another shape, such as {lacking[0]}")
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights of {folder} are missing or of another shape, such as {missing[0]}")
     if unexpected:
         raise ValueError(
             f"{len(unexpected)} weights of {folder} have no place in the model that its config.json describes, "
@@ -177,27 +188,32 @@ def _load_whole(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a VLV.
+    """`config.json` of a VLV model.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or another model's, or says nothing of a language model that lies beside it.
+        ValueError: If it is damaged, belongs to another model, has field names of version 0.1, or lacks the
+            configuration of a language model whose weights are there.
     """
     require(folder, "config.json")
     config = read_json(folder / "config.json")
     if config.get("model_type") != VLVConfig.model_type:
-        raise ValueError(f"{folder / 'config.json'} is of a model of type {config.get('model_type')!r}, not a VLV")
+        raise ValueError(
+            f"{folder / 'config.json'} has the model type {config.get('model_type')!r}; expected a VLV model, "
+            f"{VLVConfig.model_type!r}"
+        )
+    refuse_renamed_fields(config, str(folder / "config.json"))
     needed: tuple[str, ...] = ("image_encoder_config", "text_encoder_config")
     if (folder / LANGUAGE_MODEL_FILE).is_file():
         needed += ("text_config",)
     for name in ("image_encoder_config", "text_encoder_config", "text_config"):
         if not isinstance(config.get(name, {}), dict | None):
-            raise ValueError(f"{folder / 'config.json'}: {name} is no JSON object")
+            raise ValueError(f"{folder / 'config.json'}: {name} is not a JSON object")
     return read_json(folder / "config.json", *needed)
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
-    """Which file holds which weight. Raises `ValueError` that names the index if it is none."""
+    """The file of each weight, by name. Raises `ValueError` if the index is damaged; the message names it."""
     weight_map = read_json(folder / INDEX_FILE, "weight_map")["weight_map"]
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{folder / INDEX_FILE}: weight_map is not an object of file names")
@@ -205,15 +221,15 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def require(folder: Path, name: str) -> None:
-    """Raises `FileNotFoundError` if a VLV's folder lacks a file."""
+    """Raises `FileNotFoundError` if the folder of a model has no file `name`."""
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"no {name} in {folder}: this is no VLV in the Hub's layout (vlv.hub.export writes it)"
+            f"there is no {name} in {folder}: it is not a VLV model in the Hub layout (vlv.hub.export writes one)"
         )
 
 
 def has_two_encoders(folder: Path) -> bool:
-    """Whether captions come from another encoder than reconstructions; what differs lies with the LM."""
+    """Whether captions and reconstructions have encoders of their own. The captioner's is stored beside the LM."""
     if not (folder / INDEX_FILE).is_file():
         return False
     weights = read_weight_map(folder).items()
@@ -227,10 +243,11 @@ def load_diffusion_components(
     token: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """`unet`, `vae`, `scheduler` and `tokenizer` of a Stable Diffusion or VLV folder or repo id.
+    """`unet`, `vae`, `scheduler` and `tokenizer` of a text-to-image model.
 
     Args:
-        dtype: Precision of UNet and autoencoder; by default what they are stored in.
+        source: Stable Diffusion or VLV model: folder or repo id.
+        dtype: Precision of UNet and autoencoder; by default the stored one.
 
     Raises:
         FileNotFoundError: If there is no such folder or repository, or it holds no text-to-image model.

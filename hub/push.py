@@ -1,22 +1,24 @@
-"""A model to the Hub: what `vlv push` does."""
+"""Pushes a model to the Hub: what `vlv push` does."""
 
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
+from httpx import HTTPError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError
 
 from vlv.files import stored_dtype
 
-from .card import change_card, is_as_pushed, stamp, write_card
+from .card import Card, change_card, is_as_pushed, stamp, write_card
 from .export import export
 from .folders import new_folder
-from .layout import CARD, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
+from .layout import CARD_FILE, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
 from .load import (
     has_two_encoders,
     load_captioner,
@@ -27,6 +29,30 @@ from .load import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class UploadError(Exception):
+    """The Hub refused a repository or an upload, or did not answer. The message says what to do."""
+
+
+@contextmanager
+def upload_errors(repo: str) -> Iterator[None]:
+    """Turns any error of an upload to `repo` into an `UploadError`."""
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # huggingface_hub raises all of these
+        raise UploadError(_explain(repo, error)) from error
+
+
+def _explain(repo: str, error: BaseException) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, ValueError) and status is None:
+        return str(error)
+    if status == 401:
+        return f"the Hub wants a token to write to {repo}; run `hf auth login`, or set HF_TOKEN or --token"
+    if status == 403:
+        return f"this token may not write to {repo}; check the organisation and the token's write permission"
+    return f"{repo}: {error}\nuploaded files are kept; run the same command again to continue"
 
 
 def push(
@@ -40,36 +66,40 @@ def push(
     dtype: torch.dtype | None = None,
     half_variant: bool = False,
     message: str | None = None,
+    card: Card | None = None,
     replace_card: bool = False,
-    **card: Any,
 ) -> str:
-    """Exports a model in the Hub's layout, with code and card, and uploads it.
+    """Exports a model in the Hub layout, with code and card, and uploads it.
 
-    A broken upload goes on where it was when this is called again, and what the repository already holds is not sent
-    again.
+    The repository is created, or write access checked, before the model is exported. After a broken upload the same
+    call continues it. Files that the repository has already are not sent again.
 
     Args:
-        source: A folder in the Hub's layout, a checkpoint of stage 1 or 2, or a repo id.
-        repo: Where to, as `org/name`; created if need be.
-        diffusion_model: A diffusers folder or repo id with the text-to-image model. Not needed where `source` has one.
-        private: Whether a repository that is created is private.
-        revision: A branch; created if need be.
+        source: A folder in the Hub layout, a stage-1 or stage-2 checkpoint, or a repo id.
+        repo: The repository, as `org/name`. It is created if it does not exist.
+        diffusion_model: Diffusers folder or repo id of the text-to-image model. Not needed where `source` has one.
+        private: Whether a new repository is private.
+        revision: A branch. It is created if it does not exist.
         token: Of an account that may write to `org`; by default the one that `hf auth login` stored.
-        dtype: What the weights are stored in; by default as they are in `source`.
-        half_variant: Stores them in half precision, too, for `variant="fp16"`.
-        replace_card: Whether a model card that was edited on the Hub gives way; otherwise it is kept, which is said.
-        card: For the model card, over what the checkpoint says of itself: `results`, `results_command`, `license`.
-            In a card that is there already nothing else is changed.
+        dtype: Precision of the stored weights; by default as in `source`.
+        half_variant: Also stores the weights in half precision, for `variant="fp16"`.
+        message: Of the commit.
+        card: Results and licence for the model card. In a card that exists nothing else changes.
+        replace_card: Whether to write a new card in place of one that was edited on the Hub. By default the edited
+            card is kept, with a warning.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        FileNotFoundError: If there is no such model.
-        ValueError: If it is no VLV, or holds pickles.
+        FileNotFoundError: If there is no model at `source`.
+        ValueError: If it is not a VLV model, or holds pickles.
+        UploadError: If the Hub refuses the repository or the upload, or does not answer.
     """
+    card = card or Card()
     read_config(resolve(source, token=token))
-    create(repo, private=private, revision=revision, token=token)
+    with upload_errors(repo):
+        _create_repository(repo, private, revision, token)
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
         write_repository(
             source,
@@ -79,68 +109,51 @@ def push(
             dtype=dtype,
             half_variant=half_variant,
             repo=repo,
-            **card,
+            card=card,
         )
-        return upload(folder, repo, revision=revision, token=token, message=message, replace_card=replace_card, **card)
+        with upload_errors(repo):
+            _settle_card(Path(folder) / CARD_FILE, repo, revision, token, card, replace_card)
+            return _upload(Path(folder), repo, revision, token, message)
 
 
-def create(repo: str, *, private: bool = False, revision: str | None = None, token: str | None = None) -> None:
-    """Creates the repository and the branch `revision` where they are missing, as `push` does.
-
-    Raises:
-        ValueError: If it is to be private, and there is a public one of this name.
-    """
+def _create_repository(repo: str, private: bool, revision: str | None, token: str | None) -> None:
+    """Creates the repository and the branch where they do not exist. A public one does not become private."""
     api = HfApi(token=token)
     api.create_repo(repo, private=private, exist_ok=True)
     if private and not api.repo_info(repo).private:
-        raise ValueError(
-            f"{repo} exists and is public; nothing was uploaded. Make it private first, or push elsewhere"
-        )
+        raise ValueError(f"{repo} exists and is public; nothing was uploaded. Make it private, or push to another one")
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
 
 
-def upload(
-    folder: str | os.PathLike,
-    repo: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    message: str | None = None,
-    replace_card: bool = False,
-    **card: Any,
-) -> str:
-    """Uploads what `write_repository` wrote into a repository that is there, as `push` does; returns the commit's address."""
-    _settle_card(Path(folder) / CARD, repo, revision, token, replace_card, card)
+def _upload(folder: Path, repo: str, revision: str | None, token: str | None, message: str | None) -> str:
     commit = HfApi(token=token).upload_folder(
         repo_id=repo,
-        folder_path=Path(folder),
+        folder_path=folder,
         revision=revision,
         commit_message=message or "Upload VLV",
         ignore_patterns=PICKLES,
-        delete_patterns=OWNED,  # what an earlier push left and this one does not have
+        delete_patterns=OWNED,  # files of an earlier push that this one does not have
     )
     return str(commit.commit_url)
 
 
-def _settle_card(
-    path: Path, repo: str, revision: str | None, token: str | None, replace: bool, changes: dict[str, Any]
-) -> None:
-    """Puts the card that is to be on the Hub into `path`: a new one, or the Hub's own if somebody edited that."""
-    ours = stamp(path.read_text(encoding="utf-8"))
+def _settle_card(path: Path, repo: str, revision: str | None, token: str | None, card: Card, replace: bool) -> None:
+    """Writes the card to upload into `path`: the new one, or the Hub's if that was edited there."""
+    new = stamp(path.read_text(encoding="utf-8"))
     try:
-        theirs = Path(HfApi(token=token).hf_hub_download(repo, CARD, revision=revision)).read_text(encoding="utf-8")
+        old = Path(HfApi(token=token).hf_hub_download(repo, CARD_FILE, revision=revision)).read_text(encoding="utf-8")
     except EntryNotFoundError:
-        theirs = None
-    if theirs is None or replace or theirs == ours or is_as_pushed(theirs):
-        path.write_text(ours, encoding="utf-8")
+        old = None
+    if old is None or replace or old == new or is_as_pushed(old):
+        path.write_text(new, encoding="utf-8")
         return
     logger.warning(
-        "%s has a model card that was edited there: it is kept%s. replace_card (--replace-card) writes it anew",
+        "the model card of %s was edited on the Hub and is kept%s; replace_card (--replace-card) writes a new one",
         repo,
-        ", but for " + " and ".join(c for c in changes if c != "results_command") if changes else "",
+        f", with the new {' and '.join(card.changes)}" if card.changes else "",
     )
-    path.write_text(change_card(theirs, repo.split("/")[-1], **changes) if changes else theirs, encoding="utf-8")
+    path.write_text(change_card(old, repo, card) if card.changes else old, encoding="utf-8")
 
 
 def write_repository(
@@ -152,60 +165,74 @@ def write_repository(
     dtype: torch.dtype | None = None,
     half_variant: bool = False,
     repo: str = "org/name",
-    **card: Any,
+    card: Card | None = None,
 ) -> Path:
-    """Writes what `push` uploads: the model in the Hub's layout, its code, its card.
+    """Writes what `push` uploads into a new folder: the model in the Hub layout, its code and its card.
 
-    In a card that the model has already nothing is changed but what `card` gives.
+    Args and errors are those of `push`. `repo` is the name that the card's examples load.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ValueError: If `folder` is not new or empty, or overlaps with `source`.
     """
     root = resolve(source, token=token)
     read_config(root)
-    here, there = root.resolve(), Path(folder).resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"{folder} is, holds, or lies in the model that would be read; write to another folder")
+    model_folder, target = root.resolve(), Path(folder).resolve()
+    if model_folder == target or model_folder in target.parents or target in model_folder.parents:
+        raise ValueError(f"{folder} overlaps with the model's own folder {source}; write to another folder")
     with new_folder(folder) as written:
-        _write_repository(root, written, diffusion_model, token, dtype, half_variant, repo, card)
+        _export_again(root, written, diffusion_model, token, dtype, half_variant)
+        if (root / TRAINING_FILE).is_file():
+            shutil.copyfile(root / TRAINING_FILE, written / TRAINING_FILE)
+        _write_card(root, written, repo, card or Card())
     return Path(folder)
 
 
-def _write_repository(
+def _export_again(
     root: Path,
     folder: Path,
     diffusion_model: str | os.PathLike | None,
     token: str | None,
     dtype: torch.dtype | None,
     half_variant: bool,
-    repo: str,
-    card: dict[str, Any],
 ) -> None:
+    """Loads every part of the model in `root` in its stored precision and exports it into `folder`."""
     if diffusion_model is None and ((root / "unet").is_dir() or (root / "model_index.json").is_file()):
-        diffusion_model = root  # if half of it is missing, loading says so
-    apart = (root / ENCODER_FILE).is_file()  # else a trainer's output
-    own = dtype or stored_dtype(root / "encoder" if apart else root)
-    parts = (
+        diffusion_model = root  # loading names a missing part
+    components = (
         load_diffusion_components(diffusion_model, token=token, dtype=dtype) if diffusion_model is not None else None
     )
-    if read_config(root).get("text_config") is not None:
-        words = dtype or stored_dtype(root)
-        model, processor = load_captioner(root, dtype=words)
-        first = load_encoder(root, dtype=own)[0] if apart and (own != words or has_two_encoders(root)) else None
+    in_hub_layout = (root / ENCODER_FILE).is_file()  # a trainer's output has one file of weights at the root
+    encoder_dtype = dtype or stored_dtype(root / "encoder" if in_hub_layout else root)
+    if read_config(root).get("text_config") is None:
+        encoder, image_processor = load_encoder(root, dtype=encoder_dtype)
         export(
             folder,
-            encoder=first,
-            captioner=model,
-            processor=processor,
-            diffusion_model=parts,
+            encoder=encoder,
+            image_processor=image_processor,
+            diffusion_model=components,
             half_variant=half_variant,
         )
-    else:
-        encoder, image_processor = load_encoder(root, dtype=own)
-        export(
-            folder, encoder=encoder, image_processor=image_processor, diffusion_model=parts, half_variant=half_variant
-        )
-    if (root / TRAINING_FILE).is_file():
-        shutil.copyfile(root / TRAINING_FILE, folder / TRAINING_FILE)
-    if (root / CARD).is_file():
-        text = (root / CARD).read_text(encoding="utf-8")
-        (folder / CARD).write_text(change_card(text, repo.split("/")[-1], **card) if card else text, encoding="utf-8")
-    else:
-        write_card(folder, repo, **card)
+        return
+    captioner_dtype = dtype or stored_dtype(root)
+    captioner, processor = load_captioner(root, dtype=captioner_dtype)
+    own_encoder = in_hub_layout and (encoder_dtype != captioner_dtype or has_two_encoders(root))
+    export(
+        folder,
+        encoder=load_encoder(root, dtype=encoder_dtype)[0] if own_encoder else None,
+        captioner=captioner,
+        processor=processor,
+        diffusion_model=components,
+        half_variant=half_variant,
+    )
+
+
+def _write_card(root: Path, folder: Path, repo: str, card: Card) -> None:
+    """The model's own card with the changes of `card`, or a new one if the model has none."""
+    if not (root / CARD_FILE).is_file():
+        write_card(folder, repo, card)
+        return
+    text = (root / CARD_FILE).read_text(encoding="utf-8")
+    (folder / CARD_FILE).write_text(change_card(text, repo, card) if card.changes else text, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The code that goes along with the weights, so that they load for people who have not installed this package.
+"""The code that a repository holds beside the weights, so that they load where this package is not installed.
 
-With `trust_remote_code=True` transformers and diffusers run these files out of the repository. They find them by
+With `trust_remote_code=True` transformers and diffusers run these files of the repository. They find them by
 `auto_map` and `custom_pipelines` in the configurations, and by the module names in `model_index.json`.
 """
 
@@ -16,12 +16,16 @@ MODEL_CODE, PROCESSOR_CODE = "modeling_vlv.py", "processing_vlv.py"
 CAPTIONING_CODE, RECONSTRUCTION_CODE = "pipeline_vlv_captioning.py", "pipeline_vlv_reconstruction.py"
 
 CONFIG_MAP = {"AutoConfig": "modeling_vlv.VLVConfig"}
+# AutoModel is the encoder in a captioner's folder, too: transformers keeps one class for it and each config class.
 ENCODER_MAP = CONFIG_MAP | {"AutoModel": "modeling_vlv.VLVModel"}
-# AutoModel is the bare encoder here, too: transformers keeps one class for it and each configuration class.
-CAPTIONER_MAP = ENCODER_MAP | {"AutoModelForImageTextToText": "modeling_vlv.VLVForConditionalGeneration"}
+CAPTIONER_CLASS = "modeling_vlv.VLVForConditionalGeneration"
+CAPTIONER_MAP = ENCODER_MAP | {
+    "AutoModelForImageTextToText": CAPTIONER_CLASS,
+    "AutoModelForMultimodalLM": CAPTIONER_CLASS,
+}
 IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "processing_vlv.VLVImageProcessor"}
 PROCESSOR_MAP = IMAGE_PROCESSOR_MAP | {"AutoProcessor": "processing_vlv.VLVProcessor"}
-# Asked for before transformers redirects this task to "image-text-to-text", so the name of the paper's task works.
+# transformers looks here before it redirects the removed task "image-to-text" to "image-text-to-text".
 CUSTOM_PIPELINES = {
     "image-to-text": {
         "impl": "pipeline_vlv_captioning.VLVCaptioningPipeline",
@@ -31,21 +35,21 @@ CUSTOM_PIPELINES = {
 
 
 def code_file(name: str) -> Path:
-    """Where this package keeps a file that goes to the Hub.
+    """Path of a code file of this package that repositories hold.
 
     Raises:
-        FileNotFoundError: If the installation is not whole.
+        FileNotFoundError: If the installation is incomplete.
     """
     package = "vlv.pipelines" if name.startswith("pipeline_") else "vlv"
     spec = importlib.util.find_spec(package)
     for folder in spec.submodule_search_locations or [] if spec else []:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise FileNotFoundError(f"{name} is not where {package} is installed; install vlv anew")
+    raise FileNotFoundError(f"{name} is missing from the installed package {package}; install vlv again")
 
 
 def add_code(root: Path) -> None:
-    """Puts code beside the weights in `root`, which is in the Hub's layout, and names it where it is looked for."""
+    """Copies the code into `root`, a folder in the Hub layout, and adds its names to the configurations."""
     captions = (root / "processor_config.json").is_file()
     reconstructs = (root / "model_index.json").is_file()
     for name in (MODEL_CODE, PROCESSOR_CODE):
@@ -66,11 +70,11 @@ def add_code(root: Path) -> None:
         shutil.copyfile(code_file(RECONSTRUCTION_CODE), root / RECONSTRUCTION_CODE)
 
 
-def _add(path: Path, *within: str, **values: Any) -> None:
-    """Sets values in a JSON file, or in a section `within` it, such as the image processor's of a processor's."""
+def _add(path: Path, *section_names: str, **values: Any) -> None:
+    """Sets values in a JSON file, or in a section of it, such as `image_processor` in a processor's configuration."""
     content = json.loads(path.read_text(encoding="utf-8"))
     section = content
-    for name in within:
+    for name in section_names:
         section = section.setdefault(name, {})
     section.update(values)
     write_json(path, content)

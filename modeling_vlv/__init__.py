@@ -1,6 +1,13 @@
-"""VLV: caption images, and see what the captioner understood (Vision-Language-Vision, arXiv 2507.07104)."""
+"""VLV: image captions, and images reconstructed from caption embeddings (Vision-Language-Vision, arXiv 2507.07104)."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .modeling_vlv import (
     FLORENCE_TASK_PROMPT_IDS,
@@ -15,9 +22,10 @@ from .version import __version__
 AutoConfig.register("vlv", VLVConfig, exist_ok=True)
 AutoModel.register(VLVConfig, VLVModel, exist_ok=True)
 AutoModelForImageTextToText.register(VLVConfig, VLVForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(VLVConfig, VLVForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(VLVConfig, image_processor_classes={"pil": VLVImageProcessor}, exist_ok=True)
 AutoProcessor.register(VLVConfig, VLVProcessor, exist_ok=True)
-# What `save_pretrained` and `push_to_hub` of these write loads elsewhere, too: their code goes along.
+# `save_pretrained` and `push_to_hub` of these also write their code, so that they load where vlv is not installed.
 VLVConfig.register_for_auto_class()
 VLVModel.register_for_auto_class("AutoModel")
 VLVForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

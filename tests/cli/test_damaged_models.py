@@ -104,7 +104,7 @@ def test_info_names_what_is_missing_and_leaves_a_trainers_checkpoints_out(model,
     (model / "README.md").write_text("---\nlicense: [\n---\n# A model\n")
     assert main(commands["info"]) == 0
     said = capsys.readouterr().out
-    assert "missing: language_model.safetensors" in said and "training goes on from: checkpoint-7" in said
+    assert "missing: language_model.safetensors" in said and "training checkpoints: checkpoint-7" in said
     assert "Qwen/Qwen2.5-3B: qwen-research" in said and "other: checkpoint" not in said
 
 

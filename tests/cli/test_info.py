@@ -1,4 +1,4 @@
-"""`vlv info` says what there is, and downloads no weights to say it."""
+"""`vlv info` describes a checkpoint and downloads no weights."""
 
 import json
 
@@ -36,13 +36,13 @@ def test_the_miniature(capsys):
     assert sum(part["bytes"] for part in found["parts"]) < sum(found["files"].values())
 
 
-def test_text_for_people(capsys):
+def test_the_text_output(capsys):
     assert main(["info", str(MINIATURE)]) == 0
     said = capsys.readouterr().out
     assert "caption embeddings: 24 x 128" in said and "denoiser" in said and "language_model.safetensors" in said
 
 
-def test_a_repository_without_its_weights(tmp_path):
+def test_a_repository_is_described_without_its_weights(tmp_path):
     hub = Hub()
     with serve(hub) as endpoint:
         machine = Machine(tmp_path / "machine", endpoint)
@@ -58,7 +58,7 @@ def test_a_repository_without_its_weights(tmp_path):
         assert sum(hub.downloads.values()) < 1_000_000  # headers, not weights
         done = machine.vlv("info", "org/none")
         assert done.returncode == 2 and "cannot load org/none" in done.stderr
-    done = machine.vlv("info", "org/vlv")  # the network is gone
+    done = machine.vlv("info", "org/vlv")  # the server is gone
     assert done.returncode == 0, done.stderr
     assert "only what is in the cache: " in done.stdout and "caption embeddings: 24 x 128" in done.stdout
 
@@ -72,17 +72,17 @@ def test_both_encoders_of_a_converted_checkpoint(converted, capsys):
     ("path", "kind", "parts"),
     [
         ("stage1", "the authors' stage 1: reconstructions", {"denoiser", "autoencoder"}),
-        ("stage2/model.pt", "the authors' stage 2: captions", {"language model", "language projector"}),
+        ("stage2/model.pt", "the authors' stage 2: captions", {"language model", "language projection"}),
     ],
 )
-def test_the_authors_files(path, kind, parts, capsys):
+def test_checkpoints_of_the_authors_code(path, kind, parts, capsys):
     found = info(capsys, GOLDEN / path)
-    assert found["kind"] == kind and found["facts"] == {"queries": "77 x 64"}
-    shared = {"image encoder", "queries and projector", "text encoder"}
+    assert found["kind"] == kind and found["properties"] == {"query tokens": "77 x 64"}
+    shared = {"image encoder", "query tokens and projector", "text encoder"}
     assert set(parameters(found)) == parts | shared
 
 
-def test_what_is_no_vlv_is_refused(tmp_path, capsys, monkeypatch):
+def test_another_model_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for source in (tmp_path, tmp_path / "none", GOLDEN / "components" / "qwen"):
         assert main(["info", str(source)]) == 2

