@@ -1,7 +1,7 @@
-"""What each user of a repository downloads: `python benchmarks/hub_traffic.py`, from the root of a checkout.
+"""Measures what each library downloads of a repository: `python benchmarks/hub_traffic.py`, at the root of a checkout.
 
-Pushes the embedded miniature to the Hub server of the tests and loads it in fresh processes that do not have this
-package, as README.md's table says. Bytes are what the server sent.
+Pushes the embedded miniature to the Hub server of the tests and loads it in new processes without this package. Prints
+the table of README.md. Bytes are those that the server sent.
 """
 
 import sys

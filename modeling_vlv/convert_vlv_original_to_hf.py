@@ -1,12 +1,12 @@
-"""Checkpoints of the authors' code to this library's, with `vlv convert`.
+"""Converts checkpoints of the authors' code to models of this library. `vlv.hub.convert` writes them.
 
-Their stage 1 is a state dict with `model.` (Florence-2), `language_proj.`, `query_embed`, `text_encoder.`, `unet.` and
-`vae.`; their stage 2 one with `VLV_model.` (the same without UNet and autoencoder), `mlp.` and `qwen2_model.`. Neither
-holds a configuration, so those of the pretrained parts are read, and sizes from the weights themselves. Nothing is
-guessed: every weight is used, or named with the reason why it is not needed, and one that is missing or has another
-shape is an error.
+The authors' stage 1 is a state dict with `model.` (Florence-2), `language_proj.`, `query_embed`, `text_encoder.`,
+`unet.` and `vae.`; their stage 2 is one with `VLV_model.` (the same without UNet and autoencoder), `mlp.` and
+`qwen2_model.`. Neither holds a configuration, so the configurations of the pretrained parts are read, and sizes come
+from the weights. Every weight is used, or listed with the reason why it is not needed. A weight that is missing,
+unknown or of another shape is an error.
 
-Weights stay where they are on disk until they are written, one by one (`torch.load(mmap=True)`).
+Weights stay on disk until they are written, one by one (`torch.load(mmap=True)`).
 """
 
 import os
@@ -39,14 +39,14 @@ from .tokenizer import load_tokenizer
 IMAGE_SIZE = 384  # pixels: the authors' default of --image_size
 MAX_NEW_TOKENS = 300  # the authors' Caption_inference.py
 TASK_PROMPT = "Describe with a paragraph what is shown in the image."  # Florence-2's for <MORE_DETAILED_CAPTION>
-DROPPED = {  # what a checkpoint may hold and VLV has no use for
-    r"(^|\.)model\.(language_model\.)?lm_head\.weight$": "Florence-2's own word predictions are never made",
-    r"^(language_model\.)?lm_head\.weight$": "Florence-2's own word predictions are never made",
-    r"final_logits_bias$": "Florence-2's own word predictions are never made",
-    r"\.position_ids$": "the numbers 0, 1, 2, ..., which the model makes itself",
-    r"\.rotary_emb\.inv_freq$": "constants, which the model makes itself",
+DROPPED = {  # patterns of weights that VLV does not use, and why
+    r"(^|\.)model\.(language_model\.)?lm_head\.weight$": "the language-model head of Florence-2 is never used",
+    r"^(language_model\.)?lm_head\.weight$": "the language-model head of Florence-2 is never used",
+    r"final_logits_bias$": "the language-model head of Florence-2 is never used",
+    r"\.position_ids$": "the numbers 0, 1, 2, ..., which the model computes",
+    r"\.rotary_emb\.inv_freq$": "constants, which the model computes",
 }
-TO_ORIGINAL = (  # names in transformers' Florence-2 to those in Microsoft's own code
+TO_ORIGINAL = (  # weight names of transformers' Florence-2 to those of Microsoft's code
     (r"^(vision_tower\.convs\.\d+)\.conv\.", r"\1.proj."),
     (r"\.(spatial|channel)_block\.conv([12])\.", r".\1_block.conv\2.fn.dw."),
     (r"\.spatial_block\.norm1\.", ".spatial_block.window_attn.norm."),
@@ -64,11 +64,11 @@ TO_ORIGINAL = (  # names in transformers' Florence-2 to those in Microsoft's own
 
 @dataclass
 class ConvertedCheckpoints:
-    """The models of the authors' checkpoints, and the weights that were left out.
+    """Models with the weights of the authors' checkpoints.
 
     Attributes:
         parts: Arguments of `vlv.hub.export`, such as `captioner` and `diffusion_model`.
-        dropped: Name of each weight that was left out, and why.
+        dropped: Name of each weight that was left out, with the reason.
     """
 
     parts: dict[str, Any]
@@ -84,16 +84,16 @@ def convert_checkpoints(
     language_model: str | os.PathLike | None = None,
     image_size: int | None = None,
 ) -> ConvertedCheckpoints:
-    """Converts a stage-1 checkpoint, a stage-2 checkpoint, or both; `vlv.hub.convert` also writes the result.
+    """Builds the models of a stage-1 checkpoint, a stage-2 checkpoint, or both.
 
-    Args, errors: As for `vlv.hub.convert`. At least one of `stage1` and `stage2` is given.
+    Arguments and errors are those of `vlv.hub.convert`. At least one of `stage1` and `stage2` must be given.
     """
     florence = existing_folder(florence, "florence", "the Florence-2 folder is needed (--florence)")
     stable_diffusion = existing_folder(
         stable_diffusion, "stable-diffusion", "the Stable Diffusion folder is needed (--stable-diffusion)"
     )
     if stage2 is not None:
-        words = existing_folder(
+        language_model_folder = existing_folder(
             language_model,
             "language-model",
             "a stage-2 checkpoint needs the language model's folder (--language-model)",
@@ -108,64 +108,64 @@ def convert_checkpoints(
     if stage1 is not None:
         weights, name = read_weights(stage1, ("pytorch_model.bin", "checkpoint_*.pt")), str(stage1)
         config = build_config(weights, "", florence, stable_diffusion)
-        parts["encoder"] = _fill(VLVModel, config, encoder_names, weights, name)
-        unet, vae = _decoder_shells(stable_diffusion)
-        scheduler = DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler")  # as the authors' code
+        parts["encoder"] = _load_weights(VLVModel, config, encoder_names, weights, name)
+        unet, vae = _empty_unet_and_vae(stable_diffusion)
+        scheduler = DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler")  # the authors' sampler
         parts["diffusion_model"] = {
-            "unet": _fill(unet, None, lambda key: ["unet." + key], weights, name),
-            "vae": _fill(vae, None, lambda key: ["vae." + key], weights, name),
+            "unet": _load_weights(unet, None, lambda key: ["unet." + key], weights, name),
+            "vae": _load_weights(vae, None, lambda key: ["vae." + key], weights, name),
             "scheduler": scheduler,
             "tokenizer": load_tokenizer(stable_diffusion / "tokenizer"),
         }
-        dropped |= _leftovers(weights, name)
+        dropped |= _dropped_weights(weights, name)
     else:
         parts["diffusion_model"] = load_components(stable_diffusion)
         parts["diffusion_model"]["scheduler"] = DDPMScheduler.from_config(parts["diffusion_model"]["scheduler"].config)
     if stage2 is not None:
         weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)
-        config = build_config(weights, "VLV_model.", florence, stable_diffusion, words)
-        captioner = _fill(VLVForConditionalGeneration, config, captioner_names, weights, name)
-        if (words / "generation_config.json").is_file():
-            read_json(words / "generation_config.json")
-            captioner.generation_config = GenerationConfig.from_pretrained(words)
+        config = build_config(weights, "VLV_model.", florence, stable_diffusion, language_model_folder)
+        captioner = _load_weights(VLVForConditionalGeneration, config, captioner_names, weights, name)
+        if (language_model_folder / "generation_config.json").is_file():
+            read_json(language_model_folder / "generation_config.json")
+            captioner.generation_config = GenerationConfig.from_pretrained(language_model_folder)
         captioner.generation_config.max_new_tokens = MAX_NEW_TOKENS
-        dropped |= _leftovers(weights, name)
-        beside = Path(stage2) if Path(stage2).is_dir() else Path(stage2).parent
-        has_tokenizer = (beside / "tokenizer_config.json").is_file()
-        tokenizer = load_tokenizer(beside if has_tokenizer else words)
+        dropped |= _dropped_weights(weights, name)
+        stage2_folder = Path(stage2) if Path(stage2).is_dir() else Path(stage2).parent
+        has_tokenizer = (stage2_folder / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(stage2_folder if has_tokenizer else language_model_folder)
         parts |= {"captioner": captioner, "processor": VLVProcessor(image_processor, tokenizer)}
     return ConvertedCheckpoints(parts, dropped)
 
 
 def convert_florence(florence: Path) -> tuple[Florence2Model, dict[str, str]]:
-    """A Florence-2 with Microsoft's or transformers' names as transformers' own model.
+    """Converts a Florence-2 with Microsoft's or transformers' weight names to transformers' model.
 
     Returns:
         The model, and the name of each weight that was left out, with the reason.
     """
     weights = read_weights(florence, ("model.safetensors", "pytorch_model.bin"))
     config = build_florence_config(florence, {name: tuple(t.shape) for name, t in weights.items()}, "")
-    model = _fill(Florence2Model, config, _florence_names(""), weights, str(florence))
-    return model, _leftovers(weights, str(florence))
+    model = _load_weights(Florence2Model, config, _florence_names(""), weights, str(florence))
+    return model, _dropped_weights(weights, str(florence))
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
 def original_florence_name(name: str) -> str:
-    """What Microsoft's code calls a weight of `Florence2Model`."""
+    """The name in Microsoft's code of a weight of `Florence2Model`."""
     for pattern, replacement in TO_ORIGINAL:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _florence_names(prefix: str) -> Callable[[str], list[str]]:
-    """Where a weight of `Florence2Model` may be found: Microsoft's name first, then transformers'."""
+    """Possible names of a weight of `Florence2Model`: Microsoft's first, then transformers'."""
     return lambda key: [prefix + original_florence_name(key), prefix + key, f"{prefix}model.{key}"]
 
 
 def encoder_names(key: str) -> list[str]:
-    """Where a weight of `VLVModel` may be found in stage 1."""
+    """Possible names of a weight of `VLVModel` in stage 1."""
     part, _, rest = key.partition(".")
     if part == "image_encoder":
         return _florence_names("model.")(rest)
@@ -176,7 +176,7 @@ def encoder_names(key: str) -> list[str]:
 
 
 def captioner_names(key: str) -> list[str]:
-    """Where a weight of `VLVForConditionalGeneration` may be found in stage 2."""
+    """Possible names of a weight of `VLVForConditionalGeneration` in stage 2."""
     part, _, rest = key.partition(".")
     if part == "model":
         return ["VLV_model." + name for name in encoder_names(rest)]
@@ -192,10 +192,19 @@ def captioner_names(key: str) -> list[str]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _fill(
+def _load_weights(
     model: Any, config: Any, names: Callable[[str], list[str]], weights: dict[str, torch.Tensor], source: str
 ) -> Any:
-    """A model with the weights of a checkpoint, which are taken out of `weights`."""
+    """A model with the weights of a checkpoint. Weights that are used are removed from `weights`.
+
+    Args:
+        model: A model on the meta device, or a model class with its `config`.
+        names: Possible names in the checkpoint of a weight of the model.
+        source: The checkpoint, for error messages.
+
+    Raises:
+        ValueError: If a weight is missing or of another shape, or if weights that the model ties differ.
+    """
     if config is not None:
         with torch.device("meta"):
             model = model(config)
@@ -216,14 +225,14 @@ def _fill(
             tensor, shape = tensor.T, shape[::-1]
         if shape != tuple(target.shape):
             raise ValueError(
-                f"{source}: {name} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}; is it from "
-                "another model than the folders given beside it?"
+                f"{source}: {name} has the shape {tuple(tensor.shape)}, expected {tuple(target.shape)}; do the "
+                "given folders belong to another model?"
             )
         found[key] = tensor
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights: {', '.join(missing[:5])}{', ...' if missing[5:] else ''}; is it "
-            "the right kind of checkpoint, and whole?"
+            "the right kind of checkpoint, and complete?"
         )
     for alias, key in ties.items():
         if alias in found and not torch.equal(found[alias], found[key]):
@@ -235,8 +244,8 @@ def _fill(
     return model.eval()
 
 
-def _leftovers(weights: dict[str, torch.Tensor], source: str) -> dict[str, str]:
-    """Why what is left was left. Raises `ValueError` for what has no reason."""
+def _dropped_weights(weights: dict[str, torch.Tensor], source: str) -> dict[str, str]:
+    """The reason for each unused weight. Raises `ValueError` for a weight that `DROPPED` does not list."""
     reasons, unknown = {}, []
     for name in weights:
         reason = next((why for pattern, why in DROPPED.items() if re.search(pattern, name)), None)
@@ -246,13 +255,14 @@ def _leftovers(weights: dict[str, torch.Tensor], source: str) -> dict[str, str]:
             reasons[name] = reason
     if unknown:
         raise ValueError(
-            f"{source} holds {len(unknown)} weights that are not known here: {', '.join(unknown[:5])}"
-            f"{', ...' if unknown[5:] else ''}; are the folders given beside it those that it was trained with?"
+            f"{source} holds {len(unknown)} unknown weights: {', '.join(unknown[:5])}"
+            f"{', ...' if unknown[5:] else ''}; was it trained with the models in the given folders?"
         )
     return reasons
 
 
-def _decoder_shells(stable_diffusion: Path) -> tuple[nn.Module, nn.Module]:
+def _empty_unet_and_vae(stable_diffusion: Path) -> tuple[nn.Module, nn.Module]:
+    """UNet and autoencoder on the meta device, without weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(stable_diffusion, subfolder="unet", local_files_only=True)
@@ -276,19 +286,19 @@ def build_config(
     """The configuration of a checkpoint, from those of its pretrained parts and the sizes of its weights.
 
     Args:
-        prefix: Of stage 1's names in it: `"VLV_model."` in stage 2.
+        prefix: What precedes stage 1's weight names: `"VLV_model."` in stage 2, else nothing.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     queries = shapes.get(prefix + "query_embed")
     if queries is None:
         kind, other, option = ("stage 2", "", "--stage1") if prefix else ("stage 1", "VLV_model.", "--stage2")
-        hint = f"; it looks like the other stage's, pass it as {option}" if other + "query_embed" in shapes else ""
+        hint = f"; it looks like the other stage's; pass it as {option}" if other + "query_embed" in shapes else ""
         raise ValueError(
-            f"there is no {prefix}query_embed among its weights ({', '.join(list(shapes)[:3])}, ...): this is no "
+            f"there is no {prefix}query_embed among its weights ({', '.join(list(shapes)[:3])}, ...): this is not a "
             f"{kind} checkpoint of the authors' code{hint}"
         )
     if len(queries) != 3:
-        raise ValueError(f"{prefix}query_embed has the shape {queries}, expected (1, queries, width)")
+        raise ValueError(f"{prefix}query_embed has the shape {queries}, expected (1, query tokens, width)")
     image_encoder_config = build_florence_config(florence, shapes, prefix + "model.")
     text_encoder_config = CLIPTextConfig.from_pretrained(stable_diffusion, subfolder="text_encoder")
     text_config = None
@@ -297,11 +307,11 @@ def build_config(
         text_config = AutoConfig.from_pretrained(language_model, trust_remote_code=False)
         if type(text_config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(
-                f"{language_model} holds a model of type {text_config.model_type!r}, no causal language model such "
-                "as Qwen2"
+                f"{language_model} holds a model of type {text_config.model_type!r}; expected a causal language model "
+                "such as Qwen2"
             )
-        if words := shapes.get("qwen2_model.model.embed_tokens.weight"):
-            text_config.vocab_size = words[0]
+        if embedding_shape := shapes.get("qwen2_model.model.embed_tokens.weight"):
+            text_config.vocab_size = embedding_shape[0]
     return VLVConfig(
         image_encoder_config=image_encoder_config,
         text_encoder_config=text_encoder_config,
@@ -312,11 +322,13 @@ def build_config(
 
 
 def build_florence_config(folder: Path, shapes: dict[str, tuple[int, ...]], prefix: str) -> Florence2Config:
-    """Florence-2's configuration, of Microsoft's or transformers' making; numbers of positions are the weights' own.
+    """Florence-2's configuration, from a folder in Microsoft's or transformers' format.
+
+    The sizes of vocabulary and position tables come from the weights: Florence-2 has 1024 or 4096 positions.
 
     Args:
-        shapes: Of the weights, by name.
-        prefix: Of Florence-2's names among them.
+        shapes: Shape of each weight, by name.
+        prefix: What precedes Florence-2's names among them.
     """
     values = read_json(folder / "config.json", "vision_config", "text_config")
     vision, text = dict(values.get("vision_config") or {}), dict(values.get("text_config") or {})
@@ -339,7 +351,7 @@ def build_florence_config(folder: Path, shapes: dict[str, tuple[int, ...]], pref
         "max_position_embeddings": rows(*(name + "encoder.embed_positions.weight" for name in inner)),
     }
     if sizes["max_position_embeddings"] is not None:
-        sizes["max_position_embeddings"] -= 2  # BART's first two rows are never used
+        sizes["max_position_embeddings"] -= 2  # BART never uses the first two rows
     text |= {key: size for key, size in sizes.items() if size is not None}
     projector = ("", "multi_modal_projector.", "model.multi_modal_projector.")
     sizes = {
@@ -377,7 +389,7 @@ POSITION_TABLES = ("image_pos_embed.row_embeddings.weight", "image_position_embe
 
 
 def _check_vision(vision: dict[str, Any], folder: Path) -> None:
-    """Raises `ValueError` for what Microsoft's configuration can say and transformers' Florence-2 cannot do."""
+    """Raises `ValueError` for settings of Microsoft's Florence-2 that transformers' Florence-2 does not support."""
     asked = {
         "image_feature_source": (vision.get("image_feature_source"), ["spatial_avg_pool", "temporal_avg_pool"]),
         "visual_temporal_embedding": ((vision.get("visual_temporal_embedding") or {}).get("type"), "COSINE"),
@@ -385,11 +397,13 @@ def _check_vision(vision: dict[str, Any], folder: Path) -> None:
     }
     for name, (value, known) in asked.items():
         if value != known:
-            raise ValueError(f"{folder / 'config.json'}: vision_config.{name} is {value!r}; only {known!r} is known")
+            raise ValueError(
+                f"{folder / 'config.json'}: vision_config.{name} is {value!r}; only {known!r} is supported"
+            )
 
 
 def task_prompt_ids(florence: Path, vocab_size: int) -> list[int]:
-    """The ids of Florence-2's task prompt, with its begin and end, by the tokenizer in its folder.
+    """The ids of Florence-2's task prompt, with begin and end tokens, by the tokenizer in its folder.
 
     Raises:
         FileNotFoundError: If there is no tokenizer, and it is not Florence-2's own vocabulary, whose ids are known.
@@ -397,15 +411,15 @@ def task_prompt_ids(florence: Path, vocab_size: int) -> list[int]:
     if (florence / "tokenizer.json").is_file():
         try:
             return PreTrainedTokenizerFast(tokenizer_file=str(florence / "tokenizer.json"))(TASK_PROMPT).input_ids
-        except Exception as error:  # the tokenizers library raises nothing more exact
-            raise ValueError(f"{florence / 'tokenizer.json'} cannot be read; is it whole? {error}") from error
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ValueError(f"{florence / 'tokenizer.json'} could not be read; is it complete? {error}") from error
     if vocab_size >= 51289:  # Florence-2's own, base and large
         return FLORENCE_TASK_PROMPT_IDS
     return load_tokenizer(florence)(TASK_PROMPT).input_ids
 
 
 def build_image_processor(florence: Path, image_size: int) -> VLVImageProcessor:
-    """As the authors prepare images: crop to a square of `image_size`, then what Florence-2's preprocessor does."""
+    """The authors' preprocessing: a crop to a square of `image_size` pixels, then Florence-2's preprocessor."""
     values = read_json(florence / "preprocessor_config.json", "size", "image_mean", "image_std")
     settings = {key: values[key] for key in ("size", "image_mean", "image_std", "resample") if key in values}
     return VLVImageProcessor(pre_crop_size=image_size, **settings)
@@ -414,7 +428,7 @@ def build_image_processor(florence: Path, image_size: int) -> VLVImageProcessor:
 def _image_size(stable_diffusion: Path, asked: int | None) -> int:
     unet = read_json(stable_diffusion / "unet" / "config.json")
     vae = read_json(stable_diffusion / "vae" / "config.json", "block_out_channels")
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels of a latent's side
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels on a side per latent
     if asked is not None:
         if asked % scale:
             raise ValueError(f"the image size (--image-size) is {asked}, which is not divisible by {scale}")
@@ -424,10 +438,10 @@ def _image_size(stable_diffusion: Path, asked: int | None) -> int:
 
 
 def existing_folder(path: str | os.PathLike | None, option: str, hint: str) -> Path:
-    """A folder that was passed as `--option`.
+    """A folder that was passed as the option `--option`.
 
     Raises:
-        ValueError: With `hint`, if none was passed.
+        ValueError: If `path` is None. The message is `hint`.
         FileNotFoundError: If there is no such folder.
     """
     if path is None:

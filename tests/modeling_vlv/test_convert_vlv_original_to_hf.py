@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code convert whole, in every form they come in, or say what is wrong."""
+"""Checkpoints of the authors' code convert completely, in each of their forms, or an error names the fault."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def weights2():
 
 @pytest.fixture(scope="module")
 def stable_diffusion_with_weights(tmp_path_factory, weights1):
-    """The diffusers folder whole, as users have it; the golden set holds its weights in the checkpoint alone."""
+    """The complete diffusers folder. The golden set holds its weights in the checkpoint alone."""
     folder = tmp_path_factory.mktemp("sd") / "sd"
     shutil.copytree(FOLDERS["stable_diffusion"], folder)
     for part in ("unet", "vae"):
@@ -65,17 +65,17 @@ def prefix(folder, golden) -> torch.Tensor:
         return hub.load_captioner(folder)[0].get_prefix(golden["pixel_values"])[0]
 
 
-def test_both_checkpoints_share_what_they_have_in_common(converted, weights1, weights2, golden):
-    names, sizes = [], {}
+def test_weights_that_both_checkpoints_share_are_stored_once(converted, weights1, weights2, golden):
+    names, weights = [], {}
     for path in (converted / "encoder" / "model.safetensors", converted / "language_model.safetensors"):
         with safe_open(path, "pt") as tensors:
             found = set(tensors.keys())
             names.append(found)
-            sizes[path.name] = {key: tensors.get_tensor(key) for key in found}
+            weights[path.name] = {key: tensors.get_tensor(key) for key in found}
     twice = names[0] & names[1]
     assert twice and all(name.startswith("model.image_encoder.language_model.") for name in twice)
-    for name in twice:  # what stage 2 went on training, and nothing else
-        assert not torch.equal(sizes["model.safetensors"][name], sizes["language_model.safetensors"][name])
+    for name in twice:  # the weights that stage 2 trained further, and no others
+        assert not torch.equal(weights["model.safetensors"][name], weights["language_model.safetensors"][name])
     assert torch.allclose(conditioning(converted, golden), golden["text_encoder"], atol=1e-4)
     assert torch.allclose(prefix(converted, golden), golden["stage2/prefix"], atol=1e-4)
 
@@ -116,7 +116,7 @@ def save_parts(weights, folder):
 
 
 FORMS = {
-    "as it is": lambda w, d: torch.save(w, d / "pytorch_model.bin"),
+    "one file": lambda w, d: torch.save(w, d / "pytorch_model.bin"),
     "wrapped": lambda w, d: torch.save({"model_state_dict": w, "epoch": 3}, d / "checkpoint_7.pt"),
     "of data-parallel training": lambda w, d: torch.save(
         {f"module.{k}": t for k, t in w.items()}, d / "checkpoint_9.pt"
@@ -129,7 +129,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_checkpoint(form, weights1, golden, tmp_path):
+def test_every_form_of_a_checkpoint_converts(form, weights1, golden, tmp_path):
     source = tmp_path / "checkpoint"
     source.mkdir()
     FORMS[form](weights1, source)
@@ -137,7 +137,7 @@ def test_every_form_of_a_checkpoint(form, weights1, golden, tmp_path):
     assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
 
 
-def test_the_last_checkpoint_is_taken(weights1, golden, tmp_path):
+def test_the_checkpoint_with_the_highest_number_is_used(weights1, golden, tmp_path):
     for number in (9, 10):
         torch.save(
             {**weights1, "query_embed": weights1["query_embed"] * (number == 10)}, tmp_path / f"checkpoint_{number}.pt"
@@ -146,7 +146,7 @@ def test_the_last_checkpoint_is_taken(weights1, golden, tmp_path):
     assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
 
 
-def test_bfloat16_stays_bfloat16(weights2, golden, stable_diffusion_with_weights, tmp_path):
+def test_bfloat16_weights_stay_bfloat16(weights2, golden, stable_diffusion_with_weights, tmp_path):
     torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
     folders = FOLDERS | {"stable_diffusion": stable_diffusion_with_weights}
     result = convert(tmp_path / "vlv", stage2=tmp_path / "model.pt", **folders)
@@ -158,7 +158,7 @@ def test_bfloat16_stays_bfloat16(weights2, golden, stable_diffusion_with_weights
 
 
 def test_sizes_are_read_from_the_weights(weights1, golden, tmp_path):
-    """Florence-2 came with 1024 and with 4096 positions, and nobody knows which one a checkpoint was trained with."""
+    """Florence-2 has 1024 or 4096 positions, and a checkpoint does not say which one it was trained with."""
     longer = dict(weights1)
     for part in ("encoder", "decoder"):
         name = f"model.language_model.model.{part}.embed_positions.weight"
@@ -186,14 +186,14 @@ def native_names(weights, prefix):
 
 
 @pytest.mark.parametrize("prefix_", ["model.", "model.model."])
-def test_a_checkpoint_with_transformers_own_florence(prefix_, weights1, golden, tmp_path):
+def test_a_checkpoint_with_transformers_weight_names_converts(prefix_, weights1, golden, tmp_path):
     rest, florence = native_names(weights1, prefix_)
     torch.save({**rest, **florence}, tmp_path / "pytorch_model.bin")
     result = convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
     assert torch.allclose(conditioning(result.folder, golden), golden["text_encoder"], atol=1e-4)
 
 
-def test_transformers_own_florence_folder(converted, weights1, golden, tmp_path):
+def test_a_florence_folder_in_transformers_format_is_read(converted, weights1, golden, tmp_path):
     folder = tmp_path / "florence"
     encoder, _ = hub.load_encoder(converted)
     encoder.image_encoder.config.save_pretrained(folder)
@@ -204,7 +204,7 @@ def test_transformers_own_florence_folder(converted, weights1, golden, tmp_path)
 
 
 @pytest.mark.parametrize("naming", ["Microsoft's", "transformers'"])
-def test_florence_by_itself_is_made_ready_for_stage_1(naming, weights1, converted, golden, tmp_path):
+def test_florence_alone_converts_for_stage_1(naming, weights1, converted, golden, tmp_path):
     folder = shutil.copytree(FOLDERS["florence"], tmp_path / "florence")
     if naming == "Microsoft's":
         florence = {n.removeprefix("model."): t for n, t in weights1.items() if n.startswith("model.")}
@@ -233,7 +233,7 @@ DAMAGE = {
     ),
     "an unknown weight": (
         lambda w: w.update({"text_encoder.adapter.weight": torch.zeros(3)}),
-        r"1 weights that are not known here: text_encoder\.adapter\.weight \(3,\)",
+        r"1 unknown weights: text_encoder\.adapter\.weight \(3,\)",
     ),
     "another shape": (
         lambda w: w.update({"language_proj.0.weight": torch.zeros(64, 63)}),
@@ -243,11 +243,11 @@ DAMAGE = {
         lambda w: w.update({"unet.conv_in.weight": torch.zeros(16, 9, 3, 3)}),
         r"unet\.conv_in\.weight has the shape \(16, 9, 3, 3\), expected \(16, 4, 3, 3\)",
     ),
-    "ties that came apart": (
+    "tied weights that differ": (
         lambda w: w.update({"model.language_model.model.decoder.embed_tokens.weight": torch.zeros(1505, 64)}),
         "are one weight in this model, but differ here",
     ),
-    "no queries": (lambda w: w.pop("query_embed"), r"no query_embed .* no stage 1 checkpoint"),
+    "no query tokens": (lambda w: w.pop("query_embed"), r"no query_embed .* not a stage 1 checkpoint"),
     "a module. inside a name": (
         lambda w: w.update({"language_proj.module.0.weight": w.pop("language_proj.0.weight")}),
         r"lacks 1 weights: language_proj\.0\.weight",
@@ -256,7 +256,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_does_not_fit_is_named(damage, weights1, tmp_path):
+def test_a_weight_that_does_not_fit_is_named(damage, weights1, tmp_path):
     change, message = DAMAGE[damage]
     torch.save(changed(weights1, change), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=message):
@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_named(damage, weights1, tmp_path):
     assert not (tmp_path / "vlv").exists()
 
 
-def test_aliases_may_be_missing_and_constants_may_be_there(weights1, golden, tmp_path):
+def test_tied_weights_may_be_missing_and_constants_may_be_present(weights1, golden, tmp_path):
     weights = {name: tensor for name, tensor in weights1.items() if not name.endswith("embed_tokens.weight")}
     weights["text_encoder.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     torch.save(weights, tmp_path / "pytorch_model.bin")
@@ -278,7 +278,7 @@ class Evil:
         return os.system, ("touch /tmp/vlv-evil-ran",)
 
 
-def test_a_pickle_that_would_run_code_is_not_opened(tmp_path, capsys):
+def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path, capsys):
     torch.save({"query_embed": Evil()}, tmp_path / "pytorch_model.bin")
     given = [f"--{name.replace('_', '-')}={path}" for name, path in FOLDERS.items()]
     assert main(["convert", "--stage1", str(tmp_path), *given, "--output", str(tmp_path / "vlv")]) == 2
@@ -286,7 +286,7 @@ def test_a_pickle_that_would_run_code_is_not_opened(tmp_path, capsys):
     assert not os.path.exists("/tmp/vlv-evil-ran")
 
 
-def test_what_is_missing_is_named(tmp_path, capsys):
+def test_a_missing_file_or_option_is_named(tmp_path, capsys):
     def run(*arguments) -> str:
         assert main(["convert", *map(str, arguments)]) == 2
         return capsys.readouterr().err
@@ -307,34 +307,34 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     assert "not empty" in run(*stage1, *sd, *florence, "--output", tmp_path)
     assert "model.pt is a file" in run(*stage1, *sd, *florence, "--output", tmp_path / "model.pt")
     assert "stage 1 checkpoint" in run("--stage1", GOLDEN / "stage2" / "model.pt", *sd, *florence, *output)
-    wrong = ("--language-model", FOLDERS["florence"])  # its configuration names code of its own, which is not run
+    wrong = ("--language-model", FOLDERS["florence"])  # its configuration names remote code, which does not run
     assert "Florence2" in run("--stage2", GOLDEN / "stage2", *wrong, *stage1_too)
     assert not list(tmp_path.glob(".vlv*"))
     assert not (tmp_path / "vlv").exists()
 
 
-def test_pictures_are_as_large_as_what_the_encoder_was_shown(tmp_path):
+def test_reconstructions_have_the_size_of_the_cropped_image(tmp_path):
     result = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", image_size=32, **FOLDERS)
-    few = ["--num-inference-steps", "1", "--output-dir", str(tmp_path / "pictures")]
-    assert main(["reconstruct", str(GOLDEN / "images" / "img0.png"), "--model", str(result.folder), *few]) == 0
-    drawn = list((tmp_path / "pictures").rglob("*.png"))
-    assert drawn and all(Image.open(path).height == 32 for path in drawn)
+    options = ["--num-inference-steps", "1", "--output-dir", str(tmp_path / "images")]
+    assert main(["reconstruct", str(GOLDEN / "images" / "img0.png"), "--model", str(result.folder), *options]) == 0
+    written = list((tmp_path / "images").rglob("*.png"))
+    assert written and all(Image.open(path).height == 32 for path in written)
 
 
-def test_bf16_beside_float32_shares_what_did_not_learn(weights2, golden, tmp_path):
+def test_bfloat16_and_float32_checkpoints_share_untrained_weights(weights2, golden, tmp_path):
     """The authors' scripts save stage 1 in float32 and stage 2 in bfloat16."""
     torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
     mixed = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", stage2=tmp_path / "model.pt", **FOLDERS).folder
     for folder in (mixed, hub.write_repository(mixed, tmp_path / "again")):
-        with safe_open(folder / "language_model.safetensors", "pt") as words:
-            own = [name for name in words.keys() if name.startswith("model.")]  # noqa: SIM118
+        with safe_open(folder / "language_model.safetensors", "pt") as tensors:
+            own = [name for name in tensors.keys() if name.startswith("model.")]  # noqa: SIM118
             assert own and all(name.startswith("model.image_encoder.language_model.") for name in own)
-            assert {words.get_tensor(name).dtype for name in words.keys()} == {torch.bfloat16}  # noqa: SIM118
+            assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
         assert torch.allclose(conditioning(folder, golden), golden["text_encoder"], atol=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["text_encoder/config.json", "scheduler/scheduler_config.json"])
-def test_configurations_are_not_made_up(missing, tmp_path):
+def test_a_missing_configuration_is_an_error(missing, tmp_path):
     sd = shutil.copytree(FOLDERS["stable_diffusion"], tmp_path / "sd")
     (sd / missing).unlink()
     folder, _, name = missing.partition("/")
@@ -343,28 +343,30 @@ def test_configurations_are_not_made_up(missing, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"<html>"])
-def test_what_is_no_checkpoint_is_named_without_dangerous_advice(content, tmp_path):
+def test_the_error_for_a_damaged_checkpoint_gives_no_dangerous_advice(content, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin") as refused:
         convert(tmp_path / "vlv", stage1=tmp_path, **FOLDERS)
     assert "weights_only" not in str(refused.value)
 
 
-def test_no_folder_beside_the_output_is_touched(tmp_path, monkeypatch):
+def test_other_folders_beside_the_output_stay_unchanged(tmp_path, monkeypatch):
     (tmp_path / "vlv.unfinished").mkdir()
-    (tmp_path / "vlv.unfinished" / "thesis.txt").write_text("words")
+    (tmp_path / "vlv.unfinished" / "thesis.txt").write_text("text")
     (tmp_path / "vlv").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "vlv")
     convert(tmp_path / "link", stage1=GOLDEN / "stage1", **FOLDERS)
     assert (tmp_path / "vlv" / "encoder" / "model.safetensors").is_file()
-    assert (tmp_path / "vlv.unfinished" / "thesis.txt").read_text() == "words"
+    assert (tmp_path / "vlv.unfinished" / "thesis.txt").read_text() == "text"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     convert(".", stage1=GOLDEN / "stage1", **FOLDERS)
     assert (tmp_path / "here" / "model_index.json").is_file()
 
 
-def test_the_command_then_caption_and_reconstruct(stable_diffusion_with_weights, tmp_path, capsys):
+def test_a_checkpoint_that_the_command_converted_captions_and_reconstructs(
+    stable_diffusion_with_weights, tmp_path, capsys
+):
     folder, images = str(tmp_path / "vlv"), str(GOLDEN / "images")
     given = [f"--{name.replace('_', '-')}={path}" for name, path in FOLDERS.items()]
     checkpoints = ["--stage1", str(GOLDEN / "stage1"), "--stage2", str(GOLDEN / "stage2")]
@@ -375,16 +377,16 @@ def test_the_command_then_caption_and_reconstruct(stable_diffusion_with_weights,
     captions = tmp_path / "captions.json"
     assert main(["caption", images, "--model", folder, "--as-original", "--output", str(captions)]) == 0
     assert set(json.loads(captions.read_text())) == {"img0.png", "img1.png", "img2.png"}
-    pictures = tmp_path / "pictures"
+    output = tmp_path / "reconstructions"
     assert (
-        main(["reconstruct", images, "--model", folder, "--num-inference-steps", "2", "--output-dir", str(pictures)])
+        main(["reconstruct", images, "--model", folder, "--num-inference-steps", "2", "--output-dir", str(output)])
         == 0
     )
-    assert len(list(pictures.rglob("img*.png"))) >= 3
+    assert len(list(output.rglob("img*.png"))) >= 3
 
 
 def save_as_the_authors_do(folder, encoder, captioner, unet, vae):
-    """Checkpoints and component folders in the authors' formats, of models of any size."""
+    """Writes models of any size as checkpoints and component folders in the authors' formats."""
     vision, text = (
         getattr(encoder.config.image_encoder_config, part).to_dict() for part in ("vision_config", "text_config")
     )
@@ -394,7 +396,7 @@ def save_as_the_authors_do(folder, encoder, captioner, unet, vae):
         "visual_temporal_embedding": {"type": "COSINE", "max_temporal_embeddings": 100},
         "image_pos_embed": {"type": "learned_abs_2d", "max_pos_embeddings": 50},
     }
-    text["max_position_embeddings"] = 4096  # not so: the weights tell
+    text["max_position_embeddings"] = 4096  # wrong: the weights have another number
     (folder / "florence").mkdir(parents=True)
     config = {"model_type": "florence2", "vision_config": vision, "text_config": text}
     (folder / "florence" / "config.json").write_text(json.dumps(config))
@@ -420,12 +422,14 @@ def save_as_the_authors_do(folder, encoder, captioner, unet, vae):
     frozen = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.state_dict().items()}
     torch.save(original(encoder) | frozen, folder / "pytorch_model.bin")
     rest = {k: t for k, t in captioner.state_dict().items() if not k.startswith("model.")}
-    words = {captioner_names(key)[0]: tensor for key, tensor in rest.items()}
-    torch.save({f"VLV_model.{k}": t for k, t in original(captioner.model).items()} | words, folder / "model.pt")
+    captioner_only = {captioner_names(key)[0]: tensor for key, tensor in rest.items()}
+    torch.save(
+        {f"VLV_model.{k}": t for k, t in original(captioner.model).items()} | captioner_only, folder / "model.pt"
+    )
 
 
-def test_other_sizes(tmp_path):
-    """Nothing is taken for granted: widths that differ, odd latents, untied words, one head of keys for seven."""
+def test_models_of_other_sizes_convert(tmp_path):
+    """Different widths, latents of odd size, untied embeddings, one key head for seven query heads."""
     torch.manual_seed(0)
     shared = {
         "image_encoder_config": {

@@ -1,4 +1,4 @@
-"""At real size this is the authors' system: every weight, shape and count (on the meta device, without memory)."""
+"""At full size the models equal the authors' in every weight name, shape and count (on the meta device)."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from ..conftest import GOLDEN
 
 REFERENCE = GOLDEN.parent / "reference"
 COUNTS = json.loads((REFERENCE / "parameter_counts.json").read_text())
-WORD_HEAD = 52_519_936  # Florence-2's own, which the authors' code keeps, untied, and never uses
+LM_HEAD = 52_519_936  # of Florence-2; the authors' code keeps it untied and never uses it
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def models():
     return {"stage1": encoder, "stage2": captioner, **reference_configs.diffusion_components("meta")}
 
 
-def parameters(model, learning: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not learning)
+def parameters(model, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def match(model, names, shapes: dict) -> None:
-    """Takes from `shapes` what the model has, and checks it."""
+    """Checks the name and shape of each weight of the model, and removes it from `shapes`."""
     for key, tensor in model.state_dict().items():
         name = next((n for n in names(key) if n in shapes), None)
         assert name is not None, f"{key} is none of {names(key)}"
@@ -40,7 +40,7 @@ def match(model, names, shapes: dict) -> None:
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_names_and_shapes(models, stage):
+def test_weight_names_and_shapes_are_the_authors(models, stage):
     shapes = json.loads((REFERENCE / f"{stage}_shapes.json").read_text())
     assert len(shapes) == {"stage1": 2232, "stage2": 1737}[stage]
     match(models[stage], encoder_names if stage == "stage1" else captioner_names, shapes)
@@ -52,12 +52,12 @@ def test_names_and_shapes(models, stage):
     assert all(any(re.search(pattern, name) for pattern in DROPPED) for name in shapes), shapes
 
 
-def test_parameters_of_each_part(models):
+def test_parameter_counts_of_each_part_are_the_authors(models):
     parts = COUNTS["per_component"]
     encoder = models["stage1"]
     assert parameters(models["unet"]) == parts["unet"] and parameters(models["vae"]) == parts["vae"]
     assert parameters(encoder.text_encoder) == parts["text_encoder"]
-    assert parameters(encoder.image_encoder) + WORD_HEAD == parts["model"]
+    assert parameters(encoder.image_encoder) + LM_HEAD == parts["model"]
     assert parameters(encoder.image_encoder.vision_tower) == parts["florence.vision_tower"]
     assert parameters(encoder.projector) == parts["language_proj"]
     assert encoder.query_tokens.numel() == parts["query_embed"]
@@ -69,14 +69,14 @@ def test_parameters_of_each_part(models):
     ("mode", "theirs"),
     [("projector", "none"), ("query_decoder", "decoder"), ("transformer", "language_model"), ("all", "all")],
 )
-def test_parameters_of_stage_1(models, mode, theirs):
+def test_trainable_parameters_of_stage_1_are_the_authors(models, mode, theirs):
     expected = COUNTS[f"stage1/{theirs}"]
-    copies = WORD_HEAD if theirs == "decoder" else 0  # there the words are copied, too
+    copies = LM_HEAD if theirs == "decoder" else 0  # their mode copies the word embeddings, too
     total = sum(parameters(models[part]) for part in ("stage1", "unet", "vae"))
-    assert total + WORD_HEAD + copies == expected["total_parameters"]
+    assert total + LM_HEAD + copies == expected["total_parameters"]
     freeze_for_stage1(models["stage1"], mode)
-    unused = WORD_HEAD if theirs == "all" else 0  # learns there, without ever having a gradient
-    assert parameters(models["stage1"], learning=True) + unused == expected["trainable_parameters"]
+    unused = LM_HEAD if theirs == "all" else 0  # trainable there, but never has a gradient
+    assert parameters(models["stage1"], trainable=True) + unused == expected["trainable_parameters"]
 
 
 @pytest.mark.parametrize(
@@ -88,20 +88,20 @@ def test_parameters_of_stage_1(models, mode, theirs):
         ("all+vision", "all"),
     ],
 )
-def test_parameters_of_stage_2(models, mode, theirs):
+def test_trainable_parameters_of_stage_2_are_the_authors(models, mode, theirs):
     expected = COUNTS[f"stage2/{theirs}"]
-    copies = WORD_HEAD if theirs == "decoder" else 0
-    assert parameters(models["stage2"]) + WORD_HEAD + copies == expected["total_parameters"]
+    copies = LM_HEAD if theirs == "decoder" else 0
+    assert parameters(models["stage2"]) + LM_HEAD + copies == expected["total_parameters"]
     freeze_for_stage2(models["stage2"], mode)
-    unused = WORD_HEAD if theirs == "all" else 0
-    assert parameters(models["stage2"], learning=True) + unused == expected["trainable_parameters"]
+    unused = LM_HEAD if theirs == "all" else 0
+    assert parameters(models["stage2"], trainable=True) + unused == expected["trainable_parameters"]
 
 
 @pytest.mark.parametrize(
     ("florence", "language_model", "expected"),
     [("large", "1.5B", 1_543_714_304), ("base", "0.5B", 494_032_768), ("base", None, None)],
 )
-def test_the_other_sizes(florence, language_model, expected):
+def test_parameter_counts_of_the_other_sizes(florence, language_model, expected):
     config = reference_configs.vlv_config(florence, language_model)
     with torch.device("meta"):
         model = (VLVModel if language_model is None else VLVForConditionalGeneration)(config)
