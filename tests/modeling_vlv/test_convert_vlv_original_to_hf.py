@@ -516,8 +516,8 @@ def test_models_of_other_sizes_convert(tmp_path):
         assert torch.allclose(model.model(pixel_values=pixels).conditioning, other, atol=1e-5)
         assert torch.allclose(model.get_prefix(pixels)[0], captioner.get_prefix(pixels)[0], atol=1e-4)
         latents, times = torch.randn(2, 4, 13, 11), torch.tensor([3, 700])
-        drawn = reconstruction.unet(latents, times, z).sample
-        assert torch.allclose(drawn, unet.eval()(latents, times, z).sample, atol=1e-5)
+        predicted = reconstruction.unet(latents, times, z).sample
+        assert torch.allclose(predicted, unet.eval()(latents, times, z).sample, atol=1e-5)
         assert torch.allclose(reconstruction.vae.decode(latents).sample, vae.eval().decode(latents).sample, atol=1e-5)
     settings = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(pixels, **settings), captioner.generate(pixels, **settings))
@@ -525,15 +525,15 @@ def test_models_of_other_sizes_convert(tmp_path):
     assert reconstruction.default_size == 24  # 12 latents, doubled by this autoencoder
 
 
-def test_the_other_stages_file_is_recognised(stable_diffusion_with_weights, tmp_path):
+def test_a_checkpoint_of_the_other_stage_is_recognised(stable_diffusion_with_weights, tmp_path):
     folders = FOLDERS | {"stable_diffusion": stable_diffusion_with_weights}
-    with pytest.raises(ValueError, match="looks like the other stage's, pass it as --stage2"):
+    with pytest.raises(ValueError, match="looks like the other stage's; pass it as --stage2"):
         convert(tmp_path / "a", stage1=GOLDEN / "stage2" / "model.pt", **folders)
-    with pytest.raises(ValueError, match="looks like the other stage's, pass it as --stage1"):
+    with pytest.raises(ValueError, match="looks like the other stage's; pass it as --stage1"):
         convert(tmp_path / "b", stage2=GOLDEN / "stage1" / "pytorch_model.bin", **folders)
 
 
-def test_an_image_size_that_the_autoencoder_cannot_have(tmp_path):
+def test_an_image_size_that_the_autoencoder_does_not_support_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--image-size\\) is 100, which is not divisible by 8"):
         convert(tmp_path / "a", stage1=GOLDEN / "stage1", image_size=100, **FOLDERS)
 
@@ -567,9 +567,9 @@ def test_a_damaged_folder_names_the_file(file, content, tmp_path):
 
 
 def test_embeddings_are_written_for_one_of_two_encoders(converted, pictures, tmp_path, capsys):
-    picture, z = tmp_path / "a.png", tmp_path / "z.safetensors"
-    pictures[0].save(picture)
-    encode = ["encode", str(picture), "--model", str(converted), "--output", str(z)]
+    image_file, z = tmp_path / "a.png", tmp_path / "z.safetensors"
+    pictures[0].save(image_file)
+    encode = ["encode", str(image_file), "--model", str(converted), "--output", str(z)]
     assert main(encode) == 2
     assert "--for caption or --for reconstruct" in capsys.readouterr().err
     assert main([*encode, "--for", "caption"]) == 0
