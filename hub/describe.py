@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from httpx import HTTPError
 from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import RepositoryNotFoundError, SafetensorsParsingError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, SafetensorsParsingError
 
 from vlv.files import DTYPES, Header, is_variant, read_header, read_json
 from vlv.original_checkpoint import find_checkpoint, read_weights

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from httpx import HTTPError
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
+    HTTPError,  # the base class of the HTTP library that huggingface_hub uses, httpx or httpx2
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,

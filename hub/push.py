@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from httpx import HTTPError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from vlv.files import stored_dtype
 
