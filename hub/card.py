@@ -34,7 +34,7 @@ RECONSTRUCTION_TASK = "image-to-image"
 ENCODER_TASK = "image-feature-extraction"
 TAGS = ["vlv", "diffusion", "custom_code"]
 CAPTIONING_TAGS = ["image-captioning", "image-to-text", "conversational"]
-RESULTS_SECTION = re.compile(r"^## (?:Evaluation|Figures)\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+RESULTS_SECTION = re.compile(r"^## Results\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 STAMP = re.compile(r"\n*<!-- pushed as ([0-9a-f]{16}) -->\n*\Z")
 PARTS = {
     "encoder": "encoder and text encoder",
@@ -169,10 +169,10 @@ def _eval_results(results: dict[str, dict[str, Any]], task: str) -> list[EvalRes
 
 def _results_section(card: Card) -> str:
     if not card.results:
-        return "## Evaluation\n\nNo results were passed to `vlv push --results`.\n"
+        return "## Results\n\nNo results were passed to `vlv push --results`.\n"
     rows = "".join(f"| {subject} | {metric} | {value} |\n" for subject, metric, value in _rows(card.results))
     head = "| subject | metric | value |\n|---|---|---|\n"
-    return f"## Evaluation\n\nPrinted by `{card.results_command}`.\n\n{head}{rows}"
+    return f"## Results\n\nPrinted by `{card.results_command}`.\n\n{head}{rows}"
 
 
 def _rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, Any]]:

@@ -52,7 +52,7 @@ def test_an_existing_card_changes_only_where_it_is_told_to(model, tmp_path):
     assert {**front, "license": 0, "model-index": 0} == {**before, "license": 0, "model-index": 0}
     assert "Printed by `vlv evaluate y`.\n\n| subject |" in changed and "| captions | object_f1 | 0.25 |" in changed
     assert "No results were passed" in text and "No results were passed" not in changed
-    head, _, tail = changed.split("---", 2)[2].partition("## Evaluation")
+    head, _, tail = changed.split("---", 2)[2].partition("## Results")
     assert text.split("---", 2)[2].startswith(head)
     assert text.endswith(tail[tail.index("## Own words") :])
 
