@@ -1,1 +1,1 @@
-"""The command line: `vlv caption | reconstruct | encode | train | evaluate`."""
+"""The command line: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | train`."""

@@ -1,17 +1,18 @@
-"""`vlv caption`: images, or their embeddings, to captions."""
+"""`vlv caption`: captions of images, or of their caption embeddings."""
 
 import argparse
 import json
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVProcessor, hub
-from vlv.pipelines import trim_caption
+from vlv import hub
+from vlv.pipelines import generate_captions, trim_caption
 
+from .batches import read_batches
 from .errors import UserError
-from .inputs import Input, collect_images, load_embeddings
+from .inputs import collect_images, load_embeddings, positive
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
 from .output import IncrementalJson, Summary
 
@@ -23,110 +24,71 @@ def add_parser(commands) -> None:
         "caption",
         help="write captions of images",
         description="Writes captions of images as JSON: {path relative to the argument: caption}. Folders are "
-        "searched recursively. Results are on disk as they come; a file that cannot be read is named, the rest goes "
-        "on, and the exit code is 1.",
+        "searched recursively. The file is updated during the run. An image that cannot be read is named on standard "
+        "error, the other images are captioned, and the exit code is 1.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
-    parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode` instead of images")
+    parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
     parser.add_argument("--output", default="captions.json", help="the JSON file (default: captions.json)")
-    parser.add_argument("--resume", action="store_true", help="keep the captions that --output holds already")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images at once (default: 8)")
+    parser.add_argument("--resume", action="store_true", help="keep the captions that are in --output already")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=300, help="longest caption (default: 300, the paper's)"
+        "--max-new-tokens", type=positive, default=300, help="most tokens of a caption (default: 300, as the paper)"
     )
     parser.add_argument("--num-beams", type=positive, default=1, help="beams; 1 is greedy (default: 1)")
-    parser.add_argument("--trim", action="store_true", help="cut an unfinished end, leave out repetitions")
+    parser.add_argument("--trim", action="store_true", help="remove an unfinished last sentence and repetitions")
     parser.add_argument(
         "--as-original",
         action="store_true",
-        help="as the authors' Caption_inference.py: 4 beams, at most 300 tokens, the prefix rounded to bfloat16, "
-        "--trim (docs/from_the_original.md)",
+        help="settings of the authors' Caption_inference.py: 4 beams, at most 300 tokens, the prefix rounded to "
+        "bfloat16, --trim (docs/from_the_original.md)",
     )
     add_model_arguments(parser)
     parser.set_defaults(run=run)
-
-
-def positive(text: str) -> int:
-    """An argparse type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
     output = output_path(arguments.output, ".json")
-    images = collect_images(arguments.paths) if arguments.paths else []
-    finished = _finished(output) if arguments.resume else {}
+    inputs = collect_images(arguments.paths) if arguments.paths else []
+    finished = read_captions(output, "--resume") if arguments.resume and output.exists() else {}
     source = choose_model(arguments)
     with loading(source):
         model, processor = hub.load_captioner(
             source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
         )
     if arguments.embeddings:
-        images = load_embeddings(arguments.embeddings, model.config.text_encoder_config.hidden_size, "caption")
-    todo = [image for image in images if image.name not in finished]
-    settings: dict[str, Any] = {
-        "max_new_tokens": arguments.max_new_tokens,
-        "num_beams": arguments.num_beams,
-        "do_sample": False,
-    }
+        inputs = load_embeddings(arguments.embeddings, model.config.text_encoder_config.hidden_size, "caption")
+    inputs = [item for item in inputs if item.name not in finished]
+    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}
     if arguments.as_original:
         settings |= AS_ORIGINAL
-    summary = Summary()
+    summary = Summary(len(inputs))
     with IncrementalJson(output, finished) as results:
-        for names, batch in batches(todo, processor.image_processor, arguments.batch_size, summary):
-            captions = write_captions(model, processor, batch, settings)
+        for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary):
+            captions = generate_captions(model, processor, **batch.tensors, **settings)
             if arguments.trim or arguments.as_original:
                 captions = [trim_caption(caption) for caption in captions]
-            results.save(dict(zip(names, captions, strict=True)))
-            summary.done += len(names)
+            results.save(dict(zip(batch.names, captions, strict=True)))
+            summary.done += len(captions)
+            summary.advance(len(captions))
     return summary.close("captioned", str(output))
 
 
-def _finished(output) -> dict[str, str]:
-    if not output.exists():
-        return {}
+def read_captions(path: str | Path, option: str) -> dict[str, str]:
+    """Captions as `vlv caption` writes them: `{name: caption}`.
+
+    Args:
+        option: The option that gave the path, for the message.
+
+    Raises:
+        UserError: If the file cannot be read or does not hold a JSON object.
+    """
     try:
-        return dict(json.loads(output.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--resume: {output} is not a JSON object of captions: {error}") from error
-
-
-def batches(
-    inputs: list[Input], image_processor: VLVImageProcessor, size: int, summary: Summary
-) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:
-    """Names with `pixel_values` or `caption_embeds`, `size` at a time; what cannot be read is tallied and left out."""
-    names: list[str] = []
-    rows: list[torch.Tensor] = []
-    key = "pixel_values"
-    for item in inputs:
-        if item.embeds is not None:
-            key, row = "caption_embeds", item.embeds[None]
-            if rows and rows[0].shape != row.shape:  # of another number of tokens
-                yield names, {key: torch.cat(rows)}
-                names, rows = [], []
-        else:
-            try:
-                row = image_processor(item.path, return_tensors="pt").pixel_values
-            except ValueError as error:
-                summary.fail(item.name, str(error).removeprefix("image 0 of 1: "))
-                continue
-        names.append(item.name)
-        rows.append(row)
-        if len(rows) == size:
-            yield names, {key: torch.cat(rows)}
-            names, rows = [], []
-    if rows:
-        yield names, {key: torch.cat(rows)}
-
-
-def write_captions(
-    model: VLVForConditionalGeneration, processor: VLVProcessor, batch: dict[str, torch.Tensor], settings: dict
-) -> list[str]:
-    """Captions of one batch of `pixel_values` or `caption_embeds`."""
-    placed: dict[str, Any] = {name: tensor.to(model.device, model.dtype) for name, tensor in batch.items()}
-    ids = model.generate(**placed, **settings)
-    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+        captions = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option}: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(captions, dict):
+        raise UserError(f"{option}: {path} does not hold {{name: caption}}, as `vlv caption` writes it")
+    return captions

@@ -7,8 +7,8 @@ from safetensors import SafetensorError
 
 from vlv.hub import convert
 
-from .caption import positive
 from .errors import UserError
+from .inputs import positive
 
 
 def add_parser(commands) -> None:

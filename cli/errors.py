@@ -1,5 +1,5 @@
-"""What goes wrong through no fault of the program."""
+"""Errors that the user can correct."""
 
 
 class UserError(Exception):
-    """Printed as one line on standard error; the exit code is 2."""
+    """`main` prints the message on standard error and returns exit code 2."""

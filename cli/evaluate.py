@@ -1,10 +1,10 @@
-"""`vlv evaluate`: figures of a model, printed and written as JSON."""
+"""`vlv evaluate`: metrics of a model, printed and written as JSON."""
 
 import argparse
 import sys
 from typing import Any
 
-from .caption import positive
+from .inputs import positive
 from .models import choose_model, output_path
 from .output import IncrementalJson
 
@@ -14,12 +14,12 @@ def add_parser(commands) -> None:
     subjects = parser.add_subparsers(title="what to evaluate", metavar="WHAT", required=True)
     miniature = subjects.add_parser(
         "miniature",
-        help="everything in the embedded miniature",
-        description="Measures every part of the miniature on scenes it never saw, by an independent scene_classifier. "
-        "Prints each part as it comes, then all figures, and which floors and aims they reach. "
-        "About 20 minutes on two cores.",
+        help="every part of the embedded miniature",
+        description="Measures every part of the miniature with a scene classifier, on scenes that no part was trained "
+        "on. Prints the metrics of each part when they are measured, and at the end a table of all metrics and of the "
+        "goals that they reach. Takes about 20 minutes on two cores.",
     )
-    miniature.add_argument("--model", metavar="DIR", help="folder of a miniature; by default the embedded one")
+    miniature.add_argument("--model", metavar="DIR", help="folder of a miniature (default: the embedded one)")
     miniature.add_argument("--output", default="evaluation.json", help="the JSON file (default: evaluation.json)")
     miniature.add_argument("--scenes", type=positive, default=500, help="scenes of each split (default: 500)")
     miniature.set_defaults(run=run_miniature)
@@ -34,10 +34,10 @@ def run_miniature(arguments: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     with IncrementalJson(output) as report:
 
-        def record(part: str, figures: Any) -> None:
-            print(f"{part}: {figures}", file=sys.stderr, flush=True)
-            found[part] = figures
-            report.save({part: figures})
+        def record(part: str, metrics: Any) -> None:
+            print(f"{part}: {metrics}", file=sys.stderr, flush=True)
+            found[part] = metrics
+            report.save({part: metrics})
 
         evaluate_miniature(folder, record, n=arguments.scenes)
     print(f"{scores_table(found)}\n\n{goals_table(found)}\n\nwritten to {output}")

@@ -1,5 +1,6 @@
-"""What a command is given: images in files and folders, or embeddings in a file."""
+"""Values and inputs of a command: numbers, images in files and folders, embeddings in a file."""
 
+import argparse
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -14,9 +15,17 @@ from vlv.files import find_images
 from .errors import UserError
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
 @dataclass(frozen=True)
 class Input:
-    """An image file (or embeddings), under the name that it has in the output."""
+    """An image file or caption embeddings, with the name that the output uses."""
 
     name: str
     path: Path | None = None
@@ -24,13 +33,13 @@ class Input:
 
 
 def collect_images(paths: list[str]) -> list[Input]:
-    """Every image below the given files and folders, named by its path relative to the argument.
+    """Every image in the given files and folders, named by its path relative to the argument.
 
-    Where two arguments would give the same name, both are named by their whole path as given. A file that is named
-    itself is taken whatever its suffix.
+    If two images have the same name, both are named by their full path as given. A file given as an argument is taken
+    whatever its suffix.
 
     Raises:
-        UserError: If a path does not exist or nothing is found.
+        UserError: If a path does not exist or no image is found.
     """
     found: list[tuple[str, Path]] = []
     for argument in paths:
@@ -56,10 +65,11 @@ def load_embeddings(file: str | os.PathLike, width: int, use: str) -> list[Input
     """Caption embeddings as `vlv encode` writes them: one tensor `(Q, d_text)` for each image.
 
     Args:
-        use: `"caption"` or `"reconstruct"`: what they are read for.
+        width: The model's d_text.
+        use: `"caption"` or `"reconstruct"`: the command that reads them.
 
     Raises:
-        UserError: If the file is no such file, or its embeddings are of another model.
+        UserError: If the file cannot be read, or its embeddings are for another model or another command.
     """
     try:
         tensors = load_file(file)
@@ -69,15 +79,15 @@ def load_embeddings(file: str | os.PathLike, width: int, use: str) -> list[Input
         raise UserError(f"{file} cannot be read as safetensors (`vlv encode` writes such files): {error}") from error
     if written_for != use:
         raise UserError(
-            f"{file} was written for `vlv {written_for}`, by the one of the model's two encoders whose embeddings "
-            f"`vlv {use}` cannot read; write it again with `vlv encode --for {use}`"
+            f"{file} holds embeddings for `vlv {written_for}`, from an encoder that `vlv {use}` does not use; write "
+            f"the file again with `vlv encode --for {use}`"
         )
     for name, tensor in tensors.items():
         if tensor.ndim != 2 or tensor.shape[1] != width:
             raise UserError(
-                f"{file}: {name!r} has shape {tuple(tensor.shape)}, this model's embeddings are (tokens, {width}); "
-                "were they written with another --model?"
+                f"{file}: {name!r} has shape {tuple(tensor.shape)}, but the embeddings of this model have shape "
+                f"(tokens, {width}); pass the --model that `vlv encode` was given"
             )
     if not tensors:
-        raise UserError(f"{file} holds no embeddings")
+        raise UserError(f"{file} holds no embeddings; write them with `vlv encode`")
     return [Input(name, embeds=tensor.float()) for name, tensor in tensors.items()]

@@ -2,62 +2,110 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from vlv.version import __version__
 
+RENAMED_OPTIONS = {("push", "--decoder"): "--diffusion-model"}
+TRAIN_USAGE = (
+    "usage: vlv train {stage1,stage2} CONFIG.yaml [--name value ...]    (vlv train stage1 --help lists the names)"
+)
+# Pillow's warnings about images that are read all the same. They do not name the file.
+IGNORED_WARNINGS = (
+    r"Image size \(\d+ pixels\) exceeds limit",  # Pillow refuses images of twice the limit; they are named as failed
+    "Corrupt EXIF data",
+    "Truncated File Read",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Accepts options by their full name only: argparse would take `--out` for `--output`, and old names with it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 done, 1 some inputs failed, 2 nothing could be done."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["train"]:  # has its own way with arguments: a YAML file and overrides
-        return _train(given[1:])
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 if all inputs were processed, 1 if some failed, 2 if the command could not run, 130 if it was
+        interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["train"]:  # its arguments are a YAML file and settings that override it
+        return _train(arguments[1:])
+    return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    from diffusers.utils import logging as diffusers_logging
     from huggingface_hub import constants
     from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    from . import caption, convert, demo, encode, evaluate, info, push, reconstruct
     from .errors import UserError
 
-    parser = argparse.ArgumentParser(
-        prog="vlv", description="Caption images, and see what the captioner understood. Try: vlv caption FOLDER"
+    parser = build_parser()
+    try:
+        _refuse_renamed_options(arguments)
+        options = parser.parse_args(arguments)
+        for logging in (transformers_logging, diffusers_logging):
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the loop above turns those of downloads and uploads off
+            enable_progress_bars()
+        with warnings.catch_warnings():
+            for message in IGNORED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            return options.run(options)
+    except (UserError, ImportError) as error:  # an ImportError names the extra that is not installed
+        print(f"vlv: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vlv: interrupted; the results so far are on disk", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands but `vlv train`."""
+    from . import caption, convert, demo, encode, evaluate, info, push, reconstruct
+
+    parser = Parser(
+        prog="vlv",
+        description="Captions images, and shows what the captioner understood of them. Try: vlv caption FOLDER",
     )
     parser.add_argument("--version", action="version", version=f"vlv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (caption, reconstruct, encode, evaluate, convert, info, push, demo):
         module.add_parser(commands)
     commands.add_parser("train", help="train stage 1 (images alone) or stage 2 (image-caption pairs)", add_help=False)
-    options = parser.parse_args(given)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the line above silences downloads and uploads, too
-        enable_progress_bars()
-    try:
-        return options.run(options)
-    except (UserError, ImportError) as error:  # the second: an extra is not installed, and the message says which
-        print(f"vlv: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vlv: interrupted; what was finished is on disk", file=sys.stderr)
-        return 130
+    return parser
 
 
-def _train(given: list[str]) -> int:
-    usage = (
-        "usage: vlv train {stage1,stage2} CONFIG.yaml [--name value ...]    (vlv train stage1 --help lists the names)"
-    )
-    if not given or given[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if given else 2
-    stage, rest = given[0], given[1:]
+def _refuse_renamed_options(arguments: list[str]) -> None:
+    from .errors import UserError
+
+    for argument in arguments[1:]:
+        old = argument.partition("=")[0]
+        if new := RENAMED_OPTIONS.get((arguments[0], old)):
+            raise UserError(f"`vlv {arguments[0]} {old}` is now called {new}; pass {new} instead")
+
+
+def _train(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(TRAIN_USAGE)
+        return 0 if arguments else 2
+    stage, settings = arguments[0], arguments[1:]
     if stage not in ("stage1", "stage2"):
-        print(f"vlv: unknown stage {stage!r}\n{usage}", file=sys.stderr)
+        print(f"vlv: unknown stage {stage!r}\n{TRAIN_USAGE}", file=sys.stderr)
         return 2
     if stage == "stage1":
         from vlv.train.stage1 import main as train
     else:
         from vlv.train.stage2 import main as train
-    train(rest)
+    train(settings)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which model a command uses, on what, and how precisely."""
+"""The model of a command, its device and its precision."""
 
 import argparse
 import sys
@@ -17,26 +17,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--revision`, `--device` and `--dtype`, the same for all commands."""
+    """Adds `--model`, `--revision`, `--device` and `--dtype`, which are the same for all commands."""
     parser.add_argument(
         "--model",
         metavar="DIR_OR_REPO",
-        help="folder or Hub repo id of a VLV; without it the embedded miniature, which knows sixteen drawings",
+        help="folder or Hub repo id of a VLV (default: the embedded miniature, which knows sixteen emoji)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo; pin one for results that last")
-    parser.add_argument("--device", help="such as cpu, cuda or mps; by default the best there is")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo; a commit gives repeatable results")
+    parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision (default: float32)")
 
 
 def choose_model(arguments: argparse.Namespace) -> str:
-    """The `--model` given, or the embedded one, said in one line."""
+    """The `--model` given, or the embedded miniature, with a note on standard error.
+
+    Raises:
+        UserError: If no model is given and the embedded miniature is missing.
+    """
     if arguments.model is not None:
         return arguments.model
     if not (MINIATURE / "config.json").is_file():
         raise UserError(
             f"the embedded miniature is missing ({MINIATURE}); train it with `make miniature`, or pass --model"
         )
-    print("no --model given: using the embedded miniature (sixteen drawings, no photographs)", file=sys.stderr)
+    print("no --model given: using the embedded miniature (sixteen emoji, no photographs)", file=sys.stderr)
     return str(MINIATURE)
 
 
@@ -44,7 +48,7 @@ def choose_device(arguments: argparse.Namespace) -> str:
     """The `--device` given, else CUDA, MPS or the CPU.
 
     Raises:
-        UserError: If torch knows no such device.
+        UserError: If torch cannot use the device.
     """
     if arguments.device is not None:
         try:
@@ -64,18 +68,26 @@ def precision(arguments: argparse.Namespace) -> torch.dtype:
 
 @contextmanager
 def loading(source: str) -> Iterator[None]:
-    """Says in one line what is wrong with a model that cannot be loaded."""
+    """Turns an error of loading a model into a `UserError` that names `source`."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load {source}: {error}") from error
 
 
-def output_path(text: str, suffix: str) -> Path:
-    """An output file, whose suffix must fit what is written."""
+def output_path(text: str, suffix: str, option: str = "--output") -> Path:
+    """The path of an output file.
+
+    Args:
+        suffix: What its name must end in, such as `.json`.
+        option: The option that gave the path, for the message.
+
+    Raises:
+        UserError: If the path has another suffix or is a folder.
+    """
     path = Path(text)
     if path.suffix.lower() != suffix:
-        raise UserError(f"--output {text} must end in {suffix}")
+        raise UserError(f"{option} {text} must end in {suffix}")
     if path.is_dir():
-        raise UserError(f"--output {text} is a folder")
+        raise UserError(f"{option} {text} is a folder; give the name of a file")
     return path

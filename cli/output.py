@@ -1,60 +1,87 @@
-"""Results on disk, complete at any moment; and the summary of what could not be done."""
+"""Results on disk, readable at any moment; progress and the summary of a run on standard error."""
 
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from vlv.files import write_json
+
+MAX_WRITING_SHARE = 20  # writing takes at most 1/20 of the time
 
 
 class IncrementalJson:
-    """A JSON object on disk that grows by entries.
+    """A JSON object on disk to which entries are added during a run.
 
-    The file is written anew with each `save`, but never so often that writing takes more than a twentieth of the time;
-    `close` writes what is left, also when the run is interrupted.
+    `save` rewrites the file, but not so often that writing takes more than a twentieth of the time. `close` writes the
+    entries that are not on disk yet, also after an interruption. As a context manager it closes at the end.
+
+    Args:
+        path: The JSON file.
+        values: Entries to start with.
     """
 
     def __init__(self, path: Path, values: dict[str, Any] | None = None):
         self.path, self.values = path, dict(values or {})
-        self._next, self._pending = 0.0, False
+        self._next_write, self._unwritten = 0.0, False
 
     def save(self, entries: dict[str, Any]) -> None:
+        """Adds entries; writes the file if the last write is long enough ago."""
         self.values.update(entries)
-        self._pending = True
-        if time.monotonic() >= self._next:
+        self._unwritten = True
+        if time.monotonic() >= self._next_write:
             self._write()
 
     def close(self) -> None:
-        if self._pending:
+        """Writes the entries that are not on disk yet."""
+        if self._unwritten:
             self._write()
 
     def _write(self) -> None:
         start = time.monotonic()
         write_json(self.path, self.values)
         end = time.monotonic()
-        self._next, self._pending = end + 20 * (end - start), False
+        self._next_write, self._unwritten = end + MAX_WRITING_SHARE * (end - start), False
 
     def __enter__(self) -> "IncrementalJson":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._pending = self._pending or kind is None  # a run that did nothing still leaves a result, unless cut short
+        self._unwritten = self._unwritten or kind is None  # a run without results writes an empty file at its end
         self.close()
 
 
 class Summary:
-    """Counts what was done and names what was not."""
+    """Counts the inputs that are done, names those that failed, and shows one progress bar on a terminal.
 
-    def __init__(self) -> None:
+    Args:
+        total: Number of inputs.
+    """
+
+    def __init__(self, total: int):
         self.done = 0
         self.failed: dict[str, str] = {}
+        self._bar = tqdm(
+            total=total,
+            disable=None,  # without a terminal
+            unit=" images",
+            bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+        )
+
+    def advance(self, images: float) -> None:
+        """Moves the progress bar by a number of images, which may be a fraction."""
+        self._bar.update(images)
 
     def fail(self, name: str, reason: str) -> None:
+        """Records and prints that an input could not be read."""
         self.failed[name] = reason
-        print(f"cannot read {name}: {reason}", file=sys.stderr)
+        self._bar.write(f"cannot read {name}: {reason}", file=sys.stderr)
+        self._bar.update()
 
-    def close(self, verb: str, where: str) -> int:
-        """Prints the summary; returns the exit code, 1 if anything failed."""
-        print(f"{verb} {self.done}, failed {len(self.failed)}: {where}", file=sys.stderr)
+    def close(self, verb: str, output: str) -> int:
+        """Prints the summary; returns the exit code, 1 if an input failed."""
+        self._bar.close()
+        print(f"{verb} {self.done}, failed {len(self.failed)}: {output}", file=sys.stderr)
         return 1 if self.failed else 0

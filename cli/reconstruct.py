@@ -1,23 +1,24 @@
-"""`vlv reconstruct`: images, or their embeddings, to pictures of what was understood."""
+"""`vlv reconstruct`: reconstructions of images, or of their caption embeddings, with metrics."""
 
 import argparse
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image
 
 from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_available
 from vlv.files import write_atomically
-from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
+from vlv.pipelines import VLVReconstructionPipeline, generate_images, load_reconstruction
 
-from .caption import positive
+from .batches import Batch, read_batches
+from .caption import read_captions
+from .encode import encode
 from .errors import UserError
-from .inputs import Input, collect_images, load_embeddings
+from .inputs import collect_images, load_embeddings, positive
 from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
 from .output import IncrementalJson, Summary
 from .sheet import Pair, contact_sheet
@@ -26,24 +27,28 @@ from .sheet import Pair, contact_sheet
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "reconstruct",
-        help="draw images anew from their caption embeddings",
-        description="Writes OUTPUT_DIR/reconstructions/, OUTPUT_DIR/side_by_side/ (original and "
-        "reconstruction) and OUTPUT_DIR/metrics.json. Each picture has the seed to itself, so it does not "
-        "depend on the others.",
+        help="generate images from the caption embeddings of images",
+        description="Writes OUTPUT_DIR/reconstructions/, OUTPUT_DIR/side_by_side/ (original and reconstruction) and "
+        "OUTPUT_DIR/metrics.json. The noise of every image comes from the same seed, so a reconstruction does not "
+        "depend on the other images.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
-    parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode` instead of images")
+    parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
     parser.add_argument("--output-dir", default="reconstructions", help="a folder (default: reconstructions)")
-    parser.add_argument("--sheet", metavar="FILE.png", help="also one picture: originals above their reconstructions")
-    parser.add_argument("--captions", metavar="FILE", help="captions from `vlv caption`, to be written on the sheet")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: 2.0)")
-    parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument("--seed", type=int, default=42, help="of every picture's noise (default: 42)")
     parser.add_argument(
-        "--image-size", type=positive, help="pixels, both ways; by default what the model was trained for"
+        "--sheet", metavar="FILE.png", help="also write one image of all: originals above their reconstructions"
     )
-    parser.add_argument("--negative-prompt", help="words to steer away from")
-    parser.add_argument("--batch-size", type=positive, default=8, help="pictures at once (default: 8)")
+    parser.add_argument("--captions", metavar="FILE", help="captions from `vlv caption`, to print on the sheet")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=2.0, help="classifier-free guidance; 1 turns it off (default: 2.0)"
+    )
+    parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the noise of every image (default: 42)")
+    parser.add_argument(
+        "--image-size", type=positive, help="width and height in pixels (default: the size used in training)"
+    )
+    parser.add_argument("--negative-prompt", help="text that the reconstructions are steered away from")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -51,149 +56,107 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
-    images = collect_images(arguments.paths) if arguments.paths else []
+    inputs = collect_images(arguments.paths) if arguments.paths else []
+    sheet = output_path(arguments.sheet, ".png", "--sheet") if arguments.sheet else None
+    captions = read_captions(arguments.captions, "--captions") if arguments.captions else {}
     source = choose_model(arguments)
     with loading(source):
         pipeline = load_reconstruction(
             source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
         )
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty())
+    pipeline.set_progress_bar_config(disable=True)  # the summary shows one bar for all images
     if arguments.embeddings:
         width = pipeline.encoder.config.text_encoder_config.hidden_size
-        images = load_embeddings(arguments.embeddings, width, "reconstruct")
+        inputs = load_embeddings(arguments.embeddings, width, "reconstruct")
     size = arguments.image_size or pipeline.default_size
     if size % pipeline.vae_scale_factor:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")
 
-    sheet = output_path(arguments.sheet, ".png") if arguments.sheet else None
-    folder, summary = Path(arguments.output_dir), Summary()
-    meter = _meter(pipeline)
-    captions = read_captions(arguments.captions) if arguments.captions else {}
-    on_sheet: list[Pair] = []
+    folder, summary, meter = Path(arguments.output_dir), Summary(len(inputs)), _set_meter(pipeline)
+    metrics: dict[str, dict[str, float]] = {}
+    pairs: list[Pair] = []
     with IncrementalJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
-        per_image: dict[str, Any] = {}
-        for batch in _readable_batches(images, pipeline, size, arguments.batch_size, summary):
-            drawn = [_to_image(picture) for picture in draw(pipeline, [item for item, _ in batch], size, arguments)]
-            for (item, original), picture in zip(batch, drawn, strict=True):
-                per_image[item.name] = _write(folder, item, original, picture)
+        for batch in read_batches(inputs, pipeline.image_processor, arguments.batch_size, summary, size):
+            reconstructions = reconstruct(pipeline, batch, size, arguments, summary)
+            for name, original, reconstruction in zip(batch.names, batch.originals, reconstructions, strict=True):
+                metrics[name] = _write(folder, name, original, reconstruction)
                 summary.done += 1
                 if original is not None:
                     if meter is not None:
-                        meter.update(_to_bytes(picture), _to_bytes(original))
+                        meter.update(_to_tensor(reconstruction)[None], _to_tensor(original)[None])
                     if sheet is not None:
-                        on_sheet.append(Pair(original, picture, captions.get(item.name, "")))
-            report.save({"pictures": per_image, "failed": summary.failed})
-        report.save({"set": _set_metrics(meter), "failed": summary.failed})
-    if sheet is not None and on_sheet:
-        write_atomically(sheet, contact_sheet(on_sheet).save)
+                        pairs.append(Pair(original, reconstruction, captions.get(name, "")))
+            report.save({"images": metrics, "failed": summary.failed})
+        report.save({"dataset": _dataset_metrics(meter), "failed": summary.failed})
+    if sheet is not None and pairs:
+        write_atomically(sheet, contact_sheet(pairs).save)
     return summary.close("reconstructed", str(folder))
 
 
-def read_captions(path: str) -> dict[str, str]:
-    """What `vlv caption` wrote."""
-    try:
-        captions = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--captions {path} cannot be read: {error}") from error
-    if not isinstance(captions, dict):
-        raise UserError(f"--captions {path}: expected {{name: caption}}, as `vlv caption` writes")
-    return captions
+def reconstruct(
+    pipeline: VLVReconstructionPipeline, batch: Batch, size: int, arguments: argparse.Namespace, summary: Summary
+) -> list[Image.Image]:
+    """Reconstructions of one batch, `size` pixels wide and high. `summary` shows the progress."""
+    count = len(batch.names)
+
+    def advance(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        summary.advance(count / len(pipeline.scheduler.timesteps))
+        return {}
+
+    images = generate_images(
+        pipeline,
+        caption_embeds=encode(pipeline.encoder, batch),
+        seeds=[arguments.seed] * count,
+        height=size,
+        width=size,
+        guidance_scale=arguments.guidance_scale,
+        num_inference_steps=arguments.num_inference_steps,
+        negative_prompt=arguments.negative_prompt,
+        callback_on_step_end=advance,
+    )  # (B, 3, size, size) in 0..1
+    pixels = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return [Image.fromarray(image) for image in pixels]
 
 
-def draw(
-    pipeline: VLVReconstructionPipeline, items: list[Input], size: int, arguments: argparse.Namespace
-) -> torch.Tensor:
-    """Pictures `(B, 3, size, size)` in 0..1."""
-    if items[0].embeds is not None:
-        source: dict[str, Any] = {
-            "caption_embeds": torch.stack([item.embeds for item in items if item.embeds is not None])
-        }
-    else:
-        source = {"image": [item.path for item in items]}
-    return (
-        pipeline(
-            **source,
-            height=size,
-            width=size,
-            guidance_scale=arguments.guidance_scale,
-            num_inference_steps=arguments.num_inference_steps,
-            negative_prompt=arguments.negative_prompt,
-            generator=[torch.Generator().manual_seed(arguments.seed) for _ in items],
-            output_type="pt",
-        )
-        .images.float()
-        .cpu()
-    )
-
-
-def _to_image(picture: torch.Tensor) -> Image.Image:
-    return Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-
-
-def _to_bytes(picture: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """uint8 `(3, H, W)`."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
+    """Settings as metrics.json records them."""
     names = ("guidance_scale", "num_inference_steps", "seed", "negative_prompt", "revision", "dtype")
     model = "embedded miniature" if arguments.model is None else source
     return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
 
 
-def _readable_batches(images, pipeline, size: int, batch_size: int, summary: Summary):
-    """Lists of `(input, original as a square picture or None)`."""
-    batch: list[tuple[Input, Image.Image | None]] = []
-    for item in images:
-        original = None
-        if item.path is not None:
-            try:
-                original = pipeline.image_processor.load(item.path).resize((size, size), Image.Resampling.BICUBIC)
-            except ValueError as error:
-                summary.fail(item.name, str(error))
-                continue
-        if (
-            batch
-            and item.embeds is not None
-            and batch[0][0].embeds is not None
-            and item.embeds.shape != batch[0][0].embeds.shape
-        ):
-            yield batch
-            batch = []
-        batch.append((item, original))
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _write(folder: Path, item: Input, original: Image.Image | None, drawn: Image.Image) -> dict[str, Any]:
-    parts = ["_" if part == ".." else part for part in Path(item.name).parts if part != "/"]
-    name = Path(*parts).as_posix() + ".png"  # a.jpg and a.png may stand side by side
-    write_atomically(folder / "reconstructions" / name, lambda path: drawn.save(path))
+def _write(folder: Path, name: str, original: Image.Image | None, reconstruction: Image.Image) -> dict[str, float]:
+    """Writes a reconstruction, and with its original also the two side by side; returns its metrics."""
+    parts = ["_" if part == ".." else part for part in Path(name).parts if part != "/"]
+    file = Path(*parts).as_posix() + ".png"  # a.jpg and a.png get different files
+    write_atomically(folder / "reconstructions" / file, reconstruction.save)
     if original is None:
         return {}
-    pair = Image.new("RGB", (2 * original.width, original.height))
-    pair.paste(original, (0, 0))
-    pair.paste(drawn, (original.width, 0))
-    write_atomically(folder / "side_by_side" / name, lambda path: pair.save(path))
+    write_atomically(folder / "side_by_side" / file, make_image_grid([original, reconstruction], rows=1, cols=2).save)
     try:
-        return image_metrics(_to_bytes(drawn)[0] / 255, _to_bytes(original)[0] / 255)
-    except ImportError:
+        return image_metrics(_to_tensor(reconstruction) / 255, _to_tensor(original) / 255)
+    except ImportError:  # metrics.json names the missing extra once, see _dataset_metrics
         return {}
 
 
-def _meter(pipeline: VLVReconstructionPipeline) -> SetMeter | None:
+def _set_meter(pipeline: VLVReconstructionPipeline) -> SetMeter | None:
+    """The meter of FID and KID; None without the extra vlv[eval]."""
     try:
         if inception_is_available():
             return SetMeter()
         features = EncoderFeatures(pipeline.encoder, pipeline.image_processor)
-        return SetMeter(features, "this VLV's mean image token (Inception is not at hand)")
+        return SetMeter(features, "this VLV's mean image token (Inception is not available)")
     except ImportError:
         return None
 
 
-def _set_metrics(meter: SetMeter | None) -> dict[str, Any]:
+def _dataset_metrics(meter: SetMeter | None) -> dict[str, Any]:
+    """FID and KID of all images together, or a note on the missing extra."""
     if meter is None:
         return {"note": "metrics need the extra vlv[eval] (pip install '.[eval]' in its source folder)"}
     return dataclasses.asdict(meter.compute())

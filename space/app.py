@@ -275,7 +275,10 @@ def launch(demo: Demo, **settings: Any) -> None:
     """
     page = build(demo)
     page.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1)
-    page.launch(max_file_size=MAX_UPLOAD, css=CSS, **settings)
+    # quiet: gradio would advise an argument of its own that users of `vlv demo` cannot give
+    _, url, _ = page.launch(max_file_size=MAX_UPLOAD, css=CSS, quiet=True, prevent_thread_lock=True, **settings)
+    print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Inputs of `vlv caption`, `vlv encode` and `vlv reconstruct`, read and gathered into batches."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from vlv import VLVImageProcessor
+
+from .inputs import Input
+from .output import Summary
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs that a model takes at once.
+
+    Args:
+        names: One for each input.
+        tensors: `{"pixel_values": (B, 3, height, width)}` or `{"caption_embeds": (B, Q, d_text)}`.
+        originals: One for each input: the image at the size that was asked for, or None for embeddings.
+    """
+
+    names: list[str]
+    tensors: dict[str, torch.Tensor]
+    originals: list[Image.Image | None]
+
+
+def read_batches(
+    inputs: Iterable[Input],
+    image_processor: VLVImageProcessor,
+    batch_size: int,
+    summary: Summary,
+    original_size: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of the inputs that can be read; `summary` records the others as failed.
+
+    All inputs are images, or all are embeddings. Embeddings of different numbers of tokens go into different batches.
+
+    Args:
+        batch_size: The most inputs of a batch.
+        original_size: Width and height in pixels of the originals in a batch; without it they are None.
+    """
+    rows: list[Batch] = []
+    for item in inputs:
+        try:
+            row = _read(item, image_processor, original_size)
+        except ValueError as error:
+            summary.fail(item.name, str(error))
+            continue
+        if rows and _shapes(rows[0]) != _shapes(row):
+            yield _join(rows)
+            rows = []
+        rows.append(row)
+        if len(rows) == batch_size:
+            yield _join(rows)
+            rows = []
+    if rows:
+        yield _join(rows)
+
+
+def _read(item: Input, image_processor: VLVImageProcessor, original_size: int | None) -> Batch:
+    """A batch of one input."""
+    if item.embeds is not None:
+        return Batch([item.name], {"caption_embeds": item.embeds[None]}, [None])
+    image = image_processor.load(item.path)
+    pixel_values = image_processor(image, return_tensors="pt").pixel_values  # (1, 3, height, width)
+    original = None
+    if original_size is not None:
+        original = image.resize((original_size, original_size), Image.Resampling.BICUBIC)
+    return Batch([item.name], {"pixel_values": pixel_values}, [original])
+
+
+def _shapes(batch: Batch) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in batch.tensors.values()]
+
+
+def _join(rows: list[Batch]) -> Batch:
+    return Batch(
+        names=[name for row in rows for name in row.names],
+        tensors={key: torch.cat([row.tensors[key] for row in rows]) for key in rows[0].tensors},
+        originals=[original for row in rows for original in row.originals],
+    )
