@@ -1,4 +1,4 @@
-"""A complete, untrained VLV in the Hub's layout, and a folder of images of every kind."""
+"""A complete, untrained VLV in the Hub's layout, and a folder of readable and unreadable images."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def model_folder(tmp_path_factory, processor, stable_diffusion) -> Path:
 
 @pytest.fixture
 def mixed_folder(tmp_path, pictures) -> Path:
-    """Five images that can be read, in the formats that trouble readers, and three files that are none."""
+    """Five images in formats that readers often fail on, three files that cannot be read, and one text file."""
     folder = tmp_path / "mixed"
     (folder / "sub").mkdir(parents=True)
     pictures[0].save(folder / "good.png")
@@ -35,7 +35,7 @@ def mixed_folder(tmp_path, pictures) -> Path:
     pictures[3].save(folder / "truncated.jpg", quality=95)
     data = (folder / "truncated.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
-    (folder / "text.png").write_text("no image at all")
+    (folder / "text.png").write_text("not an image")
     (folder / "empty.webp").touch()
-    (folder / "notes.txt").write_text("not asked for")
+    (folder / "notes.txt").write_text("has no suffix of an image")
     return folder

@@ -1,4 +1,4 @@
-"""The commands do what their help says, and say in words what they cannot do."""
+"""`vlv caption`, `vlv encode` and `vlv reconstruct`: their outputs, their exit codes and their error messages."""
 
 import json
 
@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from vlv.cli.main import main
 from vlv.cli.output import IncrementalJson
 from vlv.files import write_atomically
+from vlv.pipelines import generate_captions
+
+from ..conftest import QUERIES, TEXT_WIDTH
 
 READABLE = ["good.png", "palette.png", "sixteen.png", "sub/cmyk.JPG", "sub/good.png"]
 UNREADABLE = ["empty.webp", "text.png", "truncated.jpg"]
@@ -31,19 +34,19 @@ def caption(model_folder, output, *arguments) -> tuple[int, dict[str, str]]:
     return code, json.loads(output.read_text())
 
 
-def test_captions_all_images_and_names_what_is_none(model_folder, mixed_folder, tmp_path, capsys):
+def test_caption_captions_readable_images_and_names_the_others(model_folder, mixed_folder, tmp_path, capsys):
     code, captions = caption(model_folder, tmp_path / "c.json", mixed_folder)
     assert code == 1
     assert sorted(captions) == READABLE
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for name in UNREADABLE:
-        assert f"cannot read {name}: " in said
-    assert "captioned 5, failed 3" in said
+        assert f"cannot read {name}: " in stderr
+    assert "captioned 5, failed 3" in stderr
 
 
 def test_captions_do_not_depend_on_the_batch_or_the_run(model_folder, mixed_folder, tmp_path):
     one_by_one = caption(model_folder, tmp_path / "1.json", mixed_folder, "--batch-size", 1)
-    assert len(set(one_by_one[1].values())) > 2  # or nothing below could fail
+    assert len(set(one_by_one[1].values())) > 2  # otherwise the comparisons below could not fail
     assert caption(model_folder, tmp_path / "2.json", mixed_folder, "--batch-size", 5) == one_by_one
     assert caption(model_folder, tmp_path / "3.json", mixed_folder, "--batch-size", 5) == one_by_one
 
@@ -54,7 +57,7 @@ def test_equal_names_of_two_arguments_do_not_collide(model_folder, mixed_folder,
     assert sorted(captions) == sorted(path.as_posix() for path in files)
 
 
-def test_resume_keeps_what_was_done(model_folder, mixed_folder, tmp_path):
+def test_resume_keeps_existing_captions(model_folder, mixed_folder, tmp_path):
     output = tmp_path / "c.json"
     output.write_text('{"good.png": "kept as it was"}')
     _, captions = caption(model_folder, output, mixed_folder, "--resume")
@@ -62,79 +65,93 @@ def test_resume_keeps_what_was_done(model_folder, mixed_folder, tmp_path):
     assert sorted(captions) == READABLE
 
 
-def test_an_interrupted_run_keeps_what_is_done(model_folder, mixed_folder, tmp_path, monkeypatch):
+def test_resume_refuses_a_file_without_captions(model_folder, mixed_folder, tmp_path, capsys):
+    (tmp_path / "c.json").write_text("[]")
+    command = ["caption", str(mixed_folder), "--model", str(model_folder), "--output", str(tmp_path / "c.json")]
+    assert main([*command, "--resume"]) == 2
+    assert "--resume: " in capsys.readouterr().err and (tmp_path / "c.json").read_text() == "[]"
+
+
+def test_an_interrupted_run_keeps_its_captions(model_folder, mixed_folder, tmp_path, monkeypatch):
     from vlv.cli import caption as module
 
     calls = []
 
-    def interrupted(*arguments):
+    def interrupt_second_batch(*arguments, **settings):
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
-        return original(*arguments)
+        return generate_captions(*arguments, **settings)
 
-    original = module.write_captions
-    monkeypatch.setattr(module, "write_captions", interrupted)
+    monkeypatch.setattr(module, "generate_captions", interrupt_second_batch)
     code, captions = caption(model_folder, tmp_path / "c.json", mixed_folder, "--batch-size", 2)
     assert code == 130
     assert sorted(captions) == READABLE[:2]
 
 
-def test_embeddings_stand_for_their_images(model_folder, mixed_folder, tmp_path):
+def test_captions_of_embeddings_equal_captions_of_images(model_folder, mixed_folder, tmp_path):
     z = tmp_path / "z.safetensors"
     code = main(["encode", str(mixed_folder), "--model", str(model_folder), "--output", str(z), "--device", "cpu"])
     assert code == 1
-    assert {name: tuple(t.shape) for name, t in load_file(z).items()} == dict.fromkeys(READABLE, (8, 32))
+    assert {name: tuple(t.shape) for name, t in load_file(z).items()} == dict.fromkeys(READABLE, (QUERIES, TEXT_WIDTH))
     _, from_images = caption(model_folder, tmp_path / "i.json", mixed_folder)
     assert caption(model_folder, tmp_path / "e.json", "--embeddings", z) == (0, from_images)
 
 
-def test_reconstructs_with_metrics(model_folder, mixed_folder, tmp_path):
-    out = tmp_path / "out"
-    command = ["reconstruct", "--model", str(model_folder), "--num-inference-steps", "2", "--device", "cpu"]
-    code = main(
-        [*command, str(mixed_folder), "--output-dir", str(out), "--batch-size", "2", "--sheet", str(out / "s.png")]
-    )
-    assert code == 1
-    report = json.loads((out / "metrics.json").read_text())
-    assert sorted(report["pictures"]) == READABLE
-    assert sorted(report["failed"]) == UNREADABLE
-    assert all({"psnr", "ssim"} == set(figures) for figures in report["pictures"].values())
-    assert "too few" in report["set"]["note"] and report["set"]["features"]
-    assert Image.open(out / "reconstructions" / "sub" / "cmyk.JPG.png").size == (32, 32)
-    assert Image.open(out / "side_by_side" / "good.png.png").size == (64, 32)
+def reconstruct(model_folder, output_dir, *arguments) -> int:
+    command = ["reconstruct", "--model", str(model_folder), "--output-dir", str(output_dir), "--device", "cpu"]
+    return main([*command, "--num-inference-steps", "2", *map(str, arguments)])
 
-    width, height = Image.open(out / "s.png").size
+
+def test_reconstruct_writes_images_and_metrics(model_folder, mixed_folder, tmp_path):
+    assert reconstruct(model_folder, tmp_path, mixed_folder, "--batch-size", 2) == 1
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert sorted(report) == ["dataset", "failed", "images", "settings"]
+    assert sorted(report["images"]) == READABLE
+    assert sorted(report["failed"]) == UNREADABLE
+    assert all({"psnr", "ssim"} == set(metrics) for metrics in report["images"].values())
+    assert "too few" in report["dataset"]["note"] and report["dataset"]["features"]
+    assert Image.open(tmp_path / "reconstructions" / "sub" / "cmyk.JPG.png").size == (32, 32)
+    pair = Image.open(tmp_path / "side_by_side" / "good.png.png")
+    assert pair.size == (64, 32)
+    reconstruction = Image.open(tmp_path / "reconstructions" / "good.png.png")
+    assert pair.crop((32, 0, 64, 32)).tobytes() == reconstruction.tobytes()
+
+
+def test_a_reconstruction_does_not_depend_on_its_batch(model_folder, mixed_folder, tmp_path):
+    reconstruct(model_folder, tmp_path / "batch", mixed_folder, "--batch-size", 2)
+    reconstruct(model_folder, tmp_path / "alone", mixed_folder / "good.png")
+    in_batch, alone = (Image.open(tmp_path / f / "reconstructions" / "good.png.png") for f in ("batch", "alone"))
+    assert in_batch.tobytes() == alone.tobytes()
+
+
+def test_the_sheet_shows_all_images_and_their_captions(model_folder, mixed_folder, tmp_path):
+    arguments = [mixed_folder, "--sheet", tmp_path / "s.png"]
+    reconstruct(model_folder, tmp_path, *arguments)
+    width, height = Image.open(tmp_path / "s.png").size
     assert (width, height) == (5 * (160 + 8) + 8, 2 * 160 + 3 * 8)  # enlarged five times, no captions below
 
     captions = tmp_path / "captions.json"
     captions.write_text(json.dumps({"good.png": "two words and then a few more words"}))
-    drawn = [*command, str(mixed_folder), "--output-dir", str(out), "--sheet", str(out / "s.png")]
-    main([*drawn, "--captions", str(captions)])
-    assert Image.open(out / "s.png").height > height
+    reconstruct(model_folder, tmp_path, *arguments, "--captions", captions)
+    assert Image.open(tmp_path / "s.png").height > height
+
     captions.write_text("[]")
-    assert main([*drawn, "--captions", str(captions)]) == 2
-
-    alone = tmp_path / "alone"
-    main([*command, str(mixed_folder / "good.png"), "--output-dir", str(alone)])
-    in_batch, by_itself = (Image.open(f / "reconstructions" / "good.png.png") for f in (out, alone))
-    assert in_batch.tobytes() == by_itself.tobytes()
+    assert reconstruct(model_folder, tmp_path, *arguments, "--captions", captions) == 2
 
 
-def test_reconstructs_from_embeddings(model_folder, mixed_folder, tmp_path):
-    z = tmp_path / "z.safetensors"
-    main(
-        ["encode", str(mixed_folder / "good.png"), "--model", str(model_folder), "--output", str(z), "--device", "cpu"]
-    )
-    for name, source in (("i", [str(mixed_folder / "good.png")]), ("e", ["--embeddings", str(z)])):
-        command = ["reconstruct", "--model", str(model_folder), "--num-inference-steps", "2", "--device", "cpu"]
-        assert main([*command, *source, "--output-dir", str(tmp_path / name)]) == 0
-    images = [Image.open(tmp_path / name / "reconstructions" / "good.png.png") for name in "ie"]
-    assert images[0].tobytes() == images[1].tobytes()
+def test_reconstructions_of_embeddings_equal_those_of_images(model_folder, mixed_folder, tmp_path):
+    z, image = tmp_path / "z.safetensors", mixed_folder / "good.png"
+    main(["encode", str(image), "--model", str(model_folder), "--output", str(z), "--device", "cpu"])
+    assert reconstruct(model_folder, tmp_path / "image", image) == 0
+    assert reconstruct(model_folder, tmp_path / "embeddings", "--embeddings", z) == 0
+    files = [tmp_path / name / "reconstructions" / "good.png.png" for name in ("image", "embeddings")]
+    assert Image.open(files[0]).tobytes() == Image.open(files[1]).tobytes()
+    assert not (tmp_path / "embeddings" / "side_by_side").exists()  # there are no originals
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["caption", "nowhere"], "nowhere does not exist"),
         (["caption"], "image paths or --embeddings"),
@@ -145,7 +162,9 @@ def test_reconstructs_from_embeddings(model_folder, mixed_folder, tmp_path):
         (["train", "stage3"], "unknown stage 'stage3'"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(arguments, words, model_folder, tmp_path, monkeypatch, capsys):
+def test_a_wrong_argument_is_explained_without_a_traceback(
+    arguments, message, model_folder, tmp_path, monkeypatch, capsys
+):
     if "--model" not in arguments and arguments[0] != "train":
         arguments = [*arguments, "--model", str(model_folder)]
     (tmp_path / "tests").mkdir()
@@ -153,11 +172,11 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, words, model_folder,
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert words in said and "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert message in stderr and "Traceback" not in stderr
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
 
@@ -170,7 +189,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_cut_short_before_its_first_result_leaves_the_old_file(tmp_path):
+def test_a_run_interrupted_before_its_first_result_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text('{"a": 1}')
     with pytest.raises(KeyboardInterrupt), IncrementalJson(path):
@@ -178,13 +197,13 @@ def test_a_run_cut_short_before_its_first_result_leaves_the_old_file(tmp_path):
     assert path.read_text() == '{"a": 1}'
 
 
-def test_file_names_that_are_no_unicode_are_kept(tmp_path):
+def test_file_names_that_are_not_unicode_are_kept(tmp_path):
     with IncrementalJson(tmp_path / "results.json") as results:
         results.save({"caf\udce9.png": "a dog"})
     assert json.loads((tmp_path / "results.json").read_text()) == {"caf\udce9.png": "a dog"}
 
 
-def test_a_growing_file_is_whole_at_every_moment(tmp_path):
+def test_an_incremental_file_is_complete_json_at_every_moment(tmp_path):
     path = tmp_path / "results.json"
     with IncrementalJson(path) as results:
         for number in range(50):
@@ -203,7 +222,7 @@ def test_embeddings_of_another_model_are_refused(model_folder, tmp_path, capsys)
     assert "'a.png' has shape (8, 99)" in capsys.readouterr().err
 
 
-def test_training_says_what_is_missing(tmp_path, capsys):
+def test_training_names_the_missing_setting(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"vlv train stage1: images is not set"):
         main(["train", "stage1", "--use_cpu", f"--output_dir={tmp_path}"])
     with pytest.raises(SystemExit, match=r"vlv train stage2: pairs is not set"):

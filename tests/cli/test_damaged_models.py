@@ -1,4 +1,4 @@
-"""A damaged model is an error of one line that names the file; nothing is guessed in its place."""
+"""A damaged model is an error that names the damaged file; no default takes its place."""
 
 import json
 import shutil
@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 
 from vlv.cli.main import main
 
-TRUNCATED, EMPTY, LIST, LACKING, GONE = "truncated", "{}", "[]", "lacking a weight", "gone"
+TRUNCATED, EMPTY, LIST, LACKING, DELETED = "truncated", "{}", "[]", "lacking a weight", "deleted"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def damage(path, how: str) -> None:
-    if how == GONE:
+    if how == DELETED:
         path.unlink()
     elif how == TRUNCATED:
         data = path.read_bytes()
@@ -33,11 +33,18 @@ def model(model_folder, tmp_path):
 
 @pytest.fixture
 def commands(model, pictures, tmp_path):
-    pictures[0].save(tmp_path / "picture.png")
-    picture = str(tmp_path / "picture.png")
+    pictures[0].save(tmp_path / "image.png")
+    image = str(tmp_path / "image.png")
     return {
-        "caption": ["caption", picture, "--model", str(model), "--output", str(tmp_path / "captions.json")],
-        "reconstruct": ["reconstruct", picture, "--model", str(model), "--output-dir", str(tmp_path / "drawn")],
+        "caption": ["caption", image, "--model", str(model), "--output", str(tmp_path / "captions.json")],
+        "reconstruct": [
+            "reconstruct",
+            image,
+            "--model",
+            str(model),
+            "--output-dir",
+            str(tmp_path / "reconstructions"),
+        ],
         "info": ["info", str(model)],
         "push": ["push", str(model), "org/vlv", "--output", str(tmp_path / "pushed")],
     }
@@ -49,7 +56,7 @@ def commands(model, pictures, tmp_path):
         ("caption", "config.json", LIST),
         ("caption", "generation_config.json", LIST),
         ("caption", "model.safetensors.index.json", EMPTY),
-        ("caption", "language_model.safetensors", GONE),
+        ("caption", "language_model.safetensors", DELETED),
         ("caption", "encoder/model.safetensors", TRUNCATED),
         ("caption", "tokenizer.json", EMPTY),
         ("caption", "tokenizer_config.json", LIST),
@@ -57,9 +64,9 @@ def commands(model, pictures, tmp_path):
         ("reconstruct", "model_index.json", EMPTY),
         ("reconstruct", "scheduler/scheduler_config.json", EMPTY),
         ("reconstruct", "tokenizer/tokenizer_config.json", TRUNCATED),
-        ("reconstruct", "tokenizer/tokenizer_config.json", GONE),
+        ("reconstruct", "tokenizer/tokenizer_config.json", DELETED),
         ("reconstruct", "tokenizer/tokenizer.json", EMPTY),
-        ("reconstruct", "unet/config.json", GONE),
+        ("reconstruct", "unet/config.json", DELETED),
         ("reconstruct", "vae/config.json", LIST),
         ("reconstruct", f"unet/{WEIGHTS}", LACKING),
         ("reconstruct", f"vae/{WEIGHTS}", TRUNCATED),
@@ -69,63 +76,62 @@ def commands(model, pictures, tmp_path):
         ("info", f"unet/{WEIGHTS}", TRUNCATED),
         ("info", "scheduler/scheduler_config.json", TRUNCATED),
         ("push", "config.json", EMPTY),
-        ("push", "model_index.json", GONE),
+        ("push", "model_index.json", DELETED),
         ("push", "scheduler/scheduler_config.json", EMPTY),
     ],
 )
-def test_the_file_is_named(command, file, how, model, commands, capsys):
+def test_the_damaged_file_is_named(command, file, how, model, commands, capsys):
     damage(model / file, how)
     assert main(commands[command]) == 2
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     folder, _, name = file.rpartition("/")
-    assert name in said or (folder and str(model / folder) in said), said
+    assert name in stderr or (folder and str(model / folder) in stderr), stderr
 
 
-def test_a_configuration_that_forgot_its_language_model_does_not_lose_it(model, commands, capsys):
+def test_push_refuses_a_language_model_without_its_configuration(model, commands, capsys):
     config = model / "config.json"
     config.write_text(config.read_text().replace('"text_config"', '"was_decoder_config"'))
     assert main(commands["push"]) == 2
     assert "text_config" in capsys.readouterr().err
 
 
-def test_a_decoder_of_pickles_says_how_to_convert_it(model, commands, capsys):
+def test_a_pickled_diffusion_model_is_refused(model, commands, capsys):
     for name in ("unet", "vae"):
         (model / name / WEIGHTS).rename(model / name / "diffusion_pytorch_model.bin")
-    # (load_encoder refuses the pickles of a VLV's own folder; a Stable Diffusion folder may hold them)
     assert main(commands["reconstruct"]) == 2
     assert "pickle" in capsys.readouterr().err
 
 
-def test_info_names_what_is_missing_and_leaves_a_trainers_checkpoints_out(model, commands, capsys):
+def test_info_names_missing_files_and_ignores_training_checkpoints(model, commands, capsys):
     (model / "checkpoint-7").mkdir()
     shutil.copy(model / "language_model.safetensors", model / "checkpoint-7" / "model.safetensors")
     (model / "language_model.safetensors").unlink()
     (model / "training.json").write_text('{"stage1": null, "stage2": {"language_model": "Qwen/Qwen2.5-3B"}}')
     (model / "README.md").write_text("---\nlicense: [\n---\n# A model\n")
     assert main(commands["info"]) == 0
-    said = capsys.readouterr().out
-    assert "missing: language_model.safetensors" in said and "training checkpoints: checkpoint-7" in said
-    assert "Qwen/Qwen2.5-3B: qwen-research" in said and "other: checkpoint" not in said
+    stdout = capsys.readouterr().out
+    assert "missing: language_model.safetensors" in stdout and "training checkpoints: checkpoint-7" in stdout
+    assert "Qwen/Qwen2.5-3B: qwen-research" in stdout and "other: checkpoint" not in stdout
 
 
-def test_half_a_decoder_is_not_left_out(model, commands, tmp_path, capsys):
+def test_push_refuses_an_incomplete_diffusion_model(model, commands, tmp_path, capsys):
     shutil.rmtree(model / "unet")
     assert main(commands["push"]) == 2
     assert "unet" in capsys.readouterr().err and not (tmp_path / "pushed").exists()
 
 
-def test_a_missing_tokenizer_is_not_looked_for_on_the_hub(model, commands, capsys):
+def test_a_missing_tokenizer_is_an_error_and_not_a_download(model, commands, capsys):
     shutil.rmtree(model / "tokenizer")
     assert main(commands["reconstruct"]) == 2
     assert "there is no tokenizer_config.json in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change", [("num_query_tokens", 3), ("d_model", "x")])
-def test_a_configuration_of_another_model(change, model, commands, capsys):
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [(None, "num_query_tokens", 3), ("image_encoder_config", "d_model", "x")]
+)
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(section, name, value, model, commands, capsys):
     config = json.loads((model / "config.json").read_text())
-    (config if change[0] == "num_query_tokens" else config["image_encoder_config"]["text_config"])[change[0]] = change[
-        1
-    ]
+    (config[section]["text_config"] if section else config)[name] = value
     (model / "config.json").write_text(json.dumps(config))
     assert main(commands["caption"]) == 2
     assert str(model) in capsys.readouterr().err

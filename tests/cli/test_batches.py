@@ -1,0 +1,32 @@
+"""Inputs are read one by one and gathered into batches."""
+
+import torch
+
+from vlv.cli.batches import read_batches
+from vlv.cli.inputs import Input, collect_images
+from vlv.cli.output import Summary
+
+
+def test_pixel_values_are_those_of_the_files(mixed_folder, image_processor):
+    inputs = collect_images([str(mixed_folder)])
+    summary = Summary(len(inputs))
+    batches = list(read_batches(inputs, image_processor, 2, summary))
+    paths = {item.name: item.path for item in inputs if item.name not in summary.failed}
+    assert [batch.names for batch in batches] == [list(paths)[:2], list(paths)[2:4], list(paths)[4:]]
+    pixel_values = torch.cat([batch.tensors["pixel_values"] for batch in batches])
+    assert torch.equal(pixel_values, image_processor(list(paths.values()), return_tensors="pt").pixel_values)
+
+
+def test_originals_are_square_images_of_the_size_asked_for(mixed_folder, image_processor):
+    inputs = [Input("sub/good.png", mixed_folder / "sub" / "good.png")]  # 1 x 3000 pixels
+    (batch,) = read_batches(inputs, image_processor, 8, Summary(1), original_size=32)
+    assert [original.size for original in batch.originals] == [(32, 32)]
+    (batch,) = read_batches(inputs, image_processor, 8, Summary(1))
+    assert batch.originals == [None]
+
+
+def test_embeddings_of_different_lengths_are_not_mixed(image_processor):
+    inputs = [Input(f"{n}", embeds=torch.full((length, 4), float(n))) for n, length in enumerate((3, 3, 2, 3))]
+    batches = list(read_batches(inputs, image_processor, 8, Summary(4)))
+    assert [batch.names for batch in batches] == [["0", "1"], ["2"], ["3"]]
+    assert [tuple(batch.tensors["caption_embeds"].shape) for batch in batches] == [(2, 3, 4), (1, 2, 4), (1, 3, 4)]

@@ -1,0 +1,49 @@
+"""Options have one name each, and old names give the new one."""
+
+import re
+
+import pytest
+
+from vlv.cli.main import RENAMED_OPTIONS, build_parser, main
+
+
+@pytest.mark.parametrize("given", [["--decoder", "sd"], ["--decoder=sd"]])
+def test_a_renamed_option_gives_its_new_name(given, capsys):
+    assert main(["push", "model", "org/name", *given]) == 2
+    assert "`vlv push --decoder` is now called --diffusion-model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "old", "new"), [(*key, new) for key, new in RENAMED_OPTIONS.items()])
+def test_the_new_name_of_a_renamed_option_exists(command, old, new, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    options = capsys.readouterr().out.split()
+    assert exit.value.code == 0 and new in options and old not in options
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["caption", "image.png", "--out", "captions.json"],
+        ["encode", "image.png", "--batch", "2"],
+        ["reconstruct", "image.png", "--num-inference", "2"],
+        ["push", "model", "org/name", "--diffusion", "sd"],
+        ["info", "model", "--rev", "main"],
+        ["convert", "--florence", "folder", "--output", "folder", "--stage", "file"],
+        ["demo", "--mod", "folder"],
+        ["evaluate", "miniature", "--scene", "2"],
+    ],
+)
+def test_an_abbreviated_option_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        build_parser().parse_args(arguments)
+    assert exit.value.code == 2 and f"unrecognized arguments: {arguments[-2]}" in capsys.readouterr().err
+
+
+def test_the_package_lists_all_commands(capsys):
+    import vlv.cli
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert vlv.cli.__doc__.split("`")[1] == f"vlv {' | '.join(commands)}"
