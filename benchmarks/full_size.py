@@ -28,7 +28,7 @@ from transformers.initialization import no_init_weights
 from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVModel, reference_configs
 from vlv.diffusion_decoder import StableDiffusionDecoder
 from vlv.hub import convert
-from vlv.train.stage1 import freeze_for_stage1
+from vlv.train import freeze_for_stage1
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SIZE = 384

@@ -1,16 +1,22 @@
-"""Trainers: stage 1 from images alone, stage 2 from image-caption pairs."""
+"""Trainers: stage 1 from images alone, stage 2 from image-caption pairs.
 
-from .callbacks import PerProcessSeedCallback, ValidationCallback
+`stage1.py` and `stage2.py` are the scripts of `vlv train`. They are not imported here, so that
+`python -m vlv.train.stage1` runs the only copy of its module.
+"""
+
+from .callbacks import PerProcessSeedCallback, ProgressBarCallback, ValidationCallback
 from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, find_images, load_images, load_pairs
+from .freezing import freeze_for_stage1, freeze_for_stage2
 from .modes import set_train_mode
-from .stage1 import Stage1Config, Stage1Trainer, freeze_for_stage1
-from .stage2 import Stage2Config, Stage2Trainer, freeze_for_stage2
+from .stage1_trainer import Stage1Config, Stage1Trainer
+from .stage2_trainer import Stage2Config, Stage2Trainer
 from .trainer import VLVTrainer, last_checkpoint
 
 __all__ = [
     "ColumnDataset",
     "ListDataset",
     "PerProcessSeedCallback",
+    "ProgressBarCallback",
     "Stage1Collator",
     "Stage1Config",
     "Stage1Trainer",

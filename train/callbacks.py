@@ -1,18 +1,22 @@
-"""What a person wants to see while training: how fast it goes, and what the model makes of some images by now."""
+"""Callbacks of both trainers: random numbers per process, validation samples, the progress bar."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import TrainerCallback, set_seed
+from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers.utils import logging
 
 
 class PerProcessSeedCallback(TrainerCallback):
-    """Gives each process its own random numbers; `Trainer` gives all the same, and so the same noise to all images.
+    """Gives each process its own random numbers, so that the processes do not add the same noise to their images.
 
-    When training begins the order of the data is settled, and what a resumed run restores is yet to come.
+    `Trainer` seeds all processes alike. `on_train_begin` is called after the order of the data is set and before a
+    resumed run restores its random state, so neither changes.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -20,10 +24,17 @@ class PerProcessSeedCallback(TrainerCallback):
 
 
 class ValidationCallback(TrainerCallback):
-    """Every `every` steps calls `draw(model, step, folder)` on the first process; random state and mode are kept."""
+    """Validates the model every `every` steps on the first process. Training continues as if it had not.
 
-    def __init__(self, draw: Callable[[Any, int, Path], None], every: int):
-        self.draw, self.every = draw, every
+    The model is in evaluation mode during validation. Its mode and the random state are restored afterwards.
+
+    Args:
+        validate: Called as `validate(model, step, folder)`; writes its results to `folder`, `OUTPUT_DIR/samples`.
+        every: Number of steps between validations; 0 turns validation off.
+    """
+
+    def __init__(self, validate: Callable[[Any, int, Path], None], every: int):
+        self.validate, self.every = validate, every
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every <= 0 or state.global_step % self.every or not state.is_world_process_zero:
@@ -33,32 +44,41 @@ class ValidationCallback(TrainerCallback):
         was_training, random_state = model.training, torch.get_rng_state()
         try:
             with torch.no_grad():
-                self.draw(model.eval(), state.global_step, folder)
+                self.validate(model.eval(), state.global_step, folder)
         finally:
             model.train(was_training)
             torch.set_rng_state(random_state)
 
 
-def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list[dict]:
-    """The first `count` items whose image can be read; at most ten times as many are tried."""
-    items: list[dict] = []
-    for index in range(min(10 * count, len(dataset))):
-        if len(items) == count:
-            break
-        item = dataset[index]
-        try:
-            load(item["image"])
-        except ValueError:
-            continue
-        items.append(item)
-    return items
+class ProgressBarCallback(ProgressCallback):
+    """One progress bar, which shows the last logged loss, learning rate and images per second.
+
+    transformers' own `ProgressCallback` writes a line above its bar for each log, and counts the steps before a
+    resumed run as if they had been computed in its first second.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step", dynamic_ncols=True
+            )
+        self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        shown = {
+            "loss": f"{logs['loss']:.4g}",
+            "lr": f"{logs['learning_rate']:.3g}",
+            "images/s": f"{logs['images_per_second']:.1f}",
+        }
+        if "images_skipped" in logs:
+            shown["skipped"] = str(logs["images_skipped"])
+        self.training_bar.set_postfix(shown)
 
 
-def side_by_side(originals: list[Image.Image], pictures: list[Image.Image]) -> Image.Image:
-    """One sheet: originals in the upper row, pictures below."""
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (width * len(originals), 2 * height), "white")
-    for column, (original, picture) in enumerate(zip(originals, pictures, strict=True)):
-        sheet.paste(original.resize((width, height)), (column * width, 0))
-        sheet.paste(picture, (column * width, height))
-    return sheet
+def disable_loading_bars() -> None:
+    """Turns off transformers' bars for reading and writing weights, which would overwrite the bar of the training."""
+    logging.disable_progress_bar()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the line above also turns off the bars of downloads
+        enable_progress_bars()

@@ -1,4 +1,4 @@
-"""Images, and image-caption pairs, from wherever users keep them; prepared in the loader's worker processes."""
+"""Data sets of images and of image-caption pairs, and the collators that prepare batches in the data loader's workers."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SIDECAR_SUFFIXES = (".txt", ".caption")
 
 
 class ListDataset(Dataset):
-    """A list of `{"image": path}` or `{"image": path, "caption": text}`; images are opened in the worker."""
+    """A list of `{"image": path}` or `{"image": path, "caption": text}`. The collator opens the images."""
 
     def __init__(self, items: Sequence[dict[str, Any]]):
         self.items = items
@@ -33,19 +33,23 @@ class ListDataset(Dataset):
 
 
 class ColumnDataset(Dataset):
-    """A `datasets.Dataset` with its columns under the names that the collators know; images stay encoded."""
+    """A `datasets.Dataset` with its columns renamed to `image` and `caption`. Images stay encoded.
+
+    Raises:
+        ValueError: If the table has no column of a given name.
+    """
 
     def __init__(self, table: Any, image_column: str, caption_column: str | None):
-        wanted = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
-        for column in wanted.values():
+        columns = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
+        for column in columns.values():
             if column not in table.column_names:
-                raise ValueError(f"the data has columns {table.column_names}, but no {column!r}")
+                raise ValueError(f"the data has the columns {table.column_names}, but no {column!r}")
         from datasets import Image
 
-        table = table.select_columns(list(dict.fromkeys(wanted.values())))
+        table = table.select_columns(list(dict.fromkeys(columns.values())))
         if isinstance(table.features[image_column], Image):
             table = table.cast_column(image_column, Image(decode=False))
-        self.table, self.wanted = table, wanted
+        self.table, self.columns = table, columns
         self.array_dtype = getattr(table.features[image_column], "dtype", "uint8")
 
     def __len__(self) -> int:
@@ -53,56 +57,59 @@ class ColumnDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.table[index]
-        item = {name: row[column] for name, column in self.wanted.items()}
-        if isinstance(item["image"], dict):  # how datasets hands over an encoded image
+        item = {name: row[column] for name, column in self.columns.items()}
+        if isinstance(item["image"], dict):  # an encoded image
             item["image"] = item["image"].get("bytes") or item["image"]["path"]
         elif isinstance(item["image"], list):  # an Array3D feature
             item["image"] = np.asarray(item["image"], dtype=self.array_dtype)
         return item
 
 
-def load_images(
-    source: str, *, split: str = "train", image_column: str = "image", revision: str | None = None
-) -> Dataset:
-    """Images alone, for stage 1.
+def load_images(source: str, *, split: str = "train", image_column: str = "image") -> Dataset:
+    """Images without captions, for stage 1. Items are `{"image": ...}`.
 
     Args:
-        source: A folder of images (searched recursively), a parquet file or a folder or glob of them, or a dataset
-            that `datasets.load_dataset` finds.
-        split, image_column, revision: Of a dataset.
+        source: A folder of images (searched recursively), a parquet file, a folder or glob of parquet files, or a
+            data set that `datasets.load_dataset` finds.
+        split: Split of a data set.
+        image_column: Column of a data set or parquet file.
 
     Raises:
-        ValueError: If nothing is found, with what was looked for.
+        ImportError: If reading `source` needs the library `datasets` and it is not installed.
+        ValueError: If nothing is found; the message says what was looked for.
     """
     if os.path.isdir(source) and not _parquet_files(source):
-        paths = find_images(source)
-        if not paths:
-            raise ValueError(f"no images in {source}; looked for {', '.join(IMAGE_SUFFIXES)} in all its folders")
-        return ListDataset([{"image": str(path)} for path in paths])
-    return ColumnDataset(_load_table(source, split, revision), image_column, None)
+        return ListDataset([{"image": str(path)} for path in _find_images(Path(source))])
+    return ColumnDataset(_load_table(source, split), image_column, None)
 
 
 def load_pairs(
-    source: str,
-    *,
-    split: str = "train",
-    image_column: str = "image",
-    caption_column: str = "caption",
-    revision: str | None = None,
+    source: str, *, split: str = "train", image_column: str = "image", caption_column: str = "caption"
 ) -> Dataset:
-    """Image-caption pairs, for stage 2.
+    """Image-caption pairs, for stage 2. Items are `{"image": ..., "caption": str}`.
 
     Args:
-        source: A folder of images with captions, a parquet file or a folder or glob of them, or a dataset that
-            `datasets.load_dataset` finds. A folder has either one `.txt` or `.caption` file beside each image, or
-            a `.jsonl` file of `{"file_name": path within the folder, "caption": text}`.
+        source: A folder of images with captions, a parquet file, a folder or glob of parquet files, or a data set that
+            `datasets.load_dataset` finds. A folder has either a `.txt` or `.caption` file beside each image, or
+            `.jsonl` files with lines `{"file_name": path within the folder, "caption": text}`.
+        split: Split of a data set.
+        image_column, caption_column: Columns of a data set or parquet file, and keys in a `.jsonl` file.
 
     Raises:
-        ValueError: If nothing is found, or an image has no caption or a caption no image; the message names it.
+        ImportError: If reading `source` needs the library `datasets` and it is not installed.
+        ValueError: If nothing is found, an image has no caption, or a listed image does not exist; the message names
+            the file.
     """
     if os.path.isdir(source) and not _parquet_files(source):
         return ListDataset(list(_folder_pairs(Path(source), image_column, caption_column)))
-    return ColumnDataset(_load_table(source, split, revision), image_column, caption_column)
+    return ColumnDataset(_load_table(source, split), image_column, caption_column)
+
+
+def _find_images(folder: Path) -> list[Path]:
+    images = find_images(folder)
+    if not images:
+        raise ValueError(f"no images in {folder}; looked for {', '.join(IMAGE_SUFFIXES)} in all its folders")
+    return images
 
 
 def _folder_pairs(folder: Path, image_column: str, caption_column: str) -> Iterator[dict[str, str]]:
@@ -110,13 +117,12 @@ def _folder_pairs(folder: Path, image_column: str, caption_column: str) -> Itera
     if lists:
         found = [pair for path in lists for pair in _jsonl_pairs(path, image_column, caption_column)]
         if not found:
-            raise ValueError(f"no pairs in {', '.join(map(str, lists))}: empty; without it, sidecars are read")
+            raise ValueError(
+                f"no pairs in {', '.join(map(str, lists))}; fill it, or remove it to use the .txt files beside the images"
+            )
         yield from found
         return
-    images = find_images(folder)
-    if not images:
-        raise ValueError(f"no images in {folder}; looked for {', '.join(IMAGE_SUFFIXES)} in all its folders")
-    for image in images:
+    for image in _find_images(folder):
         sidecar = next((image.with_suffix(s) for s in SIDECAR_SUFFIXES if image.with_suffix(s).is_file()), None)
         if sidecar is None:
             raise ValueError(f"{image} has no caption: expected {image.stem}.txt or {image.stem}.caption beside it")
@@ -135,7 +141,7 @@ def _jsonl_pairs(path: Path, image_column: str, caption_column: str) -> Iterator
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON: {error}") from error
+                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
             name = row.get("file_name", row.get(image_column)) if isinstance(row, dict) else None
             if not isinstance(name, str) or not isinstance(row.get(caption_column), str):
                 raise ValueError(f'{path}, line {number}: expected {{"file_name": ..., "{caption_column}": ...}}')
@@ -155,7 +161,7 @@ def _parquet_files(source: str) -> list[str]:
     return []
 
 
-def _load_table(source: str, split: str, revision: str | None) -> Any:
+def _load_table(source: str, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -168,31 +174,55 @@ def _load_table(source: str, split: str, revision: str | None) -> Any:
         if missing:
             raise ValueError(f"{missing[0]} does not exist")
         return datasets.load_dataset("parquet", data_files=files, split="train")
-    return datasets.load_dataset(source, split=split, revision=revision)
+    return datasets.load_dataset(source, split=split)
 
 
-MOST_UNREADABLE_BATCHES = 100
-"""So many batches in a row without a readable item are no accident."""
+def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list[dict]:
+    """The first `count` items whose image `load` can read. Tries at most `10 * count` items."""
+    items: list[dict] = []
+    for index in range(min(10 * count, len(dataset))):
+        if len(items) == count:
+            break
+        item = dataset[index]
+        try:
+            load(item["image"])
+        except ValueError:
+            continue
+        items.append(item)
+    return items
+
+
+MAX_UNREADABLE_BATCHES = 100
+"""After this many batches in a row without a readable image, training ends with an error."""
 
 
 class _SkippingCollator:
-    """Leaves out what cannot be read, says which, and counts it in the batch as `num_skipped`.
+    """Leaves out unreadable items, logs each, and adds their number to the batch as `num_skipped`.
 
-    Where nothing of a batch can be read, the last item that could be is used again, since a step needs a batch.
+    If no item of a batch is readable, the last readable item of an earlier batch takes their place, because a training
+    step needs a batch.
+
+    Raises:
+        ValueError: If `on_bad_image` is neither `"skip"` nor `"error"`.
     """
 
     def __init__(self, on_bad_image: str = "skip"):
         if on_bad_image not in ("skip", "error"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; expected 'skip' or 'error'")
         self.on_bad_image = on_bad_image
-        self.last: tuple[dict, Any] | None = None
-        self.unreadable_batches = 0
+        self.last_readable: tuple[dict, Any] | None = None
+        self.num_unreadable_batches = 0
 
-    def readable(self, items: list[dict], load: Callable[[Any], Any]) -> tuple[list[dict], list[Any], int]:
-        kept, pictures = [], []
+    def load_readable(self, items: list[dict], load: Callable[[Any], Any]) -> tuple[list[dict], list[Any], int]:
+        """Readable items, their images, and the number of unreadable items.
+
+        Raises:
+            ValueError: If an item is unreadable and `on_bad_image` is `"error"`, or no item can be returned.
+        """
+        readable, images = [], []
         for item in items:
             try:
-                picture = load(item["image"])
+                image = load(item["image"])
                 if not isinstance(item.get("caption", ""), str):
                     raise ValueError(
                         f"the caption is a {type(item['caption']).__name__}, not text: {item['image']!r:.80}"
@@ -200,44 +230,53 @@ class _SkippingCollator:
             except ValueError as error:
                 if self.on_bad_image == "error":
                     raise
-                logger.warning(f"left out an image: {error}")
+                logger.warning(f"skipped an image: {error}")
                 continue
-            kept.append(item)
-            pictures.append(picture)
-        skipped = len(items) - len(kept)
-        self.unreadable_batches = 0 if kept else self.unreadable_batches + 1
-        if kept:
-            self.last = (kept[-1], pictures[-1])
-        elif self.last is None or self.unreadable_batches > MOST_UNREADABLE_BATCHES:
+            readable.append(item)
+            images.append(image)
+        num_skipped = len(items) - len(readable)
+        self.num_unreadable_batches = 0 if readable else self.num_unreadable_batches + 1
+        if readable:
+            self.last_readable = (readable[-1], images[-1])
+        elif self.last_readable is None or self.num_unreadable_batches > MAX_UNREADABLE_BATCHES:
             raise ValueError(f"none of the {len(items)} images of a batch can be read; is this the right data?")
         else:
-            kept, pictures = [self.last[0]], [self.last[1]]
-        return kept, pictures, skipped
+            readable, images = [self.last_readable[0]], [self.last_readable[1]]
+        return readable, images, num_skipped
 
 
 class Stage1Collator(_SkippingCollator):
-    """Images to `pixel_values` for the encoder and `diffusion_pixels` (B, 3, S, S) uint8 for the frozen decoder."""
+    """Batches of images: `pixel_values` for the encoder and `diffusion_pixels` for the diffusion model.
+
+    Args:
+        image_processor: Loads and crops the images, and gives `pixel_values` `(B, 3, height, width)`.
+        diffusion_image_size: Side S in pixels of `diffusion_pixels` `(B, 3, S, S)`, uint8 in 0..255.
+        on_bad_image: `"skip"` or `"error"`.
+    """
 
     def __init__(self, image_processor: VLVImageProcessor, diffusion_image_size: int, on_bad_image: str = "skip"):
         super().__init__(on_bad_image)
         self.image_processor, self.diffusion_image_size = image_processor, diffusion_image_size
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        _, pictures, skipped = self.readable(items, self.image_processor.load)
-        side = (self.diffusion_image_size, self.diffusion_image_size)
-        targets = [np.asarray(p if p.size == side else p.resize(side)) for p in pictures]  # (S, S, 3)
-        pixel_values = self.image_processor(pictures, return_tensors="pt", pre_crop_size=None).pixel_values
+        _, images, num_skipped = self.load_readable(items, self.image_processor.load)
+        size = (self.diffusion_image_size, self.diffusion_image_size)
+        targets = [np.asarray(image if image.size == size else image.resize(size)) for image in images]  # (S, S, 3)
+        pixel_values = self.image_processor(images, return_tensors="pt", pre_crop_size=None).pixel_values
         return {
             "pixel_values": pixel_values,
             "diffusion_pixels": torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2),
-            "num_skipped": skipped,  # a number: a tensor would have to be fetched from the device
+            "num_skipped": num_skipped,  # an int: reading a tensor would wait for the device
         }
 
 
 class Stage2Collator(_SkippingCollator):
-    """Pairs to `pixel_values` and `labels`, captions padded to the longest of the batch, EOS a target.
+    """Batches of pairs: `pixel_values` `(B, 3, height, width)` and `labels` `(B, L)`, where -100 marks padding.
 
     Args:
+        processor: Prepares images and captions.
+        max_caption_tokens: Longer captions are cut to this length.
+        on_bad_image: `"skip"` or `"error"`.
         append_eos, pad_to_max_length: As in [`VLVProcessor`]'s call; the authors' code has False and True.
     """
 
@@ -254,14 +293,13 @@ class Stage2Collator(_SkippingCollator):
         self.append_eos, self.pad_to_max_length = append_eos, pad_to_max_length
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        items, pictures, skipped = self.readable(items, self.processor.image_processor.load)
-        captions = [item["caption"] for item in items]
+        items, images, num_skipped = self.load_readable(items, self.processor.image_processor.load)
         batch = self.processor(
-            images=pictures,
-            suffix=captions,
+            images=images,
+            suffix=[item["caption"] for item in items],
             max_length=self.max_caption_tokens,
             append_eos=self.append_eos,
             pad_to_max_length=self.pad_to_max_length,
             pre_crop_size=None,
         )
-        return {**batch, "num_skipped": skipped}
+        return {**batch, "num_skipped": num_skipped}

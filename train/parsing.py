@@ -1,4 +1,4 @@
-"""A YAML file and command-line overrides into one configuration dataclass; what is unknown is an error."""
+"""Reads a YAML file and command-line options into a configuration dataclass. Unknown names are errors."""
 
 import dataclasses
 import difflib
@@ -11,32 +11,44 @@ from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
 
+RENAMED = {
+    "encoder": "image_encoder",
+    "decoder": "diffusion_model",
+    "num_queries": "num_query_tokens",
+    "sample_steps": "validation_steps",
+    "sample_images": "num_validation_images",
+    "decoder_image_size": "diffusion_image_size",
+    "decoder_gradient_checkpointing": "diffusion_gradient_checkpointing",
+}
+"""Former names of settings, and their present names."""
+
 
 def parse_config(config_class: type[Config], arguments: Sequence[str], program: str) -> Config:
-    """Builds a configuration from `[CONFIG.yaml] [--name value ...]`; the command line wins.
+    """Builds a configuration from `[CONFIG.yaml] [--name value ...]`. The command line overrides the file.
 
-    Ends the program with a message, as argparse does, where a name or a value is wrong.
+    Ends the program with a message on stderr, as argparse does, if a name or a value is wrong.
     """
     parser = HfArgumentParser(
         config_class,
         prog=program,
-        usage=f"{program} CONFIG.yaml [--name value ...]",
-        description=f"Every name below may stand in CONFIG.yaml, too. {(config_class.__doc__ or '').strip()}",
+        usage=f"{program} [CONFIG.yaml] [--name value ...]",
+        description=f"All options can also be set in CONFIG.yaml. {(config_class.__doc__ or '').strip()}",
+        allow_abbrev=False,  # otherwise --encoder, say, would set encoder_image_size
     )
     known = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
-    rest = list(arguments)
-    if rest and not rest[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(Path(rest.pop(0)), known, parser))
+    options = list(arguments)
+    if options and not options[0].startswith("-"):
+        parser.set_defaults(**_read_yaml(Path(options.pop(0)), known, parser))
     try:
         config, unknown = parser.parse_args_into_dataclasses(
-            rest, look_for_args_file=False, return_remaining_strings=True
+            options, look_for_args_file=False, return_remaining_strings=True
         )
-    except ValueError as error:  # from the configuration's own checks
+    except ValueError as error:  # from the checks of the configuration
         parser.error(str(error))
     for name in unknown:
         if name.endswith((".yaml", ".yml")):
             parser.error(f"{name} must come first, before --name value")
-        parser.error(_advice(name.lstrip("-").split("=")[0], known))
+        parser.error(_unknown_setting(name.lstrip("-").split("=")[0], known))
     return config
 
 
@@ -46,18 +58,21 @@ def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser) -> dict[s
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        parser.error(f"{path} is no YAML: {error}")
+        parser.error(f"{path} is not valid YAML: {error}")
     if not isinstance(values, dict):
-        parser.error(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
+        parser.error(f"{path} must contain `name: value` lines, not a {type(values).__name__}")
     for name in values:
         if name not in known:
-            parser.error(f"{path}: {_advice(str(name), known)}")
-    # As text, numbers go through the same conversion as the command line's: to YAML, 1e-4 is text anyway.
+            parser.error(f"{path}: {_unknown_setting(str(name), known)}")
+    # As text, numbers take the same conversion as those of the command line. YAML reads 1e-4 as text in any case.
     return {
         name: str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else v for name, v in values.items()
     }
 
 
-def _advice(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
+def _unknown_setting(name: str, known: list[str]) -> str:
+    new = RENAMED.get(name.replace("-", "_"))
+    if new in known:
+        return f"{name!r} was renamed to {new!r}"
+    similar = difflib.get_close_matches(name, known, n=1)
+    return f"unknown setting {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "; see --help")

@@ -1,28 +1,34 @@
-"""The trainer that both stages build on."""
+"""The base class of both trainers."""
 
 import time
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
 from vlv.files import read_json
 
-from .callbacks import PerProcessSeedCallback
+from .callbacks import PerProcessSeedCallback, ProgressBarCallback
 from .modes import set_train_mode
 
 
 class VLVTrainer(Trainer):
-    """A `Trainer` that logs `images_per_second`, and `images_skipped` where images could not be read."""
+    """A `Trainer` that keeps frozen parts in evaluation mode and logs its speed.
+
+    It logs `images_per_second`, of all processes together, and `images_skipped`, the number of unreadable images so
+    far, if there were any.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(PerProcessSeedCallback())
+        if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm and in notebooks
+            self.add_callback(ProgressBarCallback())
         self._images, self._skipped, self._since = 0, 0, time.perf_counter()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
-            set_train_mode(model)  # `Trainer.training_step` has put all of it in training mode
+            set_train_mode(model)  # `Trainer.training_step` has put every part in training mode
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -41,16 +47,19 @@ class VLVTrainer(Trainer):
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest `checkpoint-N` that was written to its end: `Trainer` writes `trainer_state.json` last."""
-    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_whole(path)]
+    """The newest complete `checkpoint-N` in a folder, or None. Prints which one it is.
+
+    A checkpoint is complete if its `trainer_state.json` is, which `Trainer` writes last.
+    """
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_complete(path)]
     newest = max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
     if newest is not None:
-        print(f"going on from {newest}", flush=True)
+        print(f"resuming from {newest}", flush=True)
     return None if newest is None else str(newest)
 
 
-def _is_whole(state: Path) -> bool:
-    """Whether a run was not killed while it wrote this file."""
+def _is_complete(state: Path) -> bool:
+    """Whether a `trainer_state.json` was written to its end: a killed run can leave a part of it."""
     try:
         return "global_step" in read_json(state)
     except ValueError:

@@ -1,24 +1,25 @@
-"""The seam between VLV and the text-to-image model that it learns from."""
+"""The interface between VLV and the frozen text-to-image model that trains it."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
 
 
 class DiffusionDecoder(nn.Module, ABC):
-    """A frozen latent diffusion model, as stage 1 sees it.
+    """A frozen latent diffusion model, as stage 1 uses it.
 
-    Frozen means: none of its parameters takes a gradient, it stays in evaluation mode whatever the trainer calls, and
-    it is part of no checkpoint. Gradients still pass through it to the conditioning. How noise is added and what is
-    predicted (noise, velocity, flow) is a family's business, never the trainer's.
+    Frozen means: no parameter requires a gradient, the module is always in evaluation mode, and no checkpoint contains
+    it. Gradients pass through it to the conditioning. The subclass of each model family decides how noise is added and
+    what the denoiser predicts (noise, velocity, flow). The trainer does not depend on either.
     """
 
     image_size: int
-    """Pixels, height and width, that the model was trained for."""
+    """Height and width in pixels that the model was trained on."""
 
     def freeze(self) -> None:
-        """Called by a family at the end of its `__init__`."""
+        """Freezes all parameters. Subclasses call this at the end of `__init__`."""
         self.requires_grad_(False)
         self.eval()
 
@@ -27,15 +28,15 @@ class DiffusionDecoder(nn.Module, ABC):
 
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
-        """Computes the denoiser's inner values anew in the backward pass instead of keeping them."""
+        """Makes the denoiser recompute its activations in the backward pass instead of storing them."""
 
     @abstractmethod
     def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Pictures `(B, 3, H, W)` in -1..1 to scaled latents `(B, C, h, w)`, sampled from the posterior, float32."""
+        """Images `(B, 3, H, W)` in -1..1 to scaled latents `(B, C, h, w)`, sampled from the posterior, float32."""
 
     @abstractmethod
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Training timesteps `(B,)`, drawn as the family was trained (VLV paper: evenly)."""
+        """Random training timesteps `(B,)`, int64, on the CPU, by the family's own distribution."""
 
     @abstractmethod
     def denoising_loss(
@@ -45,14 +46,33 @@ class DiffusionDecoder(nn.Module, ABC):
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """How badly the frozen denoiser, told `conditioning`, finds what was in the noised `latents`.
+        """The error of the frozen denoiser's prediction for noised `latents` under `conditioning`.
 
         Args:
-            latents: `(B, C, h, w)`, as `encode_images` gives them.
-            conditioning: `(B, Q, d_cond)`; the loss has gradients with respect to it.
-            noise: Like `latents`; drawn if not given.
-            timesteps: `(B,)`; drawn if not given.
+            latents: `(B, C, h, w)`, as `encode_images` returns them.
+            conditioning: `(B, Q, d_text)`. The loss has gradients with respect to it.
+            noise: Shape of `latents`; random by default.
+            timesteps: `(B,)`; from `sample_timesteps` by default.
 
         Returns:
-            The mean squared error (or what the family was told to use instead), a scalar in float32.
+            A float32 scalar: the mean squared error, or the loss that the subclass was configured with.
         """
+
+    @abstractmethod
+    def pipeline_components(self) -> dict[str, Any]:
+        """The components of a `VLVReconstructionPipeline` that this model provides: `vae`, `unet` and `scheduler`."""
+
+
+def stratified_timesteps(
+    batch_size: int, first: int, last: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """One random timestep from each of `batch_size` equal parts of the range `first` to `last`, both included.
+
+    A batch then covers the whole schedule: the expectation is that of independent uniform timesteps, the variance is
+    lower.
+
+    Returns:
+        `(B,)`, int64, on the CPU, in ascending order.
+    """
+    strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size  # (B,) in 0..1
+    return (first + strata * (last + 1 - first)).long().clamp(max=last)

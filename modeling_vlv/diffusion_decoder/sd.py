@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn import functional as F
 
-from .base import DiffusionDecoder
+from .base import DiffusionDecoder, stratified_timesteps
 from .components import load_part
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -14,21 +14,22 @@ LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 
 
 class StableDiffusionDecoder(DiffusionDecoder):
-    """A frozen autoencoder and UNet.
+    """A frozen Stable Diffusion autoencoder and UNet.
 
     Args:
-        vae: Stays in float32 whatever the UNet's dtype, as in the authors' code: its encoder overflows in half.
+        vae: The autoencoder. It computes in float32 whatever the UNet's dtype is, as in the authors' code: its encoder
+            overflows in half precision.
         unet: The denoiser.
-        scheduler_config: Of any diffusers scheduler; its betas, prediction type and zero-terminal-SNR rescaling count,
-            its way of sampling does not.
-        timestep_sampling: `"uniform"`, each on its own as the paper does, or `"stratified"`: one from each of B equal
-            parts of the schedule, which gives the same expectation with less noise.
-        min_timestep: Draw from here to the noisiest. 0 is all of the schedule, as in the paper. Where little noise was
-            added the conditioning hardly matters, so a short training does well to leave that out.
+        scheduler_config: Configuration of any diffusers scheduler. Its betas, prediction type and zero-terminal-SNR
+            rescaling are used; its sampling method is not.
+        timestep_sampling: `"uniform"`, independent timesteps as in the paper, or `"stratified"`, see
+            `stratified_timesteps`.
+        min_timestep: Lowest training timestep. 0 uses the complete schedule, as in the paper. At low noise the
+            conditioning has little influence on the loss, so a short training can leave that range out.
         loss: `"mse"` (the paper), or `"l1"`, which the authors' code offers.
 
     Raises:
-        ValueError: If the scheduler belongs to a flow-matching model, or predicts something unknown.
+        ValueError: If the scheduler is a flow-matching model's, or an argument is not one of the allowed values.
     """
 
     def __init__(
@@ -45,7 +46,10 @@ class StableDiffusionDecoder(DiffusionDecoder):
             raise ValueError(f"loss is {loss!r}; expected one of {tuple(LOSSES)}")
         if "beta_schedule" not in scheduler_config:
             name = scheduler_config.get("_class_name", "this scheduler")
-            raise ValueError(f"{name} has no beta schedule: a flow-matching model is no member of this family")
+            raise ValueError(
+                f"{name} has no beta schedule; expected the scheduler of a Stable Diffusion 1.x or 2.x model, not of a "
+                "flow-matching model"
+            )
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {PREDICTION_TYPES}")
@@ -101,11 +105,10 @@ class StableDiffusionDecoder(DiffusionDecoder):
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        first, steps = self.min_timestep, self.scheduler.config.num_train_timesteps
+        steps = self.scheduler.config.num_train_timesteps
         if self.timestep_sampling == "uniform":
-            return torch.randint(first, steps, (batch_size,), generator=generator)
-        parts = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
-        return (first + parts / batch_size * (steps - first)).long().clamp(max=steps - 1)
+            return torch.randint(self.min_timestep, steps, (batch_size,), generator=generator)
+        return stratified_timesteps(batch_size, self.min_timestep, steps - 1, generator)
 
     def denoising_loss(
         self,
@@ -122,6 +125,9 @@ class StableDiffusionDecoder(DiffusionDecoder):
         noisy = self.scheduler.add_noise(latents, noise, timesteps)  # (B, C, h, w)
         predicted = self.unet(noisy.to(self.unet.dtype), timesteps, conditioning.to(self.unet.dtype)).sample
         return self.loss(predicted.float(), self._target(latents, noise, timesteps).float())
+
+    def pipeline_components(self) -> dict[str, Any]:
+        return {"vae": self.vae, "unet": self.unet, "scheduler": self.scheduler}
 
     def _target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         if self.prediction_type == "epsilon":

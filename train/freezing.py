@@ -1,0 +1,58 @@
+"""Which parameters each stage trains."""
+
+from vlv import VLVForConditionalGeneration, VLVModel
+
+
+def freeze_for_stage1(model: VLVModel, trainable: str) -> None:
+    """Makes the parameters that `trainable` names (see `Stage1Config`) trainable, and freezes all others.
+
+    The query tokens and the projector are always trainable, the text encoder is always frozen.
+    """
+    model.requires_grad_(False)
+    model.query_tokens.requires_grad_(True)
+    model.projector.requires_grad_(True)
+    if trainable == "query_decoder":
+        _unfreeze_query_decoder(model)
+    if trainable in ("transformer", "all"):
+        _unfreeze_transformer(model)
+    if trainable == "all":
+        _unfreeze_vision(model)
+
+
+def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> None:
+    """Makes the parameters that `trainable` names (see `Stage2Config`) trainable, and freezes all others.
+
+    The language projection is always trainable. The query tokens, stage 1's projector and the text encoder are always
+    frozen.
+    """
+    model.requires_grad_(False)
+    model.language_projection.requires_grad_(True)
+    if trainable != "projector":
+        model.language_model.requires_grad_(True)
+    if trainable == "projector+lm+query_decoder":
+        _unfreeze_query_decoder(model.model)
+    if trainable in ("all", "all+vision"):
+        _unfreeze_transformer(model.model)
+    if trainable == "all+vision":
+        _unfreeze_vision(model.model)
+
+
+def _unfreeze_query_decoder(model: VLVModel) -> None:
+    """Florence-2's decoder, without the word embeddings that it shares with the encoder."""
+    transformer = model.image_encoder.language_model
+    transformer.decoder.requires_grad_(True)
+    transformer.shared.requires_grad_(False)
+
+
+def _unfreeze_transformer(model: VLVModel) -> None:
+    """Florence-2's encoder and decoder. Without a task prompt its word embeddings get no gradient and stay frozen."""
+    transformer = model.image_encoder.language_model
+    transformer.requires_grad_(True)
+    if not model.config.task_prompt_ids:
+        transformer.shared.requires_grad_(False)
+
+
+def _unfreeze_vision(model: VLVModel) -> None:
+    """Florence-2's vision tower and the projection of its features."""
+    model.image_encoder.vision_tower.requires_grad_(True)
+    model.image_encoder.multi_modal_projector.requires_grad_(True)

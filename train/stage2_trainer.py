@@ -1,0 +1,136 @@
+"""Configuration and trainer of stage 2."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlv import VLVForConditionalGeneration, VLVProcessor
+from vlv.files import write_json
+from vlv.pipelines import generate_captions
+
+from .callbacks import ValidationCallback
+from .data import Stage2Collator, readable_items
+from .stage_config import StageConfig
+from .trainer import VLVTrainer
+
+
+@dataclass
+class Stage2Config(StageConfig):
+    """Stage 2. Defaults are the paper's (VLV paper, sec. 4.1), for 8 devices; other options are `TrainingArguments`.
+
+    Raises:
+        ValueError: If a setting has a value that the stage cannot use, or two settings contradict each other.
+    """
+
+    TRAINABLE = ("projector", "projector+lm", "projector+lm+query_decoder", "all", "all+vision")
+
+    model: str | None = field(
+        default=None,
+        metadata={"help": "The stage-1 checkpoint, or a captioner to continue from: folder or repo id."},
+    )
+    language_model: str = field(
+        default="Qwen/Qwen2.5-3B",
+        metadata={"help": "A causal language model: folder or repo id. Not used where `model` is a captioner."},
+    )
+    pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of images with captions (.txt or .caption files, or a .jsonl file), parquet files, or a "
+            "data set that the library `datasets` finds."
+        },
+    )
+    caption_column: str = field(
+        default="caption", metadata={"help": "Caption column of the data set, the parquet or the .jsonl file."}
+    )
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "'projector', 'projector+lm', 'projector+lm+query_decoder' (and Florence-2's decoder), 'all' (and "
+            "its encoder, as the authors' script; VLV paper, table 4: each step helps), or 'all+vision'."
+        },
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Above 0: train the language model by LoRA of this rank, merged into it at the end."},
+    )
+    max_caption_tokens: int = field(
+        default=300, metadata={"help": "Longer captions are cut to this length, and then have no EOS."}
+    )
+    append_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "End captions with EOS, so that the model learns where to stop. False as in the authors' script, "
+            "which cuts generated captions instead."
+        },
+    )
+    pad_to_max_length: bool = field(
+        default=False,
+        metadata={
+            "help": "Pad captions to max_caption_tokens, as the authors' script, and not to the batch's longest."
+        },
+    )
+    validation_steps: int = field(
+        default=1000, metadata={"help": "Write captions of validation images every this many steps; 0: never."}
+    )
+    num_validation_images: int = field(default=8, metadata={"help": "Number of validation images."})
+
+    output_dir: str = field(
+        default="runs/stage2", metadata={"help": "Folder of checkpoints, validation samples and the trained model."}
+    )
+    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    max_steps: int = field(default=100_000, metadata={"help": "Number of optimiser steps."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs per device; the paper's total is 64."})
+
+
+class Stage2Trainer(VLVTrainer):
+    """Trains a `VLVForConditionalGeneration` by the next-token loss of captions.
+
+    Args:
+        model: The captioner, frozen in part by `freeze_for_stage2`.
+        args: The configuration.
+        train_dataset: Items with `image` and `caption`.
+        processor: Prepares both in the data loader's workers; saved with every checkpoint.
+        validation_dataset: Source of the validation images; by default `train_dataset`.
+    """
+
+    def __init__(
+        self,
+        model: VLVForConditionalGeneration,
+        args: Stage2Config,
+        train_dataset,
+        processor: VLVProcessor,
+        validation_dataset=None,
+        **kwargs,
+    ):
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=Stage2Collator(
+                processor,
+                args.max_caption_tokens,
+                args.on_bad_image,
+                append_eos=args.append_eos,
+                pad_to_max_length=args.pad_to_max_length,
+            ),
+            processing_class=processor,
+            **kwargs,
+        )
+        if args.validation_steps:
+            self.validation_items = readable_items(
+                validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load
+            )
+            self.add_callback(ValidationCallback(self.save_captions, args.validation_steps))
+
+    def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
+        """Writes `step-N.json`: a list of `{"generated": greedy caption, "reference": caption of the data}`."""
+        processor = self.processing_class
+        pixel_values = processor(images=[item["image"] for item in self.validation_items]).pixel_values
+        captions = generate_captions(
+            model, processor, pixel_values=pixel_values, max_new_tokens=self.args.max_caption_tokens
+        )
+        rows = [
+            {"generated": caption, "reference": item["caption"]}
+            for caption, item in zip(captions, self.validation_items, strict=True)
+        ]
+        write_json(folder / f"step-{step:07d}.json", rows)

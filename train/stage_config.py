@@ -1,0 +1,92 @@
+"""Settings that both stages share."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projector+lm+query_decoder"}
+"""Former values of `trainable`, and their present names."""
+
+
+@dataclass
+class StageConfig(TrainingArguments):
+    """Settings of both stages: data, trainable parts, and the paper's optimiser (VLV paper, sec. 4.1).
+
+    Raises:
+        ValueError: If a setting has a value that the stage cannot use, or two settings contradict each other.
+    """
+
+    TRAINABLE: ClassVar[tuple[str, ...]] = ()
+
+    split: str = field(default="train", metadata={"help": "Split of the data set."})
+    image_column: str = field(
+        default="image", metadata={"help": "Image column of the data set, the parquet or the .jsonl file."}
+    )
+    on_bad_image: str = field(
+        default="skip", metadata={"help": "Unreadable images: 'skip' (with a message, and counted) or 'error'."}
+    )
+    trainable: str = field(default="all", metadata={"help": "Which parts are trained."})
+    validation_steps: int = field(
+        default=1000, metadata={"help": "Write validation samples every this many steps; 0: never."}
+    )
+    num_validation_images: int = field(default=8, metadata={"help": "Number of validation samples."})
+
+    num_train_epochs: float = field(
+        default=0, metadata={"help": "Passes over the data; if set, it replaces max_steps."}
+    )
+    adam_beta2: float = field(default=0.99, metadata={"help": "Beta2 of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every this many steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every this many steps."})
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator needs all columns."}
+    )
+    report_to: str = field(default="none", metadata={"help": "For example 'trackio', 'tensorboard' or 'wandb'."})
+    disable_tqdm: bool | None = field(
+        default=None,
+        metadata={"help": "Log lines instead of a progress bar; by default where stderr is not a terminal."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute activations in the backward pass to save memory. Same as activation_checkpointing.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    def __post_init__(self):
+        settings: Any = self
+        if settings.disable_tqdm is None:
+            settings.disable_tqdm = not sys.stderr.isatty()
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if getattr(self, f"activation_{name}") is None:  # the new name; with the old one alone transformers warns
+                setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
+        super().__post_init__()
+        if not torch.accelerator.is_available():  # torch warns, and pins nothing
+            self.dataloader_pin_memory = False
+        if self.trainable in RENAMED_TRAINABLE:
+            raise ValueError(f"trainable {self.trainable!r} was renamed to {RENAMED_TRAINABLE[self.trainable]!r}")
+        if self.trainable not in self.TRAINABLE:
+            raise ValueError(f"trainable is {self.trainable!r}; expected one of {self.TRAINABLE}")
+        steps: int = settings.max_steps
+        if self.num_train_epochs:
+            default_steps = next(f.default for f in fields(self) if f.name == "max_steps")
+            if steps not in (-1, default_steps):
+                raise ValueError(
+                    f"max_steps is {steps} and num_train_epochs is {self.num_train_epochs}; give one of them"
+                )
+            self.max_steps = -1
+        elif steps < 1:
+            raise ValueError(f"max_steps is {steps}; give a number of steps, or num_train_epochs")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.label_smoothing_factor}; it must be 0, because both stages have "
+                "their own losses"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be false: the collator needs columns that the model does not")
