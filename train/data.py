@@ -1,4 +1,4 @@
-"""Data sets of images and of image-caption pairs, and the collators that prepare batches in the data loader's workers."""
+"""Data sets of images and of image-caption pairs, and the collators that make batches of them."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def _folder_pairs(folder: Path, image_column: str, caption_column: str) -> Itera
         found = [pair for path in lists for pair in _jsonl_pairs(path, image_column, caption_column)]
         if not found:
             raise ValueError(
-                f"no pairs in {', '.join(map(str, lists))}; fill it, or remove it to use the .txt files beside the images"
+                f"no pairs in {', '.join(map(str, lists))}; fill it, or remove it to read .txt files beside the images"
             )
         yield from found
         return

@@ -1,5 +1,7 @@
 """LoRA for the language model in stage 2."""
 
+import warnings
+
 from vlv import VLVForConditionalGeneration
 
 
@@ -14,7 +16,9 @@ def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
     except ImportError as error:
         raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
     lora_config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model.language_model = get_peft_model(model.language_model, lora_config)
+    with warnings.catch_warnings():  # peft still reads a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model.language_model = get_peft_model(model.language_model, lora_config)
 
 
 def merge_lora(model: VLVForConditionalGeneration) -> None:

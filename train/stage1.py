@@ -114,8 +114,8 @@ def check_shape_settings(config: Stage1Config, model: VLVModel, image_processor:
             value = getattr(config, setting.name)
             if value not in (setting.default, own[setting.name]):
                 raise ValueError(
-                    f"{setting.name} is {value}, but {config.model} has {own[setting.name]}; leave the setting out, or "
-                    "start from image_encoder and diffusion_model"
+                    f"{setting.name} is {value}, but {config.model} has {own[setting.name]}; leave it out, or start "
+                    "from image_encoder and diffusion_model"
                 )
 
 

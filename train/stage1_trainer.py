@@ -62,8 +62,8 @@ class Stage1Config(StageConfig):
     trainable: str = field(
         default="transformer",
         metadata={
-            "help": "'projector' (and the query tokens), 'query_decoder' (and Florence-2's decoder), 'transformer' (and "
-            "its encoder and word embeddings, as the authors' script), or 'all' (and its vision tower)."
+            "help": "'projector' (and the query tokens), 'query_decoder' (and Florence-2's decoder), 'transformer' "
+            "(and its encoder and word embeddings, as the authors' script), or 'all' (and its vision tower)."
         },
     )
     encoder_image_size: int = field(
@@ -73,15 +73,15 @@ class Stage1Config(StageConfig):
     pre_crop_size: int | None = field(
         default=384,
         metadata={
-            "help": "Side in pixels of the center crop that comes first, as in the authors' code; 0: no crop, the image "
-            "is resized to a square."
+            "help": "Side in pixels of the center crop that comes first, as in the authors' code; 0: no crop, the "
+            "image is resized to a square."
         },
     )
     diffusion_image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side in pixels of the images for the diffusion model; by default pre_crop_size, and without a crop "
-            "the diffusion model's own size."
+            "help": "Side in pixels of the images for the diffusion model; by default pre_crop_size, and without a "
+            "crop the diffusion model's own size."
         },
     )
     timestep_sampling: str = field(
@@ -94,8 +94,8 @@ class Stage1Config(StageConfig):
     tail_drop: float = field(
         default=0.0,
         metadata={
-            "help": "Share of batches, 0 to 1, in which the denoiser gets only the first n caption embeddings, n random "
-            "(as in ViLex), so that truncated embeddings stay useful; the paper's is 0."
+            "help": "Share of batches, 0 to 1, in which the denoiser gets only the first n caption embeddings, n "
+            "random (as in ViLex), so that truncated embeddings stay useful; the paper's is 0."
         },
     )
     diffusion_gradient_checkpointing: bool = field(

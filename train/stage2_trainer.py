@@ -79,7 +79,9 @@ class Stage2Config(StageConfig):
     learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of AdamW."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
     max_steps: int = field(default=100_000, metadata={"help": "Number of optimiser steps."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs per device; the paper's total is 64."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Pairs per device; the paper's total is 64."}
+    )
 
 
 class Stage2Trainer(VLVTrainer):

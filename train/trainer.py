@@ -45,6 +45,14 @@ class VLVTrainer(Trainer):
                 logs["images_skipped"] = self._skipped
         super().log(logs, start_time)
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Without the warning about tied weights: a checkpoint has them under one of their names only."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+        not_loaded = [name for name in load_result.missing_keys if id(parameters.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=not_loaded))
+
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest complete `checkpoint-N` in a folder, or None. Prints which one it is.

@@ -68,7 +68,7 @@ def stratified_timesteps(
 ) -> torch.Tensor:
     """One random timestep from each of `batch_size` equal parts of the range `first` to `last`, both included.
 
-    A batch then covers the whole schedule: the expectation is that of independent uniform timesteps, the variance is
+    A batch then covers the complete range: the expectation is that of independent uniform timesteps, the variance is
     lower.
 
     Returns:

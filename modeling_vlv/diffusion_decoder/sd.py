@@ -47,8 +47,8 @@ class StableDiffusionDecoder(DiffusionDecoder):
         if "beta_schedule" not in scheduler_config:
             name = scheduler_config.get("_class_name", "this scheduler")
             raise ValueError(
-                f"{name} has no beta schedule; expected the scheduler of a Stable Diffusion 1.x or 2.x model, not of a "
-                "flow-matching model"
+                f"{name} has no beta schedule; expected the scheduler of a Stable Diffusion 1.x or 2.x model, not of "
+                "a flow-matching model"
             )
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:

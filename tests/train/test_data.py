@@ -1,4 +1,4 @@
-"""Images and pairs come from folders, parquet and data sets alike; what is wrong with them is said by name."""
+"""Images and pairs are read from folders, parquet files and data sets. Errors name the file that is wrong."""
 
 import json
 
@@ -50,19 +50,19 @@ def test_a_jsonl_file_names_images_in_its_folder(tmp_path, pictures):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2: no JSON"),
+        ("{", "line 2 is not valid JSON"),
         ('{"file_name": "a.png"}', "line 2: expected"),
         ('{"file_name": "b.png", "caption": "a dog"}', "line 2: .*b.png does not exist"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path, pictures, line, words):
+def test_an_error_names_the_wrong_line(tmp_path, pictures, line, words):
     pictures[0].save(tmp_path / "a.png")
     (tmp_path / "list.jsonl").write_text('{"file_name": "a.png", "caption": "x"}\n' + line)
     with pytest.raises(ValueError, match=words):
         load_pairs(str(tmp_path))
 
 
-def test_an_empty_list_of_pairs_is_named_and_a_byte_order_mark_is_no_letter(tmp_path, pictures):
+def test_an_empty_jsonl_file_is_an_error_and_a_byte_order_mark_is_ignored(tmp_path, pictures):
     pictures[0].save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a dog")
     (tmp_path / "list.jsonl").write_text("\n")
@@ -73,7 +73,7 @@ def test_an_empty_list_of_pairs_is_named_and_a_byte_order_mark_is_no_letter(tmp_
     assert load_pairs(str(tmp_path))[0]["caption"] == "a cat"
 
 
-def test_what_is_missing_is_named(tmp_path, pictures, parquet):
+def test_an_error_names_what_is_missing(tmp_path, pictures, parquet):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="no images in"):
@@ -87,7 +87,7 @@ def test_what_is_missing_is_named(tmp_path, pictures, parquet):
         load_images("nowhere.parquet")
 
 
-def test_stage_1_shows_encoder_and_decoder_the_same_crop(pictures):
+def test_encoder_and_diffusion_model_get_the_same_crop(pictures):
     from vlv import VLVImageProcessor
 
     processor = VLVImageProcessor(
@@ -102,7 +102,7 @@ def test_stage_1_shows_encoder_and_decoder_the_same_crop(pictures):
     np.testing.assert_allclose(batch["pixel_values"][1].permute(1, 2, 0), enlarged, atol=1e-6)
 
 
-def test_stage_2_pads_to_the_longest_of_the_batch(processor, pictures):
+def test_captions_are_padded_to_the_longest_of_the_batch(processor, pictures):
     captions = ["a dog", "a large apple at the top left"]
     items = [{"image": p, "caption": c} for p, c in zip(pictures, captions, strict=False)]
     batch = Stage2Collator(processor, max_caption_tokens=300)(items)
@@ -110,7 +110,7 @@ def test_stage_2_pads_to_the_longest_of_the_batch(processor, pictures):
     assert batch["labels"][0].tolist()[2:] == [processor.tokenizer.eos_token_id] + [-100] * 5
 
 
-def test_what_cannot_be_read_is_left_out_said_and_counted(processor, pictures, caplog):
+def test_unreadable_items_are_skipped_logged_and_counted(processor, pictures, caplog):
     items = [{"image": pictures[0], "caption": "a dog"}, {"image": b"no image", "caption": "a cat"}]
     batch = Stage2Collator(processor, 30)(items)
     assert len(batch["pixel_values"]) == len(batch["labels"]) == 1
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_left_out_said_and_counted(processor, pictures, c
         Stage2Collator(processor, 30, on_bad_image="ignore")
 
 
-def test_a_batch_of_which_nothing_can_be_read_does_not_end_the_training(processor, pictures):
+def test_a_batch_without_a_readable_item_repeats_the_last_readable_one(processor, pictures):
     collator = Stage2Collator(processor, 30)
     good = collator([{"image": pictures[0], "caption": "a dog"}])
     again = collator([{"image": b"no image", "caption": "a cat"}])
@@ -137,14 +137,14 @@ def test_a_batch_of_which_nothing_can_be_read_does_not_end_the_training(processo
             collator([{"image": b"no image", "caption": "a cat"}])
 
 
-def test_arrays_keep_their_type(image_processor):
+def test_array_columns_keep_their_dtype(image_processor):
     features = datasets.Features({"image": datasets.Array3D((6, 6, 3), "float32")})
     table = datasets.Dataset.from_dict({"image": [np.full((6, 6, 3), 0.5, np.float32)]}, features=features)
     (pixels,) = item_pixels(ColumnDataset(table, "image", None), image_processor)
     assert set(pixels.ravel().tolist()) == {128}
 
 
-def test_sidecars_keep_their_words(image_folder):
+def test_captions_are_read_from_text_files_beside_the_images(image_folder):
     pairs = load_pairs(str(image_folder))
     words = {json.dumps(pairs[i]["caption"]) for i in range(len(pairs))}
     assert words == {'"a small dog"', '"a large apple at the top left"'}

@@ -1,4 +1,4 @@
-"""Several processes share the work, each with noise of its own."""
+"""Several processes share the batches. Each has its own random numbers."""
 
 import json
 import subprocess
@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState
 
 from vlv.hub import TRAINING_FILE
-from vlv.train import PerProcessSeedCallback, Stage1Config
+from vlv.train import Stage2Config, Stage2Trainer, freeze_for_stage2
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]
@@ -18,7 +17,9 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "processes"), [(ACCELERATE, 1), (TORCHRUN, 2)], ids=["accelerate", "torchrun"])
-def test_launchers(launcher, processes, tmp_path, image_folder, stable_diffusion, stage1_checkpoint):
+def test_both_launchers_train_and_save(
+    launcher, processes, tmp_path, image_folder, stable_diffusion, stage1_checkpoint
+):
     values = {
         "model": stage1_checkpoint,
         "diffusion_model": stable_diffusion,
@@ -39,21 +40,39 @@ def test_launchers(launcher, processes, tmp_path, image_folder, stable_diffusion
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
-    assert state["epoch"] == processes * 2 * 4 / 16  # the share of the sixteen images that two steps saw
+    assert state["epoch"] == processes * 2 * 4 / 16  # two steps saw this share of the sixteen images
     assert (tmp_path / "run" / "model.safetensors").is_file()
-    facts = json.loads((tmp_path / "run" / TRAINING_FILE).read_text())["stage1"]
-    assert facts["images"] == str(image_folder) and facts["steps"] == 2 and facts["learning_rate"] == 1e-3
-    assert facts["batch_size"] == 4 * processes and facts["final_loss"] > 0
+    metadata = json.loads((tmp_path / "run" / TRAINING_FILE).read_text())["stage1"]
+    assert metadata["images"] == str(image_folder) and metadata["steps"] == 2 and metadata["learning_rate"] == 1e-3
+    assert metadata["batch_size"] == 4 * processes and metadata["final_loss"] > 0
 
 
-def test_processes_draw_different_noise(tmp_path):
-    draws = []
-    for rank in (0, 1, 0):
+def first_random_number(rank, tmp_path, monkeypatch, captioner, processor, pictures) -> float:
+    """The first random number in the first training step of a process with this rank."""
+    monkeypatch.setattr(Stage2Config, "process_index", property(lambda self: rank))
+    numbers = []
 
-        class Arguments:
-            seed, process_index = 42, rank
+    class RecordingTrainer(Stage2Trainer):
+        def compute_loss(self, *args, **kwargs):
+            numbers.append(torch.rand(()).item())
+            return super().compute_loss(*args, **kwargs)
 
-        PerProcessSeedCallback().on_train_begin(Arguments(), TrainerState(), TrainerControl())
-        draws.append(torch.randn(4))
-    assert not torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
-    assert Stage1Config(output_dir=str(tmp_path), use_cpu=True).process_index == 0
+    config = Stage2Config(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=1,
+        dataloader_num_workers=0,
+        save_strategy="no",
+        validation_steps=0,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    freeze_for_stage2(captioner, "projector")
+    RecordingTrainer(captioner, config, [{"image": pictures[0], "caption": "a dog"}], processor).train()
+    return numbers[0]
+
+
+def test_each_process_has_its_own_random_numbers(tmp_path, monkeypatch, captioner, processor, pictures):
+    shared = (tmp_path, monkeypatch, captioner, processor, pictures)
+    first, second, again = (first_random_number(rank, *shared) for rank in (0, 1, 0))
+    assert first != second and first == again

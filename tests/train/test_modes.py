@@ -33,7 +33,7 @@ def test_a_frozen_encoder_adds_no_noise_to_what_is_trained_on_it(encoder):
 
 
 def test_gradient_checkpointing_reaches_frozen_layers_that_gradients_pass(captioner, pixels):
-    """With a trainable projection alone, gradients pass through the whole frozen language model."""
+    """With a trainable projection alone, gradients pass through all layers of the frozen language model."""
     freeze_for_stage2(captioner, "projector")
 
     def gradients() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A YAML file, overridden by the command line; a wrong name is an error that suggests the right one."""
+"""The command line overrides the YAML file. A wrong name is an error that suggests the right one."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def parse(*arguments: str, config=Stage1Config):
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("learning_rate: 1e-3\nnum_queries: 16\nattend_all_queries: true\noutput_dir: there\n")
+    path.write_text("learning_rate: 1e-3\nnum_query_tokens: 16\nattend_all_queries: true\noutput_dir: there\n")
     config = parse(str(path), "--learning_rate", "1e-4", "--max_steps=7")
     assert (config.learning_rate, config.max_steps, config.num_query_tokens) == (1e-4, 7, 16)
     assert config.attend_all_queries is True and config.output_dir == "there"
@@ -61,14 +61,14 @@ def test_the_papers_recipe_is_in_the_defaults_and_in_the_files(stage, config, ex
         ("max_steps: many", [], "invalid int value: 'many'"),
         ("seed: 1", ["--trainable", "everything"], "trainable is 'everything'; expected one of"),
         ("seed: 1", ["--max_steps", "3", "other.yaml"], "other.yaml must come first"),
-        ("- a list", [], "must hold `name: value` lines"),
-        ("a: [", [], "is no YAML"),
+        ("- a list", [], "must contain `name: value` lines"),
+        ("a: [", [], "is not valid YAML"),
         ("max_steps: 7", ["--num_train_epochs", "2"], "max_steps is 7 and num_train_epochs is 2.0; give one of them"),
         ("max_steps: -1", [], "max_steps is -1; give a number of steps, or num_train_epochs"),
-        ("label_smoothing_factor: 0.1", [], "label_smoothing_factor must be 0"),
+        ("label_smoothing_factor: 0.1", [], "label_smoothing_factor is 0.1; it must be 0"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, capsys, text, arguments, words):
+def test_an_error_names_the_wrong_setting(tmp_path, capsys, text, arguments, words):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(SystemExit):
@@ -82,13 +82,57 @@ def test_a_missing_file_is_named(capsys):
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
 
 
-def test_passes_over_the_data_take_the_place_of_the_recipes_steps():
+def test_num_train_epochs_replaces_the_max_steps_of_the_recipe():
     config = parse(str(CONFIGS / "stage1.yaml"), "--num_train_epochs", "2")
     assert (config.num_train_epochs, config.max_steps) == (2, -1)
 
 
-def test_wrong_choices_are_said():
+@pytest.mark.parametrize(
+    ("config", "old", "new"),
+    [
+        (Stage1Config, "encoder", "image_encoder"),
+        (Stage1Config, "decoder", "diffusion_model"),
+        (Stage1Config, "num_queries", "num_query_tokens"),
+        (Stage1Config, "decoder_image_size", "diffusion_image_size"),
+        (Stage1Config, "decoder_gradient_checkpointing", "diffusion_gradient_checkpointing"),
+        (Stage1Config, "sample_steps", "validation_steps"),
+        (Stage2Config, "sample_steps", "validation_steps"),
+        (Stage2Config, "sample_images", "num_validation_images"),
+    ],
+)
+def test_a_former_name_is_an_error_with_the_present_name(tmp_path, capsys, config, old, new):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{old}: 4\n")
+    options = [f"--{old}=4"], [f"--{old}", "4"], [f"--{old.replace('_', '-')}", "4"]
+    for arguments in ([str(path)], *options):
+        with pytest.raises(SystemExit):
+            parse(*arguments, config=config)
+        assert f"was renamed to {new!r}" in capsys.readouterr().err
+
+
+def test_a_former_name_that_a_stage_never_had_is_unknown(capsys):
+    with pytest.raises(SystemExit):
+        parse("--decoder=x", config=Stage2Config)
+    assert "unknown setting 'decoder'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "old", "new"),
+    [
+        (Stage1Config, "decoder", "query_decoder"),
+        (Stage2Config, "projector+lm+decoder", "projector+lm+query_decoder"),
+    ],
+)
+def test_a_former_value_of_trainable_is_an_error_with_the_present_value(tmp_path, capsys, config, old, new):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"trainable: {old}\n")
+    for arguments in ([str(path)], ["--trainable", old]):
+        with pytest.raises(SystemExit):
+            parse(*arguments, config=config)
+        assert f"trainable {old!r} was renamed to {new!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [Stage1Config, Stage2Config])
+def test_an_unknown_value_of_trainable_is_an_error(config):
     with pytest.raises(ValueError, match="trainable is 'everything'"):
-        Stage1Config(trainable="everything", use_cpu=True)
-    with pytest.raises(ValueError, match="trainable is 'everything'"):
-        Stage2Config(trainable="everything", use_cpu=True)
+        config(trainable="everything", use_cpu=True)
