@@ -24,7 +24,7 @@ from vlv.convert_vlv_original_to_hf import (
 from vlv.hub import convert
 from vlv.pipelines import load_reconstruction
 
-from ..conftest import GOLDEN
+from ..builders import GOLDEN
 
 PARTS = GOLDEN / "components"
 FOLDERS = {

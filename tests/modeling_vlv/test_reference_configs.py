@@ -11,7 +11,7 @@ from vlv.convert_vlv_original_to_hf import DROPPED, captioner_names, encoder_nam
 from vlv.train.stage1 import freeze_for_stage1
 from vlv.train.stage2 import freeze_for_stage2
 
-from ..conftest import GOLDEN
+from ..builders import GOLDEN
 
 REFERENCE = GOLDEN.parent / "reference"
 COUNTS = json.loads((REFERENCE / "parameter_counts.json").read_text())
