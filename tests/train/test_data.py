@@ -115,7 +115,7 @@ def test_unreadable_items_are_skipped_logged_and_counted(processor, pictures, ca
     batch = Stage2Collator(processor, 30)(items)
     assert len(batch["pixel_values"]) == len(batch["labels"]) == 1
     assert batch["num_skipped"] == 1
-    with pytest.raises(ValueError, match="no image in a format"):
+    with pytest.raises(ValueError, match="is not an image in a format"):
         Stage2Collator(processor, 30, on_bad_image="error")(items)
     with pytest.raises(ValueError, match="none of the 1 images"):
         Stage2Collator(processor, 30)(items[1:])
