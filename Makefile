@@ -7,6 +7,7 @@ CODE := $(shell sed -n 's/^    vlv[.a-z_]* = \([a-z_]*\)$$/\1/p' setup.cfg)
 LIST_OF_FILES = find $(CODE) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=strict
 WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -31,13 +32,13 @@ demo: $(READY)
 	$(BIN)/vlv reconstruct examples/images --output-dir outputs/reconstructions --sheet outputs/side_by_side.png --captions outputs/captions.json
 	@echo "captions: outputs/captions.json    images: outputs/side_by_side.png, outputs/reconstructions/"
 
-# The files of one worker share its fixtures. Each worker computes on one thread.
+# A file runs in one worker, which computes on one thread.
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST)
 
 # Without the tests marked `slow`.
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
