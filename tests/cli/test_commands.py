@@ -110,7 +110,7 @@ def test_reconstruct_writes_images_and_metrics(model_folder, mixed_folder, tmp_p
     assert sorted(report["images"]) == READABLE
     assert sorted(report["failed"]) == UNREADABLE
     assert all({"psnr", "ssim"} == set(metrics) for metrics in report["images"].values())
-    assert "too few" in report["dataset"]["note"] and report["dataset"]["features"]
+    assert "not meaningful" in report["dataset"]["note"] and report["dataset"]["features"]
     assert Image.open(tmp_path / "reconstructions" / "sub" / "cmyk.JPG.png").size == (32, 32)
     pair = Image.open(tmp_path / "side_by_side" / "good.png.png")
     assert pair.size == (64, 32)
