@@ -68,16 +68,19 @@ def page(browser, address, request):
     opened.close()
 
 
-def upload(page, path: Path, number: int = 0) -> None:
-    """Uploads a file into the `number`-th image field of the open tab."""
-    page.locator("[role=tabpanel]:visible input[type=file]").nth(number).set_input_files(path)
+def field(page, label: str):
+    """The block with this label in the open tab."""
+    return page.locator("[role=tabpanel]:visible .block").filter(has=page.get_by_text(label, exact=True))
 
 
 def shown_image(page, label: str):
-    """The image under a label of the open tab."""
-    return (
-        page.locator("[role=tabpanel]:visible .block").filter(has=page.get_by_text(label, exact=True)).locator("img")
-    )
+    return field(page, label).locator(".image-frame img")
+
+
+def upload(page, path: Path, label: str = "Image") -> None:
+    """Uploads an image and waits until the page shows it."""
+    field(page, label).locator("input[type=file]").set_input_files(path)
+    shown_image(page, label).wait_for()
 
 
 def test_caption(page):
@@ -90,7 +93,7 @@ def test_caption(page):
 def test_reconstruct(page):
     page.get_by_role("tab", name="Reconstruct").click()
     page.locator("[role=tabpanel]:visible .gallery button, [role=tabpanel]:visible .gallery-item").first.click()
-    page.wait_for_timeout(1 * SECONDS)
+    shown_image(page, "Image").wait_for()
     page.get_by_role("button", name="Reconstruct", exact=True).click()
     shown_image(page, "Reconstruction").wait_for(timeout=120 * SECONDS)
     assert shown_image(page, "Original, resized").is_visible()
@@ -98,10 +101,8 @@ def test_reconstruct(page):
 
 def test_compose(page):
     page.get_by_role("tab", name="Compose").click()
-    upload(page, EXAMPLES / "test-1.png", 0)
-    page.wait_for_timeout(1 * SECONDS)
-    upload(page, EXAMPLES / "combo-1.png", -1)
-    page.wait_for_timeout(1 * SECONDS)
+    upload(page, EXAMPLES / "test-1.png", "First image")
+    upload(page, EXAMPLES / "combo-1.png", "Second image")
     page.get_by_role("button", name="Compose", exact=True).click()
     shown_image(page, "Composed").wait_for(timeout=120 * SECONDS)
 
@@ -109,8 +110,8 @@ def test_compose(page):
 def test_a_file_that_is_not_an_image_gives_a_message(page, tmp_path):
     fake = tmp_path / "notes.png"
     fake.write_text("this is text")
-    upload(page, fake)
-    page.wait_for_timeout(1 * SECONDS)
+    field(page, "Image").locator("input[type=file]").set_input_files(fake)
+    field(page, "Image").get_by_label("Remove Image").wait_for()  # the upload is complete
     page.get_by_role("button", name="Caption", exact=True).click()
     page.get_by_text("cannot be read as an image").first.wait_for()
 
