@@ -49,12 +49,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Trains everything in the miniature from nothing, and then what the paper's tables compare; prints a plan first.
-# Hours on two cores; stopped and started again, it goes on.
+# Prints a plan, then trains every part of the miniature from nothing and measures the paper's tables in it.
+# This takes hours on two cores. An interrupted run resumes.
 miniature: $(READY)
 	$(BIN)/python -m vlv.miniature --root runs/miniature --output checkpoints/vlv-miniature
 
-# Every figure in the miniature's card.
+# All metrics in the miniature's card.
 evaluate: $(READY)
 	$(BIN)/vlv evaluate miniature --output outputs/evaluation.json
 

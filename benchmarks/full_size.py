@@ -1,9 +1,10 @@
-"""The reference_configs system at its real size on this machine's CPU: does it run, how long, and in how much memory?
+"""The paper's system at full size on this machine's CPU: does it run, how long, and in how much memory?
 
     python benchmarks/full_size.py --output benchmarks/full_size.md
 
 Florence-2-large, Stable Diffusion 2.1 and Qwen2.5-3B in bfloat16 with random weights (their values change neither time
-nor memory). Each task runs in a process of its own, so that its peak memory is its own. Wants 16 GiB and no GPU.
+nor memory). Each task runs in a process of its own, so that its peak memory is its own. Needs 16 GiB of
+memory and no GPU.
 """
 
 import argparse
@@ -58,17 +59,17 @@ def pixels() -> torch.Tensor:
     return processor(image(), return_tensors="pt").pixel_values.bfloat16()
 
 
-def decoder() -> StableDiffusionDecoder:
+def diffusion_decoder() -> StableDiffusionDecoder:
     parts = reference_configs.diffusion_components("cpu", torch.bfloat16)
     return StableDiffusionDecoder(parts["vae"], parts["unet"], DDPMScheduler(**SCHEDULE).config)
 
 
 def caption() -> Callable[[], str]:
     model = random_model(VLVForConditionalGeneration, reference_configs.vlv_config())
-    shown = pixels()
+    pixel_values = pixels()
 
     def run() -> str:
-        ids = model.generate(shown, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+        ids = model.generate(pixel_values, max_new_tokens=16, min_new_tokens=16, do_sample=False)
         return f"{ids.shape[1]} tokens"
 
     return run
@@ -77,17 +78,17 @@ def caption() -> Callable[[], str]:
 def stage1() -> Callable[[], str]:
     model = random_model(VLVModel, reference_configs.vlv_config(language_model=None))
     freeze_for_stage1(model, "transformer")
-    frozen, shown = decoder(), pixels()
+    decoder, pixel_values = diffusion_decoder(), pixels()
     clean = torch.rand(1, 3, SIZE, SIZE, dtype=torch.float32) * 2 - 1
 
     def run() -> str:
-        latents = frozen.encode_images(clean)
-        loss = frozen.denoising_loss(latents, model(pixel_values=shown).conditioning)
+        latents = decoder.encode_images(clean)
+        loss = decoder.denoising_loss(latents, model(pixel_values=pixel_values).conditioning)
         loss.backward()
-        learning = [p for p in model.parameters() if p.requires_grad]
-        with_gradient = sum(p.numel() for p in learning if p.grad is not None)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        with_gradient = sum(p.numel() for p in trainable if p.grad is not None)
         return (
-            f"loss {loss.item():.3f}, gradients of {with_gradient:,} of {sum(p.numel() for p in learning):,} weights"
+            f"loss {loss.item():.3f}, gradients of {with_gradient:,} of {sum(p.numel() for p in trainable):,} weights"
         )
 
     return run
@@ -96,21 +97,22 @@ def stage1() -> Callable[[], str]:
 @torch.no_grad()
 def reconstruction() -> Callable[[], str]:
     model = random_model(VLVModel, reference_configs.vlv_config(language_model=None))
-    frozen, shown = decoder(), pixels()
+    decoder, pixel_values = diffusion_decoder(), pixels()
 
     @torch.no_grad()
     def run() -> str:
-        told = model(pixel_values=shown).conditioning
-        untold = model(input_ids=torch.zeros(1, 77, dtype=torch.long)).conditioning
-        context = torch.cat([untold, told])
+        prompt_embeds = model(pixel_values=pixel_values).conditioning
+        negative_prompt_embeds = model(input_ids=torch.zeros(1, 77, dtype=torch.long)).conditioning
+        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         latents = torch.randn(1, 4, SIZE // 8, SIZE // 8)
-        frozen.scheduler.set_timesteps(2)
-        for timestep in frozen.scheduler.timesteps:
-            both = frozen.unet(torch.cat([latents] * 2).bfloat16(), timestep, context).sample.float()
-            guided = both[:1] + 2.0 * (both[1:] - both[:1])
-            latents = frozen.scheduler.step(guided, timestep, latents).prev_sample
-        drawn = frozen.vae.decode(latents.float() / frozen.vae.config.scaling_factor).sample
-        return f"{drawn.shape[-1]} x {drawn.shape[-2]} pixels"
+        decoder.scheduler.set_timesteps(2)
+        for timestep in decoder.scheduler.timesteps:
+            noise_pred = decoder.unet(torch.cat([latents] * 2).bfloat16(), timestep, embeds).sample.float()
+            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+            noise_pred = noise_pred_uncond + 2.0 * (noise_pred_text - noise_pred_uncond)
+            latents = decoder.scheduler.step(noise_pred, timestep, latents).prev_sample
+        image = decoder.vae.decode(latents.float() / decoder.vae.config.scaling_factor).sample
+        return f"{image.shape[-1]} x {image.shape[-2]} pixels"
 
     return run
 
@@ -181,7 +183,7 @@ def main() -> None:
         print(json.dumps(measure(options.task)))
         return
     lines = [
-        "# The reference_configs system at full size",
+        "# The paper's system at full size",
         "",
         "Florence-2-large, Stable Diffusion 2.1-base at 384 x 384, Qwen2.5-3B; bfloat16 (the autoencoder float32),",
         f"random weights; torch {torch.__version__}, {platform.machine()}, {options.threads} threads, no GPU.",

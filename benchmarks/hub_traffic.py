@@ -31,7 +31,7 @@ def main() -> None:
         if pushed.returncode:
             raise SystemExit(pushed.stderr)
         files = hub.repos[REPO].at("main").files
-        print("| what loads | encoder | language model | denoiser and autoencoder | all it fetches, MB |")
+        print("| loaded with | encoder | language model | denoiser and autoencoder | downloaded, MB |")
         print("|---|---|---|---|---|")
         for number, (name, script) in enumerate(LOADS.items()):
             hub.forget_traffic()

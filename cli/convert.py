@@ -35,7 +35,8 @@ def add_parser(commands) -> None:
         "--image-size",
         type=positive,
         metavar="PIXELS",
-        help="the --image_size used in training (default: 384, or the text-to-image model's own if that is smaller)",
+        help="the image size of the authors' training script (default: 384, or the text-to-image model's own size if "
+        "that is smaller)",
     )
     parser.add_argument("--output", metavar="DIR", required=True, help="a new folder")
     parser.set_defaults(run=run)

@@ -20,7 +20,7 @@ IGNORED_WARNINGS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Accepts options by their full name only: argparse would take `--out` for `--output`, and old names with it."""
+    """Accepts options by their full name only. By default argparse also accepts prefixes, such as `--out`."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)

@@ -15,8 +15,8 @@ MAX_WRITING_SHARE = 20  # writing takes at most 1/20 of the time
 class IncrementalJson:
     """A JSON object on disk to which entries are added during a run.
 
-    `save` rewrites the file, but not so often that writing takes more than a twentieth of the time. `close` writes the
-    entries that are not on disk yet, also after an interruption. As a context manager it closes at the end.
+    `save` rewrites the file, and limits writing to a twentieth of the run time. `close` writes the entries that are
+    not on disk yet, also after an interruption. As a context manager it closes at the end.
 
     Args:
         path: The JSON file.
@@ -28,7 +28,7 @@ class IncrementalJson:
         self._next_write, self._unwritten = 0.0, False
 
     def save(self, entries: dict[str, Any]) -> None:
-        """Adds entries; writes the file if the last write is long enough ago."""
+        """Adds entries. Writes the file if the interval since the last write has passed."""
         self.values.update(entries)
         self._unwritten = True
         if time.monotonic() >= self._next_write:

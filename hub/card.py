@@ -71,7 +71,7 @@ class Card:
 
     @property
     def changes(self) -> list[str]:
-        """What it changes in a card that exists: `"license"`, `"results"`, both or nothing."""
+        """Names of the fields that it changes in an existing card: `"license"`, `"results"`."""
         return [name for name in ("license", "results") if getattr(self, name)]
 
 

@@ -46,8 +46,8 @@ def export(
     Args:
         folder: An earlier model in it is replaced. Its diffusion model stays if none is given.
         encoder: A stage-1 model. Not needed with a captioner, which has an encoder of its own. If both are given, this
-            one serves reconstruction and the captioner's own serves captioning; of the latter only the weights that
-            differ are stored.
+            one serves reconstruction and the captioner's own serves captioning. Of the captioner's encoder, only
+            weights that differ are stored.
         captioner: Without it the folder reconstructs but does not caption.
         processor: Of the captioner; required with it.
         image_processor: Of the encoder; by default the processor's.

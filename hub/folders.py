@@ -1,4 +1,4 @@
-"""Output folders that are complete or not there."""
+"""Writes output folders atomically."""
 
 import os
 import shutil

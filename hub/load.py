@@ -130,8 +130,8 @@ def load_encoder(
 
     Args:
         source: A folder in the Hub layout, a stage-1 checkpoint, or a repo id.
-        for_captions: Of a model with two encoders (`has_two_encoders`), the one whose embeddings the language model
-            reads. By default the one whose embeddings the diffusion model reads.
+        for_captions: Loads the captioner's encoder, if the model has two (`has_two_encoders`). By default the encoder
+            for reconstruction is loaded.
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no VLV model.

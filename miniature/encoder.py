@@ -23,9 +23,8 @@ from .training import CPU_ARGUMENTS, per_process_batch_size
 NUM_QUERY_TOKENS = 24
 GRID = 8  # the vision tower's output has 8 x 8 positions
 INITIALIZER_RANGE = 0.09  # 1 / sqrt(width): with the usual 0.02, z hardly depends on the image (README, "Stage 1")
-MIN_TIMESTEP = (
-    400  # below, a wrong caption adds a fifth as much loss as above (README, "Where the conditioning counts")
-)
+# Below, a wrong caption adds a fifth as much loss as above (README, "Timesteps at which the conditioning matters").
+MIN_TIMESTEP = 400
 POSITION_STD = 3.0  # the standard deviation of the vision tower's features
 BRANCH_SCALE = 0.1
 
@@ -129,14 +128,14 @@ def print_reconstruction_scores(
     step: int,
     folder: Path,
     *,
-    diffusion_model: StableDiffusionDecoder,
+    diffusion_decoder: StableDiffusionDecoder,
     tokenizer: PreTrainedTokenizerBase,
     scene_classifier: SceneClassifier,
     n: int = 48,
 ) -> None:
     """Prints the scores of reconstructions of `n` unseen scenes of each split. For `ValidationCallback`."""
     pipeline = VLVReconstructionPipeline(
-        model, diffusion_model.vae, diffusion_model.unet, build_scheduler(), build_image_processor(), tokenizer
+        model, diffusion_decoder.vae, diffusion_decoder.unet, build_scheduler(), build_image_processor(), tokenizer
     )
     pipeline.set_progress_bar_config(disable=True)
     for split in ("test", "combo"):
@@ -190,12 +189,12 @@ def train_encoder(
         **CPU_ARGUMENTS,
         **arguments,
     )
-    diffusion_model = StableDiffusionDecoder(
+    diffusion_decoder = StableDiffusionDecoder(
         teacher.vae, teacher.unet, teacher.scheduler.config, config.timestep_sampling, config.min_timestep
     )
     trainer = Stage1Trainer(
         model,
-        diffusion_model,
+        diffusion_decoder,
         config,
         ImagesOnly(images, seed=seed + 2),
         build_image_processor(),
@@ -204,7 +203,7 @@ def train_encoder(
     )
     validate = partial(
         print_reconstruction_scores,
-        diffusion_model=diffusion_model,
+        diffusion_decoder=diffusion_decoder,
         tokenizer=teacher.tokenizer,
         scene_classifier=SceneClassifier.load(scene_classifier_path),
     )

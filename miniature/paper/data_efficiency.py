@@ -43,7 +43,7 @@ class CachedConditioning(nn.Module):
 
 
 def untrained_encoder(teacher_dir: str | Path, seed: int) -> VLVModel:
-    """The encoder before stage 1: random weights drawn from `seed`, and the teacher's text encoder."""
+    """The encoder before stage 1: random weights with the seed `seed`, and the teacher's text encoder."""
     teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
     torch.manual_seed(seed)
     model = VLVModel(build_encoder_config(teacher.text_encoder.config))

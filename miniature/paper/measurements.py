@@ -1,7 +1,7 @@
 """The measurements behind the paper's tables: what to run, how long it takes, and which table row shows the result.
 
-`runner` runs `MEASUREMENTS`; `tables` and `plots` look results up by the keys that stand here and nowhere else. Each
-group is what one table shows. Measurements of a group with the same label are one row, measured with several seeds.
+`runner` runs `MEASUREMENTS`; `tables` and `plots` look results up by key. Keys are defined only here. Each group
+is what one table shows. Measurements of a group with the same label are one row, measured with several seeds.
 """
 
 from collections.abc import Callable, Iterable

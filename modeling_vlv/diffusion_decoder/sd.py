@@ -73,18 +73,15 @@ class StableDiffusionDecoder(DiffusionDecoder):
         model: str,
         *,
         dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
-        variant: str | None = None,
         timestep_sampling: str = "uniform",
         min_timestep: int = 0,
         loss: str = "mse",
     ) -> "StableDiffusionDecoder":
         """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
-        shared = {"revision": revision, "variant": variant}
         return cls(
-            load_part(AutoencoderKL, model, "vae", torch_dtype=torch.float32, **shared),
-            load_part(UNet2DConditionModel, model, "unet", torch_dtype=dtype, **shared),
-            DDPMScheduler.load_config(model, subfolder="scheduler", revision=revision),
+            load_part(AutoencoderKL, model, "vae", torch_dtype=torch.float32),
+            load_part(UNet2DConditionModel, model, "unet", torch_dtype=dtype),
+            DDPMScheduler.load_config(model, subfolder="scheduler"),
             timestep_sampling,
             min_timestep,
             loss,

@@ -90,7 +90,7 @@ def test_the_damaged_file_is_named(command, file, how, model, commands, capsys):
 
 def test_push_refuses_a_language_model_without_its_configuration(model, commands, capsys):
     config = model / "config.json"
-    config.write_text(config.read_text().replace('"text_config"', '"was_decoder_config"'))
+    config.write_text(config.read_text().replace('"text_config"', '"other_config"'))
     assert main(commands["push"]) == 2
     assert "text_config" in capsys.readouterr().err
 

@@ -579,7 +579,7 @@ def test_embeddings_are_written_for_one_of_two_encoders(converted, pictures, tmp
         expected = model.model.get_caption_embeds(processor(images=pictures[0]).pixel_values)[0]
     assert torch.equal(embeddings, expected)
     assert main(["reconstruct", "--embeddings", str(z), "--model", str(converted)]) == 2
-    assert "was written for `vlv caption`" in capsys.readouterr().err
+    assert "holds embeddings for `vlv caption`" in capsys.readouterr().err
     options = ["--model", str(converted), "--output", str(tmp_path / "c.json"), "--max-new-tokens", "2"]
     assert main(["caption", "--embeddings", str(z), *options]) == 0
     assert main([*encode, "--for", "reconstruct"]) == 0

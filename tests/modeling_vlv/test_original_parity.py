@@ -16,8 +16,7 @@ from vlv.train.stage2 import freeze_for_stage2
 
 from ..builders import GOLDEN, assert_close_to_scale
 
-# One of them is transparent. The authors' code looks behind its transparency (and finds black); this project lays it
-# over white.
+# One of them has transparent pixels. The authors' code ignores transparency; this project composites over white.
 IMAGES = [Image.open(path).convert("RGB") for path in sorted((GOLDEN / "images").glob("*.png"))]
 
 
@@ -44,8 +43,8 @@ def decoder(converted):
 
 
 @pytest.fixture
-def learner(stage1):
-    """Stage 1's encoder, to be changed, with what the authors' script trains set to learn."""
+def trainable_encoder(stage1):
+    """Stage 1's encoder, to be changed, with the parameters that the authors' script trains trainable."""
     model = copy.deepcopy(stage1[0])
     freeze_for_stage1(model, "transformer")
     return model
@@ -122,45 +121,51 @@ def test_latents_and_noise_prediction(decoder, golden):
     close(decoder.unet(noised, golden["timesteps"], golden["text_encoder"]).sample, golden["pred_noise"])
 
 
-def test_stage_1_loss_and_gradients(learner, converted, decoder, golden, golden_facts):
-    loss = stage1_loss(learner, decoder, golden)
+def test_stage_1_loss_and_gradients(trainable_encoder, converted, decoder, golden, golden_metadata):
+    loss = stage1_loss(trainable_encoder, decoder, golden)
     close(loss, golden["stage1_loss"])
     loss.backward()
-    norms = {original_name(n): p.grad.norm().item() for n, p in learner.named_parameters() if p.grad is not None}
-    expected = golden_facts["stage1"]["grad_norms"]
+    norms = {
+        original_name(n): p.grad.norm().item() for n, p in trainable_encoder.named_parameters() if p.grad is not None
+    }
+    expected = golden_metadata["stage1"]["grad_norms"]
     assert norms.keys() == expected.keys()
     assert norms == pytest.approx(expected, rel=1e-3, abs=1e-7)
-    gradients = {original_name(n): p.grad for n, p in learner.named_parameters() if p.grad is not None}
+    gradients = {original_name(n): p.grad for n, p in trainable_encoder.named_parameters() if p.grad is not None}
     for name in [n.removeprefix("stage1_grad/") for n in golden if n.startswith("stage1_grad/")]:
         close(gradients[name], golden[f"stage1_grad/{name}"], 1e-3)
     with torch.no_grad():
         absolute = StableDiffusionDecoder.from_pretrained(str(converted), loss="l1")
-        close(stage1_loss(learner, absolute, golden), golden["stage1_loss_l1"])
+        close(stage1_loss(trainable_encoder, absolute, golden), golden["stage1_loss_l1"])
 
 
-def test_what_learns_in_stage_1_is_what_the_authors_script_trains(learner, golden_facts):
-    learning = {original_name(name) for name, p in learner.named_parameters() if p.requires_grad}
-    assert learning == set(golden_facts["stage1"]["trainable_names"])
-    count = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    assert count == golden_facts["stage1"]["trainable_parameters"]
+def test_trainable_parts_of_stage_1_equal_the_authors(trainable_encoder, golden_metadata):
+    trainable = {original_name(name) for name, p in trainable_encoder.named_parameters() if p.requires_grad}
+    assert trainable == set(golden_metadata["stage1"]["trainable_names"])
+    count = sum(p.numel() for p in trainable_encoder.parameters() if p.requires_grad)
+    assert count == golden_metadata["stage1"]["trainable_parameters"]
 
 
-def test_four_steps_of_stage_1(learner, decoder, golden):
-    learning = [p for p in learner.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=5e-4, betas=(0.9, 0.99), weight_decay=0.01)
-    draws = {"noise": "stage1_train/noise", "steps": "stage1_train/timesteps", "vae_noise": "stage1_train/vae_noise"}
+def test_four_steps_of_stage_1(trainable_encoder, decoder, golden):
+    trainable = [p for p in trainable_encoder.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=5e-4, betas=(0.9, 0.99), weight_decay=0.01)
+    random_inputs = {
+        "noise": "stage1_train/noise",
+        "steps": "stage1_train/timesteps",
+        "vae_noise": "stage1_train/vae_noise",
+    }
     losses, norms = [], []
     for step in range(4):
-        loss = stage1_loss(learner, decoder, golden, **draws, at=step)
+        loss = stage1_loss(trainable_encoder, decoder, golden, **random_inputs, at=step)
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(learning, 1.0))
+        norms.append(torch.nn.utils.clip_grad_norm_(trainable, 1.0))
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss)
     close(torch.stack(losses), golden["stage1_train/losses"], 1e-3)
     close(torch.stack(norms), golden["stage1_train/grad_norms"], 1e-3)
-    close(learner.query_tokens, golden["stage1_train/query_embed"], 1e-3)
-    close(learner.projector.linear_1.weight, golden["stage1_train/language_proj.0.weight"], 1e-3)
+    close(trainable_encoder.query_tokens, golden["stage1_train/query_embed"], 1e-3)
+    close(trainable_encoder.projector.linear_1.weight, golden["stage1_train/language_proj.0.weight"], 1e-3)
 
 
 @pytest.mark.parametrize("steps", [8, 50])
@@ -183,7 +188,7 @@ def test_reconstruction(steps, converted, golden, monkeypatch):
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 
-def test_a_converted_checkpoint_reconstructs_by_the_authors_settings_unless_told_otherwise(converted):
+def test_a_converted_checkpoint_reconstructs_by_the_authors_settings_by_default(converted):
     pipeline = load_reconstruction(converted)
     config = pipeline.scheduler.config
     assert type(pipeline.scheduler).__name__ == "DDPMScheduler"
@@ -191,13 +196,15 @@ def test_a_converted_checkpoint_reconstructs_by_the_authors_settings_unless_told
     assert pipeline.default_size == 64
 
 
-def labels_as_the_authors_make_them(processor, golden_facts) -> torch.Tensor:
-    return processor(suffix=golden_facts["captions"], max_length=300, append_eos=False, pad_to_max_length=True).labels
+def labels_as_the_authors_make_them(processor, golden_metadata) -> torch.Tensor:
+    return processor(
+        suffix=golden_metadata["captions"], max_length=300, append_eos=False, pad_to_max_length=True
+    ).labels
 
 
-def test_stage_2_loss_and_gradients(stage2, golden, golden_facts):
+def test_stage_2_loss_and_gradients(stage2, golden, golden_metadata):
     model, processor = copy.deepcopy(stage2[0]), stage2[1]
-    labels = labels_as_the_authors_make_them(processor, golden_facts)
+    labels = labels_as_the_authors_make_them(processor, golden_metadata)
     assert torch.equal(labels, golden["stage2/labels"][:, 77:])
     freeze_for_stage2(model, "all")
     with torch.no_grad():
@@ -222,17 +229,17 @@ def test_stage_2_loss_and_gradients(stage2, golden, golden_facts):
         close(gradients[key], golden[f"stage2_grad/{name}"], 1e-3)
 
 
-def test_what_learns_in_stage_2_is_what_the_authors_script_trains(stage2, golden_facts):
+def test_trainable_parts_of_stage_2_equal_the_authors(stage2, golden_metadata):
     model = copy.deepcopy(stage2[0])
     freeze_for_stage2(model, "all")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == golden_facts["stage2"]["trainable_parameters"]
-    assert sum(p.numel() for p in model.parameters()) <= golden_facts["stage2"]["total_parameters"]
+    assert count == golden_metadata["stage2"]["trainable_parameters"]
+    assert sum(p.numel() for p in model.parameters()) <= golden_metadata["stage2"]["total_parameters"]
 
 
-def test_four_steps_of_stage_2(stage2, golden, golden_facts):
+def test_four_steps_of_stage_2(stage2, golden, golden_metadata):
     model = copy.deepcopy(stage2[0])
-    labels = labels_as_the_authors_make_them(stage2[1], golden_facts)
+    labels = labels_as_the_authors_make_them(stage2[1], golden_metadata)
     freeze_for_stage2(model, "all")
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
@@ -245,9 +252,9 @@ def test_four_steps_of_stage_2(stage2, golden, golden_facts):
     close(torch.stack(losses), golden["stage2_train/losses"], 1e-3)
 
 
-def test_dynamic_padding_changes_neither_loss_nor_logits(stage2, golden, golden_facts):
+def test_dynamic_padding_changes_neither_loss_nor_logits(stage2, golden, golden_metadata):
     model, processor = stage2
-    captions = golden_facts["captions"][:2]
+    captions = golden_metadata["captions"][:2]
     padded = processor(suffix=captions, max_length=300, append_eos=False, pad_to_max_length=True).labels
     short = processor(suffix=captions, max_length=300, append_eos=False).labels
     assert padded.shape == (2, 300) and short.shape[1] < 30
@@ -284,6 +291,6 @@ def test_scores_of_generation(stage2, golden):
     close(beams.sequences_scores, golden["stage2/beam4_scores"])
 
 
-def test_captions_are_trimmed_as_the_authors_trim_them(golden_facts):
-    for text, trimmed in golden_facts["process_caption_cases"]:
+def test_captions_are_trimmed_as_the_authors_trim_them(golden_metadata):
+    for text, trimmed in golden_metadata["process_caption_cases"]:
         assert trim_caption(text) == trimmed

@@ -1,4 +1,4 @@
-"""Whatever is an image becomes the right pixels; whatever is none is named, with the reason."""
+"""Images of every kind become the expected pixels. Other inputs raise an error with the reason."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Readable pixels are read, whatever lies beside them; the caller's image stays as it is; errors are short."""
+"""Images are read despite damaged metadata, the caller's image is unchanged, and errors are short."""
 
 import base64
 import io

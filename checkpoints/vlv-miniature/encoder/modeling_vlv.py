@@ -34,8 +34,8 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, can_return_tuple
 
-# "Describe with a paragraph what is shown in the image." between <s> and </s>: what Florence-2's processor makes of
-# the task token <MORE_DETAILED_CAPTION>. The authors' code always uses them (train/VLV_stage1.py of the original).
+# Florence-2's processor replaces the task token <MORE_DETAILED_CAPTION> by "Describe with a paragraph what is shown in
+# the image.", here between <s> and </s>. The authors' code always uses it (train/VLV_stage1.py of the original).
 FLORENCE_TASK_PROMPT_IDS = [0, 47066, 21700, 19, 10, 17818, 99, 16, 2343, 11, 5, 2274, 4, 2]
 
 RENAMED_CONFIG_FIELDS = {
@@ -167,6 +167,8 @@ class VLVPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _no_split_modules = [  # noqa: RUF012
         "Florence2VisionBlock",
         "BartEncoderLayer",
@@ -291,7 +293,7 @@ class VLVModel(VLVPreTrainedModel):
                 f"the image (with the task prompt) gives {tokens.shape[1]} tokens, but the encoder has {positions} "
                 "positions; make images smaller (the image processor's size, --encoder_image_size in training)"
             )
-        memory = transformer.encoder(inputs_embeds=tokens).last_hidden_state
+        memory = transformer.encoder(inputs_embeds=tokens, use_cache=False).last_hidden_state
         queries = self.query_tokens.to(memory).expand(len(memory), -1, -1)  # (B, Q, d_model)
         mask: torch.Tensor | None = None
         if self.config.attend_all_queries:
@@ -515,8 +517,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             if labels.ndim != 2 or len(labels) != len(sequence):
                 raise ValueError(f"labels must be ({len(sequence)}, length), got {tuple(labels.shape)}")
             length = labels.shape[1]
-            words = self.get_input_embeddings()(labels.clamp(min=0)).to(sequence)  # (B, L, d_lm)
-            sequence = torch.cat([sequence, words], dim=1)
+            label_embeds = self.get_input_embeddings()(labels.clamp(min=0)).to(sequence)  # (B, L, d_lm)
+            sequence = torch.cat([sequence, label_embeds], dim=1)
             mask = torch.cat([mask, (labels != -100).to(mask)], dim=1)
         positions: dict[str, Any] = {}
         if input_ids is not None and input_ids.shape[1]:  # otherwise no padding precedes a word

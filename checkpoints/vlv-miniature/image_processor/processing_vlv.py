@@ -176,7 +176,7 @@ def _pil_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned by its EXIF orientation. EXIF that cannot be parsed says nothing."""
+    """The image turned by its EXIF orientation. EXIF that cannot be parsed is ignored."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # SyntaxError for data that is not TIFF, struct.error, KeyError, ...
@@ -294,7 +294,7 @@ class VLVImageProcessor(PilBackend):
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
     def load(self, image: Any) -> Image.Image:
-        """The upright RGB image, cropped to `pre_crop_size` if that is set: what encoder and diffusion model see."""
+        """The upright RGB image, cropped to `pre_crop_size` if that is set: the input of encoder and diffusion."""
         rgb = to_rgb(image)
         return crop_to_square(rgb, self.pre_crop_size) if self.pre_crop_size else rgb
 
