@@ -197,6 +197,7 @@ def test_every_attention_module_calls_the_attention_function_that_is_set(caption
     attention = {module for module in captioner.modules() if type(module).__name__.endswith("Attention")}
     assert len(attention) == 17  # 4 window, 4 channel, 1 + 2 + 2 (cross) of Florence-2, 2 of CLIP, 2 of Qwen2
     assert calls == Counter(dict.fromkeys(attention, 1))
+    assert VLVModel._supports_attention_backend and VLVForConditionalGeneration._supports_attention_backend
 
 
 def test_forward_compiles_as_one_graph(captioner, pixels):
@@ -206,6 +207,7 @@ def test_forward_compiles_as_one_graph(captioner, pixels):
         assert torch.equal(encode(pixels).conditioning, captioner.model(pixels).conditioning)
         got, expected = caption(pixels, labels=LABELS), captioner(pixels, labels=LABELS)
     assert torch.equal(got.loss, expected.loss) and torch.equal(got.logits, expected.logits)
+    assert VLVModel._can_compile_fullgraph and VLVForConditionalGeneration._can_compile_fullgraph
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
