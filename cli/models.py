@@ -21,7 +21,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR_OR_REPO",
-        help="folder or Hub repo id of a VLV (default: the embedded miniature, which knows sixteen emoji)",
+        help="folder or Hub repo id of a VLV (default: the embedded miniature, which knows sixteen drawings)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repo; a commit gives repeatable results")
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
@@ -40,7 +40,7 @@ def choose_model(arguments: argparse.Namespace) -> str:
         raise UserError(
             f"the embedded miniature is missing ({MINIATURE}); train it with `make miniature`, or pass --model"
         )
-    print("no --model given: using the embedded miniature (sixteen emoji, no photographs)", file=sys.stderr)
+    print("no --model given: using the embedded miniature (sixteen drawings, no photographs)", file=sys.stderr)
     return str(MINIATURE)
 
 
