@@ -23,8 +23,6 @@ from vlv.miniature.tokenizer import build_tokenizer
 from .builders import (
     GOLDEN,
     POSITIONS,
-    QUERIES,  # noqa: F401
-    TEXT_WIDTH,  # noqa: F401
     language_model_config,
     stable_diffusion_parts,
     text_encoder_config,
@@ -63,7 +61,7 @@ def processor(image_processor) -> VLVProcessor:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Eight different images of different shapes."""
     random = np.random.default_rng(0)
     shapes = [(64, 64), (40, 90), (90, 40), (64, 64), (33, 65), (128, 100), (64, 64), (20, 20)]
@@ -114,13 +112,13 @@ def stage1_checkpoint(tmp_path_factory, image_processor) -> Path:
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory, pictures) -> Path:
+def image_folder(tmp_path_factory, images) -> Path:
     """Sixteen images with captions as sidecars, in two folders."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(16):
         target = folder / ("a" if number % 2 else "b") / f"{number}.png"
         target.parent.mkdir(exist_ok=True)
-        pictures[number % len(pictures)].rotate(90 * number).save(target)
+        images[number % len(images)].rotate(90 * number).save(target)
         caption = "a small dog" if number % 2 else "a large apple at the top left"
         target.with_suffix(".txt").write_text(caption + "\n")
     return folder

@@ -168,3 +168,9 @@ def test_files_stay_short(path):
     if str(path.relative_to(ROOT)) in SHIPPED_TO_THE_HUB:  # one self-contained file each
         limit = 900 if path.name == "modeling_vlv.py" else 600
     assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_tests_import_no_conftest():
+    """Helpers are in tests/builders.py; pytest alone imports conftest.py, which holds fixtures."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert all("conftest" not in module for _, module, _ in imports(ast.walk(parse(path)))), path

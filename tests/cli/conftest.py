@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlv import VLVForConditionalGeneration, hub
 
-from ..conftest import language_model_config, vlv_config
+from ..builders import language_model_config, vlv_config
 
 
 @pytest.fixture(scope="session")
@@ -21,18 +21,18 @@ def model_folder(tmp_path_factory, processor, stable_diffusion) -> Path:
 
 
 @pytest.fixture
-def mixed_folder(tmp_path, pictures) -> Path:
+def mixed_folder(tmp_path, images) -> Path:
     """Five images in formats that readers often fail on, three files that cannot be read, and one text file."""
     folder = tmp_path / "mixed"
     (folder / "sub").mkdir(parents=True)
-    pictures[0].save(folder / "good.png")
-    pictures[1].convert("CMYK").save(folder / "sub" / "cmyk.JPG")
+    images[0].save(folder / "good.png")
+    images[1].convert("CMYK").save(folder / "sub" / "cmyk.JPG")
     Image.fromarray((np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)).save(folder / "sixteen.png")
-    palette = pictures[2].convert("P")
+    palette = images[2].convert("P")
     palette.info["transparency"] = 0
     palette.save(folder / "palette.png", transparency=0)
     Image.new("RGB", (1, 3000), "red").save(folder / "sub" / "good.png")
-    pictures[3].save(folder / "truncated.jpg", quality=95)
+    images[3].save(folder / "truncated.jpg", quality=95)
     data = (folder / "truncated.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(data[: len(data) // 2])
     (folder / "text.png").write_text("not an image")

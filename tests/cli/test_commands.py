@@ -12,7 +12,7 @@ from vlv.cli.output import IncrementalJson
 from vlv.files import write_atomically
 from vlv.pipelines import generate_captions
 
-from ..conftest import QUERIES, TEXT_WIDTH
+from ..builders import QUERIES, TEXT_WIDTH
 
 READABLE = ["good.png", "palette.png", "sixteen.png", "sub/cmyk.JPG", "sub/good.png"]
 UNREADABLE = ["empty.webp", "text.png", "truncated.jpg"]

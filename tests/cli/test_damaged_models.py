@@ -32,8 +32,8 @@ def model(model_folder, tmp_path):
 
 
 @pytest.fixture
-def commands(model, pictures, tmp_path):
-    pictures[0].save(tmp_path / "image.png")
+def commands(model, images, tmp_path):
+    images[0].save(tmp_path / "image.png")
     image = str(tmp_path / "image.png")
     return {
         "caption": ["caption", image, "--model", str(model), "--output", str(tmp_path / "captions.json")],

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 
-from ..conftest import GOLDEN
+from ..builders import GOLDEN
 from ..hub.machine import Machine
 from ..hub.server import Hub, serve
 

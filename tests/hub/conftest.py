@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from vlv import VLVForConditionalGeneration
 from vlv import hub as vlv_hub
 
-from ..conftest import language_model_config, vlv_config
+from ..builders import language_model_config, vlv_config
 from .server import Hub, serve
 
 
@@ -27,9 +27,9 @@ def hub_server(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def image_file(tmp_path_factory, pictures) -> Path:
+def image_file(tmp_path_factory, images) -> Path:
     path = tmp_path_factory.mktemp("image") / "image.png"
-    pictures[1].save(path)
+    images[1].save(path)
     return path
 
 

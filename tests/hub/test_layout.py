@@ -19,13 +19,13 @@ def exported(tmp_path, captioner, processor, stable_diffusion):
     return hub.export(tmp_path / "vlv", captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
 
 
-def test_the_captioner_loads_unchanged(exported, captioner, processor, pictures):
+def test_the_captioner_loads_unchanged(exported, captioner, processor, images):
     model, loaded_processor = hub.load_captioner(exported)
     before, after = captioner.state_dict(), model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    pixels = processor(images=pictures).pixel_values
-    assert torch.equal(loaded_processor(images=pictures).pixel_values, pixels)
+    pixels = processor(images=images).pixel_values
+    assert torch.equal(loaded_processor(images=images).pixel_values, pixels)
     plain = VLVForConditionalGeneration.from_pretrained(exported)
     assert torch.equal(plain.generate(pixels, max_new_tokens=4), captioner.generate(pixels, max_new_tokens=4))
 
@@ -69,14 +69,14 @@ def test_weights_stored_in_half_precision_load_as_float32(tmp_path, captioner, p
 
 
 def test_a_stage_1_export_reconstructs_and_refuses_to_caption(
-    tmp_path, encoder, image_processor, stable_diffusion, pictures
+    tmp_path, encoder, image_processor, stable_diffusion, images
 ):
     folder = hub.export(
         tmp_path / "s", encoder=encoder, image_processor=image_processor, diffusion_model=stable_diffusion
     )
     pipeline = load_reconstruction(folder)
     pipeline.set_progress_bar_config(disable=True)
-    assert len(pipeline(pictures[:2], num_inference_steps=1).images) == 2
+    assert len(pipeline(images[:2], num_inference_steps=1).images) == 2
     with pytest.raises(ValueError, match="stage-1 checkpoint"):
         hub.load_captioner(folder)
 

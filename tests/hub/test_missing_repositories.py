@@ -6,7 +6,7 @@ import torch
 from vlv import VLVModel, hub
 from vlv.diffusion_decoder import load_diffusion_decoder
 
-from ..conftest import GOLDEN
+from ..builders import GOLDEN
 from ..hub.machine import Machine
 from ..hub.server import Hub, serve
 

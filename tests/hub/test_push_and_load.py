@@ -15,7 +15,7 @@ from vlv import hub as vlv_hub
 from vlv.cli.main import main
 from vlv.pipelines import VLVReconstructionPipeline
 
-from ..conftest import GOLDEN
+from ..builders import GOLDEN
 from .machine import WITHOUT_PACKAGE, Machine
 from .server import Hub, serve
 
@@ -343,9 +343,9 @@ def test_stage_2_of_a_repository_keeps_the_training_metadata_of_stage_1(
     assert "language_model" not in metadata["stage2"]  # it was not read: the captioner brought its own
 
 
-def test_the_snippets_of_the_card_run(pushed, pictures, tmp_path):
+def test_the_snippets_of_the_card_run(pushed, images, tmp_path):
     machine = Machine(tmp_path / "reader", pushed[1])
-    pictures[0].save(machine.folder / "image.png")
+    images[0].save(machine.folder / "image.png")
     card = pushed[0].repos[REPO].at("main").files["README.md"].decode()
     snippets = [part.split("```")[0] for part in card.split("```python\n")[1:]]
     assert len(snippets) == 3

@@ -58,13 +58,13 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_trained_parts_are_assembled_into_a_model(trained, tmp_path, pictures):
+def test_the_trained_parts_are_assembled_into_a_model(trained, tmp_path, images):
     recipe.assemble(trained, tmp_path / "assembled")
     model, processor = hub.load_captioner(tmp_path / "assembled")
-    caption = VLVCaptioningPipeline(model=model, processor=processor)(pictures[0], max_new_tokens=4)
+    caption = VLVCaptioningPipeline(model=model, processor=processor)(images[0], max_new_tokens=4)
     assert isinstance(caption[0]["generated_text"], str)
     pipe = load_reconstruction(tmp_path / "assembled")
-    assert pipe(pictures[0], num_inference_steps=2).images[0].size == (64, 64)
+    assert pipe(images[0], num_inference_steps=2).images[0].size == (64, 64)
     assert (tmp_path / "assembled" / SCENE_CLASSIFIER_FILE).is_file()
 
 

@@ -566,9 +566,9 @@ def test_a_damaged_folder_names_the_file(file, content, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_embeddings_are_written_for_one_of_two_encoders(converted, pictures, tmp_path, capsys):
+def test_embeddings_are_written_for_one_of_two_encoders(converted, images, tmp_path, capsys):
     image_file, z = tmp_path / "a.png", tmp_path / "z.safetensors"
-    pictures[0].save(image_file)
+    images[0].save(image_file)
     encode = ["encode", str(image_file), "--model", str(converted), "--output", str(z)]
     assert main(encode) == 2
     assert "--for caption or --for reconstruct" in capsys.readouterr().err
@@ -576,7 +576,7 @@ def test_embeddings_are_written_for_one_of_two_encoders(converted, pictures, tmp
     embeddings = load_file(z)["a.png"]
     model, processor = hub.load_captioner(converted)
     with torch.no_grad():
-        expected = model.model.get_caption_embeds(processor(images=pictures[0]).pixel_values)[0]
+        expected = model.model.get_caption_embeds(processor(images=images[0]).pixel_values)[0]
     assert torch.equal(embeddings, expected)
     assert main(["reconstruct", "--embeddings", str(z), "--model", str(converted)]) == 2
     assert "holds embeddings for `vlv caption`" in capsys.readouterr().err

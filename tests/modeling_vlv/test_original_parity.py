@@ -180,11 +180,11 @@ def test_reconstruction(steps, converted, golden, monkeypatch):
     latents = pipeline(IMAGES, **settings).images
     assert torch.equal(pipeline.scheduler.timesteps, golden[f"recon{steps}/timesteps"])
     close(latents / pipeline.vae.config.scaling_factor, golden[f"recon{steps}/final_latents_scaled"], 1e-3)
-    pictures = pipeline.decode_latents(latents, output_type="pt")
-    close(pictures, (golden[f"recon{steps}/image"] / 2 + 0.5).clamp(0, 1), 1e-3)
-    if steps == 8:  # the authors' script cuts to whole grey levels, where pictures are rounded here
+    images = pipeline.decode_latents(latents, output_type="pt")
+    close(images, (golden[f"recon{steps}/image"] / 2 + 0.5).clamp(0, 1), 1e-3)
+    if steps == 8:  # the authors' script cuts to whole grey levels, where images are rounded here
         theirs = golden["recon8/image_uint8"]
-        ours = (pictures.permute(0, 2, 3, 1) * 255).to(torch.uint8)
+        ours = (images.permute(0, 2, 3, 1) * 255).to(torch.uint8)
         assert (ours.int() - theirs.int()).abs().max() <= 1
 
 

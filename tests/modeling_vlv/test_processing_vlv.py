@@ -96,10 +96,10 @@ def test_the_crop_of_a_long_image_agrees_with_resizing_first():
     assert np.abs(np.asarray(crop_to_square(image, 32)).astype(int) - expected).max() <= 1
 
 
-def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(pictures):
+def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(images):
     processor = VLVImageProcessor(size={"height": 24, "width": 40})
-    pixels = processor(pictures[1], return_tensors="pt").pixel_values[0].permute(1, 2, 0).numpy()
-    resized = np.asarray(pictures[1].resize((40, 24), Image.Resampling.BICUBIC)) / 255
+    pixels = processor(images[1], return_tensors="pt").pixel_values[0].permute(1, 2, 0).numpy()
+    resized = np.asarray(images[1].resize((40, 24), Image.Resampling.BICUBIC)) / 255
     expected = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     assert_close_to_scale(torch.from_numpy(pixels), torch.from_numpy(expected))
 
@@ -121,10 +121,10 @@ def test_pixels_are_resized_by_bicubic_and_normalised_by_imagenet(pictures):
         (7, "int is not an image"),
     ],
 )
-def test_an_input_that_is_not_an_image_is_named_with_the_reason(image, message, pictures):
+def test_an_input_that_is_not_an_image_is_named_with_the_reason(image, message, images):
     processor = VLVImageProcessor(size={"height": 16, "width": 16})
     with pytest.raises(ValueError, match=f"image 1 of 3: .*{message}"):
-        processor([pictures[0], image, pictures[1]])
+        processor([images[0], image, images[1]])
     with pytest.raises(ValueError, match="at least one image"):
         processor([])
 
@@ -136,12 +136,12 @@ def test_a_batch_array_is_a_list_of_images(processor):
     assert torch.equal(processor(images=torch.from_numpy(batch).permute(0, 3, 1, 2)).pixel_values, expected)
 
 
-def test_a_text_prefix_has_no_eos_and_is_padded_on_the_left(processor, pictures):
-    batch = processor(images=pictures[:2], text=["a large", "a"])
+def test_a_text_prefix_has_no_eos_and_is_padded_on_the_left(processor, images):
+    batch = processor(images=images[:2], text=["a large", "a"])
     assert processor.batch_decode(batch.input_ids, skip_special_tokens=True) == ["a large", "a"]
     assert batch.attention_mask.tolist() == [[1, 1], [0, 1]]
     assert processor.tokenizer.eos_token_id not in batch.input_ids
-    assert processor(images=pictures[:2], text="").input_ids.shape == (2, 0)
+    assert processor(images=images[:2], text="").input_ids.shape == (2, 0)
 
 
 def test_labels_end_with_eos_and_are_padded_with_minus_100(processor):
@@ -161,20 +161,20 @@ def test_the_chat_template_gives_only_the_users_text(processor, content):
     assert (text == "") == (content == [{"type": "image"}])
 
 
-def test_a_processor_is_the_same_after_saving(tmp_path, processor, pictures):
+def test_a_processor_is_the_same_after_saving(tmp_path, processor, images):
     processor.save_pretrained(tmp_path)
     VLVConfig().save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, VLVProcessor) and isinstance(loaded.image_processor, VLVImageProcessor)
     assert loaded.chat_template == processor.chat_template
-    before, after = (p(images=pictures, text="a", suffix=["dog"] * len(pictures)) for p in (processor, loaded))
+    before, after = (p(images=images, text="a", suffix=["dog"] * len(images)) for p in (processor, loaded))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_wrong_numbers_of_images_texts_and_captions_are_errors(processor, pictures):
+def test_wrong_numbers_of_images_texts_and_captions_are_errors(processor, images):
     with pytest.raises(ValueError, match="1 texts for 2 images"):
-        processor(images=pictures[:2], text=["a"])
+        processor(images=images[:2], text=["a"])
     with pytest.raises(ValueError, match="3 captions for 2 images"):
-        processor(images=pictures[:2], suffix=["a"] * 3)
+        processor(images=images[:2], suffix=["a"] * 3)
     with pytest.raises(ValueError, match="give images, text or suffix"):
         processor()

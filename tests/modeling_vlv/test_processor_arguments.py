@@ -35,8 +35,8 @@ def test_what_else_the_tokenizer_returns_is_returned(processor):
 
 
 @pytest.mark.parametrize("return_tensors", ["pt", "np", None])
-def test_the_kind_of_tensors_is_the_one_asked_for(processor, pictures, return_tensors):
-    batch = processor(images=pictures[:2], text=TEXTS, suffix=TEXTS, return_tensors=return_tensors)
+def test_the_kind_of_tensors_is_the_one_asked_for(processor, images, return_tensors):
+    batch = processor(images=images[:2], text=TEXTS, suffix=TEXTS, return_tensors=return_tensors)
     kind = {"pt": torch.Tensor, "np": np.ndarray, None: list}[return_tensors]
     assert {name: type(values) for name, values in batch.items()} == dict.fromkeys(
         ("pixel_values", "input_ids", "attention_mask", "labels"), kind
@@ -78,28 +78,28 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
         ({"images_kwargs": {"do_normalise": True}}, r"'do_normalise'; did you mean 'do_normalize'\?"),
     ],
 )
-def test_an_unknown_argument_is_an_error(processor, pictures, arguments, message):
+def test_an_unknown_argument_is_an_error(processor, images, arguments, message):
     with pytest.raises(TypeError, match=message):
-        processor(images=pictures[0], **arguments)
+        processor(images=images[0], **arguments)
 
 
-def test_an_argument_given_twice_is_an_error(processor, pictures):
+def test_an_argument_given_twice_is_an_error(processor, images):
     with pytest.raises(ValueError, match="passed two times"):
-        processor(images=pictures[0], do_normalize=True, images_kwargs={"do_normalize": False})
+        processor(images=images[0], do_normalize=True, images_kwargs={"do_normalize": False})
 
 
-def test_videos_and_audio_are_refused(processor, pictures):
+def test_videos_and_audio_are_refused(processor, images):
     with pytest.raises(ValueError, match="not videos or audio"):
-        processor(images=pictures[0], videos=[[pictures[0]]])
+        processor(images=images[0], videos=[[images[0]]])
 
 
-def test_image_arguments_reach_the_image_processor(processor, pictures):
-    plain = processor(images=pictures[0]).pixel_values
-    raw = processor(images=pictures[0], do_normalize=False, do_rescale=False).pixel_values
+def test_image_arguments_reach_the_image_processor(processor, images):
+    plain = processor(images=images[0]).pixel_values
+    raw = processor(images=images[0], do_normalize=False, do_rescale=False).pixel_values
     assert raw.max() > 100 and plain.max() < 10
-    small = processor(images=pictures[0], images_kwargs={"size": {"height": 16, "width": 24}}).pixel_values
+    small = processor(images=images[0], images_kwargs={"size": {"height": 16, "width": 24}}).pixel_values
     assert small.shape == (1, 3, 16, 24)
-    last = processor.image_processor(pictures[0], data_format="channels_last", return_tensors="pt").pixel_values
+    last = processor.image_processor(images[0], data_format="channels_last", return_tensors="pt").pixel_values
     assert torch.equal(last.permute(0, 3, 1, 2), plain)
 
 
@@ -112,6 +112,6 @@ def test_values_that_are_rescaled_already_are_not_rescaled_again(processor):
 
 
 @pytest.mark.parametrize("options", [{"do_center_crop": True, "crop_size": 32}, {"do_pad": True, "pad_size": 80}])
-def test_image_options_that_are_not_implemented_are_refused(processor, pictures, options):
+def test_image_options_that_are_not_implemented_are_refused(processor, images, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is not supported"):
-        processor(images=pictures[0], **options)
+        processor(images=images[0], **options)

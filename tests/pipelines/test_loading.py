@@ -15,7 +15,7 @@ def exported(tmp_path, captioner, processor, stable_diffusion):
 
 
 def test_the_pipeline_reconstructs_like_one_put_together_by_hand(
-    exported, captioner, image_processor, stable_diffusion, pictures
+    exported, captioner, image_processor, stable_diffusion, images
 ):
     loaded = load_reconstruction(exported)
     by_hand = VLVReconstructionPipeline(
@@ -26,14 +26,14 @@ def test_the_pipeline_reconstructs_like_one_put_together_by_hand(
         image_processor=image_processor,
         tokenizer=build_tokenizer(for_text_encoder=True),
     )
-    assert torch.equal(loaded.encode_image(pictures[:2]), by_hand.encode_image(pictures[:2]))
+    assert torch.equal(loaded.encode_image(images[:2]), by_hand.encode_image(images[:2]))
     assert torch.equal(loaded.encode_prompt("a large dog"), by_hand.encode_prompt("a large dog"))
-    images = []
+    results = []
     for pipeline in (loaded, by_hand):
         pipeline.set_progress_bar_config(disable=True)
-        images.append(generate_images(pipeline, image=pictures[:2], seeds=(1, 2), num_inference_steps=2))
-    assert images[0].shape == (2, 3, 32, 32)
-    assert torch.equal(*images)
+        results.append(generate_images(pipeline, image=images[:2], seeds=(1, 2), num_inference_steps=2))
+    assert results[0].shape == (2, 3, 32, 32)
+    assert torch.equal(*results)
 
 
 def test_all_components_have_the_given_precision(exported):

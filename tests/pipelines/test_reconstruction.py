@@ -39,31 +39,31 @@ def use(pipe, scheduler, **settings) -> None:
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **settings)
 
 
-def test_same_seed_same_image_another_seed_another(pipe, pictures):
-    first = generate(pipe, pictures[0], generator=seed(1))
-    assert np.array_equal(generate(pipe, pictures[0], generator=seed(1)), first)
-    assert not np.array_equal(generate(pipe, pictures[0], generator=seed(2)), first)
-    assert not np.array_equal(generate(pipe, pictures[1], generator=seed(1)), first)
+def test_same_seed_same_image_another_seed_another(pipe, images):
+    first = generate(pipe, images[0], generator=seed(1))
+    assert np.array_equal(generate(pipe, images[0], generator=seed(1)), first)
+    assert not np.array_equal(generate(pipe, images[0], generator=seed(2)), first)
+    assert not np.array_equal(generate(pipe, images[1], generator=seed(1)), first)
 
 
-def test_with_a_generator_each_an_image_does_not_depend_on_its_batch(pipe, pictures):
-    together = generate(pipe, pictures[:3], generator=[seed(i) for i in range(3)])
+def test_with_a_generator_each_an_image_does_not_depend_on_its_batch(pipe, images):
+    together = generate(pipe, images[:3], generator=[seed(i) for i in range(3)])
     for i in range(3):
-        np.testing.assert_allclose(generate(pipe, pictures[i], generator=seed(i))[0], together[i], atol=1e-4)
+        np.testing.assert_allclose(generate(pipe, images[i], generator=seed(i))[0], together[i], atol=1e-4)
 
 
-def test_an_image_and_its_embeddings_give_the_same_reconstruction(pipe, pictures):
-    z = pipe.encode_image(pictures[:2])
+def test_an_image_and_its_embeddings_give_the_same_reconstruction(pipe, images):
+    z = pipe.encode_image(images[:2])
     assert z.shape == (2, QUERIES, TEXT_WIDTH)
     from_embeds = generate(pipe, caption_embeds=z, generator=seed())
-    assert np.array_equal(from_embeds, generate(pipe, pictures[:2], generator=seed()))
+    assert np.array_equal(from_embeds, generate(pipe, images[:2], generator=seed()))
 
 
-def test_one_step_equals_the_formula_of_guidance(pipe, pictures):
+def test_one_step_equals_the_formula_of_guidance(pipe, images):
     """Guidance 2 as in the authors' code: the unconditional prediction plus twice the difference."""
     latents = torch.randn(1, 4, 8, 8, generator=seed())
-    got = pipe(pictures[0], latents=latents, num_inference_steps=1, output_type="latent", generator=seed(5)).images
-    prompt_embeds = pipe.encoder.encode_caption_embeds(pipe.encode_image(pictures[0]))
+    got = pipe(images[0], latents=latents, num_inference_steps=1, output_type="latent", generator=seed(5)).images
+    prompt_embeds = pipe.encoder.encode_caption_embeds(pipe.encode_image(images[0]))
     ids = pipe.tokenizer("", padding="max_length", max_length=POSITIONS, return_tensors="pt").input_ids
     negative_prompt_embeds = pipe.encoder.text_encoder(ids).last_hidden_state
     pipe.scheduler.set_timesteps(1)
@@ -76,9 +76,9 @@ def test_one_step_equals_the_formula_of_guidance(pipe, pictures):
     torch.testing.assert_close(got, expected)
 
 
-def test_without_guidance_there_is_no_unconditional_pass(pipe, pictures):
+def test_without_guidance_there_is_no_unconditional_pass(pipe, images):
     calls = count_unet_rows(pipe)
-    generate(pipe, pictures[0], guidance_scale=1.0)
+    generate(pipe, images[0], guidance_scale=1.0)
     assert calls == [1, 1, 1]
 
 
@@ -92,28 +92,28 @@ def test_without_guidance_there_is_no_unconditional_pass(pipe, pictures):
         UniPCMultistepScheduler,
     ],
 )
-def test_any_scheduler_works(pipe, pictures, scheduler):
+def test_any_scheduler_works(pipe, images, scheduler):
     use(pipe, scheduler)
-    first = generate(pipe, pictures[0], num_inference_steps=5, generator=seed(1))
+    first = generate(pipe, images[0], num_inference_steps=5, generator=seed(1))
     assert np.isfinite(first).all()
-    assert np.array_equal(generate(pipe, pictures[0], num_inference_steps=5, generator=seed(1)), first)
+    assert np.array_equal(generate(pipe, images[0], num_inference_steps=5, generator=seed(1)), first)
 
 
-def test_output_types(pipe, pictures):
-    images = pipe(pictures[0], num_inference_steps=1, generator=seed()).images
-    assert isinstance(images[0], Image.Image) and images[0].size == (32, 32)
-    array = generate(pipe, pictures[0], num_inference_steps=1, generator=seed())
-    tensor = generate(pipe, pictures[0], num_inference_steps=1, generator=seed(), output_type="pt")
-    latent = generate(pipe, pictures[0], num_inference_steps=1, generator=seed(), output_type="latent")
+def test_output_types(pipe, images):
+    pil = pipe(images[0], num_inference_steps=1, generator=seed()).images
+    assert isinstance(pil[0], Image.Image) and pil[0].size == (32, 32)
+    array = generate(pipe, images[0], num_inference_steps=1, generator=seed())
+    tensor = generate(pipe, images[0], num_inference_steps=1, generator=seed(), output_type="pt")
+    latent = generate(pipe, images[0], num_inference_steps=1, generator=seed(), output_type="latent")
     assert array.shape == (1, 32, 32, 3) and tensor.shape == (1, 3, 32, 32) and latent.shape == (1, 4, 8, 8)
     assert np.array_equal(array[0].transpose(2, 0, 1), tensor[0].numpy())
     assert np.array_equal(pipe.decode_latents(latent, "np"), array)
-    assert np.array_equal(np.asarray(images[0]), (array[0] * 255).round().astype(np.uint8))
-    assert isinstance(pipe(pictures[0], num_inference_steps=1, return_dict=False), tuple)
+    assert np.array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype(np.uint8))
+    assert isinstance(pipe(images[0], num_inference_steps=1, return_dict=False), tuple)
 
 
-def test_several_reconstructions_of_each_image_and_other_sizes(pipe, pictures):
-    several = generate(pipe, pictures[:2], num_images_per_prompt=2, height=24, width=40, generator=seed())
+def test_several_reconstructions_of_each_image_and_other_sizes(pipe, images):
+    several = generate(pipe, images[:2], num_images_per_prompt=2, height=24, width=40, generator=seed())
     assert several.shape == (4, 24, 40, 3)
     assert not np.array_equal(several[0], several[1])
 
@@ -125,16 +125,16 @@ def test_the_default_size_is_the_crop_s_or_else_the_unet_s(pipe):
         assert pipe.default_size == expected
 
 
-def test_a_negative_prompt_changes_the_image(pipe, pictures):
-    plain = generate(pipe, pictures[0], generator=seed(), guidance_scale=5.0)
-    steered = generate(pipe, pictures[0], generator=seed(), guidance_scale=5.0, negative_prompt="a large dog")
+def test_a_negative_prompt_changes_the_image(pipe, images):
+    plain = generate(pipe, images[0], generator=seed(), guidance_scale=5.0)
+    steered = generate(pipe, images[0], generator=seed(), guidance_scale=5.0, negative_prompt="a large dog")
     assert not np.array_equal(plain, steered)
-    empty = generate(pipe, pictures[0], generator=seed(), guidance_scale=5.0, negative_prompt="")
+    empty = generate(pipe, images[0], generator=seed(), guidance_scale=5.0, negative_prompt="")
     assert np.array_equal(plain, empty)
 
 
-def test_guidance_rescale_moves_the_standard_deviation_to_that_of_the_text_prediction(pipe, pictures):
-    prompt_embeds, negative_prompt_embeds = embeddings(pipe, pictures[:2], QUERIES)
+def test_guidance_rescale_moves_the_standard_deviation_to_that_of_the_text_prediction(pipe, images):
+    prompt_embeds, negative_prompt_embeds = embeddings(pipe, images[:2], QUERIES)
     latents = torch.randn(2, 4, 8, 8, generator=seed())
     t = torch.tensor(500)
     predictions = {}
@@ -151,22 +151,22 @@ def test_guidance_rescale_moves_the_standard_deviation_to_that_of_the_text_predi
 # --- timesteps and sigmas -------------------------------------------------------------------------------------------
 
 
-def test_custom_timesteps_replace_the_number_of_steps(pipe, pictures):
+def test_custom_timesteps_replace_the_number_of_steps(pipe, images):
     seen = []
 
     def callback(pipeline, step, timestep, callback_kwargs):
         seen.append((step, int(timestep), pipeline.num_timesteps))
 
-    generate(pipe, pictures[0], timesteps=[900, 500, 10, 0], callback_on_step_end=callback)
+    generate(pipe, images[0], timesteps=[900, 500, 10, 0], callback_on_step_end=callback)
     assert seen == [(0, 900, 4), (1, 500, 4), (2, 10, 4), (3, 0, 4)]
-    generate(pipe, pictures[0])
+    generate(pipe, images[0])
     assert pipe.num_timesteps == 3
 
 
-def test_custom_sigmas_replace_the_number_of_steps(pipe, pictures):
+def test_custom_sigmas_replace_the_number_of_steps(pipe, images):
     use(pipe, EulerDiscreteScheduler)
     sigmas = [10.0, 3.0, 1.0, 0.5, 0.0]  # this scheduler takes the last one, too
-    generate(pipe, pictures[0], sigmas=sigmas)
+    generate(pipe, images[0], sigmas=sigmas)
     assert pipe.num_timesteps == 4
     assert pipe.scheduler.sigmas.tolist() == sigmas
 
@@ -175,9 +175,7 @@ def test_custom_sigmas_replace_the_number_of_steps(pipe, pictures):
     ("scheduler", "settings", "timesteps"),
     [(HeunDiscreteScheduler, {}, 5), (PNDMScheduler, {"skip_prk_steps": True}, 4), (DDIMScheduler, {}, 3)],
 )
-def test_the_progress_bar_counts_steps_and_not_evaluations(
-    pipe, pictures, scheduler, settings, timesteps, monkeypatch
-):
+def test_the_progress_bar_counts_steps_and_not_evaluations(pipe, images, scheduler, settings, timesteps, monkeypatch):
     use(pipe, scheduler, **settings)
     bars = []
     original = pipe.progress_bar
@@ -188,7 +186,7 @@ def test_the_progress_bar_counts_steps_and_not_evaluations(
 
     pipe.set_progress_bar_config()
     monkeypatch.setattr(pipe, "progress_bar", progress_bar)
-    generate(pipe, pictures[0])
+    generate(pipe, images[0])
     assert pipe.num_timesteps == timesteps
     assert (bars[0].total, bars[0].n) == (3, 3)
 
@@ -244,15 +242,15 @@ CUTOFFS = {
 
 
 # With as many caption embeddings as text positions, guidance is one call of the denoiser, else two.
-@pytest.mark.parametrize(("images", "copies", "tokens"), [(1, 1, POSITIONS), (3, 1, POSITIONS), (2, 2, QUERIES)])
+@pytest.mark.parametrize(("image_count", "copies", "tokens"), [(1, 1, POSITIONS), (3, 1, POSITIONS), (2, 2, QUERIES)])
 @pytest.mark.parametrize("callback", CUTOFFS)
 def test_after_a_guidance_cutoff_each_image_is_denoised_without_guidance(
-    pipe, pictures, callback, images, copies, tokens
+    pipe, images, callback, image_count, copies, tokens
 ):
     use(pipe, DDIMScheduler)
-    z = pipe.encode_image(pictures[:images])
-    prompt_embeds, negative_prompt_embeds = embeddings(pipe, pictures[:images], tokens, copies)
-    count = images * copies
+    z = pipe.encode_image(images[:image_count])
+    prompt_embeds, negative_prompt_embeds = embeddings(pipe, images[:image_count], tokens, copies)
+    count = image_count * copies
     latents = torch.randn(count, 4, 8, 8, generator=seed())
     scales = [50.0, 50.0, 1.0, 1.0]  # high, because an untrained denoiser hardly follows its prompt
     expected = denoise_by_hand(pipe, latents, prompt_embeds, negative_prompt_embeds, scales)
@@ -273,15 +271,15 @@ def test_after_a_guidance_cutoff_each_image_is_denoised_without_guidance(
     assert (uncut - expected).abs().max() > 0.1  # or the comparison could not fail
 
 
-def test_guidance_is_that_of_the_call_again_after_a_cutoff(pipe, pictures):
-    plain = generate(pipe, pictures[0], generator=seed())
-    generate(pipe, pictures[0], generator=seed(), callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.0))
+def test_guidance_is_that_of_the_call_again_after_a_cutoff(pipe, images):
+    plain = generate(pipe, images[0], generator=seed())
+    generate(pipe, images[0], generator=seed(), callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.0))
     assert pipe.guidance_scale == 0.0 and not pipe.do_classifier_free_guidance
-    assert np.array_equal(generate(pipe, pictures[0], generator=seed()), plain)
+    assert np.array_equal(generate(pipe, images[0], generator=seed()), plain)
     assert pipe.guidance_scale == 2.0 and pipe.do_classifier_free_guidance
 
 
-def test_an_interrupted_call_skips_the_remaining_steps(pipe, pictures):
+def test_an_interrupted_call_skips_the_remaining_steps(pipe, images):
     seen = []
 
     def stop_at_the_second(pipeline, step, timestep, callback_kwargs):
@@ -290,10 +288,10 @@ def test_an_interrupted_call_skips_the_remaining_steps(pipe, pictures):
 
     calls = count_unet_rows(pipe)
     settings = {"guidance_scale": 1.0, "num_inference_steps": 5, "output_type": "latent"}
-    got = generate(pipe, pictures[0], callback_on_step_end=stop_at_the_second, **settings)
+    got = generate(pipe, images[0], callback_on_step_end=stop_at_the_second, **settings)
     assert len(seen) == len(calls) == 2 and pipe.interrupt
     assert torch.equal(got, seen[-1])
-    generate(pipe, pictures[0], **settings)
+    generate(pipe, images[0], **settings)
     assert len(calls) == 2 + 5 and not pipe.interrupt
 
 
@@ -315,23 +313,23 @@ def test_diffusers_callbacks_work_where_the_pipeline_is_loaded_as_remote_code():
     assert calls[-1] == 2 and sum(calls) == 3 * 4 + 2  # three steps with guidance, one without
 
 
-def test_callbacks_see_and_change_the_latents_of_each_step(pipe, pictures):
+def test_callbacks_see_and_change_the_latents_of_each_step(pipe, images):
     seen = []
 
     def callback(pipeline, step, timestep, callback_kwargs):
         seen.append((step, int(timestep), sorted(callback_kwargs)))
         return {"latents": callback_kwargs["latents"] * 0}
 
-    latents = generate(pipe, pictures[0], output_type="latent", callback_on_step_end=callback)
+    latents = generate(pipe, images[0], output_type="latent", callback_on_step_end=callback)
     assert [step for step, _, _ in seen] == [0, 1, 2] and seen[0][1] > seen[-1][1]
     assert seen[0][2] == ["latents"]
     assert not latents.any()
 
 
-def test_callbacks_see_and_change_the_embeddings(pipe, pictures):
+def test_callbacks_see_and_change_the_embeddings(pipe, images):
     """The embeddings of another image, and another negative prompt, from the second step on."""
     use(pipe, DDIMScheduler)
-    prompt_embeds, negative_prompt_embeds = embeddings(pipe, pictures[:2], QUERIES)
+    prompt_embeds, negative_prompt_embeds = embeddings(pipe, images[:2], QUERIES)
     other, other_negative = prompt_embeds.flip(0), pipe.encode_prompt(["a large dog", "a small tree"])
     seen = []
 
@@ -342,7 +340,7 @@ def test_callbacks_see_and_change_the_embeddings(pipe, pictures):
     latents = torch.randn(2, 4, 8, 8, generator=seed())
     got = generate(
         pipe,
-        pictures[:2],
+        images[:2],
         latents=latents,
         output_type="latent",
         callback_on_step_end=swap,
@@ -362,27 +360,27 @@ def test_callbacks_see_and_change_the_embeddings(pipe, pictures):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
-def test_a_callback_that_returns_embeddings_for_other_images_is_an_error(pipe, pictures, rows):
+def test_a_callback_that_returns_embeddings_for_other_images_is_an_error(pipe, images, rows):
     def callback(pipeline, step, timestep, callback_kwargs):
         return {"prompt_embeds": torch.ones(rows, QUERIES, TEXT_WIDTH)}
 
     with pytest.raises(ValueError, match=f"prompt_embeds of {rows} rows for 2 images"):
-        generate(pipe, pictures[:2], callback_on_step_end=callback)
+        generate(pipe, images[:2], callback_on_step_end=callback)
 
 
-def test_a_callback_may_not_turn_guidance_on_without_negative_embeddings(pipe, pictures):
+def test_a_callback_may_not_turn_guidance_on_without_negative_embeddings(pipe, images):
     def callback(pipeline, step, timestep, callback_kwargs):
         pipeline._guidance_scale = 3.0
 
     with pytest.raises(ValueError, match="no negative_prompt_embeds"):
-        generate(pipe, pictures[0], guidance_scale=1.0, callback_on_step_end=callback)
+        generate(pipe, images[0], guidance_scale=1.0, callback_on_step_end=callback)
 
 
 # --- mixing and errors ----------------------------------------------------------------------------------------------
 
 
-def test_mixing_keeps_the_leading_embeddings_of_each_image(pipe, pictures):
-    z = pipe.encode_image(pictures[:2])
+def test_mixing_keeps_the_leading_embeddings_of_each_image(pipe, images):
+    z = pipe.encode_image(images[:2])
     mixed = pipe.mix_caption_embeds([z[0], z[1]], [5, 3])
     assert torch.equal(mixed, torch.cat([z[0, :5], z[1, :3]])[None])
     assert generate(pipe, caption_embeds=mixed).shape == (1, 32, 32, 3)
@@ -414,18 +412,18 @@ def test_mixing_keeps_the_leading_embeddings_of_each_image(pipe, pictures):
         ({"callback_on_step_end_tensor_inputs": ["conditioning"]}, r"'prompt_embeds'.*not \['conditioning'\]"),
     ],
 )
-def test_errors_name_the_argument_and_what_is_expected(pipe, pictures, settings, message):
-    image = pictures[0] if settings else None
+def test_errors_name_the_argument_and_what_is_expected(pipe, images, settings, message):
+    image = images[0] if settings else None
     with pytest.raises(ValueError, match=message):
         generate(pipe, image, **settings)
 
 
-def test_timesteps_are_refused_by_a_scheduler_that_does_not_take_them(pipe, pictures):
+def test_timesteps_are_refused_by_a_scheduler_that_does_not_take_them(pipe, images):
     use(pipe, DDIMScheduler)
     with pytest.raises(ValueError, match="DDIMScheduler does not take custom timesteps"):
-        generate(pipe, pictures[0], timesteps=[500, 0])
+        generate(pipe, images[0], timesteps=[500, 0])
 
 
-def test_an_image_and_embeddings_together_are_refused(pipe, pictures):
+def test_an_image_and_embeddings_together_are_refused(pipe, images):
     with pytest.raises(ValueError, match="not both"):
-        generate(pipe, pictures[0], caption_embeds=pipe.encode_image(pictures[0]))
+        generate(pipe, images[0], caption_embeds=pipe.encode_image(images[0]))

@@ -39,9 +39,9 @@ def test_folder_and_parquet_give_the_same_images_and_pairs(parquet, image_folder
     assert len(load_images(str(parquet.parent))) == 16  # a folder of parquet files
 
 
-def test_a_jsonl_file_names_images_in_its_folder(tmp_path, pictures):
+def test_a_jsonl_file_names_images_in_its_folder(tmp_path, images):
     (tmp_path / "sub").mkdir()
-    pictures[0].save(tmp_path / "sub" / "a.png")
+    images[0].save(tmp_path / "sub" / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "sub/a.png", "caption": "a dog"}\n\n')
     pairs = load_pairs(str(tmp_path))
     assert [dict(pairs[i]) for i in range(len(pairs))] == [{"image": str(tmp_path / "sub/a.png"), "caption": "a dog"}]
@@ -55,15 +55,15 @@ def test_a_jsonl_file_names_images_in_its_folder(tmp_path, pictures):
         ('{"file_name": "b.png", "caption": "a dog"}', "line 2: .*b.png does not exist"),
     ],
 )
-def test_an_error_names_the_wrong_line(tmp_path, pictures, line, words):
-    pictures[0].save(tmp_path / "a.png")
+def test_an_error_names_the_wrong_line(tmp_path, images, line, words):
+    images[0].save(tmp_path / "a.png")
     (tmp_path / "list.jsonl").write_text('{"file_name": "a.png", "caption": "x"}\n' + line)
     with pytest.raises(ValueError, match=words):
         load_pairs(str(tmp_path))
 
 
-def test_an_empty_jsonl_file_is_an_error_and_a_byte_order_mark_is_ignored(tmp_path, pictures):
-    pictures[0].save(tmp_path / "a.png")
+def test_an_empty_jsonl_file_is_an_error_and_a_byte_order_mark_is_ignored(tmp_path, images):
+    images[0].save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a dog")
     (tmp_path / "list.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"no pairs in .*list\.jsonl"):
@@ -73,12 +73,12 @@ def test_an_empty_jsonl_file_is_an_error_and_a_byte_order_mark_is_ignored(tmp_pa
     assert load_pairs(str(tmp_path))[0]["caption"] == "a cat"
 
 
-def test_an_error_names_what_is_missing(tmp_path, pictures, parquet):
+def test_an_error_names_what_is_missing(tmp_path, images, parquet):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="no images in"):
         load_images(str(empty))
-    pictures[0].save(empty / "alone.png")
+    images[0].save(empty / "alone.png")
     with pytest.raises(ValueError, match=r"alone.png has no caption: expected alone.txt"):
         load_pairs(str(empty))
     with pytest.raises(ValueError, match="no 'text'"):
@@ -87,31 +87,31 @@ def test_an_error_names_what_is_missing(tmp_path, pictures, parquet):
         load_images("nowhere.parquet")
 
 
-def test_encoder_and_diffusion_model_get_the_same_crop(pictures):
+def test_encoder_and_diffusion_model_get_the_same_crop(images):
     from vlv import VLVImageProcessor
 
     processor = VLVImageProcessor(
         size={"height": 32, "width": 32}, pre_crop_size=16, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
-    batch = Stage1Collator(processor, diffusion_image_size=16)([{"image": p} for p in pictures])
+    batch = Stage1Collator(processor, diffusion_image_size=16)([{"image": p} for p in images])
     assert batch["pixel_values"].shape == (8, 3, 32, 32) and batch["diffusion_pixels"].shape == (8, 3, 16, 16)
     assert batch["diffusion_pixels"].dtype == torch.uint8
-    cropped = processor.load(pictures[1])
+    cropped = processor.load(images[1])
     assert np.array_equal(batch["diffusion_pixels"][1].permute(1, 2, 0).numpy(), np.asarray(cropped))
     enlarged = np.asarray(cropped.resize((32, 32), Image.Resampling.BICUBIC)) / 255
     np.testing.assert_allclose(batch["pixel_values"][1].permute(1, 2, 0), enlarged, atol=1e-6)
 
 
-def test_captions_are_padded_to_the_longest_of_the_batch(processor, pictures):
+def test_captions_are_padded_to_the_longest_of_the_batch(processor, images):
     captions = ["a dog", "a large apple at the top left"]
-    items = [{"image": p, "caption": c} for p, c in zip(pictures, captions, strict=False)]
+    items = [{"image": p, "caption": c} for p, c in zip(images, captions, strict=False)]
     batch = Stage2Collator(processor, max_caption_tokens=300)(items)
     assert batch["labels"].shape == (2, 8)  # seven words and EOS
     assert batch["labels"][0].tolist()[2:] == [processor.tokenizer.eos_token_id] + [-100] * 5
 
 
-def test_unreadable_items_are_skipped_logged_and_counted(processor, pictures, caplog):
-    items = [{"image": pictures[0], "caption": "a dog"}, {"image": b"no image", "caption": "a cat"}]
+def test_unreadable_items_are_skipped_logged_and_counted(processor, images, caplog):
+    items = [{"image": images[0], "caption": "a dog"}, {"image": b"no image", "caption": "a cat"}]
     batch = Stage2Collator(processor, 30)(items)
     assert len(batch["pixel_values"]) == len(batch["labels"]) == 1
     assert batch["num_skipped"] == 1
@@ -119,16 +119,16 @@ def test_unreadable_items_are_skipped_logged_and_counted(processor, pictures, ca
         Stage2Collator(processor, 30, on_bad_image="error")(items)
     with pytest.raises(ValueError, match="none of the 1 images"):
         Stage2Collator(processor, 30)(items[1:])
-    batch = Stage2Collator(processor, 30)([items[0], {"image": pictures[1], "caption": None}])
+    batch = Stage2Collator(processor, 30)([items[0], {"image": images[1], "caption": None}])
     assert len(batch["labels"]) == 1 and batch["num_skipped"] == 1
     assert "the caption is a NoneType" in caplog.text
     with pytest.raises(ValueError, match="'ignore'"):
         Stage2Collator(processor, 30, on_bad_image="ignore")
 
 
-def test_a_batch_without_a_readable_item_repeats_the_last_readable_one(processor, pictures):
+def test_a_batch_without_a_readable_item_repeats_the_last_readable_one(processor, images):
     collator = Stage2Collator(processor, 30)
-    good = collator([{"image": pictures[0], "caption": "a dog"}])
+    good = collator([{"image": images[0], "caption": "a dog"}])
     again = collator([{"image": b"no image", "caption": "a cat"}])
     assert again["num_skipped"] == 1
     assert torch.equal(again["pixel_values"], good["pixel_values"]) and torch.equal(again["labels"], good["labels"])

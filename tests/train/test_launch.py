@@ -47,7 +47,7 @@ def test_both_launchers_train_and_save(
     assert metadata["batch_size"] == 4 * processes and metadata["final_loss"] > 0
 
 
-def first_random_number(rank, tmp_path, monkeypatch, captioner, processor, pictures) -> float:
+def first_random_number(rank, tmp_path, monkeypatch, captioner, processor, images) -> float:
     """The first random number in the first training step of a process with this rank."""
     monkeypatch.setattr(Stage2Config, "process_index", property(lambda self: rank))
     numbers = []
@@ -68,11 +68,11 @@ def first_random_number(rank, tmp_path, monkeypatch, captioner, processor, pictu
         disable_tqdm=True,
     )
     freeze_for_stage2(captioner, "projector")
-    RecordingTrainer(captioner, config, [{"image": pictures[0], "caption": "a dog"}], processor).train()
+    RecordingTrainer(captioner, config, [{"image": images[0], "caption": "a dog"}], processor).train()
     return numbers[0]
 
 
-def test_each_process_has_its_own_random_numbers(tmp_path, monkeypatch, captioner, processor, pictures):
-    shared = (tmp_path, monkeypatch, captioner, processor, pictures)
+def test_each_process_has_its_own_random_numbers(tmp_path, monkeypatch, captioner, processor, images):
+    shared = (tmp_path, monkeypatch, captioner, processor, images)
     first, second, again = (first_random_number(rank, *shared) for rank in (0, 1, 0))
     assert first != second and first == again

@@ -56,9 +56,9 @@ def stage2_trainer(tmp_path, captioner, processor, dataset, **settings) -> Stage
 
 
 @pytest.fixture
-def pairs(pictures) -> list[dict]:
+def pairs(images) -> list[dict]:
     captions = ["a", "a small dog", "a large apple at the top left", "a cat"] * 2
-    return [{"image": p, "caption": c} for p, c in zip(pictures, captions, strict=True)]
+    return [{"image": p, "caption": c} for p, c in zip(images, captions, strict=True)]
 
 
 def test_gradient_accumulation_gives_the_loss_of_the_complete_batch(tmp_path, captioner, processor, pairs):
@@ -75,12 +75,12 @@ def test_gradient_accumulation_gives_the_loss_of_the_complete_batch(tmp_path, ca
     assert losses == pytest.approx([mean_over_tokens] * 2, rel=1e-4)
 
 
-def test_a_trained_model_ends_its_captions(tmp_path, captioner, processor, pictures):
+def test_a_trained_model_ends_its_captions(tmp_path, captioner, processor, images):
     """A model trained on one caption generates that caption and then EOS."""
-    data = [{"image": pictures[0], "caption": "a small dog"}] * 8
+    data = [{"image": images[0], "caption": "a small dog"}] * 8
     trainer = stage2_trainer(tmp_path, captioner, processor, data, per_device_train_batch_size=4, max_steps=60)
     trainer.train()
-    ids = captioner.eval().generate(processor(images=pictures[0]).pixel_values, max_new_tokens=20)
+    ids = captioner.eval().generate(processor(images=images[0]).pixel_values, max_new_tokens=20)
     assert ids[0, -1] == processor.tokenizer.eos_token_id and ids.shape[1] == 4
     assert processor.decode(ids[0], skip_special_tokens=True) == "a small dog"
 
