@@ -10,6 +10,8 @@ from PIL import Image
 
 from vlv.train import ColumnDataset, Stage1Collator, Stage2Collator, load_images, load_pairs
 
+from ..builders import assert_close_to_scale
+
 
 def item_pixels(dataset, image_processor) -> list[np.ndarray]:
     return [np.asarray(image_processor.load(dataset[i]["image"])) for i in range(len(dataset))]
@@ -99,7 +101,7 @@ def test_encoder_and_diffusion_model_get_the_same_crop(images):
     cropped = processor.load(images[1])
     assert np.array_equal(batch["diffusion_pixels"][1].permute(1, 2, 0).numpy(), np.asarray(cropped))
     enlarged = np.asarray(cropped.resize((32, 32), Image.Resampling.BICUBIC)) / 255
-    np.testing.assert_allclose(batch["pixel_values"][1].permute(1, 2, 0), enlarged, atol=1e-6)
+    assert_close_to_scale(torch.as_tensor(batch["pixel_values"][1].permute(1, 2, 0)), torch.as_tensor(enlarged), 1e-6)
 
 
 def test_captions_are_padded_to_the_longest_of_the_batch(processor, images):

@@ -16,6 +16,8 @@ from vlv.miniature.paper.embedding_probes import (
 )
 from vlv.miniature.world import Scene, SceneObject
 
+from ...builders import assert_close_to_scale
+
 
 def square(x: int, y: int, size: int) -> torch.Tensor:
     image = torch.full((3, 64, 64), 200, dtype=torch.uint8)
@@ -41,7 +43,7 @@ def test_deviations_compare_objects_that_both_images_show():
 def test_pixel_values_equal_those_of_the_image_processor():
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = build_image_processor()([image], return_tensors="pt").pixel_values
-    assert torch.allclose(to_pixel_values(image[None]), expected, atol=1e-6)
+    assert_close_to_scale(to_pixel_values(image[None]), expected, 1e-6)
 
 
 def test_single_objects_are_composed_only_at_different_places():
