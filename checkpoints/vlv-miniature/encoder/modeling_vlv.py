@@ -401,11 +401,10 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
                 Precision of all parts, whatever they are stored in. Training in mixed precision needs full weights.
         """
-        if isinstance(vlv, str):
-            vlv = VLVModel.from_pretrained(vlv)
+        encoder: Any = VLVModel.from_pretrained(vlv) if isinstance(vlv, str) else vlv
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
-        own: Any = vlv.config
+        own = encoder.config
         sub_configs = {
             "image_encoder_config": own.image_encoder_config,
             "text_encoder_config": own.text_encoder_config,
@@ -421,7 +420,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             query_initializer_range=own.query_initializer_range,
             initializer_range=own.initializer_range,
         )
-        model.model.load_state_dict(vlv.state_dict())
+        model.model.load_state_dict(encoder.state_dict())
         model.language_model.load_state_dict(language_model.state_dict())
         if language_model.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
