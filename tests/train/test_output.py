@@ -41,6 +41,7 @@ def test_without_a_terminal_it_prints_log_lines_and_no_warnings(command):
         output = done.stdout + done.stderr
         assert done.returncode == 0, output
         assert "Warning" not in output and "missing keys" not in output and "it/s" not in output, output
+        assert "use_cache" not in output, output
     assert "resuming from" in output and "'loss'" in output and "'images_per_second'" in output
     assert "'learning_rate'" in output
 
