@@ -85,9 +85,13 @@ class Demo:
         if not path:
             raise gr.Error(f"Choose {which} first.")
         try:
-            return self.image_processor.load(path)
-        except ValueError as error:
-            reason = str(error).replace(str(path), Path(path).name)
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise gr.Error(f"{Path(path).name} could not be read: {error.strerror}") from error
+        try:
+            return self.image_processor.load(data)
+        except ValueError as error:  # it calls the data "N bytes"; the page names the file, without its folder
+            reason = str(error).replace(f"{len(data)} bytes", Path(path).name, 1)
             raise gr.Error(f"This file cannot be read as an image: {reason}") from error
 
     def caption(

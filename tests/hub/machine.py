@@ -1,10 +1,11 @@
-"""A user's machine: a fresh process with an empty folder and cache, with or without this package."""
+"""A user's machine: fresh processes with an empty folder and cache, with or without this package."""
 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from ..interpreter import run_python
 
 # Makes `import vlv` fail, as where this package is not installed.
 WITHOUT_PACKAGE = """
@@ -35,15 +36,8 @@ class Machine:
             self.environment.pop(name, None)
 
     def python(self, script: str, *arguments, **environment) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-c", script, *map(str, arguments)],
-            cwd=self.folder,
-            env=self.environment | environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        """Runs a script in a fresh process."""
+        return run_python(script, [*map(str, arguments)], cwd=self.folder, env=self.environment | environment)
 
     def without_package(self, script: str, *arguments, **environment):
         """Runs a script where `import vlv` fails. Returns the JSON of its last line of output."""

@@ -4,11 +4,14 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from vlv.train import Stage1Config, Stage2Config
+
+from ..interpreter import MODULE, run_python
 
 
 @pytest.fixture(params=["stage1", "stage2"])
@@ -37,7 +40,7 @@ def test_without_a_terminal_it_prints_log_lines_and_no_warnings(command):
     """Also when it resumes, where tied weights are in the checkpoint once, and on a machine without an accelerator."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     for arguments in ([], ["--max_steps=3"]):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+        done = run_python(MODULE, [*command[2:], *arguments], cwd=Path.cwd(), env=environment)
         output = done.stdout + done.stderr
         assert done.returncode == 0, output
         assert "Warning" not in output and "missing keys" not in output and "it/s" not in output, output

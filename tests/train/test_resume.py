@@ -16,6 +16,8 @@ from vlv import VLVModel
 from vlv.diffusion_decoder import load_diffusion_decoder
 from vlv.train import last_checkpoint, stage1
 
+from ..interpreter import MODULE, run_python
+
 STEPS, KILLED_AT, SAVED_EVERY = 12, 4, 4
 
 
@@ -43,7 +45,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(MODULE, command[2:], cwd=Path.cwd(), env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
