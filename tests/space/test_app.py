@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import gradio as gr
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -86,7 +87,9 @@ def test_composing_refuses_numbers_that_do_not_fit(demo):
         pass
 
     first_alone = demo.compose(EXAMPLES[0], EXAMPLES[1], demo.num_query_tokens, 0, 1, 3, 2.0, progress)
-    assert first_alone.tobytes() == demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1].tobytes()
+    reconstruction = demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1]
+    difference = np.asarray(first_alone).astype(int) - np.asarray(reconstruction)
+    assert np.abs(difference).max() <= 1  # grey levels: two images are encoded in one batch, one alone
     with pytest.raises(gr.Error, match="text encoder has places"):
         demo.compose(EXAMPLES[0], EXAMPLES[1], 0, 0, 1, 3, 2.0, progress)
     with pytest.raises(gr.Error, match="Choose the second image first"):
