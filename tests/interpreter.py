@@ -7,6 +7,7 @@ are imported already. Libraries that read the environment when they are imported
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import torch, torch._dynamo, torch.distributed.tensor  # all that transformers imports of torch
 
 def run(request):
+    signal.alarm(request["timeout"])  # ends a child that hangs
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -54,13 +56,18 @@ for line in sys.stdin:
 """
 MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 """Code for `run_python` that runs the module in its first argument, as `python -m` does."""
+TIMEOUT = 300  # seconds
 _server: subprocess.Popen | None = None
 
 
 def run_python(
     code: str, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]
 ) -> subprocess.CompletedProcess:
-    """Runs `python -c code arguments...` and returns its exit code and output, as `subprocess.run` does."""
+    """Runs `python -c code arguments...` and returns its exit code and output, as `subprocess.run` does.
+
+    Raises:
+        TimeoutError: If it has not ended after `TIMEOUT` seconds.
+    """
     global _server
     if _server is None:
         _server = subprocess.Popen(
@@ -70,9 +77,12 @@ def run_python(
     assert _server.stdin is not None and _server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         outputs = {name: os.path.join(folder, name) for name in ("stdout", "stderr")}
-        request = {"code": code, "arguments": list(arguments), "cwd": str(cwd), "env": dict(env), **outputs}
+        request = {"code": code, "arguments": list(arguments), "cwd": str(cwd), "env": dict(env)}
+        request |= {"timeout": TIMEOUT, **outputs}
         _server.stdin.write(json.dumps(request) + "\n")
         _server.stdin.flush()
         returncode = int(_server.stdout.readline())
         texts = [Path(path).read_text(encoding="utf-8", errors="replace") for path in outputs.values()]
+    if returncode == -signal.SIGALRM:
+        raise TimeoutError(f"python -c {code[:80]!r} did not end within {TIMEOUT} s: {texts[1][-2000:]}")
     return subprocess.CompletedProcess([sys.executable, "-c", code, *arguments], returncode, *texts)
