@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -15,7 +15,7 @@ from .data import evaluation_items
 from .grammar import parse_caption
 from .scene_classifier import SceneClassifier, measure_scene_classifier
 from .scoring import score_scenes
-from .teacher import measure_prompt_alignment
+from .teacher import assemble_pipeline, measure_prompt_alignment
 
 SPLITS = ("test", "combo")
 SCENE_CLASSIFIER_FILE = "scene_classifier.safetensors"
@@ -63,35 +63,46 @@ def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n
 
 def teacher_pipeline(pipeline: VLVReconstructionPipeline) -> StableDiffusionPipeline:
     """The teacher as a text-to-image pipeline, from the components of a reconstruction pipeline."""
-    teacher = StableDiffusionPipeline(
-        vae=pipeline.vae,
-        text_encoder=pipeline.encoder.text_encoder,
-        tokenizer=pipeline.tokenizer,
-        unet=pipeline.unet,
-        scheduler=pipeline.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return assemble_pipeline(
+        pipeline.vae, pipeline.encoder.text_encoder, pipeline.unet, pipeline.tokenizer, pipeline.scheduler
     )
-    teacher.set_progress_bar_config(disable=True)
-    return teacher
 
 
 def reconstruct_images(
     pipeline: VLVReconstructionPipeline, pixels: torch.Tensor, guidance_scale: float, steps: int, batch_size: int = 64
 ) -> torch.Tensor:
-    """Reconstructions of images, both `(N, 3, 64, 64)` uint8. Each has noise of its own, seeded by its index."""
+    """Reconstructions of images, both `(N, 3, 64, 64)` uint8. Image `i` has noise of the seed `i`."""
+    return generate_in_batches(pipeline, "image", pixels, guidance_scale, steps, batch_size)
+
+
+def generate_in_batches(
+    pipeline: VLVReconstructionPipeline,
+    argument: Literal["image", "caption_embeds"],
+    inputs: torch.Tensor,
+    guidance_scale: float,
+    steps: int,
+    batch_size: int,
+) -> torch.Tensor:
+    """Images `(N, 3, 64, 64)` uint8 from `inputs`, which the pipeline takes as `argument`.
+
+    Image `i` has noise of the seed `i`, whatever the size of the batches.
+    """
     batches = [
         generate_images(
             pipeline,
-            image=list(pixels[start : start + batch_size]),
-            seeds=range(start, min(start + batch_size, len(pixels))),
+            **{argument: inputs[start : start + batch_size]},
+            seeds=range(start, min(start + batch_size, len(inputs))),
             guidance_scale=guidance_scale,
             num_inference_steps=steps,
         )
-        for start in range(0, len(pixels), batch_size)
+        for start in range(0, len(inputs), batch_size)
     ]
-    return (torch.cat(batches) * 255).round().to(torch.uint8)
+    return to_uint8(torch.cat(batches))
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in 0..1 as uint8."""
+    return (images * 255).round().to(torch.uint8)
 
 
 def caption_images(

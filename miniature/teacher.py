@@ -161,15 +161,19 @@ class CaptionCollator:
 
 
 def assemble_pipeline(
-    autoencoder: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scheduler: DDIMScheduler,
 ) -> StableDiffusionPipeline:
-    """The teacher as a diffusers pipeline."""
+    """The teacher as a diffusers pipeline, without a progress bar."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text_encoder,
-        tokenizer=build_tokenizer(for_text_encoder=True),
+        tokenizer=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -240,7 +244,13 @@ class PromptAlignmentCallback(TrainerCallback):
             return
         parts = dict(self.averaged.named_children())
         random_state = torch.get_rng_state()
-        pipeline = assemble_pipeline(self.autoencoder, parts["text_encoder"], parts["unet"])
+        pipeline = assemble_pipeline(
+            self.autoencoder,
+            parts["text_encoder"],
+            parts["unet"],
+            build_tokenizer(for_text_encoder=True),
+            build_scheduler(),
+        )
         scores, images = measure_prompt_alignment(pipeline, self.scene_classifier, n=64)
         torch.set_rng_state(random_state)
         print(f"step {state.global_step}: {scores}", flush=True)
@@ -299,4 +309,5 @@ def train_teacher(
     if int(os.environ.get("RANK", "0")):
         return
     average = dict(averaging.average.named_children())
-    assemble_pipeline(autoencoder, average["text_encoder"], average["unet"]).save_pretrained(output_dir)
+    teacher = assemble_pipeline(autoencoder, average["text_encoder"], average["unet"], tokenizer, build_scheduler())
+    teacher.save_pretrained(output_dir)

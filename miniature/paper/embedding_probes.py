@@ -12,10 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from vlv import VLVForConditionalGeneration, VLVModel, VLVProcessor
-from vlv.pipelines import VLVReconstructionPipeline, generate_captions, generate_images
+from vlv.pipelines import VLVReconstructionPipeline, generate_captions
 
 from ..data import evaluation_items
 from ..encoder import build_image_processor
+from ..evaluation import generate_in_batches, to_uint8
 from ..grammar import parse_caption, write_caption
 from ..render import IMAGE_SIZE
 from ..scene_classifier import SceneClassifier
@@ -64,17 +65,7 @@ def encode_images(encoder: VLVModel, images: torch.Tensor) -> torch.Tensor:
 
 def generate_from_embeds(pipeline: VLVReconstructionPipeline, embeds: torch.Tensor) -> torch.Tensor:
     """Images `(N, 3, 64, 64)` uint8 from caption embeddings `(N, Q, d_text)`; image `i` has seed `i`."""
-    batches = [
-        generate_images(
-            pipeline,
-            caption_embeds=embeds[start : start + BATCH_SIZE],
-            seeds=range(start, min(start + BATCH_SIZE, len(embeds))),
-            guidance_scale=GUIDANCE,
-            num_inference_steps=STEPS,
-        )
-        for start in range(0, len(embeds), BATCH_SIZE)
-    ]
-    return _to_uint8(torch.cat(batches))
+    return generate_in_batches(pipeline, "caption_embeds", embeds, GUIDANCE, STEPS, BATCH_SIZE)
 
 
 def generate_from_captions(teacher: StableDiffusionPipeline, captions: Sequence[str]) -> torch.Tensor:
@@ -93,11 +84,7 @@ def generate_from_captions(teacher: StableDiffusionPipeline, captions: Sequence[
         ).images
         for start in range(0, len(captions), BATCH_SIZE)
     ]
-    return _to_uint8(torch.cat(batches))
-
-
-def _to_uint8(images: torch.Tensor) -> torch.Tensor:
-    return (images * 255).round().to(torch.uint8)
+    return to_uint8(torch.cat(batches))
 
 
 def locate(image: torch.Tensor, place: str) -> tuple[float, float, float] | None:

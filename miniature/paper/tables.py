@@ -13,6 +13,7 @@ from typing import Any
 
 from vlv.evaluation import markdown_table
 
+from ..metrics import METRICS
 from . import measurements
 from .embedding_probes import ANOTHER_IMAGE, SAME_IMAGE
 from .measurements import PAIRS, Measurement, with_pairs
@@ -21,12 +22,6 @@ Results = Mapping[str, Mapping[str, Any]]
 SPLIT = "combo"
 MISSING = "–"
 NOT_YET = "*Not measured yet.*"
-METRICS = {
-    "background": "background",
-    "object_f1": "object F1",
-    "object_place_f1": "object + place F1",
-    "exact": "exact scene",
-}
 F1 = "object_place_f1"
 RECONSTRUCTIONS = (
     "Reconstructions of unseen combinations, guidance 2, read by the scene classifier; one seed, or the mean of "
@@ -408,9 +403,10 @@ def _score_table(
 
 
 def _metrics_table(title: str, found: Mapping[str, Mapping[str, float]]) -> str:
-    """A table of one measurement that scores several things: one row for each, with every metric."""
-    rows = [[name, *(number(scores[metric]) for metric in METRICS)] for name, scores in found.items()]
-    return markdown_table([title, *METRICS.values()], rows)
+    """A table of one measurement that scores several things: one row for each."""
+    metrics = ("background", "object_f1", F1, "exact")
+    rows = [[name, *(number(scores[metric]) for metric in metrics)] for name, scores in found.items()]
+    return markdown_table([title, *(METRICS[metric] for metric in metrics)], rows)
 
 
 def _section(title: str, about: str, ours: str, paper: str | None = None) -> str:
