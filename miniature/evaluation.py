@@ -87,16 +87,13 @@ def generate_in_batches(
 
     Image `i` has noise of the seed `i`, whatever the size of the batches.
     """
-    batches = [
-        generate_images(
-            pipeline,
-            **{argument: inputs[start : start + batch_size]},
-            seeds=range(start, min(start + batch_size, len(inputs))),
-            guidance_scale=guidance_scale,
-            num_inference_steps=steps,
+    batches = []
+    for start in range(0, len(inputs), batch_size):
+        batch: dict[str, Any] = {argument: inputs[start : start + batch_size]}
+        seeds = range(start, min(start + batch_size, len(inputs)))
+        batches.append(
+            generate_images(pipeline, **batch, seeds=seeds, guidance_scale=guidance_scale, num_inference_steps=steps)
         )
-        for start in range(0, len(inputs), batch_size)
-    ]
     return to_uint8(torch.cat(batches))
 
 
