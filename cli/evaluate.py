@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from .inputs import positive
@@ -34,8 +35,9 @@ def run_miniature(arguments: argparse.Namespace) -> int:
     found: dict[str, Any] = {}
     with IncrementalJson(output) as report:
 
-        def record(part: str, metrics: Any) -> None:
-            print(f"{part}: {metrics}", file=sys.stderr, flush=True)
+        def record(part: str, metrics: Mapping[str, Any]) -> None:
+            values = ", ".join(f"{name} {value}" for name, value in metrics.items())
+            print(f"{part}: {values}", file=sys.stderr, flush=True)
             found[part] = metrics
             report.save({part: metrics})
 

@@ -16,7 +16,7 @@ from vlv.original_checkpoint import find_checkpoint, read_weights
 
 from .card import LICENCES, pretrained_models, read_training
 from .layout import CARD_FILE, INDEX_FILE, LANGUAGE_MODEL_FILE, TRAINER_FOLDERS
-from .load import read_config, read_weight_map, resolve
+from .load import read_config, read_weight_map, resolve, to_repo_id
 
 METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -92,20 +92,19 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
         return _describe_original(path)
     if path.is_dir():
         return _describe_folder(os.fspath(source), path)
-    folder = resolve(source, revision=revision, token=token, allow_patterns=METADATA_FILES)
-    api = HfApi(token=token)
+    repo, api = to_repo_id(source), HfApi(token=token)
     try:
         if constants.is_offline_mode():
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        entries = api.list_repo_tree(os.fspath(source), revision=revision, recursive=True)
+        entries = list(api.list_repo_tree(repo, revision=revision, recursive=True))
         files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
-        return _describe_vlv(
-            os.fspath(source), folder, files, lambda name: _remote_header(api, os.fspath(source), name, revision)
-        )
+        folder = resolve(source, revision=revision, token=token, allow_patterns=METADATA_FILES)
+        return _describe_vlv(repo, folder, files, lambda name: _remote_header(api, repo, name, revision))
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"there is no folder or repository {source}: {error}") from error
     except (HTTPError, ConnectionError) as error:
-        found = _describe_folder(os.fspath(source), folder)
+        folder = resolve(source, revision=revision, token=token, allow_patterns=METADATA_FILES, local_files_only=True)
+        found = _describe_folder(repo, folder)
         reason = str(error).partition("\n")[0] or type(error).__name__
         found.properties["only what is in the cache"] = f"the Hub does not answer ({reason})"
         return found

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
+    HfHubHTTPError,
     HTTPError,  # the base class of the HTTP library that huggingface_hub uses, httpx or httpx2
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -41,13 +42,17 @@ def resolve(
     token: str | None = None,
     allow_patterns: list[str] | None = None,
     pickles_allowed: bool = False,
+    local_files_only: bool = False,
 ) -> Path:
     """The local folder of a model: `source` itself, or a download of the repository `source`.
+
+    Where the Hub does not answer, the files in the cache are used.
 
     Args:
         allow_patterns: The files to download; by default all. Half-precision variants are never downloaded.
         pickles_allowed: Whether the model may hold pickles, as most Stable Diffusion repositories do. They are not
             downloaded, and nothing here reads one.
+        local_files_only: Uses the cache without asking the Hub.
 
     Raises:
         FileNotFoundError: If `source` looks like a path and is not a folder, or the repository could not be loaded.
@@ -58,12 +63,12 @@ def resolve(
         if not pickles_allowed:
             _refuse_pickles(path.name, [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()])
         return path
-    text = os.fspath(source)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 or path.exists():
-        raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
+    text = to_repo_id(source)
     try:
-        if not pickles_allowed and not constants.is_offline_mode():
-            _refuse_pickles(text, _list_files(text, revision, token))
+        if not (pickles_allowed or local_files_only or constants.is_offline_mode()):
+            names = _list_files(text, revision, token)
+            local_files_only = names is None
+            _refuse_pickles(text, names or [])
         return Path(
             snapshot_download(
                 text,
@@ -71,6 +76,7 @@ def resolve(
                 token=token,
                 allow_patterns=allow_patterns,
                 ignore_patterns=[*PICKLES, "*.fp16*"],
+                local_files_only=local_files_only,
             )
         )
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTPError) as error:
@@ -80,14 +86,22 @@ def resolve(
         ) from error
 
 
-def _list_files(repo: str, revision: str | None, token: str | None) -> list[str]:
-    """The repository's files; an empty list if the network fails, since the cache may still hold the model."""
+def to_repo_id(source: str | os.PathLike) -> str:
+    """`source` as a repo id. Raises `FileNotFoundError` if it looks like a path."""
+    text = os.fspath(source)
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or Path(text).exists():
+        raise FileNotFoundError(f"{text} is neither a folder with a model nor a repo id like org/name")
+    return text
+
+
+def _list_files(repo: str, revision: str | None, token: str | None) -> list[str] | None:
+    """The repository's files; None if the Hub does not answer, which takes the library's retries to find out."""
     try:
         return HfApi(token=token).list_repo_files(repo, revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise
-    except HTTPError:
-        return []
+    except HTTPError as error:
+        if isinstance(error, HfHubHTTPError) and 400 <= error.response.status_code < 429:
+            raise  # an answer, such as that there is no such repository
+        return None
 
 
 def _refuse_pickles(source: str, names: list[str]) -> None:

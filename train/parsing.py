@@ -28,11 +28,12 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
 
     Ends the program with a message on stderr, as argparse does, if a name or a value is wrong.
     """
+    about = (config_class.__doc__ or "").partition("Raises:")[0].strip()
     parser = HfArgumentParser(
         config_class,
         prog=program,
         usage=f"{program} [CONFIG.yaml] [--name value ...]",
-        description=f"All options can also be set in CONFIG.yaml. {(config_class.__doc__ or '').strip()}",
+        description=f"All options can also be set in CONFIG.yaml. {about}",
         allow_abbrev=False,  # otherwise --encoder, say, would set encoder_image_size
     )
     known = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
