@@ -63,6 +63,7 @@ def test_the_wheel_has_the_command_and_the_data(installed, tmp_path):
     run(str(installed), "-c", code, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_editable_install_imports_outside_the_checkout_without_the_network(tmp_path):
     code = """
 import importlib, socket, sys
@@ -75,6 +76,7 @@ for name in sys.argv[1:]:
     run(sys.executable, "-c", code, *PACKAGES, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_importing_vlv_and_the_help_of_a_command_load_no_heavy_library(tmp_path):
     code = f"""
 import contextlib, sys

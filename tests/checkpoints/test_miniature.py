@@ -49,6 +49,7 @@ def test_captions_end_with_the_end_token(captioner):
     assert ((ids == processor.tokenizer.eos_token_id).any(dim=1)).float().mean() >= 0.9
 
 
+@pytest.mark.slow
 def test_reconstructions_show_the_scenes():
     scene_classifier = SceneClassifier.load(MINIATURE / SCENE_CLASSIFIER_FILE)
     assert measure_scene_classifier(scene_classifier, "combo", N)["exact"] >= 0.98

@@ -42,6 +42,7 @@ def test_the_text_output(capsys):
     assert "caption embeddings: 24 x 128" in said and "denoiser" in said and "language_model.safetensors" in said
 
 
+@pytest.mark.slow
 def test_a_repository_is_described_without_its_weights(tmp_path):
     hub = Hub()
     with serve(hub) as endpoint:

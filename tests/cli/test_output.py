@@ -35,6 +35,7 @@ OWN_LINES = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_commands_print_no_warnings_of_libraries(mixed_folder, tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # announces five entries, holds one
     Image.new("RGB", (64, 64)).save(mixed_folder / "exif.jpg", exif=exif)

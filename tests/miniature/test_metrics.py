@@ -40,6 +40,7 @@ def test_the_embedded_models_scores_reach_their_floors_and_are_in_its_card():
         assert table in card, "the card's table differs from the one that `vlv evaluate miniature` prints"
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_tables_and_writes_the_scores(tmp_path, capsys):
     output = tmp_path / "scores.json"
     assert main(["evaluate", "miniature", "--scenes", "2", "--output", str(output)]) == 0

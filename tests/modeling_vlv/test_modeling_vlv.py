@@ -200,6 +200,7 @@ def test_every_attention_module_calls_the_attention_function_that_is_set(caption
     assert VLVModel._supports_attention_backend and VLVForConditionalGeneration._supports_attention_backend
 
 
+@pytest.mark.slow
 def test_forward_compiles_as_one_graph(captioner, pixels):
     encode = torch.compile(captioner.model, fullgraph=True, backend="eager")
     caption = torch.compile(captioner, fullgraph=True, backend="eager")

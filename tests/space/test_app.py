@@ -28,6 +28,7 @@ def demo():
     return Demo(str(MINIATURE))
 
 
+@pytest.mark.slow
 def test_the_space_starts_from_its_variables(tmp_path):
     log = tmp_path / "log"
     environment = os.environ | {

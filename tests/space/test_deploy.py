@@ -29,6 +29,7 @@ def test_requirements_are_the_package_s_own():
     assert sorted(map(order, listed)) == sorted(map(order, core))
 
 
+@pytest.mark.slow
 def test_the_page_starts_from_only_the_files_of_a_space(tmp_path):
     space = write_space(tmp_path / "space", "org/vlv")
     front = yaml.safe_load((space / "README.md").read_text().split("---")[1])

@@ -36,6 +36,7 @@ def command(request, tmp_path, image_folder, stable_diffusion, stage1_checkpoint
     return [sys.executable, "-m", f"vlv.train.{request.param}", *(f"--{k}={v}" for k, v in values.items())]
 
 
+@pytest.mark.slow
 def test_without_a_terminal_it_prints_log_lines_and_no_warnings(command):
     """Also when it resumes, where tied weights are in the checkpoint once, and on a machine without an accelerator."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -49,6 +50,7 @@ def test_without_a_terminal_it_prints_log_lines_and_no_warnings(command):
     assert "'learning_rate'" in output
 
 
+@pytest.mark.slow
 def test_in_a_terminal_it_shows_one_progress_bar_with_loss_and_speed(command):
     terminal, child_side = pty.openpty()
     os.set_blocking(terminal, True)
