@@ -61,6 +61,7 @@ def test_reconstructions_show_the_scenes():
     assert scores["background"] >= 0.9 and scores["object_place_f1"] >= 0.85, scores
 
 
+@pytest.mark.slow
 def test_commands_without_a_model_use_the_miniature_and_say_so(tmp_path, capsys):
     from PIL import Image
 

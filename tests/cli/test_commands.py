@@ -103,6 +103,7 @@ def reconstruct(model_folder, output_dir, *arguments) -> int:
     return main([*command, "--num-inference-steps", "2", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_reconstruct_writes_images_and_metrics(model_folder, mixed_folder, tmp_path):
     assert reconstruct(model_folder, tmp_path, mixed_folder, "--batch-size", 2) == 1
     report = json.loads((tmp_path / "metrics.json").read_text())
@@ -118,6 +119,7 @@ def test_reconstruct_writes_images_and_metrics(model_folder, mixed_folder, tmp_p
     assert pair.crop((32, 0, 64, 32)).tobytes() == reconstruction.tobytes()
 
 
+@pytest.mark.slow
 def test_a_reconstruction_does_not_depend_on_its_batch(model_folder, mixed_folder, tmp_path):
     reconstruct(model_folder, tmp_path / "batch", mixed_folder, "--batch-size", 2)
     reconstruct(model_folder, tmp_path / "alone", mixed_folder / "good.png")
@@ -125,6 +127,7 @@ def test_a_reconstruction_does_not_depend_on_its_batch(model_folder, mixed_folde
     assert in_batch.tobytes() == alone.tobytes()
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_all_images_and_their_captions(model_folder, mixed_folder, tmp_path):
     arguments = [mixed_folder, "--sheet", tmp_path / "s.png"]
     reconstruct(model_folder, tmp_path, *arguments)

@@ -22,6 +22,7 @@ def noise(n: int, seed: int, shift: int = 0) -> torch.Tensor:
     return (torch.randint(0, 200, (n, 3, 16, 16), generator=generator) + shift).to(torch.uint8)
 
 
+@pytest.mark.slow
 def test_psnr_and_ssim_of_known_images():
     grey = torch.full((3, 32, 32), 0.5)
     assert image_metrics(grey + 0.1, grey)["psnr"] == pytest.approx(20.0, abs=1e-3)  # 10 log10(1 / 0.01)

@@ -39,6 +39,7 @@ def test_the_card_of_a_stage_1_model_names_its_task(reconstructs, task, stage1_c
     assert front["pipeline_tag"] == task and set(front["tags"]) == {"vlv", "diffusion", "custom_code"}
 
 
+@pytest.mark.slow
 def test_an_existing_card_changes_only_where_it_is_told_to(model, tmp_path):
     folder = vlv_hub.write_repository(model, tmp_path / "first", repo=REPO)
     card = folder / "README.md"
@@ -57,6 +58,7 @@ def test_an_existing_card_changes_only_where_it_is_told_to(model, tmp_path):
     assert text.endswith(tail[tail.index("## Own words") :])
 
 
+@pytest.mark.slow
 def test_a_card_that_was_edited_on_the_hub_is_kept_with_a_warning(model, hub_server, caplog):
     hub, _ = hub_server
 

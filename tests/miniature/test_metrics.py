@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 from vlv.miniature.metrics import GOALS, goals_table, scores_table

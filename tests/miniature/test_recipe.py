@@ -159,6 +159,7 @@ def train_brightness(folder, *callbacks):
     return module.state_dict(), averaging.average.state_dict()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path):
     unbroken = train_brightness(tmp_path / "unbroken")
     train_brightness(tmp_path / "stopped", StopAt(5))  # two steps after its last checkpoint

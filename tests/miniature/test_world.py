@@ -37,6 +37,7 @@ def held_out(scene: Scene) -> list[bool]:
     ]
 
 
+@pytest.mark.slow
 def test_train_and_test_have_no_held_out_triple_and_combo_has_no_other():
     for split in ("train", "test"):
         assert not any(any(held_out(scene)) for scene in sample(split))
@@ -51,6 +52,7 @@ def test_the_hash_of_a_scene_decides_between_train_and_test():
     assert all(first_byte(scene) >= 26 for scene in sample("train"))
 
 
+@pytest.mark.slow
 def test_every_split_has_one_two_and_three_objects_equally_often():
     for split in SPLITS:
         counts = [len(scene.objects) for scene in sample(split, 600)]

@@ -80,6 +80,7 @@ def test_weights_that_both_checkpoints_share_are_stored_once(converted, weights1
     assert_close_to_scale(prefix(converted, golden), golden["stage2/prefix"], 5e-5)
 
 
+@pytest.mark.slow
 def test_both_encoders_survive_another_export(converted, golden, tmp_path):
     again = hub.write_repository(converted, tmp_path / "again")
     assert_close_to_scale(conditioning(again, golden), golden["text_encoder"], 5e-5)
@@ -95,6 +96,7 @@ def test_stage_1_alone(golden, tmp_path):
         hub.load_captioner(result.folder)
 
 
+@pytest.mark.slow
 def test_stage_2_alone_reconstructs_from_its_own_encoder(golden, stable_diffusion_with_weights, tmp_path):
     folders = FOLDERS | {"stable_diffusion": stable_diffusion_with_weights}
     result = convert(tmp_path / "vlv", stage2=GOLDEN / "stage2", **folders)
@@ -128,6 +130,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_a_checkpoint_converts(form, weights1, golden, tmp_path):
     source = tmp_path / "checkpoint"
@@ -137,6 +140,7 @@ def test_every_form_of_a_checkpoint_converts(form, weights1, golden, tmp_path):
     assert_close_to_scale(conditioning(result.folder, golden), golden["text_encoder"], 5e-5)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_with_the_highest_number_is_used(weights1, golden, tmp_path):
     for number in (9, 10):
         torch.save(
@@ -193,6 +197,7 @@ def test_a_checkpoint_with_transformers_weight_names_converts(prefix_, weights1,
     assert_close_to_scale(conditioning(result.folder, golden), golden["text_encoder"], 5e-5)
 
 
+@pytest.mark.slow
 def test_a_florence_folder_in_transformers_format_is_read(converted, weights1, golden, tmp_path):
     folder = tmp_path / "florence"
     encoder, _ = hub.load_encoder(converted)
@@ -313,6 +318,7 @@ def test_a_missing_file_or_option_is_named(tmp_path, capsys):
     assert not (tmp_path / "vlv").exists()
 
 
+@pytest.mark.slow
 def test_reconstructions_have_the_size_of_the_cropped_image(tmp_path):
     result = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", image_size=32, **FOLDERS)
     options = ["--num-inference-steps", "1", "--output-dir", str(tmp_path / "images")]
@@ -321,6 +327,7 @@ def test_reconstructions_have_the_size_of_the_cropped_image(tmp_path):
     assert written and all(Image.open(path).height == 32 for path in written)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_float32_checkpoints_share_untrained_weights(weights2, golden, tmp_path):
     """The authors' scripts save stage 1 in float32 and stage 2 in bfloat16."""
     torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
@@ -364,6 +371,7 @@ def test_other_folders_beside_the_output_stay_unchanged(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_command_converted_captions_and_reconstructs(
     stable_diffusion_with_weights, tmp_path, capsys
 ):
@@ -428,6 +436,7 @@ def save_as_the_authors_do(folder, encoder, captioner, unet, vae):
     )
 
 
+@pytest.mark.slow
 def test_models_of_other_sizes_convert(tmp_path):
     """Different widths, latents of odd size, untied embeddings, one key head for seven query heads."""
     torch.manual_seed(0)
@@ -566,6 +575,7 @@ def test_a_damaged_folder_names_the_file(file, content, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_embeddings_are_written_for_one_of_two_encoders(converted, images, tmp_path, capsys):
     image_file, z = tmp_path / "a.png", tmp_path / "z.safetensors"
     images[0].save(image_file)

@@ -168,6 +168,7 @@ def test_four_steps_of_stage_1(trainable_encoder, decoder, golden):
     close(trainable_encoder.projector.linear_1.weight, golden["stage1_train/language_proj.0.weight"], 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [8, 50])
 def test_reconstruction(steps, converted, golden, monkeypatch):
     pipeline = load_reconstruction(converted)

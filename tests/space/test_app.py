@@ -105,6 +105,7 @@ def test_a_file_that_is_not_an_image_is_named_without_its_folder(demo, tmp_path)
     assert str(tmp_path) not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_it_runs_in_half_precision():
     half = Demo(str(MINIATURE), dtype=torch.bfloat16)
     assert half.captioner.dtype == half.pipeline.unet.dtype == torch.bfloat16
@@ -122,6 +123,7 @@ def test_a_stage_1_model_has_no_caption_tab(tmp_path):
     assert "The page reconstructs images from them." in texts
 
 
+@pytest.mark.slow
 def test_a_captioner_without_a_diffusion_model_has_only_the_caption_tab(tmp_path):
     captioner, processor = hub.load_captioner(MINIATURE)
     folder = hub.export(tmp_path / "s", captioner=captioner, processor=processor)

@@ -72,6 +72,7 @@ def first_random_number(rank, tmp_path, monkeypatch, captioner, processor, image
     return numbers[0]
 
 
+@pytest.mark.slow
 def test_each_process_has_its_own_random_numbers(tmp_path, monkeypatch, captioner, processor, images):
     shared = (tmp_path, monkeypatch, captioner, processor, images)
     first, second, again = (first_random_number(rank, *shared) for rank in (0, 1, 0))

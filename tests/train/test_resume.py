@@ -93,6 +93,7 @@ def digest(module: torch.nn.Module) -> str:
     return total.hexdigest()
 
 
+@pytest.mark.slow
 def test_training_changes_all_trainable_parameters_and_no_byte_of_frozen_parts(
     tmp_path, image_folder, stable_diffusion, stage1_checkpoint
 ):

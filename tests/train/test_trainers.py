@@ -63,6 +63,7 @@ def pairs(images) -> list[dict]:
     return [{"image": p, "caption": c} for p, c in zip(images, captions, strict=True)]
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_gives_the_loss_of_the_complete_batch(tmp_path, captioner, processor, pairs):
     losses = []
     for size, accumulation in ((8, 1), (2, 4)):
@@ -77,6 +78,7 @@ def test_gradient_accumulation_gives_the_loss_of_the_complete_batch(tmp_path, ca
     assert losses == pytest.approx([mean_over_tokens] * 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trained_model_ends_its_captions(tmp_path, captioner, processor, images):
     """A model trained on one caption generates that caption and then EOS."""
     data = [{"image": images[0], "caption": "a small dog"}] * 8
@@ -96,6 +98,7 @@ def test_rates_norms_and_skipped_images_are_logged(tmp_path, captioner, processo
     assert row["images_skipped"] == 1 and row["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_lora_layers_are_trained_and_merged_into_a_plain_model(
     tmp_path, stage1_checkpoint, language_model, image_folder, monkeypatch
 ):
@@ -152,6 +155,7 @@ def train_stage1(tmp_path, image_folder, stable_diffusion, stage1_checkpoint, va
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_the_losses(tmp_path, image_folder, stable_diffusion, stage1_checkpoint):
     inputs = (tmp_path, image_folder, stable_diffusion, stage1_checkpoint)
     assert train_stage1(*inputs, validation_steps=2) == train_stage1(*inputs, validation_steps=0)
