@@ -28,8 +28,8 @@ $(READY): $(VENV)/.ready always
 
 # Captions and reconstructs the example images with the embedded miniature.
 demo: $(READY)
-	$(BIN)/vlv caption examples/images --output outputs/captions.json
-	$(BIN)/vlv reconstruct examples/images --output-dir outputs/reconstructions --sheet outputs/side_by_side.png --captions outputs/captions.json
+	$(BIN)/vlv caption examples/images --output outputs/captions.json --overwrite
+	$(BIN)/vlv reconstruct examples/images --output-dir outputs/reconstructions --sheet outputs/side_by_side.png --captions outputs/captions.json --overwrite
 	@echo "captions: outputs/captions.json    images: outputs/side_by_side.png, outputs/reconstructions/"
 
 # A file runs in one worker, which computes on one thread.
@@ -56,7 +56,7 @@ miniature: $(READY)
 
 # All metrics in the miniature's card.
 evaluate: $(READY)
-	$(BIN)/vlv evaluate miniature --output outputs/evaluation.json
+	$(BIN)/vlv evaluate miniature --output outputs/evaluation.json --overwrite
 
 clean:
 	rm -rf $(VENV) .cache build dist outputs *.egg-info .pytest_cache .ruff_cache

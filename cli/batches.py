@@ -17,14 +17,19 @@ class Batch:
     """Inputs that a model takes at once.
 
     Args:
-        names: One for each input.
+        inputs: The inputs themselves.
         tensors: `{"pixel_values": (B, 3, height, width)}` or `{"caption_embeds": (B, Q, d_text)}`.
         originals: One for each input: the image at the size that was asked for, or None for embeddings.
     """
 
-    names: list[str]
+    inputs: list[Input]
     tensors: dict[str, torch.Tensor]
     originals: list[Image.Image | None]
+
+    @property
+    def names(self) -> list[str]:
+        """One for each input."""
+        return [item.name for item in self.inputs]
 
 
 def read_batches(
@@ -61,15 +66,17 @@ def read_batches(
 
 
 def _read(item: Input, image_processor: VLVImageProcessor, original_size: int | None) -> Batch:
-    """A batch of one input."""
+    """A batch of one input. Raises `ValueError` with the reason if it cannot be read."""
+    if item.problem is not None:
+        raise ValueError(item.problem)
     if item.embeds is not None:
-        return Batch([item.name], {"caption_embeds": item.embeds[None]}, [None])
+        return Batch([item], {"caption_embeds": item.embeds[None]}, [None])
     image = image_processor.load(item.path)
     pixel_values = image_processor(image, return_tensors="pt").pixel_values  # (1, 3, height, width)
     original = None
     if original_size is not None:
         original = image.resize((original_size, original_size), Image.Resampling.BICUBIC)
-    return Batch([item.name], {"pixel_values": pixel_values}, [original])
+    return Batch([item], {"pixel_values": pixel_values}, [original])
 
 
 def _shapes(batch: Batch) -> list[torch.Size]:
@@ -78,7 +85,7 @@ def _shapes(batch: Batch) -> list[torch.Size]:
 
 def _join(rows: list[Batch]) -> Batch:
     return Batch(
-        names=[name for row in rows for name in row.names],
+        inputs=[item for row in rows for item in row.inputs],
         tensors={key: torch.cat([row.tensors[key] for row in rows]) for key in rows[0].tensors},
         originals=[original for row in rows for original in row.originals],
     )

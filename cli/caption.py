@@ -1,20 +1,20 @@
 """`vlv caption`: captions of images, or of their caption embeddings."""
 
 import argparse
-import json
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
 
-from vlv import hub
+from vlv import VLVConfig, hub
 from vlv.pipelines import generate_captions, trim_caption
 
 from .batches import read_batches
 from .errors import UserError
 from .inputs import collect_images, load_embeddings, positive
-from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
-from .output import IncrementalJson, Summary
+from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .output import Summary, output_path, refuse_existing
+from .resume import ResumableResults, describe_model
 
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
@@ -24,13 +24,20 @@ def add_parser(commands) -> None:
         "caption",
         help="write captions of images",
         description="Writes captions of images as JSON: {path relative to the argument: caption}. Folders are "
-        "searched recursively. The file is updated during the run. An image that cannot be read is named on standard "
-        "error, the other images are captioned, and the exit code is 1.",
+        "searched recursively. The file is complete JSON at every moment. An image that cannot be read is named on "
+        "standard error, the other images are captioned, and the exit code is 1. A file beside the output, such as "
+        "captions.resume.jsonl, records what --resume goes on with.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
     parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
     parser.add_argument("--output", default="captions.json", help="the JSON file (default: captions.json)")
-    parser.add_argument("--resume", action="store_true", help="keep the captions that are in --output already")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with --output: keep the captions of images that have not changed, add the others",
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
     parser.add_argument(
         "--max-new-tokens", type=positive, default=300, help="most tokens of a caption (default: 300, as the paper)"
@@ -51,44 +58,37 @@ def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
     output = output_path(arguments.output, ".json")
+    if not (arguments.resume or arguments.overwrite):
+        refuse_existing(output, "--output", resumable=True)
     inputs = collect_images(arguments.paths) if arguments.paths else []
-    finished = read_captions(output, "--resume") if arguments.resume and output.exists() else {}
     source = choose_model(arguments)
     with loading(source):
-        model, processor = hub.load_captioner(
-            source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
-        )
+        folder = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
+        config = VLVConfig.from_dict(hub.read_config(folder))
+        identity = describe_model(source, folder)
     if arguments.embeddings:
-        inputs = load_embeddings(arguments.embeddings, model.config.text_encoder_config.hidden_size, "caption")
-    inputs = [item for item in inputs if item.name not in finished]
+        inputs = load_embeddings(arguments.embeddings, config.text_encoder_config.hidden_size, "caption")
     settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}
     if arguments.as_original:
         settings |= AS_ORIGINAL
+    trim = arguments.trim or arguments.as_original
+    recorded = {name: str(value) for name, value in settings.items()} | {"trim": trim, "dtype": arguments.dtype}
+    results = ResumableResults(output, identity, recorded)
+    total, kept = len(inputs), None
+    if arguments.resume and output.exists():
+        inputs = results.resume(inputs)
+        kept = total - len(inputs)
+        for note in results.notes():
+            print(note, file=sys.stderr)
+    with loading(source):
+        model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
     summary = Summary(len(inputs))
-    with IncrementalJson(output, finished) as results:
+    with results:
         for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary):
             captions = generate_captions(model, processor, **batch.tensors, **settings)
-            if arguments.trim or arguments.as_original:
+            if trim:
                 captions = [trim_caption(caption) for caption in captions]
-            results.save(dict(zip(batch.names, captions, strict=True)))
+            results.add(batch.inputs, captions)
             summary.done += len(captions)
             summary.advance(len(captions))
-    return summary.close("captioned", str(output))
-
-
-def read_captions(path: str | Path, option: str) -> dict[str, str]:
-    """Captions as `vlv caption` writes them: `{name: caption}`.
-
-    Args:
-        option: The option that gave the path, for the message.
-
-    Raises:
-        UserError: If the file cannot be read or does not hold a JSON object.
-    """
-    try:
-        captions = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option}: {path} cannot be read as JSON: {error}") from error
-    if not isinstance(captions, dict):
-        raise UserError(f"{option}: {path} does not hold {{name: caption}}, as `vlv caption` writes it")
-    return captions
+    return summary.close("captioned", str(output), kept)

@@ -12,8 +12,10 @@ from vlv.files import write_atomically
 from .batches import Batch, read_batches
 from .errors import UserError
 from .inputs import collect_images, positive
-from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
-from .output import MAX_WRITING_SHARE, Summary
+from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .output import Summary, output_path, refuse_existing, require_space
+
+MAX_WRITING_SHARE = 20  # rewriting the file takes at most 1/20 of the time
 
 
 def add_parser(commands) -> None:
@@ -26,6 +28,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image files and folders")
     parser.add_argument("--output", default="z.safetensors", help="the safetensors file (default: z.safetensors)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
     parser.add_argument(
         "--for",
@@ -40,6 +43,8 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     output = output_path(arguments.output, ".safetensors")
+    if not arguments.overwrite:
+        refuse_existing(output, "--output")
     inputs = collect_images(arguments.paths)
     source = choose_model(arguments)
     with loading(source):
@@ -58,7 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
             device=choose_device(arguments),
             for_captions=arguments.use == "caption",
         )
-    metadata = {"model": source} | ({"for": arguments.use} if two_encoders else {})
+    config = model.config
+    size = len(inputs) * config.num_query_tokens * config.text_encoder_config.hidden_size * model.dtype.itemsize
+    require_space(output, size, "--output")
+    metadata = {"model": tensor_name(source)} | ({"for": arguments.use} if two_encoders else {})
     summary = Summary(len(inputs))
     embeddings: dict[str, torch.Tensor] = {}
     written, next_write = 0, 0.0
@@ -69,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         for batch in read_batches(inputs, image_processor, arguments.batch_size, summary):
             rows = encode(model, batch)
-            embeddings |= {name: row.cpu().contiguous().clone() for name, row in zip(batch.names, rows, strict=True)}
+            for name, row in zip(batch.names, rows, strict=True):
+                embeddings[tensor_name(name)] = row.cpu().contiguous().clone()
             summary.done += len(rows)
             summary.advance(len(rows))
             if time.monotonic() >= next_write:
@@ -81,6 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
         if summary.done > written:
             write()
     return summary.close("encoded", str(output))
+
+
+def tensor_name(name: str) -> str:
+    """A name that safetensors accepts: valid Unicode, and not the one that the format keeps for its metadata."""
+    name = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return f"./{name}" if name == "__metadata__" else name
 
 
 @torch.no_grad()

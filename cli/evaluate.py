@@ -5,9 +5,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from vlv.files import write_json
+
 from .inputs import positive
-from .models import choose_model, output_path
-from .output import IncrementalJson
+from .models import choose_model
+from .output import output_path, refuse_existing
 
 
 def add_parser(commands) -> None:
@@ -22,6 +24,7 @@ def add_parser(commands) -> None:
     )
     miniature.add_argument("--model", metavar="DIR", help="folder of a miniature (default: the embedded one)")
     miniature.add_argument("--output", default="evaluation.json", help="the JSON file (default: evaluation.json)")
+    miniature.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     miniature.add_argument("--scenes", type=positive, default=500, help="scenes of each split (default: 500)")
     miniature.set_defaults(run=run_miniature)
 
@@ -31,16 +34,17 @@ def run_miniature(arguments: argparse.Namespace) -> int:
     from vlv.miniature.metrics import goals_table, scores_table
 
     output = output_path(arguments.output, ".json")
+    if not arguments.overwrite:
+        refuse_existing(output, "--output")
     folder = choose_model(arguments)
     found: dict[str, Any] = {}
-    with IncrementalJson(output) as report:
 
-        def record(part: str, metrics: Mapping[str, Any]) -> None:
-            values = ", ".join(f"{name} {value}" for name, value in metrics.items())
-            print(f"{part}: {values}", file=sys.stderr, flush=True)
-            found[part] = metrics
-            report.save({part: metrics})
+    def record(part: str, metrics: Mapping[str, Any]) -> None:
+        values = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        print(f"{part}: {values}", file=sys.stderr, flush=True)
+        found[part] = metrics
+        write_json(output, found)
 
-        evaluate_miniature(folder, record, n=arguments.scenes)
+    evaluate_miniature(folder, record, n=arguments.scenes)
     print(f"{scores_table(found)}\n\n{goals_table(found)}\n\nwritten to {output}")
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from vlv.files import find_images
+from vlv.image_files import walk_images
 
 from .errors import UserError
 
@@ -25,40 +26,56 @@ def positive(text: str) -> int:
 
 @dataclass(frozen=True)
 class Input:
-    """An image file or caption embeddings, with the name that the output uses."""
+    """An image file or caption embeddings, with the name that the output uses.
+
+    Args:
+        path: The image file, or the file that holds the embeddings.
+        problem: Why the file cannot be read, where that is known already.
+    """
 
     name: str
-    path: Path | None = None
+    path: Path
     embeds: torch.Tensor | None = None  # (Q, d_text)
+    problem: str | None = None
 
 
 def collect_images(paths: list[str]) -> list[Input]:
     """Every image in the given files and folders, named by its path relative to the argument.
 
     If two images have the same name, both are named by their full path as given. A file given as an argument is taken
-    whatever its suffix.
+    whatever its suffix. What a folder holds and cannot be read has a `problem`. A note on standard error counts the
+    files in folders that are not images.
 
     Raises:
         UserError: If a path does not exist or no image is found.
     """
-    found: list[tuple[str, Path]] = []
+    found: list[tuple[str, Path, str | None]] = []
+    left_out: Counter[str] = Counter()
     for argument in paths:
         path = Path(argument)
         if path.is_dir():
-            found += [(image.relative_to(path).as_posix(), image) for image in find_images(path)]
-        elif path.exists():
-            found.append((path.name, path))
+            found += [
+                (image.relative_to(path).as_posix() if image != path else path.as_posix(), image, problem)
+                for image, problem in walk_images(path, left_out)
+            ]
+        elif os.path.lexists(path):
+            found.append((path.name, path, None))
         else:
             raise UserError(f"{argument} does not exist")
+    others = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
+    if len(left_out) > 5:
+        others += ", ..."
     if not found:
-        raise UserError(f"no images in {', '.join(paths)} (jpg, jpeg, png, webp, bmp, gif, tif, tiff, in any case)")
+        raise UserError(f"no images in {', '.join(paths)}" + (f"; it holds {others}" if others else ""))
+    if others:
+        print(f"left out {left_out.total()} files that are not images: {others}", file=sys.stderr)
     named = dict.fromkeys(found)
     while True:
-        names = Counter(name for name, _ in named)
+        names = Counter(name for name, *_ in named)
         clashing = {name for name, count in names.items() if count > 1}
         if not clashing:
-            return [Input(name, path) for name, path in named]
-        named = dict.fromkeys((path.as_posix() if name in clashing else name, path) for name, path in named)
+            return [Input(name, path, problem=problem) for name, path, problem in named]
+        named = dict.fromkeys((path.as_posix() if name in clashing else name, path, why) for name, path, why in named)
 
 
 def load_embeddings(file: str | os.PathLike, width: int, use: str) -> list[Input]:
@@ -90,4 +107,4 @@ def load_embeddings(file: str | os.PathLike, width: int, use: str) -> list[Input
             )
     if not tensors:
         raise UserError(f"{file} holds no embeddings; write them with `vlv encode`")
-    return [Input(name, embeds=tensor.float()) for name, tensor in tensors.items()]
+    return [Input(name, Path(file), tensor.float()) for name, tensor in tensors.items()]

@@ -1,9 +1,14 @@
 """The command `vlv`."""
 
 import argparse
+import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from vlv.version import __version__
 
@@ -30,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 if all inputs were processed, 1 if some failed, 2 if the command could not run, 130 if it was
-        interrupted.
+        The exit code: 0 if all inputs were processed, 1 if some failed, 2 if the command could not run or go on, 130
+        if it was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["train"]:  # its arguments are a YAML file and settings that override it
@@ -48,6 +53,7 @@ def _run(arguments: list[str]) -> int:
     from .errors import UserError
 
     parser = build_parser()
+    options = argparse.Namespace()
     try:
         _refuse_renamed_options(arguments)
         options = parser.parse_args(arguments)
@@ -56,12 +62,21 @@ def _run(arguments: list[str]) -> int:
             logging.disable_progress_bar()
         if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the loop above turns those of downloads and uploads off
             enable_progress_bars()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ending_on_sigterm():
             for message in IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             return options.run(options)
     except (UserError, ImportError) as error:  # an ImportError names the extra that is not installed
         print(f"vlv: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of the standard output has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # a full disk, a lost permission, a file system that fails
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        if vars(options).keys() & {"output", "output_dir"}:
+            what += "; the results so far are on disk"
+        print(f"vlv: {what}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vlv: interrupted; the results so far are on disk", file=sys.stderr)
@@ -82,6 +97,23 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_parser(commands)
     commands.add_parser("train", help="train stage 1 (images alone) or stage 2 (image-caption pairs)", add_help=False)
     return parser
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that it writes what is finished."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse_renamed_options(arguments: list[str]) -> None:

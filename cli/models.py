@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -73,21 +72,3 @@ def loading(source: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load {source}: {error}") from error
-
-
-def output_path(text: str, suffix: str, option: str = "--output") -> Path:
-    """The path of an output file.
-
-    Args:
-        suffix: What its name must end in, such as `.json`.
-        option: The option that gave the path, for the message.
-
-    Raises:
-        UserError: If the path has another suffix or is a folder.
-    """
-    path = Path(text)
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{option} {text} must end in {suffix}")
-    if path.is_dir():
-        raise UserError(f"{option} {text} is a folder; give the name of a file")
-    return path

@@ -1,56 +1,156 @@
 """Results on disk, readable at any moment; progress and the summary of a run on standard error."""
 
+import os
+import shutil
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from vlv.files import write_json
+from vlv.files import errors_naming, to_json, write_atomically
 
-MAX_WRITING_SHARE = 20  # writing takes at most 1/20 of the time
+from .errors import UserError
 
 
-class IncrementalJson:
+def output_path(text: str, suffix: str, option: str = "--output") -> Path:
+    """The path of an output file that can be written.
+
+    Args:
+        suffix: What its name must end in, such as `.json`.
+        option: The option that gave the path, for the message.
+
+    Raises:
+        UserError: If the path has another suffix, is a folder, or cannot be written.
+    """
+    path = Path(text)
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{option} {text} must end in {suffix}")
+    if path.is_dir():
+        raise UserError(f"{option} {text} is a folder; give the name of a file")
+    require_writable(path.parent, option, text)
+    return path
+
+
+def require_writable(folder: Path, option: str, text: str) -> None:
+    """Raises `UserError` if no file can be written into a folder, which may have to be created."""
+    existing = Path(os.path.abspath(folder))
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{option} {text} cannot be written: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"{option} {text} cannot be written: no permission to write into {existing}")
+
+
+def refuse_existing(path: Path, option: str, *, resumable: bool = False) -> None:
+    """Raises `UserError` if an output exists, for commands without `--overwrite` (and `--resume`, if they have it)."""
+    if os.path.lexists(path):
+        go_on = "pass --resume to go on with it, " if resumable else "pass "
+        raise UserError(f"{path} exists; {go_on}--overwrite to replace it, or another {option}")
+
+
+def require_space(path: Path, needed: int, option: str) -> None:
+    """Raises `UserError` if the disk of a file, which may have to be created, has fewer bytes than needed."""
+    existing = Path(os.path.abspath(path))
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{option} {path} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; name a file on "
+            "another disk"
+        )
+
+
+class GrowingJson:
     """A JSON object on disk to which entries are added during a run.
 
-    `save` rewrites the file, and limits writing to a twentieth of the run time. `close` writes the entries that are
-    not on disk yet, also after an interruption. As a context manager it closes at the end.
+    An addition costs the same whatever the length of the file: it replaces the closing brackets by the entry and the
+    brackets. The file is complete JSON after each addition, with one entry on a line, so that `read_results` recovers
+    the others if a machine fails during a write. The file is created, or replaced, by the first addition or `close`.
 
     Args:
         path: The JSON file.
-        values: Entries to start with.
+        entries: Entries to start with.
+        head: Values that precede the entries; the entries are then an object of their own, called `key`.
     """
 
-    def __init__(self, path: Path, values: dict[str, Any] | None = None):
-        self.path, self.values = path, dict(values or {})
-        self._next_write, self._unwritten = 0.0, False
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, Any] | None = None,
+        head: Mapping[str, Any] | None = None,
+        key: str = "images",
+    ):
+        self.path = path
+        self._entries, self._count = dict(entries or {}), 0
+        self._opening, self._indent, self._closing = b"{", b"\n  ", b"\n}\n"
+        if head is not None:
+            lines = [b"\n  " + to_json(name, None) + b": " + to_json(value, None) for name, value in head.items()]
+            lines.append(b"\n  " + to_json(key, None) + b": {")
+            self._opening, self._indent, self._closing = b"{" + b",".join(lines), b"\n    ", b"\n  }\n}\n"
+        self._file: Any = None
+        self._end = 0  # where the closing brackets begin, in bytes
 
-    def save(self, entries: dict[str, Any]) -> None:
-        """Adds entries. Writes the file if the interval since the last write has passed."""
-        self.values.update(entries)
-        self._unwritten = True
-        if time.monotonic() >= self._next_write:
-            self._write()
+    def add(self, entries: Mapping[str, Any]) -> None:
+        """Adds entries.
 
-    def close(self) -> None:
-        """Writes the entries that are not on disk yet."""
-        if self._unwritten:
-            self._write()
+        Raises:
+            OSError: If they cannot be written; the file is then as before.
+        """
+        with errors_naming(self.path):
+            self._open()
+            data = self._lines(entries)
+            try:
+                self._write(data + self._closing)
+            except OSError:
+                self._write(self._closing)
+                self._file.truncate(self._end + len(self._closing))
+                raise
+            self._end += len(data)
+            self._count += len(entries)
 
-    def _write(self) -> None:
-        start = time.monotonic()
-        write_json(self.path, self.values)
-        end = time.monotonic()
-        self._next_write, self._unwritten = end + MAX_WRITING_SHARE * (end - start), False
+    def close(self, tail: Mapping[str, Any] | None = None) -> None:
+        """Ends the run: a run without results leaves an empty object.
 
-    def __enter__(self) -> "IncrementalJson":
+        Args:
+            tail: Values that follow the entries, where `head` precedes them.
+        """
+        with errors_naming(self.path):
+            self._open()
+            if tail:
+                lines = [b",\n  " + to_json(name, None) + b": " + to_json(value, None) for name, value in tail.items()]
+                self._write(self._closing.removesuffix(b"\n}\n") + b"".join(lines) + b"\n}\n")
+            self._file.close()
+
+    def _open(self) -> None:
+        if self._file is None:
+            data = self._opening + self._lines(self._entries)
+            write_atomically(self.path, lambda temporary: temporary.write_bytes(data + self._closing))
+            self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 (open for the whole run)
+            self._end, self._count = len(data), len(self._entries)
+            self._entries = {}
+
+    def _lines(self, entries: Mapping[str, Any]) -> bytes:
+        lines = [self._indent + to_json(name, None) + b": " + to_json(value, None) for name, value in entries.items()]
+        separator = b"," if self._count and lines else b""
+        return separator + b",".join(lines)
+
+    def _write(self, data: bytes) -> None:
+        self._file.seek(self._end)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def __enter__(self) -> "GrowingJson":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._unwritten = self._unwritten or kind is None  # a run without results writes an empty file at its end
-        self.close()
+        if kind is None and (self._file is None or not self._file.closed):
+            self.close()
+        elif self._file is not None:
+            self._file.close()
 
 
 class Summary:
@@ -74,14 +174,20 @@ class Summary:
         """Moves the progress bar by a number of images, which may be a fraction."""
         self._bar.update(images)
 
-    def fail(self, name: str, reason: str) -> None:
-        """Records and prints that an input could not be read."""
+    def fail(self, name: str, reason: str, verb: str = "read") -> None:
+        """Records and prints that an input could not be read, or its result not be written."""
         self.failed[name] = reason
-        self._bar.write(f"cannot read {name}: {reason}", file=sys.stderr)
-        self._bar.update()
+        self._bar.write(f"cannot {verb} {name}: {reason}", file=sys.stderr)
+        if verb == "read":
+            self._bar.update()
 
-    def close(self, verb: str, output: str) -> int:
-        """Prints the summary; returns the exit code, 1 if an input failed."""
+    def close(self, verb: str, output: str, kept: int | None = None) -> int:
+        """Prints the summary; returns the exit code, 1 if an input failed.
+
+        Args:
+            kept: Number of results of an earlier run, if this one goes on with it.
+        """
         self._bar.close()
-        print(f"{verb} {self.done}, failed {len(self.failed)}: {output}", file=sys.stderr)
+        before = "" if kept is None else f"kept {kept}, "
+        print(f"{before}{verb} {self.done}, failed {len(self.failed)}: {output}", file=sys.stderr)
         return 1 if self.failed else 0

@@ -2,6 +2,9 @@
 
 import argparse
 import dataclasses
+import errno
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ from vlv.files import write_atomically
 from vlv.pipelines import VLVReconstructionPipeline, generate_images, load_reconstruction
 
 from .batches import Batch, read_batches
-from .caption import read_captions
 from .encode import encode
 from .errors import UserError
 from .inputs import collect_images, load_embeddings, positive
-from .models import add_model_arguments, choose_device, choose_model, loading, output_path, precision
-from .output import IncrementalJson, Summary
+from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .output import GrowingJson, Summary, output_path, refuse_existing, require_writable
+from .resume import read_results
 from .sheet import Pair, contact_sheet
+
+# Errors of one output name. Others, such as a full disk, concern the whole run.
+ERRORS_OF_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 def add_parser(commands) -> None:
@@ -35,6 +41,7 @@ def add_parser(commands) -> None:
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
     parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
     parser.add_argument("--output-dir", default="reconstructions", help="a folder (default: reconstructions)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files in --output-dir, and --sheet")
     parser.add_argument(
         "--sheet", metavar="FILE.png", help="also write one image of all: originals above their reconstructions"
     )
@@ -56,9 +63,15 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
-    inputs = collect_images(arguments.paths) if arguments.paths else []
+    folder = Path(arguments.output_dir)
+    require_writable(folder, "--output-dir", arguments.output_dir)
     sheet = output_path(arguments.sheet, ".png", "--sheet") if arguments.sheet else None
-    captions = read_captions(arguments.captions, "--captions") if arguments.captions else {}
+    if not arguments.overwrite:
+        refuse_existing(folder / "metrics.json", "--output-dir")
+        if sheet is not None:
+            refuse_existing(sheet, "--sheet")
+    inputs = collect_images(arguments.paths) if arguments.paths else []
+    captions = read_results(arguments.captions, "--captions") if arguments.captions else {}
     source = choose_model(arguments)
     with loading(source):
         pipeline = load_reconstruction(
@@ -72,22 +85,28 @@ def run(arguments: argparse.Namespace) -> int:
     if size % pipeline.vae_scale_factor:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")
 
-    folder, summary, meter = Path(arguments.output_dir), Summary(len(inputs)), _set_meter(pipeline)
-    metrics: dict[str, dict[str, float]] = {}
+    summary, meter = Summary(len(inputs)), _set_meter(pipeline)
     pairs: list[Pair] = []
-    with IncrementalJson(folder / "metrics.json", {"settings": _settings(arguments, source, size)}) as report:
+    with GrowingJson(folder / "metrics.json", head={"settings": _settings(arguments, source, size)}) as report:
         for batch in read_batches(inputs, pipeline.image_processor, arguments.batch_size, summary, size):
+            metrics: dict[str, dict[str, float]] = {}
             reconstructions = reconstruct(pipeline, batch, size, arguments, summary)
             for name, original, reconstruction in zip(batch.names, batch.originals, reconstructions, strict=True):
-                metrics[name] = _write(folder, name, original, reconstruction)
+                try:
+                    metrics[name] = _write(folder, name, original, reconstruction)
+                except OSError as error:
+                    if error.errno not in ERRORS_OF_NAMES:
+                        raise
+                    summary.fail(name, str(error), "write the reconstruction of")
+                    continue
                 summary.done += 1
                 if original is not None:
                     if meter is not None:
                         meter.update(_to_tensor(reconstruction)[None], _to_tensor(original)[None])
                     if sheet is not None:
                         pairs.append(Pair(original, reconstruction, captions.get(name, "")))
-            report.save({"images": metrics, "failed": summary.failed})
-        report.save({"dataset": _dataset_metrics(meter), "failed": summary.failed})
+            report.add(metrics)
+        report.close({"dataset": _dataset_metrics(meter), "failed": summary.failed})
     if sheet is not None and pairs:
         write_atomically(sheet, contact_sheet(pairs).save)
     return summary.close("reconstructed", str(folder))
@@ -130,10 +149,22 @@ def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str
     return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
 
 
+def output_name(name: str) -> str:
+    """The path of an image's reconstruction in the output folder; `a.jpg` and `a.png` have different ones.
+
+    A name that the suffix makes longer than file systems allow (255 bytes) is shortened, with a hash of the whole.
+    """
+    *folders, last = ["_" if part == ".." else part for part in Path(name).parts if part != "/"]
+    encoded = os.fsencode(last)
+    if len(encoded) > 251:
+        stem = encoded[:200].decode("utf-8", "ignore")
+        last = f"{stem}-{hashlib.blake2b(encoded, digest_size=8).hexdigest()}"
+    return Path(*folders, last + ".png").as_posix()
+
+
 def _write(folder: Path, name: str, original: Image.Image | None, reconstruction: Image.Image) -> dict[str, float]:
     """Writes a reconstruction, and with its original also the two side by side; returns its metrics."""
-    parts = ["_" if part == ".." else part for part in Path(name).parts if part != "/"]
-    file = Path(*parts).as_posix() + ".png"  # a.jpg and a.png get different files
+    file = output_name(name)
     write_atomically(folder / "reconstructions" / file, reconstruction.save)
     if original is None:
         return {}

@@ -1,9 +1,11 @@
-"""Files on disk: finds images, reads and writes JSON, reads headers of weights. Errors name the file."""
+"""Files on disk: reads and writes JSON, reads headers of weights. Errors name the file."""
 
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DTYPES = {  # names in safetensors and in torch
     "F64": "float64",
     "F32": "float32",
@@ -23,18 +24,6 @@ DTYPES = {  # names in safetensors and in torch
     "BOOL": "bool",
 }
 Header = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype (such as "float16") of each weight, by name
-
-
-def find_images(folder: str | os.PathLike) -> list[Path]:
-    """All image files below a folder, sorted by path. Suffixes match in any case. Hidden files are left out."""
-    root = Path(folder)
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
 
 
 def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
@@ -63,27 +52,52 @@ def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary file beside `path`, then renames it: no reader sees an incomplete file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    """Calls `write` with a temporary file beside `path`, then renames it: no reader sees an incomplete file.
+
+    Raises:
+        OSError: If the file cannot be written; its `filename` is `path`.
+    """
+    with errors_naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The name of the temporary file is short, whatever the length of the name of `path`.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=path.suffix[:10])
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            set_default_permissions(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Errors of writing a file name it. Libraries' errors of a full disk name no file, or a temporary one."""
     try:
-        write(temporary)
-        set_default_permissions(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except SafetensorError as error:  # such as "I/O error: No space left on device (os error 28)"
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def to_json(value: Any, indent: int | None = 2) -> bytes:
+    """JSON as UTF-8. Strings that are not valid Unicode (file names) are escaped."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent).encode("ascii")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON as indented UTF-8, atomically. Strings that are not valid Unicode (file names) are escaped."""
-    try:
-        data = json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        data = json.dumps(value, indent=2).encode("ascii")
-    write_atomically(Path(path), lambda temporary: temporary.write_bytes(data + b"\n"))
+    data = to_json(value) + b"\n"
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def set_default_permissions(*paths: Path) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from vlv import VLVImageProcessor, VLVProcessor
-from vlv.files import IMAGE_SUFFIXES, find_images
+from vlv.image_files import find_images
 
 logger = logging.get_logger(__name__)
 
@@ -108,7 +108,7 @@ def load_pairs(
 def _find_images(folder: Path) -> list[Path]:
     images = find_images(folder)
     if not images:
-        raise ValueError(f"no images in {folder}; looked for {', '.join(IMAGE_SUFFIXES)} in all its folders")
+        raise ValueError(f"no images in {folder}; looked in all its folders for files that Pillow can read")
     return images
 
 

@@ -8,8 +8,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlv.cli.main import main
-from vlv.cli.output import IncrementalJson
-from vlv.files import write_atomically
 from vlv.pipelines import generate_captions
 
 from ..builders import QUERIES, TEXT_WIDTH
@@ -55,21 +53,6 @@ def test_equal_names_of_two_arguments_do_not_collide(model_folder, mixed_folder,
     files = [mixed_folder / "good.png", mixed_folder / "sub" / "good.png"]
     _, captions = caption(model_folder, tmp_path / "c.json", *files)
     assert sorted(captions) == sorted(path.as_posix() for path in files)
-
-
-def test_resume_keeps_existing_captions(model_folder, mixed_folder, tmp_path):
-    output = tmp_path / "c.json"
-    output.write_text('{"good.png": "kept as it was"}')
-    _, captions = caption(model_folder, output, mixed_folder, "--resume")
-    assert captions["good.png"] == "kept as it was"
-    assert sorted(captions) == READABLE
-
-
-def test_resume_refuses_a_file_without_captions(model_folder, mixed_folder, tmp_path, capsys):
-    (tmp_path / "c.json").write_text("[]")
-    command = ["caption", str(mixed_folder), "--model", str(model_folder), "--output", str(tmp_path / "c.json")]
-    assert main([*command, "--resume"]) == 2
-    assert "--resume: " in capsys.readouterr().err and (tmp_path / "c.json").read_text() == "[]"
 
 
 def test_an_interrupted_run_keeps_its_captions(model_folder, mixed_folder, tmp_path, monkeypatch):
@@ -136,11 +119,11 @@ def test_the_sheet_shows_all_images_and_their_captions(model_folder, mixed_folde
 
     captions = tmp_path / "captions.json"
     captions.write_text(json.dumps({"good.png": "two words and then a few more words"}))
-    reconstruct(model_folder, tmp_path, *arguments, "--captions", captions)
+    reconstruct(model_folder, tmp_path, *arguments, "--captions", captions, "--overwrite")
     assert Image.open(tmp_path / "s.png").height > height
 
     captions.write_text("[]")
-    assert reconstruct(model_folder, tmp_path, *arguments, "--captions", captions) == 2
+    assert reconstruct(model_folder, tmp_path, *arguments, "--captions", captions, "--overwrite") == 2
 
 
 def test_reconstructions_of_embeddings_equal_those_of_images(model_folder, mixed_folder, tmp_path):
@@ -177,43 +160,6 @@ def test_a_wrong_argument_is_explained_without_a_traceback(
     assert main(arguments) == 2
     stderr = capsys.readouterr().err
     assert message in stderr and "Traceback" not in stderr
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half of")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_run_interrupted_before_its_first_result_leaves_the_old_file(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text('{"a": 1}')
-    with pytest.raises(KeyboardInterrupt), IncrementalJson(path):
-        raise KeyboardInterrupt
-    assert path.read_text() == '{"a": 1}'
-
-
-def test_file_names_that_are_not_unicode_are_kept(tmp_path):
-    with IncrementalJson(tmp_path / "results.json") as results:
-        results.save({"caf\udce9.png": "a dog"})
-    assert json.loads((tmp_path / "results.json").read_text()) == {"caf\udce9.png": "a dog"}
-
-
-def test_an_incremental_file_is_complete_json_at_every_moment(tmp_path):
-    path = tmp_path / "results.json"
-    with IncrementalJson(path) as results:
-        for number in range(50):
-            results.save({str(number): "x" * 100})
-            assert set(json.loads(path.read_text())) <= {str(n) for n in range(number + 1)}
-    assert len(json.loads(path.read_text())) == 50
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_embeddings_of_another_model_are_refused(model_folder, tmp_path, capsys):

@@ -1,0 +1,208 @@
+"""`vlv caption --resume` goes on with its own results, and never takes over those of other images or another model."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlv.cli.inputs import Input, collect_images
+from vlv.cli.main import main
+from vlv.cli.resume import ResumableResults, read_results
+
+MODEL, SETTINGS = {"model": "m", "sha256": "1"}, {"max_new_tokens": 4}
+
+
+@pytest.fixture
+def folder(tmp_path, images):
+    """Three images."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, image in zip("abc", images, strict=False):
+        image.save(folder / f"{name}.png")
+    return folder
+
+
+def caption(model, output, *arguments) -> int:
+    return main(["caption", *map(str, ("--model", model, "--output", output, "--device", "cpu", *arguments))])
+
+
+def results_of(output, inputs, texts, model=MODEL, settings=SETTINGS) -> ResumableResults:
+    """A run that adds a text for each of some inputs, and stops."""
+    results = ResumableResults(output, model, settings)
+    results.add(inputs, texts)
+    return results
+
+
+def resumed(output, inputs, model=MODEL, settings=SETTINGS) -> tuple[list[str], dict[str, str], list[str]]:
+    """The names that a resumed run asks for, what it keeps, and its notes."""
+    results = ResumableResults(output, model, settings)
+    left = [item.name for item in results.resume(inputs)]
+    with results:
+        pass
+    return left, json.loads(output.read_text()), results.notes()
+
+
+def test_a_resumed_run_keeps_what_is_there_and_counts_it(model_folder, folder, tmp_path, capsys):
+    output = tmp_path / "c.json"
+    settings = ("--max-new-tokens", 6)
+    (folder / "c.png").rename(tmp_path / "c.png")
+    assert caption(model_folder, output, folder, *settings) == 0
+    first = json.loads(output.read_text())
+    (tmp_path / "c.png").rename(folder / "c.png")
+    assert caption(model_folder, output, folder, "--resume", *settings) == 0
+    assert "kept 2, captioned 1, failed 0" in capsys.readouterr().err
+    assert caption(model_folder, tmp_path / "alone.json", folder, *settings) == 0
+    assert json.loads(output.read_text()) == json.loads((tmp_path / "alone.json").read_text())
+    assert list(json.loads(output.read_text()))[:2] == list(first)
+
+
+def test_without_an_output_a_resumed_run_begins(model_folder, folder, tmp_path, capsys):
+    assert caption(model_folder, tmp_path / "c.json", folder / "a.png", "--resume", "--max-new-tokens", 2) == 0
+    assert "captioned 1, failed 0" in capsys.readouterr().err
+
+
+def test_another_image_of_the_same_name_is_refused(folder, tmp_path, images, model_folder, capsys):
+    output = tmp_path / "c.json"
+    results_of(output, collect_images([str(folder)]), ["A", "B", "C"])
+    other = tmp_path / "other"
+    other.mkdir()
+    images[5].save(other / "a.png")
+    before = output.read_text()
+    assert caption(model_folder, output, other, "--resume") == 2
+    said = capsys.readouterr().err
+    assert "made by another model" in said and output.read_text() == before
+    with pytest.raises(Exception, match=rf"another image under the name a.png: {folder / 'a.png'}"):
+        ResumableResults(output, MODEL, SETTINGS).resume(collect_images([str(other)]))
+
+
+def test_another_model_is_refused(model_folder, folder, tmp_path, capsys):
+    output = tmp_path / "c.json"
+    assert caption(model_folder, output, folder / "a.png", "--max-new-tokens", 2) == 0
+    trained = shutil.copytree(model_folder, tmp_path / "trained")
+    assert caption(trained, output, folder, "--max-new-tokens", 2, "--resume") == 0  # the same weights elsewhere
+    path = trained / "encoder" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.query_tokens"] = weights["model.query_tokens"] + 1e-3
+    save_file(weights, path, {"format": "pt"})
+    assert caption(trained, output, folder, "--max-new-tokens", 2, "--resume") == 2
+    assert f"made by another model, {model_folder}" in capsys.readouterr().err
+
+
+def test_a_changed_image_is_captioned_again(folder, tmp_path, images):
+    output = tmp_path / "c.json"
+    results_of(output, collect_images([str(folder)]), ["A", "B", "C"])
+    images[6].save(folder / "b.png")
+    left, kept, _ = resumed(output, collect_images([str(folder)]))
+    assert left == ["b.png"] and kept == {"a.png": "A", "c.png": "C"}
+
+
+def test_an_image_is_recognised_by_its_content(folder, tmp_path):
+    output = tmp_path / "c.json"
+    results_of(output, collect_images([str(folder)]), ["A", "B", "C"])
+    os.utime(folder / "a.png", (1, 1))
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    left, kept, _ = resumed(output, collect_images([str(moved)]))
+    assert left == [] and kept == {"a.png": "A", "b.png": "B", "c.png": "C"}
+    assert resumed(output, collect_images([str(moved)]))[0] == []
+
+
+def test_an_image_that_gets_another_name_keeps_its_result(folder, tmp_path, images):
+    output = tmp_path / "c.json"
+    results_of(output, collect_images([str(folder)]), ["A", "B", "C"])
+    other = tmp_path / "other"
+    other.mkdir()
+    images[5].save(other / "a.png")
+    left, kept, _ = resumed(output, collect_images([str(folder), str(other)]))
+    assert left == [f"{other}/a.png"] and kept == {f"{folder}/a.png": "A", "b.png": "B", "c.png": "C"}
+
+
+def test_results_of_other_images_stay(folder, tmp_path, images):
+    output = tmp_path / "c.json"
+    results_of(output, collect_images([str(folder)]), ["A", "B", "C"])
+    images[5].save(tmp_path / "d.png")
+    left, kept, _ = resumed(output, collect_images([str(tmp_path / "d.png")]))
+    assert left == ["d.png"] and kept == {"a.png": "A", "b.png": "B", "c.png": "C"}
+
+
+def test_other_settings_are_said(folder, tmp_path):
+    output = tmp_path / "c.json"
+    inputs = collect_images([str(folder)])
+    results_of(output, inputs[:2], ["A", "B"])
+    results = ResumableResults(output, MODEL, {"max_new_tokens": 9})
+    results.resume(inputs)
+    (note,) = results.notes()
+    assert note == "2 of the kept results were made with other settings (max_new_tokens 4, here 9)"
+    results.add(inputs[2:], ["C"])
+    left, _, notes = resumed(output, inputs)
+    assert left == [] and len(notes) == 1 and notes[0].startswith("1 of the kept results")
+
+
+def test_a_result_without_a_record_is_made_again(folder, tmp_path, capsys, model_folder):
+    output = tmp_path / "c.json"
+    inputs = collect_images([str(folder)])
+    results_of(output, inputs, ["A", "B", "C"])
+    record = tmp_path / "c.resume.jsonl"
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(lines[:-1]) + lines[-1][:20])  # a last line that was cut off
+    assert resumed(output, inputs)[:2] == (["c.png"], {"a.png": "A", "b.png": "B"})
+    record.unlink()
+    assert caption(model_folder, output, folder, "--resume") == 2
+    assert "c.resume.jsonl cannot be read" in capsys.readouterr().err
+
+
+def test_a_file_whose_last_write_was_cut_off_is_recovered(folder, tmp_path):
+    output = tmp_path / "c.json"
+    inputs = collect_images([str(folder)])
+    results_of(output, inputs, ["A", "B", "C"])
+    complete = output.read_bytes()
+    for end in range(complete.index(b'"B"') + 4, len(complete) - 3):
+        output.write_bytes(complete[:end])
+        found = read_results(output, "--resume")
+        assert list(found.items())[:2] == [("a.png", "A"), ("b.png", "B")] and len(found) <= 3
+    assert resumed(output, inputs)[0] in ([], ["c.png"])
+
+
+@pytest.mark.parametrize("content", ["[]", "text", '{"a": 1', ""])
+def test_a_file_that_holds_no_results_is_refused_and_kept(content, model_folder, folder, tmp_path, capsys):
+    (tmp_path / "c.json").write_text(content)
+    assert caption(model_folder, tmp_path / "c.json", folder, "--resume") == 2
+    assert "--resume: " in capsys.readouterr().err and (tmp_path / "c.json").read_text() == content
+
+
+def test_embeddings_are_told_apart_by_their_values(tmp_path):
+    z, output = tmp_path / "z.safetensors", tmp_path / "c.json"
+    z.write_bytes(b"x")
+    inputs = [Input(name, z, torch.full((2, 3), value)) for name, value in (("a", 1.0), ("b", 2.0))]
+    results_of(output, inputs, ["A", "B"])
+    z.write_bytes(b"xy")
+    changed = [inputs[0], Input("b", z, torch.full((2, 3), 3.0))]
+    assert resumed(output, changed)[:2] == (["b"], {"a": "A"})
+
+
+def test_an_image_that_cannot_be_read_any_more_keeps_its_result(folder, tmp_path):
+    output = tmp_path / "c.json"
+    inputs = collect_images([str(folder)])
+    results_of(output, inputs, ["A", "B", "C"])
+    (folder / "a.png").unlink()
+    assert resumed(output, inputs)[:2] == ([], {"a.png": "A", "b.png": "B", "c.png": "C"})
+
+
+def test_a_terminated_run_keeps_its_results(model_folder, folder, tmp_path, monkeypatch):
+    from vlv.cli import caption as module
+
+    def terminate(self, *arguments):
+        add(self, *arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    add = module.ResumableResults.add
+    monkeypatch.setattr(module.ResumableResults, "add", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ending:
+        caption(model_folder, tmp_path / "c.json", folder, "--batch-size", 1, "--max-new-tokens", 2)
+    assert ending.value.code == 143 and list(json.loads((tmp_path / "c.json").read_text())) == ["a.png"]
+    assert signal.getsignal(signal.SIGTERM) == before
