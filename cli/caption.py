@@ -64,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     source = choose_model(arguments)
     with loading(source):
         folder = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
-        config = VLVConfig.from_dict(hub.read_config(folder))
         identity = describe_model(source, folder)
-    if arguments.embeddings:
-        inputs = load_embeddings(arguments.embeddings, config.text_encoder_config.hidden_size, "caption")
+        if arguments.embeddings:
+            config = VLVConfig.from_dict(hub.read_config(folder))
+            inputs = load_embeddings(arguments.embeddings, config.text_encoder_config.hidden_size, "caption")
     settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}
     if arguments.as_original:
         settings |= AS_ORIGINAL

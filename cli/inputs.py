@@ -68,7 +68,7 @@ def collect_images(paths: list[str]) -> list[Input]:
     if not found:
         raise UserError(f"no images in {', '.join(paths)}" + (f"; it holds {others}" if others else ""))
     if others:
-        print(f"left out {left_out.total()} files that are not images: {others}", file=sys.stderr)
+        print(f"not images, left out: {others}", file=sys.stderr)
     named = dict.fromkeys(found)
     while True:
         names = Counter(name for name, *_ in named)

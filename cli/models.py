@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from vlv.checkpoints import MINIATURE
@@ -70,5 +71,5 @@ def loading(source: str) -> Iterator[None]:
     """Turns an error of loading a model into a `UserError` that names `source`."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source}: {error}") from error

@@ -2,8 +2,10 @@
 
 import base64
 import difflib
+import importlib
 import io
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -124,7 +126,7 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
                 raise
             return _decode(_without_png_metadata(data))  # Pillow refuses large texts and profiles beside the pixels
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image in a format that can be read") from error
+        raise ValueError(f"{name} is not an image in a format that can be read{_missing_package(data)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded safely: {error}") from error
     except MemoryError:
@@ -133,9 +135,38 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
         raise ValueError(f"{name} is damaged: {error}") from error
 
 
+def _missing_package(data: bytes) -> str:
+    """The package that reads a format which Pillow alone does not, for an error message."""
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc", b"ftypmsf1"):
+        return "; HEIC needs the package pillow-heif"
+    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "; JPEG XL needs the package pillow-jxl-plugin"
+    return ""
+
+
 def _decode(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if not _add_formats():
+            raise
+        image = Image.open(io.BytesIO(data))
+    with image:
         return _pil_to_rgb(image)
+
+
+@cache
+def _add_formats() -> bool:
+    """Registers HEIC and JPEG XL with Pillow, where their packages are installed; returns whether one is."""
+    found = False
+    for package in ("pillow_heif", "pillow_jxl"):
+        try:
+            module = importlib.import_module(package)  # pillow_jxl registers itself
+        except ImportError:
+            continue
+        getattr(module, "register_heif_opener", lambda: None)()
+        found = True
+    return found
 
 
 def _without_png_metadata(data: bytes) -> bytes:

@@ -1,5 +1,7 @@
 """Inputs are read one by one and gathered into batches."""
 
+from pathlib import Path
+
 import torch
 
 from vlv.cli.batches import read_batches
@@ -26,7 +28,10 @@ def test_originals_are_square_images_of_the_size_asked_for(mixed_folder, image_p
 
 
 def test_embeddings_of_different_lengths_are_not_mixed(image_processor):
-    inputs = [Input(f"{n}", embeds=torch.full((length, 4), float(n))) for n, length in enumerate((3, 3, 2, 3))]
+    inputs = [
+        Input(f"{n}", Path("z.safetensors"), torch.full((length, 4), float(n)))
+        for n, length in enumerate((3, 3, 2, 3))
+    ]
     batches = list(read_batches(inputs, image_processor, 8, Summary(4)))
     assert [batch.names for batch in batches] == [["0", "1"], ["2"], ["3"]]
     assert [tuple(batch.tensors["caption_embeds"].shape) for batch in batches] == [(2, 3, 4), (1, 2, 4), (1, 3, 4)]

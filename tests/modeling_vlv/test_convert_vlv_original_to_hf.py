@@ -592,5 +592,5 @@ def test_embeddings_are_written_for_one_of_two_encoders(converted, images, tmp_p
     assert "holds embeddings for `vlv caption`" in capsys.readouterr().err
     options = ["--model", str(converted), "--output", str(tmp_path / "c.json"), "--max-new-tokens", "2"]
     assert main(["caption", "--embeddings", str(z), *options]) == 0
-    assert main([*encode, "--for", "reconstruct"]) == 0
+    assert main([*encode, "--for", "reconstruct", "--overwrite"]) == 0
     assert not torch.equal(load_file(z)["a.png"], embeddings)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import struct
 import zlib
 
@@ -12,6 +13,8 @@ from PIL import Image, PngImagePlugin
 
 from vlv import VLVImageProcessor
 from vlv.processing_vlv import ORIENTATIONS, to_rgb
+
+from ..interpreter import run_python
 
 
 def scene(width: int = 40, height: int = 24) -> Image.Image:
@@ -141,3 +144,36 @@ def test_a_file_is_named_by_its_end(tmp_path):
     (folder / "broken.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"^\.\.\..*/broken\.png is not an image in a format that can be read$"):
         to_rgb(folder / "broken.png")
+
+
+WRITE = """
+import importlib, sys
+from PIL import Image
+module = importlib.import_module(sys.argv[2])
+getattr(module, "register_heif_opener", lambda: None)()
+Image.new("RGB", (64, 48), "red").save(sys.argv[1])
+"""
+READ = """
+import sys
+from vlv.processing_vlv import to_rgb
+for name in sys.argv[2:]:
+    sys.modules[name] = None  # as if it were not installed
+image = to_rgb(sys.argv[1])
+print(image.size, min(image.getpixel((9, 9))[:1]), max(image.getpixel((9, 9))[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("a.heic", "pillow_heif", "pillow-heif"), ("a.jxl", "pillow_jxl", "pillow-jxl-plugin")],
+)
+def test_a_format_of_another_package_is_read_or_the_package_is_named(name, module, package, tmp_path):
+    pytest.importorskip(module)
+    path = str(tmp_path / name)
+    assert run_python(WRITE, [path, module], cwd=tmp_path, env=os.environ).returncode == 0
+    done = run_python(READ, [path], cwd=tmp_path, env=os.environ)
+    size, red, others = done.stdout.rsplit(maxsplit=2)
+    assert size == "(64, 48)" and int(red) > 240 and int(others) < 15
+    done = run_python(READ, [path, module], cwd=tmp_path, env=os.environ)
+    assert done.returncode == 1 and f"needs the package {package}" in done.stderr
