@@ -14,7 +14,7 @@ from .errors import UserError
 from .inputs import collect_images, load_embeddings, positive
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
 from .output import Summary, output_path, refuse_existing
-from .resume import ResumableResults, describe_model
+from .resume import ResumableResults
 
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = choose_model(arguments)
     with loading(source):
         folder = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
-        identity = describe_model(source, folder)
+        fingerprint = hub.fingerprint(folder)
         if arguments.embeddings:
             config = VLVConfig.from_dict(hub.read_config(folder))
             inputs = load_embeddings(arguments.embeddings, config.text_encoder_config.hidden_size, "caption")
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings |= AS_ORIGINAL
     trim = arguments.trim or arguments.as_original
     recorded = {name: str(value) for name, value in settings.items()} | {"trim": trim, "dtype": arguments.dtype}
-    results = ResumableResults(output, identity, recorded)
+    results = ResumableResults(output, (source, fingerprint), recorded)
     total, kept = len(inputs), None
     if arguments.resume and output.exists():
         inputs = results.resume(inputs)

@@ -1,7 +1,8 @@
 """What the results in an output are of: `--resume` goes on with them, and never takes over those of other images.
 
-Beside `captions.json` lies `captions.resume.jsonl`. It has a line `{"run": 0, "model": ..., "settings": ...}` for each
-run, and a line `{"run": 0, "name": ..., "source": ..., "size": ..., "mtime_ns": ..., "blake2b": ...}` for each result.
+Beside `captions.json` lies `captions.resume.jsonl`. It has a line for each run, `{"run": 0, "model": ...,
+"fingerprint": ..., "settings": ...}`, and a line for each result, `{"run": 0, "name": ..., "source": ..., "size": ...,
+"mtime_ns": ..., "blake2b": ...}`.
 """
 
 import hashlib
@@ -18,25 +19,6 @@ from .inputs import Input
 from .output import GrowingJson
 
 
-def describe_model(source: str, folder: Path) -> dict[str, str]:
-    """`source` (`--model`) and what its weights are: the commit of a Hub repository, or the hash of the files.
-
-    Args:
-        folder: The folder that `source` was resolved to.
-    """
-    if folder.parent.name == "snapshots" and not Path(source).exists():  # of huggingface_hub's cache
-        return {"model": source, "commit": folder.name}
-    digest = hashlib.sha256()
-    for path in [
-        folder / "config.json",
-        *sorted(folder.glob("*.safetensors")),
-        *sorted(folder.glob("encoder/*.safetensors")),
-    ]:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return {"model": source, "sha256": digest.hexdigest()}
-
-
 class ResumableResults:
     """Results in a JSON file `{name: result}`, with a record of the image, the model and the settings of each.
 
@@ -44,14 +26,14 @@ class ResumableResults:
 
     Args:
         output: The JSON file.
-        model: See `describe_model`.
+        model: `--model` and its `vlv.hub.fingerprint`.
         settings: Settings that change results.
     """
 
-    def __init__(self, output: Path, model: Mapping[str, str], settings: Mapping[str, Any]):
+    def __init__(self, output: Path, model: tuple[str, str], settings: Mapping[str, Any]):
         self.output, self.record_file = output, output.with_suffix(".resume.jsonl")
         self._runs: list[dict[str, Any]] = []
-        self._run: dict[str, Any] = {"run": 0, "model": dict(model), "settings": dict(settings)}
+        self._run: dict[str, Any] = {"run": 0, "model": model[0], "fingerprint": model[1], "settings": dict(settings)}
         self._entries: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self._json: GrowingJson | None = None
@@ -70,9 +52,9 @@ class ResumableResults:
         self._runs, records = self._read_records() if entries else ([], {})
         records = {name: record for name, record in records.items() if name in entries}
         for run in self._runs:
-            if _weights(run["model"]) != _weights(self._run["model"]):
+            if run["fingerprint"] != self._run["fingerprint"]:
                 raise UserError(
-                    f"--resume: {self.output} was made by another model, {run['model']['model']}; pass that --model, "
+                    f"--resume: {self.output} was made by another model, {run['model']}; pass that --model, "
                     "another --output, or --overwrite to replace it"
                 )
         by_source = {record["source"]: record for record in records.values()}
@@ -176,10 +158,6 @@ class ResumableResults:
             self._open().close()
         elif self._json is not None:
             self._json.__exit__(kind, *error)
-
-
-def _weights(model: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in model.items() if name != "model"}
 
 
 def _source(item: Input) -> str:

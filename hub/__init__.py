@@ -6,6 +6,7 @@ from .card import Card
 from .convert import Conversion, convert
 from .describe import Description, describe
 from .export import export
+from .fingerprint import fingerprint
 from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
 from .load import (
     has_two_encoders,
@@ -30,6 +31,7 @@ __all__ = [
     "convert",
     "describe",
     "export",
+    "fingerprint",
     "has_two_encoders",
     "load_captioner",
     "load_diffusion_components",

@@ -4,13 +4,16 @@
 `python -m vlv.train.stage1` runs the only copy of its module.
 """
 
+from vlv.image_files import find_images
+
 from .callbacks import PerProcessSeedCallback, ProgressBarCallback, ValidationCallback
-from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, find_images, load_images, load_pairs
+from .checkpoints import last_checkpoint
+from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, load_images, load_pairs
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .modes import set_train_mode
 from .stage1_trainer import Stage1Config, Stage1Trainer
 from .stage2_trainer import Stage2Config, Stage2Trainer
-from .trainer import VLVTrainer, last_checkpoint
+from .trainer import VLVTrainer
 
 __all__ = [
     "ColumnDataset",

@@ -1,5 +1,7 @@
 """Callbacks of both trainers: random numbers per process, validation samples, the progress bar."""
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, set_seed
 from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class PerProcessSeedCallback(TrainerCallback):
@@ -23,10 +27,41 @@ class PerProcessSeedCallback(TrainerCallback):
         set_seed(args.seed + args.process_index)
 
 
+class TerminationCallback(TrainerCallback):
+    """After SIGTERM, with which schedulers end a job, the run saves a checkpoint and stops.
+
+    `requested` says that this has happened. A signal to one process of several stops them all.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._before: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():  # only that one may handle signals
+            self._before = signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            requests = torch.tensor(float(self.requested), device=args.device)
+            torch.distributed.all_reduce(requests)
+            self.requested = bool(requests > 0)
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
 class ValidationCallback(TrainerCallback):
     """Validates the model every `every` steps on the first process. Validation does not change the training.
 
-    The model is in evaluation mode during validation. Its mode and the random state are restored afterwards.
+    The model is in evaluation mode during validation. Its mode and the random state are restored afterwards. A
+    validation that fails is logged, and the training goes on.
 
     Args:
         validate: Called as `validate(model, step, folder)`; writes its results to `folder`, `OUTPUT_DIR/samples`.
@@ -40,11 +75,13 @@ class ValidationCallback(TrainerCallback):
         if self.every <= 0 or state.global_step % self.every or not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
         was_training, random_state = model.training, torch.get_rng_state()
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
                 self.validate(model.eval(), state.global_step, folder)
+        except Exception as error:
+            logger.warning(f"the validation at step {state.global_step} failed: {type(error).__name__}: {error}")
         finally:
             model.train(was_training)
             torch.set_rng_state(random_state)

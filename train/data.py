@@ -1,5 +1,6 @@
 """Data sets of images and of image-caption pairs, and the collators that make batches of them."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from vlv import VLVImageProcessor, VLVProcessor
-from vlv.image_files import find_images
+from vlv.image_files import walk_images
 
 logger = logging.get_logger(__name__)
 
@@ -20,10 +21,14 @@ SIDECAR_SUFFIXES = (".txt", ".caption")
 
 
 class ListDataset(Dataset):
-    """A list of `{"image": path}` or `{"image": path, "caption": text}`. The collator opens the images."""
+    """A list of `{"image": path}` or `{"image": path, "caption": text}`. The collator opens the images.
 
-    def __init__(self, items: Sequence[dict[str, Any]]):
-        self.items = items
+    Args:
+        root: The folder that the paths lie in.
+    """
+
+    def __init__(self, items: Sequence[dict[str, Any]], root: str | os.PathLike = "."):
+        self.items, self.root = items, root
 
     def __len__(self) -> int:
         return len(self.items)
@@ -31,15 +36,33 @@ class ListDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.items[index]
 
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and captions, which does not depend on where the folder lies."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            name, size = os.path.relpath(item["image"], self.root), os.stat(item["image"]).st_size
+            digest.update(repr((name, size, item.get("caption"))).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
 
 class ColumnDataset(Dataset):
     """A `datasets.Dataset` with its columns renamed to `image` and `caption`. Images stay encoded.
 
+    Args:
+        folders: The folder that relative image paths start from, and the number of rows that it counts for: one pair
+            for each file of the table, in the order of the rows. By default they start from the working directory.
+
     Raises:
-        ValueError: If the table has no column of a given name.
+        ValueError: If the table has no column of a given name, or no caption has words.
     """
 
-    def __init__(self, table: Any, image_column: str, caption_column: str | None):
+    def __init__(
+        self,
+        table: Any,
+        image_column: str,
+        caption_column: str | None,
+        folders: Sequence[tuple[str, int]] = (),
+    ):
         columns = {"image": image_column} | ({"caption": caption_column} if caption_column else {})
         for column in columns.values():
             if column not in table.column_names:
@@ -51,21 +74,60 @@ class ColumnDataset(Dataset):
             table = table.cast_column(image_column, Image(decode=False))
         self.table, self.columns = table, columns
         self.array_dtype = getattr(table.features[image_column], "dtype", "uint8")
+        self._folders = [folder for folder, _ in folders]
+        self._ends = np.cumsum([count for _, count in folders])
+        self._rows: np.ndarray | None = None  # those with a caption, if some have none
+        if caption_column and getattr(table.features[caption_column], "dtype", None) in ("string", "large_string"):
+            captions = table.select_columns([caption_column]).with_format("numpy")
+            has_words = np.array([bool(text.strip()) if text else text is None for text in captions[caption_column]])
+            if not has_words.all():
+                self._rows = np.flatnonzero(has_words)
+                _report_empty([f"row {row}" for row in np.flatnonzero(~has_words)], len(has_words))
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.table) if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.table[index]
+        number = index if self._rows is None else int(self._rows[index])
+        row = self.table[number]
         item = {name: row[column] for name, column in self.columns.items()}
         if isinstance(item["image"], dict):  # an encoded image
-            item["image"] = item["image"].get("bytes") or item["image"]["path"]
+            item["image"] = item["image"].get("bytes") or self._resolve(item["image"]["path"], number)
+        elif isinstance(item["image"], str):
+            item["image"] = self._resolve(item["image"], number)
         elif isinstance(item["image"], list):  # an Array3D feature
             item["image"] = np.asarray(item["image"], dtype=self.array_dtype)
         return item
 
+    def _resolve(self, path: str, number: int) -> str:
+        """A path of row `number`, from the folder of the row's file. Others (URLs, base64) stay as they are."""
+        if self._folders:
+            beside = os.path.join(self._folders[int(np.searchsorted(self._ends, number, side="right"))], path)
+            if os.path.exists(beside):
+                return beside
+        return path
 
-def load_images(source: str, *, split: str = "train", image_column: str = "image") -> Dataset:
+    def fingerprint(self) -> str:
+        """A hash of the number of rows, the columns and up to 64 rows. It does not depend on where the files lie."""
+        digest = hashlib.sha256(repr((len(self), str(self.table.features))).encode())
+        for number in np.unique(np.linspace(0, max(len(self.table) - 1, 0), 64).astype(int)):
+            digest.update(repr(self.table[int(number)]).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def _report_empty(names: list[str], total: int) -> None:
+    """Says which captions are empty and left out.
+
+    Raises:
+        ValueError: If all are.
+    """
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if len(names) == total:
+        raise ValueError(f"all {total} captions are empty ({shown}); is this the right data?")
+    logger.warning(f"{len(names)} of {total} captions are empty and left out: {shown}")
+
+
+def load_images(source: str, *, split: str = "train", image_column: str = "image") -> ListDataset | ColumnDataset:
     """Images without captions, for stage 1. Items are `{"image": ...}`.
 
     Args:
@@ -79,13 +141,13 @@ def load_images(source: str, *, split: str = "train", image_column: str = "image
         ValueError: If nothing is found; the message says what was looked for.
     """
     if os.path.isdir(source) and not _parquet_files(source):
-        return ListDataset([{"image": str(path)} for path in _find_images(Path(source))])
-    return ColumnDataset(_load_table(source, split), image_column, None)
+        return ListDataset([{"image": str(path)} for path in _find_images(Path(source))], source)
+    return ColumnDataset(_load_table(source, split, [image_column]), image_column, None, _folders(source))
 
 
 def load_pairs(
     source: str, *, split: str = "train", image_column: str = "image", caption_column: str = "caption"
-) -> Dataset:
+) -> ListDataset | ColumnDataset:
     """Image-caption pairs, for stage 2. Items are `{"image": ..., "caption": str}`.
 
     Args:
@@ -101,12 +163,31 @@ def load_pairs(
             the file.
     """
     if os.path.isdir(source) and not _parquet_files(source):
-        return ListDataset(list(_folder_pairs(Path(source), image_column, caption_column)))
-    return ColumnDataset(_load_table(source, split), image_column, caption_column)
+        return ListDataset(_with_words(list(_folder_pairs(Path(source), image_column, caption_column))), source)
+    table = _load_table(source, split, [image_column, caption_column])
+    return ColumnDataset(table, image_column, caption_column, _folders(source))
+
+
+def _with_words(items: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The pairs whose captions are not empty. Says which ones are, and how many captions have several lines."""
+    kept = [item for item in items if item["caption"].strip()]
+    if len(kept) < len(items):
+        _report_empty([item["image"] for item in items if not item["caption"].strip()], len(items))
+    if lines := [count for item in kept if (count := len(item["caption"].splitlines())) > 1]:
+        logger.warning(
+            f"{len(lines)} of {len(kept)} captions have several lines (at most {max(lines)}), which are learnt as one "
+            "caption; leave one line where they are alternatives or translations"
+        )
+    return kept
 
 
 def _find_images(folder: Path) -> list[Path]:
-    images = find_images(folder)
+    images = []
+    for path, problem in walk_images(folder):
+        if problem is None:
+            images.append(path)
+        else:
+            logger.warning(f"{path} is left out: {problem}")
     if not images:
         raise ValueError(f"no images in {folder}; looked in all its folders for files that Pillow can read")
     return images
@@ -161,34 +242,68 @@ def _parquet_files(source: str) -> list[str]:
     return []
 
 
-def _load_table(source: str, split: str) -> Any:
+def _folders(source: str) -> list[tuple[str, int]]:
+    """The folder and the number of rows of each parquet file of a source; none for other sources."""
+    files = _parquet_files(source)
+    if not files:
+        return []
+    from pyarrow import parquet
+
+    return [(os.path.dirname(os.path.abspath(file)), parquet.read_metadata(file).num_rows) for file in files]
+
+
+def _load_table(source: str, split: str, columns: list[str]) -> Any:
     try:
         import datasets
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise ImportError(
             "reading data sets and parquet needs the extra vlv[train] (pip install '.[train]' in its source folder)"
         ) from error
     files = _parquet_files(source)
-    if files:
-        missing = [name for name in files if not os.path.exists(name)]
-        if missing:
-            raise ValueError(f"{missing[0]} does not exist")
-        return datasets.load_dataset("parquet", data_files=files, split="train")
-    return datasets.load_dataset(source, split=split)
+    for file in files:
+        if not os.path.exists(file):
+            raise ValueError(f"{file} does not exist")
+        try:
+            names = parquet.read_schema(file).names
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        for column in columns:
+            if column not in names:
+                raise ValueError(f"{file} has the columns {names}, but no {column!r}")
+    try:
+        if files:
+            return datasets.load_dataset(
+                "parquet", data_files=files, split="train", columns=list(dict.fromkeys(columns))
+            )
+        if _is_path(source):
+            raise ValueError(f"{source} does not exist; give a folder, parquet files, or a data set such as org/name")
+        return datasets.load_dataset(source, split=split)
+    except (datasets.exceptions.DatasetsError, ArrowException) as error:
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
+
+
+def _is_path(source: str) -> bool:
+    """Whether a name cannot be that of a data set on the Hub, which is `org/name`."""
+    return not os.path.exists(source) and (source.startswith((".", "/", "~")) or source.count("/") != 1)
 
 
 def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list[dict]:
-    """The first `count` items whose image `load` can read. Tries at most `10 * count` items."""
+    """The first `count` items whose image `load` can read, with the images that it returns.
+
+    Tries at most 1000 items. Says so if none can be read.
+    """
     items: list[dict] = []
-    for index in range(min(10 * count, len(dataset))):
+    for index in range(min(1000, len(dataset))):
         if len(items) == count:
             break
         item = dataset[index]
         try:
-            load(item["image"])
+            items.append(item | {"image": load(item["image"])})
         except ValueError:
             continue
-        items.append(item)
+    if not items:
+        logger.warning("there are no validation samples: none of the first images can be read")
     return items
 
 

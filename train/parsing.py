@@ -1,12 +1,15 @@
-"""Reads a YAML file and command-line options into a configuration dataclass. Unknown names are errors."""
+"""Reads a YAML file and command-line options into a configuration dataclass; prints errors in one line."""
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
@@ -77,3 +80,22 @@ def _unknown_setting(name: str, known: list[str]) -> str:
         return f"{name!r} was renamed to {new!r}"
     similar = difflib.get_close_matches(name, known, n=1)
     return f"unknown setting {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "; see --help")
+
+
+@contextmanager
+def errors_in_one_line(program: str) -> Iterator[None]:
+    """Ends the program with the message of an error that the user can correct, without a traceback.
+
+    Raises:
+        SystemExit: With the message; with code 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from error
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        message = str(error)
+        if "Original Traceback" in message:  # from a process of the data loader
+            message = message.rstrip().splitlines()[-1]
+        raise SystemExit(f"{program}: {message}") from error

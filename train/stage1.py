@@ -21,9 +21,9 @@ from vlv.tokenizer import load_tokenizer
 from .callbacks import disable_loading_bars
 from .data import load_images
 from .freezing import freeze_for_stage1
-from .parsing import parse_config
+from .parsing import errors_in_one_line, parse_config
+from .running import fingerprints, output_folder
 from .stage1_trainer import Stage1Config, Stage1Trainer
-from .trainer import last_checkpoint
 from .training_metadata import write_training_metadata
 
 PROGRAM = "vlv train stage1"
@@ -42,10 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage1Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    set_seed(config.seed)
-    disable_loading_bars()
-
-    try:
+    with errors_in_one_line(PROGRAM), output_folder(config):
+        set_seed(config.seed)
+        disable_loading_bars()
         if config.images is None:
             raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
         dataset = load_images(config.images, split=config.split, image_column=config.image_column)
@@ -60,21 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         freeze_for_stage1(model, config.trainable)
         tokenizer = load_tokenizer(config.diffusion_model, subfolder="tokenizer")
         trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{PROGRAM}: {error}") from error
+        trainer.settings = {
+            **config.result_settings(),
+            "images": {"source": config.images, "fingerprint": dataset.fingerprint()},
+            **fingerprints(config, "diffusion_model", "image_encoder" if config.model is None else "model"),
+        }
 
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
-
-    trainer.save_model()
-    trainer.save_state()
-    write_training_metadata(
-        trainer,
-        "stage1",
-        start=config.model,
-        images=config.images,
-        image_encoder=config.image_encoder if config.model is None else None,
-        diffusion_model=config.diffusion_model,
-    )
+        if trainer.train_to_end():
+            trainer.save_model()
+            trainer.save_state()
+            write_training_metadata(
+                trainer,
+                "stage1",
+                start=config.model,
+                images=config.images,
+                image_encoder=config.image_encoder if config.model is None else None,
+                diffusion_model=config.diffusion_model,
+            )
     return trainer
 
 

@@ -166,7 +166,8 @@ class Stage1Trainer(VLVTrainer):
             self.validation_items = readable_items(
                 validation_dataset or train_dataset, args.num_validation_images, image_processor.load
             )
-            self.add_callback(ValidationCallback(self.save_reconstructions, args.validation_steps))
+            if self.validation_items:
+                self.add_callback(ValidationCallback(self.save_reconstructions, args.validation_steps))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:

@@ -19,9 +19,9 @@ from .callbacks import disable_loading_bars
 from .data import load_pairs
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
-from .parsing import parse_config
+from .parsing import errors_in_one_line, parse_config
+from .running import fingerprints, output_folder
 from .stage2_trainer import Stage2Config, Stage2Trainer
-from .trainer import last_checkpoint
 from .training_metadata import write_training_metadata
 
 PROGRAM = "vlv train stage2"
@@ -40,10 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage2Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    set_seed(config.seed)
-    disable_loading_bars()
-
-    try:
+    with errors_in_one_line(PROGRAM), output_folder(config):
+        set_seed(config.seed)
+        disable_loading_bars()
         if config.pairs is None:
             raise ValueError("pairs is not set: give a folder, parquet files or a data set (--pairs ...)")
         if config.model is None:
@@ -62,19 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         if config.lora_rank:
             add_lora(model, config.lora_rank)
         trainer = Stage2Trainer(model, config, dataset, processor)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{PROGRAM}: {error}") from error
+        trainer.settings = {
+            **config.result_settings(),
+            "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
+            **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),
+        }
 
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_checkpoint(config.output_dir))
-
-    if config.lora_rank:
-        merge_lora(model)
-    trainer.save_model()
-    trainer.save_state()
-    sources: dict[str, Any] = {"pairs": config.pairs}
-    if new_language_model:
-        sources["language_model"] = config.language_model
-    write_training_metadata(trainer, "stage2", start=config.model, **sources)
+        if trainer.train_to_end():
+            if config.lora_rank:
+                merge_lora(model)
+            trainer.save_model()
+            trainer.save_state()
+            sources: dict[str, Any] = {"pairs": config.pairs}
+            if new_language_model:
+                sources["language_model"] = config.language_model
+            write_training_metadata(trainer, "stage2", start=config.model, **sources)
     return trainer
 
 

@@ -122,7 +122,8 @@ class Stage2Trainer(VLVTrainer):
             self.validation_items = readable_items(
                 validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load
             )
-            self.add_callback(ValidationCallback(self.save_captions, args.validation_steps))
+            if self.validation_items:
+                self.add_callback(ValidationCallback(self.save_captions, args.validation_steps))
 
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
         """Writes `step-N.json`: a list of `{"generated": greedy caption, "reference": caption of the data}`."""

@@ -10,6 +10,18 @@ from transformers import TrainingArguments
 RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projector+lm+query_decoder"}
 """Former values of `trainable`, and their present names."""
 
+SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
+    *("accept_changes", "overwrite_output_dir", "output_dir", "validation_steps", "num_validation_images"),
+    *("save_steps", "logging_steps", "dataloader_num_workers", "remove_unused_columns", "report_to", "disable_tqdm"),
+    *("gradient_checkpointing", "diffusion_gradient_checkpointing"),
+}
+SETTINGS_OF_TRAINING_ARGUMENTS = (
+    *("seed", "data_seed", "bf16", "fp16", "optim", "optim_args", "adam_beta1", "adam_epsilon", "max_grad_norm"),
+    *("lr_scheduler_kwargs", "warmup_steps", "gradient_accumulation_steps", "train_sampling_strategy"),
+    *("dataloader_drop_last", "world_size"),
+)
+"""Inherited settings that change the result."""
+
 
 @dataclass
 class StageConfig(TrainingArguments):
@@ -33,6 +45,14 @@ class StageConfig(TrainingArguments):
         default=1000, metadata={"help": "Write validation samples every this many steps; 0: never."}
     )
     num_validation_images: int = field(default=8, metadata={"help": "Number of validation samples."})
+
+    accept_changes: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint though settings that change the result differ from its own."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew; an earlier run in output_dir is renamed to OUTPUT_DIR-old-N."}
+    )
 
     num_train_epochs: float = field(
         default=0, metadata={"help": "Passes over the data; if set, it replaces max_steps."}
@@ -83,6 +103,13 @@ class StageConfig(TrainingArguments):
             self.max_steps = -1
         elif steps < 1:
             raise ValueError(f"max_steps is {steps}; give a number of steps, or num_train_epochs")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2**32 - 1")
+        if settings.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy is {settings.train_sampling_strategy!r}; expected 'random' or 'sequential': "
+                "the lengths of captions are not known before they are read"
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}; it must be 0, because both stages have "
@@ -90,3 +117,15 @@ class StageConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator needs columns that the model does not")
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change the result of a training, as JSON values."""
+        own = {
+            name
+            for base in type(self).__mro__
+            if issubclass(base, StageConfig)
+            for name in vars(base)["__annotations__"]
+        }
+        names = (own - {"TRAINABLE"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(SETTINGS_OF_TRAINING_ARGUMENTS)
+        values = {name: getattr(self, name) for name in sorted(names)}
+        return {name: getattr(value, "value", value) for name, value in values.items()}

@@ -1,15 +1,22 @@
 """The base class of both trainers."""
 
+import math
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer, TrainerState
 
-from vlv.files import read_json
+from vlv.files import read_json, write_json
 
-from .callbacks import PerProcessSeedCallback, ProgressBarCallback
+from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback
+from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, say
 from .modes import set_train_mode
+
+RESUMABLE_EXIT_CODE = 75
+"""Exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, the same command goes on later."""
 
 
 class VLVTrainer(Trainer):
@@ -25,6 +32,67 @@ class VLVTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm and in notebooks
             self.add_callback(ProgressBarCallback())
         self._images, self._skipped, self._since = 0, 0, time.perf_counter()
+        self.termination = TerminationCallback()
+        self.add_callback(self.termination)
+        self.settings: dict[str, Any] = {}
+
+    def train_to_end(self) -> bool:
+        """Trains to the last step, from the newest checkpoint of `output_dir` if there is one.
+
+        Returns:
+            Whether the model has to be saved; False if `output_dir` holds the finished run already.
+
+        Raises:
+            ValueError: If settings differ from those of the checkpoint, or a finished run has no checkpoint to go on
+                from.
+            SystemExit: With code 75 after SIGTERM, when a checkpoint has been saved.
+        """
+        args: Any = self.args
+        checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
+        finished = Path(args.output_dir) / RECORD_FILE
+        done = read_json(finished, "steps")["steps"] if finished.is_file() else 0
+        if checkpoint is not None or done:
+            check_settings(checkpoint or args.output_dir, self.settings, args.accept_changes)
+        last = self.last_step()
+        if done >= last:
+            say(f"{args.output_dir} holds the finished run of {done} steps; raise max_steps to train it further")
+            return False
+        if checkpoint is None and done:
+            raise ValueError(
+                f"{args.output_dir} holds a finished run of {done} steps, and no checkpoint to go on from; pass it as "
+                "--model with another --output_dir, or --overwrite_output_dir to start anew"
+            )
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if state.global_step >= last:  # the run ended before it saved the model
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                return True
+        self.train(resume_from_checkpoint=checkpoint)
+        if self.termination.requested:
+            print(f"terminated at step {self.state.global_step}; the same command goes on from there", file=sys.stderr)
+            raise SystemExit(RESUMABLE_EXIT_CODE)
+        return True
+
+    def last_step(self) -> int:
+        """The number of optimiser steps of the complete run."""
+        args: Any = self.args
+        if args.max_steps > 0:
+            return args.max_steps
+        batches = len(self.train_dataset) / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            record = {"steps": self.state.global_step, "settings": self.settings}
+            write_json(Path(output_dir or self.args.output_dir or "") / RECORD_FILE, record)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # those of this run, not of the checkpoint
+        return position
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
@@ -52,23 +120,3 @@ class VLVTrainer(Trainer):
         loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
         not_loaded = [name for name in load_result.missing_keys if id(parameters.get(name)) not in loaded]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=not_loaded))
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete `checkpoint-N` in a folder, or None. Prints which one it is.
-
-    A checkpoint is complete if its `trainer_state.json` is, which `Trainer` writes last.
-    """
-    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json") if _is_complete(path)]
-    newest = max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-    if newest is not None:
-        print(f"resuming from {newest}", flush=True)
-    return None if newest is None else str(newest)
-
-
-def _is_complete(state: Path) -> bool:
-    """Whether a `trainer_state.json` was written to its end: a killed run can leave a part of it."""
-    try:
-        return "global_step" in read_json(state)
-    except ValueError:
-        return False

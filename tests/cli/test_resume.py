@@ -13,7 +13,7 @@ from vlv.cli.inputs import Input, collect_images
 from vlv.cli.main import main
 from vlv.cli.resume import ResumableResults, read_results
 
-MODEL, SETTINGS = {"model": "m", "sha256": "1"}, {"max_new_tokens": 4}
+MODEL, SETTINGS = ("m", "1"), {"max_new_tokens": 4}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 
 from vlv import VLVModel
 from vlv.diffusion_decoder import load_diffusion_decoder
-from vlv.train import last_checkpoint, stage1
+from vlv.train import stage1
 
 from ..interpreter import MODULE, run_python
 
@@ -126,12 +126,3 @@ def test_training_changes_all_trainable_parameters_and_no_byte_of_frozen_parts(
     diffusion_decoder.train()
     assert not diffusion_decoder.unet.training
     assert not [name for name in VLVModel.from_pretrained(tmp_path).state_dict() if "unet" in name or "vae" in name]
-
-
-def test_an_incomplete_checkpoint_is_not_resumed_from(tmp_path):
-    for step, state in ((4, '{"global_step": 4}'), (8, '{"global_'), (12, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert last_checkpoint(tmp_path / "none") is None

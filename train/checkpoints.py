@@ -1,0 +1,166 @@
+"""Which checkpoint a run goes on from, and whether it may: damaged ones, other settings, a run that has ended."""
+
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vlv.files import read_header, read_json
+
+RECORD_FILE = "run.json"
+"""Settings of the run, in each checkpoint and in `output_dir`."""
+FREE_SETTINGS = ("max_steps", "num_train_epochs")
+"""Settings of the record that a run may change when it goes on."""
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest undamaged `checkpoint-N` in a folder, or None. Prints which one it is, and which ones are damaged.
+
+    Raises:
+        ValueError: If there are checkpoints and all are damaged.
+    """
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    damages: list[str] = []
+    for path in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        damage = find_damage(path)
+        if damage is None:
+            for message in damages:
+                say(message)
+            say(f"resuming from {path}")
+            return str(path)
+        damages.append(f"{path} is left out: {damage}")
+    if damages and any((path / "trainer_state.json").exists() for path in found):
+        raise ValueError(
+            f"no checkpoint in {folder} is undamaged ({'; '.join(damages)}); pass --overwrite_output_dir to start anew"
+        )
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None.
+
+    `Trainer` writes `trainer_state.json` last. A power failure can leave any file cut off.
+    """
+    try:
+        if "global_step" not in read_json(checkpoint / "trainer_state.json"):
+            return "trainer_state.json has no global_step"
+        weights = sorted(checkpoint.glob("*.safetensors"))
+        for index in checkpoint.glob("*.safetensors.index.json"):
+            weights += [checkpoint / name for name in set(read_json(index, "weight_map")["weight_map"].values())]
+        for path in weights:
+            if not path.is_file():
+                return f"{path.name} is missing"
+            read_header(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    if any(path.is_dir() for path in checkpoint.iterdir()):  # of FSDP or DeepSpeed, which check their own files
+        return None
+    if not any(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
+    needed = {"optimizer.pt", "scheduler.pt"}
+    for name in sorted(needed | {path.name for path in checkpoint.glob("*.pt*")}):
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"{name} is damaged"
+        except (zipfile.BadZipFile, OSError) as error:
+            return f"{name} is damaged: {error}"
+    return None if weights else "there are no weights"
+
+
+def check_settings(checkpoint: str | Path, settings: Mapping[str, Any], accept_changes: bool) -> None:
+    """Compares the settings of a run with those of the checkpoint that it goes on from.
+
+    Args:
+        checkpoint: A folder with a `run.json`; without one nothing is compared.
+        settings: `{name: value}`. Of a value `{"source": ..., "fingerprint": ...}` the fingerprint counts.
+        accept_changes: Prints the differences instead of raising.
+
+    Raises:
+        ValueError: If settings differ, with a table of old and new values.
+    """
+    record = Path(checkpoint) / RECORD_FILE
+    if not record.is_file():
+        return
+    earlier = read_json(record, "settings")["settings"]
+    changed = [name for name in earlier if _value(earlier[name]) != _value(settings.get(name))]
+    rows = [f"  {name}: {_text(earlier[name])} -> {_text(settings.get(name))}" for name in changed]
+    free = [row for name, row in zip(changed, rows, strict=True) if name in FREE_SETTINGS]
+    fixed = [row for name, row in zip(changed, rows, strict=True) if name not in FREE_SETTINGS]
+    if fixed and not accept_changes:
+        raise ValueError(
+            f"these settings differ from those of {checkpoint}, and the result would depend on both:\n"
+            + "\n".join(fixed)
+            + "\npass the former values, --accept_changes to go on with the new ones, another --output_dir, or "
+            "--overwrite_output_dir to start anew"
+        )
+    if free or fixed:
+        say("\n".join([f"settings that differ from those of {checkpoint}:", *fixed, *free]))
+    if free:
+        say("  from here on the learning rate follows the schedule of the new length")
+
+
+def _value(value: Any) -> Any:
+    return value["fingerprint"] if isinstance(value, Mapping) and "fingerprint" in value else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping) and "fingerprint" in value:
+        return f"{value['source']} ({value['fingerprint'][:12]})"
+    return str(value)
+
+
+def move_aside(folder: str | Path) -> None:
+    """Renames a folder that is not empty to `FOLDER-old-N`, and prints its new name."""
+    path = Path(folder)
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    number = 1
+    while (target := path.with_name(f"{path.name}-old-{number}")).exists():
+        number += 1
+    path.rename(target)
+    say(f"the earlier run is in {target}")
+
+
+@contextmanager
+def only_run_in(folder: str | Path) -> Iterator[None]:
+    """Locks a folder, so that no other run writes into it.
+
+    Raises:
+        ValueError: If another run has locked it.
+    """
+    if not is_main_process():
+        yield
+        return
+    path = Path(folder) / ".run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another run writes into {folder}; wait for its end, or pass another --output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of a run. The launcher says so before the trainer is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Prints a message, in the first process of a run alone."""
+    if is_main_process():
+        print(message, flush=True)
