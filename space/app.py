@@ -122,6 +122,14 @@ def explained() -> Iterator[None]:
         ) from error
 
 
+def read_card(folder: Path) -> str:
+    """The model card without its front matter, or "" if there is none."""
+    if not (folder / "README.md").is_file():
+        return ""
+    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")  # the page does without a good card
+    return REGEX_YAML_BLOCK.sub("", text, count=1)
+
+
 class Demo:
     """A loaded model and the functions of the page's tabs.
 
@@ -142,10 +150,7 @@ class Demo:
         patterns = [*hub.CAPTIONER_FILES, *hub.PIPELINE_FILES, "README.md"]
         folder = hub.resolve(source, revision=revision, allow_patterns=patterns)
         self.name = source if "/" in source and not Path(source).exists() else folder.name
-        self.card = ""
-        if (folder / "README.md").is_file():  # a card that is damaged is no reason to show no page
-            text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-            self.card = REGEX_YAML_BLOCK.sub("", text, count=1)
+        self.card = read_card(folder)
         self.captioner: Any = None
         if (folder / "processor_config.json").is_file():
             self.captioner, self.processor = hub.load_captioner(folder, device=device, dtype=dtype)
