@@ -32,10 +32,11 @@ QUEUE_LENGTH = 20
 BOLD_SENTENCE = re.compile(r"\*\*([^*]+[.!])\*\*")
 PROGRESS = gr.Progress()  # gradio passes a progress bar to functions that have this as a default value
 DECODINGS = ["greedy", "beams", "sampling"]
+# The last two rules replace the word "Error", which gradio writes into outputs; a message gives the reason.
 CSS = """
 .gradio-container { width: 100%; max-width: 1000px !important; margin: auto }
 .image-frame img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
-.limits { border-left: 4px solid var(--color-accent); padding-left: 12px }
+.block.limits { border-left: 4px solid var(--color-accent); padding-left: 12px }
 .result .wrap > .error { font-size: 0 }
 .result .wrap > .error::after { font-size: var(--text-md); content: "No result" }
 """
@@ -83,8 +84,8 @@ GUIDANCE = Setting("Guidance scale", 1.0, 6.0, step=0.1)
 
 
 def refusal(message: str) -> gr.Error:
-    """The error for input that cannot be used. The page shows it until it is closed; the log does not have it."""
-    return gr.Error(message, duration=None, print_exception=False)
+    """An error whose message the page shows. The server's log does not have it."""
+    return gr.Error(message, print_exception=False)
 
 
 def unchecked(field: Any, convert: Callable[[Any], Any] = lambda payload: payload) -> Any:
