@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +36,11 @@ class Api:
         """The last event of a function, "complete" or "error", with its data."""
         body = json.dumps({"data": data})  # json knows NaN, which httpx refuses to write
         event = httpx.post(f"{self.url}/call/{name}", content=body, headers={"content-type": "application/json"})
-        stream = httpx.get(f"{self.url}/call/{name}/{event.json()['event_id']}", timeout=60).text
+        stream, deadline = "", time.monotonic() + 60
+        with httpx.stream("GET", f"{self.url}/call/{name}/{event.json()['event_id']}", timeout=60) as answer:
+            for piece in answer.iter_text():
+                stream += piece
+                assert time.monotonic() < deadline, "no result within a minute"
         kind, data = re.findall(r"event: (\w+)\ndata: (.*)", stream)[-1]
         return kind, json.loads(data)
 
@@ -180,7 +185,7 @@ def test_a_model_that_fails_ends_in_a_sentence_at_once(decoding, capfd):
     with serving(demo) as api:
         image = api.upload(EXAMPLES[0])
         demo.captioner.language_model.set_output_embeddings(torch.nn.Linear(3, 3))  # fits no other part
-        message = api.refused("caption", image, 8, decoding, 1.0, 4)  # within the 60 s of a call
+        message = api.refused("caption", image, 8, decoding, 1.0, 4)
         assert message.startswith("Something failed on the server. Try again")
         log = capfd.readouterr().err
         assert log.count("Traceback (most recent call last)") == 1 and "shapes cannot be multiplied" in log
