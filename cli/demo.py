@@ -1,6 +1,8 @@
 """`vlv demo`: the Gradio page, on this machine or as a Space."""
 
 import argparse
+import errno
+import socket
 from pathlib import Path
 
 from vlv.space.deploy import push_space, write_space
@@ -31,6 +33,14 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.push_space or arguments.write_space:
         return _deploy(arguments)
+    _check_address(arguments.host, arguments.port)
+    try:
+        return _serve(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(arguments: argparse.Namespace) -> int:
     try:
         from vlv.space.app import Demo, launch
     except ImportError as error:
@@ -40,8 +50,30 @@ def run(arguments: argparse.Namespace) -> int:
     source = choose_model(arguments)
     with loading(source):
         demo = Demo(source, arguments.revision, choose_device(arguments), precision(arguments))
-    launch(demo, server_name=arguments.host, server_port=arguments.port or None)
+    try:
+        launch(demo, server_name=arguments.host, server_port=arguments.port or None)
+    except OSError as error:  # something took the port while the model was loaded
+        raise _port_in_use(arguments.port) from error
     return 0
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises a `UserError` if the page cannot listen there, before the model is loaded."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} is not a port; pass a number from 0 to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise _port_in_use(port) from error
+        raise UserError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}") from error
+
+
+def _port_in_use(port: int) -> UserError:
+    return UserError(
+        f"port {port} is in use; pass --port" if port else "no port from 7860 to 7959 is free; pass --port"
+    )
 
 
 def _deploy(arguments: argparse.Namespace) -> int:

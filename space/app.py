@@ -5,7 +5,12 @@ It runs as a Hugging Face Space, where the variable `MODEL_ID` names the model (
 """
 
 import os
-from collections.abc import Iterator
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
@@ -13,6 +18,8 @@ from typing import Any
 
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder, is_in_or_equal
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from PIL import Image
 from transformers import TextIteratorStreamer
 
@@ -22,11 +29,106 @@ from vlv.pipelines import VLVReconstructionPipeline, generate_captions
 EXAMPLES = sorted(str(path) for path in (Path(__file__).parent / "examples").glob("*.png"))
 MAX_UPLOAD = "10mb"
 QUEUE_LENGTH = 20
+BOLD_SENTENCE = re.compile(r"\*\*([^*]+[.!])\*\*")
 PROGRESS = gr.Progress()  # gradio passes a progress bar to functions that have this as a default value
+DECODINGS = ["greedy", "beams", "sampling"]
+# The last two rules replace the word "Error", which gradio writes into outputs; a message gives the reason.
 CSS = """
 .gradio-container { width: 100%; max-width: 1000px !important; margin: auto }
 .image-frame img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated }
+.block.limits { border-left: 4px solid var(--color-accent); padding-left: 12px }
+.result .wrap > .error { font-size: 0 }
+.result .wrap > .error::after { font-size: var(--text-md); content: "No result" }
 """
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number that visitors choose. The API can be called with anything, so its functions check each number.
+
+    Attributes:
+        label: Its name on the page and in errors.
+        minimum, maximum: Bounds, which are allowed.
+        step: Step of the slider. With step 1 only whole numbers are allowed.
+    """
+
+    label: str
+    minimum: float
+    maximum: float
+    step: float = 1
+
+    def slider(self, value: float) -> gr.Slider:
+        """A slider that starts at `value`."""
+        return unchecked(gr.Slider(self.minimum, self.maximum, value, step=self.step, label=self.label))
+
+    def check(self, value: Any) -> Any:
+        """The number, an int if only whole numbers are allowed.
+
+        Raises:
+            gradio.Error: If it is not a number within the bounds.
+        """
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not self.minimum <= value <= self.maximum or (self.step == 1 and value != int(value)):
+            kind = "whole number" if self.step == 1 else "number"
+            got = "the field is empty" if value in (None, "") else f"got {str(value)[:40]}"
+            raise refusal(f"{self.label} must be a {kind} from {self.minimum} to {self.maximum}; {got}.")
+        return int(value) if self.step == 1 else float(value)
+
+
+MAX_NEW_TOKENS = Setting("Maximum number of tokens", 4, 300)
+TEMPERATURE = Setting("Temperature (for sampling)", 0.1, 2.0, step=0.1)
+NUM_BEAMS = Setting("Number of beams (for beams)", 2, 8)
+SEED = Setting("Seed", 0, 2**63 - 1)
+STEPS = Setting("Denoising steps", 1, 100)
+GUIDANCE = Setting("Guidance scale", 1.0, 6.0, step=0.1)
+
+
+def refusal(message: str) -> gr.Error:
+    """An error whose message the page shows. The server's log does not have it."""
+    return gr.Error(message, print_exception=False)
+
+
+def unchecked(field: Any, convert: Callable[[Any], Any] = lambda payload: payload) -> Any:
+    """The input field with `convert` in place of gradio's checks, whose errors do not name the field."""
+    # A subclass is not possible: gradio would write a stub file beside this one.
+    field.preprocess = convert
+    return field
+
+
+def uploaded_path(payload: Any) -> str | None:
+    """The path in the value of an image field, or None if no image is chosen.
+
+    Raises:
+        gradio.Error: If it is not an upload. gradio lets requests without `meta` name any file of the server.
+    """
+    if payload is None or not payload.path:
+        return None
+    if not is_in_or_equal(payload.path, get_upload_folder()):
+        raise refusal("This file was not uploaded to the page. Choose the image again.")
+    return payload.path
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns an unexpected error into one sentence on the page, and writes its traceback to standard error."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise refusal(
+            "Something failed on the server. Try again with another image or other settings; if that fails too, "
+            "restart the server, whose log names the cause."
+        ) from error
+
+
+def read_card(folder: Path) -> str:
+    """The model card without its front matter, or "" if there is none."""
+    if not (folder / "README.md").is_file():
+        return ""
+    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")  # the page does without a good card
+    return REGEX_YAML_BLOCK.sub("", text, count=1)
 
 
 class Demo:
@@ -49,19 +151,20 @@ class Demo:
         patterns = [*hub.CAPTIONER_FILES, *hub.PIPELINE_FILES, "README.md"]
         folder = hub.resolve(source, revision=revision, allow_patterns=patterns)
         self.name = source if "/" in source and not Path(source).exists() else folder.name
-        self.card = folder / "README.md"
+        self.card = read_card(folder)
         self.captioner: Any = None
         if (folder / "processor_config.json").is_file():
             self.captioner, self.processor = hub.load_captioner(folder, device=device, dtype=dtype)
             encoder, image_processor = self.captioner.model, self.processor.image_processor
         else:
+            encoder, image_processor = hub.load_encoder(folder, device=device, dtype=dtype)
             if not (folder / "model_index.json").is_file():
                 raise ValueError(
                     f"{self.name} holds only an encoder; the page needs a language model to caption, or a diffusion "
                     "model to reconstruct (`vlv push --diffusion-model` adds one)"
                 )
-            encoder, image_processor = hub.load_encoder(folder, device=device, dtype=dtype)
-        self.num_query_tokens = encoder.config.num_query_tokens
+        self.num_query_tokens = count = encoder.config.num_query_tokens
+        self.count_settings = [Setting(f"Embeddings of the {which} image", 0, count) for which in ("first", "second")]
         self.image_processor = image_processor
         self.pipeline: Any = None
         if (folder / "model_index.json").is_file():
@@ -83,16 +186,16 @@ class Demo:
             gradio.Error: If there is no file, or it is not an image; the page shows the message.
         """
         if not path:
-            raise gr.Error(f"Choose {which} first.")
+            raise refusal(f"Choose {which} first.")
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise gr.Error(f"{Path(path).name} could not be read: {error.strerror}") from error
+            raise refusal(f"{Path(path).name} could not be read: {error.strerror}. Choose the image again.") from error
         try:
             return self.image_processor.load(data)
         except ValueError as error:  # it calls the data "N bytes"; the page names the file, without its folder
             reason = str(error).replace(f"{len(data)} bytes", Path(path).name, 1)
-            raise gr.Error(f"This file cannot be read as an image: {reason}") from error
+            raise refusal(f"This file cannot be read as an image: {reason}. Choose another file.") from error
 
     def caption(
         self, path: str | None, max_new_tokens: float, decoding: str, temperature: float, num_beams: float
@@ -105,33 +208,60 @@ class Demo:
             decoding: "greedy", "beams" or "sampling". Beam search yields only the complete caption.
             temperature: For sampling.
             num_beams: For beam search.
+
+        Raises:
+            gradio.Error: If the image or a setting cannot be used, or the generation fails.
         """
-        pixel_values = self.processor(images=self.load(path)).pixel_values
-        settings: dict[str, Any] = {"max_new_tokens": int(max_new_tokens), "do_sample": False}
-        if decoding == "beams":  # cannot be streamed: the best beam is known only at the end
-            settings["num_beams"] = int(num_beams)
-            yield generate_captions(self.captioner, self.processor, pixel_values=pixel_values, **settings)[0]
-            return
-        if decoding == "sampling":
-            settings |= {"do_sample": True, "temperature": temperature, "top_k": 0}
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True, timeout=120)
-        settings |= {"pixel_values": pixel_values.to(self.captioner.device), "streamer": streamer}
-        thread = Thread(target=self.captioner.generate, kwargs=settings, daemon=True)
-        thread.start()
+        with explained():
+            settings: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS.check(max_new_tokens), "do_sample": False}
+            if decoding not in DECODINGS:
+                raise refusal(f"Decoding must be {', '.join(DECODINGS[:-1])} or {DECODINGS[-1]}; choose one.")
+            if decoding == "beams":
+                settings["num_beams"] = NUM_BEAMS.check(num_beams)
+            if decoding == "sampling":
+                settings |= {"do_sample": True, "temperature": TEMPERATURE.check(temperature), "top_k": 0}
+            pixel_values = self.processor(images=self.load(path)).pixel_values
+            if decoding == "beams":  # cannot be streamed: the best beam is known only at the end
+                yield generate_captions(self.captioner, self.processor, pixel_values=pixel_values, **settings)[0]
+            else:
+                yield from self._stream(pixel_values=pixel_values.to(self.captioner.device), **settings)
+
+    def _stream(self, **settings: Any) -> Iterator[str]:
+        """Yields the growing caption. An error of the generation, which runs in a thread, is raised here."""
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_special_tokens=True)
+        errors: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                self.captioner.generate(**settings, streamer=streamer)
+            except Exception as error:
+                errors.append(error)
+            finally:  # ends the loop below, also if the generation did not
+                streamer.on_finalized_text("", stream_end=True)
+
+        Thread(target=generate, daemon=True).start()
         caption = ""
         for piece in streamer:
             caption += piece
             yield caption.strip()
-        thread.join()
+        if errors:
+            raise errors[0]
 
+    @explained()
     def reconstruct(
         self, path: str | None, seed: float, steps: float, guidance: float, progress: Any = PROGRESS
     ) -> tuple[Image.Image, Image.Image]:
-        """The image at the size of its reconstruction, and the reconstruction."""
+        """The image at the size of its reconstruction, and the reconstruction.
+
+        Raises:
+            gradio.Error: If the image or a setting cannot be used, or the generation fails.
+        """
+        settings = generation_settings(seed, steps, guidance)
         original = self.load(path)
-        generated = self.generate({"image": original}, seed, steps, guidance, progress)
+        generated = self.generate({"image": original}, settings, progress)
         return original.resize(generated.size), generated
 
+    @explained()
     def compose(
         self,
         first: str | None,
@@ -143,38 +273,66 @@ class Demo:
         guidance: float,
         progress: Any = PROGRESS,
     ) -> Image.Image:
-        """An image from the leading caption embeddings of one image and those of another."""
+        """An image from the leading caption embeddings of one image and those of another.
+
+        Raises:
+            gradio.Error: If an image or a setting cannot be used, or the generation fails.
+        """
+        settings = generation_settings(seed, steps, guidance)
+        counts = [
+            setting.check(count)
+            for setting, count in zip(self.count_settings, (first_count, second_count), strict=True)
+        ]
         images = [self.load(first, "the first image"), self.load(second, "the second image")]
         caption_embeds = self.pipeline.encode_image(images)
         try:
-            mixed = self.pipeline.mix_caption_embeds(list(caption_embeds), [int(first_count), int(second_count)])
+            mixed = self.pipeline.mix_caption_embeds(list(caption_embeds), counts)
         except ValueError as error:
-            raise gr.Error(str(error)) from error
-        return self.generate({"caption_embeds": mixed}, seed, steps, guidance, progress)
+            raise refusal(f"These numbers of embeddings cannot be used: {error}.") from error
+        return self.generate({"caption_embeds": mixed}, settings, progress)
 
-    def generate(
-        self, inputs: dict[str, Any], seed: float, steps: float, guidance: float, progress: Any
-    ) -> Image.Image:
-        """One image from the pipeline's `inputs`, with the steps reported to `progress`."""
+    def generate(self, inputs: dict[str, Any], settings: dict[str, Any], progress: Any) -> Image.Image:
+        """One image from the pipeline's `inputs` and `settings`, with the steps reported to `progress`."""
 
         def report(pipeline: Any, step: int, timestep: Any, callback_kwargs: dict) -> dict:
-            progress((step + 1, int(steps)), desc="Denoising", unit="steps")
+            progress((step + 1, settings["num_inference_steps"]), desc="Denoising", unit="steps")
             return {}
 
-        return self.pipeline(
-            **inputs,
-            num_inference_steps=int(steps),
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(int(seed)),
-            callback_on_step_end=report,
-        ).images[0]
+        return self.pipeline(**inputs, **settings, callback_on_step_end=report).images[0]
 
     def about(self) -> str:
         """The model card without its front matter."""
-        if not self.card.is_file():
-            return "This model has no model card. Captions can be wrong."
-        text = self.card.read_text(encoding="utf-8")
-        return text.split("---", 2)[2] if text.startswith("---") else text
+        return self.card or "This model has no model card. Captions can be wrong."
+
+    def limits(self, results: str) -> str:
+        """What the model knows and does not know, for readers of its results.
+
+        This is the sentence in bold in the first paragraph of the model card, as in "**It knows birds, and nothing
+        else.**". A card without one gets a general sentence.
+
+        Args:
+            results: What can be wrong: "Captions" or "Reconstructions".
+        """
+        blocks = re.split(r"\n\s*\n", self.card.strip())
+        paragraph = next((block for block in blocks if not block.lstrip().startswith(("#", "<", "!", "[!"))), "")
+        if found := BOLD_SENTENCE.search(paragraph):
+            return f"**What this model knows.** {' '.join(found.group(1).split())} {results} can be wrong."
+        if self.card:
+            return f"**{results} can be wrong.** The model card, below, says what this model was trained on."
+        return f"**{results} can be wrong.** This model has no model card that says what it was trained on."
+
+
+def generation_settings(seed: Any, steps: Any, guidance: Any) -> dict[str, Any]:
+    """The pipeline's arguments for the page's settings.
+
+    Raises:
+        gradio.Error: If one is not a number within its bounds.
+    """
+    return {
+        "num_inference_steps": STEPS.check(steps),
+        "guidance_scale": GUIDANCE.check(guidance),
+        "generator": torch.Generator().manual_seed(SEED.check(seed)),
+    }
 
 
 def build(demo: Demo, steps: int = 25) -> gr.Blocks:
@@ -218,13 +376,15 @@ def _caption_tab(demo: Demo, one_at_a_time: dict[str, Any]) -> None:
         with gr.Column():
             image = _image_field("Image")
             with gr.Accordion("Length and decoding", open=False):
-                max_new_tokens = gr.Slider(4, 300, 64, step=1, label="Maximum number of tokens")
-                decoding = gr.Radio(["greedy", "beams", "sampling"], value="greedy", label="Decoding")
-                temperature = gr.Slider(0.1, 2.0, 1.0, step=0.1, label="Temperature (for sampling)")
-                num_beams = gr.Slider(2, 8, 4, step=1, label="Number of beams (for beams)")
+                max_new_tokens = MAX_NEW_TOKENS.slider(64)
+                decoding = unchecked(gr.Radio(DECODINGS, value="greedy", label="Decoding"))
+                temperature = TEMPERATURE.slider(1.0)
+                num_beams = NUM_BEAMS.slider(4)
             run = gr.Button("Caption", variant="primary")
             gr.Examples(EXAMPLES, image)
-        caption = gr.Textbox(label="Caption", lines=6)
+        with gr.Column():
+            caption = gr.Textbox(label="Caption", lines=6, elem_classes="result")
+            gr.Markdown(demo.limits("Captions"), elem_classes="limits")
         inputs = [image, max_new_tokens, decoding, temperature, num_beams]
         run.click(demo.caption, inputs, caption, api_name="caption", **one_at_a_time)
 
@@ -232,8 +392,9 @@ def _caption_tab(demo: Demo, one_at_a_time: dict[str, Any]) -> None:
 def _reconstruct_tab(demo: Demo, steps: int, one_at_a_time: dict[str, Any]) -> None:
     with gr.Row():
         image = _image_field("Image")
-        original = gr.Image(label="Original, resized", interactive=False, height=260)
-        generated = gr.Image(label="Reconstruction", interactive=False, height=260)
+        original = gr.Image(label="Original, resized", interactive=False, height=260, elem_classes="result")
+        generated = gr.Image(label="Reconstruction", interactive=False, height=260, elem_classes="result")
+    gr.Markdown(demo.limits("Reconstructions"), elem_classes="limits")
     inputs = [image, *_generation_controls(steps)]
     run = gr.Button("Reconstruct", variant="primary")
     gr.Examples(EXAMPLES, image)
@@ -242,47 +403,59 @@ def _reconstruct_tab(demo: Demo, steps: int, one_at_a_time: dict[str, Any]) -> N
 
 def _compose_tab(demo: Demo, steps: int, one_at_a_time: dict[str, Any]) -> None:
     gr.Markdown("Joins the leading caption embeddings of two images and generates an image from them.")
-    count = demo.num_query_tokens
     with gr.Row():
         first, second = _image_field("First image"), _image_field("Second image")
-        composed = gr.Image(label="Composed", interactive=False, height=260)
+        composed = gr.Image(label="Composed", interactive=False, height=260, elem_classes="result")
+    gr.Markdown(demo.limits("Reconstructions"), elem_classes="limits")
     with gr.Row():
-        first_count = gr.Slider(0, count, count // 2, step=1, label="Embeddings of the first image")
-        second_count = gr.Slider(0, count, count // 2, step=1, label="Embeddings of the second image")
-    inputs = [first, second, first_count, second_count, *_generation_controls(steps)]
+        counts = [setting.slider(demo.num_query_tokens // 2) for setting in demo.count_settings]
+    inputs = [first, second, *counts, *_generation_controls(steps)]
     run = gr.Button("Compose", variant="primary")
     gr.Examples([list(pair) for pair in pairwise(EXAMPLES)], [first, second])
     run.click(demo.compose, inputs, composed, api_name="compose", **one_at_a_time)
 
 
 def _image_field(label: str) -> gr.Image:
+    # `Demo.load` says why a file is not an image, where gradio says "Error".
     field = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260)
-    # Passes on the uploaded file, because `Demo.load` says why a file is not an image, where gradio says "Error".
-    # A subclass is not possible: gradio would write a stub file beside this one.
-    field.preprocess = lambda payload: payload.path if payload is not None else None  # type: ignore[method-assign]
-    return field
+    return unchecked(field, uploaded_path)
 
 
 def _generation_controls(steps: int) -> list[Any]:
     with gr.Row():
-        seed = gr.Number(42, label="Seed", precision=0)
-        num_inference_steps = gr.Slider(1, 100, steps, step=1, label="Denoising steps")
-        guidance_scale = gr.Slider(1.0, 6.0, 2.0, step=0.1, label="Guidance scale")
-    return [seed, num_inference_steps, guidance_scale]
+        seed = unchecked(gr.Number(42, label=SEED.label, precision=0))
+        return [seed, STEPS.slider(steps), GUIDANCE.slider(2.0)]
 
 
-def launch(demo: Demo, **settings: Any) -> None:
-    """Serves the page with a limited queue and limited uploads.
+def start(demo: Demo, **settings: Any) -> tuple[gr.Blocks, str]:
+    """Starts the page with a limited queue and limited uploads.
 
     Args:
         settings: Arguments of `gradio.Blocks.launch`.
+
+    Returns:
+        The page and its address.
+
+    Raises:
+        OSError: If the port is in use.
     """
     page = build(demo)
     page.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1)
-    # quiet: gradio would advise an argument of its own that users of `vlv demo` cannot give
-    _, url, _ = page.launch(max_file_size=MAX_UPLOAD, css=CSS, quiet=True, prevent_thread_lock=True, **settings)
-    print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    settings |= {"max_file_size": MAX_UPLOAD, "css": CSS, "prevent_thread_lock": True}
+    # show_error: without it gradio reports its own errors, such as those of malformed requests, as "Error".
+    # quiet: gradio would advise an argument of its own that users of `vlv demo` cannot give.
+    _, url, _ = page.launch(show_error=True, quiet=True, **settings)
+    return page, url
+
+
+def launch(demo: Demo, **settings: Any) -> None:
+    """Serves the page until Ctrl-C; arguments and errors are those of `start`."""
+    page, url = start(demo, **settings)
+    with suppress(KeyboardInterrupt):  # `page.block_thread()` would print a line about it
+        print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
+        while page.is_running:
+            time.sleep(0.1)
+    page.close(verbose=False)
 
 
 if __name__ == "__main__":

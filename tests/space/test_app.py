@@ -1,7 +1,9 @@
 """The Space as the Hub starts it, and the functions of its tabs, without a browser."""
 
+import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +18,12 @@ import yaml
 from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.pipelines import generate_captions
-from vlv.space.app import EXAMPLES, Demo, build
+from vlv.space.app import EXAMPLES, Demo, build, read_card
 
 from ..builders import assert_close_to_scale
 
+KNOWS = "It knows sixteen objects (OpenMoji artwork) on eight backgrounds, at 64 x 64 pixels, and no photographs."
 SPACE = Path(__file__).parents[2] / "space"
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return Demo(str(MINIATURE))
 
 
 @pytest.mark.slow
@@ -152,3 +150,51 @@ def test_an_encoder_without_other_models_is_refused(tmp_path):
 def test_about_is_the_model_card_without_its_front_matter(demo):
     about = demo.about()
     assert about.lstrip().startswith("# vlv-miniature") and "## Limits" in about
+
+
+def shown_without_a_click(page, tab: str) -> str:
+    """The texts in a tab of the page that no folded panel hides."""
+    texts = []
+    for block in page.blocks.values():
+        parents = []
+        while (parents[-1] if parents else block).parent is not None:
+            parents.append((parents[-1] if parents else block).parent)
+        in_tab = any(isinstance(parent, gr.Tab) and parent.label == tab for parent in parents)
+        if isinstance(block, gr.Markdown) and in_tab and not any(isinstance(p, gr.Accordion) for p in parents):
+            texts.append(block.value)
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("tab", ["Caption", "Reconstruct", "Compose"])
+def test_each_tab_says_what_the_model_knows(demo, tab):
+    assert KNOWS in shown_without_a_click(build(demo), tab)
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        (
+            "---\nlicense: mit\n---\n# m\n\nA model. **It knows\nbirds.** More.",
+            "It knows birds. Captions can be wrong.",
+        ),
+        ("# m\n\n<!-- note -->\n\nA **bold** model.\n\n**It knows birds.**", "The model card, below, says"),
+        ("---\n[\n---\n# m\n\nA model.", "The model card, below, says"),
+        (None, "no model card that says what it was trained on"),
+    ],
+    ids=["bold sentence", "bold elsewhere", "front matter is not YAML", "no card"],
+)
+def test_the_sentence_is_the_bold_one_of_the_card_s_first_paragraph(card, said, demo, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    other = copy.copy(demo)
+    other.card = read_card(tmp_path)
+    text = shown_without_a_click(build(other), "Caption")
+    assert said in text and "Captions can be wrong" in text
+    assert "license" not in other.about()
+
+
+def test_a_card_that_vlv_push_wrote_gives_the_general_sentence(demo, tmp_path):
+    without_card = shutil.copytree(MINIATURE, tmp_path / "m", ignore=shutil.ignore_patterns("README.md"))
+    other = copy.copy(demo)
+    other.card = read_card(hub.write_repository(without_card, tmp_path / "out", repo="org/m"))
+    assert other.limits("Captions").startswith("**Captions can be wrong.** The model card, below, says")

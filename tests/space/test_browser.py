@@ -83,6 +83,17 @@ def upload(page, path: Path, label: str = "Image") -> None:
     shown_image(page, label).wait_for()
 
 
+def expect_no_bare_error(page) -> None:
+    """The outputs say "No result" in place of gradio's "Error"."""
+    labels = page.locator("[role=tabpanel]:visible .wrap > .error")
+    labels.first.wait_for()
+    style = (
+        "labels => labels.map(label => [getComputedStyle(label).fontSize, getComputedStyle(label, '::after').content])"
+    )
+    shown = labels.evaluate_all(style)
+    assert shown and all(label == ["0px", '"No result"'] for label in shown)
+
+
 def test_caption(page):
     upload(page, EXAMPLES / "test-1.png")
     page.get_by_role("button", name="Caption", exact=True).click()
@@ -114,6 +125,34 @@ def test_a_file_that_is_not_an_image_gives_a_message(page, tmp_path):
     field(page, "Image").get_by_label("Remove Image").wait_for()  # the upload is complete
     page.get_by_role("button", name="Caption", exact=True).click()
     page.get_by_text("cannot be read as an image").first.wait_for()
+    expect_no_bare_error(page)
+
+
+def test_what_the_model_knows_is_on_the_first_screen(page):
+    for tab, result in (("Caption", "Caption"), ("Reconstruct", "Reconstruction"), ("Compose", "Composed")):
+        page.get_by_role("tab", name=tab).click()
+        sentence = page.locator("[role=tabpanel]:visible").get_by_text("It knows sixteen objects")
+        box, output = sentence.bounding_box(), field(page, result).last.bounding_box()
+        assert box["y"] + box["height"] <= 900
+        assert 0 <= box["y"] - (output["y"] + output["height"]) <= 40  # just below the output
+    page.get_by_role("tab", name="Caption").click()
+
+
+def test_an_empty_seed_gives_a_message(page):
+    page.get_by_role("tab", name="Reconstruct").click()
+    page.locator("[role=tabpanel]:visible .gallery button, [role=tabpanel]:visible .gallery-item").first.click()
+    shown_image(page, "Image").wait_for()
+    page.get_by_label("Seed").and_(page.locator(":visible")).fill("")
+    page.get_by_role("button", name="Reconstruct", exact=True).click()
+    page.get_by_text("Seed must be a whole number").wait_for()
+    expect_no_bare_error(page)
+
+
+def test_a_file_that_is_too_large_gives_a_message(page, tmp_path):
+    large = tmp_path / "large.png"
+    large.write_bytes(bytes(11 * 2**20))
+    field(page, "Image").locator("input[type=file]").set_input_files(large)
+    page.get_by_text("maximum allowed size").first.wait_for()
 
 
 @pytest.mark.parametrize("page", [{"width": 390, "height": 844}], indirect=True)

@@ -1,0 +1,99 @@
+"""`vlv demo` on this machine: its port, its model, and its end."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from vlv.checkpoints import MINIATURE
+from vlv.cli.main import main
+
+
+@pytest.fixture
+def busy_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_a_busy_port_is_one_line_before_the_model_is_loaded(busy_port, capsys):
+    assert main(["demo", "--port", str(busy_port)]) == 2
+    assert capsys.readouterr().err == f"vlv: port {busy_port} is in use; pass --port\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux listens on 127.0.0.2 without set-up")
+def test_a_port_that_only_gradio_finds_busy_is_one_line(busy_port, capsys):
+    assert main(["demo", "--model", str(MINIATURE), "--host", "127.0.0.2", "--port", str(busy_port)]) == 2
+    assert f"vlv: port {busy_port} is in use; pass --port\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (["--port", "70000"], "--port 70000 is not a port; pass a number from 0 to 65535"),
+        (["--port", "-1"], "--port -1 is not a port; pass a number from 0 to 65535"),
+        (["--host", "256.0.0.1", "--port", "0"], "cannot listen on --host 256.0.0.1 --port 0: "),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_one_line(address, message, capsys):
+    assert main(["demo", *address]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vlv: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (None, None),
+        ("config.json", b"[]"),
+        ("tokenizer.json", b"{}"),
+        ("language_model.safetensors", b""),
+        ("unet/diffusion_pytorch_model.safetensors", b""),
+        ("model_index.json", b"{}"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_be_loaded_is_one_line(name, content, tmp_path, capsys):
+    model = tmp_path / "model"
+    if name is None:
+        model.mkdir()
+    else:
+        shutil.copytree(MINIATURE, model)
+        (model / name).write_bytes(content)
+    assert main(["demo", "--port", "0", "--model", str(model)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"vlv: cannot load {model}: ")
+    assert name is None or name.split("/")[0] in lines[0].removeprefix(f"vlv: cannot load {model}: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "code"), [("no --model given", 130), ("http://", 0)], ids=["while it loads", "while it serves"]
+)
+def test_ctrl_c_ends_it_quietly(moment, code):
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # not that of a shell's &
+    )
+    script += "from vlv.cli.main import main; sys.exit(main(['demo', '--port', '0']))"
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-c", script],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        while moment not in (line := server.stdout.readline()):
+            assert line, "it ended before"
+        server.send_signal(signal.SIGINT)
+        output, _ = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+    assert server.returncode == code
+    assert not re.sub(r"Loading weights[^\n\r]*", "", output).strip()
