@@ -123,9 +123,15 @@ def test_a_folder_without_permission_is_named_and_the_rest_is_found(folder_of_no
 
 
 def test_a_very_deep_folder_is_searched(tmp_path):
-    folder = tmp_path
+    folders = [tmp_path]
     for _ in range(1100):  # more than Python's limit of recursion
-        folder /= "d"
-        folder.mkdir()
-    PICTURE.save(folder / "a.png")
-    assert find_images(tmp_path) == [folder / "a.png"]
+        folders.append(folders[-1] / "d")
+        folders[-1].mkdir()
+    image = folders[-1] / "a.png"
+    PICTURE.save(image)
+    try:
+        assert find_images(tmp_path) == [image]
+    finally:  # pytest removes old folders by recursion
+        image.unlink()
+        for folder in reversed(folders[1:]):
+            folder.rmdir()

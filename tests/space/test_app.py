@@ -22,7 +22,10 @@ from vlv.space.app import EXAMPLES, Demo, build, read_card
 
 from ..builders import assert_close_to_scale
 
-KNOWS = "It knows sixteen objects (OpenMoji artwork) on eight backgrounds, at 64 x 64 pixels, and no photographs."
+KNOWS = (
+    "It knows sixteen objects (OpenMoji artwork) on eight backgrounds, at 64 x 64 pixels, and no photographs. It "
+    "describes every other image as a scene of its own world."
+)
 SPACE = Path(__file__).parents[2] / "space"
 
 
