@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
@@ -95,6 +95,9 @@ class VLVReconstructionPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "encoder->unet->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+    # Module and class of each component that `from_pretrained` of this class loads itself instead of the code of the
+    # repository. Empty where this file is that code.
+    _own_components: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(
         self,
@@ -117,6 +120,21 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """`model_index.json`, where the pipeline's class is this one instead of one that the repository defines."""
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list):  # diffusers would run the file that it names
+            index["_class_name"] = cls.__name__
+        return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> Any:
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        index.update({name: own for name, own in cls._own_components.items() if index.get(name, [None])[0]})
+        return loaded
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` and, beside it, the code that loading needs where this package is not installed.
 
@@ -130,10 +148,12 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         index["_class_name"] = [pipeline_code.stem, type(self).__name__]
         _copy(pipeline_code, folder)
         for name in ("encoder", "image_processor"):
-            component = type(getattr(self, name))
-            code = Path(inspect.getfile(component))
-            index[name] = [code.stem, component.__name__]
-            _copy(code, folder / name)
+            component = getattr(self, name)
+            if component is not None:
+                component_class = type(getattr(component, "_orig_mod", component))  # of a compiled model
+                code = Path(inspect.getfile(component_class))
+                index[name] = [code.stem, component_class.__name__]
+                _copy(code, folder / name)
         index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @property
