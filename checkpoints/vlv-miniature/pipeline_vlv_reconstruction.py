@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +85,7 @@ def retrieve_timesteps(
     return scheduler.timesteps, num_inference_steps
 
 
-class VLVReconstructionPipeline(DiffusionPipeline):
+class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
     r"""
     Reconstructs images from their caption embeddings with the frozen text-to-image model.
 
@@ -86,7 +95,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
 
     Args:
         encoder (`VLVModel`): Computes caption embeddings from images, and holds the text encoder.
-        vae (`AutoencoderKL`): Decodes latents to pixels.
+        vae (`AutoencoderKL`, or another autoencoder of diffusers for the same latents): Decodes latents to pixels.
         unet (`UNet2DConditionModel`): The denoiser.
         scheduler: Any discrete scheduler of diffusers.
         image_processor (`VLVImageProcessor`): The captioner's, so that both see the same pixels.
@@ -102,7 +111,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
     def __init__(
         self,
         encoder: PreTrainedModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | ConsistencyDecoderVAE,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
         image_processor: Any,
@@ -535,22 +544,30 @@ class VLVReconstructionPipeline(DiffusionPipeline):
                     progress_bar.update()
 
         # 8. Decode the latents
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)
 
         # 9. Offload all models
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+    def decode_latents(
+        self,
+        latents: torch.Tensor,
+        output_type: str = "pil",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Any:
         """Images of latents `(B, C, h, w)`.
 
         Args:
             output_type: `"pil"` for a list of PIL images, `"np"` for `(B, H, W, 3)` or `"pt"` for `(B, 3, H, W)`, both
                 float in 0..1.
+            generator: For autoencoders that draw noise, such as `ConsistencyDecoderVAE`.
         """
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae_image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        images = self.vae.decode(latents, generator=generator).sample
+        return self.vae_image_processor.postprocess(images, output_type=output_type)
 
 
 def _replaced_embeds(prompt_embeds: torch.Tensor, returned: torch.Tensor) -> torch.Tensor:
