@@ -339,6 +339,7 @@ def test_from_pipe_of_the_same_pipeline_as_remote_code(saved, image_file, expect
     assert_generates(new, image_file, expected)
 
 
+@pytest.mark.slow
 def test_from_pipe_of_stable_diffusion_and_back(stable_diffusion, pipe, image_file, expected, tmp_path):
     source = StableDiffusionPipeline.from_pretrained(stable_diffusion, safety_checker=None)
     with pytest.raises(ValueError, match=r"expected .*'encoder'"):
