@@ -151,8 +151,8 @@ def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: 
         "image_processor": ["processing_vlv", "VLVImageProcessor"],
         "scheduler": ["diffusers", type(components["scheduler"]).__name__],
         "tokenizer": ["transformers", type(components["tokenizer"]).__name__],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": ["diffusers", type(components["unet"]).__name__],
+        "vae": ["diffusers", type(components["vae"]).__name__],
         "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, LANGUAGE_MODEL_FILE, half_name(LANGUAGE_MODEL_FILE)],
     }
     write_json(root / "model_index.json", index)

@@ -157,7 +157,10 @@ def load_encoder(
         part = folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(part, "config.json")
     model = _load_strictly(VLVModel, part, dtype)
-    return model.to(device).eval(), VLVImageProcessor.from_pretrained(folder)
+    own = folder / "image_processor"  # of reconstruction; a saved pipeline has no other
+    if not own.is_dir() or (for_captions and (folder / "preprocessor_config.json").is_file()):
+        own = folder
+    return model.to(device).eval(), VLVImageProcessor.from_pretrained(own)
 
 
 def _load_strictly(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:

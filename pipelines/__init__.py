@@ -1,5 +1,6 @@
 """Captioning (a pipeline of transformers) and reconstruction (a pipeline of diffusers)."""
 
+from . import components  # noqa: F401 (from_pretrained loads them)
 from .generation import generate_captions, generate_images
 from .loading import load_reconstruction
 from .pipeline_vlv_captioning import VLVCaptioningPipeline, trim_caption

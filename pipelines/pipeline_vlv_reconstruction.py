@@ -6,12 +6,21 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,7 +85,7 @@ def retrieve_timesteps(
     return scheduler.timesteps, num_inference_steps
 
 
-class VLVReconstructionPipeline(DiffusionPipeline):
+class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
     r"""
     Reconstructs images from their caption embeddings with the frozen text-to-image model.
 
@@ -86,7 +95,7 @@ class VLVReconstructionPipeline(DiffusionPipeline):
 
     Args:
         encoder (`VLVModel`): Computes caption embeddings from images, and holds the text encoder.
-        vae (`AutoencoderKL`): Decodes latents to pixels.
+        vae (`AutoencoderKL`, or another autoencoder of diffusers for the same latents): Decodes latents to pixels.
         unet (`UNet2DConditionModel`): The denoiser.
         scheduler: Any discrete scheduler of diffusers.
         image_processor (`VLVImageProcessor`): The captioner's, so that both see the same pixels.
@@ -95,11 +104,14 @@ class VLVReconstructionPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "encoder->unet->vae"
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
+    # Module and class of each component that `from_pretrained` of this class loads itself instead of the code of the
+    # repository. Empty where this file is that code.
+    _own_components: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(
         self,
         encoder: PreTrainedModel,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | ConsistencyDecoderVAE,
         unet: UNet2DConditionModel,
         scheduler: KarrasDiffusionSchedulers,
         image_processor: Any,
@@ -117,6 +129,21 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """`model_index.json`, where the pipeline's class is this one instead of one that the repository defines."""
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list):  # diffusers would run the file that it names
+            index["_class_name"] = cls.__name__
+        return index
+
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> Any:
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        index.update({name: own for name, own in cls._own_components.items() if index.get(name, [None])[0]})
+        return loaded
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` and, beside it, the code that loading needs where this package is not installed.
 
@@ -130,10 +157,12 @@ class VLVReconstructionPipeline(DiffusionPipeline):
         index["_class_name"] = [pipeline_code.stem, type(self).__name__]
         _copy(pipeline_code, folder)
         for name in ("encoder", "image_processor"):
-            component = type(getattr(self, name))
-            code = Path(inspect.getfile(component))
-            index[name] = [code.stem, component.__name__]
-            _copy(code, folder / name)
+            component = getattr(self, name)
+            if component is not None:
+                component_class = type(getattr(component, "_orig_mod", component))  # of a compiled model
+                code = Path(inspect.getfile(component_class))
+                index[name] = [code.stem, component_class.__name__]
+                _copy(code, folder / name)
         index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @property
@@ -515,22 +544,30 @@ class VLVReconstructionPipeline(DiffusionPipeline):
                     progress_bar.update()
 
         # 8. Decode the latents
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)
 
         # 9. Offload all models
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+    def decode_latents(
+        self,
+        latents: torch.Tensor,
+        output_type: str = "pil",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Any:
         """Images of latents `(B, C, h, w)`.
 
         Args:
             output_type: `"pil"` for a list of PIL images, `"np"` for `(B, H, W, 3)` or `"pt"` for `(B, 3, H, W)`, both
                 float in 0..1.
+            generator: For autoencoders that draw noise, such as `ConsistencyDecoderVAE`.
         """
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return self.vae_image_processor.postprocess(self.vae.decode(latents).sample, output_type=output_type)
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        images = self.vae.decode(latents, generator=generator).sample
+        return self.vae_image_processor.postprocess(images, output_type=output_type)
 
 
 def _replaced_embeds(prompt_embeds: torch.Tensor, returned: torch.Tensor) -> torch.Tensor:

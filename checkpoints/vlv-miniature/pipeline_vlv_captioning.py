@@ -1,11 +1,17 @@
 """The captioning pipeline of transformers: from images to captions."""
 
+import difflib
+import inspect
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import AutoModelForImageTextToText, GenerationConfig, Pipeline
+
+GENERATION_PARAMETERS = {"generation_config", *(name for name in vars(GenerationConfig()) if not name.startswith("_"))}
 
 
 def trim_caption(text: str) -> str:
@@ -22,20 +28,25 @@ def trim_caption(text: str) -> str:
 
 class VLVCaptioningPipeline(Pipeline):
     r"""
-    Captions images. Takes one image, a list, a generator or a dataset; `batch_size` batches them.
+    Captions images. Takes one image, a list or another sequence, a generator or a dataset; `batch_size` batches them.
 
     An image is anything that `VLVImageProcessor` reads (PIL, path, URL, bytes, array), or a mapping
     `{"caption_embeds": tensor}` with its caption embeddings `(Q, d_text)`.
 
-    Call arguments:
+    Arguments of the constructor and of the call, which comes first:
         text (`str`, *optional*): Beginning of the caption, which the language model continues.
-        max_new_tokens (`int`, *optional*): Maximum number of tokens of a caption.
         trim (`bool`, *optional*, defaults to `False`): Remove an unfinished last sentence and repeated sentences.
         generate_kwargs (`dict`, *optional*): Arguments of the model's `generate`, such as `num_beams`.
+        generation_config (`GenerationConfig`, *optional*): Replaces the model's. The call's also replaces all
+            generation parameters of the constructor.
+        max_new_tokens (`int`, *optional*): Maximum number of tokens of a caption. This and every other parameter of a
+            `GenerationConfig` may stand here instead of in `generate_kwargs`.
+        batch_size, num_workers (`int`, *optional*): Of the data loader.
 
     Returns for each image `[{"generated_text": str}]`, with `num_return_sequences` entries.
 
-    Raises a `ValueError` for unknown arguments, and for images and caption embeddings that it cannot read.
+    Raises a `TypeError` for unknown arguments, and a `ValueError` for an argument that is given twice and for images
+    and caption embeddings that it cannot read.
     """
 
     _load_processor = True
@@ -43,25 +54,67 @@ class VLVCaptioningPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_video_processor = False
+    _pipeline_calls_generate = True  # the constructor keeps generation parameters for `_prepare_generate_kwargs`
+
+    @property
+    def _registered_impl(self) -> dict[str, Any]:
+        """What `save_pretrained` writes into the configuration, so that `transformers.pipeline` finds this class."""
+        return {"image-to-text": {"impl": type(self), "pt": (AutoModelForImageTextToText,)}}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Saves the model, its processor and the code of this pipeline.
+
+        Args:
+            save_directory: A folder, which is created if it does not exist.
+            push_to_hub: Whether to upload them as well.
+            kwargs: Arguments of `push_to_hub` and of the model's `save_pretrained`. `repo_id` is by default the
+                folder's name.
+        """
+        names = inspect.signature(self.push_to_hub).parameters.keys() - {"max_shard_size"}
+        upload = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **upload})
 
     def _sanitize_parameters(
         self,
         text: str | None = None,
-        max_new_tokens: int | None = None,
-        trim: bool = False,
-        generate_kwargs: dict[str, Any] | None = None,
+        trim: bool | None = None,
+        generate_kwargs: Mapping[str, Any] | None = None,
+        local_files_only: bool | None = None,  # `transformers.pipeline` passes it on
         **kwargs,
     ):
-        if kwargs:
+        constructing = not hasattr(self, "_forward_params")
+        if constructing and not (self.model.can_generate() and self.processor is not None):
             raise ValueError(
-                f"unknown arguments {sorted(kwargs)}; expected text, max_new_tokens, trim, or generate_kwargs={{...}}"
+                f"{type(self).__name__} needs a VLVForConditionalGeneration as model and its VLVProcessor as "
+                f"processor, got {type(self.model).__name__} and {type(self.processor).__name__}"
             )
-        generation = dict(generate_kwargs or {})
-        if max_new_tokens is not None:
-            if "max_new_tokens" in generation:
-                raise ValueError("max_new_tokens is given twice, as an argument and in generate_kwargs; leave one out")
-            generation["max_new_tokens"] = max_new_tokens
-        return {} if text is None else {"text": text}, generation, {"trim": trim}
+        for name in kwargs.keys() - GENERATION_PARAMETERS:
+            known = ["text", "trim", "generate_kwargs", "batch_size", "num_workers", *GENERATION_PARAMETERS]
+            known += inspect.signature(Pipeline.__init__).parameters if constructing else ()
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "arguments of generate() go into generate_kwargs={...}"
+            raise TypeError(f"{type(self).__name__} got an unknown argument {name!r}; {hint}")
+        given = {**self._generate_kwargs, **kwargs} if constructing else kwargs
+        for name in given.keys() & (generate_kwargs or {}).keys():
+            raise ValueError(f"{name} is given twice, as an argument and in generate_kwargs; leave one out")
+        generation = {**kwargs, **(generate_kwargs or {})}
+        if constructing:
+            self._generate_kwargs |= generation
+            generation = {}
+        preprocessing = {} if text is None else {"text": text}
+        return preprocessing, generation, {} if trim is None else {"trim": trim}
+
+    def __call__(
+        self, inputs: Any, *, num_workers: int | None = None, batch_size: int | None = None, **kwargs: Any
+    ) -> Any:
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview):
+            inputs = list(inputs)  # a tuple, or a column of a data set
+            if not inputs:
+                return []
+        return super().__call__(inputs, num_workers=num_workers, batch_size=batch_size, **kwargs)
 
     def preprocess(self, inputs: Any, text: str | None = None) -> dict[str, torch.Tensor]:
         text_inputs = {} if text is None else dict(self.processor(text=text))
@@ -76,10 +129,14 @@ class VLVCaptioningPipeline(Pipeline):
                 )
             return {"caption_embeds": embeds, **text_inputs}
         pixel_values = self.processor(images=inputs).pixel_values
+        if len(pixel_values) != 1:
+            raise ValueError(f"one input holds {len(pixel_values)} images; pass a list with one image in each place")
         return {"pixel_values": pixel_values.to(self.dtype or pixel_values.dtype), **text_inputs}
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs) -> dict[str, torch.Tensor]:
-        ids = self.model.generate(**model_inputs, **generate_kwargs)
+        if self.assistant_model is not None:
+            generate_kwargs["assistant_model"] = self.assistant_model
+        ids = self.model.generate(**model_inputs, **self._prepare_generate_kwargs(generate_kwargs))
         if isinstance(ids, Mapping):
             ids = ids["sequences"]
         image_inputs = model_inputs.get("pixel_values", model_inputs.get("caption_embeds"))
