@@ -293,6 +293,10 @@ class VLVImageProcessor(PilBackend):
     valid_kwargs = VLVImageProcessorKwargs
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
+
     def load(self, image: Any) -> Image.Image:
         """The upright RGB image, cropped to `pre_crop_size` if that is set: the input of encoder and diffusion."""
         rgb = to_rgb(image)
@@ -337,6 +341,12 @@ class VLVImageProcessor(PilBackend):
         if kwargs.get("data_format") == ChannelDimension.LAST:
             return values
         return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _unregister(subclass: Any) -> None:
+    """Keeps a subclass in a user's module from being saved as remote code, unless the user registers it, too."""
+    if "_auto_class" not in vars(subclass):
+        subclass._auto_class = None
 
 
 # The text of user messages, one after the other. Nothing separates it from the caption: the model knows no dialogue.
@@ -386,6 +396,10 @@ class VLVProcessor(ProcessorMixin):
     images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
     append_eos = True
     pad_to_max_length = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         if tokenizer is not None:
