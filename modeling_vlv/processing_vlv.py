@@ -274,10 +274,12 @@ class VLVImageProcessor(PilBackend):
             never see the edges of an image that is not square. None uses the whole image, squeezed.
         resample (`int`, *optional*, defaults to `3`): Pillow's filter of the resize to `size`; bicubic as Florence-2.
         image_mean, image_std (`list[float]`, *optional*): Default to ImageNet's.
+        do_center_crop, crop_size (*optional*): Crops the middle of the resized image, as every image processor does.
+        do_pad, pad_size (*optional*):
+            Pads the normalised image with zeros at the bottom and the right; by default to the largest of the batch.
 
     Raises:
-        ValueError: If an image cannot be read (the message gives its index and the reason), or for options of other
-            image processors that this one does not implement (`do_center_crop`, `do_pad`).
+        ValueError: If an image cannot be read; the message gives its index and the reason.
     """
 
     resample = Image.Resampling.BICUBIC
@@ -309,9 +311,6 @@ class VLVImageProcessor(PilBackend):
         flat = flatten_images(images)
         if not flat:
             raise ValueError("expected at least one image, got none")
-        for name in ("do_center_crop", "do_pad"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is not supported; pre_crop_size crops to a square first, size is exact")
         pixel_values = []
         for index, image in enumerate(flat):
             try:
@@ -321,25 +320,30 @@ class VLVImageProcessor(PilBackend):
             # `do_rescale=False` says that values are in 0..1 already. `to_rgb` turns such floats into bytes.
             rescaled = isinstance(image, (np.ndarray, torch.Tensor)) and "float" in str(image.dtype)
             pixel_values.append(self._to_pixel_values(rgb, rescaled=rescaled, **kwargs))
+        if kwargs.get("do_pad"):
+            pixel_values = self.pad(pixel_values, pad_size=kwargs.get("pad_size"))
+        if kwargs.get("data_format") == ChannelDimension.LAST:
+            pixel_values = [values.transpose(1, 2, 0) for values in pixel_values]
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=kwargs.get("return_tensors"))
 
     def _to_pixel_values(
         self, rgb: Image.Image, *, size, resample, rescaled: bool, pre_crop_size=None, **kwargs
     ) -> np.ndarray:
-        """`(3, height, width)` float32, or `(height, width, 3)` with `data_format="channels_last"`."""
+        """`(3, height, width)` float32."""
         if pre_crop_size:
             rgb = crop_to_square(rgb, pre_crop_size)
         if kwargs["do_resize"] and not (size.height and size.width):
             raise ValueError(f'size is {dict(size)}; expected {{"height": ..., "width": ...}}, in pixels')
         if kwargs["do_resize"] and rgb.size != (size.width, size.height):
             rgb = rgb.resize((size.width, size.height), resample)
-        values = np.asarray(rgb).astype(np.float32)  # (height, width, 3)
+        values = np.asarray(rgb)  # (height, width, 3)
+        if kwargs.get("do_center_crop"):
+            values = self.center_crop(values.transpose(2, 0, 1), kwargs["crop_size"]).transpose(1, 2, 0)
+        values = values.astype(np.float32)
         if kwargs["do_rescale"] or rescaled:
             values *= np.float32(kwargs["rescale_factor"] if kwargs["do_rescale"] else 1 / 255)
         if kwargs["do_normalize"]:
             values = (values - np.float32(kwargs["image_mean"])) / np.float32(kwargs["image_std"])
-        if kwargs.get("data_format") == ChannelDimension.LAST:
-            return values
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
@@ -349,9 +353,11 @@ def _unregister(subclass: Any) -> None:
         subclass._auto_class = None
 
 
-# The text of user messages, one after the other. Nothing separates it from the caption: the model knows no dialogue.
+# The text of user messages, and of a last message by the assistant, one after the other. Nothing separates it from the
+# caption, which continues it: the model knows no dialogue.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' or (message['role'] == 'assistant' and loop.last) %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{% endif %}{% endfor %}"
@@ -377,7 +383,8 @@ class VLVProcessor(ProcessorMixin):
         image_processor ([`VLVImageProcessor`]): Prepares the images.
         tokenizer (`PreTrainedTokenizerBase`):
             The language model's own. It needs an EOS token. One without a padding token pads with EOS.
-        chat_template (`str`, *optional*): By default the text of the user's messages, which may be empty.
+        chat_template (`str`, *optional*):
+            By default the text of the user's messages, which may be empty, and of a last message by the assistant.
 
     Raises:
         ValueError: If the tokenizer has no EOS token.
@@ -475,6 +482,28 @@ class VLVProcessor(ProcessorMixin):
             labels = self._labels(captions, max_length, merged["append_eos"], merged["pad_to_max_length"])
             data["labels"] = _convert(labels, return_tensors)
         return BatchFeature(data)
+
+    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
+        """The beginning of the caption in a chat, or in several; with `tokenize=True` their images, too.
+
+        A chat without words has one token of padding, so that chats with and without words make a batch.
+
+        Raises:
+            ValueError: If a chat has more than one image.
+        """
+        chats, _ = self._normalize_conversations(conversation)
+        for chat in chats:
+            contents = [message["content"] for message in chat if isinstance(message.get("content"), list)]
+            count = sum(part.get("type") == "image" for content in contents for part in content)
+            if count > 1:
+                raise ValueError(f"a chat has one image, this one has {count}; make one chat of each image")
+        result = super().apply_chat_template(conversation, *args, **kwargs)
+        ids = result.get("input_ids") if isinstance(result, BatchFeature) else None
+        if isinstance(ids, np.ndarray | torch.Tensor) and ids.shape[1] == 0:
+            kind = "pt" if isinstance(ids, torch.Tensor) else "np"
+            result["input_ids"] = _convert([[self.tokenizer.pad_token_id]] * len(ids), kind)
+            result["attention_mask"] = _convert([[0]] * len(ids), kind)
+        return result
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         """Raises `TypeError` for a name that neither processor, image processor nor tokenizer knows."""

@@ -551,8 +551,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         """
         if pixel_values is None and caption_embeds is None:
             raise ValueError(
-                "there is no image to caption: pass exactly one of pixel_values and caption_embeds; words alone "
-                "(input_ids) only begin the caption of an image"
+                "there is no image to caption; words and chats need one, too: pass exactly one of pixel_values and "
+                "caption_embeds"
             )
         output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)
         token_embeddings = self.get_input_embeddings()
@@ -564,6 +564,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         text = inputs_embeds if input_ids is None else input_ids
         if text is None and attention_mask is not None:
             raise ValueError("attention_mask belongs to a text prefix; pass input_ids, too, or leave it out")
+        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any():
+            text = None  # padding alone
         if text is not None and text.shape[1]:
             name = "inputs_embeds" if input_ids is None else "input_ids"
             if len(text) != len(prefix):
