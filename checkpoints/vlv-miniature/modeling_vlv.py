@@ -12,8 +12,10 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, cached_file, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 # Florence-2's processor replaces the task token <MORE_DETAILED_CAPTION> by "Describe with a paragraph what is shown in
@@ -113,6 +115,54 @@ class VLVConfig(PreTrainedConfig):
                 f"num_query_tokens is {self.num_query_tokens}, but the text encoder has {positions} positions; "
                 f"choose 1 to {positions}"
             )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """As every configuration's. Also writes the code that the configuration names, here or in a Hub repository.
+
+        A pipeline whose code could not be found is no longer named, unless it lies in a Hub repository.
+        """
+        folder = Path(save_directory)
+        auto_map = getattr(self, "auto_map", None) or {}
+        for name, reference in auto_map.items():
+            local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
+            if local.partition(".")[0] == Path(__file__).stem:
+                auto_map[name] = local
+                _copy(Path(__file__), folder)
+        pipelines = {}
+        for task, pipeline in (getattr(self, "custom_pipelines", None) or {}).items():
+            repository, _, local = pipeline["impl"].rpartition("--")
+            if source := _find_code(local.partition(".")[0], self.name_or_path):
+                _copy(source, folder)
+                pipelines[task] = {**pipeline, "impl": local}
+            elif repository:
+                pipelines[task] = pipeline
+        if pipelines:
+            self.custom_pipelines = pipelines
+        elif hasattr(self, "custom_pipelines"):
+            del self.custom_pipelines
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _find_code(module: str, origin: str) -> Path | None:
+    """The file of a module: beside this file, in the installed package, or in `origin`, a folder or cached repo."""
+    if not module.isidentifier():
+        return None
+    here, name = Path(__file__).parent, f"{module}.py"
+    for path in (here / name, here / "pipelines" / name):
+        if path.is_file():
+            return path
+    try:
+        found = cached_file(origin, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such folder or repository
+        return None
+    return Path(found) if found else None
+
+
+def _copy(source: Path, folder: Path) -> None:
+    target = folder / source.name
+    if not (target.exists() and target.samefile(source)):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
 
 
 def _unregister(subclass: Any) -> None:

@@ -4,6 +4,7 @@ import base64
 import difflib
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -299,6 +300,11 @@ class VLVImageProcessor(PilBackend):
         super().__init_subclass__(**kwargs)
         _unregister(cls)
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As every image processor's. Also writes the code that it names, here or in a Hub repository."""
+        _write_code([self], Path(save_directory))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def load(self, image: Any) -> Image.Image:
         """The upright RGB image, cropped to `pre_crop_size` if that is set: the input of encoder and diffusion."""
         rgb = to_rgb(image)
@@ -351,6 +357,20 @@ def _unregister(subclass: Any) -> None:
     """Keeps a subclass in a user's module from being saved as remote code, unless the user registers it, too."""
     if "_auto_class" not in vars(subclass):
         subclass._auto_class = None
+
+
+def _write_code(parts: list[Any], folder: Path) -> None:
+    """Copies this file into `folder` where a part's `auto_map` names it, and makes the names local ones."""
+    for part in parts:
+        auto_map = getattr(part, "auto_map", None) or {}
+        for name, reference in auto_map.items():
+            local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
+            if local.partition(".")[0] == Path(__file__).stem:
+                auto_map[name] = local
+                folder.mkdir(parents=True, exist_ok=True)
+                target = folder / Path(__file__).name
+                if not (target.exists() and target.samefile(__file__)):
+                    shutil.copyfile(__file__, target)
 
 
 # The text of user messages, and of a last message by the assistant, one after the other. Nothing separates it from the
@@ -417,6 +437,11 @@ class VLVProcessor(ProcessorMixin):
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As every processor's. Also writes the code that it names, here or in a Hub repository."""
+        _write_code([self, self.image_processor], Path(save_directory))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __call__(
         self,
