@@ -61,7 +61,7 @@ CAPTIONERS = ("captioner", "image-text-to-text", "image-to-text")
 
 
 def code_references(folder: Path) -> list[tuple[Path, str]]:
-    """The references to code in the JSON files of a folder, such as `modeling_vlv.VLVModel`, and the files' folders."""
+    """The references to code in a folder's JSON files, such as `modeling_vlv.VLVModel`, with the file's folder."""
     found = []
 
     def walk(value, path: Path) -> None:

@@ -1,12 +1,14 @@
 """VLV's models follow the conventions that every model of transformers follows."""
 
 import importlib
+import inspect
 import sys
 
 import pytest
 import torch
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVModel, VLVProcessor
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel, VLVProcessor
 
 from ..builders import (
     POSITIONS,
@@ -14,6 +16,8 @@ from ..builders import (
     TEXT_WIDTH,
     VOCABULARY,
     assert_close_to_scale,
+    language_model_config,
+    vlv_config,
 )
 
 LABELS = torch.tensor([[5, 6, 7, 3], [8, 3, -100, -100], [9, 10, 3, -100]])
@@ -192,6 +196,217 @@ def test_the_encoder_of_a_model_is_its_image_encoder(name, request):
     assert model.get_encoder() is replacement
 
 
+@pytest.mark.parametrize("name", ["encoder", "captioner"])
+def test_word_embeddings_can_be_replaced(name, request):
+    model = request.getfixturevalue(name)
+    owner = model.text_encoder if name == "encoder" else model.language_model
+    assert model.get_input_embeddings() is owner.get_input_embeddings()
+    replacement = torch.nn.Embedding(VOCABULARY, model.get_input_embeddings().embedding_dim)
+    model.set_input_embeddings(replacement)
+    assert model.get_input_embeddings() is owner.get_input_embeddings() is replacement
+
+
+@pytest.mark.parametrize("name", ["encoder", "captioner"])
+def test_a_model_with_more_words_can_be_saved(name, pixels, tmp_path, request):
+    model = request.getfixturevalue(name)
+    before = model.get_input_embeddings().weight.clone()
+    resized = model.resize_token_embeddings(VOCABULARY + 5)
+    assert resized.weight.shape[0] == VOCABULARY + 5 and resized is model.get_input_embeddings()
+    assert torch.equal(resized.weight[:VOCABULARY], before)
+    sizes = [model.config.text_encoder_config.vocab_size, getattr(model.config.text_config, "vocab_size", None)]
+    assert sizes == ([VOCABULARY + 5, None] if name == "encoder" else [VOCABULARY, VOCABULARY + 5])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.get_input_embeddings().weight, resized.weight)
+    assert torch.equal(loaded(pixels)[0], model(pixels)[0])
+
+
+def test_tied_weights_stay_tied(captioner, tmp_path):
+    captioner.save_pretrained(tmp_path)
+    loaded = VLVForConditionalGeneration.from_pretrained(tmp_path)
+    for model in (captioner, loaded):
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    loaded.set_input_embeddings(torch.nn.Embedding(VOCABULARY, LM_WIDTH))
+    loaded.tie_weights()
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_untied_weights_stay_untied(tmp_path):
+    config = language_model_config()
+    config.tie_word_embeddings = False
+    model = VLVForConditionalGeneration(vlv_config(text_config=config))
+    model.save_pretrained(tmp_path)
+    loaded = VLVForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    assert not torch.equal(loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight)
+
+
+# Outputs
+
+
+@pytest.mark.parametrize("name", ["encoder", "captioner"])
+def test_a_tuple_holds_what_the_output_holds(name, pixels, request):
+    model = request.getfixturevalue(name)
+    arguments = {"labels": LABELS} if name == "captioner" else {}
+    output = model(pixels, output_hidden_states=True, **arguments)
+    as_tuple = model(pixels, output_hidden_states=True, return_dict=False, **arguments)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == len(output.keys())
+    for value, expected in zip(as_tuple, output.to_tuple(), strict=True):
+        pairs = zip(value, expected, strict=True) if isinstance(value, tuple) else [(value, expected)]
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert torch.equal(as_tuple[0], output.loss if name == "captioner" else output.caption_embeds)
+
+
+@pytest.mark.parametrize("name", ["encoder", "captioner"])
+def test_the_first_argument_of_forward_is_the_main_input(name, request):
+    model = request.getfixturevalue(name)
+    first, *others = inspect.signature(model.forward).parameters
+    assert first == model.main_input_name == "pixel_values"
+    assert others[-1] == "kwargs"  # transformers' Trainer then passes num_items_in_batch
+
+
+@pytest.mark.parametrize("name", ["encoder", "captioner"])
+def test_outputs_are_the_same_each_time_and_after_saving(name, pixels, tmp_path, request):
+    model = request.getfixturevalue(name)
+    expected = model(pixels)[0]
+    assert torch.equal(model(pixels)[0], expected)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(pixels)[0], expected)
+
+
+def test_logits_do_not_depend_on_the_batch(captioner, pixels):
+    together = captioner(pixels, input_ids=WORDS).logits
+    for row in range(3):
+        assert_close_to_scale(
+            captioner(pixels[row : row + 1], input_ids=WORDS[row : row + 1]).logits[0], together[row]
+        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_the_text_prefix_changes_nothing(captioner, pixels, side):
+    padding = torch.zeros(3, 2, dtype=torch.long)
+    order = (padding, WORDS) if side == "left" else (WORDS, padding)
+    mask = torch.cat([(part is WORDS) * torch.ones_like(part) for part in order], dim=1)
+    padded = captioner(pixels, input_ids=torch.cat(order, dim=1), attention_mask=mask, labels=LABELS).logits
+    assert_close_to_scale(padded, captioner(pixels, input_ids=WORDS, labels=LABELS).logits)
+
+
+def test_training_keeps_no_cache(captioner, pixels):
+    caches = []
+    for part in (captioner.language_model, captioner.model.image_encoder.language_model.decoder):
+        part.register_forward_hook(lambda module, inputs, output: caches.append(output.past_key_values))
+    captioner.train()
+    captioner(pixels, labels=LABELS).loss.backward()
+    assert caches == [None, None]
+
+
+# Configuration
+
+
+def test_a_configuration_is_the_same_after_saving(tmp_path):
+    config = vlv_config(text_config=language_model_config(), attend_all_queries=True, query_initializer_range=0.5)
+    config.save_pretrained(tmp_path)
+    loaded = VLVConfig.from_pretrained(tmp_path)
+    fields = ("num_query_tokens", "task_prompt_ids", "attend_all_queries", "query_initializer_range")
+    assert [getattr(loaded, name) for name in fields] == [getattr(config, name) for name in fields]
+    for part in ("image_encoder_config", "text_encoder_config", "text_config"):
+        assert type(getattr(loaded, part)) is type(getattr(config, part))
+        assert getattr(loaded, part).to_diff_dict() == getattr(config, part).to_diff_dict()
+    assert loaded.get_text_config().vocab_size == VOCABULARY
+    assert VLVConfig.from_dict(loaded.to_dict()).to_dict() == loaded.to_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", [VLVModel, VLVForConditionalGeneration])
+def test_a_model_loads_in_the_precision_asked_for(model_class, captioner, tmp_path):
+    captioner.to(torch.bfloat16).save_pretrained(tmp_path)
+    for dtype, expected in ((None, torch.bfloat16), ("auto", torch.bfloat16), (torch.float32, torch.float32)):
+        model = model_class.from_pretrained(tmp_path, dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", [VLVModel, VLVForConditionalGeneration])
+def test_weights_that_stay_on_disk_give_the_same_output(model_class, captioner, pixels, tmp_path):
+    captioner.save_pretrained(tmp_path / "saved")
+    placed = model_class.from_pretrained(
+        tmp_path / "saved", device_map="auto", max_memory={"cpu": "100KB"}, offload_folder=tmp_path / "offloaded"
+    )
+    assert "disk" in placed.hf_device_map.values()
+    expected = captioner.model if model_class is VLVModel else captioner
+    assert torch.equal(placed(pixels)[0], expected(pixels)[0])
+
+
+# Generation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "rows"),
+    [
+        ({}, GenerateDecoderOnlyOutput, 3),
+        ({"do_sample": True, "top_k": 5, "num_return_sequences": 2}, GenerateDecoderOnlyOutput, 6),
+        ({"num_beams": 2}, GenerateBeamDecoderOnlyOutput, 3),
+        ({"num_beams": 2, "do_sample": True}, GenerateBeamDecoderOnlyOutput, 3),
+    ],
+    ids=["greedy", "sample", "beams", "beam sample"],
+)
+def test_generation_returns_scores_on_request(captioner, pixels, arguments, kind, rows):
+    length = {"max_new_tokens": 3, "min_new_tokens": 3}
+    output = captioner.generate(
+        pixels, return_dict_in_generate=True, output_scores=True, output_hidden_states=True, **length, **arguments
+    )
+    assert isinstance(output, kind) and output.sequences.shape == (rows, 3)
+    beams = arguments.get("num_beams", 1) * 3 if "num_beams" in arguments else rows
+    assert [scores.shape for scores in output.scores] == [(beams, VOCABULARY)] * 3
+    assert len(output.hidden_states) == 3 and output.hidden_states[0][-1].shape == (beams, QUERIES, LM_WIDTH)
+    if not arguments:
+        assert torch.equal(torch.stack([scores.argmax(-1) for scores in output.scores], dim=1), output.sequences)
+
+
+# Processor
+
+
+def test_a_processor_keeps_the_defaults_of_its_tokenizer(image_processor, processor):
+    tokenizer = processor.tokenizer
+    before = (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token, tokenizer.model_max_length)
+    own = VLVProcessor(image_processor, tokenizer)
+    own(text=["a", "a large dog"], suffix=["a", "a large dog"])
+    after = (tokenizer.padding_side, tokenizer.truncation_side, tokenizer.pad_token, tokenizer.model_max_length)
+    assert before == after
+
+
+def test_flat_and_nested_arguments_agree(processor, images):
+    flat = {"do_normalize": False, "padding": "max_length", "max_length": 5}
+    nested = {"images_kwargs": {"do_normalize": False}, "text_kwargs": {"padding": "max_length", "max_length": 5}}
+    one, other = (processor(images=images[:2], text=["a", "a large"], **arguments) for arguments in (flat, nested))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert one.input_ids.shape == (2, 5) and one.pixel_values.min() >= 0
+
+
+def test_the_processor_names_the_models_inputs(processor, captioner, images):
+    batch = processor(images=images[:2], text="a")
+    assert list(batch) == processor.model_input_names
+    assert set(processor.model_input_names) <= set(inspect.signature(captioner.forward).parameters)
+    assert processor.image_processor.model_input_names == ["pixel_values"]
+
+
+def test_an_image_processor_keeps_its_settings(tmp_path):
+    settings = {
+        "size": {"height": 20, "width": 30},
+        "pre_crop_size": 40,
+        "do_center_crop": True,
+        "crop_size": {"height": 10, "width": 12},
+        "do_pad": True,
+        "pad_size": {"height": 16, "width": 16},
+    }
+    VLVImageProcessor(**settings).save_pretrained(tmp_path)
+    loaded = VLVImageProcessor.from_pretrained(tmp_path)
+    for name, value in settings.items():
+        assert (dict(getattr(loaded, name)) if isinstance(value, dict) else getattr(loaded, name)) == value
+    assert loaded(torch.zeros(3, 9, 9), return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
+
+
 # Subclasses
 
 
@@ -219,6 +434,7 @@ def users_module(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_subclasses_in_a_users_package_can_be_saved(users_module, captioner, encoder, processor, tmp_path):
     parts = {
         users_module.MyVLVForConditionalGeneration: users_module.MyVLVForConditionalGeneration(captioner.config),

@@ -388,6 +388,10 @@ class VLVModel(VLVPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_encoder.embeddings.token_embedding = value
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As every model's; the words are the text encoder's."""
+        return self.text_encoder.resize_token_embeddings(*args, **kwargs)
+
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """The vision tower's output.
