@@ -39,7 +39,7 @@ def main() -> None:
             sent = {path.removeprefix(REPO + "/"): size for path, size in hub.downloads.items()}
             parts = [
                 any(path.startswith(start) and path.endswith(".safetensors") for path in sent)
-                for start in ("encoder/", "language_model", ("unet/", "vae/"))
+                for start in ("encoder/", "captioner", ("unet/", "vae/"))
             ]
             print(f"| {name} | {' | '.join('yes' if p else 'no' for p in parts)} | {sum(sent.values()) / 1e6:.1f} |")
         print(f"\nThe whole repository: {sum(map(len, files.values())) / 1e6:.1f} MB in {len(files)} files.")

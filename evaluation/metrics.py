@@ -137,7 +137,9 @@ class EncoderFeatures(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features `(N, width)` float32 of images `(N, 3, H, W)` uint8."""
         pixels = self.image_processor(list(images.cpu()), return_tensors="pt").pixel_values
-        return self.encoder.get_image_features(pixels.to(self.encoder.device))[:, 0].float().cpu()  # (N, width)
+        return (
+            self.encoder.get_image_features(pixels.to(self.encoder.device)).pooler_output[:, 0].float().cpu()
+        )  # (N, width)
 
 
 def inception_is_available() -> bool:

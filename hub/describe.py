@@ -15,7 +15,7 @@ from vlv.files import DTYPES, Header, is_variant, read_header, read_json
 from vlv.original_checkpoint import find_checkpoint, read_weights
 
 from .card import LICENCES, pretrained_models, read_training
-from .layout import CARD_FILE, INDEX_FILE, LANGUAGE_MODEL_FILE, TRAINER_FOLDERS
+from .layout import CAPTIONER_WEIGHTS, CARD_FILE, INDEX_FILE, TRAINER_FOLDERS
 from .load import read_config, read_weight_map, resolve, to_repo_id
 
 METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
@@ -174,11 +174,11 @@ def _part(file: str, name: str, captions: bool) -> str:
         return {"unet": "denoiser", "vae": "autoencoder"}[folder]
     if "/" in file and folder != "encoder":
         return f"other: {folder}"
-    if not folder and file != LANGUAGE_MODEL_FILE and not file.startswith("model"):
+    if not folder and file not in CAPTIONER_WEIGHTS and not file.startswith("model"):
         return f"other: {file}"
     inner = name.removeprefix("model.")
     label = next((label for start, label in PARTS if inner.startswith(start)), "other")
-    if captions and file == LANGUAGE_MODEL_FILE and inner != name:
+    if captions and file in CAPTIONER_WEIGHTS and inner != name:
         return f"{label}, the captioner's own"
     return label
 

@@ -17,12 +17,14 @@ from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 
 from .layout import (
+    CAPTIONER_ENCODER_FILE,
+    CAPTIONER_FILE,
     CAPTIONER_ONLY,
+    CAPTIONER_WEIGHTS,
     ENCODER_FILE,
     ENCODER_PREFIX,
     HALF_INDEX_FILE,
     INDEX_FILE,
-    LANGUAGE_MODEL_FILE,
     PIPELINE_PARTS,
     half_name,
 )
@@ -99,6 +101,7 @@ def _remove_stale_files(root: Path, captions: bool) -> None:
     """Deletes files of an earlier model that this one will not overwrite."""
     folders = (root, root / "encoder")  # the diffusion model's folders are replaced with it
     old = [path for folder in folders for path in folder.glob("*.safetensors*") if is_variant(path.name)]
+    old += [root / name for name in CAPTIONER_WEIGHTS]
     if not captions:
         old += [root / name for name in CAPTIONER_ONLY]
     for path in old:
@@ -118,8 +121,14 @@ def _export_captioner(
         for name, tensor in captioner.state_dict().items()
         if name not in shared or not _same(tensor, shared[name])
     }
-    _save(_without_ties(rest, captioner, ""), root / LANGUAGE_MODEL_FILE)
-    write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE, LANGUAGE_MODEL_FILE]))
+    files = [CAPTIONER_FILE, ENCODER_FILE]
+    rest = _without_ties(rest, captioner, "")
+    own_encoder = {name: rest.pop(name) for name in list(rest) if name.startswith(ENCODER_PREFIX)}
+    _save(rest, root / CAPTIONER_FILE)
+    if own_encoder:
+        _save(own_encoder, root / CAPTIONER_ENCODER_FILE)
+        files.append(CAPTIONER_ENCODER_FILE)
+    write_json(root / INDEX_FILE, _index(root, files))
     _write_config(captioner.config, "VLVForConditionalGeneration", root / "config.json")
     captioner.generation_config.save_pretrained(root)
     processor.save_pretrained(root)
@@ -144,6 +153,7 @@ def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: 
             component.save_pretrained(root / name)
         set_default_permissions(*(root / name).glob("*.safetensors"))
         _remove_origin(root / name / "config.json")
+    own = (CAPTIONER_FILE, CAPTIONER_ENCODER_FILE)
     index = {
         "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
         "_diffusers_version": diffusers_version,
@@ -153,7 +163,7 @@ def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: 
         "tokenizer": ["transformers", type(components["tokenizer"]).__name__],
         "unet": ["diffusers", type(components["unet"]).__name__],
         "vae": ["diffusers", type(components["vae"]).__name__],
-        "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, LANGUAGE_MODEL_FILE, half_name(LANGUAGE_MODEL_FILE)],
+        "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, *own, *map(half_name, own)],
     }
     write_json(root / "model_index.json", index)
 

@@ -2,7 +2,8 @@
 
 It serves transformers and diffusers, and stores each weight once:
 
-    config.json, generation_config.json, model.safetensors.index.json, language_model.safetensors    captioner
+    config.json, generation_config.json, model.safetensors.index.json, captioner.safetensors         captioner
+    encoder_captioner.safetensors                                      its own encoder, where it differs
     processor_config.json, tokenizer*.json, chat_template.jinja                                      its processor
     model_index.json, unet/, vae/, scheduler/, tokenizer/, image_processor/                          reconstruction
     encoder/config.json, encoder/model.safetensors                                                   shared by both
@@ -13,16 +14,23 @@ from pathlib import PurePosixPath
 
 ENCODER_PREFIX = "model."  # of the encoder's weight names: the captioner's base_model_prefix
 ENCODER_FILE = "encoder/model.safetensors"
-LANGUAGE_MODEL_FILE = "language_model.safetensors"  # not model*.safetensors, which diffusers would download
+# Two files, because transformers reads them in alphabetical order: it looks for weights that it leaves on disk in the
+# folder of the first, and of a weight in two files the last counts. Not model*.safetensors, which diffusers downloads.
+CAPTIONER_FILE = "captioner.safetensors"  # before encoder/
+CAPTIONER_ENCODER_FILE = (
+    "encoder_captioner.safetensors"  # after encoder/: weights of the captioner's encoder that differ
+)
+OLDER_CAPTIONER_FILE = "language_model.safetensors"  # both, in repositories of version 0.2.0
+CAPTIONER_WEIGHTS = (CAPTIONER_FILE, CAPTIONER_ENCODER_FILE, OLDER_CAPTIONER_FILE)
 INDEX_FILE = "model.safetensors.index.json"
 HALF_INDEX_FILE = "model.safetensors.index.fp16.json"
 TRAINING_FILE = "training.json"  # training metadata of each stage
 CARD_FILE = "README.md"
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
 
-CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", LANGUAGE_MODEL_FILE]
+CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", *CAPTIONER_WEIGHTS]
 CAPTIONER_ONLY = (  # files that a stage-1 model does not have
-    LANGUAGE_MODEL_FILE,
+    *CAPTIONER_WEIGHTS,
     "generation_config.json",
     "processor_config.json",
     "tokenizer.json",

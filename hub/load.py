@@ -25,11 +25,11 @@ from vlv.tokenizer import load_tokenizer
 
 from .layout import (
     CAPTIONER_FILES,
+    CAPTIONER_WEIGHTS,
     DIFFUSION_FILES,
     ENCODER_FILES,
     ENCODER_PREFIX,
     INDEX_FILE,
-    LANGUAGE_MODEL_FILE,
     PICKLES,
     pickles,
 )
@@ -221,7 +221,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     refuse_renamed_fields(config, str(folder / "config.json"))
     needed: tuple[str, ...] = ("image_encoder_config", "text_encoder_config")
-    if (folder / LANGUAGE_MODEL_FILE).is_file():
+    if any((folder / name).is_file() for name in CAPTIONER_WEIGHTS):
         needed += ("text_config",)
     for name in ("image_encoder_config", "text_encoder_config", "text_config"):
         if not isinstance(config.get(name, {}), dict | None):
@@ -246,11 +246,11 @@ def require(folder: Path, name: str) -> None:
 
 
 def has_two_encoders(folder: Path) -> bool:
-    """Whether captions and reconstructions have encoders of their own. The captioner's is stored beside the LM."""
+    """Whether captions and reconstructions have encoders of their own. The captioner's is stored apart."""
     if not (folder / INDEX_FILE).is_file():
         return False
     weights = read_weight_map(folder).items()
-    return any(name.startswith(ENCODER_PREFIX) and file == LANGUAGE_MODEL_FILE for name, file in weights)
+    return any(name.startswith(ENCODER_PREFIX) and file in CAPTIONER_WEIGHTS for name, file in weights)
 
 
 def load_diffusion_components(

@@ -10,8 +10,12 @@ Florence-2, d_text the width of the text encoder, d_lm the width of the language
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
     CLIPTextConfig,
     CLIPTextModel,
     Florence2Config,
@@ -32,7 +37,10 @@ from transformers import (
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.utils import ModelOutput, cached_file, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 # Florence-2's processor replaces the task token <MORE_DETAILED_CAPTION> by "Describe with a paragraph what is shown in
 # the image.", here between <s> and </s>. The authors' code always uses it (train/VLV_stage1.py of the original).
@@ -93,6 +101,10 @@ class VLVConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
+
     def __post_init__(self, **kwargs):
         refuse_renamed_fields(kwargs)
         super().__post_init__(**kwargs)
@@ -103,6 +115,60 @@ class VLVConfig(PreTrainedConfig):
                 f"num_query_tokens is {self.num_query_tokens}, but the text encoder has {positions} positions; "
                 f"choose 1 to {positions}"
             )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """As every configuration's. Also writes the code that the configuration names, here or in a Hub repository.
+
+        A pipeline whose code could not be found is no longer named, unless it lies in a Hub repository.
+        """
+        folder = Path(save_directory)
+        auto_map = getattr(self, "auto_map", None) or {}
+        for name, reference in auto_map.items():
+            local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
+            if local.partition(".")[0] == Path(__file__).stem:
+                auto_map[name] = local
+                _copy(Path(__file__), folder)
+        pipelines = {}
+        for task, pipeline in (getattr(self, "custom_pipelines", None) or {}).items():
+            repository, _, local = pipeline["impl"].rpartition("--")
+            if source := _find_code(local.partition(".")[0], self.name_or_path):
+                _copy(source, folder)
+                pipelines[task] = {**pipeline, "impl": local}
+            elif repository:
+                pipelines[task] = pipeline
+        if pipelines:
+            self.custom_pipelines = pipelines
+        elif hasattr(self, "custom_pipelines"):
+            del self.custom_pipelines
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _find_code(module: str, origin: str) -> Path | None:
+    """The file of a module: beside this file, in the installed package, or in `origin`, a folder or cached repo."""
+    if not module.isidentifier():
+        return None
+    here, name = Path(__file__).parent, f"{module}.py"
+    for path in (here / name, here / "pipelines" / name):
+        if path.is_file():
+            return path
+    try:
+        found = cached_file(origin, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such folder or repository
+        return None
+    return Path(found) if found else None
+
+
+def _copy(source: Path, folder: Path) -> None:
+    target = folder / source.name
+    if not (target.exists() and target.samefile(source)):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def _unregister(subclass: Any) -> None:
+    """Keeps a subclass in a user's module from being saved as remote code, unless the user registers it, too."""
+    if "_auto_class" not in vars(subclass):
+        subclass._auto_class = None
 
 
 def refuse_renamed_fields(fields: dict[str, Any], source: str = "the configuration") -> None:
@@ -123,10 +189,17 @@ class VLVModelOutput(ModelOutput):
             The caption embeddings `z`, which take the place of word embeddings in the text encoder.
         conditioning (`torch.Tensor` of shape `(B, Q, d_text)`):
             `T(z)`, the last hidden state of the text encoder. Denoiser and language model read it.
+        hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
+            Of the text encoder: its embeddings and the output of each layer, before the final layer norm, each
+            `(B, Q, d_text)`.
+        attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
+            Attention weights of each layer of the text encoder, `(B, heads, Q, Q)`.
     """
 
     caption_embeds: torch.Tensor | None = None
     conditioning: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -140,11 +213,21 @@ class VLVCausalLMOutput(ModelOutput):
             next token. `(B, Q + P + L, vocab)` with `full_logits=True`. None in training, unless asked for.
         caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
             The caption embeddings that the language model read.
+        hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
+            Of the language model, as it returns them: its embeddings and the output of each layer, each
+            `(B, Q + P + L, d_lm)`, prefix included.
+        attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
+            Attention weights of each layer of the language model, `(B, heads, Q + P + L, Q + P + L)`.
+        past_key_values (`Cache`, returned with `use_cache=True`):
+            Keys and values of the language model, over the same positions.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     caption_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Cache | None = None
 
 
 class VLVProjector(nn.Module):
@@ -179,21 +262,57 @@ class VLVPreTrainedModel(PreTrainedModel):
     ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, VLVModel):
             init.normal_(module.query_tokens, mean=0.0, std=self.config.query_initializer_range)
 
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The image encoder; with `modality="image"` its vision tower."""
+        encoder = self.base_model.image_encoder
+        return encoder if modality is None else encoder.get_encoder(modality)
 
-def encode_text_embeds(text_encoder: CLIPTextModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """The last hidden state `(B, N, d_text)` of a CLIP text model for embeddings `(B, N, d_text)` in place of words.
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
+        if modality is None:
+            self.base_model.image_encoder = encoder
+        else:
+            self.base_model.image_encoder.set_encoder(encoder, modality)
+
+    def _refuse_unused(self, kwargs: dict[str, Any]) -> None:
+        """Raises `TypeError` for an argument of `forward` that has no effect; the message gives the nearest name.
+
+        None counts as not given, and `use_cache=False` as said.
+        """
+        for name, value in kwargs.items():
+            if value is None or name in RECORDING_ARGUMENTS or (name == "use_cache" and not value):
+                continue
+            known = [p for p in inspect.signature(self.forward).parameters if p != "kwargs"]
+            near = difflib.get_close_matches(name, [*known, *RECORDING_ARGUMENTS], n=1, cutoff=0.7)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(known)}"
+            raise TypeError(f"{type(self).__name__}.forward does not use the argument {name!r}{hint}")
+
+
+RECORDING_ARGUMENTS = ("output_hidden_states", "output_attentions", "return_dict")
+
+
+def encode_text_embeds(
+    text_encoder: CLIPTextModel,
+    inputs_embeds: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The last hidden state `(B, N, d_text)` of a CLIP text model for embeddings `(B, N, d_text)`, or for words.
 
     `CLIPTextModel.forward` takes token ids alone. This computes the same: position embeddings, causal attention, final
     layer norm.
     """
-    hidden = text_encoder.embeddings(inputs_embeds=inputs_embeds)
+    hidden = text_encoder.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
     mask = create_causal_mask(
-        config=text_encoder.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+        config=text_encoder.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=None
     )
     states = text_encoder.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
     return text_encoder.final_layer_norm(states)
@@ -205,6 +324,8 @@ class VLVModel(VLVPreTrainedModel):
     Stage 1 trains this model, and reconstruction uses it. The text encoder belongs to it and is stored once, here; in
     training it is frozen (`vlv.train.freeze_for_stage1`).
     """
+
+    _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}  # noqa: RUF012
 
     def __init__(self, config: VLVConfig):
         super().__init__(config)
@@ -267,8 +388,19 @@ class VLVModel(VLVPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_encoder.embeddings.token_embedding = value
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected image tokens `(B, 1 + h * w, d_model)`: their mean first, then the grid."""
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As every model's; the words are the text encoder's."""
+        return self.text_encoder.resize_token_embeddings(*args, **kwargs)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The vision tower's output.
+
+        Returns:
+            `pooler_output`, the projected image tokens `(B, 1 + h * w, d_model)`: their mean first, then the grid. And
+            `last_hidden_state`, and on request `hidden_states` and `attentions`, of the vision tower.
+        """
+        self._refuse_unused(kwargs)
         expected = self.config.image_encoder_config.vision_config.in_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != expected:
             raise ValueError(
@@ -277,11 +409,11 @@ class VLVModel(VLVPreTrainedModel):
             )
         # The dtype of a norm, because quantisation leaves norms alone.
         dtype = self.image_encoder.multi_modal_projector.image_proj_norm.weight.dtype
-        return self.image_encoder.get_image_features(pixel_values.to(dtype=dtype)).pooler_output
+        return self.image_encoder.get_image_features(pixel_values.to(dtype=dtype), **kwargs)
 
     def get_caption_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Caption embeddings `z` of shape `(B, Q, d_text)` of images `(B, 3, height, width)`."""
-        tokens: Any = self.get_image_features(pixel_values)  # (B, image tokens, d_model)
+        tokens: Any = self.get_image_features(pixel_values).pooler_output  # (B, image tokens, d_model)
         transformer = self.image_encoder.language_model
         if self.config.task_prompt_ids:
             prompt = torch.tensor([self.config.task_prompt_ids], device=tokens.device)
@@ -323,12 +455,13 @@ class VLVModel(VLVPreTrainedModel):
             )
         return encode_text_embeds(text, caption_embeds.to(text.final_layer_norm.weight.dtype))
 
-    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVModelOutput:
         """Caption embeddings and their conditioning.
@@ -341,14 +474,21 @@ class VLVModel(VLVPreTrainedModel):
             input_ids (`torch.Tensor` of shape `(B, N)`):
                 Words in the text encoder's vocabulary, for prompts, negative prompts and the unconditional context.
                 The output has no caption embeddings.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): Of `input_ids`.
+            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
         Raises:
-            ValueError: Unless exactly one of the three is given.
+            ValueError: Unless exactly one of the first three is given.
+            TypeError: For an argument that has no effect.
         """
+        self._refuse_unused(kwargs)
         if sum(given is not None for given in (pixel_values, caption_embeds, input_ids)) != 1:
             raise ValueError("pass exactly one of pixel_values, caption_embeds and input_ids")
+        if attention_mask is not None and input_ids is None:
+            raise ValueError("attention_mask belongs to input_ids; leave it out")
         if input_ids is not None:
-            return VLVModelOutput(conditioning=self.text_encoder(input_ids=input_ids).last_hidden_state)
+            states = encode_text_embeds(self.text_encoder, input_ids=input_ids, attention_mask=attention_mask)
+            return VLVModelOutput(conditioning=states)
         z: Any = self.get_caption_embeds(pixel_values) if pixel_values is not None else caption_embeds
         return VLVModelOutput(caption_embeds=z, conditioning=self.encode_caption_embeds(z))
 
@@ -441,12 +581,17 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
     def get_decoder(self, modality: str | None = None):
         return self.language_model.get_decoder()
 
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """As [`VLVModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
     def get_prefix(
         self,
         pixel_values: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
 
@@ -455,23 +600,38 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             Padding of a text prefix is moved to the front, so that the last position always precedes the caption.
 
         Raises:
-            ValueError: If `input_ids` and images differ in number, or the mask has another shape than `input_ids`.
+            ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
+                belongs to nothing, or `inputs_embeds` are given beside `input_ids`.
         """
+        if pixel_values is None and caption_embeds is None:
+            raise ValueError(
+                "there is no image to caption; words and chats need one, too: pass exactly one of pixel_values and "
+                "caption_embeds"
+            )
         output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)
         token_embeddings = self.get_input_embeddings()
         prefix = self.language_projection(output.conditioning.to(self.language_projection.linear_1.bias.dtype))
         prefix = prefix.to(token_embeddings.weight.dtype)  # (B, Q, d_lm)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
-        if input_ids is not None and input_ids.shape[1]:
-            if len(input_ids) != len(prefix):
-                raise ValueError(f"{len(input_ids)} rows of input_ids for {len(prefix)} images; give one row an image")
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("pass the text prefix as input_ids or as inputs_embeds, not as both")
+        text = inputs_embeds if input_ids is None else input_ids
+        if text is None and attention_mask is not None:
+            raise ValueError("attention_mask belongs to a text prefix; pass input_ids, too, or leave it out")
+        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any():
+            text = None  # padding alone
+        if text is not None and text.shape[1]:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            if len(text) != len(prefix):
+                raise ValueError(f"{len(text)} rows of {name} for {len(prefix)} images; give one row an image")
             if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            if attention_mask.shape != input_ids.shape:
+                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+            if attention_mask.shape != text.shape[:2]:
                 raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are {tuple(input_ids.shape)}"
+                    f"attention_mask is {tuple(attention_mask.shape)}, but {name} are {tuple(text.shape)}"
                 )
-            prefix = torch.cat([prefix, token_embeddings(input_ids).to(prefix)], dim=1)  # (B, Q + P, d_lm)
+            words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
+            prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
             order = (mask != 0).long().argsort(dim=1, stable=True)  # (B, Q + P), padding first
             prefix = prefix.gather(1, order[..., None].expand_as(prefix))
@@ -489,6 +649,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         return_logits: bool | None = None,
         full_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         **kwargs,
     ) -> VLVCausalLMOutput:
         """Next-token loss and logits of captions, given their images.
@@ -505,31 +667,50 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 positions that predict a label.
             full_logits (`bool`, *optional*, defaults to `False`): Returns logits of every position, prefix included.
             num_items_in_batch (`int`, *optional*): Divisor of the summed loss, for gradient accumulation.
+            inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
+            use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
+            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
         Raises:
-            ValueError: If labels and images differ in number.
+            ValueError: If labels and images differ in number, or the labels repeat `input_ids`.
+            TypeError: For an argument that has no effect.
         """
-        sequence, mask, caption_embeds = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
+        self._refuse_unused(kwargs)
+        recorded = {
+            name: getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("output_hidden_states", "output_attentions")
+        }
+        sequence, mask, caption_embeds = self.get_prefix(
+            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds
+        )
+        with_text = sequence.shape[1] > caption_embeds.shape[1]
         start = sequence.shape[1] - 1  # the position that predicts the first label
         length = 1
         if labels is not None:
             if labels.ndim != 2 or len(labels) != len(sequence):
                 raise ValueError(f"labels must be ({len(sequence)}, length), got {tuple(labels.shape)}")
+            _refuse_labels_of_the_prefix(labels, input_ids, attention_mask)
             length = labels.shape[1]
             label_embeds = self.get_input_embeddings()(labels.clamp(min=0)).to(sequence)  # (B, L, d_lm)
             sequence = torch.cat([sequence, label_embeds], dim=1)
             mask = torch.cat([mask, (labels != -100).to(mask)], dim=1)
         positions: dict[str, Any] = {}
-        if input_ids is not None and input_ids.shape[1]:  # otherwise no padding precedes a word
+        if with_text:  # otherwise no padding precedes a word
             positions = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
         with_logits = full_logits or labels is None or (not self.training if return_logits is None else return_logits)
         keep: Any = 0 if full_logits else sequence.shape[1] - start  # the last so many positions; 0 keeps all
         if labels is not None and not with_logits:
             keep = F.pad(labels != -100, (start, 1))  # (B, Q + P + L) bool: the positions that predict a label
-        logits = self.language_model(
-            inputs_embeds=sequence, use_cache=False, logits_to_keep=keep, **positions
-        ).logits  # (B, positions, vocab), or with a mask (number of labels, vocab)
+        output = self.language_model(
+            inputs_embeds=sequence,
+            use_cache=bool(use_cache),
+            logits_to_keep=keep,
+            return_dict=True,
+            **positions,
+            **recorded,
+        )
+        logits = output.logits  # (B, positions, vocab), or with a mask (number of labels, vocab)
         if (logits.shape[1] != (keep or sequence.shape[1])) if with_logits else logits.ndim != 2:
             raise TypeError(
                 f"{type(self.language_model).__name__} ignores logits_to_keep, so VLV cannot use it; choose a causal "
@@ -550,7 +731,14 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 vocab_size=predictions.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
-        return VLVCausalLMOutput(loss=loss, logits=logits if with_logits else None, caption_embeds=caption_embeds)
+        return VLVCausalLMOutput(
+            loss=loss,
+            logits=logits if with_logits else None,
+            caption_embeds=caption_embeds,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            past_key_values=output.past_key_values if use_cache else None,
+        )
 
     @torch.no_grad()
     def generate(
@@ -561,6 +749,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         prefix_dtype: torch.dtype | None = None,
+        inputs: torch.Tensor | None = None,
         **kwargs,
     ):
         """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
@@ -576,6 +765,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             prefix_dtype (`torch.dtype`, *optional*):
                 Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
                 of the model, which can change the result of beam search.
+            inputs (`torch.Tensor` of shape `(B, 3, height, width)`): Another name of `pixel_values`.
 
         Returns:
             `(B * num_return_sequences, length)` new token ids, without the prefix.
@@ -587,6 +777,10 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         _check_generation_arguments(kwargs)
         if generation_config is not None:
             _check_generation_arguments(generation_config.to_diff_dict())
+        if inputs is not None:
+            if pixel_values is not None:
+                raise ValueError("inputs is another name of pixel_values; pass one of them")
+            pixel_values = inputs
         prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
         if prefix_dtype is not None:
             prefix = prefix.to(prefix_dtype)
@@ -599,6 +793,23 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         not_settings = settings.update(**kwargs)  # a streamer, stopping criteria, ...
         return self.language_model.generate(
             inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **not_settings
+        )
+
+
+def _refuse_labels_of_the_prefix(
+    labels: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> None:
+    """Raises `ValueError` for labels aligned with `input_ids`, as the collators of other models make them."""
+    if input_ids is None or labels.shape != input_ids.shape or torch.compiler.is_compiling():
+        return
+    counted = labels != -100
+    repeated = counted & (labels == input_ids)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        repeated &= attention_mask != 0
+    if counted.any() and torch.equal(repeated, counted):
+        raise ValueError(
+            "labels repeat input_ids, so the model would learn to write its text prefix twice; labels are the caption "
+            "alone, which follows input_ids: pass it to VLVProcessor as suffix=, and leave input_ids out"
         )
 
 

@@ -56,7 +56,7 @@ def commands(model, images, tmp_path):
         ("caption", "config.json", LIST),
         ("caption", "generation_config.json", LIST),
         ("caption", "model.safetensors.index.json", EMPTY),
-        ("caption", "language_model.safetensors", DELETED),
+        ("caption", "captioner.safetensors", DELETED),
         ("caption", "encoder/model.safetensors", TRUNCATED),
         ("caption", "tokenizer.json", EMPTY),
         ("caption", "tokenizer_config.json", LIST),
@@ -104,13 +104,13 @@ def test_a_pickled_diffusion_model_is_refused(model, commands, capsys):
 
 def test_info_names_missing_files_and_ignores_training_checkpoints(model, commands, capsys):
     (model / "checkpoint-7").mkdir()
-    shutil.copy(model / "language_model.safetensors", model / "checkpoint-7" / "model.safetensors")
-    (model / "language_model.safetensors").unlink()
+    shutil.copy(model / "captioner.safetensors", model / "checkpoint-7" / "model.safetensors")
+    (model / "captioner.safetensors").unlink()
     (model / "training.json").write_text('{"stage1": null, "stage2": {"language_model": "Qwen/Qwen2.5-3B"}}')
     (model / "README.md").write_text("---\nlicense: [\n---\n# A model\n")
     assert main(commands["info"]) == 0
     stdout = capsys.readouterr().out
-    assert "missing: language_model.safetensors" in stdout and "training checkpoints: checkpoint-7" in stdout
+    assert "missing: captioner.safetensors" in stdout and "training checkpoints: checkpoint-7" in stdout
     assert "Qwen/Qwen2.5-3B: qwen-research" in stdout and "other: checkpoint" not in stdout
 
 

@@ -39,7 +39,7 @@ def test_the_miniature(capsys):
 def test_the_text_output(capsys):
     assert main(["info", str(MINIATURE)]) == 0
     said = capsys.readouterr().out
-    assert "caption embeddings: 24 x 128" in said and "denoiser" in said and "language_model.safetensors" in said
+    assert "caption embeddings: 24 x 128" in said and "denoiser" in said and "captioner.safetensors" in said
 
 
 @pytest.mark.slow
@@ -53,9 +53,7 @@ def test_a_repository_is_described_without_its_weights(tmp_path):
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert parameters(found)["language model"] > 100_000
-        assert (
-            found["files"]["language_model.safetensors"] == (MINIATURE / "language_model.safetensors").stat().st_size
-        )
+        assert found["files"]["captioner.safetensors"] == (MINIATURE / "captioner.safetensors").stat().st_size
         assert sum(hub.downloads.values()) < 1_000_000  # headers, not weights
         done = machine.vlv("info", "org/none")
         assert done.returncode == 2 and "cannot load org/none" in done.stderr

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlv import VLVConfig, VLVForConditionalGeneration, hub
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, hub
 from vlv.miniature.tokenizer import build_tokenizer
 from vlv.modeling_vlv import RENAMED_CONFIG_FIELDS
 from vlv.pipelines import load_reconstruction
@@ -28,6 +28,62 @@ def test_the_captioner_loads_unchanged(exported, captioner, processor, images):
     assert torch.equal(loaded_processor(images=images).pixel_values, pixels)
     plain = VLVForConditionalGeneration.from_pretrained(exported)
     assert torch.equal(plain.generate(pixels, max_new_tokens=4), captioner.generate(pixels, max_new_tokens=4))
+
+
+def test_weights_that_stay_on_disk_give_the_same_captions(exported, captioner, processor, images, tmp_path):
+    pixels = processor(images=images[:2]).pixel_values
+    expected = captioner.generate(pixels, max_new_tokens=4)
+    placed = {"device_map": "auto", "max_memory": {"cpu": "100KB"}}
+    model = VLVForConditionalGeneration.from_pretrained(exported, offload_folder=tmp_path / "a", **placed)
+    assert "disk" in model.hf_device_map.values()
+    assert torch.equal(model.generate(pixels, max_new_tokens=4), expected)
+    encoder = VLVModel.from_pretrained(exported, offload_folder=tmp_path / "b", **placed)
+    assert "disk" in encoder.hf_device_map.values()
+    assert torch.equal(encoder(pixels).caption_embeds, captioner.model(pixels).caption_embeds)
+
+
+def to_older_layout(folder) -> None:
+    """The layout of version 0.2.0, where all of the captioner's own weights were in one file."""
+    tensors = {}
+    for path in (folder / "captioner.safetensors", folder / "encoder_captioner.safetensors"):
+        if path.is_file():
+            tensors |= load_file(path)
+            path.unlink()
+    save_file(tensors, folder / "language_model.safetensors", metadata={"format": "pt"})
+    for path in folder.glob("*index*.json"):
+        path.write_text(re.sub(r"\b(encoder_)?captioner\.", "language_model.", path.read_text()))
+
+
+def test_an_older_repository_loads_and_is_replaced_by_an_export(exported, captioner, processor, images):
+    to_older_layout(exported)
+    pixels = processor(images=images).pixel_values
+    model, _ = hub.load_captioner(exported)
+    assert torch.equal(model.generate(pixels, max_new_tokens=4), captioner.generate(pixels, max_new_tokens=4))
+    assert not [part.name for part in hub.describe(exported).parts if part.name.startswith("other")]
+    hub.export(exported, captioner=captioner, processor=processor)
+    assert not (exported / "language_model.safetensors").exists()
+    hub.load_captioner(exported)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_two_encoders_load_each_for_its_purpose(older, tmp_path, captioner, encoder, processor):
+    with torch.no_grad():
+        encoder.query_tokens.add_(1)
+    folder = hub.export(tmp_path / "two", captioner=captioner, encoder=encoder, processor=processor)
+    if older:
+        to_older_layout(folder)
+    else:
+        with safe_open(folder / "encoder_captioner.safetensors", "pt") as tensors:
+            assert list(tensors.keys()) == ["model.query_tokens"]
+    assert hub.has_two_encoders(folder)
+    expected = captioner.model.query_tokens
+    assert torch.equal(hub.load_encoder(folder, for_captions=True)[0].query_tokens, expected)
+    assert torch.equal(hub.load_encoder(folder)[0].query_tokens, encoder.query_tokens)
+    assert torch.equal(VLVForConditionalGeneration.from_pretrained(folder).model.query_tokens, expected)
+    hub.export(folder, captioner=captioner, processor=processor)
+    assert not hub.has_two_encoders(folder)
+    assert not (folder / "language_model.safetensors").exists()
+    assert not (folder / "encoder_captioner.safetensors").exists()
 
 
 def test_no_weight_is_stored_twice(exported):
@@ -131,7 +187,7 @@ def test_tokenizers_load_unchanged(exported, language_model):
 
 def test_exporting_another_model_removes_stale_files(exported, encoder, image_processor):
     hub.export(exported, encoder=encoder, image_processor=image_processor)
-    assert not (exported / "language_model.safetensors").exists() and not (exported / "tokenizer.json").exists()
+    assert not (exported / "captioner.safetensors").exists() and not (exported / "tokenizer.json").exists()
     assert (exported / "unet").is_dir()  # the diffusion model stays if none is given
     model, _ = hub.load_encoder(exported)
     assert torch.equal(model.query_tokens, encoder.query_tokens)
@@ -157,7 +213,7 @@ def test_files_that_are_not_replaced_stay(exported, captioner, processor, tmp_pa
             image_processor=processor.image_processor,
             diffusion_model=tmp_path / "x",
         )
-    assert (exported / "language_model.safetensors").is_file()
+    assert (exported / "captioner.safetensors").is_file()
 
 
 def test_an_unknown_precision_is_named_in_the_error(exported):

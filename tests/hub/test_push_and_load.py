@@ -84,6 +84,13 @@ print(json.dumps(found))
 """
 
 
+# What diffusers downloads from the top of a repository.
+RECONSTRUCTION_FILES = (
+    "chat_template.jinja config.json generation_config.json model_index.json pipeline_vlv_reconstruction.py "
+    "preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json"
+)
+
+
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory, model):
     """`(hub, its address)` with what `vlv push` uploaded."""
@@ -152,7 +159,7 @@ def test_captioning_over_http_without_the_package_then_offline(pushed, expected,
     assert not [name for name in fetched if name.startswith(("unet/", "vae/", "scheduler/", "tokenizer/"))]
     repo = hub.repos[REPO].at("main").files
     assert fetched["encoder/model.safetensors"] == len(repo["encoder/model.safetensors"])  # once, for all of these
-    assert fetched["language_model.safetensors"] == len(repo["language_model.safetensors"])
+    assert fetched["captioner.safetensors"] == len(repo["captioner.safetensors"])
     hub.forget_traffic()
     check_captions(machine.without_package(CAPTION, REPO, image_file, pinned, HF_HUB_OFFLINE="1"), expected)
     assert not hub.requests
@@ -167,9 +174,11 @@ def test_reconstruction_over_http_does_not_download_the_language_model(pushed, e
     )
     fetched = {name.removeprefix(REPO + "/"): size for name, size in hub.downloads.items()}
     repo = hub.repos[REPO].at("main").files
-    assert "language_model.safetensors" not in fetched
+    assert "captioner.safetensors" not in fetched
     assert all(fetched[name] == len(repo[name]) for name in fetched if name.endswith(".safetensors"))  # each once
-    assert {"encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"} <= set(fetched)
+    weights = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
+    assert {name for name in fetched if ".safetensors" in name} == weights | {"encoder/model.safetensors"}
+    assert {name for name in fetched if "/" not in name} == set(RECONSTRUCTION_FILES.split())
 
 
 def test_diffusers_loads_a_downloaded_folder_offline(pushed, expected, image_file, tmp_path):
@@ -367,7 +376,7 @@ def test_pushing_again_uploads_nothing_and_a_broken_push_continues(model, hub_se
     assert "run the same command again" in capsys.readouterr().err
     hub.broken_uploads = 0
     assert main([*push, "hf_org"]) == 0
-    assert "language_model.safetensors: 100%" in capsys.readouterr().err
+    assert "captioner.safetensors: 100%" in capsys.readouterr().err
     assert hub.repos[REPO].private
     hub.forget_traffic()
     assert main([*push, "hf_org"]) == 0

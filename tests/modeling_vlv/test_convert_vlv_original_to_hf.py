@@ -67,7 +67,7 @@ def prefix(folder, golden) -> torch.Tensor:
 
 def test_weights_that_both_checkpoints_share_are_stored_once(converted, weights1, weights2, golden):
     names, weights = [], {}
-    for path in (converted / "encoder" / "model.safetensors", converted / "language_model.safetensors"):
+    for path in (converted / "encoder" / "model.safetensors", converted / "encoder_captioner.safetensors"):
         with safe_open(path, "pt") as tensors:
             found = set(tensors.keys())
             names.append(found)
@@ -75,7 +75,7 @@ def test_weights_that_both_checkpoints_share_are_stored_once(converted, weights1
     twice = names[0] & names[1]
     assert twice and all(name.startswith("model.image_encoder.language_model.") for name in twice)
     for name in twice:  # the weights that stage 2 trained further, and no others
-        assert not torch.equal(weights["model.safetensors"][name], weights["language_model.safetensors"][name])
+        assert not torch.equal(weights["model.safetensors"][name], weights["encoder_captioner.safetensors"][name])
     assert_close_to_scale(conditioning(converted, golden), golden["text_encoder"], 5e-5)
     assert_close_to_scale(prefix(converted, golden), golden["stage2/prefix"], 5e-5)
 
@@ -154,7 +154,7 @@ def test_bfloat16_weights_stay_bfloat16(weights2, golden, stable_diffusion_with_
     torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
     folders = FOLDERS | {"stable_diffusion": stable_diffusion_with_weights}
     result = convert(tmp_path / "vlv", stage2=tmp_path / "model.pt", **folders)
-    for name in ("language_model.safetensors", "encoder/model.safetensors"):
+    for name in ("captioner.safetensors", "encoder/model.safetensors"):
         with safe_open(result.folder / name, "pt") as tensors:
             assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
     error = (prefix(result.folder, golden) - golden["stage2/prefix"]).abs().max()
@@ -333,7 +333,7 @@ def test_bfloat16_and_float32_checkpoints_share_untrained_weights(weights2, gold
     torch.save({name: tensor.bfloat16() for name, tensor in weights2.items()}, tmp_path / "model.pt")
     mixed = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1", stage2=tmp_path / "model.pt", **FOLDERS).folder
     for folder in (mixed, hub.write_repository(mixed, tmp_path / "again")):
-        with safe_open(folder / "language_model.safetensors", "pt") as tensors:
+        with safe_open(folder / "encoder_captioner.safetensors", "pt") as tensors:
             own = [name for name in tensors.keys() if name.startswith("model.")]  # noqa: SIM118
             assert own and all(name.startswith("model.image_encoder.language_model.") for name in own)
             assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118

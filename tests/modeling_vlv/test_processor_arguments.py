@@ -113,7 +113,33 @@ def test_values_that_are_rescaled_already_are_not_rescaled_again(processor):
     assert_close_to_scale(processor(images=floats).pixel_values, expected)
 
 
-@pytest.mark.parametrize("options", [{"do_center_crop": True, "crop_size": 32}, {"do_pad": True, "pad_size": 80}])
-def test_image_options_that_are_not_implemented_are_refused(processor, images, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} is not supported"):
-        processor(images=images[0], **options)
+def test_a_centre_crop_takes_the_middle_of_the_resized_image(processor, images):
+    whole = processor(images=images[1]).pixel_values
+    crop = processor(images=images[1], do_center_crop=True, crop_size={"height": 32, "width": 48}).pixel_values
+    assert torch.equal(crop, whole[:, :, 16:48, 8:56])
+    larger = processor(images=images[1], do_center_crop=True, crop_size=80).pixel_values
+    assert torch.equal(larger[:, :, 8:72, 8:72], whole)
+    black = processor(images=Image.new("RGB", (64, 64))).pixel_values[0, :, 0, 0]
+    assert torch.equal(larger[0, :, 0, 0], black)
+    with pytest.raises(ValueError, match="crop_size"):
+        processor(images=images[1], do_center_crop=True)
+
+
+def test_padding_is_zero_and_at_the_bottom_and_the_right(processor, images):
+    whole = processor(images=images[:2]).pixel_values
+    padded = processor(images=images[:2], do_pad=True, pad_size={"height": 80, "width": 72}).pixel_values
+    assert padded.shape == (2, 3, 80, 72) and torch.equal(padded[:, :, :64, :64], whole)
+    assert padded[:, :, 64:].eq(0).all() and padded[:, :, :, 64:].eq(0).all()
+    last = processor.image_processor(
+        images[:2], do_pad=True, pad_size=80, data_format="channels_last", return_tensors="pt"
+    ).pixel_values
+    assert last.shape == (2, 80, 80, 3)
+    with pytest.raises(ValueError, match="pad_size"):
+        processor(images=images[0], do_pad=True, pad_size=32)
+
+
+def test_images_of_different_sizes_are_padded_to_the_largest(processor):
+    pair = [Image.new("RGB", (8, 16), "red"), Image.new("RGB", (24, 4), "red")]
+    batch = processor(images=pair, do_resize=False, do_pad=True).pixel_values
+    assert batch.shape == (2, 3, 16, 24)
+    assert batch[0, 0, :, 8:].eq(0).all() and batch[1, 0, :4].ne(0).all()

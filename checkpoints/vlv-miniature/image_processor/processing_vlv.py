@@ -5,6 +5,7 @@ import difflib
 import importlib
 import io
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -305,10 +306,12 @@ class VLVImageProcessor(PilBackend):
             never see the edges of an image that is not square. None uses the whole image, squeezed.
         resample (`int`, *optional*, defaults to `3`): Pillow's filter of the resize to `size`; bicubic as Florence-2.
         image_mean, image_std (`list[float]`, *optional*): Default to ImageNet's.
+        do_center_crop, crop_size (*optional*): Crops the middle of the resized image, as every image processor does.
+        do_pad, pad_size (*optional*):
+            Pads the normalised image with zeros at the bottom and the right; by default to the largest of the batch.
 
     Raises:
-        ValueError: If an image cannot be read (the message gives its index and the reason), or for options of other
-            image processors that this one does not implement (`do_center_crop`, `do_pad`).
+        ValueError: If an image cannot be read; the message gives its index and the reason.
     """
 
     resample = Image.Resampling.BICUBIC
@@ -324,6 +327,15 @@ class VLVImageProcessor(PilBackend):
     valid_kwargs = VLVImageProcessorKwargs
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As every image processor's. Also writes the code that it names, here or in a Hub repository."""
+        _write_code([self], Path(save_directory))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def load(self, image: Any) -> Image.Image:
         """The upright RGB image, cropped to `pre_crop_size` if that is set: the input of encoder and diffusion."""
         rgb = to_rgb(image)
@@ -336,9 +348,6 @@ class VLVImageProcessor(PilBackend):
         flat = flatten_images(images)
         if not flat:
             raise ValueError("expected at least one image, got none")
-        for name in ("do_center_crop", "do_pad"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} is not supported; pre_crop_size crops to a square first, size is exact")
         pixel_values = []
         for index, image in enumerate(flat):
             try:
@@ -348,31 +357,58 @@ class VLVImageProcessor(PilBackend):
             # `do_rescale=False` says that values are in 0..1 already. `to_rgb` turns such floats into bytes.
             rescaled = isinstance(image, (np.ndarray, torch.Tensor)) and "float" in str(image.dtype)
             pixel_values.append(self._to_pixel_values(rgb, rescaled=rescaled, **kwargs))
+        if kwargs.get("do_pad"):
+            pixel_values = self.pad(pixel_values, pad_size=kwargs.get("pad_size"))
+        if kwargs.get("data_format") == ChannelDimension.LAST:
+            pixel_values = [values.transpose(1, 2, 0) for values in pixel_values]
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=kwargs.get("return_tensors"))
 
     def _to_pixel_values(
         self, rgb: Image.Image, *, size, resample, rescaled: bool, pre_crop_size=None, **kwargs
     ) -> np.ndarray:
-        """`(3, height, width)` float32, or `(height, width, 3)` with `data_format="channels_last"`."""
+        """`(3, height, width)` float32."""
         if pre_crop_size:
             rgb = crop_to_square(rgb, pre_crop_size)
         if kwargs["do_resize"] and not (size.height and size.width):
             raise ValueError(f'size is {dict(size)}; expected {{"height": ..., "width": ...}}, in pixels')
         if kwargs["do_resize"] and rgb.size != (size.width, size.height):
             rgb = rgb.resize((size.width, size.height), resample)
-        values = np.asarray(rgb).astype(np.float32)  # (height, width, 3)
+        values = np.asarray(rgb)  # (height, width, 3)
+        if kwargs.get("do_center_crop"):
+            values = self.center_crop(values.transpose(2, 0, 1), kwargs["crop_size"]).transpose(1, 2, 0)
+        values = values.astype(np.float32)
         if kwargs["do_rescale"] or rescaled:
             values *= np.float32(kwargs["rescale_factor"] if kwargs["do_rescale"] else 1 / 255)
         if kwargs["do_normalize"]:
             values = (values - np.float32(kwargs["image_mean"])) / np.float32(kwargs["image_std"])
-        if kwargs.get("data_format") == ChannelDimension.LAST:
-            return values
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-# The text of user messages, one after the other. Nothing separates it from the caption: the model knows no dialogue.
+def _unregister(subclass: Any) -> None:
+    """Keeps a subclass in a user's module from being saved as remote code, unless the user registers it, too."""
+    if "_auto_class" not in vars(subclass):
+        subclass._auto_class = None
+
+
+def _write_code(parts: list[Any], folder: Path) -> None:
+    """Copies this file into `folder` where a part's `auto_map` names it, and makes the names local ones."""
+    for part in parts:
+        auto_map = getattr(part, "auto_map", None) or {}
+        for name, reference in auto_map.items():
+            local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
+            if local.partition(".")[0] == Path(__file__).stem:
+                auto_map[name] = local
+                folder.mkdir(parents=True, exist_ok=True)
+                target = folder / Path(__file__).name
+                if not (target.exists() and target.samefile(__file__)):
+                    shutil.copyfile(__file__, target)
+
+
+# The text of user messages, and of a last message by the assistant, one after the other. Nothing separates it from the
+# caption, which continues it: the model knows no dialogue.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' or (message['role'] == 'assistant' and loop.last) %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{% endif %}{% endfor %}"
@@ -398,7 +434,8 @@ class VLVProcessor(ProcessorMixin):
         image_processor ([`VLVImageProcessor`]): Prepares the images.
         tokenizer (`PreTrainedTokenizerBase`):
             The language model's own. It needs an EOS token. One without a padding token pads with EOS.
-        chat_template (`str`, *optional*): By default the text of the user's messages, which may be empty.
+        chat_template (`str`, *optional*):
+            By default the text of the user's messages, which may be empty, and of a last message by the assistant.
 
     Raises:
         ValueError: If the tokenizer has no EOS token.
@@ -418,6 +455,10 @@ class VLVProcessor(ProcessorMixin):
     append_eos = True
     pad_to_max_length = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
+
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         if tokenizer is not None:
             if tokenizer.eos_token_id is None:
@@ -427,6 +468,11 @@ class VLVProcessor(ProcessorMixin):
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As every processor's. Also writes the code that it names, here or in a Hub repository."""
+        _write_code([self, self.image_processor], Path(save_directory))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __call__(
         self,
@@ -492,6 +538,28 @@ class VLVProcessor(ProcessorMixin):
             labels = self._labels(captions, max_length, merged["append_eos"], merged["pad_to_max_length"])
             data["labels"] = _convert(labels, return_tensors)
         return BatchFeature(data)
+
+    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
+        """The beginning of the caption in a chat, or in several; with `tokenize=True` their images, too.
+
+        A chat without words has one token of padding, so that chats with and without words make a batch.
+
+        Raises:
+            ValueError: If a chat has more than one image.
+        """
+        chats, _ = self._normalize_conversations(conversation)
+        for chat in chats:
+            contents = [message["content"] for message in chat if isinstance(message.get("content"), list)]
+            count = sum(part.get("type") == "image" for content in contents for part in content)
+            if count > 1:
+                raise ValueError(f"a chat has one image, this one has {count}; make one chat of each image")
+        result = super().apply_chat_template(conversation, *args, **kwargs)
+        ids = result.get("input_ids") if isinstance(result, BatchFeature) else None
+        if isinstance(ids, np.ndarray | torch.Tensor) and ids.shape[1] == 0:
+            kind = "pt" if isinstance(ids, torch.Tensor) else "np"
+            result["input_ids"] = _convert([[self.tokenizer.pad_token_id]] * len(ids), kind)
+            result["attention_mask"] = _convert([[0]] * len(ids), kind)
+        return result
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         """Raises `TypeError` for a name that neither processor, image processor nor tokenizer knows."""

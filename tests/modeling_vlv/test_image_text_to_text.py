@@ -1,0 +1,140 @@
+"""transformers' own pipeline image-text-to-text takes every documented form of input with a VLV."""
+
+import base64
+import io
+
+import pytest
+import torch
+from transformers import pipeline
+
+GENERATION = {"max_new_tokens": 4, "return_full_text": False}
+
+
+@pytest.fixture
+def image(images):
+    return images[0]
+
+
+@pytest.fixture
+def caption(captioner, processor):
+    return pipeline("image-text-to-text", model=captioner, processor=processor)
+
+
+@pytest.fixture
+def expected(captioner, processor):
+    """What the model writes after `text`."""
+
+    def expected(image, text: str | None = None) -> str:
+        ids = captioner.generate(**processor(images=image, text=text), max_new_tokens=4)
+        return processor.decode(ids[0], skip_special_tokens=True)
+
+    return expected
+
+
+def user(image, *words: str) -> list[dict]:
+    parts = [{"type": "image", "image": image}, *({"type": "text", "text": text} for text in words)]
+    return [{"role": "user", "content": parts}]
+
+
+def texts(results: list) -> list[str]:
+    flat = [result for item in results for result in (item if isinstance(item, list) else [item])]
+    return [result["generated_text"] for result in flat]
+
+
+def data_uri(image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize("words", ["", "a large"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda image, words: {"images": image, "text": words},
+        lambda image, words: {"images": [image], "text": [words]},
+        lambda image, words: {"images": {"images": image, "text": words}},
+        lambda image, words: {"text": user(image, words)},
+        lambda image, words: {"images": user(image, words)},
+        lambda image, words: {"text": [user(image, words)]},
+        lambda image, words: {"text": [{"role": "system", "content": "Describe the image."}, *user(image, words)]},
+        lambda image, words: {"text": user(image, words[:2], words[2:])},
+        lambda image, words: {
+            "text": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": data_uri(image)}},
+                        {"type": "text", "text": words},
+                    ],
+                }
+            ]
+        },
+    ],
+    ids=[
+        "images and text",
+        "lists",
+        "mapping",
+        "chat",
+        "chat first",
+        "chats",
+        "system",
+        "parts",
+        "OpenAI",
+    ],
+)
+def test_every_documented_form_is_captioned(caption, image, expected, form, words):
+    assert texts(caption(**form(image, words), **GENERATION)) == [expected(image, words)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_chats_with_and_without_words_make_a_batch(caption, images, expected, batch_size):
+    words = [None, "a large", "a"]
+    chats = [user(image, *([text] if text else [])) for image, text in zip(images, words, strict=False)]
+    results = texts(caption(text=chats, batch_size=batch_size, **GENERATION))
+    assert results == [expected(image, text) for image, text in zip(images, words, strict=False)]
+    assert len(set(results)) == 3  # else no comparison could fail
+
+
+def test_several_images_with_a_text_each_make_a_batch(caption, images, expected):
+    words = ["", "a large", "a"]
+    results = texts(caption(images=images[:3], text=words, **GENERATION))
+    assert results == [expected(image, text) for image, text in zip(images, words, strict=False)]
+
+
+def test_a_message_of_padding_alone_is_no_text(captioner, processor, images):
+    chat = processor.apply_chat_template(user(images[0]), tokenize=True, return_dict=True)
+    assert chat["input_ids"].shape == (1, 1) and chat["attention_mask"].tolist() == [[0]]
+    got, expected = captioner(**chat).logits, captioner(**processor(images=images[0])).logits
+    assert torch.equal(got, expected)
+    lists = processor.apply_chat_template(user(images[0]), tokenize=True, return_dict=True, return_tensors=None)
+    assert lists["input_ids"] == [[]]
+
+
+@pytest.mark.parametrize("given", [True, None])
+def test_a_last_message_by_the_assistant_is_continued(caption, image, expected, given):
+    chat = [*user(image), {"role": "assistant", "content": [{"type": "text", "text": "a large"}]}]
+    assert texts(caption(text=chat, continue_final_message=given, **GENERATION)) == [expected(image, "a large")]
+    full = caption(text=chat, max_new_tokens=4)[0]["generated_text"]
+    assert full[-1]["content"][-1]["text"] == "a large" + expected(image, "a large")
+
+
+def test_earlier_messages_by_the_assistant_are_left_out(caption, image, expected):
+    chat = [*user(image), {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "a large"}]
+    assert texts(caption(text=chat, **GENERATION)) == [expected(image, "a large")]
+
+
+def test_a_chat_of_several_images_is_refused(caption, processor, images):
+    both = user(images[0])
+    both[0]["content"] += user(images[1])[0]["content"]
+    turns = [*user(images[0]), {"role": "assistant", "content": "a dog"}, *user(images[1], "a")]
+    for chat in (both, turns):
+        with pytest.raises(ValueError, match="a chat has one image, this one has 2"):
+            caption(text=chat, **GENERATION)
+        with pytest.raises(ValueError, match="this one has 2"):
+            processor.apply_chat_template([user(images[0]), chat], tokenize=True, return_dict=True)
+
+
+def test_a_chat_without_an_image_is_refused(caption):
+    with pytest.raises(ValueError, match="there is no image to caption; words and chats need one"):
+        caption(text=[{"role": "user", "content": [{"type": "text", "text": "a dog"}]}], **GENERATION)
