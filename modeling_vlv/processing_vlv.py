@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import shutil
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,15 @@ def to_rgb(image: Any) -> Image.Image:
         return _pil_to_rgb(image)
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return _array_to_rgb(image)
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return _open_bytes(_download(image), _shorten(image))
-    if isinstance(image, str) and image.startswith("data:"):
-        return _open_bytes(_decode_data_uri(image), _shorten(image))
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+        return _open_bytes((_decode_data_uri if image.startswith("data:") else _download)(image), _shorten(image))
     if isinstance(image, (str, os.PathLike)):
         return _open_path(os.fspath(image))
     if isinstance(image, (bytes, bytearray, memoryview)):
         data = bytes(image)
         return _open_bytes(data, f"{len(data)} bytes")
-    raise ValueError(
-        f"a {type(image).__name__} is not an image; expected a PIL image, path, URL, base64 string, bytes, numpy or "
-        "torch array"
-    )
+    kinds = "a PIL image, path, URL, base64 string, bytes, numpy or torch array"
+    raise ValueError(f"a {type(image).__name__} is not an image; expected {kinds}")
 
 
 def _shorten(text: str) -> str:
@@ -138,11 +135,9 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
 
 def _missing_package(data: bytes) -> str:
     """The package that reads a format which Pillow alone does not, for an error message."""
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc", b"ftypmsf1"):
+    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
         return "; HEIC needs the package pillow-heif"
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return "; JPEG XL needs the package pillow-jxl-plugin"
-    return ""
+    return "; JPEG XL needs the package pillow-jxl-plugin" if data[:2] == b"\xff\x0a" or data[4:8] == b"JXL " else ""
 
 
 def _decode(data: bytes) -> Image.Image:
@@ -160,23 +155,18 @@ def _decode(data: bytes) -> Image.Image:
 def _add_formats() -> bool:
     """Registers HEIC and JPEG XL with Pillow, where their packages are installed; returns whether one is."""
     found = False
-    for package in ("pillow_heif", "pillow_jxl"):
-        try:
-            module = importlib.import_module(package)  # pillow_jxl registers itself
-        except ImportError:
-            continue
-        getattr(module, "register_heif_opener", lambda: None)()
-        found = True
+    for package in ("pillow_heif", "pillow_jxl"):  # the second registers itself
+        with suppress(ImportError):
+            getattr(importlib.import_module(package), "register_heif_opener", lambda: None)()
+            found = True
     return found
 
 
 def _without_png_metadata(data: bytes) -> bytes:
     """A PNG file without texts and colour profile."""
-    signature, position = 8, 8
-    kept = [data[:signature]]
+    kept, position = [data[:8]], 8  # the signature
     while position + 8 <= len(data):
-        length = int.from_bytes(data[position : position + 4], "big")
-        end = position + 12 + length
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         if data[position + 4 : position + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
             kept.append(data[position:end])
         position = end
@@ -220,9 +210,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _wide_values(image: Image.Image) -> np.ndarray:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            f"the image has integer values from {values.min()} to {values.max()}; expected 16 bits, 0 to 65535"
-        )
+        raise ValueError(f"the image has values from {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
     return values.astype(np.uint16)
 
 
@@ -264,10 +252,7 @@ def crop_to_square(image: Image.Image, size: int) -> Image.Image:
     agrees to within one grey level.
     """
     width, height = image.size
-    if width <= height:
-        resized = (size, int(size * height / width))
-    else:
-        resized = (int(size * width / height), size)
+    resized = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
     left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
     if max(width, height) <= MAX_RATIO_FOR_RESIZE_FIRST * min(width, height):
         return image.resize(resized, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
@@ -293,7 +278,17 @@ class VLVImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
     pre_crop_size: int | None
 
 
-class VLVImageProcessor(PilBackend):
+class _WithoutInheritedCode:
+    """A subclass in a user's module is not saved as remote code, unless the user registers it, too."""
+
+    _auto_class: Any = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = vars(cls).get("_auto_class")
+
+
+class VLVImageProcessor(_WithoutInheritedCode, PilBackend):
     r"""
     Converts images of any mode, size and orientation to `pixel_values`. Uses Pillow, not torchvision.
 
@@ -326,10 +321,6 @@ class VLVImageProcessor(PilBackend):
     do_convert_rgb = True
     valid_kwargs = VLVImageProcessorKwargs
     model_input_names = ["pixel_values"]  # noqa: RUF012
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        _unregister(cls)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As every image processor's. Also writes the code that it names, here or in a Hub repository."""
@@ -384,12 +375,6 @@ class VLVImageProcessor(PilBackend):
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def _unregister(subclass: Any) -> None:
-    """Keeps a subclass in a user's module from being saved as remote code, unless the user registers it, too."""
-    if "_auto_class" not in vars(subclass):
-        subclass._auto_class = None
-
-
 def _write_code(parts: list[Any], folder: Path) -> None:
     """Copies this file into `folder` where a part's `auto_map` names it, and makes the names local ones."""
     for part in parts:
@@ -426,7 +411,7 @@ class VLVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-ar
     pad_to_max_length: bool
 
 
-class VLVProcessor(ProcessorMixin):
+class VLVProcessor(_WithoutInheritedCode, ProcessorMixin):
     r"""
     Images to `pixel_values`, a text prefix to `input_ids`, captions to `labels`.
 
@@ -442,6 +427,7 @@ class VLVProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = VLVProcessorKwargs
+    model_input_names = ["pixel_values", "input_ids", "attention_mask"]  # noqa: RUF012
     # A text prefix is padded on the left, because the caption follows it, and has no BOS or EOS.
     text_kwargs = {  # noqa: RUF012
         "add_special_tokens": False,
@@ -455,16 +441,10 @@ class VLVProcessor(ProcessorMixin):
     append_eos = True
     pad_to_max_length = False
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        _unregister(cls)
-
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         if tokenizer is not None:
             if tokenizer.eos_token_id is None:
-                raise ValueError(
-                    "the tokenizer has no EOS token, so captions could never end; set tokenizer.eos_token"
-                )
+                raise ValueError("the tokenizer has no EOS token, so no caption would end; set tokenizer.eos_token")
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
@@ -557,8 +537,8 @@ class VLVProcessor(ProcessorMixin):
         ids = result.get("input_ids") if isinstance(result, BatchFeature) else None
         if isinstance(ids, np.ndarray | torch.Tensor) and ids.shape[1] == 0:
             kind = "pt" if isinstance(ids, torch.Tensor) else "np"
-            result["input_ids"] = _convert([[self.tokenizer.pad_token_id]] * len(ids), kind)
-            result["attention_mask"] = _convert([[0]] * len(ids), kind)
+            padding = {"input_ids": [[self.tokenizer.pad_token_id]] * len(ids), "attention_mask": [[0]] * len(ids)}
+            result.update({name: _convert(rows, kind) for name, rows in padding.items()})
         return result
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
@@ -575,9 +555,7 @@ class VLVProcessor(ProcessorMixin):
             raise TypeError(f"VLVProcessor got an unknown argument {name!r}{hint}")
 
     def _encode_prefix(self, texts: list[str], return_tensors: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"texts must be strings, got {type(text).__name__}")
+        _require_strings(texts, "texts")
         if not kwargs.get("truncation") and kwargs.get("padding") != "max_length":
             kwargs = {name: value for name, value in kwargs.items() if name != "max_length"}
         encoded = self.tokenizer(texts, **kwargs)
@@ -586,9 +564,7 @@ class VLVProcessor(ProcessorMixin):
     def _labels(
         self, captions: list[str], max_length: int | None, append_eos: bool, pad_to_max_length: bool
     ) -> list[list[int]]:
-        for caption in captions:
-            if not isinstance(caption, str):
-                raise ValueError(f"captions must be strings, got {type(caption).__name__}")
+        _require_strings(captions, "captions")
         if pad_to_max_length and max_length is None:
             raise ValueError("pad_to_max_length needs max_length")
         end = [self.tokenizer.eos_token_id] if append_eos else []
@@ -605,17 +581,10 @@ class VLVProcessor(ProcessorMixin):
             for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
         ]
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return ["pixel_values", "input_ids", "attention_mask"]
 
-    def batch_decode(self, *args, **kwargs) -> list[str]:
-        """The tokenizer's `batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
-
-    def decode(self, *args, **kwargs) -> str:
-        """The tokenizer's `decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
+def _require_strings(values: list[Any], what: str) -> None:
+    if wrong := [value for value in values if not isinstance(value, str)]:
+        raise ValueError(f"{what} must be strings, got {type(wrong[0]).__name__}")
 
 
 def _convert(rows: list[list[int]], return_tensors: str | None) -> Any:
