@@ -1,7 +1,7 @@
 """Inputs of `vlv caption`, `vlv encode` and `vlv reconstruct`, read and gathered into batches."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -38,6 +38,7 @@ def read_batches(
     batch_size: int,
     summary: Summary,
     original_size: int | None = None,
+    identify: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the inputs that can be read; `summary` records the others as failed.
 
@@ -46,12 +47,15 @@ def read_batches(
     Args:
         batch_size: The most inputs of a batch.
         original_size: Width and height in pixels of the originals in a batch; without it they are None.
+        identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read.
     """
     rows: list[Batch] = []
     for item in inputs:
         try:
+            if identify and item.problem is None:
+                item = replace(item, identity=item.identify())
             row = _read(item, image_processor, original_size)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             summary.fail(item.name, str(error))
             continue
         if rows and _shapes(rows[0]) != _shapes(row):

@@ -14,7 +14,7 @@ from .errors import UserError
 from .inputs import collect_images, load_embeddings, positive
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
 from .output import Summary, output_path, refuse_existing
-from .resume import ResumableResults
+from .resume import ResumableResults, record_path
 
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
@@ -58,13 +58,15 @@ def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
     output = output_path(arguments.output, ".json")
+    if record_path(output).is_dir():
+        raise UserError(f"{record_path(output)} is a folder; pass another --output")
     if not (arguments.resume or arguments.overwrite):
         refuse_existing(output, "--output", resumable=True)
     inputs = collect_images(arguments.paths) if arguments.paths else []
     source = choose_model(arguments)
     with loading(source):
         folder = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
-        fingerprint = hub.fingerprint(folder)
+        fingerprint = hub.fingerprint(folder, hub.CAPTIONER_FINGERPRINT)
         if arguments.embeddings:
             config = VLVConfig.from_dict(hub.read_config(folder))
             inputs = load_embeddings(arguments.embeddings, config.text_encoder_config.hidden_size, "caption")
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
     summary = Summary(len(inputs))
     with results:
-        for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary):
+        for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary, identify=True):
             captions = generate_captions(model, processor, **batch.tensors, **settings)
             if trim:
                 captions = [trim_caption(caption) for caption in captions]

@@ -1,11 +1,14 @@
 """Values and inputs of a command: numbers, images in files and folders, embeddings in a file."""
 
 import argparse
+import hashlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,20 +34,44 @@ class Input:
     Args:
         path: The image file, or the file that holds the embeddings.
         problem: Why the file cannot be read, where that is known already.
+        identity: See `identify`.
     """
 
     name: str
     path: Path
     embeds: torch.Tensor | None = None  # (Q, d_text)
     problem: str | None = None
+    identity: Mapping[str, Any] | None = None
+
+    @property
+    def source(self) -> str:
+        """The absolute path, with the name for embeddings, of which a file holds many."""
+        return os.path.abspath(self.path) + ("" if self.embeds is None else f"#{self.name}")
+
+    def identify(self) -> dict[str, Any]:
+        """Source, size, time and content hash of the file, or the hash of the embeddings. Raises `OSError`."""
+        status = self.path.stat()
+        return {
+            "source": self.source,
+            "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "blake2b": self.digest(),
+        }
+
+    def digest(self) -> str:
+        """Hash of the file, or of the embeddings. Raises `OSError`."""
+        if self.embeds is not None:
+            return hashlib.blake2b(self.embeds.numpy().tobytes(), digest_size=16).hexdigest()
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def collect_images(paths: list[str]) -> list[Input]:
     """Every image in the given files and folders, named by its path relative to the argument.
 
-    If two images have the same name, both are named by their full path as given. A file given as an argument is taken
-    whatever its suffix. What a folder holds and cannot be read has a `problem`. A note on standard error counts the
-    files in folders that are not images.
+    If two images have the same name, both are named by their full path as given. An image that two arguments hold is
+    taken once. A file given as an argument is taken whatever its suffix. What a folder holds and cannot be read has a
+    `problem`. A note on standard error counts the files in folders that are not images.
 
     Raises:
         UserError: If a path does not exist or no image is found.
@@ -58,10 +85,17 @@ def collect_images(paths: list[str]) -> list[Input]:
                 (image.relative_to(path).as_posix() if image != path else path.as_posix(), image, problem)
                 for image, problem in walk_images(path, left_out)
             ]
-        elif os.path.lexists(path):
-            found.append((path.name, path, None))
-        else:
-            raise UserError(f"{argument} does not exist")
+            continue
+        try:
+            path.lstat()
+        except OSError as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise UserError(f"{argument} {reason}") from error
+        found.append((path.name, path, None))
+    once: dict[str, tuple[str, Path, str | None]] = {}
+    for entry in found:
+        once.setdefault(os.path.abspath(entry[1]), entry)
+    found = list(once.values())
     others = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
     if len(left_out) > 5:
         others += ", ..."

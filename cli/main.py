@@ -74,7 +74,8 @@ def _run(arguments: list[str]) -> int:
         return 141
     except OSError as error:  # a full disk, a lost permission, a file system that fails
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        if vars(options).keys() & {"output", "output_dir"}:
+        outputs = [getattr(options, name, None) for name in ("output", "output_dir")]
+        if any(output and os.path.exists(output) for output in outputs):
             what += "; the results so far are on disk"
         print(f"vlv: {what}", file=sys.stderr)
         return 2

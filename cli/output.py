@@ -35,9 +35,7 @@ def output_path(text: str, suffix: str, option: str = "--output") -> Path:
 
 def require_writable(folder: Path, option: str, text: str) -> None:
     """Raises `UserError` if no file can be written into a folder, which may have to be created."""
-    existing = Path(os.path.abspath(folder))
-    while not os.path.lexists(existing):
-        existing = existing.parent
+    existing = _existing(folder)
     if not existing.is_dir():
         raise UserError(f"{option} {text} cannot be written: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -51,12 +49,17 @@ def refuse_existing(path: Path, option: str, *, resumable: bool = False) -> None
         raise UserError(f"{path} exists; {go_on}--overwrite to replace it, or another {option}")
 
 
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = Path(os.path.abspath(path))
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
 def require_space(path: Path, needed: int, option: str) -> None:
     """Raises `UserError` if the disk of a file, which may have to be created, has fewer bytes than needed."""
-    existing = Path(os.path.abspath(path))
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(path)).free
     if free < needed:
         raise UserError(
             f"{option} {path} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; name a file on "

@@ -29,6 +29,8 @@ from .sheet import Pair, contact_sheet
 # Errors of one output name. Others, such as a full disk, concern the whole run.
 ERRORS_OF_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
+FOLDERS = ("reconstructions", "side_by_side")
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
@@ -64,10 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
     folder = Path(arguments.output_dir)
-    require_writable(folder, "--output-dir", arguments.output_dir)
+    for part in (folder, *(folder / name for name in FOLDERS)):
+        require_writable(part, "--output-dir", arguments.output_dir)
+    if (folder / "metrics.json").is_dir():
+        raise UserError(f"--output-dir {folder} cannot be used: {folder / 'metrics.json'} is a folder")
     sheet = output_path(arguments.sheet, ".png", "--sheet") if arguments.sheet else None
     if not arguments.overwrite:
-        refuse_existing(folder / "metrics.json", "--output-dir")
+        for path in (folder / "metrics.json", *(p for name in FOLDERS for p in (folder / name).glob("*"))):
+            refuse_existing(path, "--output-dir")
         if sheet is not None:
             refuse_existing(sheet, "--sheet")
     inputs = collect_images(arguments.paths) if arguments.paths else []
@@ -165,10 +171,10 @@ def output_name(name: str) -> str:
 def _write(folder: Path, name: str, original: Image.Image | None, reconstruction: Image.Image) -> dict[str, float]:
     """Writes a reconstruction, and with its original also the two side by side; returns its metrics."""
     file = output_name(name)
-    write_atomically(folder / "reconstructions" / file, reconstruction.save)
+    write_atomically(folder / FOLDERS[0] / file, reconstruction.save)
     if original is None:
         return {}
-    write_atomically(folder / "side_by_side" / file, make_image_grid([original, reconstruction], rows=1, cols=2).save)
+    write_atomically(folder / FOLDERS[1] / file, make_image_grid([original, reconstruction], rows=1, cols=2).save)
     try:
         return image_metrics(_to_tensor(reconstruction) / 255, _to_tensor(original) / 255)
     except ImportError:  # metrics.json names the missing extra once, see _dataset_metrics

@@ -5,10 +5,8 @@ Beside `captions.json` lies `captions.resume.jsonl`. It has a line for each run,
 "mtime_ns": ..., "blake2b": ...}`.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,39 @@ from .errors import UserError
 from .inputs import Input
 from .output import GrowingJson
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 class ResumableResults:
     """Results in a JSON file `{name: result}`, with a record of the image, the model and the settings of each.
 
-    Nothing is written before the first result.
+    Nothing is written before the first result. While a run writes, no other may write into the same file.
 
     Args:
         output: The JSON file.
         model: `--model` and its `vlv.hub.fingerprint`.
         settings: Settings that change results.
+
+    Raises:
+        UserError: If another run writes into the file, or the record cannot be written.
     """
 
     def __init__(self, output: Path, model: tuple[str, str], settings: Mapping[str, Any]):
-        self.output, self.record_file = output, output.with_suffix(".resume.jsonl")
+        self.output, self.record_path = output, record_path(output)
         self._runs: list[dict[str, Any]] = []
         self._run: dict[str, Any] = {"run": 0, "model": model[0], "fingerprint": model[1], "settings": dict(settings)}
         self._entries: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self._json: GrowingJson | None = None
+        self._record_file: Any = self._open_record() if self.record_path.exists() else None
 
-    def resume(self, inputs: Iterable[Input]) -> list[Input]:
+    def resume(self, inputs: Sequence[Input]) -> list[Input]:
         """Takes over the results of earlier runs, and returns the inputs without one.
 
-        A result is kept if its image has the path, size and time of then, or the content of then. An image that has
+        A result is kept if its image has the same path, size and time as then, or the same content. An image that has
         changed loses its result. Results of images that are not among the inputs are kept.
 
         Raises:
@@ -50,41 +57,53 @@ class ResumableResults:
         """
         entries = read_results(self.output, "--resume")
         self._runs, records = self._read_records() if entries else ([], {})
-        records = {name: record for name, record in records.items() if name in entries}
         for run in self._runs:
-            if run["fingerprint"] != self._run["fingerprint"]:
-                raise UserError(
-                    f"--resume: {self.output} was made by another model, {run['model']}; pass that --model, "
-                    "another --output, or --overwrite to replace it"
-                )
+            self._require_same_model(run)
+        records = {name: record for name, record in records.items() if name in entries}
         by_source = {record["source"]: record for record in records.values()}
-        items = {_source(item): item for item in inputs}
-        kept: dict[str, str] = {}  # old name: new name
-        for source, item in items.items():
-            record = by_source.get(source)
-            if record is None:
-                record = records.get(item.name)
-                if record is None or record["source"] in items:
-                    continue
-                if not _is_unchanged(record, item):
+        sources, names = {item.source for item in inputs}, {item.name for item in inputs}
+        kept: dict[str, dict[str, Any]] = {}  # records by their former name
+        for item in inputs:
+            record, namesake = by_source.get(item.source), records.get(item.name)
+            if namesake is not None and namesake["source"] not in sources:
+                if record is not None or not _is_unchanged(namesake, item):
                     raise UserError(
                         f"--resume: {self.output} has the result of another image under the name {item.name}: "
-                        f"{record['source']}; pass another --output, or --overwrite to replace it"
+                        f"{namesake['source']}; pass another --output, or --overwrite to replace it"
                     )
-            if _is_unchanged(record, item):
-                kept[record["name"]] = item.name
-        names = {item.name for item in items.values()}
-        lost = {record["name"] for record in records.values() if record["source"] in items} | names
+                record = namesake
+            if record is not None and _is_unchanged(record, item):
+                kept[record["name"]] = record | {"name": item.name} | _place(item)
         for name, entry in entries.items():
-            if name in kept or name not in lost:
-                self._entries[kept.get(name, name)] = entry
-                if name in records:
-                    self._records[kept.get(name, name)] = records[name] | {"name": kept.get(name, name)}
+            record = kept.get(name) or records.get(name)
+            if name in kept:
+                self._entries[kept[name]["name"]] = entry
+            elif name not in names if record is None else record["source"] not in sources:
+                self._entries[name] = entry
+            else:  # the image has changed, or is not known
+                continue
+            if record is not None:
+                self._records[record["name"]] = record
+        done = {record["name"] for record in kept.values()}
         self._run["run"] = len(self._runs)
-        return [item for item in items.values() if item.name not in kept.values()]
+        return [item for item in inputs if item.name not in done]
+
+    def _require_same_model(self, run: Mapping[str, Any]) -> None:
+        if run["fingerprint"] == self._run["fingerprint"]:
+            return
+        model, version = run["model"], run["fingerprint"][:12]
+        if model == self._run["model"]:
+            raise UserError(
+                f"--resume: {self.output} was made by other weights or settings of {model} ({version}), which has "
+                "changed; pass their --revision, another --output, or --overwrite to replace it"
+            )
+        raise UserError(
+            f"--resume: {self.output} was made by another model, {model}; pass that --model, another --output, or "
+            "--overwrite to replace it"
+        )
 
     def notes(self) -> list[str]:
-        """A sentence for each other setting with which results were made that the run has taken over."""
+        """A sentence for each run with other settings whose results are kept."""
         sentences = []
         for run in self._runs:
             count = sum(record["run"] == run["run"] for record in self._records.values())
@@ -99,44 +118,50 @@ class ResumableResults:
         return sentences
 
     def add(self, inputs: list[Input], results: list[Any]) -> None:
-        """Adds the results of inputs.
+        """Adds the results of inputs, which have their `identity`.
 
         Raises:
             OSError: If they cannot be written. Results that were added before are in the file.
         """
-        json_file = self._open()
-        json_file.add({item.name: result for item, result in zip(inputs, results, strict=True)})
-        lines = b"".join(to_json(self._describe(item), None) + b"\n" for item in inputs)
-        with errors_naming(self.record_file), open(self.record_file, "ab", buffering=0) as file:
-            file.write(lines)
+        self._open().add({item.name: result for item, result in zip(inputs, results, strict=True)})
+        rows = [{"run": self._run["run"], "name": item.name, **(item.identity or {})} for item in inputs]
+        with errors_naming(self.record_path):
+            self._record_file.write(_to_lines(rows))  # after the results: a result without a record is made again
 
     def _open(self) -> GrowingJson:
         if self._json is None:
-            rows = [*self._runs, self._run, *self._records.values()]
-            lines = b"".join(to_json(row, None) + b"\n" for row in rows)
-            write_atomically(self.record_file, lambda temporary: temporary.write_bytes(lines))
+            lines = _to_lines([*self._runs, self._run, *self._records.values()])
+            write_atomically(self.record_path, lambda temporary: temporary.write_bytes(lines))
+            self._record_file = self._open_record()
             self._json = GrowingJson(self.output, self._entries)
         return self._json
 
-    def _describe(self, item: Input) -> dict[str, Any]:
-        status = item.path.stat()
-        return {
-            "run": self._run["run"],
-            "name": item.name,
-            "source": _source(item),
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
-            "blake2b": _digest(item),
-        }
+    def _open_record(self) -> Any:
+        """The record, open for additions and locked against other runs."""
+        try:
+            file = open(self.record_path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        except OSError as error:
+            raise UserError(f"{self.record_path} cannot be written: {error.strerror}") from error
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another run writes into {self.output}; wait for its end, or pass another --output"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        return file
 
     def _read_records(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-        """The runs, and the records of results by name. A last line that was cut off is left out."""
-        runs, records = [], {}
+        """The runs, and the records of results by name. Lines that were cut off are left out."""
+        runs: list[dict[str, Any]] = []
+        records: dict[str, dict[str, Any]] = {}
         try:
-            lines = self.record_file.read_text(encoding="utf-8").splitlines()
+            lines = self.record_path.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--resume: the images of {self.output} are not known, since {self.record_file} cannot be read "
+                f"--resume: the images of {self.output} are not known, since {self.record_path} cannot be read "
                 f"({error}); pass another --output, or --overwrite to replace it"
             ) from error
         for line in lines:
@@ -144,10 +169,10 @@ class ResumableResults:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if "name" in row:
-                records[row["name"]] = row
-            else:
+            if "name" not in row:
                 runs.append(row)
+            elif any(run["run"] == row["run"] for run in runs):
+                records[row["name"]] = row
         return runs, records
 
     def __enter__(self) -> "ResumableResults":
@@ -158,32 +183,37 @@ class ResumableResults:
             self._open().close()
         elif self._json is not None:
             self._json.__exit__(kind, *error)
+        if self._record_file is not None:
+            self._record_file.close()
 
 
-def _source(item: Input) -> str:
-    return os.path.abspath(item.path) + ("" if item.embeds is None else f"#{item.name}")
+def record_path(output: Path) -> Path:
+    """The file beside an output that records what its results are of."""
+    return output.with_suffix(".resume.jsonl")
 
 
-def _digest(item: Input) -> str:
-    if item.embeds is not None:
-        return hashlib.blake2b(item.embeds.numpy().tobytes(), digest_size=16).hexdigest()
-    with open(item.path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(to_json(row, None) + b"\n" for row in rows)
+
+
+def _place(item: Input) -> dict[str, Any]:
+    """Where an input is, and its size and time; empty if it cannot be read."""
+    try:
+        status = item.path.stat()
+    except OSError:
+        return {}
+    return {"source": item.source, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _is_unchanged(record: Mapping[str, Any], item: Input) -> bool:
-    """Whether an input is the one of a record. One that cannot be read is, if the path is the same."""
+    """Whether an input is the one of a record. An input that cannot be read is judged by its path alone."""
     try:
         status = item.path.stat()
-        if (_source(item), status.st_size, status.st_mtime_ns) == (
-            record["source"],
-            record["size"],
-            record["mtime_ns"],
-        ):
+        if (item.source, status.st_size, status.st_mtime_ns) == (record["source"], record["size"], record["mtime_ns"]):
             return True
-        return _digest(item) == record["blake2b"]
+        return item.digest() == record["blake2b"]
     except OSError:
-        return _source(item) == record["source"]
+        return item.source == record["source"]
 
 
 def read_results(path: str | Path, option: str) -> dict[str, Any]:
@@ -203,7 +233,7 @@ def read_results(path: str | Path, option: str) -> dict[str, Any]:
         results: Any = json.loads(text)
     except ValueError as error:
         results = {}
-        for line in text.removeprefix("{").splitlines():
+        for line in text.removeprefix("{").split("\n"):
             try:
                 results |= json.loads("{" + line.strip().removesuffix(",") + "}")
             except ValueError:

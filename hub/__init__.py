@@ -7,7 +7,7 @@ from .convert import Conversion, convert
 from .describe import Description, describe
 from .export import export
 from .fingerprint import fingerprint
-from .layout import CAPTIONER_FILES, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
+from .layout import CAPTIONER_FILES, CAPTIONER_FINGERPRINT, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
 from .load import (
     has_two_encoders,
     load_captioner,
@@ -21,6 +21,7 @@ from .push import UploadError, push, upload_errors, write_repository
 
 __all__ = [
     "CAPTIONER_FILES",
+    "CAPTIONER_FINGERPRINT",
     "ENCODER_FILES",
     "PIPELINE_FILES",
     "TRAINING_FILE",

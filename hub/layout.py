@@ -29,6 +29,11 @@ CARD_FILE = "README.md"
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
 
 CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", *CAPTIONER_WEIGHTS]
+CAPTIONER_FINGERPRINT = [  # files that change captions
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", INDEX_FILE),
+    *("model*.safetensors", "encoder/*.safetensors", *CAPTIONER_WEIGHTS),
+]
 CAPTIONER_ONLY = (  # files that a stage-1 model does not have
     *CAPTIONER_WEIGHTS,
     "generation_config.json",

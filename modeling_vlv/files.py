@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,10 +55,13 @@ def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary file beside `path`, then renames it: no reader sees an incomplete file.
 
+    Of a link, the file that it leads to is replaced. An existing file keeps its permissions.
+
     Raises:
         OSError: If the file cannot be written; its `filename` is `path`.
     """
     with errors_naming(path):
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         # The name of the temporary file is short, whatever the length of the name of `path`.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=path.suffix[:10])
@@ -65,7 +69,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary = Path(name)
         try:
             write(temporary)
-            set_default_permissions(temporary)
+            if path.exists():
+                shutil.copymode(path, temporary)
+            else:
+                set_default_permissions(temporary)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)

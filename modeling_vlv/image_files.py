@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from .processing_vlv import add_formats
+
 # Formats that Pillow reads only with a plug-in (pillow-heif, pillow-jxl-plugin). Without it their files are named.
 PLUGIN_SUFFIXES = (".heic", ".heif", ".hif", ".jxl")
 # Formats that Pillow recognises and cannot decode, besides its stubs.
@@ -21,6 +23,7 @@ DOCUMENT_FORMATS = ("EPS", "FPX", "MIC")
 def image_suffixes() -> frozenset[str]:
     """Lower-case suffixes of image files, such as `.png`: those that Pillow decodes here, and `PLUGIN_SUFFIXES`."""
     Image.init()
+    add_formats()
     return frozenset(s for s, name in Image.EXTENSION.items() if _is_decodable(name)) | frozenset(PLUGIN_SUFFIXES)
 
 
@@ -28,6 +31,7 @@ def image_suffixes() -> frozenset[str]:
 def _formats_with_a_signature() -> tuple[str, ...]:
     """Formats whose files begin with bytes of their own, so that other files are not taken for them."""
     Image.init()
+    add_formats()
     return tuple(
         name
         for name, (_, accept) in Image.OPEN.items()
@@ -90,7 +94,7 @@ _NOT_AN_IMAGE = "not an image"
 
 
 def _judge(path: Path, mode: int) -> str | None:
-    """None for an image, `_NOT_AN_IMAGE`, or the reason why nobody can tell."""
+    """None for an image, `_NOT_AN_IMAGE`, or the reason why the file cannot be looked into."""
     if path.suffix.lower() in image_suffixes():
         return None if stat.S_ISREG(mode) else "it is not a regular file"
     if not stat.S_ISREG(mode):
@@ -102,8 +106,14 @@ def _judge(path: Path, mode: int) -> str | None:
         return _NOT_AN_IMAGE
     except PermissionError as error:
         return _reason(path, error)
-    except Exception:  # an image with a damaged header; reading it gives the reason
-        return None
+    except Exception:  # an image with a damaged header, or text that begins like one; reading it gives the reason
+        return _NOT_AN_IMAGE if _is_text(path) else None
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the beginning of a file has no control characters, which every image format has there."""
+    with open(path, "rb") as file:
+        return min(file.read(512), default=0) >= ord("\t")
 
 
 def _reason(path: Path, error: OSError) -> str:

@@ -13,6 +13,7 @@ from vlv.files import read_header, read_json
 
 RECORD_FILE = "run.json"
 """Settings of the run, in each checkpoint and in `output_dir`."""
+LOCK_FILE = ".run.lock"
 FREE_SETTINGS = ("max_steps", "num_train_epochs")
 """Settings of the record that a run may change when it goes on."""
 
@@ -33,10 +34,10 @@ def last_checkpoint(folder: str | Path) -> str | None:
             say(f"resuming from {path}")
             return str(path)
         damages.append(f"{path} is left out: {damage}")
+    for message in damages:
+        say(message)
     if damages and any((path / "trainer_state.json").exists() for path in found):
-        raise ValueError(
-            f"no checkpoint in {folder} is undamaged ({'; '.join(damages)}); pass --overwrite_output_dir to start anew"
-        )
+        raise ValueError(f"no checkpoint in {folder} is undamaged; pass --overwrite_output_dir to start anew")
     return None
 
 
@@ -120,12 +121,13 @@ def _text(value: Any) -> str:
 def move_aside(folder: str | Path) -> None:
     """Renames a folder that is not empty to `FOLDER-old-N`, and prints its new name."""
     path = Path(folder)
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or {entry.name for entry in path.iterdir()} <= {LOCK_FILE}:
         return
     number = 1
     while (target := path.with_name(f"{path.name}-old-{number}")).exists():
         number += 1
     path.rename(target)
+    (target / LOCK_FILE).unlink(missing_ok=True)
     say(f"the earlier run is in {target}")
 
 
@@ -139,7 +141,7 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
     if not is_main_process():
         yield
         return
-    path = Path(folder) / ".run.lock"
+    path = Path(folder) / LOCK_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
@@ -151,8 +153,8 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # before the release, so that nobody locks a file that is about to vanish
         lock.release()
-        path.unlink(missing_ok=True)
 
 
 def is_main_process() -> bool:

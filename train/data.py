@@ -99,19 +99,23 @@ class ColumnDataset(Dataset):
             item["image"] = np.asarray(item["image"], dtype=self.array_dtype)
         return item
 
-    def _resolve(self, path: str, number: int) -> str:
+    def _resolve(self, path: str | None, number: int) -> str | None:
         """A path of row `number`, from the folder of the row's file. Others (URLs, base64) stay as they are."""
-        if self._folders:
+        if self._folders and path:
             beside = os.path.join(self._folders[int(np.searchsorted(self._ends, number, side="right"))], path)
             if os.path.exists(beside):
                 return beside
         return path
 
     def fingerprint(self) -> str:
-        """A hash of the number of rows, the columns and up to 64 rows. It does not depend on where the files lie."""
+        """A hash of the number of rows, the columns and up to 64 rows. It does not depend on the files' folder."""
         digest = hashlib.sha256(repr((len(self), str(self.table.features))).encode())
         for number in np.unique(np.linspace(0, max(len(self.table) - 1, 0), 64).astype(int)):
-            digest.update(repr(self.table[int(number)]).encode("utf-8", "surrogateescape"))
+            row = self.table[int(number)]
+            if isinstance(row[self.columns["image"]], dict):
+                image = row[self.columns["image"]]
+                row |= {self.columns["image"]: image["bytes"] or os.path.basename(image["path"] or "")}
+            digest.update(repr(row).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 

@@ -82,12 +82,21 @@ def _unknown_setting(name: str, known: list[str]) -> str:
     return f"unknown setting {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "; see --help")
 
 
+class FailedRun(SystemExit):
+    """Ends the program with exit code 2. The message has been printed."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = 2
+
+
 @contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
     """Ends the program with the message of an error that the user can correct, without a traceback.
 
     Raises:
-        SystemExit: With the message; with code 130 after Ctrl-C.
+        FailedRun: With the message, which is printed, and exit code 2.
+        SystemExit: With code 130 after Ctrl-C.
     """
     try:
         yield
@@ -98,4 +107,5 @@ def errors_in_one_line(program: str) -> Iterator[None]:
         message = str(error)
         if "Original Traceback" in message:  # from a process of the data loader
             message = message.rstrip().splitlines()[-1]
-        raise SystemExit(f"{program}: {message}") from error
+        print(f"{program}: {message}", file=sys.stderr)
+        raise FailedRun(f"{program}: {message}") from error

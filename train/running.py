@@ -22,8 +22,7 @@ def output_folder(config: StageConfig) -> Iterator[None]:
     with config.main_process_first(local=False, desc="preparing output_dir"):
         if config.overwrite_output_dir and is_main_process():
             with only_run_in(config.output_dir):
-                pass
-            move_aside(config.output_dir)
+                move_aside(config.output_dir)
     with only_run_in(config.output_dir):
         yield
 

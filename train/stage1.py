@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
                 image_encoder=config.image_encoder if config.model is None else None,
                 diffusion_model=config.diffusion_model,
             )
+            trainer.save_record()
     return trainer
 
 

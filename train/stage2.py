@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             if new_language_model:
                 sources["language_model"] = config.language_model
             write_training_metadata(trainer, "stage2", start=config.model, **sources)
+            trainer.save_record()
     return trainer
 
 

@@ -70,7 +70,8 @@ class VLVTrainer(Trainer):
                 return True
         self.train(resume_from_checkpoint=checkpoint)
         if self.termination.requested:
-            print(f"terminated at step {self.state.global_step}; the same command goes on from there", file=sys.stderr)
+            command = "the same command" + (" without overwrite_output_dir" if args.overwrite_output_dir else "")
+            print(f"terminated at step {self.state.global_step}; {command} goes on from there", file=sys.stderr)
             raise SystemExit(RESUMABLE_EXIT_CODE)
         return True
 
@@ -85,6 +86,11 @@ class VLVTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
+        if _internal_call:  # of a checkpoint
+            self.save_record(output_dir)
+
+    def save_record(self, output_dir: str | None = None) -> None:
+        """Writes `run.json`. In `output_dir` it says that the run has ended: it is the last file of a run."""
         if self.args.should_save:
             record = {"steps": self.state.global_step, "settings": self.settings}
             write_json(Path(output_dir or self.args.output_dir or "") / RECORD_FILE, record)

@@ -117,9 +117,9 @@ class VLVConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """As every configuration's. Also writes the code that the configuration names, here or in a Hub repository.
+        """Writes the configuration, and the code that it names, into a folder or a Hub repository.
 
-        A pipeline whose code could not be found is no longer named, unless it lies in a Hub repository.
+        A pipeline whose code cannot be found is left out of the configuration, unless it lies in a Hub repository.
         """
         folder = Path(save_directory)
         auto_map = getattr(self, "auto_map", None) or {}
@@ -285,7 +285,7 @@ class VLVPreTrainedModel(PreTrainedModel):
     def _refuse_unused(self, kwargs: dict[str, Any]) -> None:
         """Raises `TypeError` for an argument of `forward` that has no effect; the message gives the nearest name.
 
-        None counts as not given, and `use_cache=False` as said.
+        None counts as not given, and `use_cache=False` is accepted.
         """
         for name, value in kwargs.items():
             if value is None or name in RECORDING_ARGUMENTS or (name == "use_cache" and not value):
@@ -389,7 +389,7 @@ class VLVModel(VLVPreTrainedModel):
         self.text_encoder.embeddings.token_embedding = value
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        """As every model's; the words are the text encoder's."""
+        """Resizes the embeddings of the text encoder's words."""
         return self.text_encoder.resize_token_embeddings(*args, **kwargs)
 
     @can_return_tuple

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from vlv.cli.inputs import Input, collect_images
 from vlv.cli.main import main
 from vlv.cli.resume import ResumableResults, read_results
+from vlv.pipelines import generate_captions
 
 MODEL, SETTINGS = ("m", "1"), {"max_new_tokens": 4}
 
@@ -30,10 +32,12 @@ def caption(model, output, *arguments) -> int:
     return main(["caption", *map(str, ("--model", model, "--output", output, "--device", "cpu", *arguments))])
 
 
-def results_of(output, inputs, texts, model=MODEL, settings=SETTINGS) -> ResumableResults:
+def results_of(output, inputs, texts, model=MODEL, settings=SETTINGS, keeps_writing=False) -> ResumableResults:
     """A run that adds a text for each of some inputs, and stops."""
     results = ResumableResults(output, model, settings)
-    results.add(inputs, texts)
+    results.add([replace(item, identity=item.identify()) for item in inputs], texts)
+    if not keeps_writing:
+        results.__exit__(None)
     return results
 
 
@@ -67,16 +71,86 @@ def test_without_an_output_a_resumed_run_begins(model_folder, folder, tmp_path, 
 
 def test_another_image_of_the_same_name_is_refused(folder, tmp_path, images, model_folder, capsys):
     output = tmp_path / "c.json"
-    results_of(output, collect_images([str(folder)]), ["A", "B", "C"])
+    assert caption(model_folder, output, folder, "--max-new-tokens", 2) == 0
     other = tmp_path / "other"
     other.mkdir()
     images[5].save(other / "a.png")
     before = output.read_text()
-    assert caption(model_folder, output, other, "--resume") == 2
+    assert caption(model_folder, output, other, "--resume", "--max-new-tokens", 2) == 2
     said = capsys.readouterr().err
-    assert "made by another model" in said and output.read_text() == before
-    with pytest.raises(Exception, match=rf"another image under the name a.png: {folder / 'a.png'}"):
-        ResumableResults(output, MODEL, SETTINGS).resume(collect_images([str(other)]))
+    assert f"another image under the name a.png: {folder / 'a.png'}" in said and output.read_text() == before
+
+
+def test_an_image_that_two_arguments_hold_is_captioned_once(folder, tmp_path, model_folder, capsys):
+    output = tmp_path / "c.json"
+    (folder / "sub").mkdir()
+    (folder / "a.png").rename(folder / "sub" / "a.png")
+    arguments = (folder / "sub", folder, "--max-new-tokens", 2)
+    assert caption(model_folder, output, *arguments) == 0
+    first = json.loads(output.read_text())
+    assert sorted(first) == ["a.png", "b.png", "c.png"]
+    assert caption(model_folder, output, *arguments, "--resume") == 0
+    assert json.loads(output.read_text()) == first
+    assert "kept 3, captioned 0, failed 0" in capsys.readouterr().err
+
+
+def test_an_image_that_changes_while_it_is_captioned_is_captioned_again(
+    folder, tmp_path, images, model_folder, monkeypatch, capsys
+):
+    from vlv.cli import caption as module
+
+    def replace_images(*arguments, **settings):
+        images[5].save(folder / "a.png")
+        (folder / "b.png").unlink(missing_ok=True)
+        return generate_captions(*arguments, **settings)
+
+    monkeypatch.setattr(module, "generate_captions", replace_images)
+    output = tmp_path / "c.json"
+    assert caption(model_folder, output, folder, "--max-new-tokens", 2) == 0
+    monkeypatch.undo()
+    assert caption(model_folder, output, folder, "--max-new-tokens", 2, "--resume") == 0
+    assert "kept 1, captioned 1, failed 0" in capsys.readouterr().err
+    assert sorted(json.loads(output.read_text())) == ["a.png", "b.png", "c.png"]
+
+
+def test_what_changes_captions_counts_as_another_model(folder, tmp_path, model_folder, stable_diffusion, capsys):
+    output = tmp_path / "c.json"
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    assert caption(model, output, folder, "--max-new-tokens", 2) == 0
+    for name in ("training.json", "evaluation.json", "README.md", "unet/config.json"):
+        (model / name).write_text("{}")
+    assert caption(model, output, folder, "--max-new-tokens", 2, "--resume") == 0
+    config = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(config | {"pre_crop_size": 16}))
+    assert caption(model, output, folder, "--max-new-tokens", 2, "--resume") == 2
+    assert f"other weights or settings of {model}" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_file(folder, tmp_path, model_folder, capsys):
+    output = tmp_path / "c.json"
+    first = results_of(output, collect_images([str(folder / "a.png")]), ["A"], keeps_writing=True)
+    for option in ("--resume", "--overwrite"):
+        assert caption(model_folder, output, folder, option) == 2
+        assert f"another run writes into {output}" in capsys.readouterr().err
+    first.__exit__(None)
+    assert resumed(output, collect_images([str(folder)]))[0] == ["b.png", "c.png"]
+
+
+def test_names_and_captions_with_other_line_separators_are_kept(tmp_path, images):
+    images[0].save(tmp_path / "a\u2028b.png")
+    output = tmp_path / "c.json"
+    inputs = collect_images([str(tmp_path / "a\u2028b.png")])
+    results_of(output, inputs, ["one\u2028two\u0085three"], model=("m\u2028", "1"))
+    assert resumed(output, inputs, model=("m\u2028", "1"))[:2] == ([], {"a\u2028b.png": "one\u2028two\u0085three"})
+    with pytest.raises(Exception, match="made by another model"):
+        resumed(output, inputs, model=("n", "2"))
+
+
+def test_a_result_never_takes_the_name_of_another_one(folder, tmp_path, images):
+    output = tmp_path / "c.json"
+    results_of(output, [Input("x.png", folder / "a.png"), Input("y.png", folder / "b.png")], ["A", "B"])
+    with pytest.raises(Exception, match=r"another image under the name y\.png"):
+        resumed(output, [Input("y.png", folder / "a.png")])
 
 
 def test_another_model_is_refused(model_folder, folder, tmp_path, capsys):
@@ -137,7 +211,8 @@ def test_other_settings_are_said(folder, tmp_path):
     results.resume(inputs)
     (note,) = results.notes()
     assert note == "2 of the kept results were made with other settings (max_new_tokens 4, here 9)"
-    results.add(inputs[2:], ["C"])
+    results.add([replace(inputs[2], identity=inputs[2].identify())], ["C"])
+    results.__exit__(None)
     left, _, notes = resumed(output, inputs)
     assert left == [] and len(notes) == 1 and notes[0].startswith("1 of the kept results")
 

@@ -76,6 +76,32 @@ def test_an_existing_output_is_replaced_only_where_that_is_said(command, tmp_pat
     assert written.read_bytes() != b"mine"
 
 
+@pytest.mark.parametrize("name", ["reconstructions", "side_by_side", "metrics.json"])
+def test_what_is_in_the_way_of_reconstructions_is_named_before_the_model_is_loaded(name, tmp_path, images, capsys):
+    images[0].save(tmp_path / "a.png")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / name).mkdir() if name == "metrics.json" else (tmp_path / "r" / name).touch()
+    assert run("reconstruct", tmp_path / "a.png", "./no_model", tmp_path / "r", "--overwrite") == 2
+    assert f"{tmp_path / 'r' / name} is " in capsys.readouterr().err
+
+
+def test_reconstructions_without_metrics_are_not_replaced(tmp_path, images, capsys):
+    images[0].save(tmp_path / "a.png")
+    (tmp_path / "r" / "reconstructions").mkdir(parents=True)
+    (tmp_path / "r" / "reconstructions" / "a.png.png").write_text("mine")
+    assert run("reconstruct", tmp_path / "a.png", "./no_model", tmp_path / "r") == 2
+    assert "reconstructions/a.png.png exists; pass --overwrite" in capsys.readouterr().err
+
+
+def test_a_link_and_permissions_of_an_output_stay(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "real.json").chmod(0o600)
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_atomically(tmp_path / "link.json", lambda path: path.write_text("new"))
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "new"
+    assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_disk_that_is_too_small_for_the_embeddings_is_named(tmp_path, model_folder, images, monkeypatch, capsys):
     images[0].save(tmp_path / "a.png")
     usage = shutil.disk_usage(tmp_path)
@@ -211,7 +237,7 @@ def test_one_bad_name_does_not_end_a_run(tmp_path, model_folder, images, capsys)
     (folder / "__metadata__").write_bytes((folder / "c.png").read_bytes())
     output = tmp_path / "r"
     (output / "reconstructions" / "c.png.png").mkdir(parents=True)  # a folder is in the way
-    assert run("reconstruct", folder, model_folder, output) == 1
+    assert run("reconstruct", folder, model_folder, output, "--overwrite") == 1
     assert "cannot write the reconstruction of c.png: " in capsys.readouterr().err
     metrics = json.loads((output / "metrics.json").read_text())
     assert list(metrics["failed"]) == ["c.png"] and len(metrics["images"]) == 3

@@ -41,7 +41,8 @@ def test_every_format_that_pillow_reads_is_found(tmp_path, name, format):
 def test_content_counts_where_the_suffix_says_nothing(tmp_path):
     for name in ("no_suffix", "photo.jpg_large", "a.bak", "__metadata__", "list.txt"):
         (tmp_path / name).write_bytes(encoded("JPEG"))
-    (tmp_path / "notes.txt").write_text("a large dog")
+    for number, text in enumerate(("a large dog", "BMW parked on a street", "P1 fix the bug", "P6\nhello", "")):
+        (tmp_path / f"{number}.txt").write_text(text)
     (tmp_path / "header.h").write_text("#define width 3\nint main();")
     (tmp_path / "weights.bin").write_bytes(bytes(1000))
     (tmp_path / "movie.mpg").write_bytes(b"\0\0\1\xb3" + bytes(100))
@@ -49,7 +50,7 @@ def test_content_counts_where_the_suffix_says_nothing(tmp_path):
     left_out: Counter[str] = Counter()
     found = [path.name for path, problem in walk_images(tmp_path, left_out) if problem is None]
     assert found == ["__metadata__", "a.bak", "list.txt", "no_suffix", "photo.jpg_large"]
-    assert left_out == {".txt": 1, ".h": 1, ".bin": 1, ".mpg": 1, ".h5": 1}
+    assert left_out == {".txt": 5, ".h": 1, ".bin": 1, ".mpg": 1, ".h5": 1}
 
 
 def test_a_file_with_the_suffix_of_an_image_is_never_left_out(tmp_path):
@@ -58,6 +59,13 @@ def test_a_file_with_the_suffix_of_an_image_is_never_left_out(tmp_path):
     assert walk(tmp_path) == {"photo.JXL": None, "photo.heic": None, "text.png": None}
     assert {".heic", ".heif", ".jxl", ".png", ".jpg"} <= image_suffixes()
     assert not {".mpg", ".h5", ".grib", ".pdf", ".txt"} & image_suffixes()
+
+
+def test_formats_of_other_packages_are_found_by_content(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(PICTURE.resize((64, 64))).save(tmp_path / "a.heic")
+    (tmp_path / "a.heic").rename(tmp_path / "IMG_1")
+    assert walk(tmp_path) == {"IMG_1": None}
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):

@@ -89,6 +89,70 @@ def test_an_error_names_what_is_missing(tmp_path, images, parquet):
         load_images("nowhere.parquet")
 
 
+def test_image_paths_in_parquet_start_from_its_folder(tmp_path, images, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        images[0].save(tmp_path / name / "0.png")
+        rows = {"image": ["0.png"], "caption": [name], "score": [1.0]}
+        table = datasets.Dataset.from_dict(rows if name == "a" else {k: rows[k] for k in ("image", "caption")})
+        table.to_parquet(tmp_path / name / "data.parquet")
+    pairs = load_pairs(str(tmp_path))  # of the columns, only those in use have to be in every file
+    assert [pairs[i] for i in range(2)] == [
+        {"image": str(tmp_path / name / "0.png"), "caption": name} for name in ("a", "b")
+    ]
+
+
+def test_empty_captions_are_left_out_and_named(tmp_path, images, caplog):
+    for number, caption in enumerate(("a dog", " \n", "")):
+        images[number].save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    assert [item["caption"] for item in load_pairs(str(tmp_path))] == ["a dog"]
+    assert "2 of 3 captions are empty and left out: " in caplog.text and "1.png" in caplog.text
+    table = datasets.Dataset.from_dict({"image": ["x", "y"], "caption": [" ", "a cat"]})
+    table.to_parquet(tmp_path / "t.parquet")
+    pairs = load_pairs(str(tmp_path / "t.parquet"))
+    assert len(pairs) == 1 and pairs[0]["caption"] == "a cat" and "row 0" in caplog.text
+    (tmp_path / "0.txt").write_text("")
+    (tmp_path / "t.parquet").unlink()
+    with pytest.raises(ValueError, match="all 3 captions are empty"):
+        load_pairs(str(tmp_path))
+
+
+def test_captions_of_several_lines_are_said(tmp_path, images, caplog):
+    images[0].save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a dog\nein Hund\nun chien\n")
+    assert load_pairs(str(tmp_path))[0]["caption"] == "a dog\nein Hund\nun chien"
+    assert "1 of 1 captions have several lines (at most 3)" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "nowhere", "/no/where", "a/b/c"])
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(source):
+    with pytest.raises(ValueError, match=f"{source} does not exist"):
+        load_images(source)
+
+
+def test_a_row_without_an_image_is_unreadable_and_ends_nothing(tmp_path, processor):
+    rows = {"image": [{"bytes": b"", "path": None}], "caption": ["a dog"]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
+    pairs = load_pairs(str(tmp_path / "t.parquet"))
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        Stage2Collator(processor, 30)([pairs[0]])
+
+
+def test_a_fingerprint_of_data_depends_on_content_alone(tmp_path, parquet, image_folder):
+    import shutil
+
+    for source in (parquet, image_folder):
+        moved = tmp_path / "moved" / source.name
+        moved.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, moved) if source.is_dir() else shutil.copy(source, moved)
+        assert load_pairs(str(source)).fingerprint() == load_pairs(str(moved)).fingerprint()
+    (tmp_path / "moved" / image_folder.name / "a" / "1.txt").write_text("other words")
+    moved = load_pairs(str(tmp_path / "moved" / image_folder.name))
+    assert moved.fingerprint() != load_pairs(str(image_folder)).fingerprint()
+
+
 def test_encoder_and_diffusion_model_get_the_same_crop(images):
     from vlv import VLVImageProcessor
 

@@ -2,6 +2,7 @@
 
 import base64
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -91,25 +92,24 @@ def _open_path(path: str) -> Image.Image:
     name = _shorten(path)
     if os.path.isdir(path):
         raise ValueError(f"{name} is a folder; give the images in it")
-    if not os.path.exists(path):
-        if (data := _decode_base64_image(path)) is not None:
-            return _open_bytes(data, f"{len(data)} bytes of base64")
-        raise ValueError(f"{name} does not exist")
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{name} could not be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # the second for a null byte
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise ValueError(f"{name} could not be read: {error.strerror}") from error
+        return _open_base64(path)
     return _open_bytes(data, name)
 
 
-def _decode_base64_image(text: str) -> bytes | None:
-    """The bytes of a base64 string, if they begin like an image file. Line breaks are allowed."""
+def _open_base64(text: str) -> Image.Image:
+    """The image in a base64 string. Line breaks are allowed. Other text is taken for a path that does not exist."""
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
         with Image.open(io.BytesIO(data)):
-            return data
-    except (ValueError, OSError):  # of base64, and of Pillow for other content
-        return None
+            pass
+    except (ValueError, OSError) as error:  # of base64, and of Pillow for other content
+        raise ValueError(f"{_shorten(text)} does not exist") from error
+    return _open_bytes(data, f"{len(data)} bytes of base64")
 
 
 def _open_bytes(data: bytes, name: str) -> Image.Image:
@@ -127,8 +127,8 @@ def _open_bytes(data: bytes, name: str) -> Image.Image:
         raise ValueError(f"{name} is not an image in a format that can be read{_missing_package(data)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large to be decoded safely: {error}") from error
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise ValueError(f"{name} is too large for the memory of this machine") from error
     except Exception as error:  # Pillow's decoders raise OSError, TypeError, struct.error, ... for damaged files
         raise ValueError(f"{name} is damaged: {error}") from error
 
@@ -144,7 +144,7 @@ def _decode(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
-        if not _add_formats():
+        if not add_formats():
             raise
         image = Image.open(io.BytesIO(data))
     with image:
@@ -152,7 +152,7 @@ def _decode(data: bytes) -> Image.Image:
 
 
 @cache
-def _add_formats() -> bool:
+def add_formats() -> bool:
     """Registers HEIC and JPEG XL with Pillow, where their packages are installed; returns whether one is."""
     found = False
     for package in ("pillow_heif", "pillow_jxl"):  # the second registers itself
@@ -323,7 +323,7 @@ class VLVImageProcessor(_WithoutInheritedCode, PilBackend):
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """As every image processor's. Also writes the code that it names, here or in a Hub repository."""
+        """Writes the configuration, and the code that it names, into a folder or a Hub repository."""
         _write_code([self], Path(save_directory))
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -450,7 +450,7 @@ class VLVProcessor(_WithoutInheritedCode, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """As every processor's. Also writes the code that it names, here or in a Hub repository."""
+        """Writes the configurations, and the code that they name, into a folder or a Hub repository."""
         _write_code([self, self.image_processor], Path(save_directory))
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
