@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from vlv import hub
-from vlv.files import read_json
 
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
 
@@ -25,12 +24,10 @@ def load_reconstruction(
     Raises:
         FileNotFoundError: If there is no such folder or repo, it holds no diffusion model, or it was saved with a
             `variant` alone.
-        ValueError: If a file is damaged, a weight is missing, unexpected, of another shape, or pickled, or the
-            autoencoder is not an `AutoencoderKL`.
+        ValueError: If a file is damaged, or a weight is missing, unexpected, of another shape, or pickled.
     """
     folder = hub.resolve(source, revision=revision, allow_patterns=hub.PIPELINE_FILES)
     _refuse_variant(folder)
-    _refuse_other_autoencoders(folder)
     encoder, image_processor = hub.load_encoder(folder, dtype=dtype)
     components = hub.load_diffusion_components(folder, dtype=dtype)
     return VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **components).to(device)
@@ -45,15 +42,4 @@ def _refuse_variant(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} holds only the variant {variant!r} of the weights, such as encoder/{variants[0]}; load it with "
             f"VLVReconstructionPipeline.from_pretrained({str(folder)!r}, variant={variant!r}, dtype=torch.float32)"
-        )
-
-
-def _refuse_other_autoencoders(folder: Path) -> None:
-    """Raises `ValueError` if the pipeline was saved with another autoencoder than `hub` loads."""
-    index_file = folder / "model_index.json"
-    name = read_json(index_file, "vae")["vae"][-1] if index_file.is_file() else "AutoencoderKL"
-    if name != "AutoencoderKL":
-        raise ValueError(
-            f"{index_file} names the autoencoder {name!r}; expected 'AutoencoderKL'. Load it with "
-            f"VLVReconstructionPipeline.from_pretrained({str(folder)!r})"
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 
 from ..files import read_json, refuse_damaged, stored_dtype
 from ..tokenizer import load_tokenizer
@@ -23,12 +23,15 @@ def load_part(part: type[ModelMixin], model: str | os.PathLike, subfolder: str, 
 
     Raises:
         OSError: If the component could not be loaded, or has pickled weights alone.
-        ValueError: If a file is damaged, or a weight is missing or of another shape.
+        ValueError: If the component is of another class, a file is damaged, or a weight is missing or of another
+            shape.
     """
     place, local = f"{model}, {subfolder}", Path(model) / subfolder
     if Path(model).is_dir():
         place = str(local)
-        read_json(local / "config.json", "_class_name")
+        name = read_json(local / "config.json", "_class_name")["_class_name"]
+        if name != part.__name__:
+            raise ValueError(f"{place} is a {name}; expected {part.__name__}")
     try:
         loaded, report = part.from_pretrained(
             model, subfolder=subfolder, use_safetensors=True, output_loading_info=True, **kwargs
@@ -63,7 +66,7 @@ def load_components(folder: Path, dtype: torch.dtype | None = None) -> dict[str,
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, the scheduler is not one of diffusers', or the tokenizer cannot pad.
+        ValueError: If a file is damaged, scheduler or autoencoder are not diffusers', or the tokenizer cannot pad.
     """
     index = read_json(folder / "model_index.json", "scheduler", "unet", "vae")
     name = str(index["scheduler"][1])
@@ -74,7 +77,12 @@ def load_components(folder: Path, dtype: torch.dtype | None = None) -> dict[str,
         )
     read_json(folder / "scheduler" / "scheduler_config.json", "beta_schedule")
     components: dict[str, Any] = {"scheduler": getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")}
-    for part, part_class in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+    vae_class = getattr(diffusers, str(index["vae"][1]), None)
+    if not (isinstance(vae_class, type) and issubclass(vae_class, ModelMixin) and hasattr(vae_class, "decode")):
+        raise ValueError(
+            f"{folder / 'model_index.json'} names the autoencoder {index['vae'][1]!r}; expected one of diffusers"
+        )
+    for part, part_class in (("unet", UNet2DConditionModel), ("vae", vae_class)):
         stored = dtype or stored_dtype(folder / part)
         components[part] = load_part(part_class, folder, part, torch_dtype=stored)
     read_json(folder / "tokenizer" / "tokenizer_config.json")  # otherwise transformers may read the path as a repo id

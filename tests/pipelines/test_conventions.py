@@ -15,6 +15,7 @@ from diffusers import (
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 
 from vlv import hub
+from vlv.diffusion_decoder import load_diffusion_decoder
 from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
 from ..builders import assert_close_to_scale
@@ -255,8 +256,9 @@ def test_other_autoencoders_decode(pipe, images, name, tmp_path, caplog):
     assert "Expected types for vae" not in caplog.text
     assert_close_to_scale(generate(loaded, images[:2], output_type="pt", height=24, width=40), got, 1e-3)
     assert VLVReconstructionPipeline.from_pipe(loaded).vae is loaded.vae
-    with pytest.raises(ValueError, match=f"names the autoencoder '{type(other.vae).__name__}'"):
-        load_reconstruction(tmp_path)
+    assert type(load_reconstruction(tmp_path).vae) is type(other.vae)
+    with pytest.raises(ValueError, match=f"vae is a {type(other.vae).__name__}; expected AutoencoderKL"):
+        load_diffusion_decoder(str(tmp_path))  # of which stage 1 needs the distribution of latents
 
 
 def test_the_scale_factor_is_that_of_the_autoencoder_s_decoder(pipe, images):
