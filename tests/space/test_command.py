@@ -52,13 +52,14 @@ def test_an_address_that_cannot_be_used_is_one_line(address, message, capsys):
         (None, None),
         ("config.json", b"[]"),
         ("tokenizer.json", b"{}"),
-        ("language_model.safetensors", b""),
+        ("captioner.safetensors", b""),
         ("unet/diffusion_pytorch_model.safetensors", b""),
         ("model_index.json", b"{}"),
     ],
     ids=str,
 )
-def test_a_model_that_cannot_be_loaded_is_one_line(name, content, tmp_path, capsys):
+def test_a_model_that_cannot_be_loaded_is_one_line(name, content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vlv.space.app.launch", lambda *args, **kwargs: pytest.fail("the page is served"))
     model = tmp_path / "model"
     if name is None:
         model.mkdir()
