@@ -32,6 +32,7 @@ def caption(model_folder, output, *arguments) -> tuple[int, dict[str, str]]:
     return code, json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_caption_captions_readable_images_and_names_the_others(model_folder, mixed_folder, tmp_path, capsys):
     code, captions = caption(model_folder, tmp_path / "c.json", mixed_folder)
     assert code == 1
@@ -42,6 +43,7 @@ def test_caption_captions_readable_images_and_names_the_others(model_folder, mix
     assert "captioned 5, failed 3" in stderr
 
 
+@pytest.mark.slow
 def test_captions_do_not_depend_on_the_batch_or_the_run(model_folder, mixed_folder, tmp_path):
     one_by_one = caption(model_folder, tmp_path / "1.json", mixed_folder, "--batch-size", 1)
     assert len(set(one_by_one[1].values())) > 2  # otherwise the comparisons below could not fail
@@ -72,6 +74,7 @@ def test_an_interrupted_run_keeps_its_captions(model_folder, mixed_folder, tmp_p
     assert sorted(captions) == READABLE[:2]
 
 
+@pytest.mark.slow
 def test_captions_of_embeddings_equal_captions_of_images(model_folder, mixed_folder, tmp_path):
     z = tmp_path / "z.safetensors"
     code = main(["encode", str(mixed_folder), "--model", str(model_folder), "--output", str(z), "--device", "cpu"])
@@ -126,6 +129,7 @@ def test_the_sheet_shows_all_images_and_their_captions(model_folder, mixed_folde
     assert reconstruct(model_folder, tmp_path, *arguments, "--captions", captions, "--overwrite") == 2
 
 
+@pytest.mark.slow
 def test_reconstructions_of_embeddings_equal_those_of_images(model_folder, mixed_folder, tmp_path):
     z, image = tmp_path / "z.safetensors", mixed_folder / "good.png"
     main(["encode", str(image), "--model", str(model_folder), "--output", str(z), "--device", "cpu"])

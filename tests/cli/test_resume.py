@@ -81,6 +81,7 @@ def test_another_image_of_the_same_name_is_refused(folder, tmp_path, images, mod
     assert f"another image under the name a.png: {folder / 'a.png'}" in said and output.read_text() == before
 
 
+@pytest.mark.slow
 def test_an_image_that_two_arguments_hold_is_captioned_once(folder, tmp_path, model_folder, capsys):
     output = tmp_path / "c.json"
     (folder / "sub").mkdir()

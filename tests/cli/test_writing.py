@@ -62,6 +62,7 @@ def test_a_folder_without_permission_is_named_before_the_model_is_loaded(command
     assert f"no permission to write into {folder_of_nobody / 'locked'}" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_existing_output_is_replaced_only_where_that_is_said(command, tmp_path, model_folder, images, capsys):
     images[0].save(tmp_path / "a.png")
@@ -228,6 +229,7 @@ def test_names_that_safetensors_cannot_hold_are_escaped():
     assert tensor_name("__metadata__") == "./__metadata__" and tensor_name("caf\u00e9.png") == "caf\u00e9.png"
 
 
+@pytest.mark.slow
 def test_one_bad_name_does_not_end_a_run(tmp_path, model_folder, images, capsys):
     folder = tmp_path / "in"
     folder.mkdir()

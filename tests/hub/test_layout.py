@@ -30,6 +30,7 @@ def test_the_captioner_loads_unchanged(exported, captioner, processor, images):
     assert torch.equal(plain.generate(pixels, max_new_tokens=4), captioner.generate(pixels, max_new_tokens=4))
 
 
+@pytest.mark.slow
 def test_weights_that_stay_on_disk_give_the_same_captions(exported, captioner, processor, images, tmp_path):
     pixels = processor(images=images[:2]).pixel_values
     expected = captioner.generate(pixels, max_new_tokens=4)

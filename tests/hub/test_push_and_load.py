@@ -319,7 +319,7 @@ def test_a_cached_model_loads_without_a_network(model, expected, image_file, tmp
     done = machine.vlv(*command, machine.folder / "second.json")  # the server is gone
     assert done.returncode == 0, done.stderr
     assert json.loads((machine.folder / "second.json").read_text()) == {"image.png": expected["caption"]}
-    done = machine.vlv("caption", image_file, "--model", "org/never-seen")
+    done = machine.vlv("caption", image_file, "--model", "org/never-seen", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "cannot load org/never-seen" in done.stderr
 
 

@@ -87,6 +87,7 @@ def test_both_encoders_survive_another_export(converted, golden, tmp_path):
     assert_close_to_scale(prefix(again, golden), golden["stage2/prefix"], 5e-5)
 
 
+@pytest.mark.slow
 def test_stage_1_alone(golden, tmp_path):
     result = convert(tmp_path / "vlv", stage1=GOLDEN / "stage1" / "pytorch_model.bin", **FOLDERS)
     assert_close_to_scale(conditioning(result.folder, golden), golden["text_encoder"], 5e-5)
@@ -161,6 +162,7 @@ def test_bfloat16_weights_stay_bfloat16(weights2, golden, stable_diffusion_with_
     assert 0 < error < 0.1 * golden["stage2/prefix"].abs().max()
 
 
+@pytest.mark.slow
 def test_sizes_are_read_from_the_weights(weights1, golden, tmp_path):
     """Florence-2 has 1024 or 4096 positions, and a checkpoint does not say which one it was trained with."""
     longer = dict(weights1)
@@ -189,6 +191,7 @@ def native_names(weights, prefix):
     return rest, florence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_", ["model.", "model.model."])
 def test_a_checkpoint_with_transformers_weight_names_converts(prefix_, weights1, golden, tmp_path):
     rest, florence = native_names(weights1, prefix_)
@@ -269,6 +272,7 @@ def test_a_weight_that_does_not_fit_is_named(damage, weights1, tmp_path):
     assert not (tmp_path / "vlv").exists()
 
 
+@pytest.mark.slow
 def test_tied_weights_may_be_missing_and_constants_may_be_present(weights1, golden, tmp_path):
     weights = {name: tensor for name, tensor in weights1.items() if not name.endswith("embed_tokens.weight")}
     weights["text_encoder.text_model.embeddings.position_ids"] = torch.arange(77)[None]
@@ -291,6 +295,7 @@ def test_a_pickle_that_would_run_code_is_not_loaded(tmp_path, capsys):
     assert not os.path.exists("/tmp/vlv-evil-ran")
 
 
+@pytest.mark.slow
 def test_a_missing_file_or_option_is_named(tmp_path, capsys):
     def run(*arguments) -> str:
         assert main(["convert", *map(str, arguments)]) == 2
@@ -357,6 +362,7 @@ def test_the_error_for_a_damaged_checkpoint_gives_no_dangerous_advice(content, t
     assert "weights_only" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_other_folders_beside_the_output_stay_unchanged(tmp_path, monkeypatch):
     (tmp_path / "vlv.unfinished").mkdir()
     (tmp_path / "vlv.unfinished" / "thesis.txt").write_text("text")

@@ -28,6 +28,7 @@ def inputs() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_loss_by_the_formulas(prediction_type, zero_snr, inputs):

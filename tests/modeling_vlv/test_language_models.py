@@ -141,6 +141,7 @@ def test_submodels_keep_their_attention_implementations_and_their_configurations
     assert language_model.config.vocab_size == VOCABULARY == len(language_model.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_weights_that_the_model_does_not_have_are_an_error(tmp_path, processor):
     config = vlv_config(text_config=AutoConfig.for_model("llama", **SIZES, attention_bias=True))
     VLVForConditionalGeneration(config).save_pretrained(tmp_path)

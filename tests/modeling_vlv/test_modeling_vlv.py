@@ -222,6 +222,7 @@ def test_half_precision_gives_nearly_the_same_loss(tmp_path, captioner, pixels, 
     assert half.generate(pixels, max_new_tokens=3).shape == (3, 3)
 
 
+@pytest.mark.slow
 def test_device_map_auto_gives_the_same_loss(tmp_path, captioner, pixels):
     captioner.save_pretrained(tmp_path)
     placed = VLVForConditionalGeneration.from_pretrained(tmp_path, device_map="auto").eval()

@@ -297,6 +297,7 @@ def test_an_interrupted_call_skips_the_remaining_steps(pipe, images):
     assert len(calls) == 2 + 5 and not pipe.interrupt
 
 
+@pytest.mark.slow
 def test_diffusers_callbacks_work_where_the_pipeline_is_loaded_as_remote_code():
     pipe = DiffusionPipeline.from_pretrained(str(MINIATURE), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)

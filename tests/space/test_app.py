@@ -114,6 +114,7 @@ def test_it_runs_in_half_precision():
     assert half.reconstruct(EXAMPLES[0], 1, 2, 2.0, lambda *a, **k: None)[1].size == (64, 64)
 
 
+@pytest.mark.slow
 def test_a_stage_1_model_has_no_caption_tab(tmp_path):
     encoder, image_processor = hub.load_encoder(MINIATURE)
     folder = hub.export(tmp_path / "s", encoder=encoder, image_processor=image_processor, diffusion_model=MINIATURE)
@@ -173,6 +174,7 @@ def test_each_tab_says_what_the_model_knows(demo, tab):
     assert KNOWS in shown_without_a_click(build(demo), tab)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("card", "said"),
     [

@@ -46,6 +46,7 @@ def test_an_address_that_cannot_be_used_is_one_line(address, message, capsys):
     assert error.startswith(f"vlv: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -88,6 +88,7 @@ def test_a_finished_run_is_left_as_it_is(run_folder, train, capsys):
     assert train(run_folder) == []
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_that_is_finished_is_left_as_it_is(tmp_path, train):
     settings = {"max_steps": None, "num_train_epochs": 0.5}
     assert train(tmp_path / "run", **settings) == [1, 2]
@@ -104,6 +105,7 @@ def test_a_run_that_ended_before_it_saved_its_model_saves_it(run_folder, finishe
     assert json.loads((run_folder / "training.json").read_text())["stage2"]["steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_and_the_schedule_is_said(run_folder, train, capsys):
     assert train(run_folder, max_steps=4) == [3, 4]
     said = capsys.readouterr().out
@@ -129,6 +131,7 @@ def test_other_settings_are_refused_with_a_table(changes, row, run_folder, train
     assert content(run_folder) == before
 
 
+@pytest.mark.slow
 def test_other_data_and_another_model_are_refused(run_folder, train, image_folder, stage1_checkpoint, tmp_path):
     other = shutil.copytree(image_folder, tmp_path / "moved")
     assert train(run_folder, max_steps=3, pairs=other) == [3]  # the same data in another folder
@@ -141,12 +144,14 @@ def test_other_data_and_another_model_are_refused(run_folder, train, image_folde
     assert f"\n  pairs: {other} (" in str(ending.value) and f"\n  model: {stage1_checkpoint} (" in str(ending.value)
 
 
+@pytest.mark.slow
 def test_accepted_changes_take_effect_and_are_said(run_folder, train, capsys):
     assert train(run_folder, max_steps=4, learning_rate=1e-2, accept_changes=True) == [3, 4]
     assert "learning_rate: 0.001 -> 0.01" in capsys.readouterr().out
     assert json.loads((run_folder / RECORD_FILE).read_text())["settings"]["learning_rate"] == 1e-2
 
 
+@pytest.mark.slow
 def test_settings_without_effect_on_the_result_take_effect(run_folder, train):
     assert train(run_folder, max_steps=6, save_steps=2, logging_steps=3, dataloader_num_workers=1) == [3, 4, 5, 6]
     assert {path.name for path in run_folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 4, 6)}
@@ -154,6 +159,7 @@ def test_settings_without_effect_on_the_result_take_effect(run_folder, train):
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 6]
 
 
+@pytest.mark.slow
 def test_a_new_start_moves_the_old_run_aside(run_folder, train, finished):
     assert train(run_folder, learning_rate=1e-2, overwrite_output_dir=True) == [1, 2]
     assert content(run_folder.with_name("run-old-1")) == content(finished)
@@ -175,6 +181,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, damage, 
     assert "checkpoint-2 is left out: " in said and expected in said and "resuming from" in said
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run_folder, train):
     (run_folder / RECORD_FILE).unlink()  # the run did not end
     truncate(run_folder / "checkpoint-2" / "model.safetensors")

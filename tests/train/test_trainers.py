@@ -89,6 +89,7 @@ def test_a_trained_model_ends_its_captions(tmp_path, captioner, processor, image
     assert processor.decode(ids[0], skip_special_tokens=True) == "a small dog"
 
 
+@pytest.mark.slow
 def test_rates_norms_and_skipped_images_are_logged(tmp_path, captioner, processor, pairs):
     pairs[3] = {"image": b"broken", "caption": "a"}
     trainer = stage2_trainer(tmp_path, captioner, processor, pairs, per_device_train_batch_size=8)
@@ -164,6 +165,7 @@ def test_validation_does_not_change_the_losses(tmp_path, image_folder, stable_di
         assert len(grid.getcolors(2**16)) > 100
 
 
+@pytest.mark.slow
 def test_validation_writes_generated_and_reference_captions(tmp_path, captioner, processor, pairs):
     trainer = stage2_trainer(tmp_path, captioner, processor, pairs, validation_steps=1, num_validation_images=3)
     trainer.train()
