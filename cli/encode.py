@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from vlv import VLVModel, hub
-from vlv.files import write_atomically
+from vlv.files import require_space, write_atomically
 
 from .batches import Batch, read_batches
 from .errors import UserError
 from .inputs import collect_images, positive
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
-from .output import Summary, output_path, refuse_existing, require_space
+from .output import Summary, output_path, refuse_existing
 
 MAX_WRITING_SHARE = 20  # rewriting the file takes at most 1/20 of the time
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     config = model.config
     size = len(inputs) * config.num_query_tokens * config.text_encoder_config.hidden_size * model.dtype.itemsize
-    require_space(output, size, "--output")
+    require_space(output, size)
     metadata = {"model": tensor_name(source)} | ({"for": arguments.use} if two_encoders else {})
     summary = Summary(len(inputs))
     embeddings: dict[str, torch.Tensor] = {}

@@ -1,7 +1,6 @@
 """Results on disk, readable at any moment; progress and the summary of a run on standard error."""
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vlv.files import errors_naming, to_json, write_atomically
+from vlv.files import errors_naming, nearest_existing, to_json, write_atomically
 
 from .errors import UserError
 
@@ -35,7 +34,7 @@ def output_path(text: str, suffix: str, option: str = "--output") -> Path:
 
 def require_writable(folder: Path, option: str, text: str) -> None:
     """Raises `UserError` if no file can be written into a folder, which may have to be created."""
-    existing = _existing(folder)
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise UserError(f"{option} {text} cannot be written: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -47,24 +46,6 @@ def refuse_existing(path: Path, option: str, *, resumable: bool = False) -> None
     if os.path.lexists(path):
         go_on = "pass --resume to go on with it, " if resumable else "pass "
         raise UserError(f"{path} exists; {go_on}--overwrite to replace it, or another {option}")
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    path = Path(os.path.abspath(path))
-    while not os.path.lexists(path):
-        path = path.parent
-    return path
-
-
-def require_space(path: Path, needed: int, option: str) -> None:
-    """Raises `UserError` if the disk of a file, which may have to be created, has fewer bytes than needed."""
-    free = shutil.disk_usage(_existing(path)).free
-    if free < needed:
-        raise UserError(
-            f"{option} {path} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; name a file on "
-            "another disk"
-        )
 
 
 class GrowingJson:

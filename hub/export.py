@@ -12,7 +12,7 @@ from diffusers import __version__ as diffusers_version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vlv.files import is_variant, set_default_permissions, write_json
+from vlv.files import is_variant, require_space, set_default_permissions, write_json
 from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 
@@ -64,6 +64,7 @@ def export(
 
     Raises:
         ValueError: If captioner and processor, or encoder and image processor, are not given together.
+        OSError: If the disk is too small for the weights. An earlier model in the folder is then unchanged.
     """
     root = Path(folder)
     if captioner is not None:
@@ -75,6 +76,8 @@ def export(
         raise ValueError("pass captioner and processor, or encoder and image_processor")
     if diffusion_model is not None:
         diffusion_model = _diffusion_components(diffusion_model)  # before anything is written
+    modules = [encoder, captioner, *(diffusion_model or {}).values()]
+    require_space(root, _size([module for module in modules if isinstance(module, torch.nn.Module)], dtype))
     (root / "encoder").mkdir(parents=True, exist_ok=True)
     _remove_stale_files(root, captions=captioner is not None)
 
@@ -95,6 +98,12 @@ def export(
     if half_variant:
         _add_half_variant(root)
     return root
+
+
+def _size(modules: list[torch.nn.Module], dtype: torch.dtype | None) -> int:
+    """Bytes of the parameters of some modules. Those that several modules share count once."""
+    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    return sum(p.numel() * (p.dtype if dtype is None else dtype).itemsize for p in parameters)
 
 
 def _remove_stale_files(root: Path, captions: bool) -> None:

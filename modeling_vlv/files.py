@@ -1,5 +1,6 @@
 """Files on disk: reads and writes JSON, reads headers of weights. Errors name the file."""
 
+import errno
 import json
 import os
 import re
@@ -77,6 +78,22 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = Path(os.path.abspath(path))
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raises `OSError` if the disk of a file or folder, which may have to be created, has fewer bytes than needed."""
+    free = shutil.disk_usage(nearest_existing(path)).free
+    if free < needed:
+        reason = f"it needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free; name another disk"
+        raise OSError(errno.ENOSPC, reason, str(path))
 
 
 @contextmanager

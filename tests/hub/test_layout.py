@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -222,3 +223,20 @@ def test_an_unknown_precision_is_named_in_the_error(exported):
     save_file({name: t.to(torch.float8_e4m3fn) for name, t in load_file(path).items()}, path)
     with pytest.raises(ValueError, match=r"F8_E4M3.*float16"):
         hub.load_diffusion_components(exported)
+
+
+def test_a_disk_that_is_too_small_leaves_the_earlier_model(
+    captioner, processor, stable_diffusion, tmp_path, monkeypatch
+):
+    parts = {"captioner": captioner, "processor": processor, "diffusion_model": stable_diffusion}
+    folder = hub.export(tmp_path / "model", **parts)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(weights * 0.9)))
+    with pytest.raises(OSError, match=r"its disk has .* GB free") as error:
+        hub.export(folder, **parts)
+    assert error.value.filename == str(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(weights * 1.1)))
+    hub.export(folder, **parts)
