@@ -605,7 +605,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         """
         if pixel_values is None and caption_embeds is None:
             raise ValueError(
-                "there is no image to caption; words and chats need one, too: pass exactly one of pixel_values and "
+                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values and "
                 "caption_embeds"
             )
         output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)

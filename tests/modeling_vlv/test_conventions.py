@@ -164,7 +164,7 @@ def test_a_caption_of_the_prefixs_length_is_no_repetition(captioner, pixels):
 
 
 def test_words_without_an_image_are_refused(captioner):
-    with pytest.raises(ValueError, match="there is no image to caption"):
+    with pytest.raises(ValueError, match="an image to caption is missing"):
         captioner.generate(input_ids=WORDS)
 
 

@@ -136,5 +136,5 @@ def test_a_chat_of_several_images_is_refused(caption, processor, images):
 
 
 def test_a_chat_without_an_image_is_refused(caption):
-    with pytest.raises(ValueError, match="there is no image to caption; words and chats need one"):
+    with pytest.raises(ValueError, match="an image to caption is missing; words and chats need one"):
         caption(text=[{"role": "user", "content": [{"type": "text", "text": "a dog"}]}], **GENERATION)
