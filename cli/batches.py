@@ -55,8 +55,11 @@ def read_batches(
             if identify and item.problem is None:
                 item = replace(item, identity=item.identify())
             row = _read(item, image_processor, original_size)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             summary.fail(item.name, str(error))
+            continue
+        except OSError as error:
+            summary.fail(item.name, f"it cannot be read: {error.strerror}")
             continue
         if rows and _shapes(rows[0]) != _shapes(row):
             yield _join(rows)

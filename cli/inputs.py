@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -59,9 +60,11 @@ class Input:
         }
 
     def digest(self) -> str:
-        """Hash of the file, or of the embeddings. Raises `OSError`."""
+        """Hash of the file, or of the embeddings; empty for a pipe, which can be read once. Raises `OSError`."""
         if self.embeds is not None:
             return hashlib.blake2b(self.embeds.numpy().tobytes(), digest_size=16).hexdigest()
+        if not stat.S_ISREG(self.path.stat().st_mode):
+            return ""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

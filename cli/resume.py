@@ -130,6 +130,8 @@ class ResumableResults:
 
     def _open(self) -> GrowingJson:
         if self._json is None:
+            if self._record_file is None and self.record_path.exists():  # of a run that began after this one
+                self._record_file = self._open_record()
             lines = _to_lines([*self._runs, self._run, *self._records.values()])
             write_atomically(self.record_path, lambda temporary: temporary.write_bytes(lines))
             self._record_file = self._open_record()
@@ -211,7 +213,7 @@ def _is_unchanged(record: Mapping[str, Any], item: Input) -> bool:
         status = item.path.stat()
         if (item.source, status.st_size, status.st_mtime_ns) == (record["source"], record["size"], record["mtime_ns"]):
             return True
-        return item.digest() == record["blake2b"]
+        return record["blake2b"] != "" and item.digest() == record["blake2b"]
     except OSError:
         return item.source == record["source"]
 

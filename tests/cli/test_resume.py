@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -282,3 +283,26 @@ def test_a_terminated_run_keeps_its_results(model_folder, folder, tmp_path, monk
         caption(model_folder, tmp_path / "c.json", folder, "--batch-size", 1, "--max-new-tokens", 2)
     assert ending.value.code == 143 and list(json.loads((tmp_path / "c.json").read_text())) == ["a.png"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_pipe_is_read_once_and_captioned_again(folder, tmp_path, model_folder, capsys):
+    pipe, output = tmp_path / "pipe", tmp_path / "c.json"
+    os.mkfifo(pipe)
+    for option in ("--overwrite", "--resume"):
+        writer = threading.Thread(target=lambda: pipe.write_bytes((folder / "a.png").read_bytes()))
+        writer.start()
+        assert caption(model_folder, output, pipe, option, "--max-new-tokens", 2) == 0
+        writer.join()
+    assert "kept 0, captioned 1, failed 0" in capsys.readouterr().err
+    assert list(json.loads(output.read_text())) == ["pipe"]
+
+
+def test_of_two_runs_that_begin_together_one_is_refused(folder, tmp_path):
+    output = tmp_path / "c.json"
+    inputs = [replace(item, identity=item.identify()) for item in collect_images([str(folder)])]
+    first, second = (ResumableResults(output, MODEL, SETTINGS) for _ in range(2))
+    first.add(inputs[:1], ["A"])
+    with pytest.raises(Exception, match="another run writes into"):
+        second.add(inputs[1:2], ["B"])
+    first.add(inputs[2:], ["C"])
+    assert json.loads(output.read_text()) == {"a.png": "A", "c.png": "C"}
