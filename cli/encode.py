@@ -48,14 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = collect_images(arguments.paths)
     source = choose_model(arguments)
     with loading(source):
-        two_encoders = hub.has_two_encoders(
-            hub.resolve(source, revision=arguments.revision, allow_patterns=["*.json"])
-        )
+        folder = hub.resolve(source, revision=arguments.revision, allow_patterns=["*.json"])
+        two_encoders = hub.has_two_encoders(folder)
+        config = hub.read_config(folder / "encoder" if (folder / "encoder" / "config.json").is_file() else folder)
         if two_encoders and arguments.use is None:
             raise UserError(
                 f"{source} has two encoders, one for captions and one for reconstructions, and the embeddings of one "
                 "do not serve the other: pass --for caption or --for reconstruct"
             )
+    size = config.get("num_query_tokens", 0) * config["text_encoder_config"].get("hidden_size", 0)  # 0: not known
+    require_space(output, len(inputs) * size * precision(arguments).itemsize)
+    with loading(source):
         model, image_processor = hub.load_encoder(
             source,
             revision=arguments.revision,
@@ -63,9 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
             device=choose_device(arguments),
             for_captions=arguments.use == "caption",
         )
-    config = model.config
-    size = len(inputs) * config.num_query_tokens * config.text_encoder_config.hidden_size * model.dtype.itemsize
-    require_space(output, size)
     metadata = {"model": tensor_name(source)} | ({"for": arguments.use} if two_encoders else {})
     summary = Summary(len(inputs))
     embeddings: dict[str, torch.Tensor] = {}

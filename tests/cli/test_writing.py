@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from vlv import hub
 from vlv.cli.encode import tensor_name
 from vlv.cli.main import main
 from vlv.cli.output import GrowingJson
@@ -107,6 +108,7 @@ def test_a_disk_that_is_too_small_for_the_embeddings_is_named(tmp_path, model_fo
     images[0].save(tmp_path / "a.png")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    monkeypatch.setattr(hub, "load_encoder", lambda *args, **kwargs: pytest.fail("the model is loaded"))
     assert run("encode", tmp_path / "a.png", model_folder, tmp_path / "z.safetensors") == 2
     assert "and its disk has 0.0 GB free" in capsys.readouterr().err and not (tmp_path / "z.safetensors").exists()
 
