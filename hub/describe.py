@@ -16,7 +16,7 @@ from vlv.original_checkpoint import find_checkpoint, read_weights
 
 from .card import LICENCES, pretrained_models, read_training
 from .layout import CAPTIONER_WEIGHTS, CARD_FILE, INDEX_FILE, TRAINER_FOLDERS
-from .load import read_config, read_weight_map, resolve, to_repo_id
+from .load import file_sizes, read_config, read_weight_map, resolve, to_repo_id
 
 METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -96,8 +96,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
     try:
         if constants.is_offline_mode():
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        entries = list(api.list_repo_tree(repo, revision=revision, recursive=True))
-        files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        files = file_sizes(repo, revision, token)
         folder = resolve(source, revision=revision, token=token, allow_patterns=METADATA_FILES)
         return _describe_vlv(repo, folder, files, lambda name: _remote_header(api, repo, name, revision))
     except RepositoryNotFoundError as error:

@@ -95,13 +95,26 @@ def to_repo_id(source: str | os.PathLike) -> str:
 
 
 def _list_files(repo: str, revision: str | None, token: str | None) -> list[str] | None:
-    """The repository's files; None if the Hub does not answer, which takes the library's retries to find out."""
+    """The repository's files; None if the Hub does not answer."""
     try:
-        return HfApi(token=token).list_repo_files(repo, revision=revision)
+        return list(file_sizes(repo, revision, token))
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and 400 <= error.response.status_code < 429:
             raise  # an answer, such as that there is no such repository
         return None
+
+
+def file_sizes(repo: str, revision: str | None, token: str | None) -> dict[str, int]:
+    """Name and bytes of each file of a repository, by one request.
+
+    `HfApi.list_repo_tree` tries again for 23 seconds where the Hub does not answer.
+
+    Raises:
+        HTTPError: If the Hub does not answer, or there is no such repository.
+    """
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
 def _refuse_pickles(source: str, names: list[str]) -> None:
