@@ -75,9 +75,9 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def gather_weights(model: Any) -> dict[str, torch.Tensor]:
-    """The complete weights of a sharded model, on the CPU of the first process. Tied ones have one name, as in files."""
+    """The complete weights of a sharded model, on the CPU of the first process; tied ones under one name."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     return {name: tensor for name, tensor in weights.items() if name not in (model.all_tied_weights_keys or {})}
 
 
