@@ -4,9 +4,9 @@ from vlv.tokenizer import load_tokenizer
 
 from .card import Card
 from .convert import Conversion, convert
-from .decoder import DiffusionModel, diffusion_model_of, has_own_diffusion_model
+from .decoder import DiffusionModel, diffusion_model_of, find_diffusion_model, has_own_diffusion_model
 from .describe import Description, describe
-from .export import export
+from .export import add_diffusion_model, export
 from .fingerprint import fingerprint
 from .layout import CAPTIONER_FILES, CAPTIONER_FINGERPRINT, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
 from .load import (
@@ -31,10 +31,12 @@ __all__ = [
     "Description",
     "DiffusionModel",
     "UploadError",
+    "add_diffusion_model",
     "convert",
     "describe",
     "diffusion_model_of",
     "export",
+    "find_diffusion_model",
     "fingerprint",
     "has_own_diffusion_model",
     "has_two_encoders",

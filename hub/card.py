@@ -104,7 +104,7 @@ def write_card(folder: Path, repo: str, card: Card) -> None:
         width=config["text_encoder_config"]["hidden_size"],
         max_new_tokens=training.get("stage2", {}).get("max_caption_tokens", 300),
         parts=_parts(folder),
-        stages=_stages(training),
+        stages=_stages(without_local_paths(training)),
         results=_results_section(card),
         licences=[f"{model}: {LICENCES.get(model, 'see its page')}." for model in base_models],
     )
@@ -218,11 +218,32 @@ def _parts(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def without_local_paths(training: dict[str, Any]) -> dict[str, Any]:
+    """Training metadata in which paths of this machine are cut to their last names."""
+    return {
+        stage: {name: _public(value) for name, value in metadata.items()} if isinstance(metadata, dict) else metadata
+        for stage, metadata in training.items()
+    }
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
+    is_path = isinstance(value, str) and (value.startswith((".", "/", "~")) or Path(value).exists())
+    return Path(value).name if is_path else value
+
+
 def _stages(training: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     titles = {"stage1": "Stage 1, images alone", "stage2": "Stage 2, image-caption pairs"}
     stages = []
     for key, title in titles.items():
         if metadata := training.get(key):
-            known = [f"{name.replace('_', ' ')}: {value}" for name, value in metadata.items() if value is not None]
+            known = [
+                f"{name.replace('_', ' ')}: {value}"
+                for name, value in metadata.items()
+                if value is not None and name != "fingerprints"
+            ]
             stages.append({"title": title, "text": ", ".join(known) + "."})
     return stages

@@ -30,14 +30,6 @@ class DiffusionModel:
     revision: str | None
     fingerprint: str
 
-    @classmethod
-    def find(cls, source: str | os.PathLike) -> "DiffusionModel":
-        """The reference to a folder, or to a repository of which files are in the cache."""
-        found = fingerprint(source)
-        if Path(source).is_dir():
-            return cls(str(Path(source).resolve()), None, found)
-        return cls(os.fspath(source), found if found != "unknown" else None, found)
-
     def check(self, referrer: str | os.PathLike) -> None:
         """Raises if a folder is gone or has changed. A repository is loaded at its revision.
 
@@ -60,6 +52,19 @@ class DiffusionModel:
                 f"{referrer} was trained with another text-to-image model than {self.source} is now: its fingerprint "
                 f"was {self.fingerprint[:12]} and is {present[:12]}; {remedy}"
             )
+
+
+def find_diffusion_model(source: str | os.PathLike) -> DiffusionModel:
+    """The reference to a text-to-image model: to `source`, or to what the VLV `source` refers to.
+
+    Args:
+        source: A folder, or a repo id of which files are in the cache.
+    """
+    found = fingerprint(source)
+    if not Path(source).is_dir():
+        return DiffusionModel(os.fspath(source), found if found != "unknown" else None, found)
+    referred = referred_diffusion_model(Path(source))
+    return referred or DiffusionModel(str(Path(source).resolve()), None, found)
 
 
 def has_own_diffusion_model(folder: Path) -> bool:
@@ -91,7 +96,7 @@ def diffusion_model_of(source: str | os.PathLike, folder: Path) -> DiffusionMode
         folder: Its files.
     """
     if has_own_diffusion_model(folder):
-        return DiffusionModel.find(source)
+        return find_diffusion_model(source)
     return referred_diffusion_model(folder)
 
 

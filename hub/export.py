@@ -17,7 +17,7 @@ from vlv.files import is_variant, require_space, set_default_permissions, write_
 from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 
-from .decoder import DiffusionModel, refer_to
+from .decoder import DiffusionModel, has_own_diffusion_model, refer_to
 from .layout import (
     CAPTIONER_ENCODER_FILE,
     CAPTIONER_FILE,
@@ -118,6 +118,19 @@ def export(
     if half_variant:
         _add_half_variant(root)
     return root
+
+
+def add_diffusion_model(folder: str | os.PathLike) -> None:
+    """Copies the text-to-image model that a folder in the Hub layout refers to into it.
+
+    Raises:
+        FileNotFoundError: If the folder names none, or it is not where it was.
+        ValueError: If it has changed.
+    """
+    root = Path(folder)
+    if not has_own_diffusion_model(root):
+        _export_diffusion_components(root, load_diffusion_components(root), None)
+        add_code(root)
 
 
 def _size(modules: list[torch.nn.Module], dtype: torch.dtype | None) -> int:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
-from vlv.files import stored_dtype
+from vlv.files import read_json, stored_dtype, write_json
 
-from .card import Card, change_card, is_as_pushed, stamp, write_card
+from .card import Card, change_card, is_as_pushed, stamp, without_local_paths, write_card
 from .export import export
 from .folders import new_folder
 from .layout import CARD_FILE, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
@@ -184,7 +183,7 @@ def write_repository(
     with new_folder(folder) as written:
         _export_again(root, written, diffusion_model, token, dtype, half_variant)
         if (root / TRAINING_FILE).is_file():
-            shutil.copyfile(root / TRAINING_FILE, written / TRAINING_FILE)
+            write_json(written / TRAINING_FILE, without_local_paths(read_json(root / TRAINING_FILE)))
         _write_card(root, written, repo, card or Card())
     return Path(folder)
 

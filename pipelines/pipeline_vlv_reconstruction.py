@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import diffusers
 import torch
@@ -27,7 +27,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-StepEndCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
+StepEndCallback: TypeAlias = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
 
 
 # The next two are diffusers' own. Importing them from its Stable Diffusion pipeline warns about torchvision.

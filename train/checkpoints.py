@@ -10,9 +10,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vlv.files import read_header, read_json
+from vlv.hub.layout import ADAPTER_FOLDER, PIPELINE_PARTS
 
 RECORD_FILE = "run.json"
 """Settings of the run, in each checkpoint and in `output_dir`."""
+MODEL_FOLDERS = {"encoder", "image_processor", ADAPTER_FOLDER, *PIPELINE_PARTS}
+"""Folders of a model in the Hub layout."""
 LOCK_FILE = ".run.lock"
 FREE_SETTINGS = ("max_steps", "num_train_epochs")
 """Settings of the record that a run may change when it goes on."""
@@ -49,7 +52,14 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         if "global_step" not in read_json(checkpoint / "trainer_state.json"):
             return "trainer_state.json has no global_step"
-        weights = sorted(checkpoint.glob("*.safetensors"))
+        if (checkpoint / RECORD_FILE).is_file():
+            present = list_files(checkpoint)
+            for name, size in read_json(checkpoint / RECORD_FILE).get("files", {}).items():
+                if present.get(name) != size:
+                    return f"{name} is missing" if name not in present else f"{name} is cut off"
+        weights = sorted(checkpoint.rglob("*.safetensors"))
+        for path in sorted(checkpoint.rglob("*.json")):
+            read_json(path)
         for index in checkpoint.glob("*.safetensors.index.json"):
             weights += [checkpoint / name for name in set(read_json(index, "weight_map")["weight_map"].values())]
         for path in weights:
@@ -58,7 +68,8 @@ def find_damage(checkpoint: Path) -> str | None:
             read_header(path)
     except (ValueError, OSError) as error:
         return str(error)
-    if any(path.is_dir() for path in checkpoint.iterdir()):  # of FSDP or DeepSpeed, which check their own files
+    folders = {path.name for path in checkpoint.iterdir() if path.is_dir()}
+    if folders - MODEL_FOLDERS:  # of FSDP or DeepSpeed, which check their own files
         return None
     if not any(checkpoint.glob("rng_state*.pth")):
         return "rng_state.pth is missing"
@@ -73,7 +84,14 @@ def find_damage(checkpoint: Path) -> str | None:
                     return f"{name} is damaged"
         except (zipfile.BadZipFile, OSError) as error:
             return f"{name} is damaged: {error}"
-    return None if weights else "there are no weights"
+    complete = any(checkpoint.glob("model*.safetensors*"))  # one file, or an index of several
+    return None if complete else "there are no weights"
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Path within the folder and bytes of each of its files."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 def check_settings(checkpoint: str | Path, settings: Mapping[str, Any], accept_changes: bool) -> None:

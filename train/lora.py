@@ -1,8 +1,19 @@
-"""LoRA for the language model in stage 2."""
+"""LoRA layers in the language model of stage 2."""
 
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from vlv import VLVForConditionalGeneration
+
+ADAPTER = "default"  # peft's name for the first adapter
+ADAPTER_FILE = "adapter_model.safetensors"
+PREFIX = "language_model."
+PEFT_PREFIX = "base_model.model."  # of the names in peft's file
 
 
 def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
@@ -21,6 +32,63 @@ def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
         model.language_model = get_peft_model(model.language_model, lora_config)
 
 
+def has_lora(model: Any) -> bool:
+    """Whether the language model of a model has LoRA layers."""
+    return hasattr(getattr(model, "language_model", None), "peft_config")
+
+
 def merge_lora(model: VLVForConditionalGeneration) -> None:
-    """Merges the LoRA layers into the language model, so that it is saved as a plain one."""
+    """Merges the LoRA layers into the language model, which is a plain one afterwards."""
     model.language_model = model.language_model.merge_and_unload()
+
+
+def merged_weights(model: VLVForConditionalGeneration, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the plain model that `merge_lora` gives. The model itself does not change.
+
+    Args:
+        weights: Those of the model with LoRA layers.
+    """
+    modules = model.language_model.named_modules()
+    layers = {PREFIX + name: module for name, module in modules if hasattr(module, "scaling")}
+    merged: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        owner, _, last = name.rpartition(".base_layer.")
+        if ".lora_" in name:
+            continue
+        if owner in layers and last == "weight":
+            layer = layers[owner]
+            a, b = (weights[f"{owner}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
+            change = b @ a * layer.scaling[ADAPTER]
+            tensor = tensor + (change.T if layer.fan_in_fan_out else change).to(tensor.dtype)
+        plain = name.removeprefix(PREFIX).removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        merged[PREFIX + plain if name.startswith(PREFIX) else name] = tensor
+    return merged
+
+
+def save_adapter(model: VLVForConditionalGeneration, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes the LoRA layers in peft's format, for `PeftModel.from_pretrained(language_model, folder)`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter = {
+        name.removeprefix(PREFIX).replace(f".{ADAPTER}.weight", ".weight"): tensor.detach().cpu().contiguous()
+        for name, tensor in weights.items()
+        if ".lora_" in name
+    }
+    save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    peft_config = model.language_model.peft_config[ADAPTER]
+    for_inference, peft_config.inference_mode = peft_config.inference_mode, True
+    peft_config.save_pretrained(str(folder))
+    peft_config.inference_mode = for_inference
+
+
+def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of LoRA layers that `save_adapter` wrote, under the names that the model has.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"there is no {ADAPTER_FILE} in {folder}: the checkpoint is not of a LoRA run")
+    return {
+        f"{PREFIX}{name.removesuffix('.weight')}.{ADAPTER}.weight": tensor
+        for name, tensor in load_file(folder / ADAPTER_FILE).items()
+    }

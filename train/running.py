@@ -1,13 +1,15 @@
-"""What both stages do before they train: the output folder, and what the run starts from."""
+"""What both stages do before and after they train: the output folder, what the run starts from, what it leaves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from vlv.hub import fingerprint
+from vlv import hub
 
 from .checkpoints import is_main_process, move_aside, only_run_in
+from .saving import Provenance
 from .stage_config import StageConfig
+from .trainer import VLVTrainer
 
 
 @contextmanager
@@ -29,6 +31,31 @@ def output_folder(config: StageConfig) -> Iterator[None]:
 
 def fingerprints(config: StageConfig, *names: str) -> dict[str, Any]:
     """`{name: {"source": ..., "fingerprint": ...}}` of the settings that name models."""
-    return {
-        name: {"source": getattr(config, name), "fingerprint": fingerprint(getattr(config, name))} for name in names
-    }
+    values = {name: getattr(config, name) for name in names}
+    return {name: {"source": value, "fingerprint": hub.fingerprint(value)} for name, value in values.items()}
+
+
+def provenance(
+    stage: str, start: str | None, sources: Mapping[str, Any], diffusion_model: hub.DiffusionModel | None
+) -> Provenance:
+    """Where a run comes from.
+
+    Args:
+        sources: `{name: {"source": ..., "fingerprint": ...}}` of the data and of the models that are read.
+    """
+    return Provenance(
+        stage,
+        start,
+        diffusion_model,
+        {name: value["source"] for name, value in sources.items()},
+        {name: value["fingerprint"] for name, value in sources.items()},
+    )
+
+
+def finish(trainer: VLVTrainer, config: Any) -> None:
+    """Saves the trained model in `output_dir`, with the text-to-image model if `export_decoder` says so."""
+    trainer.save_model()
+    trainer.save_state()
+    if config.export_decoder and config.should_save:
+        hub.add_diffusion_model(config.output_dir)
+    trainer.save_record()

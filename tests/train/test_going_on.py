@@ -98,10 +98,10 @@ def test_a_run_of_epochs_that_is_finished_is_left_as_it_is(tmp_path, train):
 
 
 def test_a_run_that_ended_before_it_saved_its_model_saves_it(run_folder, finished, train):
-    for name in ("model.safetensors", RECORD_FILE, "training.json"):
+    for name in ("captioner.safetensors", RECORD_FILE, "training.json"):
         (run_folder / name).unlink()
     assert train(run_folder) == []
-    before, after = (load_file(folder / "model.safetensors") for folder in (finished, run_folder))
+    before, after = (load_file(folder / "captioner.safetensors") for folder in (finished, run_folder))
     assert all(before[name].equal(after[name]) for name in before)
     assert json.loads((run_folder / "training.json").read_text())["stage2"]["steps"] == STEPS
 
@@ -172,20 +172,23 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"]
+    "name",
+    [
+        *("captioner.safetensors", "encoder/model.safetensors", "encoder/config.json", "tokenizer.json"),
+        *("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"),
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, damage, run_folder, capsys):
     damage(run_folder / "checkpoint-2" / name)
     assert last_checkpoint(run_folder) == str(run_folder / "checkpoint-1")
     said = capsys.readouterr().out
-    expected = "no weights" if (name, damage) == ("model.safetensors", Path.unlink) else name
-    assert "checkpoint-2 is left out: " in said and expected in said and "resuming from" in said
+    assert "checkpoint-2 is left out: " in said and name in said and "resuming from" in said
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run_folder, train):
     (run_folder / RECORD_FILE).unlink()  # the run did not end
-    truncate(run_folder / "checkpoint-2" / "model.safetensors")
+    truncate(run_folder / "checkpoint-2" / "captioner.safetensors")
     assert train(run_folder) == [2]
 
 

@@ -41,7 +41,7 @@ def test_both_launchers_train_and_save(
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert state["epoch"] == processes * 2 * 4 / 16  # two steps saw this share of the sixteen images
-    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
     metadata = json.loads((tmp_path / "run" / TRAINING_FILE).read_text())["stage1"]
     assert metadata["images"] == str(image_folder) and metadata["steps"] == 2 and metadata["learning_rate"] == 1e-3
     assert metadata["batch_size"] == 4 * processes and metadata["final_loss"] > 0

@@ -1,0 +1,108 @@
+"""What a run leaves, in `output_dir` and in each checkpoint: a model in the Hub layout, with its code."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from vlv import VLVForConditionalGeneration, VLVModel, hub
+from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE
+from vlv.hub.load import read_weight_map
+
+from .lora import has_lora, load_adapter, merged_weights, save_adapter
+
+
+@dataclass
+class Provenance:
+    """Where a run comes from.
+
+    Attributes:
+        stage: `"stage1"` or `"stage2"`.
+        start: Folder or repo id of the VLV that it starts from, if any.
+        diffusion_model: The text-to-image model that decodes the caption embeddings, if it is known.
+        sources: Names of data and pretrained models for `training.json`, such as `images` and `image_encoder`.
+        fingerprints: Fingerprints of those, by the same names.
+    """
+
+    stage: str
+    start: str | None = None
+    diffusion_model: hub.DiffusionModel | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def write_model(
+    folder: str | Path,
+    model: VLVModel | VLVForConditionalGeneration,
+    processor: Any,
+    provenance: Provenance | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a model in the Hub layout.
+
+    The text-to-image model stays where it is, and the folder refers to it. LoRA layers are merged into the weights
+    that are written, and are written by themselves as well, in peft's format. Where stage 2 changes the encoder,
+    reconstructions keep the encoder that the run started from.
+
+    Args:
+        processor: The image processor of a `VLVModel`, the processor of a captioner.
+        weights: All weights of the model, instead of those that it holds (for example, shards).
+
+    Raises:
+        OSError: If the disk is too small.
+    """
+    diffusion_model = provenance.diffusion_model if provenance is not None else None
+    if isinstance(model, VLVModel):
+        hub.export(folder, encoder=model, image_processor=processor, diffusion_model=diffusion_model, weights=weights)
+        return
+    if has_lora(model):
+        weights = dict(model.state_dict() if weights is None else weights)
+        save_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)
+        weights = merged_weights(model, weights)
+    encoder = image_processor = None
+    if provenance is not None and provenance.start is not None and _encoder_differs(model, provenance.start):
+        encoder, image_processor = hub.load_encoder(provenance.start)
+    hub.export(
+        folder,
+        encoder=encoder,
+        image_processor=image_processor,
+        captioner=model,
+        processor=processor,
+        diffusion_model=diffusion_model,
+        weights=weights,
+    )
+
+
+def _encoder_differs(model: VLVForConditionalGeneration, start: str) -> bool:
+    """Whether captions and reconstructions have encoders of their own after stage 2."""
+    trained = any(parameter.requires_grad for parameter in model.model.parameters())
+    return trained or hub.has_two_encoders(hub.resolve(start, allow_patterns=[INDEX_FILE]))
+
+
+def read_weights(folder: str | Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that `write_model` or `save_pretrained` wrote, under the names that a model has.
+
+    Tied weights have one of their names. Of a model with LoRA layers, the language model's weights are left out: they
+    are frozen, and those in the checkpoint are merged.
+    """
+    root = Path(folder)
+    if (root / INDEX_FILE).is_file():
+        files = read_weight_map(root)
+    else:
+        files = {}
+        for path in sorted(root.glob("model*.safetensors")):
+            with safe_open(path, "pt") as tensors:
+                files |= dict.fromkeys(tensors.keys(), path.name)
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(root / file, "pt") as tensors:
+            weights |= {name: tensors.get_tensor(name) for name in files if files[name] == file}
+    if isinstance(model, VLVModel):
+        weights = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in weights.items()}
+    if has_lora(model):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("language_model.")}
+        weights |= load_adapter(root / ADAPTER_FOLDER)
+    return weights
