@@ -59,6 +59,7 @@ def test_the_wheel_has_the_command_and_the_data(installed, tmp_path):
         "import os; from pathlib import Path; from vlv.checkpoints import MINIATURE; from vlv import hub, space; "
         "import vlv.train.configs as configs; "
         "assert {'stage1.yaml', 'stage2.yaml'} <= set(os.listdir(configs.__path__[0])); "
+        "assert 'fsdp2_8gpu.yaml' in os.listdir(os.path.join(configs.__path__[0], 'accelerate')); "
         "assert (MINIATURE / 'config.json').is_file(); "
         "assert (Path(hub.__file__).parent / 'model_card_template.md').is_file(); "
         "assert len(list((Path(space.__file__).parent / 'examples').glob('*.png'))) > 3"

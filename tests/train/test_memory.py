@@ -84,7 +84,7 @@ def test_a_denoiser_with_channels_last_and_checkpointing_gives_the_same_losses(t
 def test_compiled_layers_give_the_same_output(encoder):
     caption_embeds = torch.randn(2, 4, TEXT_WIDTH)
     expected = encoder(caption_embeds=caption_embeds).conditioning
-    assert compile_layers(encoder.text_encoder, CPU, backend="aot_eager") == 2
+    assert compile_layers(encoder.text_encoder, CPU, backend="eager") == 2
     assert all(layer._compiled_call_impl is not None for layer in encoder.text_encoder.encoder.layers)
     assert_close_to_scale(encoder(caption_embeds=caption_embeds).conditioning, expected)
     with pytest.raises(ValueError, match=r"compile_blocks does not work on cpu: .*absent.*; leave it out"):
