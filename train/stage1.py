@@ -46,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         set_seed(config.seed)
         disable_loading_bars()
         if config.images is None:
-            raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
-        dataset = load_images(config.images, split=config.split, image_column=config.image_column)
+            raise ValueError(
+                "images is not set: give a folder, a list, parquet, tar files or a data set (--images ...)"
+            )
+        dataset = load_images(config.images, **config.data_options())
         diffusion_decoder = load_diffusion_decoder(
             config.diffusion_model,
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,

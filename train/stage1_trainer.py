@@ -49,7 +49,11 @@ class Stage1Config(StageConfig):
     )
     images: str | None = field(
         default=None,
-        metadata={"help": "Folder of images, parquet files, or a data set that the library `datasets` finds."},
+        metadata={
+            "help": "Where the images are: a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a "
+            "data set such as org/name; several with weights as `a b@0.5`, in YAML as [a, {source: b, weight: 0.5}].",
+            "nargs": "+",
+        },
     )
     num_query_tokens: int | None = field(
         default=None,
@@ -121,6 +125,8 @@ class Stage1Config(StageConfig):
     def __post_init__(self):
         super().__post_init__()
         self.pre_crop_size = self.pre_crop_size or None
+        if self.random_crop and self.model is None and not self.pre_crop_size:
+            raise ValueError("random_crop needs pre_crop_size: without it the whole image is used")
         if not 0 <= self.tail_drop <= 1:
             raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
 

@@ -44,11 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         set_seed(config.seed)
         disable_loading_bars()
         if config.pairs is None:
-            raise ValueError("pairs is not set: give a folder, parquet files or a data set (--pairs ...)")
+            raise ValueError("pairs is not set: give a folder, a list, parquet, tar files or a data set (--pairs ...)")
         if config.model is None:
             raise ValueError("model is not set: give the stage-1 checkpoint (--model ...)")
         dataset = load_pairs(
-            config.pairs, split=config.split, image_column=config.image_column, caption_column=config.caption_column
+            config.pairs,
+            caption_column=config.caption_column,
+            caption_lines=config.caption_lines,
+            on_bad_caption=config.on_bad_caption,
+            **config.data_options(),
         )
         new_language_model = VLVConfig.from_pretrained(config.model).text_config is None
         if new_language_model:

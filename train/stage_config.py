@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from .data import describe_sources
+
 RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projector+lm+query_decoder"}
 """Former values of `trainable`, and their present names."""
 
@@ -134,8 +136,7 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2**32 - 1")
         for name in ("images", "pairs"):
             if getattr(self, name, None) is not None:
-                named = parse_sources(getattr(self, name))
-                setattr(self, name, describe_sources(named) if len(named) == 1 else [f"{n}@{w:g}" for n, w in named])
+                setattr(self, name, describe_sources(getattr(self, name)))
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share of images, 0 to 1")
         if self.streaming and steps < 1:
@@ -152,6 +153,14 @@ class StageConfig(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator needs columns that the model does not")
+
+    def data_options(self) -> dict[str, Any]:
+        """Options of `load_images` and `load_pairs` besides the source."""
+        names = ("split", "image_column", "image_root", "streaming", "random_crop", "horizontal_flip")
+        return {name: getattr(self, name) for name in names} | {
+            "seed": self.seed if self.data_seed is None else self.data_seed,
+            "shuffle": getattr(self, "train_sampling_strategy") != "sequential",  # noqa: B009 (of TrainingArguments)
+        }
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the result of a training, as JSON values."""

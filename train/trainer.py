@@ -13,13 +13,14 @@ from vlv.files import read_json, write_json
 
 from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, say
+from .data_loading import DataLoadingMixin
 from .modes import set_train_mode
 
 RESUMABLE_EXIT_CODE = 75
 """Exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, the same command goes on later."""
 
 
-class VLVTrainer(Trainer):
+class VLVTrainer(DataLoadingMixin, Trainer):
     """A `Trainer` that keeps frozen parts in evaluation mode and logs its speed.
 
     It logs `images_per_second`, of all processes together, and `images_skipped`, the number of unreadable images so
@@ -106,7 +107,7 @@ class VLVTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self._skipped += inputs.pop("num_skipped", 0) * self.args.world_size
+        self._skipped += self.count_images(inputs) * self.args.world_size
         self._images += len(inputs["pixel_values"]) * self.args.world_size
         return super().training_step(model, inputs, num_items_in_batch)
 

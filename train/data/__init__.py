@@ -7,6 +7,7 @@ from .loading import describe_sources, load_images, load_pairs, parse_sources
 from .mixture import EpochSampler, TrainingDataset
 from .shards import TarSource
 from .source import Source
+from .streaming import StreamCollator, StreamingDataset
 from .tables import ColumnDataset, ParquetSource
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Source",
     "Stage1Collator",
     "Stage2Collator",
+    "StreamCollator",
+    "StreamingDataset",
     "TarSource",
     "TrainingDataset",
     "describe_sources",

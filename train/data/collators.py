@@ -99,6 +99,8 @@ class _SkippingCollator:
                     raise ValueError(
                         f"the caption is a {type(item['caption']).__name__}, not text: {item['image']!r:.80}"
                     )
+                if not item.get("caption", "-").strip():
+                    raise ValueError(f"the caption is empty: {item['image']!r:.80}")
             except ValueError as error:
                 name = getattr(item["image"], "name", None)  # of an image that is not a file of its own
                 message = f"{name}: {error}" if name else str(error)

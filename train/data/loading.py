@@ -13,6 +13,7 @@ from .lists import LIST_SUFFIXES, ListDataset, image_files, lists_of_a_folder, r
 from .mixture import TrainingDataset
 from .shards import TarSource
 from .source import Source
+from .streaming import StreamingDataset
 from .tables import ColumnDataset, ParquetSource, parquet_columns, require_datasets
 
 logger = logging.get_logger(__name__)
@@ -30,7 +31,7 @@ def load_images(source: Any, *, split: str = "train", image_column: str = IMAGE_
             `datasets.load_dataset` finds.
         split: Split of a data set.
         image_column: Column of a table. Without a column of the default name, other usual names are looked for.
-        options: `image_root`, and options of [`TrainingDataset`].
+        options: `image_root`, `streaming` (True for a [`StreamingDataset`]), and options of [`TrainingDataset`].
 
     Raises:
         ImportError: If reading `source` needs the library `datasets` and it is not installed.
@@ -55,7 +56,7 @@ def load_pairs(
         split: Split of a data set.
         image_column, caption_column: Columns of a table, and keys in lists. Without a column of the default name,
             other usual names are looked for.
-        options: `image_root`, and options of [`TrainingDataset`].
+        options: `image_root`, `streaming` (True for a [`StreamingDataset`]), and options of [`TrainingDataset`].
 
     Raises:
         ImportError: If reading `source` needs the library `datasets` and it is not installed.
@@ -71,13 +72,19 @@ def _load(
     image_column: str,
     caption_column: str | None,
     image_root: str | os.PathLike | None = None,
+    streaming: bool = False,
     **options,
-) -> TrainingDataset:
+) -> Any:
     named = parse_sources(source)
-    sources = [
-        open_source(name, split, image_column, caption_column, image_root, options.get("caption_lines", "first"))
-        for name, _ in named
-    ]
+    if streaming:
+        if len(named) > 1 or named[0][1] != 1:
+            raise ValueError("streaming reads one source, without a weight")
+        options.pop("on_bad_caption", None)
+        stream = find_dataset(named[0][0], split, streaming=True)
+        return StreamingDataset(stream, named[0][0], image_column, caption_column, **options)
+    options.pop("shuffle", None)
+    lines = options.get("caption_lines", "first")
+    sources = [open_source(name, split, image_column, caption_column, image_root, lines) for name, _ in named]
     return TrainingDataset(sources, [weight for _, weight in named], **options)
 
 
@@ -91,7 +98,7 @@ def parse_sources(value: Any) -> list[Weighted]:
         ValueError: If it is something else, or a weight is not a number above 0.
     """
     values = [value] if isinstance(value, str | os.PathLike | Mapping) else value
-    if not isinstance(values, Sequence) or not values:
+    if not isinstance(values, list | tuple) or not values:
         raise ValueError(f"a source is {value!r}; expected {KINDS}, or a list of such")
     return [_parse_source(entry) for entry in values]
 
@@ -120,9 +127,10 @@ def _parse_source(entry: Any) -> Weighted:
     return name, number
 
 
-def describe_sources(value: Any) -> str:
-    """One text for the sources of a setting; for a single source without a weight its name."""
-    return " + ".join(name if weight == 1 else f"{name}@{weight:g}" for name, weight in parse_sources(value))
+def describe_sources(value: Any) -> str | list[str]:
+    """The sources of a setting as text, or as a list if there are several. A weight other than 1 follows an `@`."""
+    names = [name if weight == 1 else f"{name}@{weight:g}" for name, weight in parse_sources(value)]
+    return names[0] if len(names) == 1 else names
 
 
 def open_source(
@@ -141,7 +149,7 @@ def open_source(
     if suffix == ".parquet":
         return _parquet(files, image_column, caption_column, root)
     if not os.path.exists(files[0]):
-        if suffix in (*LIST_SUFFIXES, ".tar") or _is_path(source):
+        if suffix in (*LIST_SUFFIXES, ".tar"):
             raise ValueError(f"{source} does not exist; give {KINDS}")
         return _open_dataset(source, split, image_column, caption_column, root)
     if suffix == ".tar":
@@ -220,6 +228,8 @@ def find_dataset(source: str, split: str, streaming: bool = False) -> Any:
     import datasets
     from pyarrow import ArrowException
 
+    if not os.path.exists(source) and _is_path(source):
+        raise ValueError(f"{source} does not exist; give {KINDS}")
     try:
         return datasets.load_dataset(source, split=split, streaming=streaming)
     except (datasets.exceptions.DatasetsError, ArrowException) as error:

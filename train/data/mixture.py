@@ -72,7 +72,7 @@ class _Part:
         start = int(self._ends[shard - 1]) if shard else 0
         first = int(self._drawn_ends[shard - 1]) if shard else 0
         if self._drawn[0] != (epoch, shard):
-            order = _random(*self.seed, epoch, shard).permutation(int(self._ends[shard]) - start)
+            order = drawn(*self.seed, epoch, shard).permutation(int(self._ends[shard]) - start)
             self._drawn = ((epoch, shard), order)
         return start + int(self._drawn[1][place - first])
 
@@ -80,8 +80,16 @@ class _Part:
         return sample if self.rows is None else int(self.rows[sample])
 
 
-def _random(*seed: int) -> np.random.Generator:
+def drawn(*seed: int) -> np.random.Generator:
+    """Random numbers that depend on whole numbers alone."""
     return np.random.default_rng(np.random.SeedSequence(seed))
+
+
+def augmentation(random: np.random.Generator, random_crop: bool, horizontal_flip: bool) -> dict[str, Any]:
+    """`{"crop": (x, y)}` with the place of a crop as shares in 0..1, and `{"flip": whether}`."""
+    x, y, side = random.random(3)
+    crop = {"crop": (float(x), float(y))} if random_crop else {}
+    return crop | ({"flip": bool(side < 0.5)} if horizontal_flip else {})
 
 
 class TrainingDataset(Dataset):
@@ -164,12 +172,8 @@ class TrainingDataset(Dataset):
             which = None if part.captions is None else int(part.captions[sample])
             item["caption"] = self._choose(item["caption"], which, epoch, place)
         if self.random_crop or self.horizontal_flip:
-            item["augmentation"] = {}
-            x, y, side = _random(self.seed, 1, epoch, place).random(3)
-            if self.random_crop:
-                item["augmentation"]["crop"] = (float(x), float(y))
-            if self.horizontal_flip:
-                item["augmentation"]["flip"] = bool(side < 0.5)
+            random = drawn(self.seed, 1, epoch, place)
+            item["augmentation"] = augmentation(random, self.random_crop, self.horizontal_flip)
         return item
 
     def _choose(self, value: Any, which: int | None, epoch: int, place: int) -> Any:
@@ -182,7 +186,7 @@ class TrainingDataset(Dataset):
             return "\n".join(captions)
         if which is None:
             which = (
-                int(_random(self.seed, 2, epoch, place).integers(len(captions))) if self.caption_lines == RANDOM else 0
+                int(drawn(self.seed, 2, epoch, place).integers(len(captions))) if self.caption_lines == RANDOM else 0
             )
         return captions[which]
 
@@ -202,7 +206,7 @@ class TrainingDataset(Dataset):
             return torch.randperm(len(self), generator=generator).numpy()
         orders = []
         for number, part in enumerate(self.parts):
-            random, start = _random(seed, 3, epoch, number), int(self._ends[number]) - len(part)
+            random, start = drawn(seed, 3, epoch, number), int(self._ends[number]) - len(part)
             if not part.has_shards:
                 orders.append(start + random.permutation(len(part)))
                 continue
@@ -213,14 +217,15 @@ class TrainingDataset(Dataset):
         order = orders[0]
         if len(orders) > 1:
             labels = np.repeat(np.arange(len(orders)), [len(o) for o in orders])
-            labels = _random(seed, 4, epoch).permutation(labels)
+            labels = drawn(seed, 4, epoch).permutation(labels)
             order = np.empty(len(self), dtype=np.int64)
             for number, sequence in enumerate(orders):
                 order[labels == number] = sequence
-        streams = num_ranks * min(part.source.num_streams for part in self.parts if part.has_shards)
-        batches = len(order) // (streams * batch_size)
-        even = order[: streams * batches * batch_size].reshape(streams, batches, batch_size)
-        return np.concatenate([even.transpose(1, 0, 2).reshape(-1), order[even.size :]])
+        streams = min(part.source.num_streams for part in self.parts if part.has_shards)
+        batches = len(order) // (num_ranks * streams * batch_size)
+        even = order[: num_ranks * streams * batches * batch_size].reshape(num_ranks, streams, batches, batch_size)
+        # Batch b is for rank b % num_ranks, whose workers take turns.
+        return np.concatenate([even.transpose(2, 1, 0, 3).reshape(-1), order[even.size :]])
 
     def fingerprint(self) -> str:
         """A hash of the sources' fingerprints and weights."""

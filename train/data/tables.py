@@ -191,14 +191,10 @@ def _footer_hash(file: str) -> str:
 
 
 def _array_dtype(kind: Any) -> str:
-    """The numpy name of the values in nested lists."""
+    """The numpy name of the values in nested lists, or in an array of `datasets`."""
     while hasattr(kind, "value_type"):
         kind = kind.value_type
-    while hasattr(kind, "storage_type"):
-        kind = kind.storage_type
-        while hasattr(kind, "value_type"):
-            kind = kind.value_type
-    return str(np.dtype(kind.to_pandas_dtype()))
+    return kind if isinstance(kind, str) else str(np.dtype(kind.to_pandas_dtype()))
 
 
 def resolve_path(path: str, folder: str | os.PathLike) -> str:
