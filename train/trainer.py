@@ -12,6 +12,7 @@ from transformers import ProgressCallback, Trainer, TrainerState
 from vlv.files import read_json, write_json
 
 from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback
+from .census import CensusCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, say
 from .data_loading import DataLoadingMixin
 from .modes import set_train_mode
@@ -69,6 +70,7 @@ class VLVTrainer(DataLoadingMixin, Trainer):
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
                 return True
+        self.add_callback(CensusCallback(self))
         self.train(resume_from_checkpoint=checkpoint)
         if self.termination.requested:
             command = "the same command" + (" without overwrite_output_dir" if args.overwrite_output_dir else "")

@@ -158,6 +158,12 @@ class TrainingDataset(Dataset):
         sample = part.sample(place - int(self._ends[number] - len(part)), epoch)
         return number, part.row(sample), sample
 
+    def caption(self, index: Index) -> Any:
+        """The caption of an item, without reading its image where that can be avoided."""
+        number, row, sample = self.locate(index)
+        epoch, place = index if isinstance(index, tuple) else (0, int(index))
+        return self._caption(self.parts[number], self.parts[number].source.caption(row), sample, epoch, place)
+
     def name(self, index: Index) -> str:
         """What messages call a sample."""
         number, row, _ = self.locate(index)
@@ -169,25 +175,23 @@ class TrainingDataset(Dataset):
         item = dict(part.source[row])
         epoch, place = index if isinstance(index, tuple) else (0, int(index))
         if part.source.has_captions:
-            which = None if part.captions is None else int(part.captions[sample])
-            item["caption"] = self._choose(item["caption"], which, epoch, place)
+            item["caption"] = self._caption(part, item["caption"], sample, epoch, place)
         if self.random_crop or self.horizontal_flip:
             random = drawn(self.seed, 1, epoch, place)
             item["augmentation"] = augmentation(random, self.random_crop, self.horizontal_flip)
         return item
 
-    def _choose(self, value: Any, which: int | None, epoch: int, place: int) -> Any:
-        if isinstance(value, str):
-            return value
-        captions = alternatives(value)
+    def _caption(self, part: _Part, value: Any, sample: int, epoch: int, place: int) -> Any:
+        captions = None if isinstance(value, str) else alternatives(value)
         if not captions:
-            return value  # the collator says what is wrong with it
+            return value  # of a value that is not text, the collator says what is wrong with it
         if self.caption_lines == WHOLE:
             return "\n".join(captions)
-        if which is None:
-            which = (
-                int(drawn(self.seed, 2, epoch, place).integers(len(captions))) if self.caption_lines == RANDOM else 0
-            )
+        which = 0
+        if part.captions is not None:
+            which = int(part.captions[sample])
+        elif self.caption_lines == RANDOM:
+            which = int(drawn(self.seed, 2, epoch, place).integers(len(captions)))
         return captions[which]
 
     def order(self, epoch: int, *, batch_size: int = 1, num_ranks: int = 1, seed: int | None = None) -> np.ndarray:

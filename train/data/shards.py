@@ -91,10 +91,10 @@ class TarSource(Source):
         image = self._bytes(shard, int(row["image_offset"]), int(row["image_size"]))
         item: dict[str, Any] = {"image": EncodedImage.named(image, self.name(number))}
         if self.has_captions:
-            item["caption"] = self._caption(number)
+            item["caption"] = self.caption(number)
         return item
 
-    def _caption(self, number: int) -> Any:
+    def caption(self, number: int) -> Any:
         """Text, a list of texts, or None for a sample without a caption that can be read."""
         row = self._members[number]
         if row["caption_kind"] < 0:
@@ -117,7 +117,7 @@ class TarSource(Source):
         return np.concatenate([stored_arrays(f, what, self._count, a, b)["counts"] for f, a, b in shards])
 
     def _count(self, start: int, end: int) -> dict[str, np.ndarray]:
-        counts = [count_alternatives(self._caption(number)) for number in range(start, end)]
+        counts = [count_alternatives(self.caption(number)) for number in range(start, end)]
         return {"counts": np.array(counts, dtype=np.int32)}
 
     def fingerprint(self) -> str:

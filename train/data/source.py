@@ -44,6 +44,10 @@ class Source(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         raise NotImplementedError
 
+    def caption(self, number: int) -> Any:
+        """The caption of `source[number]`."""
+        return self[number]["caption"]
+
     def name(self, number: int) -> str:
         """What messages call a row."""
         return f"row {number}"

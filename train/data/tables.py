@@ -87,6 +87,7 @@ class ParquetSource(Source):
         largest = int(table[:, 3].max(initial=1))
         self.num_streams = int(np.clip(MEMORY_FOR_ROW_GROUPS // max(largest, 1), 1, MAX_STREAMS))
         self._tables: OrderedDict[int, tuple[Any, int]] = OrderedDict()  # row groups in memory, and their sizes
+        self._captions: tuple[int, list[Any]] = (-1, [])
         if len(self):
             self._refuse_urls()
 
@@ -150,6 +151,14 @@ class ParquetSource(Source):
         if isinstance(value, str):
             return resolve_path(value, self.root if self.root is not None else os.path.dirname(self.files[file]))
         return np.asarray(value, dtype=_array_dtype(kind)) if isinstance(value, list) else value
+
+    def caption(self, number: int) -> Any:
+        group = int(np.searchsorted(self._ends, number, side="right"))
+        file, index = int(self._groups[group, 0]), int(self._groups[group, 1])
+        if self._captions[0] != group:  # images are not read with them
+            column = self._read(file, index, [self.columns[file]["caption"]]).column(0)
+            self._captions = (group, column.to_pylist())
+        return self._captions[1][number - int(self._ends[group] - self._groups[group, 2])]
 
     def _refuse_urls(self) -> None:
         """Raises `ValueError` if the first row's image is a URL."""
