@@ -98,7 +98,7 @@ def take_census(trainer: Any) -> dict[str, Any]:
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     census["images_in_a_step"] = batch
     if not isinstance(dataset, StreamingDataset):
-        census["epochs"] = round(trainer.last_step() * batch / len(dataset), 3)
+        census["epochs"] = round(trainer.last_step() / trainer.steps_per_epoch(), 3)
     return census
 
 
@@ -135,7 +135,8 @@ def format_census(census: dict[str, Any]) -> str:
         lines.append(
             f"tokens of {measured:,} captions{sampled}: median {captions['tokens_median']:g}, greatest "
             f"{captions['tokens_greatest']}; {captions['cut_at_max_caption_tokens']:,} cut at max_caption_tokens; "
-            f"{captions['with_line_breaks']:,} with line breaks; unknown tokens {captions['share_of_unknown_tokens']:.2%}"
+            f"{captions['with_line_breaks']:,} with line breaks; "
+            f"unknown tokens {captions['share_of_unknown_tokens']:.2%}"
         )
         lines += [f"  for example: {_shorten(example)}" for example in captions["examples"]]
     parameters = census["trainable_parameters"]

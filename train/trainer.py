@@ -83,9 +83,14 @@ class VLVTrainer(DataLoadingMixin, Trainer):
         args: Any = self.args
         if args.max_steps > 0:
             return args.max_steps
+        return math.ceil(args.num_train_epochs * self.steps_per_epoch())
+
+    def steps_per_epoch(self) -> int:
+        """The number of optimiser steps of a pass over the data."""
+        args: Any = self.args
         batches = len(self.train_dataset) / (args.train_batch_size * args.world_size)
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+        return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

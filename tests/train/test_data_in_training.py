@@ -1,6 +1,7 @@
 """Trainers on real data: streams that resume, too many unreadable images, flips, and the census that opens a run."""
 
 import io
+import json
 
 import datasets
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 
 from vlv import VLVForConditionalGeneration, VLVImageProcessor
-from vlv.train import Stage1Collator, Stage2Config, Stage2Trainer, freeze_for_stage2, load_pairs
+from vlv.train import Stage1Collator, Stage2Config, Stage2Trainer, census, freeze_for_stage2, load_pairs
+from vlv.train.census import caption_statistics
 from vlv.train.data import StreamingDataset
 from vlv.train.data.collators import _crop_square
 
@@ -103,3 +105,57 @@ def test_encoder_and_diffusion_model_see_the_same_flip_and_crop(images):
     centre = _crop_square(ramp, 16, 0.5, 0.5)
     difference = np.abs(np.asarray(centre, int) - np.asarray(processor.load(ramp), int))
     assert difference.max() < 92 / 33  # the crop in the middle, to within one of its pixels
+
+
+def test_captions_are_measured_as_the_trainer_cuts_them(tmp_path, processor, images, monkeypatch):
+    texts = ["a small dog", "a cat\na dog", "", "a large apple at the top left", "a zyzzyva"]
+    for number, text in enumerate(texts):
+        images[number].save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = caption_statistics(load_pairs(str(tmp_path)), processor.tokenizer, max_tokens=5, append_eos=True)
+    assert (found["images_with_captions"], found["images_left_out"], found["images_with_several_captions"]) == (
+        4,
+        1,
+        1,
+    )
+    ids = processor.tokenizer(["a small dog", "a cat", texts[3], texts[4]], add_special_tokens=False).input_ids
+    lengths = [len(row) + 1 for row in ids]
+    assert found["tokens_median"] == np.median(lengths) and found["tokens_greatest"] == max(lengths) == 8
+    assert found["cut_at_max_caption_tokens"] == 1 and found["captions_measured"] == 4
+    unknown = sum(row.count(processor.tokenizer.unk_token_id) for row in ids)
+    assert found["share_of_unknown_tokens"] == unknown / sum(map(len, ids)) > 0
+    assert found["examples"] == ["a small dog", "a cat", "a zyzzyva"]
+
+    monkeypatch.setattr(census, "SAMPLE", 2)
+    monkeypatch.setattr(census, "READ_TOGETHER", 2)
+    sampled = caption_statistics(load_pairs(str(tmp_path)), processor.tokenizer, max_tokens=5, append_eos=True)
+    assert sampled["captions_measured"] == 2 and sampled["images_with_captions"] == 4
+
+
+@pytest.mark.slow
+def test_a_census_opens_a_run_and_the_time_is_said_after_some_steps(
+    tmp_path, captioner, processor, image_folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(census, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(census, "TIMED_STEPS", 1)
+    trainer = trainer_of(tmp_path, captioner, processor, load_pairs(str(image_folder)), max_steps=3, save_steps=100)
+    trainer.train_to_end()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "images: 16 in an epoch"
+    assert any(line.startswith("tokens of 16 captions: median") for line in lines)
+    counted = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert any(
+        line.startswith(f"trainable parameters: {counted:,} (language_projection {counted:,})") for line in lines
+    )
+    assert "steps: 3 of 2 images, 0.375 epochs" in lines
+    assert "expected time: unknown before the first 2 steps" in lines
+    content = json.loads((tmp_path / "census.json").read_text())
+    assert content["trainable_parameters"]["all"] == counted and content["seconds_per_step"] > 0
+    assert sum(line.startswith("expected time: 0 s (") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5.2, "5 s"), (125, "2 min 5 s"), (7260, "2 h 1 min"), (2e5, "2 d 7 h")]
+)
+def test_times_are_said_in_two_units(seconds, text):
+    assert census.format_time(seconds) == text
