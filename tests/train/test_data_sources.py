@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import logging
+import pickle
+import re
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -14,8 +17,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from vlv.train import load_images, load_pairs
+from vlv.train import Stage2Config, load_images, load_pairs
 from vlv.train.data import Stage1Collator, TarSource, stored
+from vlv.train.parsing import parse_config
 
 CAPTIONS = ["a dog", "a cat", "an apple"]
 
@@ -111,8 +115,12 @@ def test_what_is_wrong_in_a_list_is_named(folder, name, content, words):
         load_pairs(str(folder / name))
 
 
-@pytest.mark.parametrize("name", ["nowhere/list.jsonl", "nowhere/data.tar", "nowhere/x.parquet", "a/*.tar"])
-def test_a_file_that_does_not_exist_is_said_at_once(name):
+NOWHERE = ["nowhere/list.jsonl", "nowhere/data.tar", "nowhere/x.parquet", "a/*.tar", "sub/images", "my images/new"]
+
+
+@pytest.mark.parametrize("name", NOWHERE)
+def test_a_file_that_does_not_exist_is_said_at_once(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)  # which has a folder `sub`
     with pytest.raises(ValueError, match="does not exist"):
         load_pairs(name)
 
@@ -244,3 +252,41 @@ def test_captions_that_are_empty_or_no_text_stop_the_run_if_asked(folder):
     assert len(load_pairs(str(folder))) == 2
     with pytest.raises(ValueError, match=r"1 of 3 captions are empty or not text: .*2\.png"):
         load_pairs(str(folder), on_bad_caption="error")
+
+
+def test_a_data_set_saved_by_datasets_is_a_source(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = {"image": [{"bytes": encoded(n), "path": None} for n in range(2)], "caption": ["a dog", "a cat"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    pairs = load_pairs(str(tmp_path / "saved"))
+    assert [item["caption"] for item in pairs] == ["a dog", "a cat"] and pairs[1]["image"] == encoded(1)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "folder"])
+def test_a_data_set_can_be_sent_to_spawned_workers_after_it_was_read(tmp_path, folder, kind):
+    if kind == "tar":
+        write_tar(tmp_path / "data" / "0.tar", range(3))
+    elif kind == "parquet":
+        write_parquet(tmp_path / "data" / "0.parquet", range(3), 2)
+    dataset = load_images(str(folder if kind == "folder" else tmp_path / "data"), horizontal_flip=True)
+    items = list(dataset)
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert list(sent) == items and pickle.loads(pickle.dumps(items)) == items
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_the_examples_of_the_document_work(tmp_path, monkeypatch):
+    text = DOCUMENT.read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(DOCUMENT), "exec"), {})
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"vlv train stage2 CONFIG.yaml (--pairs .*)", text)
+    Path("CONFIG.yaml").write_text(settings)
+    parsed = [
+        parse_config(Stage2Config, ["CONFIG.yaml", "--use_cpu", *options], "vlv train stage2").pairs
+        for options in ([], shlex.split(command), ["--pairs", "photos"])
+    ]
+    assert parsed == [["photos", "scans@0.5", "shards/*.tar@2"]] * 2 + ["photos"]

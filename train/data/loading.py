@@ -6,7 +6,10 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import logging
+
+from vlv.image_files import walk_images
 
 from .captions import CAPTION_COLUMN, IMAGE_COLUMN, IMAGE_COLUMNS
 from .lists import LIST_SUFFIXES, ListDataset, image_files, lists_of_a_folder, read_folder, read_list
@@ -170,8 +173,10 @@ def _matching(source: str) -> list[str]:
 def _open_folder(
     folder: Path, image_column: str, caption_column: str | None, root: str | os.PathLike | None, caption_lines: str
 ) -> Source:
-    tars, parquets = sorted(map(str, folder.rglob("*.tar"))), sorted(map(str, folder.rglob("*.parquet")))
-    if parquets and (not tars) and _is_metadata(parquets[0], image_column):
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return ColumnDataset(_saved_dataset(folder), image_column, caption_column, root)
+    tars, parquets = _files(folder, ".tar"), _files(folder, ".parquet")
+    if parquets and not tars and _is_metadata(parquets[0], image_column, folder):
         logger.warning(f"{parquets[0]} has no column of images and is left out as a downloader's metadata")
         parquets = []
     if tars:
@@ -204,11 +209,28 @@ def _list(
     return ListDataset(items, root or (source if os.path.isdir(source) else os.path.dirname(source) or "."))
 
 
-def _is_metadata(file: str, image_column: str) -> bool:
-    """Whether a parquet file beside images is a downloader's: no images, but their URLs or keys."""
+def _files(folder: Path, suffix: str) -> list[str]:
+    """The files of a kind in all folders below one; hidden folders are left out."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(place, n) for n in names if n.lower().endswith(suffix) and not n.startswith(".")]
+    return sorted(found)
+
+
+def _is_metadata(file: str, image_column: str, folder: Path) -> bool:
+    """Whether a parquet file only describes the images that lie beside it."""
     names = parquet_columns(file)
     wanted = IMAGE_COLUMNS if image_column == IMAGE_COLUMN else (image_column,)
-    return not any(name in names for name in wanted) and ("key" in names or "url" in {n.lower() for n in names})
+    return not any(name in names for name in wanted) and any(problem is None for _, problem in walk_images(folder))
+
+
+def _saved_dataset(folder: Path) -> Any:
+    """A data set that `Dataset.save_to_disk` wrote."""
+    require_datasets()
+    import datasets
+
+    return datasets.load_from_disk(folder)
 
 
 def _parquet(
@@ -237,5 +259,11 @@ def find_dataset(source: str, split: str, streaming: bool = False) -> Any:
 
 
 def _is_path(source: str) -> bool:
-    """Whether a name cannot be that of a data set on the Hub, which is `org/name`."""
-    return source.startswith((".", "/", "~")) or source.count("/") != 1
+    """Whether a name cannot be that of a data set on the Hub, which is `org/name`, or begins with a local folder."""
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or os.path.isdir(source.split("/")[0]):
+        return True
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return True
+    return False
