@@ -226,6 +226,18 @@ def test_a_downloaders_metadata_beside_its_images_and_tars_is_left_out(tmp_path,
     (folder / "sub" / "0.parquet").unlink()
 
 
+def test_a_downloaders_metadata_given_itself_names_its_images_by_key(tmp_path, caplog):
+    rows = [{"url": f"http://x/{n}", "key": f"{n:04}", "caption": f"caption {n}"} for n in range(3)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
+    (tmp_path / "00000").mkdir()
+    for number in (0, 2):  # the second could not be downloaded
+        (tmp_path / "00000" / f"{number:04}.jpg").write_bytes(encoded(number))
+    assert list(load_pairs(str(tmp_path / "00000.parquet"))) == [
+        {"image": f"{tmp_path}/00000/{n:04}.jpg", "caption": f"caption {n}"} for n in (0, 2)
+    ]
+    assert "1 of 3 rows have no image" in caplog.text
+
+
 def test_an_unreadable_image_in_a_shard_is_called_by_its_name(tmp_path, image_processor, caplog):
     write_tar(tmp_path / "0.tar", range(2), {1: (".png", b"no image")})
     with tarfile.open(tmp_path / "0.tar", "a") as archive:

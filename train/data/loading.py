@@ -17,7 +17,7 @@ from .mixture import TrainingDataset
 from .shards import TarSource
 from .source import Source
 from .streaming import StreamingDataset
-from .tables import ColumnDataset, ParquetSource, parquet_columns, require_datasets
+from .tables import ColumnDataset, ParquetSource, has_keys, parquet_columns, read_keys, require_datasets
 
 logger = logging.get_logger(__name__)
 
@@ -237,6 +237,9 @@ def _parquet(
     files: Sequence[str], image_column: str, caption_column: str | None, root: str | os.PathLike | None
 ) -> Source:
     require_datasets()
+    if image_column == IMAGE_COLUMN and all(map(has_keys, files)):
+        items = [item for file in files for item in read_keys(file, caption_column)]
+        return ListDataset(items, os.path.dirname(files[0]) or ".")
     return ParquetSource(files, image_column, caption_column, root)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,3 +274,33 @@ class ColumnDataset(Source):
                 row |= {self.columns["image"]: image["bytes"] or os.path.basename(image["path"] or "")}
             digest.update(repr(row).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+KEY_COLUMN = "key"
+KEY_SUFFIXES = (".jpg", ".png", ".webp")
+
+
+def has_keys(file: str | os.PathLike) -> bool:
+    """Whether a parquet file is a downloader's metadata of images such as `0/KEY.jpg` beside `0.parquet`."""
+    names = parquet_columns(file)
+    return KEY_COLUMN in names and not set(IMAGE_COLUMNS) & set(names) and Path(file).with_suffix("").is_dir()
+
+
+def read_keys(file: str | os.PathLike, caption_column: str | None) -> list[dict[str, Any]]:
+    """The images, and captions, of a downloader's metadata. Says how many rows have no image: failed downloads."""
+    from pyarrow import parquet
+
+    names, folder = parquet_columns(file), Path(file).with_suffix("")
+    columns = [KEY_COLUMN]
+    if caption_column is not None:
+        columns.append(find_column(names, caption_column, CAPTION_COLUMNS, str(file)))
+    items: list[dict[str, Any]] = []
+    rows = parquet.read_table(file, columns=columns).to_pylist()
+    for row in rows:
+        images = (folder / f"{row[KEY_COLUMN]}{suffix}" for suffix in KEY_SUFFIXES)
+        image = next((image for image in images if image.is_file()), None)
+        if image is not None:
+            items.append({"image": str(image)} | ({"caption": row[columns[1]]} if caption_column is not None else {}))
+    if len(items) < len(rows):
+        logger.warning(f"{file}: {len(rows) - len(items)} of {len(rows)} rows have no image in {folder}")
+    return items
