@@ -14,6 +14,7 @@ from vlv.pipelines import VLVReconstructionPipeline, generate_images
 from .callbacks import ValidationCallback
 from .data import Stage1Collator, readable_items
 from .modes import set_train_mode
+from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 
@@ -53,6 +54,7 @@ class Stage1Config(StageConfig):
             "help": "Where the images are: a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a "
             "data set such as org/name; several with weights as `a b@0.5`, in YAML as [a, {source: b, weight: 0.5}].",
             "nargs": "+",
+            "action": GatherAction,
         },
     )
     num_query_tokens: int | None = field(

@@ -9,6 +9,7 @@ from vlv.pipelines import generate_captions
 
 from .callbacks import ValidationCallback
 from .data import Stage2Collator, readable_items
+from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 
@@ -38,6 +39,7 @@ class Stage2Config(StageConfig):
             ".csv, .tsv), parquet or tar files, or a data set such as org/name; several with weights as `a b@0.5`, in "
             "YAML as [a, {source: b, weight: 0.5}].",
             "nargs": "+",
+            "action": GatherAction,
         },
     )
     caption_column: str = field(

@@ -299,6 +299,6 @@ def test_the_examples_of_the_document_work(tmp_path, monkeypatch):
     Path("CONFIG.yaml").write_text(settings)
     parsed = [
         parse_config(Stage2Config, ["CONFIG.yaml", "--use_cpu", *options], "vlv train stage2").pairs
-        for options in ([], shlex.split(command), ["--pairs", "photos"])
+        for options in ([], shlex.split(command), ["--pairs", "photos"], ["--pairs=a", "--pairs", "b@2"])
     ]
-    assert parsed == [["photos", "scans@0.5", "shards/*.tar@2"]] * 2 + ["photos"]
+    assert parsed == [["photos", "scans@0.5", "shards/*.tar@2"]] * 2 + ["photos", ["a", "b@2"]]
