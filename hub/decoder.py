@@ -12,7 +12,7 @@ from diffusers import __version__ as diffusers_version
 
 from vlv.files import read_json, write_json
 
-from .fingerprint import fingerprint
+from .fingerprint import UNKNOWN, fingerprint
 from .layout import MODEL_INDEX_FILE, PIPELINE_PARTS, RECONSTRUCTION_CLASSES
 
 
@@ -29,6 +29,11 @@ class DiffusionModel:
     source: str
     revision: str | None
     fingerprint: str
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its files could be read when the reference was made: a folder, or a repository in the cache."""
+        return self.fingerprint != UNKNOWN
 
     def check(self, referrer: str | os.PathLike) -> None:
         """Raises if a folder is gone or has changed. A repository is loaded at its revision.
@@ -62,7 +67,7 @@ def find_diffusion_model(source: str | os.PathLike) -> DiffusionModel:
     """
     found = fingerprint(source)
     if not Path(source).is_dir():
-        return DiffusionModel(os.fspath(source), found if found != "unknown" else None, found)
+        return DiffusionModel(os.fspath(source), found if found != UNKNOWN else None, found)
     referred = referred_diffusion_model(Path(source))
     return referred or DiffusionModel(str(Path(source).resolve()), None, found)
 

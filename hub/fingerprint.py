@@ -18,6 +18,7 @@ IGNORED = [
     "run.json",
     *(f"{name}*" for name in TRAINER_FOLDERS),
 ]
+UNKNOWN = "unknown"
 WEIGHTS_AND_SETTINGS = ("*.safetensors", "*.bin", "*.json", "*.jinja")
 
 
@@ -37,7 +38,7 @@ def fingerprint(source: str | os.PathLike, patterns: Sequence[str] = WEIGHTS_AND
             cached = try_to_load_from_cache(os.fspath(source), name)
             if isinstance(cached, str):
                 return Path(cached).parent.name
-        return "unknown"
+        return UNKNOWN
     if folder.parent.name == "snapshots":  # of huggingface_hub's cache
         return folder.name
     digest = hashlib.sha256()

@@ -8,7 +8,15 @@ from vlv.image_files import find_images
 
 from .callbacks import PerProcessSeedCallback, ProgressBarCallback, ValidationCallback
 from .checkpoints import last_checkpoint
-from .data import ColumnDataset, ListDataset, Stage1Collator, Stage2Collator, load_images, load_pairs
+from .data import (
+    ColumnDataset,
+    ListDataset,
+    Stage1Collator,
+    Stage2Collator,
+    TrainingDataset,
+    load_images,
+    load_pairs,
+)
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .modes import set_train_mode
 from .stage1_trainer import Stage1Config, Stage1Trainer
@@ -27,6 +35,7 @@ __all__ = [
     "Stage2Collator",
     "Stage2Config",
     "Stage2Trainer",
+    "TrainingDataset",
     "UnfreezingCallback",
     "VLVTrainer",
     "ValidationCallback",

@@ -1,5 +1,6 @@
 """Reads a YAML file and command-line options into a configuration dataclass; prints errors in one line."""
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -24,6 +25,17 @@ RENAMED = {
     "decoder_gradient_checkpointing": "diffusion_gradient_checkpointing",
 }
 """Former names of settings, and their present names."""
+
+
+class GatherAction(argparse.Action):
+    """Several values of an option, after it or after each of its repetitions. They replace those of the YAML file."""
+
+    given = False
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest) if self.given else []
+        setattr(namespace, self.dest, [*before, *values])
+        self.given = True
 
 
 def parse_config(config_class: type[Config], arguments: Sequence[str], program: str) -> Config:

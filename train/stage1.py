@@ -45,11 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         set_seed(config.seed)
         disable_loading_bars()
         if config.images is None:
-            raise ValueError("images is not set: give a folder, parquet files or a data set (--images ...)")
-        dataset = load_images(config.images, split=config.split, image_column=config.image_column)
+            raise ValueError(
+                "images is not set: give a folder, a list, parquet, tar files or a data set (--images ...)"
+            )
+        dataset = load_images(config.images, **config.data_options())
         diffusion_model = find_diffusion_model(config)
         diffusion_decoder = load_diffusion_decoder(
             diffusion_model.source,
+            revision=diffusion_model.revision,
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
             timestep_sampling=config.timestep_sampling,
             min_timestep=config.min_timestep,
@@ -58,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         )
         model, image_processor = load_model(config)
         freeze_for_stage1(model, config.trainable)
-        tokenizer = load_tokenizer(diffusion_model.source, subfolder="tokenizer")
+        revision = diffusion_model.revision or "main"
+        tokenizer = load_tokenizer(diffusion_model.source, subfolder="tokenizer", revision=revision)
         trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
+        if not diffusion_model.is_known:  # its files were not in the cache
+            diffusion_model = hub.find_diffusion_model(diffusion_model.source)
         start = "image_encoder" if config.model is None else "model"
         sources = {
             "images": {"source": config.images, "fingerprint": dataset.fingerprint()},
@@ -82,7 +88,7 @@ def find_diffusion_model(config: Stage1Config) -> hub.DiffusionModel:
     """
     if config.diffusion_model is None:
         assert config.model is not None
-        folder = hub.resolve(config.model, allow_patterns=hub.PIPELINE_FILES)
+        folder = hub.resolve(config.model, allow_patterns=["*.json"])
         found = hub.diffusion_model_of(config.model, folder)
         if found is None:
             raise ValueError(

@@ -16,6 +16,7 @@ from vlv.pipelines import VLVReconstructionPipeline, generate_images
 from .data import Stage1Collator, readable_items
 from .memory import prepare_diffusion_decoder
 from .modes import set_train_mode
+from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 
@@ -63,7 +64,12 @@ class Stage1Config(StageConfig):
     )
     images: str | None = field(
         default=None,
-        metadata={"help": "Folder of images, parquet files, or a data set that the library `datasets` finds."},
+        metadata={
+            "help": "Where the images are: a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a "
+            "data set such as org/name; several with weights as `a b@0.5`, in YAML as [a, {source: b, weight: 0.5}].",
+            "nargs": "+",
+            "action": GatherAction,
+        },
     )
     num_query_tokens: int | None = field(
         default=None,
@@ -162,6 +168,8 @@ class Stage1Config(StageConfig):
                 f"image_encoder is {self.image_encoder}, but training starts from the model {self.model}, which has "
                 "its own; leave one of them out"
             )
+        if self.random_crop and self.model is None and not self.pre_crop_size:
+            raise ValueError("random_crop needs pre_crop_size: without it the whole image is used")
         if not 0 <= self.tail_drop <= 1:
             raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
         if self.vae_dtype not in VAE_DTYPES:

@@ -42,11 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         set_seed(config.seed)
         disable_loading_bars()
         if config.pairs is None:
-            raise ValueError("pairs is not set: give a folder, parquet files or a data set (--pairs ...)")
+            raise ValueError("pairs is not set: give a folder, a list, parquet, tar files or a data set (--pairs ...)")
         if config.model is None:
             raise ValueError("model is not set: give the stage-1 checkpoint (--model ...)")
         dataset = load_pairs(
-            config.pairs, split=config.split, image_column=config.image_column, caption_column=config.caption_column
+            config.pairs,
+            caption_column=config.caption_column,
+            caption_lines=config.caption_lines,
+            on_bad_caption=config.on_bad_caption,
+            **config.data_options(),
         )
         new_language_model = VLVConfig.from_pretrained(config.model).text_config is None
         if new_language_model:
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),
         }
         trainer.settings = {**config.result_settings(), **sources}
-        folder = hub.resolve(config.model, allow_patterns=hub.PIPELINE_FILES)
+        folder = hub.resolve(config.model, allow_patterns=["*.json"])
         diffusion_model = hub.diffusion_model_of(config.model, folder)
         trainer.provenance = provenance("stage2", config.model, sources, diffusion_model)
 

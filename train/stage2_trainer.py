@@ -8,6 +8,7 @@ from vlv.files import write_json
 from vlv.pipelines import generate_captions
 
 from .data import Stage2Collator, readable_items
+from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 
@@ -44,12 +45,28 @@ class Stage2Config(StageConfig):
     pairs: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of images with captions (.txt or .caption files, or a .jsonl file), parquet files, or a "
-            "data set that the library `datasets` finds."
+            "help": "Where images and captions are: a folder with .txt or .caption files, a list (.jsonl, .json, "
+            ".csv, .tsv), parquet or tar files, or a data set such as org/name; several with weights as `a b@0.5`, in "
+            "YAML as [a, {source: b, weight: 0.5}].",
+            "nargs": "+",
+            "action": GatherAction,
         },
     )
     caption_column: str = field(
-        default="caption", metadata={"help": "Caption column of the data set, the parquet or the .jsonl file."}
+        default="caption",
+        metadata={"help": "Caption column of a table or list; without 'caption', 'text' and others."},
+    )
+    caption_lines: str = field(
+        default="first",
+        metadata={
+            "help": "Of the lines of a sidecar and the entries of a list in a column, which are captions: 'first', "
+            "'random' (one, drawn anew each epoch), 'all' (each is a sample) or 'whole' (joined). A text in a table "
+            "is one caption."
+        },
+    )
+    on_bad_caption: str = field(
+        default="skip",
+        metadata={"help": "Captions that are empty or not text: 'skip' (counted and named) or 'error'."},
     )
     trainable: str = field(
         default="all",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from .data import describe_sources
 from .optimisers import check_optimiser
 
 RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projector+lm+query_decoder"}
@@ -18,6 +19,7 @@ SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("save_steps", "logging_steps", "dataloader_num_workers", "remove_unused_columns", "report_to", "disable_tqdm"),
     *("gradient_checkpointing", "diffusion_gradient_checkpointing", "encoder_activation_checkpointing"),
     *("language_model_activation_checkpointing", "channels_last", "compile_blocks", "shard_diffusion_model"),
+    *("image_root", "on_bad_caption", "max_bad_share"),
 }
 SETTINGS_OF_TRAINING_ARGUMENTS = (
     *("seed", "data_seed", "bf16", "fp16", "optim", "optim_args", "adam_beta1", "adam_epsilon", "max_grad_norm"),
@@ -41,8 +43,34 @@ class StageConfig(TrainingArguments):
     image_column: str = field(
         default="image", metadata={"help": "Image column of the data set, the parquet or the .jsonl file."}
     )
+    image_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder that image paths in lists and tables start from; by default that of their file."},
+    )
     on_bad_image: str = field(
         default="skip", metadata={"help": "Unreadable images: 'skip' (with a message, and counted) or 'error'."}
+    )
+    max_bad_share: float = field(
+        default=0.01,
+        metadata={
+            "help": "The run stops when more than this share of an epoch's images, and of 1000 images, is unreadable; "
+            "0: at the first, 1: never."
+        },
+    )
+    random_crop: bool = field(
+        default=False,
+        metadata={"help": "Crop at a random place, drawn anew each epoch, instead of in the middle (pre_crop_size)."},
+    )
+    horizontal_flip: bool = field(
+        default=False,
+        metadata={"help": "Mirror half of the images, drawn anew each epoch. Captions keep their 'left' and 'right'."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read a data set of the Hub while training instead of downloading it first. Needs max_steps; the "
+            "order of its shards is shuffled, and no sample within a shard."
+        },
     )
     trainable: str = field(default="all", metadata={"help": "Which parts are trained."})
     ema_decay: float = field(
@@ -127,6 +155,13 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"max_steps is {steps}; give a number of steps, or num_train_epochs")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2**32 - 1")
+        for name in ("images", "pairs"):
+            if getattr(self, name, None) is not None:
+                setattr(self, name, describe_sources(getattr(self, name)))
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share of images, 0 to 1")
+        if self.streaming and steps < 1:
+            raise ValueError("streaming needs max_steps: the number of samples is not known before they are read")
         if settings.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"train_sampling_strategy is {settings.train_sampling_strategy!r}; expected 'random' or 'sequential': "
@@ -142,6 +177,14 @@ class StageConfig(TrainingArguments):
         check_optimiser(str(getattr(settings.optim, "value", settings.optim)))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator needs columns that the model does not")
+
+    def data_options(self) -> dict[str, Any]:
+        """Options of `load_images` and `load_pairs` besides the source."""
+        names = ("split", "image_column", "image_root", "streaming", "random_crop", "horizontal_flip")
+        return {name: getattr(self, name) for name in names} | {
+            "seed": self.seed if self.data_seed is None else self.data_seed,
+            "shuffle": getattr(self, "train_sampling_strategy") != "sequential",  # noqa: B009 (of TrainingArguments)
+        }
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the result of a training, as JSON values."""

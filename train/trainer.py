@@ -20,7 +20,9 @@ from vlv.files import read_json, write_json
 
 from .average import AverageCallback
 from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback, ValidationCallback
+from .census import CensusCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, say
+from .data_loading import DataLoadingMixin
 from .memory import compile_layers, enable_activation_checkpointing
 from .modes import set_train_mode
 from .saving import Provenance, write_model
@@ -36,7 +38,7 @@ MODELS = (VLVModel, VLVForConditionalGeneration)
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class VLVTrainer(Trainer):
+class VLVTrainer(DataLoadingMixin, Trainer):
     """A `Trainer` that keeps frozen parts in evaluation mode and logs its speed.
 
     It logs `images_per_second`, of all processes together, and `images_skipped`, the number of unreadable images so
@@ -134,6 +136,7 @@ class VLVTrainer(Trainer):
                     self.average.start(self.model, checkpoint)
                     self.average.use(self.model)
                 return True
+        self.add_callback(CensusCallback(self))
         self.train(resume_from_checkpoint=checkpoint)
         if self.termination.requested:
             command = "the same command" + (" without overwrite_output_dir" if args.overwrite_output_dir else "")
@@ -146,9 +149,14 @@ class VLVTrainer(Trainer):
         args: Any = self.args
         if args.max_steps > 0:
             return args.max_steps
+        return math.ceil(args.num_train_epochs * self.steps_per_epoch())
+
+    def steps_per_epoch(self) -> int:
+        """The number of optimiser steps of a pass over the data."""
+        args: Any = self.args
         batches = len(self.train_dataset) / (args.train_batch_size * args.world_size)
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+        return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -252,7 +260,7 @@ class VLVTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        self._skipped += inputs.pop("num_skipped", 0) * self.args.world_size
+        self._skipped += self.count_images(inputs) * self.args.world_size
         self._images += len(inputs["pixel_values"]) * self.args.world_size
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.accumulated = 0 if self.accelerator.sync_gradients else self.accumulated + 1

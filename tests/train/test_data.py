@@ -118,11 +118,33 @@ def test_empty_captions_are_left_out_and_named(tmp_path, images, caplog):
         load_pairs(str(tmp_path))
 
 
-def test_captions_of_several_lines_are_said(tmp_path, images, caplog):
+@pytest.mark.parametrize(
+    ("rule", "captions"),
+    [
+        ("first", ["a dog", "a cat"]),
+        ("all", ["a dog", "ein Hund", "un chien", "a cat"]),
+        ("whole", ["a dog\nein Hund\nun chien", "a cat"]),
+    ],
+)
+def test_a_rule_says_which_lines_of_a_sidecar_count(tmp_path, images, caplog, rule, captions):
+    for number, text in enumerate(("a dog\n\nein Hund\nun chien\n", "a cat\n")):
+        images[number].save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = [item["caption"] for item in load_pairs(str(tmp_path), caption_lines=rule)]
+    assert [" ".join(c.split()) for c in found] == [" ".join(c.split()) for c in captions]
+    assert ("1 of 2 images have several captions (at most 3)" in caplog.text) == (rule != "whole")
+    lines = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate((["a dog", "", "b"], "a cat"))]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    entries = {"first": ["a dog", "a cat"], "all": ["a dog", "b", "a cat"], "whole": ["a dog\nb", "a cat"]}
+    assert [item["caption"] for item in load_pairs(str(tmp_path), caption_lines=rule)] == entries[rule]
+
+
+def test_a_caption_drawn_at_random_differs_between_epochs_and_not_between_runs(tmp_path, images):
     images[0].save(tmp_path / "0.png")
-    (tmp_path / "0.txt").write_text("a dog\nein Hund\nun chien\n")
-    assert load_pairs(str(tmp_path))[0]["caption"] == "a dog\nein Hund\nun chien"
-    assert "1 of 1 captions have several lines (at most 3)" in caplog.text
+    (tmp_path / "0.txt").write_text("a\nb\nc\n")
+    first, again = (load_pairs(str(tmp_path), caption_lines="random", seed=3) for _ in range(2))
+    drawn = [first[epoch, 0]["caption"] for epoch in range(20)]
+    assert set(drawn) == {"a", "b", "c"} and drawn == [again[epoch, 0]["caption"] for epoch in range(20)]
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "nowhere", "/no/where", "a/b/c"])

@@ -1,0 +1,205 @@
+"""Each sample is seen once an epoch, on several ranks with several workers, and a resumed run sees the very next."""
+
+from collections import Counter
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, prepare_data_loader, skip_first_batches
+from pyarrow import parquet
+from torch.utils.data import DataLoader
+
+from vlv.train import load_images, load_pairs
+from vlv.train.data import EpochSampler, Source, StreamCollator, StreamingDataset, TrainingDataset
+from vlv.train.data.streaming import STATE
+
+RANKS, WORKERS, BATCH = 2, 2, 4
+
+
+class Numbers(Source):
+    """Rows whose image is their number, in shards of given sizes, or without shards."""
+
+    def __init__(self, size: int, shards: tuple[int, ...] = (), start: int = 0):
+        self.size, self.shards, self.start = size, shards, start
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, number: int) -> dict:
+        return {"image": self.start + number}
+
+    def shard_sizes(self) -> tuple[int, ...]:
+        return self.shards
+
+
+def read(items: list[dict]) -> dict:
+    """Collates: the images of a batch, and the worker that read it."""
+    info = torch.utils.data.get_worker_info()
+    return {"images": [item["image"] for item in items], "worker": info.id if info else 0}
+
+
+def loader(dataset, rank: int, epoch: int = 0, workers: int = WORKERS, drop_last: bool = False, shuffle: bool = True):
+    """The data loader of a rank, as `Trainer` and accelerate build it."""
+    sampler = EpochSampler(dataset, seed=5, batch_size=BATCH, num_ranks=RANKS, shuffle=shuffle)
+    plain = DataLoader(
+        dataset, batch_size=BATCH, sampler=sampler, num_workers=workers, collate_fn=read, drop_last=drop_last
+    )
+    prepared = prepare_data_loader(plain, num_processes=RANKS, process_index=rank, use_seedable_sampler=True)
+    assert isinstance(prepared.batch_sampler, BatchSamplerShard)
+    prepared.set_epoch(epoch)
+    sampler.set_epoch(epoch)
+    return prepared, sampler
+
+
+@pytest.fixture(scope="module")
+def shards() -> TrainingDataset:
+    return TrainingDataset([Numbers(512, (10, 6, 12, 4) * 16)])
+
+
+@pytest.mark.slow
+def test_two_ranks_with_two_workers_see_each_sample_of_shards_once_an_epoch(shards):
+    batches = [list(loader(shards, rank, epoch=1)[0]) for rank in range(RANKS)]
+    assert Counter(n for rank in batches for batch in rank for n in batch["images"]) == Counter(range(512))
+    assert {batch["worker"] for rank in batches for batch in rank} == {0, 1}
+    ends = np.cumsum(shards.parts[0].source.shard_sizes())
+    readers: dict[int, set[tuple[int, int]]] = {}
+    for rank, own in enumerate(batches):
+        for batch in own:
+            for number in batch["images"]:
+                readers.setdefault(int(np.searchsorted(ends, number, "right")), set()).add((rank, batch["worker"]))
+    assert np.mean([len(found) for found in readers.values()]) < 1.5  # of four: most shards have one reader
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_resumed_rank_gets_the_very_next_batches(shards, epoch):
+    for rank in range(RANKS):
+        unbroken = [batch["images"] for batch in loader(shards, rank, epoch, workers=0)[0]]
+        prepared, sampler = loader(shards, rank, epoch, workers=0)
+        resumed = skip_first_batches(prepared, 5)
+        sampler.set_epoch(epoch)  # as the trainer does; accelerate's own call does not pass the skipped batches
+        assert [batch["images"] for batch in resumed] == unbroken[5:] and len(unbroken) == 64
+
+
+def test_shards_and_the_samples_in_them_come_in_an_order_of_seed_and_epoch(shards):
+    orders = [
+        shards.order(epoch, batch_size=4, seed=seed).tolist() for epoch, seed in ((0, 0), (1, 0), (0, 1), (0, 0))
+    ]
+    assert orders[0] == orders[3] and len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == list(range(512)) for order in orders)
+    sequential = list(EpochSampler(shards, 0, shuffle=False))
+    assert sequential == [(0, place) for place in range(512)]
+
+
+def test_without_shards_the_order_is_that_of_accelerates_seeded_sampler():
+    dataset = TrainingDataset([Numbers(50)])
+    theirs = SeedableRandomSampler(dataset, data_seed=7)
+    ours = EpochSampler(dataset, seed=7)
+    for epoch in range(3):
+        theirs.set_epoch(epoch)
+        ours.set_epoch(epoch)
+        assert [place for _, place in ours] == list(theirs)
+
+
+@pytest.mark.parametrize("shards", [(), (5, 10, 5)])
+def test_a_weight_is_the_number_of_times_that_a_source_is_seen_in_an_epoch(shards):
+    dataset = TrainingDataset([Numbers(20, shards), Numbers(10, start=100), Numbers(20, shards, 200)], [1, 2, 0.4])
+    assert len(dataset) == 20 + 20 + 8
+    drawn = []
+    for epoch in range(3):
+        sampler = EpochSampler(dataset, seed=1, batch_size=2)
+        sampler.set_epoch(epoch)
+        seen = Counter(dataset[index]["image"] for index in sampler)
+        assert all(seen[n] == 1 for n in range(20)) and all(seen[n] == 2 for n in range(100, 110))
+        drawn.append({n for n in seen if n >= 200})
+        assert len(drawn[-1]) == 8 and set(seen.values()) <= {1, 2}
+    assert drawn[0] != drawn[1] and len(drawn[0] | drawn[1] | drawn[2]) > 10
+    first = [dataset[0, place]["image"] >= 100 for place in dataset.order(0, batch_size=2)[:24]]
+    assert 4 < sum(first) < 20  # sources are mixed
+
+
+def test_sources_and_weights_are_given_as_text_or_mappings(tmp_path, image_folder):
+    (tmp_path / "b@2").symlink_to(image_folder)  # a name, not a weight
+    dataset = load_images([str(image_folder) + "@0.5", {"source": str(tmp_path / "b@2"), "weight": 2}])
+    assert dataset.weights == [0.5, 2] and len(dataset) == 8 + 32
+    assert dataset.fingerprint() != load_images([str(image_folder), str(tmp_path / "b@2")]).fingerprint()
+    for wrong in (str(image_folder) + "@0", {"source": "x", "weight": "many"}, {"folder": "x"}, []):
+        with pytest.raises(ValueError, match=r"the weight of|a source is"):
+            load_images(wrong)
+
+
+def test_all_captions_of_an_image_stay_in_its_shard(tmp_path):
+    table = [{"image": f"{n}.png", "text": ["a"] * (n % 3)} for n in range(12)]
+    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet", row_group_size=4)
+    part = load_pairs(str(tmp_path / "a.parquet"), caption_lines="all").parts[0]
+    assert len(part) == 12 and part.shard_ends().tolist() == [3, 7, 12]  # 0+1+2+0, 1+2+0+1, 2+0+1+2 captions
+
+
+def test_augmentation_depends_on_the_epoch_and_the_sample_alone(image_folder):
+    first, again = (load_images(str(image_folder), horizontal_flip=True, random_crop=True, seed=2) for _ in range(2))
+    drawn = [first[epoch, 3]["augmentation"] for epoch in range(10)]
+    assert {a["flip"] for a in drawn} == {True, False} and len({a["crop"] for a in drawn}) == 10
+    assert drawn == [again[epoch, 3]["augmentation"] for epoch in range(10)]
+    assert all(0 <= share < 1 for a in drawn for share in a["crop"])
+
+
+# --- streams -------------------------------------------------------------------------------------------------------
+
+
+def stream(num_shards: int = 8, rows: int = 48, **options) -> StreamingDataset:
+    table = datasets.Dataset.from_dict({"image": [f"{n}.png" for n in range(rows)]})
+    return StreamingDataset(table.to_iterable_dataset(num_shards), "numbers", "image", None, seed=3, **options)
+
+
+def batches_of(dataset: StreamingDataset, rank: int, workers: int, count: int) -> list[dict]:
+    """The next batches; the data set notes their states as the trainer does."""
+    dataset.set_loader(BATCH, workers, rank, RANKS)
+    found = []
+    for batch in DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=StreamCollator(read)):
+        dataset.record(batch[STATE])
+        found.append(batch)
+        if len(found) == count:
+            return found
+    raise AssertionError("the stream ended")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_shards", [8, 3])
+def test_two_ranks_with_two_workers_see_each_sample_of_a_stream_once_a_pass(num_shards):
+    seen = Counter(
+        image
+        for rank in range(RANKS)
+        for batch in batches_of(stream(num_shards), rank, WORKERS, 6)
+        for image in batch["images"]
+    )
+    assert seen == Counter(f"{n}.png" for n in range(48))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "before"), [(2, 5), (0, 9)])
+def test_a_resumed_stream_gives_the_very_next_samples(workers, before):
+    unbroken = [batch["images"] for batch in batches_of(stream(), 1, workers, 14)]  # more than a pass of 6
+    assert unbroken[:6] != unbroken[6:12]  # the order of shards differs between passes
+    broken, resumed = stream(), stream()
+    batches_of(broken, 1, workers, before)
+    resumed.progress = broken.progress
+    assert [batch["images"] for batch in batches_of(resumed, 1, workers, 14 - before)] == unbroken[before:]
+    with pytest.raises(ValueError, match="dataloader_num_workers cannot be 3"):
+        resumed.set_loader(BATCH, 3, 1, RANKS)
+
+
+def test_a_stream_needs_samples_for_every_reader_and_no_lists_of_captions():
+    short = stream(num_shards=1, rows=1)
+    short.set_loader(1, 0, 1, 2)
+    with pytest.raises(ValueError, match="numbers has no samples for reader 2 of 2"):
+        next(iter(short))
+    with pytest.raises(ValueError, match="'all' is not possible with streaming"):
+        stream(caption_lines="all")
+
+
+def test_a_folder_of_parquet_is_a_stream_with_captions(tmp_path):
+    table = pa.Table.from_pylist([{"image": f"{n}.png", "text": ["", f"caption {n}"]} for n in range(3)])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    pairs = iter(load_pairs(str(tmp_path), streaming=True, shuffle=False))
+    assert [next(pairs)["caption"] for _ in range(4)] == ["caption 0", "caption 1", "caption 2", "caption 0"]

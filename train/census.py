@@ -1,0 +1,194 @@
+"""The census that opens a run: what the data holds, what is trained, where, for how many steps and how long."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+
+from vlv.files import write_json
+
+from .checkpoints import say
+from .data import StreamingDataset, TrainingDataset
+
+CENSUS_FILE = "census.json"
+SAMPLE = 10_000
+"""Captions whose tokens are counted, drawn by seed where there are more."""
+READ_TOGETHER = 256
+"""Neighbouring captions that are read together in shards, so that few of these are opened."""
+WARM_UP_STEPS, TIMED_STEPS = 3, 10
+
+
+def caption_statistics(
+    dataset: TrainingDataset, tokenizer: Any, max_tokens: int, append_eos: bool, seed: int = 0
+) -> dict[str, Any]:
+    """Counts of captions, and the lengths in tokens of all or of a seeded sample.
+
+    Args:
+        max_tokens: Longer captions are cut; EOS counts, if `append_eos`.
+    """
+    counts = np.concatenate([part.counts for part in dataset.parts])
+    places = _sampled_places(dataset, seed)
+    items = [dataset.caption(int(place)) for place in places]
+    captions = [caption for caption in items if isinstance(caption, str)]
+    ids = tokenizer(captions, add_special_tokens=False).input_ids
+    lengths = np.array([len(row) + append_eos for row in ids])
+    unknown = tokenizer.unk_token_id
+    total = sum(map(len, ids))
+    found: dict[str, Any] = {
+        "images_with_captions": int((counts > 0).sum()),
+        "images_left_out": int((counts < 1).sum()),
+        "images_with_several_captions": int((counts > 1).sum()),
+        "most_captions_of_an_image": int(counts.max()),
+        "caption_lines": dataset.caption_lines,
+        "captions_measured": len(captions),
+        "with_line_breaks": sum("\n" in caption.strip() for caption in captions),
+        "tokens_median": float(np.median(lengths)),
+        "tokens_greatest": int(lengths.max()),
+        "cut_at_max_caption_tokens": int((lengths > max_tokens).sum()),
+        "share_of_unknown_tokens": sum(row.count(unknown) for row in ids) / max(total, 1)
+        if unknown is not None
+        else 0,
+        "examples": [captions[i] for i in np.linspace(0, len(captions) - 1, min(3, len(captions))).astype(int)],
+    }
+    return found
+
+
+def _sampled_places(dataset: TrainingDataset, seed: int) -> np.ndarray:
+    """All places of an epoch, or `SAMPLE` of them in runs of `READ_TOGETHER`, in ascending order."""
+    if len(dataset) <= SAMPLE:
+        return np.arange(len(dataset))
+    number = -(-len(dataset) // READ_TOGETHER)
+    runs = np.random.default_rng(seed).choice(number, SAMPLE // READ_TOGETHER, replace=False)
+    places = (np.sort(runs)[:, None] * READ_TOGETHER + np.arange(READ_TOGETHER)).ravel()
+    return places[places < len(dataset)]
+
+
+def take_census(trainer: Any) -> dict[str, Any]:
+    """What a run has before its first step, as JSON values."""
+    args, dataset = trainer.args, trainer.train_dataset
+    census: dict[str, Any] = {}
+    if isinstance(dataset, StreamingDataset):
+        census["images"] = "unknown: a stream"
+    else:
+        census["images_in_an_epoch"] = len(dataset)
+    if isinstance(dataset, TrainingDataset):
+        census["sources"] = [
+            {"images": len(part.source), "weight": part.weight, "in_an_epoch": len(part)} for part in dataset.parts
+        ]
+        tokenizer = getattr(trainer.processing_class, "tokenizer", None)
+        if tokenizer is not None and all(part.source.has_captions for part in dataset.parts):
+            census["captions"] = caption_statistics(
+                dataset, tokenizer, args.max_caption_tokens, args.append_eos, args.seed
+            )
+    trainable: dict[str, int] = {}
+    frozen = 0
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            part = ".".join(_part(name))
+            trainable[part] = trainable.get(part, 0) + parameter.numel()
+        else:
+            frozen += parameter.numel()
+    census["trainable_parameters"] = {"all": sum(trainable.values()), **trainable}
+    census["frozen_parameters"] = frozen
+    census["device"] = f"{args.world_size} x {_device_name(args.device)}"
+    census["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    census["steps"] = trainer.last_step()
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    census["images_in_a_step"] = batch
+    if not isinstance(dataset, StreamingDataset):
+        census["epochs"] = round(trainer.last_step() / trainer.steps_per_epoch(), 3)
+    return census
+
+
+def _part(name: str) -> list[str]:
+    """The part that a parameter belongs to: the first names of its path, down to those of Florence-2's own parts."""
+    names = [part for part in name.split(".")[:-1] or [name] if part not in ("model", "base_model")]
+    depth = 1 + (names[:1] == ["image_encoder"]) * (2 if names[1:2] == ["language_model"] else 1)
+    return names[:depth] or [name]
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+def format_census(census: dict[str, Any]) -> str:
+    """The census as lines of text."""
+    lines = []
+    if "images" in census:
+        lines.append(f"images: {census['images']}")
+    else:
+        sources = census.get("sources", [])
+        detail = "".join(f"; {s['images']:,} x {s['weight']:g}" for s in sources) if len(sources) > 1 else ""
+        lines.append(f"images: {census['images_in_an_epoch']:,} in an epoch{detail}")
+    if captions := census.get("captions"):
+        measured = captions["captions_measured"]
+        lines.append(
+            f"captions: of {captions['images_with_captions']:,} images; {captions['images_left_out']:,} empty or not "
+            f"text, left out; {captions['images_with_several_captions']:,} images with several (at most "
+            f"{captions['most_captions_of_an_image']}; caption_lines: {captions['caption_lines']})"
+        )
+        sampled = " of a sample" if measured < census["images_in_an_epoch"] else ""
+        lines.append(
+            f"tokens of {measured:,} captions{sampled}: median {captions['tokens_median']:g}, greatest "
+            f"{captions['tokens_greatest']}; {captions['cut_at_max_caption_tokens']:,} cut at max_caption_tokens; "
+            f"{captions['with_line_breaks']:,} with line breaks; "
+            f"unknown tokens {captions['share_of_unknown_tokens']:.2%}"
+        )
+        lines += [f"  for example: {_shorten(example)}" for example in captions["examples"]]
+    parameters = census["trainable_parameters"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if name != "all")
+    lines.append(f"trainable parameters: {parameters['all']:,} ({parts}); frozen: {census['frozen_parameters']:,}")
+    epochs = f", {census['epochs']:g} epochs" if "epochs" in census else ""
+    lines.append(f"device: {census['device']}, {census['precision']}")
+    lines.append(f"steps: {census['steps']:,} of {census['images_in_a_step']:,} images{epochs}")
+    lines.append(f"expected time: unknown before the first {WARM_UP_STEPS + TIMED_STEPS} steps")
+    return "\n".join(lines)
+
+
+def _shorten(text: str) -> str:
+    shown = " / ".join(text.split("\n"))
+    return shown if len(shown) <= 160 else shown[:157] + "..."
+
+
+class CensusCallback(TrainerCallback):
+    """Prints the census on the first process and writes `census.json`; says the expected time after some steps."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._census: dict[str, Any] | None = None
+        self._first, self._since = 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._first = state.global_step
+        if state.is_world_process_zero:
+            self._census = take_census(self.trainer)
+            say(format_census(self._census))
+            self._write(args)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        done = state.global_step - self._first
+        if self._census is None or done > WARM_UP_STEPS + TIMED_STEPS:
+            return
+        if done == WARM_UP_STEPS:
+            self._since = time.perf_counter()
+        elif done == WARM_UP_STEPS + TIMED_STEPS:
+            seconds = (time.perf_counter() - self._since) / TIMED_STEPS
+            left = seconds * (state.max_steps - state.global_step)
+            self._census |= {"seconds_per_step": round(seconds, 4), "expected_hours_left": round(left / 3600, 4)}
+            say(f"expected time: {format_time(left)} ({seconds:.3g} s a step, without saving and validation)")
+            self._write(args)
+
+    def _write(self, args: Any) -> None:
+        write_json(Path(args.output_dir) / CENSUS_FILE, self._census)
+
+
+def format_time(seconds: float) -> str:
+    """Such as `2 d 3 h`, `4 h 5 min` or `6 s`."""
+    for unit, size, below, smaller in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // smaller)} {below}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,109 @@
+"""Which words of an image are its caption: columns, alternatives in lists and lines, and captions without words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CAPTION_COLUMN, IMAGE_COLUMN = "caption", "image"
+CAPTION_COLUMNS = (CAPTION_COLUMN, "text", "captions", "texts", "TEXT", "txt")
+IMAGE_COLUMNS = (IMAGE_COLUMN, "file_name", "jpg", "png", "webp", "image_path", "filename", "filepath", "path")
+URL_COLUMNS = ("url", "URL", "image_url", "key")
+
+FIRST, ALL, RANDOM, WHOLE = "first", "all", "random", "whole"
+CAPTION_LINES = (FIRST, ALL, RANDOM, WHOLE)
+NOT_TEXT = -1
+"""Number of captions of an image whose caption cannot be read or is not text."""
+
+
+def find_column(names: Sequence[str], wanted: str, candidates: Sequence[str], where: str) -> str:
+    """The column of a table that holds images or captions.
+
+    Args:
+        wanted: The setting. If it is `candidates[0]`, which is the default, and absent, the first candidate counts.
+        where: The file or data set, for messages.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [name for name in candidates if name in names] if wanted == candidates[0] else []
+    if wanted in names:
+        others = ", ".join(name for name in found[1:] if name in CAPTION_COLUMNS[:2])
+        if others and candidates is CAPTION_COLUMNS:
+            logger.warning_once(f"{where}: captions are those of the column {wanted!r}, not of {others!r}")
+        return wanted
+    if found:
+        logger.warning_once(f"{where}: there is no column {wanted!r}; {found[0]!r} takes its place")
+        return found[0]
+    urls = [name for name in URL_COLUMNS if name in names]
+    hint = ""
+    if urls and candidates is IMAGE_COLUMNS:
+        hint = f"; {urls[0]!r} alone is no image: download the images first (for example with img2dataset)"
+    setting = "image_column" if candidates is IMAGE_COLUMNS else "caption_column"
+    raise ValueError(f"{where} has the columns {list(names)}, but no {wanted!r}{hint or f'; name one by --{setting}'}")
+
+
+def alternatives(value: Any) -> list[str] | None:
+    """The captions in a value of a column, those without words left out; None if it is neither text nor a list."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple | np.ndarray) or not all(isinstance(text, str) for text in values):
+        return None
+    return [text for text in values if text.strip()]
+
+
+def sidecar_captions(text: str, caption_lines: str) -> list[str]:
+    """The captions in a text file beside an image: its lines, or the text as it is for `"whole"`."""
+    if caption_lines == WHOLE:
+        return [text.strip()] if text.strip() else []
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def count_alternatives(value: Any) -> int:
+    """The number of captions in a value of a column, or `NOT_TEXT`."""
+    found = alternatives(value)
+    return NOT_TEXT if found is None else len(found)
+
+
+def report_bad_captions(names: list[str], counts: np.ndarray, on_bad_caption: str = "skip") -> None:
+    """Says which captions are empty or unreadable.
+
+    Args:
+        names: Names of images whose caption is; at least the first three.
+        counts: Number of captions of each image, or `NOT_TEXT`.
+        on_bad_caption: `"skip"` or `"error"`.
+
+    Raises:
+        ValueError: If all are, or there is one and `on_bad_caption` is `"error"`.
+    """
+    bad, total = int((counts < 1).sum()), len(counts)
+    if not bad:
+        return
+    problem = "empty or not text" if (counts == NOT_TEXT).any() else "empty"
+    shown = ", ".join(names[:3]) + (", ..." if bad > 3 else "")
+    if bad == total:
+        raise ValueError(f"all {total} captions are {problem} ({shown}); is this the right data?")
+    if on_bad_caption == "error":
+        raise ValueError(
+            f"{bad} of {total} captions are {problem}: {shown}; correct them, or pass --on_bad_caption skip"
+        )
+    logger.warning(f"{bad} of {total} captions are {problem} and left out: {shown}")
+
+
+RULES = {
+    FIRST: "the first of them counts",
+    RANDOM: "one of them is drawn each epoch",
+    ALL: "each makes a sample",
+    WHOLE: "they are joined by line breaks",
+}
+
+
+def report_several_captions(counts: np.ndarray, caption_lines: str) -> None:
+    """Says how many images have several captions, and which of them count."""
+    if several := int((counts > 1).sum()):
+        logger.warning(
+            f"{several} of {len(counts)} images have several captions (at most {counts.max()}): "
+            f"{RULES[caption_lines]} (caption_lines: {caption_lines})"
+        )

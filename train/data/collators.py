@@ -1,0 +1,181 @@
+"""Collators: batches of images, or of images and captions, without what cannot be read."""
+
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from vlv import VLVImageProcessor, VLVProcessor
+from vlv.processing_vlv import to_rgb
+
+logger = logging.get_logger(__name__)
+
+
+def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list[dict]:
+    """The first `count` items whose image `load` can read, with the images that it returns.
+
+    Tries at most 1000 items. Says so if none can be read.
+    """
+    items: list[dict] = []
+    first = (
+        islice(dataset, 1000)
+        if not hasattr(dataset, "__len__")
+        else map(dataset.__getitem__, range(min(1000, len(dataset))))
+    )
+    for item in first:
+        try:
+            items.append(item | {"image": load(item["image"])})
+        except ValueError:
+            continue
+        if len(items) == count:
+            break
+    if not items:
+        logger.warning("there are no validation samples: none of the first images can be read")
+    return items
+
+
+def load_item(item: dict[str, Any], image_processor: VLVImageProcessor) -> Image.Image:
+    """The upright RGB image of an item, cropped to the processor's `pre_crop_size`, with the item's augmentation.
+
+    Raises:
+        ValueError: If it cannot be read, or is a URL.
+    """
+    image, augmentation = item["image"], item.get("augmentation") or {}
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        raise ValueError(f"{image:.80} is a URL; download the images first (for example with img2dataset)")
+    size = image_processor.pre_crop_size
+    if "crop" in augmentation and size:
+        loaded = _crop_square(to_rgb(image), size, *augmentation["crop"])
+    else:
+        loaded = image_processor.load(image)
+    return loaded.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if augmentation.get("flip") else loaded
+
+
+def _crop_square(image: Image.Image, size: int, x: float, y: float) -> Image.Image:
+    """The largest square of an image, `size` pixels wide, at the shares `x` and `y` (0..1) of the way it can move."""
+    side = min(image.size)
+    left, top = x * (image.width - side), y * (image.height - side)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+MAX_UNREADABLE_BATCHES = 100
+"""After this many batches in a row without a readable image, training ends with an error."""
+
+
+class _SkippingCollator:
+    """Leaves out unreadable items, logs each, and adds their number to the batch as `num_skipped`.
+
+    If no item of a batch is readable, the last readable item of an earlier batch takes their place, because a training
+    step needs a batch.
+
+    Raises:
+        ValueError: If `on_bad_image` is neither `"skip"` nor `"error"`.
+    """
+
+    def __init__(self, on_bad_image: str = "skip"):
+        if on_bad_image not in ("skip", "error"):
+            raise ValueError(f"on_bad_image is {on_bad_image!r}; expected 'skip' or 'error'")
+        self.on_bad_image = on_bad_image
+        self.last_readable: tuple[dict, Any] | None = None
+        self.num_unreadable_batches = 0
+
+    def load_readable(
+        self, items: list[dict], image_processor: VLVImageProcessor
+    ) -> tuple[list[dict], list[Any], int]:
+        """Readable items, their images, and the number of unreadable items.
+
+        Raises:
+            ValueError: If an item is unreadable and `on_bad_image` is `"error"`, or no item can be returned.
+        """
+        readable, images = [], []
+        for item in items:
+            try:
+                image = load_item(item, image_processor)
+                if not isinstance(item.get("caption", ""), str):
+                    raise ValueError(
+                        f"the caption is a {type(item['caption']).__name__}, not text: {item['image']!r:.80}"
+                    )
+                if not item.get("caption", "-").strip():
+                    raise ValueError(f"the caption is empty: {item['image']!r:.80}")
+            except ValueError as error:
+                name = getattr(item["image"], "name", None)  # of an image that is not a file of its own
+                message = f"{name}: {error}" if name else str(error)
+                if self.on_bad_image == "error":
+                    raise ValueError(message) from error
+                logger.warning(f"skipped an image: {message}")
+                continue
+            readable.append(item)
+            images.append(image)
+        num_skipped = len(items) - len(readable)
+        self.num_unreadable_batches = 0 if readable else self.num_unreadable_batches + 1
+        if readable:
+            self.last_readable = (readable[-1], images[-1])
+        elif self.last_readable is None or self.num_unreadable_batches > MAX_UNREADABLE_BATCHES:
+            raise ValueError(f"none of the {len(items)} images of a batch can be read; is this the right data?")
+        else:
+            readable, images = [self.last_readable[0]], [self.last_readable[1]]
+        return readable, images, num_skipped
+
+
+class Stage1Collator(_SkippingCollator):
+    """Batches of images: `pixel_values` for the encoder and `diffusion_pixels` for the diffusion model.
+
+    Args:
+        image_processor: Loads and crops the images, and gives `pixel_values` `(B, 3, height, width)`.
+        diffusion_image_size: Side S in pixels of `diffusion_pixels` `(B, 3, S, S)`, uint8 in 0..255.
+        on_bad_image: `"skip"` or `"error"`.
+    """
+
+    def __init__(self, image_processor: VLVImageProcessor, diffusion_image_size: int, on_bad_image: str = "skip"):
+        super().__init__(on_bad_image)
+        self.image_processor, self.diffusion_image_size = image_processor, diffusion_image_size
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        _, images, num_skipped = self.load_readable(items, self.image_processor)
+        size = (self.diffusion_image_size, self.diffusion_image_size)
+        targets = [np.asarray(image if image.size == size else image.resize(size)) for image in images]  # (S, S, 3)
+        pixel_values = self.image_processor(images, return_tensors="pt", pre_crop_size=None).pixel_values
+        return {
+            "pixel_values": pixel_values,
+            "diffusion_pixels": torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2),
+            "num_skipped": num_skipped,  # an int: reading a tensor would wait for the device
+        }
+
+
+class Stage2Collator(_SkippingCollator):
+    """Batches of pairs: `pixel_values` `(B, 3, height, width)` and `labels` `(B, L)`, where -100 marks padding.
+
+    Args:
+        processor: Prepares images and captions.
+        max_caption_tokens: Longer captions are cut to this length.
+        on_bad_image: `"skip"` or `"error"`.
+        append_eos, pad_to_max_length: As in [`VLVProcessor`]'s call; the authors' code has False and True.
+    """
+
+    def __init__(
+        self,
+        processor: VLVProcessor,
+        max_caption_tokens: int,
+        on_bad_image: str = "skip",
+        append_eos: bool = True,
+        pad_to_max_length: bool = False,
+    ):
+        super().__init__(on_bad_image)
+        self.processor, self.max_caption_tokens = processor, max_caption_tokens
+        self.append_eos, self.pad_to_max_length = append_eos, pad_to_max_length
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
+        batch = self.processor(
+            images=images,
+            suffix=[item["caption"] for item in items],
+            max_length=self.max_caption_tokens,
+            append_eos=self.append_eos,
+            pad_to_max_length=self.pad_to_max_length,
+            pre_crop_size=None,
+        )
+        return {**batch, "num_skipped": num_skipped}

@@ -1,0 +1,223 @@
+"""Image files on disk: folders with sidecars, and list files (.jsonl, .json, .csv, .tsv) that name images."""
+
+import csv
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from vlv.image_files import walk_images
+
+from .captions import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMN,
+    IMAGE_COLUMNS,
+    alternatives,
+    count_alternatives,
+    find_column,
+    sidecar_captions,
+)
+from .source import Source
+
+logger = logging.get_logger(__name__)
+
+SIDECAR_SUFFIXES = (".txt", ".caption")
+LIST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+RESUME_SUFFIX = ".resume.jsonl"  # beside the output of `vlv caption`
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+class ListDataset(Source):
+    """A list of `{"image": path}` or `{"image": path, "caption": text or list of texts}`.
+
+    Args:
+        root: The folder that the paths lie in.
+    """
+
+    def __init__(self, items: Sequence[dict[str, Any]], root: str | os.PathLike = "."):
+        self.items, self.root = items, root
+        self.has_captions = bool(items) and "caption" in items[0]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.items[number]
+
+    def name(self, number: int) -> str:
+        return self.items[number]["image"]
+
+    def count_captions(self) -> np.ndarray:
+        return np.array([count_alternatives(item.get("caption")) for item in self.items], dtype=np.int32)
+
+    def fingerprint(self) -> str:
+        """A hash of names, sizes and captions, which does not depend on where the folder lies."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            if "caption" in item and not alternatives(item["caption"]):
+                continue  # left out
+            name, size = os.path.relpath(item["image"], self.root), os.stat(item["image"]).st_size
+            digest.update(repr((name, size, item.get("caption"))).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder. Says what is left out.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    images = []
+    for path, problem in walk_images(folder):
+        if problem is None:
+            images.append(path)
+        else:
+            logger.warning(f"{path} is left out: {problem}")
+    if not images:
+        raise ValueError(f"no images in {folder}; looked in all its folders for files that Pillow can read")
+    return images
+
+
+def lists_of_a_folder(folder: Path) -> list[Path]:
+    """The list files of a folder of images: its `.jsonl` files, or else `metadata.csv`."""
+    found = sorted(path for path in folder.glob("*.jsonl") if not path.name.endswith(RESUME_SUFFIX))
+    return found or [path for path in (folder / "metadata.csv", folder / "metadata.tsv") if path.is_file()]
+
+
+def read_folder(folder: Path, caption_lines: str) -> Iterator[dict[str, Any]]:
+    """The images of a folder, each with the captions in the `.txt` or `.caption` file beside it.
+
+    Raises:
+        ValueError: If there is no image, or an image has no such file.
+    """
+    for image in image_files(folder):
+        sidecar = next((image.with_suffix(s) for s in SIDECAR_SUFFIXES if image.with_suffix(s).is_file()), None)
+        if sidecar is None:
+            raise ValueError(f"{image} has no caption: expected {image.stem}.txt or {image.stem}.caption beside it")
+        try:
+            captions = sidecar_captions(sidecar.read_text(encoding="utf-8-sig"), caption_lines)
+        except UnicodeDecodeError as error:
+            logger.warning(f"{sidecar} is not UTF-8: {error}")
+            yield {"image": str(image), "caption": None}
+            continue
+        yield {"image": str(image), "caption": captions if len(captions) > 1 else "".join(captions)}
+
+
+def read_list(
+    path: Path, image_column: str, caption_column: str | None, root: str | os.PathLike | None = None
+) -> Iterator[dict[str, Any]]:
+    """The images, and captions if `caption_column` is given, that a list file names.
+
+    Args:
+        root: The folder that relative paths start from; by default that of the list.
+
+    Raises:
+        ValueError: If a line cannot be read, a column is missing, or an image does not exist; names file and line.
+    """
+    folder = Path(root) if root is not None else path.parent
+    columns: tuple[str, str | None] | None = None
+    for where, row in _rows(path):
+        if columns is None or columns[0] not in row or (columns[1] or columns[0]) not in row:
+            columns = _columns(row, image_column, caption_column, where)
+        name = row[columns[0]]
+        if isinstance(name, dict):  # an image of `datasets`, written as JSON
+            name = name.get("path")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{where}: the image is {name!r:.80}, expected a path")
+        if name.startswith(("http://", "https://")):
+            raise ValueError(f"{where}: {name:.80} is a URL; download the images first (for example with img2dataset)")
+        image = folder / name
+        if not image.is_file():
+            hint = "" if root is not None else "; name the folder that paths start from by --image_root"
+            raise ValueError(f"{where}: {image} does not exist{hint}")
+        yield {"image": str(image)} | ({"caption": row[columns[1]]} if columns[1] else {})
+
+
+def _columns(row: dict[str, Any], image_column: str, caption_column: str | None, where: str) -> tuple[str, str | None]:
+    names = [name for name in row if isinstance(name, str)]
+    try:
+        if image_column in (IMAGE_COLUMN, "file_name") and "file_name" in names:
+            image = "file_name"  # as `datasets` names it
+        else:
+            image = find_column(names, image_column, IMAGE_COLUMNS, where.rpartition(", ")[0])
+        if caption_column is None:
+            return image, None
+        return image, find_column(names, caption_column, CAPTION_COLUMNS, where.rpartition(", ")[0])
+    except ValueError as error:
+        expected = {"file_name": "...", **({caption_column: "..."} if caption_column else {})}
+        raise ValueError(f"{where}: expected columns such as {json.dumps(expected)}; {error}") from error
+
+
+def _rows(path: Path) -> Rows:
+    """`("FILE, line N", columns)` of each row of a list file."""
+    try:
+        if path.suffix.lower() == ".jsonl":
+            yield from _jsonl_rows(path)
+        elif path.suffix.lower() == ".json":
+            yield from _json_rows(path)
+        else:
+            yield from _csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def _jsonl_rows(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, got a {type(row).__name__}")
+            yield f"{path}, line {number}", row
+
+
+def _json_rows(path: Path) -> Rows:
+    """Rows of `{name: caption}`, as `vlv caption` writes it, of a list of objects, or of COCO's captions."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if isinstance(content, list):
+        for number, row in enumerate(content):
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, entry {number}: expected an object, got a {type(row).__name__}")
+            yield f"{path}, entry {number}", row
+    elif isinstance(content, dict) and isinstance(content.get("images"), list):
+        captions: dict[Any, list[str]] = {}
+        for annotation in content.get("annotations", []):
+            captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
+        for number, image in enumerate(content["images"]):
+            row = {"file_name": image.get("file_name"), "caption": captions.get(image.get("id"), [])}
+            yield f"{path}, image {number}", row
+    elif isinstance(content, dict):
+        for name, caption in content.items():
+            yield f"{path}, {name!r}", {"file_name": name, "caption": caption}
+    else:
+        raise ValueError(f"{path}: expected {{name: caption}} or a list of objects, got a {type(content).__name__}")
+
+
+def _csv_rows(path: Path, delimiter: str) -> Rows:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, restval=None)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns as in the "
+                        "first line; quote fields that hold commas"
+                    )
+                yield f"{path}, line {reader.line_num}", row
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} cannot be read: {error}") from error
