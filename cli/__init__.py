@@ -1,1 +1,1 @@
-"""The command line: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | train`."""
+"""The command line: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | estimate | train`."""
