@@ -24,6 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 OTHER = "other"
+RECOMPUTE = "_gradient_checkpointing_func"
+"""The attribute of transformers' and diffusers' modules that computes a layer again in the backward pass."""
 KINDS = ("convolution", "matmul", "attention")
 
 _HALF_PRECISION = {  # of CUDA's autocast, those that the models here use
@@ -133,14 +135,12 @@ def _as_on_a_gpu(model: nn.Module, bf16: bool) -> Iterator[None]:
             yield
 
     def checkpointed(function, *args, **kwargs):
-        return checkpoint(
-            function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **kwargs
-        )
+        return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()), **kwargs)
 
     handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)] if bf16 else []
     for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):  # transformers' and diffusers' name
-            module._gradient_checkpointing_func = checkpointed
+        if hasattr(module, RECOMPUTE):
+            setattr(module, RECOMPUTE, checkpointed)
     try:
         yield
     finally:
@@ -155,7 +155,8 @@ class _Attribution:
     """
 
     def __init__(self, flops: FlopCounterMode):
-        self.flops, self.seen = flops, defaultdict(int)
+        self.flops = flops
+        self.seen: defaultdict[Any, int] = defaultdict(int)
         self.stack: list[str] = [OTHER]
         self.phase = "forward"
         self.parts: dict[str, PartCount] = {}

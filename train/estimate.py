@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .counting import KINDS, StepCount, count_step
+from .counting import StepCount, count_step
 from .hardware import Gpu
 from .meta_models import MetaStep, build_step
 from .parsing import parse_config
@@ -43,6 +43,7 @@ class Memory:
     trained_weights: int
     gradients: int
     optimizer: int
+    averaged_weights: int
     ddp_buckets: int
     activations: int
     activations_peak_at: str
@@ -53,6 +54,7 @@ class Memory:
             + self.trained_weights
             + self.gradients
             + self.optimizer
+            + self.averaged_weights
             + self.ddp_buckets
             + self.activations
         )
@@ -136,18 +138,35 @@ class Estimate:
         }
 
 
+@dataclass
+class Counted:
+    """A step on the meta device and what it costs."""
+
+    step: MetaStep
+    count: StepCount
+
+
+def count_training_step(config: Stage1Config | Stage2Config, **kwargs: Any) -> Counted:
+    """Builds the step of a configuration and counts it. The arguments are those of `meta_models.build_step`."""
+    step = build_step(config, **kwargs)
+    return Counted(step, _count(step))
+
+
+def _count(step: MetaStep) -> StepCount:
+    return count_step(step.loss, step.parts, step.models, step.bf16, step.num_labels)
+
+
 def estimate(
     config: Stage1Config | Stage2Config,
     gpu: Gpu,
     count: int,
     *,
+    counted: Counted | None = None,
     price: float = PRICE,
     utilization: float | Mapping[str, float] = UTILIZATION,
-    stage1: Stage1Config | None = None,
     samples: int | None = None,
-    caption_tokens: int | None = None,
-    cached_moments: bool = False,
     tf32: bool = False,
+    **kwargs: Any,
 ) -> Estimate:
     """The cost of the training that a configuration describes. Needs neither weights nor a network nor a GPU.
 
@@ -156,33 +175,32 @@ def estimate(
     Args:
         gpu: See `hardware.find_gpu`.
         count: Number of cards; each has `per_device_train_batch_size` images.
+        counted: From `count_training_step`; by default the step is counted here.
         price: Dollars for a card and an hour.
         utilization: Share of the card's peak that the operations reach, or a share by part, with `""` for the others.
-        stage1: For stage 2: the recipe that will make `config.model`, where that does not exist.
         samples: Size of the data, which `num_train_epochs` needs.
-        caption_tokens: Tokens of the longest caption in a batch; by default `max_caption_tokens`.
-        cached_moments: Whether the autoencoder's moments are read from a cache.
         tf32: Whether float32 matrix products use TF32.
+        kwargs: Of `count_training_step`.
 
     Raises:
         ValueError: If a model is not known, the number of steps is open, or `utilization` names no part.
     """
-    step = build_step(config, stage1=stage1, caption_tokens=caption_tokens, cached_moments=cached_moments)
-    counted = count_step(step.loss, step.parts, step.models, step.bf16, step.num_labels)
+    steps = _steps(config, config.per_device_train_batch_size * config.gradient_accumulation_steps * count, samples)
     shares = dict(utilization) if isinstance(utilization, Mapping) else {"": utilization}
+    step = counted.step if counted else build_step(config, **kwargs)
     _check_utilization(shares, step)
-    names = list(counted.parts)
+    count_of_step = counted.count if counted else _count(step)
+    parts = count_of_step.parts
+    names = list(parts)
     precision = {name: step.precision.get(name, step.default_precision) for name in names}
     reached = {name: shares.get(name, shares.get("", UTILIZATION)) for name in names}
     seconds = {
         name: sum(
             flops / (gpu.peak(precision[name], kind, tf32) * reached[name])
-            for kind, flops in counted.parts[name].kinds().items()
+            for kind, flops in parts[name].kinds().items()
         )
         for name in names
     }
-    accumulation = config.gradient_accumulation_steps
-    batch = config.per_device_train_batch_size
     found = Estimate(
         stage=1 if isinstance(config, Stage1Config) else 2,
         gpu=gpu,
@@ -190,12 +208,12 @@ def estimate(
         price=price,
         utilization=reached,
         precision=precision,
-        steps=_steps(config, batch * accumulation * count, samples),
-        batch=batch,
-        accumulation=accumulation,
-        step=counted,
+        steps=steps,
+        batch=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        step=count_of_step,
         seconds=seconds,
-        memory=_memory(step, counted, str(getattr(config.optim, "value", config.optim)), count),
+        memory=_memory(step, count_of_step, config, count),
         trained=_parameters(step, True),
         frozen=_parameters(step, False),
     )
@@ -225,7 +243,9 @@ def _steps(config: Any, images: int, samples: int | None) -> int:
     if config.max_steps > 0:
         return config.max_steps
     if samples is None:
-        raise ValueError("num_train_epochs needs the number of images or pairs in the data: give --samples, or max_steps")
+        raise ValueError(
+            "num_train_epochs needs the number of images or pairs in the data: give --samples, or max_steps"
+        )
     return math.ceil(config.num_train_epochs * math.ceil(samples / images))
 
 
@@ -233,8 +253,9 @@ def _parameters(step: MetaStep, trained: bool) -> int:
     return sum(p.numel() for model in step.models for p in model.parameters() if p.requires_grad == trained)
 
 
-def _memory(step: MetaStep, counted: StepCount, optimizer: str, count: int) -> Memory:
-    weights = {trained: 0 for trained in (True, False)}
+def _memory(step: MetaStep, counted: StepCount, config: Any, count: int) -> Memory:
+    optimizer = str(getattr(config.optim, "value", config.optim))
+    weights = dict.fromkeys((True, False), 0)
     for model in step.models:
         for parameter in model.parameters():
             weights[parameter.requires_grad] += parameter.nbytes
@@ -244,6 +265,7 @@ def _memory(step: MetaStep, counted: StepCount, optimizer: str, count: int) -> M
         trained_weights=weights[True],
         gradients=weights[True],
         optimizer=state * _parameters(step, True),
+        averaged_weights=weights[True] if getattr(config, "ema_decay", 0) else 0,
         ddp_buckets=weights[True] if count > 1 else 0,
         activations=counted.peak_bytes,
         activations_peak_at=counted.peak_at,
@@ -274,6 +296,3 @@ def recipe_beside(path: Path, model: str | None, program: str) -> Stage1Config |
         if isinstance(settings, dict) and model is not None and settings.get("output_dir") == model:
             return parse_config(Stage1Config, [str(other), "--use_cpu", "true"], program)
     return None
-
-
-__all__ = ["KINDS", "Estimate", "Memory", "estimate", "find_stage", "recipe_beside", "speed_estimate"]

@@ -1,5 +1,6 @@
 """The models of a training configuration on the meta device: full size, no weights, no network."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ from .stage2_trainer import Stage2Config
 
 FLORENCES = {f"florence-community/Florence-2-{size}": size for size in reference.FLORENCE}
 QWENS = {f"Qwen/Qwen2.5-{size}": size for size in reference.QWEN}
-STABLE_DIFFUSIONS = {name: 64 if name.endswith("-base") else 96 for pair in reference.WITHDRAWN.items() for name in pair}
+STABLE_DIFFUSIONS = {
+    name: 64 if name.endswith("-base") else 96 for pair in reference.WITHDRAWN.items() for name in pair
+}
 """Repositories of Stable Diffusion 2.1 and the side of their latents."""
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -157,6 +160,10 @@ def _encoder_parts(model: VLVModel) -> dict[str, nn.Module]:
 def _checkpoint(config: Any, model: Any) -> None:
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()
+    if getattr(config, "encoder_activation_checkpointing", False):
+        model.base_model.activation_checkpointing_enable()
+    if getattr(config, "language_model_activation_checkpointing", False):
+        model.language_model.activation_checkpointing_enable()
 
 
 def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
@@ -231,7 +238,9 @@ def _diffusion_decoder(source: str, dtype: torch.dtype) -> StableDiffusionDecode
 def _local(kind: Any, source: str, setting: str, known: dict, method: str = "from_pretrained", **kwargs: Any) -> Any:
     """A configuration from a folder or the cache of the Hub."""
     try:
-        return getattr(kind, method)(source, local_files_only=True, **kwargs)
+        with warnings.catch_warnings():  # diffusers passes huggingface_hub a deprecated argument
+            warnings.simplefilter("ignore", UserWarning)
+            return getattr(kind, method)(source, local_files_only=True, **kwargs)
     except (OSError, ValueError) as error:
         inside = f"{kwargs['subfolder']}/config.json" if kwargs else "config.json"
         raise ValueError(
