@@ -10,6 +10,8 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# With it, each of the many processes of the tests would compile all of the code again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast lint format miniature evaluate clean always
 .DEFAULT_GOAL := demo

@@ -4,6 +4,7 @@ from vlv.tokenizer import load_tokenizer
 
 from .card import Card
 from .convert import Conversion, convert
+from .decoder import DiffusionModel, diffusion_model_of, has_own_diffusion_model
 from .describe import Description, describe
 from .export import export
 from .fingerprint import fingerprint
@@ -28,11 +29,14 @@ __all__ = [
     "Card",
     "Conversion",
     "Description",
+    "DiffusionModel",
     "UploadError",
     "convert",
     "describe",
+    "diffusion_model_of",
     "export",
     "fingerprint",
+    "has_own_diffusion_model",
     "has_two_encoders",
     "load_captioner",
     "load_diffusion_components",

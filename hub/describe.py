@@ -15,8 +15,9 @@ from vlv.files import DTYPES, Header, is_variant, read_header, read_json
 from vlv.original_checkpoint import find_checkpoint, read_weights
 
 from .card import LICENCES, pretrained_models, read_training
-from .layout import CAPTIONER_WEIGHTS, CARD_FILE, INDEX_FILE, TRAINER_FOLDERS
-from .load import read_config, read_weight_map, resolve, to_repo_id
+from .decoder import referred_diffusion_model
+from .layout import ADAPTER_FOLDER, CAPTIONER_WEIGHTS, CARD_FILE, INDEX_FILE, MODEL_INDEX_FILE, TRAINER_FOLDERS
+from .load import file_sizes, read_config, read_weight_map, resolve, to_repo_id
 
 METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -96,8 +97,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
     try:
         if constants.is_offline_mode():
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        entries = list(api.list_repo_tree(repo, revision=revision, recursive=True))
-        files = {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+        files = file_sizes(repo, revision, token)
         folder = resolve(source, revision=revision, token=token, allow_patterns=METADATA_FILES)
         return _describe_vlv(repo, folder, files, lambda name: _remote_header(api, repo, name, revision))
     except RepositoryNotFoundError as error:
@@ -122,7 +122,7 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
     training = {name: size for name, size in sizes.items() if name.startswith(TRAINER_FOLDERS)}
     files = {name: size for name, size in sizes.items() if name not in training and not name.startswith(".")}
     captions = config.get("text_config") is not None
-    index = folder / "model_index.json"
+    index = folder / MODEL_INDEX_FILE
     found = Description(
         source,
         "stage 2: captions" + (" and reconstructions" if index.is_file() else "")
@@ -172,6 +172,8 @@ def _part(file: str, name: str, captions: bool) -> str:
     folder = file.rpartition("/")[0]
     if folder in ("unet", "vae"):
         return {"unet": "denoiser", "vae": "autoencoder"}[folder]
+    if folder == ADAPTER_FOLDER:
+        return "LoRA adapter, merged into the language model"
     if "/" in file and folder != "encoder":
         return f"other: {folder}"
     if not folder and file not in CAPTIONER_WEIGHTS and not file.startswith("model"):
@@ -184,7 +186,10 @@ def _part(file: str, name: str, captions: bool) -> str:
 
 
 def _family(folder: Path) -> str:
-    index = read_json(folder / "model_index.json", "unet", "scheduler")
+    if (referred := referred_diffusion_model(folder)) is not None:
+        revision = f", revision {referred.revision}" if referred.revision else ""
+        return f"in another place: {referred.source}{revision} (`vlv push` copies it in)"
+    index = read_json(folder / MODEL_INDEX_FILE, "unet", "scheduler")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     prediction_type = "epsilon"  # diffusers' default
     if scheduler.is_file():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlv.files import is_variant, require_space, set_default_permissions, write_
 from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 
+from .decoder import DiffusionModel, refer_to
 from .layout import (
     CAPTIONER_ENCODER_FILE,
     CAPTIONER_FILE,
@@ -25,7 +27,9 @@ from .layout import (
     ENCODER_PREFIX,
     HALF_INDEX_FILE,
     INDEX_FILE,
+    MODEL_INDEX_FILE,
     PIPELINE_PARTS,
+    RECONSTRUCTION_CLASSES,
     half_name,
 )
 from .load import load_diffusion_components
@@ -39,7 +43,8 @@ def export(
     captioner: VLVForConditionalGeneration | None = None,
     processor: VLVProcessor | None = None,
     image_processor: VLVImageProcessor | None = None,
-    diffusion_model: str | os.PathLike | DiffusionPipeline | dict[str, Any] | None = None,
+    diffusion_model: str | os.PathLike | DiffusionPipeline | dict[str, Any] | DiffusionModel | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
     half_variant: bool = False,
 ) -> Path:
@@ -54,7 +59,9 @@ def export(
         processor: Of the captioner; required with it.
         image_processor: Of the encoder; by default the processor's.
         diffusion_model: A diffusers pipeline, its components, or the folder or repo id of one. Its UNet, autoencoder,
-            scheduler and tokenizer are written.
+            scheduler and tokenizer are written. To a `DiffusionModel` the folder only refers.
+        weights: All weights of the captioner, or of the encoder if there is no captioner, instead of those that the
+            model holds: for example of a model whose weights are sharded over processes.
         dtype: Precision of the stored weights; by default their own. They load as float32 unless the reader asks for
             another precision.
         half_variant: Also writes the weights in half precision, for `variant="fp16"`.
@@ -74,26 +81,39 @@ def export(
         image_processor = image_processor or processor.image_processor
     if encoder is None or image_processor is None:
         raise ValueError("pass captioner and processor, or encoder and image_processor")
-    if diffusion_model is not None:
-        diffusion_model = _diffusion_components(diffusion_model)  # before anything is written
-    modules = [encoder, captioner, *(diffusion_model or {}).values()]
+    components: dict[str, Any] = {}
+    if diffusion_model is not None and not isinstance(diffusion_model, DiffusionModel):
+        components = _diffusion_components(diffusion_model)  # before anything is written
+    modules = [encoder, captioner, *components.values()]
     require_space(root, _size([module for module in modules if isinstance(module, torch.nn.Module)], dtype))
     (root / "encoder").mkdir(parents=True, exist_ok=True)
     _remove_stale_files(root, captions=captioner is not None)
 
-    tensors = {ENCODER_PREFIX + name: _stored(t, dtype) for name, t in encoder.state_dict().items()}
+    captioner_weights = captioner.state_dict() if captioner is not None and weights is None else weights or {}
+    encoder_weights: Mapping[str, torch.Tensor] = {}
+    if captioner is None and weights is not None:
+        encoder_weights = {ENCODER_PREFIX + name: tensor for name, tensor in weights.items()}
+    elif captioner is not None and encoder is captioner.model:
+        encoder_weights = {name: t for name, t in captioner_weights.items() if name.startswith(ENCODER_PREFIX)}
+    else:
+        encoder_weights = {ENCODER_PREFIX + name: tensor for name, tensor in encoder.state_dict().items()}
+    tensors = {name: _stored(tensor, dtype) for name, tensor in encoder_weights.items()}
     _save(_without_ties(tensors, encoder, ENCODER_PREFIX), root / ENCODER_FILE)
     config = VLVConfig(**{**encoder.config.to_dict(), "text_config": None})
     _write_config(config, "VLVModel", root / "encoder" / "config.json")
     if captioner is not None and processor is not None:
-        _export_captioner(root, encoder, captioner, processor, dtype)
+        _export_captioner(root, encoder_weights, captioner, captioner_weights, processor, dtype)
     else:
         _write_config(config, "VLVModel", root / "config.json")
         write_json(root / INDEX_FILE, _index(root, [ENCODER_FILE]))
         image_processor.save_pretrained(root)
     image_processor.save_pretrained(root / "image_processor")
-    if diffusion_model is not None:
-        _export_diffusion_components(root, diffusion_model, dtype)
+    if isinstance(diffusion_model, DiffusionModel):
+        for name in PIPELINE_PARTS:
+            shutil.rmtree(root / name, ignore_errors=True)
+        refer_to(root, diffusion_model)
+    elif components:
+        _export_diffusion_components(root, components, dtype)
     add_code(root)
     if half_variant:
         _add_half_variant(root)
@@ -119,15 +139,16 @@ def _remove_stale_files(root: Path, captions: bool) -> None:
 
 def _export_captioner(
     root: Path,
-    encoder: VLVModel,
+    shared: Mapping[str, torch.Tensor],
     captioner: VLVForConditionalGeneration,
+    weights: Mapping[str, torch.Tensor],
     processor: VLVProcessor,
     dtype: torch.dtype | None,
 ) -> None:
-    shared = {ENCODER_PREFIX + name: tensor for name, tensor in encoder.state_dict().items()}
+    """Writes the captioner's `weights` that are not those of the encoder, `shared`, and all its other files."""
     rest = {
         name: _stored(tensor, dtype)
-        for name, tensor in captioner.state_dict().items()
+        for name, tensor in weights.items()
         if name not in shared or not _same(tensor, shared[name])
     }
     files = [CAPTIONER_FILE, ENCODER_FILE]
@@ -164,17 +185,15 @@ def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: 
         _remove_origin(root / name / "config.json")
     own = (CAPTIONER_FILE, CAPTIONER_ENCODER_FILE)
     index = {
-        "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
         "_diffusers_version": diffusers_version,
-        "encoder": ["modeling_vlv", "VLVModel"],
-        "image_processor": ["processing_vlv", "VLVImageProcessor"],
+        **RECONSTRUCTION_CLASSES,
         "scheduler": ["diffusers", type(components["scheduler"]).__name__],
         "tokenizer": ["transformers", type(components["tokenizer"]).__name__],
         "unet": ["diffusers", type(components["unet"]).__name__],
         "vae": ["diffusers", type(components["vae"]).__name__],
         "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, *own, *map(half_name, own)],
     }
-    write_json(root / "model_index.json", index)
+    write_json(root / MODEL_INDEX_FILE, index)
 
 
 def _add_half_variant(root: Path) -> None:

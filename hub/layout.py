@@ -26,7 +26,14 @@ INDEX_FILE = "model.safetensors.index.json"
 HALF_INDEX_FILE = "model.safetensors.index.fp16.json"
 TRAINING_FILE = "training.json"  # training metadata of each stage
 CARD_FILE = "README.md"
+ADAPTER_FOLDER = "adapter"  # of a LoRA training, in peft's format
+MODEL_INDEX_FILE = "model_index.json"  # of the reconstruction pipeline
 PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
+RECONSTRUCTION_CLASSES = {  # of the code in the repository
+    "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
+    "encoder": ["modeling_vlv", "VLVModel"],
+    "image_processor": ["processing_vlv", "VLVImageProcessor"],
+}
 
 CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", *CAPTIONER_WEIGHTS]
 CAPTIONER_FINGERPRINT = [  # files that change captions

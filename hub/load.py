@@ -23,6 +23,7 @@ from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 from vlv.reference_configs import replacement_hint
 from vlv.tokenizer import load_tokenizer
 
+from .decoder import referred_diffusion_model
 from .layout import (
     CAPTIONER_FILES,
     CAPTIONER_WEIGHTS,
@@ -30,6 +31,7 @@ from .layout import (
     ENCODER_FILES,
     ENCODER_PREFIX,
     INDEX_FILE,
+    MODEL_INDEX_FILE,
     PICKLES,
     pickles,
 )
@@ -95,13 +97,26 @@ def to_repo_id(source: str | os.PathLike) -> str:
 
 
 def _list_files(repo: str, revision: str | None, token: str | None) -> list[str] | None:
-    """The repository's files; None if the Hub does not answer, which takes the library's retries to find out."""
+    """The repository's files; None if the Hub does not answer."""
     try:
-        return HfApi(token=token).list_repo_files(repo, revision=revision)
+        return list(file_sizes(repo, revision, token))
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and 400 <= error.response.status_code < 429:
             raise  # an answer, such as that there is no such repository
         return None
+
+
+def file_sizes(repo: str, revision: str | None, token: str | None) -> dict[str, int]:
+    """Name and bytes of each file of a repository, by one request.
+
+    `HfApi.list_repo_tree` tries again for 23 seconds where the Hub does not answer.
+
+    Raises:
+        HTTPError: If the Hub does not answer, or there is no such repository.
+    """
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
 def _refuse_pickles(source: str, names: list[str]) -> None:
@@ -263,13 +278,18 @@ def load_diffusion_components(
     """`unet`, `vae`, `scheduler` and `tokenizer` of a text-to-image model.
 
     Args:
-        source: Stable Diffusion or VLV model: folder or repo id.
+        source: Stable Diffusion or VLV model: folder or repo id. A VLV may refer to the text-to-image model that it
+            was trained with.
         dtype: Precision of UNet and autoencoder; by default the stored one.
 
     Raises:
         FileNotFoundError: If there is no such folder or repository, or it holds no text-to-image model.
-        ValueError: If its scheduler is not one of diffusers', or a file is damaged.
+        ValueError: If its scheduler is not one of diffusers', a file is damaged, or the model that it refers to has
+            changed.
     """
     folder = resolve(source, revision=revision, token=token, allow_patterns=DIFFUSION_FILES, pickles_allowed=True)
-    require(folder, "model_index.json")
+    require(folder, MODEL_INDEX_FILE)
+    if (referred := referred_diffusion_model(folder)) is not None:
+        referred.check(source)
+        return load_diffusion_components(referred.source, revision=referred.revision, token=token, dtype=dtype)
     return load_components(folder, dtype)

@@ -98,6 +98,7 @@ def train_autoencoder(
     batch_size: int = 16,
     learning_rate: float = 2e-3,
     latent_channels: int = LATENT_CHANNELS,
+    evaluation_images: int = 256,
     seed: int = 0,
 ) -> None:
     """Trains the autoencoder on rendered scenes of `train` and saves it to `output_dir` in diffusers' format."""
@@ -121,4 +122,4 @@ def train_autoencoder(
     remove_posterior_variance(average)
     average.register_to_config(scaling_factor=measure_scaling_factor(average))
     average.save_pretrained(output_dir)
-    print(f"autoencoder: {measure_psnr(average):.2f} dB on unseen scenes")
+    print(f"autoencoder: {measure_psnr(average, n=evaluation_images):.2f} dB on unseen scenes")

@@ -124,7 +124,9 @@ def collate_scenes(items: list[dict]) -> dict[str, torch.Tensor]:
     return {"pixels": pixels, "objects": objects, "sizes": sizes, "background": background}
 
 
-def train_scene_classifier(path: str | Path, work_dir: str | Path, images: int = 60_000, seed: int = 0) -> None:
+def train_scene_classifier(
+    path: str | Path, work_dir: str | Path, images: int = 60_000, evaluation_images: int = 500, seed: int = 0
+) -> None:
     """Trains the scene classifier on rendered scenes of any kind and saves it to `path`."""
     torch.manual_seed(seed)
     scene_classifier = SceneClassifier()
@@ -141,7 +143,7 @@ def train_scene_classifier(path: str | Path, work_dir: str | Path, images: int =
     scene_classifier.save(path)
     saved = SceneClassifier.load(path)
     for split in ("test", "combo"):
-        print(f"scene classifier on {split}: {measure_scene_classifier(saved, split)}")
+        print(f"scene classifier on {split}: {measure_scene_classifier(saved, split, evaluation_images)}")
 
 
 def measure_scene_classifier(scene_classifier: SceneClassifier, split: str, n: int = 500) -> dict[str, float]:

@@ -1,11 +1,12 @@
 """The notebook runs, and its stored output is that of its code."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
+
+from .interpreter import run_python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = json.loads((EXAMPLES / "one_image.ipynb").read_text(encoding="utf-8"))
@@ -17,7 +18,7 @@ def test_the_cells_print_what_is_stored():
     script = "\n".join("".join(cell["source"]) for cell in CELLS).replace(
         "num_inference_steps=25", "num_inference_steps=2"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=EXAMPLES, capture_output=True, text=True)
+    done = run_python(script, [], cwd=EXAMPLES, env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
     stored = [out["text"] for cell in CELLS for out in cell["outputs"] if out["output_type"] == "stream"]
     assert done.stdout == "".join(line for lines in stored for line in lines)

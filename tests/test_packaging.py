@@ -1,5 +1,6 @@
 """What a user installs works: every package imports from the wheel, outside the checkout, and stays light."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import venv
 from pathlib import Path
 
 import pytest
+
+from .interpreter import run_python
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["vlv", "vlv.hub", "vlv.diffusion_decoder", "vlv.pipelines", "vlv.train", "vlv.evaluation", "vlv.miniature"]
@@ -73,7 +76,8 @@ socket.socket.connect = socket.getaddrinfo = refuse
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """
-    run(sys.executable, "-c", code, *PACKAGES, cwd=tmp_path)
+    done = run_python(code, PACKAGES, cwd=tmp_path, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -89,4 +93,5 @@ with contextlib.suppress(SystemExit):
 heavy = {NOT_FOR_LIGHT_USES} & set(sys.modules)
 assert not heavy, f"vlv caption --help loads {{heavy}}"
 """
-    run(sys.executable, "-c", code, cwd=tmp_path)
+    done = run_python(code, [], cwd=tmp_path, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ from .modes import set_train_mode
 from .stage1_trainer import Stage1Config, Stage1Trainer
 from .stage2_trainer import Stage2Config, Stage2Trainer
 from .trainer import VLVTrainer
+from .unfreezing import UnfreezingCallback
 
 __all__ = [
     "ColumnDataset",
@@ -26,6 +27,7 @@ __all__ = [
     "Stage2Collator",
     "Stage2Config",
     "Stage2Trainer",
+    "UnfreezingCallback",
     "VLVTrainer",
     "ValidationCallback",
     "find_images",

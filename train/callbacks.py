@@ -1,6 +1,7 @@
 """Callbacks of both trainers: random numbers per process, validation samples, the progress bar."""
 
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ class TerminationCallback(TrainerCallback):
 
 
 class ValidationCallback(TrainerCallback):
-    """Validates the model every `every` steps on the first process. Validation does not change the training.
+    """Validates the model every `every` steps. Validation does not change the training.
 
     The model is in evaluation mode during validation. Its mode and the random state are restored afterwards. A
     validation that fails is logged, and the training goes on.
@@ -66,22 +67,30 @@ class ValidationCallback(TrainerCallback):
     Args:
         validate: Called as `validate(model, step, folder)`; writes its results to `folder`, `OUTPUT_DIR/samples`.
         every: Number of steps between validations; 0 turns validation off.
+        on_all_processes: All processes compute the same, as models need whose weights are shared out among them. By
+            default the first one alone does. The first one alone writes to `OUTPUT_DIR/samples`.
     """
 
-    def __init__(self, validate: Callable[[Any, int, Path], None], every: int):
-        self.validate, self.every = validate, every
+    def __init__(self, validate: Callable[[Any, int, Path], None], every: int, on_all_processes: bool = False):
+        self.validate, self.every, self.on_all_processes = validate, every, on_all_processes
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.every <= 0 or state.global_step % self.every or not state.is_world_process_zero:
+        if self.every <= 0 or state.global_step % self.every:
             return
-        folder = Path(args.output_dir) / "samples"
+        if state.is_world_process_zero:
+            self._validate(model, state.global_step, Path(args.output_dir) / "samples")
+        elif self.on_all_processes:
+            with tempfile.TemporaryDirectory() as folder:
+                self._validate(model, state.global_step, Path(folder))
+
+    def _validate(self, model: Any, step: int, folder: Path) -> None:
         was_training, random_state = model.training, torch.get_rng_state()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
-                self.validate(model.eval(), state.global_step, folder)
+                self.validate(model.eval(), step, folder)
         except Exception as error:
-            logger.warning(f"the validation at step {state.global_step} failed: {type(error).__name__}: {error}")
+            logger.warning(f"the validation at step {step} failed: {type(error).__name__}: {error}")
         finally:
             model.train(was_training)
             torch.set_rng_state(random_state)

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             timestep_sampling=config.timestep_sampling,
             min_timestep=config.min_timestep,
             loss=config.loss,
+            vae_dtype=getattr(torch, config.vae_dtype),
         )
         model, image_processor = load_model(config)
         freeze_for_stage1(model, config.trainable)

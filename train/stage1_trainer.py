@@ -3,22 +3,25 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
+from diffusers.utils.torch_utils import randn_tensor
 
 from vlv import VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import DiffusionDecoder
 from vlv.pipelines import VLVReconstructionPipeline, generate_images
 
-from .callbacks import ValidationCallback
 from .data import Stage1Collator, readable_items
+from .memory import prepare_diffusion_decoder
 from .modes import set_train_mode
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 
 VALIDATION_SEED = 42
 VALIDATION_INFERENCE_STEPS = 30
+VAE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -99,9 +102,28 @@ class Stage1Config(StageConfig):
             "random (as in ViLex), so that truncated embeddings stay useful; the paper's is 0."
         },
     )
+    noise_by_sample: bool = field(
+        default=False,
+        metadata={
+            "help": "Draw noise and timestep of each image by its place in the order of the data, so that they do not "
+            "depend on the number of devices and on gradient_accumulation_steps."
+        },
+    )
     diffusion_gradient_checkpointing: bool = field(
         default=False,
         metadata={"help": "Recompute the denoiser's activations to save memory, as the authors' script."},
+    )
+    channels_last: bool = field(
+        default=False,
+        metadata={"help": "Store the denoiser with its channels last, which is faster on tensor cores."},
+    )
+    vae_dtype: str = field(
+        default="float32",
+        metadata={"help": "Precision of the autoencoder: 'float32' (the authors' code) or 'bfloat16'."},
+    )
+    shard_diffusion_model: bool = field(
+        default=False,
+        metadata={"help": "Shard the frozen denoiser over the processes; by default each process holds all of it."},
     )
     validation_steps: int = field(
         default=1000, metadata={"help": "Write a grid of reconstructions every this many steps; 0: never."}
@@ -123,6 +145,15 @@ class Stage1Config(StageConfig):
         self.pre_crop_size = self.pre_crop_size or None
         if not 0 <= self.tail_drop <= 1:
             raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
+        if self.vae_dtype not in VAE_DTYPES:
+            raise ValueError(f"vae_dtype is {self.vae_dtype!r}; expected one of {VAE_DTYPES}")
+        if self.noise_by_sample and self.timestep_sampling != "uniform":
+            raise ValueError(
+                f"noise_by_sample needs independent timesteps, but timestep_sampling is {self.timestep_sampling!r}; "
+                "choose one of them"
+            )
+        if self.shard_diffusion_model and (self.channels_last or self.compile_blocks):
+            raise ValueError("shard_diffusion_model does not work with channels_last or compile_blocks; choose one")
 
 
 class Stage1Trainer(VLVTrainer):
@@ -159,28 +190,41 @@ class Stage1Trainer(VLVTrainer):
             **kwargs,
         )
         self.diffusion_decoder = diffusion_decoder.to(args.device)
-        if args.diffusion_gradient_checkpointing:
-            self.diffusion_decoder.enable_gradient_checkpointing()
+        prepare_diffusion_decoder(self.diffusion_decoder, args)
         if tokenizer is not None and args.validation_steps:
             self.tokenizer = tokenizer
             self.validation_items = readable_items(
                 validation_dataset or train_dataset, args.num_validation_images, image_processor.load
             )
             if self.validation_items:
-                self.add_callback(ValidationCallback(self.save_reconstructions, args.validation_steps))
+                self.add_validation(self.save_reconstructions)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             set_train_mode(model)  # `Trainer.training_step` has put every part in training mode
         pixels = inputs["diffusion_pixels"].float() / 127.5 - 1  # (B, 3, S, S) in -1..1
-        latents = self.diffusion_decoder.encode_images(pixels)  # (B, C, h, w)
+        generators = self._generators(len(pixels)) if model.training and self.args.noise_by_sample else None
+        latents = self.diffusion_decoder.encode_images(pixels, generators)  # (B, C, h, w)
         output = model(pixel_values=inputs["pixel_values"], return_dict=True)
         conditioning = output.conditioning  # (B, Q, d_text)
         if model.training and torch.rand(()) < self.args.tail_drop:
             # The text encoder T is causal, so T(z)[:, :n] equals T(z[:, :n]).
             conditioning = conditioning[:, : int(torch.randint(1, conditioning.shape[1] + 1, ()))]
-        loss = self.diffusion_decoder.denoising_loss(latents, conditioning)
+        noise = timesteps = None
+        if generators is not None:
+            noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
+            timesteps = torch.cat([self.diffusion_decoder.sample_timesteps(1, g) for g in generators])
+        loss = self.diffusion_decoder.denoising_loss(latents, conditioning, noise, timesteps)
         return (loss, output) if return_outputs else loss
+
+    def _generators(self, batch_size: int) -> list[torch.Generator]:
+        """A random generator for each image of this process's batch, by the image's place in the order of the data."""
+        args = self.args
+        batch = self.state.global_step * args.gradient_accumulation_steps + self.accumulated
+        first = (batch * args.world_size + args.process_index) * args.train_batch_size
+        places = range(first, first + batch_size)
+        seeds = [np.random.SeedSequence([args.seed, place]).generate_state(1, np.uint64)[0] for place in places]
+        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def save_reconstructions(self, model: VLVModel, step: int, folder: Path) -> None:
         """Writes `step-N.png`: validation images above their reconstructions (guidance 2, 30 steps, fixed seed)."""

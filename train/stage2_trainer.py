@@ -7,7 +7,6 @@ from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.files import write_json
 from vlv.pipelines import generate_captions
 
-from .callbacks import ValidationCallback
 from .data import Stage2Collator, readable_items
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
@@ -51,6 +50,10 @@ class Stage2Config(StageConfig):
     lora_rank: int = field(
         default=0,
         metadata={"help": "Above 0: train the language model by LoRA of this rank, merged into it at the end."},
+    )
+    language_model_activation_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Recompute the language model's activations to save memory."},
     )
     max_caption_tokens: int = field(
         default=300, metadata={"help": "Longer captions are cut to this length, and then have no EOS."}
@@ -123,7 +126,7 @@ class Stage2Trainer(VLVTrainer):
                 validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load
             )
             if self.validation_items:
-                self.add_callback(ValidationCallback(self.save_captions, args.validation_steps))
+                self.add_validation(self.save_captions)
 
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
         """Writes `step-N.json`: a list of `{"generated": greedy caption, "reference": caption of the data}`."""

@@ -7,13 +7,16 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from .optimisers import check_optimiser
+
 RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projector+lm+query_decoder"}
 """Former values of `trainable`, and their present names."""
 
 SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("accept_changes", "overwrite_output_dir", "output_dir", "validation_steps", "num_validation_images"),
     *("save_steps", "logging_steps", "dataloader_num_workers", "remove_unused_columns", "report_to", "disable_tqdm"),
-    *("gradient_checkpointing", "diffusion_gradient_checkpointing"),
+    *("gradient_checkpointing", "diffusion_gradient_checkpointing", "encoder_activation_checkpointing"),
+    *("language_model_activation_checkpointing", "channels_last", "compile_blocks", "shard_diffusion_model"),
 }
 SETTINGS_OF_TRAINING_ARGUMENTS = (
     *("seed", "data_seed", "bf16", "fp16", "optim", "optim_args", "adam_beta1", "adam_epsilon", "max_grad_norm"),
@@ -41,6 +44,23 @@ class StageConfig(TrainingArguments):
         default="skip", metadata={"help": "Unreadable images: 'skip' (with a message, and counted) or 'error'."}
     )
     trainable: str = field(default="all", metadata={"help": "Which parts are trained."})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Above 0, such as 0.9999: average the trained weights over the steps (EMA). The average becomes "
+            "the trained model; the last checkpoint has the weights themselves."
+        },
+    )
+    encoder_activation_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Recompute the activations of Florence-2 and the text encoder to save memory."},
+    )
+    compile_blocks: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the repeated layers of all models with torch.compile; the first step takes minutes."
+        },
+    )
     validation_steps: int = field(
         default=1000, metadata={"help": "Write validation samples every this many steps; 0: never."}
     )
@@ -73,7 +93,8 @@ class StageConfig(TrainingArguments):
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Recompute activations in the backward pass to save memory. Same as activation_checkpointing.",
+            "help": "Recompute the activations of all parts of the model (not of the denoiser) to save memory. Same "
+            "as activation_checkpointing.",
             "nargs": "?",
             "const": True,
         },
@@ -115,6 +136,9 @@ class StageConfig(TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}; it must be 0, because both stages have "
                 "their own losses"
             )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 (off) to 1, such as 0.9999")
+        check_optimiser(str(getattr(settings.optim, "value", settings.optim)))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator needs columns that the model does not")
 

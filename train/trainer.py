@@ -1,22 +1,31 @@
 """The base class of both trainers."""
 
+import contextlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from transformers import ProgressCallback, Trainer, TrainerState
 
 from vlv.files import read_json, write_json
 
-from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback
+from .average import AverageCallback
+from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback, ValidationCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, say
+from .memory import compile_layers, enable_activation_checkpointing
 from .modes import set_train_mode
+from .sharding import check_optimiser_state, configure_fsdp, gather_weights, has_weights, load_weights
+from .stage_config import StageConfig
 
 RESUMABLE_EXIT_CODE = 75
 """Exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, the same command goes on later."""
+
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class VLVTrainer(Trainer):
@@ -26,8 +35,21 @@ class VLVTrainer(Trainer):
     far, if there were any.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args: Any, *more, **kwargs):
+        if isinstance(args, StageConfig):
+            enable_activation_checkpointing(model, args)  # before DDP, which asks whether it is on
+        super().__init__(model, args, *more, **kwargs)
+        if self.is_fsdp_enabled:
+            configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._fsdp_dtype())
+        if isinstance(args, StageConfig) and args.compile_blocks:
+            compile_layers(self.model, args.device)
+        self.average = AverageCallback(args.ema_decay) if getattr(args, "ema_decay", 0) else None
+        if self.average is not None:
+            if self.is_deepspeed_enabled:
+                raise ValueError("ema_decay does not work with DeepSpeed, which hides the weights; leave it out")
+            self.add_callback(self.average)
+        self.accumulated = 0
+        """Batches of the present optimiser step so far."""
         self.add_callback(PerProcessSeedCallback())
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm and in notebooks
             self.add_callback(ProgressBarCallback())
@@ -35,6 +57,36 @@ class VLVTrainer(Trainer):
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
         self.settings: dict[str, Any] = {}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parts of the weights, so that all have to take part in each forward pass."""
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        return self.is_fsdp_enabled or zero3 or getattr(self.args, "shard_diffusion_model", False)
+
+    def _fsdp_dtype(self) -> torch.dtype | None:
+        """The precision in which FSDP gathers parameters, if it is not their own."""
+        return HALF_DTYPES.get(self.accelerator.mixed_precision) if self.is_fsdp_enabled else None
+
+    def autocast(self) -> torch.autocast:
+        """Autocast for FSDP2 in mixed precision; accelerate applies its own in all other cases."""
+        dtype = self._fsdp_dtype()
+        return torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self._fsdp_dtype() is not None:
+            stack.enter_context(self.autocast())
+        return stack
+
+    def add_validation(self, validate: Callable[[Any, int, Path], None]) -> None:
+        """Calls `validate` every `validation_steps`, see `ValidationCallback`."""
+
+        def in_precision(model: Any, step: int, folder: Path) -> None:
+            with self.autocast():
+                validate(model, step, folder)
+
+        self.add_callback(ValidationCallback(in_precision, self.args.validation_steps, self.is_sharded))
 
     def train_to_end(self) -> bool:
         """Trains to the last step, from the newest checkpoint of `output_dir` if there is one.
@@ -67,6 +119,9 @@ class VLVTrainer(Trainer):
             if state.global_step >= last:  # the run ended before it saved the model
                 self._load_from_checkpoint(checkpoint)
                 self.state = state
+                if self.average is not None:
+                    self.average.start(self.model, checkpoint)
+                    self.average.use(self.model)
                 return True
         self.train(resume_from_checkpoint=checkpoint)
         if self.termination.requested:
@@ -84,8 +139,40 @@ class VLVTrainer(Trainer):
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
         return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
 
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.average is not None:
+            self.average.start(self.model, resume_from_checkpoint)
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.is_fsdp_enabled and has_weights(resume_from_checkpoint):
+            load_weights(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            check_optimiser_state(checkpoint, self.is_fsdp_enabled)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:  # without a second copy of the weights
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None:
+            self.average.save(output_dir, self.args.should_save)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled:  # complete, in one format, whatever the optimiser's format is
+            weights = gather_weights(self.model)
+            self._save(output_dir or self.args.output_dir, state_dict=weights)
+        else:
+            super().save_model(output_dir, _internal_call)
         if _internal_call:  # of a checkpoint
             self.save_record(output_dir)
 
@@ -108,7 +195,9 @@ class VLVTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self._skipped += inputs.pop("num_skipped", 0) * self.args.world_size
         self._images += len(inputs["pixel_values"]) * self.args.world_size
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.accumulated = 0 if self.accelerator.sync_gradients else self.accumulated + 1
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
@@ -23,13 +24,13 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+StepEndCallback = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
 
 
-# The next two are diffusers' own (pipelines/stable_diffusion/pipeline_stable_diffusion.py). They are not imported from
-# there because importing that file prints warnings about torchvision.
+# The next two are diffusers' own. Importing them from its Stable Diffusion pipeline warns about torchvision.
 def rescale_noise_cfg(
     noise_cfg: torch.Tensor, noise_pred_text: torch.Tensor, guidance_rescale: float = 0.0
 ) -> torch.Tensor:
@@ -95,14 +96,17 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     Args:
         encoder (`VLVModel`): Computes caption embeddings from images, and holds the text encoder.
+        image_processor (`VLVImageProcessor`): The captioner's, so that both see the same pixels.
         vae (`AutoencoderKL`, or another autoencoder of diffusers for the same latents): Decodes latents to pixels.
         unet (`UNet2DConditionModel`): The denoiser.
         scheduler: Any discrete scheduler of diffusers.
-        image_processor (`VLVImageProcessor`): The captioner's, so that both see the same pixels.
         tokenizer: The text encoder's, for negative prompts and the empty prompt.
+        diffusion_model: Where `vae`, `unet`, `scheduler` and `tokenizer` are loaded from if they are not given:
+            `{"source": folder or repo id, "revision": commit or None}`. A training leaves such a model.
     """
 
     model_cpu_offload_seq = "encoder->unet->vae"
+    _optional_components = ["vae", "unet", "scheduler", "tokenizer"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]  # noqa: RUF012
     # Module and class of each component that `from_pretrained` of this class loads itself instead of the code of the
     # repository. Empty where this file is that code.
@@ -111,21 +115,20 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
     def __init__(
         self,
         encoder: PreTrainedModel,
-        vae: AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | ConsistencyDecoderVAE,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
         image_processor: Any,
-        tokenizer: PreTrainedTokenizerBase,
+        vae: AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | ConsistencyDecoderVAE | None = None,
+        unet: UNet2DConditionModel | None = None,
+        scheduler: KarrasDiffusionSchedulers | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        diffusion_model: dict | None = None,
     ):
         super().__init__()
-        self.register_modules(
-            encoder=encoder,
-            vae=vae,
-            unet=unet,
-            scheduler=scheduler,
-            image_processor=image_processor,
-            tokenizer=tokenizer,
-        )
+        parts = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": tokenizer}
+        if diffusion_model is not None:
+            missing = [name for name, part in parts.items() if part is None]
+            parts |= _load_parts(missing, diffusion_model["source"], diffusion_model.get("revision"), encoder.dtype)
+        self.register_modules(encoder=encoder, image_processor=image_processor, **parts)
+        vae = parts["vae"]
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -328,12 +331,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         Raises:
             ValueError: If `latents` has another shape.
         """
-        shape = (
-            batch_size,
-            self.unet.config.in_channels,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
+        factor = self.vae_scale_factor
+        shape = (batch_size, self.unet.config.in_channels, height // factor, width // factor)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
@@ -365,8 +364,12 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             ValueError: If guidance is on and there are no negative prompt embeddings.
         """
         latents = self.scheduler.scale_model_input(latents, timestep)
+
+        def predict(latents: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+            return self.unet(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+
         if not self.do_classifier_free_guidance:
-            return self.unet(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+            return predict(latents, prompt_embeds)
         if negative_prompt_embeds is None:
             raise ValueError(
                 "a callback turned guidance on, but there are no negative_prompt_embeds; call the pipeline with "
@@ -374,15 +377,10 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             )
         if negative_prompt_embeds.shape == prompt_embeds.shape:
             embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2 B, N, d_text)
-            noise_pred = self.unet(
-                torch.cat([latents] * 2), timestep, encoder_hidden_states=embeds, return_dict=False
-            )[0]
-            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+            noise_pred_uncond, noise_pred_text = predict(torch.cat([latents] * 2), embeds).chunk(2)
         else:  # fewer caption embeddings than text positions cannot share a batch with the negative prompt
-            noise_pred_uncond = self.unet(
-                latents, timestep, encoder_hidden_states=negative_prompt_embeds, return_dict=False
-            )[0]
-            noise_pred_text = self.unet(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+            noise_pred_uncond = predict(latents, negative_prompt_embeds)
+            noise_pred_text = predict(latents, prompt_embeds)
         noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
         if self.guidance_rescale > 0.0:
             noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale=self.guidance_rescale)
@@ -407,10 +405,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any] | None]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: StepEndCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         r"""
@@ -430,8 +425,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             timesteps (`list[int]`, *optional*):
                 Custom timesteps in descending order instead of `num_inference_steps`, for schedulers that take them.
             sigmas (`list[float]`, *optional*):
-                Custom noise levels in descending order instead of `num_inference_steps`, for schedulers that take
-                them.
+                Custom noise levels in descending order instead of `num_inference_steps`, as `timesteps`.
             guidance_scale (`float`, *optional*, defaults to 2.0):
                 Scale of classifier-free guidance; 1 turns it off. The default is the authors' code's.
             guidance_rescale (`float`, *optional*, defaults to 0.0):
@@ -588,6 +582,17 @@ def _replaced_embeds(prompt_embeds: torch.Tensor, returned: torch.Tensor) -> tor
         f"the callback returned prompt_embeds of {len(returned)} rows for {len(prompt_embeds)} images; "
         "return one row for each image"
     )
+
+
+def _load_parts(names: Sequence[str], source: str, revision: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Components of a text-to-image model in diffusers' format: folder or repo id."""
+    index = DiffusionPipeline.load_config(source, revision=revision)
+    parts: dict[str, Any] = {}
+    for name in names:
+        part_class = AutoTokenizer if name == "tokenizer" else getattr(diffusers, index[name][1])
+        settings = {"torch_dtype": dtype, "use_safetensors": True} if name in ("vae", "unet") else {}
+        parts[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
+    return parts
 
 
 def _copy(code: Path, folder: Path) -> None:

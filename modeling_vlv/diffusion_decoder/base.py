@@ -26,13 +26,24 @@ class DiffusionDecoder(nn.Module, ABC):
     def train(self, mode: bool = True):
         return super().train(False)
 
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """The denoiser, a model of diffusers: the largest part, and the one that gradients pass through."""
+
     @abstractmethod
     def enable_gradient_checkpointing(self) -> None:
         """Makes the denoiser recompute its activations in the backward pass instead of storing them."""
 
     @abstractmethod
-    def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in -1..1 to scaled latents `(B, C, h, w)`, sampled from the posterior, float32."""
+    def encode_images(
+        self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in -1..1 to scaled latents `(B, C, h, w)`, sampled from the posterior, float32.
+
+        Args:
+            generator: Of the random numbers: one, or one for each image.
+        """
 
     @abstractmethod
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:

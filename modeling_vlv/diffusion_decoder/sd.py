@@ -17,8 +17,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
     """A frozen Stable Diffusion autoencoder and UNet.
 
     Args:
-        vae: The autoencoder. It computes in float32 whatever the UNet's dtype is, as in the authors' code: its encoder
-            overflows in half precision.
+        vae: The autoencoder.
         unet: The denoiser.
         scheduler_config: Configuration of any diffusers scheduler. Its betas, prediction type and zero-terminal-SNR
             rescaling are used; its sampling method is not.
@@ -27,6 +26,8 @@ class StableDiffusionDecoder(DiffusionDecoder):
         min_timestep: Lowest training timestep. 0 uses the complete schedule, as in the paper. At low noise the
             conditioning has little influence on the loss, so a short training can leave that range out.
         loss: `"mse"` (the paper), or `"l1"`, which the authors' code offers.
+        vae_dtype: Precision of the autoencoder, whatever the UNet's is: float32, as in the authors' code, or bfloat16.
+            The encoder overflows in float16. Latents are float32 in any case.
 
     Raises:
         ValueError: If the scheduler is a flow-matching model's, or an argument is not one of the allowed values.
@@ -40,6 +41,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
         timestep_sampling: str = "uniform",
         min_timestep: int = 0,
         loss: str = "mse",
+        vae_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         if loss not in LOSSES:
@@ -58,7 +60,8 @@ class StableDiffusionDecoder(DiffusionDecoder):
         steps = scheduler_config.get("num_train_timesteps", 1000)
         if not 0 <= min_timestep < steps:
             raise ValueError(f"min_timestep is {min_timestep}; expected 0 to {steps - 1}")
-        self.vae, self.unet = vae.float(), unet
+        self.vae = vae.bfloat16() if vae_dtype == torch.bfloat16 else vae.float()
+        self.unet = unet
         self.scheduler = DDPMScheduler.from_config(scheduler_config)
         self.prediction_type, self.loss = prediction_type, LOSSES[loss]
         self.timestep_sampling, self.min_timestep = timestep_sampling, min_timestep
@@ -76,30 +79,38 @@ class StableDiffusionDecoder(DiffusionDecoder):
         timestep_sampling: str = "uniform",
         min_timestep: int = 0,
         loss: str = "mse",
+        vae_dtype: torch.dtype = torch.float32,
     ) -> "StableDiffusionDecoder":
         """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
         return cls(
-            load_part(AutoencoderKL, model, "vae", torch_dtype=torch.float32),
+            load_part(AutoencoderKL, model, "vae", torch_dtype=vae_dtype),
             load_part(UNet2DConditionModel, model, "unet", torch_dtype=dtype),
             DDPMScheduler.load_config(model, subfolder="scheduler"),
             timestep_sampling,
             min_timestep,
             loss,
+            vae_dtype,
         )
+
+    @property
+    def denoiser(self) -> UNet2DConditionModel:
+        return self.unet
 
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()
 
     @torch.no_grad()
-    def encode_images(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def encode_images(
+        self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         if pixels.ndim != 4 or pixels.shape[2] % self.scale_factor or pixels.shape[3] % self.scale_factor:
             raise ValueError(
                 f"pixels must be (batch, 3, height, width) with sides divisible by {self.scale_factor}, "
                 f"got {tuple(pixels.shape)}"
             )
         with torch.autocast(pixels.device.type, enabled=False):
-            latents = self.vae.encode(pixels.float()).latent_dist.sample(generator)  # (B, C, h, w)
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)  # (B, C, h, w)
+        return (latents.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
         steps = self.scheduler.config.num_train_timesteps

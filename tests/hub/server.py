@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Thread
 from time import sleep
 
@@ -94,6 +95,14 @@ class Hub:
 
     def forget_traffic(self) -> None:
         self.requests, self.downloads, self.uploads = [], {}, 0
+
+    def add_folder(self, name: str, folder: Path) -> None:
+        """A public repository with the files of a folder."""
+        self.repos[name] = Repo(name, private=False)
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        self.repos[name].commit("main", "files of a folder", files)
 
     def user(self, request: Request) -> str | None:
         header = request.headers.get("authorization", "")
@@ -246,7 +255,10 @@ class Hub:
                 "downloads": 0,
                 "likes": 0,
                 "lastModified": DATE,
-                "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+                "siblings": [
+                    {"rfilename": path, **({"size": len(data)} if "blobs" in request.query_params else {})}
+                    for path, data in sorted(commit.files.items())
+                ],
             }
         )
 

@@ -308,18 +308,15 @@ def test_the_card_describes_the_checkpoint(pushed, image_file):
     assert "vlv evaluate x" in card and "| captions, combo | object_f1 | 0.5 |" in card
 
 
-def test_a_cached_model_loads_without_a_network(model, expected, image_file, tmp_path):
-    hub = Hub()
-    with serve(hub) as endpoint:
-        machine = Machine(tmp_path / "machine", endpoint)
-        assert machine.vlv("push", model, REPO, "--token", "hf_org").returncode == 0
-        command = ["caption", image_file, "--model", REPO, "--max-new-tokens", 5, "--output"]
-        done = machine.vlv(*command, machine.folder / "first.json")
-        assert done.returncode == 0, done.stderr
-    done = machine.vlv(*command, machine.folder / "second.json")  # the server is gone
+def test_a_cached_model_loads_without_a_network(pushed, expected, image_file, tmp_path):
+    command = ["caption", image_file, "--model", REPO, "--max-new-tokens", 5, "--output"]
+    done = Machine(tmp_path / "machine", pushed[1]).vlv(*command, tmp_path / "first.json")
     assert done.returncode == 0, done.stderr
-    assert json.loads((machine.folder / "second.json").read_text()) == {"image.png": expected["caption"]}
-    done = machine.vlv("caption", image_file, "--model", "org/never-seen", HF_HUB_OFFLINE="1")
+    machine = Machine(tmp_path / "machine", "http://127.0.0.1:9")  # nothing answers there
+    done = machine.vlv(*command, tmp_path / "second.json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "second.json").read_text()) == {"image.png": expected["caption"]}
+    done = machine.vlv("caption", image_file, "--model", "org/never-seen")
     assert done.returncode == 2 and "cannot load org/never-seen" in done.stderr
 
 

@@ -29,8 +29,8 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("miniature")
     scene_classifier = root / SCENE_CLASSIFIER_FILE
     work = root / "work"
-    train_scene_classifier(scene_classifier, work / "scene-classifier", images=128)
-    train_autoencoder(root / "autoencoder", work / "autoencoder", images=32)
+    train_scene_classifier(scene_classifier, work / "scene-classifier", images=128, evaluation_images=8)
+    train_autoencoder(root / "autoencoder", work / "autoencoder", images=8, batch_size=4, evaluation_images=8)
     train_teacher(root / "teacher", work / "teacher", root / "autoencoder", scene_classifier, images=32, batch_size=16)
     train_teacher(
         root / "teacher-3",

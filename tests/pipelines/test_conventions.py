@@ -69,11 +69,11 @@ def generate(pipe, images, **settings) -> torch.Tensor:
 
 
 def test_components_are_the_arguments_of_the_constructor(pipe):
-    names = set(inspect.signature(type(pipe).__init__).parameters) - {"self"}
+    names = set(inspect.signature(type(pipe).__init__).parameters) - {"self", "diffusion_model"}
     assert set(pipe.components) == names
     assert all(pipe.components[name] is getattr(pipe, name) for name in names)
     assert type(pipe)(**pipe.components).components == pipe.components
-    assert pipe._optional_components == []
+    assert set(pipe._optional_components) == names - {"encoder", "image_processor"}
 
 
 def test_the_call_has_the_arguments_that_image_pipelines_share():

@@ -4,8 +4,7 @@ import copy
 import os
 import re
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -21,6 +20,7 @@ from vlv.pipelines import generate_captions
 from vlv.space.app import EXAMPLES, Demo, build, read_card
 
 from ..builders import assert_close_to_scale
+from ..interpreter import PythonProcess
 
 KNOWS = (
     "It knows sixteen objects (OpenMoji artwork) on eight backgrounds, at 64 x 64 pixels, and no photographs. It "
@@ -37,18 +37,16 @@ def test_the_space_starts_from_its_variables(tmp_path):
         "OMP_NUM_THREADS": "1",
         "GRADIO_ANALYTICS_ENABLED": "False",
     }
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-u", "app.py"], cwd=SPACE, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
+    log.touch()
+    code = "import runpy; runpy.run_path('app.py', run_name='__main__')"
+    server = PythonProcess(code, [], stdout=log, stderr=log, cwd=SPACE, env=environment)
     try:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
-            with pytest.raises(subprocess.TimeoutExpired):  # otherwise it ended, and the log says why
-                server.wait(0.2)
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
         assert b"VLV" in urlopen(found.group()).read()
     finally:
-        server.terminate()
-        server.wait(10)
+        server.kill_group()
 
 
 def test_its_front_matter_names_files_that_exist():

@@ -3,14 +3,15 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from vlv.miniature.world import OBJECTS
+
+from ..interpreter import PythonProcess
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright runs the browser tests")
 pytest.importorskip("gradio", reason="pip install 'vlv[space]' runs the browser tests")
@@ -27,23 +28,17 @@ SECONDS = 1000  # playwright counts in milliseconds
 def address(tmp_path_factory):
     """The address of a running `vlv demo`."""
     log = tmp_path_factory.mktemp("demo") / "log"
-    command = [sys.executable, "-u", "-c", "import sys; from vlv.cli.main import main; sys.exit(main())"]
+    log.touch()
+    code = "import sys; from vlv.cli.main import main; sys.exit(main())"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "demo", "--port", "0"], stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+    server = PythonProcess(code, ["demo", "--port", "0"], stdout=log, stderr=log, env=environment)
     try:
-        for _ in range(900):
-            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
-                break
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
             assert server.poll() is None, log.read_text()
-            with pytest.raises(subprocess.TimeoutExpired):
-                server.wait(0.1)
+            time.sleep(0.1)
         yield found.group()
     finally:
-        server.terminate()
-        server.wait(10)
+        server.kill_group()
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,15 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import time
 
 import pytest
 
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
+
+from ..interpreter import PythonProcess
 
 
 @pytest.fixture
@@ -77,25 +79,25 @@ def test_a_model_that_cannot_be_loaded_is_one_line(name, content, tmp_path, monk
 @pytest.mark.parametrize(
     ("moment", "code"), [("no --model given", 130), ("http://", 0)], ids=["while it loads", "while it serves"]
 )
-def test_ctrl_c_ends_it_quietly(moment, code):
-    script = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # not that of a shell's &
-    )
-    script += "from vlv.cli.main import main; sys.exit(main(['demo', '--port', '0']))"
-    server = subprocess.Popen(
-        [sys.executable, "-u", "-c", script],
+def test_ctrl_c_ends_it_quietly(moment, code, tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    server = PythonProcess(
+        "import sys; from vlv.cli.main import main; sys.exit(main())",
+        ["demo", "--port", "0"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        stdout=log,
+        stderr=log,
     )
     try:
-        while moment not in (line := server.stdout.readline()):
-            assert line, "it ended before"
+        while moment not in log.read_text():
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.02)
+        printed = log.read_text()
         server.send_signal(signal.SIGINT)
-        output, _ = server.communicate(timeout=60)
+        assert server.wait() == code
     finally:
-        server.kill()
-        server.wait()
-    assert server.returncode == code
-    assert not re.sub(r"Loading weights[^\n\r]*", "", output).strip()
+        server.kill_group()
+    rest = log.read_text()[len(printed.rpartition("\n")[0]) :]
+    lines = [line for line in rest.splitlines() if moment not in line]
+    assert not re.sub(r"Loading weights[^\n\r]*", "", "\n".join(lines)).strip()

@@ -1,7 +1,6 @@
 """A run given again: finished, raised, changed, damaged, locked, terminated."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,8 @@ from transformers import TrainerCallback
 from vlv.train import last_checkpoint, stage2
 from vlv.train.checkpoints import RECORD_FILE, only_run_in
 from vlv.train.trainer import RESUMABLE_EXIT_CODE
+
+from ..interpreter import MODULE, PythonProcess
 
 STEPS = 2
 
@@ -236,16 +237,17 @@ def test_a_terminated_run_saves_and_says_that_it_can_go_on(
     settings |= {"trainable": "projector", "learning_rate": 1e-3, "per_device_train_batch_size": 4, "logging_steps": 1}
     settings |= {"dataloader_num_workers": 0, "validation_steps": 0, "use_cpu": True, "disable_tqdm": True}
     settings |= {"output_dir": tmp_path / "run", "save_steps": 1000}
-    command = [sys.executable, "-m", "vlv.train.stage2", *(f"--{name}={value}" for name, value in settings.items())]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    while "'loss'" not in (tmp_path / "log").read_text():
-        assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+    arguments = ["vlv.train.stage2", *(f"--{name}={value}" for name, value in settings.items())]
+    log = tmp_path / "log"
+    log.touch()
+    process = PythonProcess(MODULE, arguments, stdout=log, stderr=log)
+    while "'loss'" not in log.read_text():
+        assert process.poll() is None, log.read_text()[-2000:]
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == RESUMABLE_EXIT_CODE
+    assert process.wait() == RESUMABLE_EXIT_CODE
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert f"terminated at step {step}; the same command goes on" in (tmp_path / "log").read_text()
+    assert f"terminated at step {step}; the same command goes on" in log.read_text()
     assert not (tmp_path / "run" / "training.json").exists()
     assert train(tmp_path / "run", max_steps=step + 1, save_steps=1000) == [step + 1]

@@ -3,7 +3,7 @@
 import os
 import pty
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,18 +11,12 @@ import torch
 
 from vlv.train import Stage1Config, Stage2Config
 
-from ..interpreter import MODULE, run_python
+from ..interpreter import MODULE, PythonProcess, run_python
 
 
-@pytest.fixture(params=["stage1", "stage2"])
-def command(request, tmp_path, image_folder, stable_diffusion, stage1_checkpoint, language_model) -> list[str]:
-    if request.param == "stage1":
-        inputs = {"diffusion_model": stable_diffusion, "images": image_folder}
-    else:
-        inputs = {"language_model": language_model, "pairs": image_folder}
+def command(stage: str, output_dir: Path, **inputs) -> list[str]:
     values = {
-        "model": stage1_checkpoint,
-        "output_dir": tmp_path / "run",
+        "output_dir": output_dir,
         "max_steps": 2,
         "logging_steps": 1,
         "save_steps": 1,
@@ -33,15 +27,19 @@ def command(request, tmp_path, image_folder, stable_diffusion, stage1_checkpoint
         "gradient_checkpointing": True,
         **inputs,
     }
-    return [sys.executable, "-m", f"vlv.train.{request.param}", *(f"--{k}={v}" for k, v in values.items())]
+    return [f"vlv.train.{stage}", *(f"--{name}={value}" for name, value in values.items())]
 
 
 @pytest.mark.slow
-def test_without_a_terminal_it_prints_log_lines_and_no_warnings(command):
+def test_without_a_terminal_it_prints_log_lines_and_no_warnings(
+    tmp_path, image_folder, stage1_checkpoint, language_model
+):
     """Also when it resumes, where tied weights are in the checkpoint once, and on a machine without an accelerator."""
+    inputs = {"model": stage1_checkpoint, "language_model": language_model, "pairs": image_folder}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     for arguments in ([], ["--max_steps=3"]):
-        done = run_python(MODULE, [*command[2:], *arguments], cwd=Path.cwd(), env=environment)
+        stage2 = [*command("stage2", tmp_path / "run", **inputs), *arguments]
+        done = run_python(MODULE, stage2, cwd=Path.cwd(), env=environment)
         output = done.stdout + done.stderr
         assert done.returncode == 0, output
         assert "Warning" not in output and "missing keys" not in output and "it/s" not in output, output
@@ -51,21 +49,26 @@ def test_without_a_terminal_it_prints_log_lines_and_no_warnings(command):
 
 
 @pytest.mark.slow
-def test_in_a_terminal_it_shows_one_progress_bar_with_loss_and_speed(command):
+def test_in_a_terminal_it_shows_one_progress_bar_with_loss_and_speed(
+    tmp_path, image_folder, stage1_checkpoint, stable_diffusion
+):
+    inputs = {"model": stage1_checkpoint, "diffusion_model": stable_diffusion, "images": image_folder}
+    arguments = [*command("stage1", tmp_path / "run", **inputs), "--use_cpu"]
     terminal, child_side = pty.openpty()
-    os.set_blocking(terminal, True)
     subprocess.run(["stty", "rows", "40", "cols", "120"], stdin=child_side, check=True)
-    process = subprocess.Popen([*command, "--use_cpu"], stdout=child_side, stderr=child_side)
-    os.close(child_side)
+    device = os.ttyname(child_side)
+    process = PythonProcess(MODULE, arguments, stdout=device, stderr=device)
+    os.set_blocking(terminal, False)
     output = b""
     while True:
+        ended = process.poll() is not None
         try:
-            block = os.read(terminal, 65536)
-        except OSError:  # Linux's end of file, when the process has closed its side
-            break
-        if not block:
-            break
-        output += block
+            output += os.read(terminal, 65536)
+        except BlockingIOError:
+            if ended:
+                break
+            time.sleep(0.02)
+    os.close(child_side)
     text = output.decode()
     assert process.wait() == 0, text
     last = [line for line in text.replace("\r", "\n").splitlines() if line.startswith("training:")][-1]

@@ -2,10 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,14 +10,14 @@ import torch
 
 from vlv import VLVModel
 from vlv.diffusion_decoder import load_diffusion_decoder
-from vlv.train import stage1
+from vlv.train import stage1, stage2
 
-from ..interpreter import MODULE, run_python
+from ..interpreter import MODULE, PythonProcess
 
 STEPS, KILLED_AT, SAVED_EVERY = 12, 4, 4
 
 
-def settings(stage: str, output_dir: Path, **inputs) -> list[str]:
+def settings(output_dir: Path, **inputs) -> list[str]:
     values = {
         "output_dir": output_dir,
         "max_steps": STEPS,
@@ -36,7 +32,7 @@ def settings(stage: str, output_dir: Path, **inputs) -> list[str]:
         "num_validation_images": 2,
         **inputs,
     }
-    return [sys.executable, "-m", f"vlv.train.{stage}", *(f"--{k}={v}" for k, v in values.items())]
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -44,19 +40,14 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in history if "loss" in row}
 
 
-def run(command: list[str]) -> None:
-    done = run_python(MODULE, command[2:], cwd=Path.cwd(), env=os.environ)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def run_until_killed(command: list[str], output_dir: Path) -> None:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+def run_until_killed(stage: str, arguments: list[str], output_dir: Path) -> None:
+    log = output_dir.with_suffix(".log")
+    process = PythonProcess(MODULE, [f"vlv.train.{stage}", *arguments], stdout=log, stderr=log)
     state = output_dir / f"checkpoint-{KILLED_AT}" / "trainer_state.json"
     while not state.exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill_group()
     assert not (output_dir / "model.safetensors").exists()
 
 
@@ -74,10 +65,11 @@ def test_a_killed_run_resumes_with_the_same_losses(
         }
     else:
         inputs = {"model": stage1_checkpoint, "language_model": language_model, "pairs": image_folder}
-    run(settings(stage, tmp_path / "unbroken", **inputs))
-    broken = settings(stage, tmp_path / "broken", **inputs)
-    run_until_killed(broken, tmp_path / "broken")
-    run(broken)
+    main = {"stage1": stage1.main, "stage2": stage2.main}[stage]
+    main(settings(tmp_path / "unbroken", **inputs))
+    broken = settings(tmp_path / "broken", **inputs)
+    run_until_killed(stage, broken, tmp_path / "broken")
+    main(broken)
 
     unbroken = losses(tmp_path / "unbroken")
     assert list(unbroken) == list(range(1, STEPS + 1))

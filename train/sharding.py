@@ -1,0 +1,122 @@
+"""What FSDP2 needs: which modules are sharded, complete weights in checkpoints, weights read back into shards."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+DENOISER_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+"""Modules of a UNet that are gathered one at a time."""
+
+
+def configure_fsdp(plugin: Any, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Sets which layers of a model FSDP2 gathers one at a time, and in which precision.
+
+    The parameters, which stay float32, are gathered in `dtype`, and gradients are added up in float32. Activations
+    keep the precision that autocast gives them. Layers that accelerate's configuration names are kept.
+    """
+    # No code here changes the outputs of these modules in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    if not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = layers_to_shard(model)
+    if dtype is not None and plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def layers_to_shard(model: PreTrainedModel) -> list[str]:
+    """Class names of a model's layers.
+
+    `_no_split_modules` also has classes that the model has none of, which accelerate refuses, and the class around the
+    word embeddings, which accelerate shards by themselves.
+    """
+    embeddings = model.get_input_embeddings()
+    names, around_embeddings = set(), set()
+    for module in model.modules():
+        name = type(module).__name__
+        if name in (model._no_split_modules or ()):
+            names.add(name)
+            if any(part is embeddings for part in module.modules()):
+                around_embeddings.add(name)
+    return sorted(names - around_embeddings)
+
+
+def shard_denoiser(denoiser: nn.Module, blocks: Sequence[str] = DENOISER_BLOCKS) -> None:
+    """Shards the frozen parameters of a denoiser over all processes; each block is gathered when it computes.
+
+    Raises:
+        ValueError: If there is one process alone.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        raise ValueError(
+            "shard_diffusion_model needs several processes; start with accelerate launch, or leave it out"
+        )
+    for module in denoiser.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module)
+    fully_shard(denoiser)
+
+
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of the files `model*.safetensors` in a folder."""
+    weights: dict[str, torch.Tensor] = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        weights |= load_file(path)
+    return weights
+
+
+def gather_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The complete weights of a sharded model, on the CPU of the first process; tied ones under one name."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in weights.items() if name not in (model.all_tied_weights_keys or {})}
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Loads the complete weights of a folder into a model, sharded or not. The first process reads them."""
+    if not isinstance(model, FSDPModule):
+        model.load_state_dict(read_weights(folder), strict=False)
+        return
+    weights: dict[str, Any] = dict(read_weights(folder)) if torch.distributed.get_rank() == 0 else {}
+    # Not strict: tied weights are stored under one of their names.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+
+
+def check_optimiser_state(folder: str | Path, fsdp: bool) -> None:
+    """Checks that a checkpoint's optimiser has the format of the engine that goes on from it.
+
+    Raises:
+        ValueError: If it was written by FSDP2 and is not read by it, or the reverse.
+    """
+    written_by_fsdp = (Path(folder) / "optimizer_0").is_dir()
+    if written_by_fsdp != fsdp:
+        engines = ("FSDP2", "DDP or one process") if written_by_fsdp else ("DDP or one process", "FSDP2")
+        raise ValueError(
+            f"{folder} was written by {engines[0]}, but this run uses {engines[1]}, which stores its optimiser in "
+            "another way; launch the run as before, or start a new run with --model and this checkpoint"
+        )
+
+
+def has_weights(folder: str | Path) -> bool:
+    return any(Path(folder).glob("model*.safetensors"))
+
+
+def initialise_fsdp(model: nn.Module) -> None:
+    """Makes FSDP2 read which parameters are trainable now, and not at the first forward pass.
+
+    It takes the precision of a layer's gradients from the parameters that are trainable at that moment. A layer that
+    is frozen then, and trained later, fails in mixed precision, or adds its gradients up in bfloat16
+    (https://github.com/pytorch/pytorch/issues/186998).
+    """
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()
