@@ -226,9 +226,17 @@ def estimate(
     return found
 
 
-def speed_estimate(counted: StepCount, rates: Mapping[str, float]) -> float:
-    """Seconds of a counted step at measured speeds, in FLOP/s by kind of operation."""
-    return sum(flops / rates[kind] for part in counted.parts.values() for kind, flops in part.kinds().items())
+def speed_estimate(counted: StepCount, rates: Mapping[str, Mapping[str, float]]) -> float:
+    """Seconds of a counted step at measured speeds.
+
+    Args:
+        rates: FLOP/s by kind of operation, by part; those of `""` are for all other parts.
+    """
+    return sum(
+        flops / rates.get(name, rates[""])[kind]
+        for name, part in counted.parts.items()
+        for kind, flops in part.kinds().items()
+    )
 
 
 def _check_utilization(shares: Mapping[str, float], step: MetaStep) -> None:
@@ -265,7 +273,7 @@ def _memory(step: MetaStep, counted: StepCount, config: Any, count: int) -> Memo
         trained_weights=weights[True],
         gradients=weights[True],
         optimizer=state * _parameters(step, True),
-        averaged_weights=weights[True] if getattr(config, "ema_decay", 0) else 0,
+        averaged_weights=weights[True] if config.ema_decay else 0,
         ddp_buckets=weights[True] if count > 1 else 0,
         activations=counted.peak_bytes,
         activations_peak_at=counted.peak_at,

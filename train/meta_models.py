@@ -17,6 +17,7 @@ from vlv.diffusion_decoder import StableDiffusionDecoder
 
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .lora import add_lora
+from .memory import enable_activation_checkpointing
 from .modes import set_train_mode
 from .stage1_trainer import Stage1Config
 from .stage2_trainer import Stage2Config
@@ -80,7 +81,8 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
     with torch.device("meta"):
         model = VLVModel(vlv_config)
     half = config.bf16 or config.fp16
-    decoder = _diffusion_decoder(config.diffusion_model, torch.bfloat16 if half else torch.float32)
+    vae_dtype = getattr(torch, config.vae_dtype)
+    decoder = _diffusion_decoder(config.diffusion_model, torch.bfloat16 if half else torch.float32, vae_dtype)
     freeze_for_stage1(model, config.trainable)
     _checkpoint(config, model)
     if config.diffusion_gradient_checkpointing:
@@ -95,8 +97,8 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
         if cached_moments:
             channels = decoder.vae.config.latent_channels
             return torch.empty(batch, channels, latent_size, latent_size, device="meta")
-        pixels = torch.empty(batch, 3, size, size, device="meta")
-        return decoder.vae.encode(pixels).latent_dist.sample()
+        pixels = torch.empty(batch, 3, size, size, dtype=vae_dtype, device="meta")
+        return decoder.vae.encode(pixels).latent_dist.sample().float()
 
     def loss() -> torch.Tensor:
         latents = encode()
@@ -109,7 +111,7 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
         [model, decoder],
         [model] if half else [],
         "bf16" if half else "fp32",
-        {"vae_encoder": "fp32"},  # the decoder keeps it in float32
+        {"vae_encoder": "bf16" if vae_dtype == torch.bfloat16 else "fp32"},
     )
 
 
@@ -160,10 +162,7 @@ def _encoder_parts(model: VLVModel) -> dict[str, nn.Module]:
 def _checkpoint(config: Any, model: Any) -> None:
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()
-    if getattr(config, "encoder_activation_checkpointing", False):
-        model.base_model.activation_checkpointing_enable()
-    if getattr(config, "language_model_activation_checkpointing", False):
-        model.language_model.activation_checkpointing_enable()
+    enable_activation_checkpointing(model, config)
 
 
 def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
@@ -218,7 +217,7 @@ def _local_vlv(source: str) -> tuple[VLVConfig, VLVImageProcessor]:
         raise ValueError(f"model {source} has no readable preprocessor_config.json: {error}") from error
 
 
-def _diffusion_decoder(source: str, dtype: torch.dtype) -> StableDiffusionDecoder:
+def _diffusion_decoder(source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusionDecoder:
     if source in STABLE_DIFFUSIONS:
         parts = reference.diffusion_components("meta", dtype)
         parts["unet"].register_to_config(sample_size=STABLE_DIFFUSIONS[source])
@@ -232,7 +231,7 @@ def _diffusion_decoder(source: str, dtype: torch.dtype) -> StableDiffusionDecode
                 "unet": UNet2DConditionModel.from_config(configs["unet"]).to(dtype),
                 "vae": AutoencoderKL.from_config(configs["vae"]),
             }
-    return StableDiffusionDecoder(parts["vae"], parts["unet"], SCHEDULE)
+    return StableDiffusionDecoder(parts["vae"], parts["unet"], SCHEDULE, vae_dtype=vae_dtype)
 
 
 def _local(kind: Any, source: str, setting: str, known: dict, method: str = "from_pretrained", **kwargs: Any) -> Any:
