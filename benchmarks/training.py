@@ -5,8 +5,8 @@
 Two sizes: the embedded miniature, and a `medium` model of random weights whose layers are large enough for their FLOPs
 to decide the time. The trainers are those of `vlv train`, with image files as data. Each process computes on one
 thread. Shares and step times are CPU time of the training process, which other programs on the machine change little;
-images a second are wall-clock time of the fastest step. The speed of the CPU is measured between the steps, on one transformer layer and
-one convolution block, and the estimate of `vlv estimate` uses it.
+images a second are wall-clock time of the fastest step. The speed of the CPU is measured between the steps, on one
+transformer layer and two convolution blocks, and the estimate uses it.
 """
 
 import argparse
@@ -376,7 +376,8 @@ def report(sizes: list[str], steps: int, repeats: int) -> str:
         rates = {kind: rate / 1e9 for kind, rate in row["rates"].items()}
         lines.append(
             f"| {case[0]} | {case[1]} | {count.total() / 1e9:.1f} | {rates['matmul']:.1f} | "
-            f"{rates['convolution']:.1f} | {rates['autoencoder']:.1f} | {seconds:.3f} | {row['cpu']:.3f} | {seconds / row['cpu']:.2f} |"
+            f"{rates['convolution']:.1f} | {rates['autoencoder']:.1f} | {seconds:.3f} | {row['cpu']:.3f} | "
+            f"{seconds / row['cpu']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
