@@ -32,21 +32,16 @@ def test_settings_on_the_command_line_override_the_file(recipe, capsys):
 
 
 @pytest.mark.slow
-def test_the_text_has_time_price_and_memory(recipe, capsys):
-    assert main(["estimate", str(recipe), "--price", "3", "--utilization", "0.2", "--utilization=denoiser=0.1"]) == 0
-    printed = capsys.readouterr().out
-    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line}
-    assert rows["denoiser"][3:5] == ["bf16", "10%"] and rows["vae_encoder"][3:5] == ["fp32", "20%"]
-    assert "10 steps of 32 images (4 a card)" in printed and "at $3.00 a GPU-hour" in printed
-    assert {"frozen", "trained", "gradients", "optimizer", "activations"} <= set(rows)
-
-
-@pytest.mark.slow
 def test_stage_2_is_counted_with_the_stage_1_recipe_beside_it(recipe, tmp_path, language_model, capsys):
     stage2 = tmp_path / "stage2.yaml"
-    stage2.write_text(f"model: {tmp_path / 'run'}\nlanguage_model: {language_model}\npairs: none\n")
-    found = estimate(capsys, stage2)
-    assert found["stage"] == 2 and "the recipe beside stage2.yaml" in found["notes"][0]
+    stage2.write_text(f"model: {tmp_path / 'run'}\nlanguage_model: {language_model}\npairs: none\nmax_steps: 10\n")
+    assert main(["estimate", str(stage2), "--price", "3", "--utilization=0.2", "--utilization=projector=0.1"]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line}
+    assert rows["language_model"][3:5] == ["fp32", "20%"] and rows["projector"][3:5] == ["fp32", "10%"]
+    assert "10 steps of 64 images (8 a card)" in printed and "at $3.00 a GPU-hour" in printed
+    assert {"frozen", "trained", "gradients", "optimizer", "activations"} <= set(rows)
+    assert f"note: {tmp_path / 'run'} does not exist: counted as the recipe beside stage2.yaml" in printed
     recipe.unlink()
     assert main(["estimate", str(stage2)]) == 2
     assert f"model {tmp_path / 'run'} is not known" in capsys.readouterr().err

@@ -91,8 +91,10 @@ def test_half_precision_changes_speed_and_memory_and_leaves_the_autoencoder_alon
 
 
 @pytest.mark.slow
-def test_what_is_trained_decides_the_backward_pass_and_the_states(small1, counted):
-    projector = estimate(small1(trainable="projector"), H100, 1)
+def test_what_is_trained_and_cached_decides_what_is_computed_and_stored(small1, counted):
+    projector = estimate(small1(trainable="projector"), H100, 1, cached_moments=True)
+    assert "vae_encoder" in counted.count.parts and "vae_encoder" not in projector.step.parts
+    assert projector.step.parts["denoiser"].total() == counted.count.parts["denoiser"].total()
     assert not sum(projector.step.parts["transformer_encoder"].backward.values())
     assert sum(projector.step.parts["transformer_decoder"].backward.values())  # its query tokens are trained
     assert not sum(counted.count.parts["vision_tower"].backward.values())
@@ -103,13 +105,6 @@ def test_what_is_trained_decides_the_backward_pass_and_the_states(small1, counte
         everything.memory.optimizer == 8 * everything.trained and everything.memory.gradients == 4 * everything.trained
     )
     assert everything.trained + everything.frozen == projector.trained + projector.frozen
-
-
-@pytest.mark.slow
-def test_cached_moments_spare_the_autoencoder(small1, counted):
-    found = estimate(small1(), H100, 1, cached_moments=True)
-    assert "vae_encoder" not in found.step.parts
-    assert found.step.parts["denoiser"].total() == counted.count.parts["denoiser"].total()
 
 
 def test_copies_of_weights_are_counted_where_they_exist(small1, counted):
