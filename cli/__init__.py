@@ -1,1 +1,1 @@
-"""The command line: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | train`."""
+"""Commands: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | estimate | train`."""

@@ -56,7 +56,10 @@ def _run(arguments: list[str]) -> int:
     options = argparse.Namespace()
     try:
         _refuse_renamed_options(arguments)
-        options = parser.parse_args(arguments)
+        options, settings = parser.parse_known_args(arguments)
+        if settings and not getattr(options, "takes_settings", False):
+            parser.error(f"unrecognized arguments: {' '.join(settings)}")
+        options.settings = settings
         for logging in (transformers_logging, diffusers_logging):
             logging.set_verbosity_error()
             logging.disable_progress_bar()
@@ -86,7 +89,7 @@ def _run(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands but `vlv train`."""
-    from . import caption, convert, demo, encode, evaluate, info, push, reconstruct
+    from . import caption, convert, demo, encode, estimate, evaluate, info, push, reconstruct
 
     parser = Parser(
         prog="vlv",
@@ -94,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vlv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, reconstruct, encode, evaluate, convert, info, push, demo):
+    for module in (caption, reconstruct, encode, evaluate, convert, info, push, demo, estimate):
         module.add_parser(commands)
     commands.add_parser("train", help="train stage 1 (images alone) or stage 2 (image-caption pairs)", add_help=False)
     return parser

@@ -124,7 +124,7 @@ def test_bf16_keeps_trained_weights_and_optimiser_in_float32(
     assert (
         trainer.diffusion_decoder.unet.dtype == torch.bfloat16 and trainer.diffusion_decoder.vae.dtype == torch.float32
     )
-    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in load_file(tmp_path / "encoder" / "model.safetensors").values()} == {torch.float32}
     assert trainer.optimizer.defaults["fused"] is True
 
 
@@ -175,7 +175,7 @@ def test_the_average_is_that_of_the_formula_and_survives_a_resumption(tmp_path):
     assert (weights[-1] - expected).abs().max() > 1e-6
 
     checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
-    assert torch.equal(load_file(checkpoint / "model.safetensors")[name], weights[-1])
+    assert torch.equal(load_file(checkpoint / "encoder" / "model.safetensors")["model." + name], weights[-1])
     assert set(load_file(checkpoint / AVERAGE_FILE)) == {
         n for n, p in trainer.model.named_parameters() if p.requires_grad
     }

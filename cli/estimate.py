@@ -1,0 +1,153 @@
+"""`vlv estimate`: what a training costs, from its configuration alone."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .errors import UserError
+from .inputs import positive
+
+if TYPE_CHECKING:
+    from vlv.train.estimate import Estimate
+
+PROGRAM = "vlv estimate"
+ON_CPU = ("--use_cpu", "true")  # transformers accepts bf16 on a machine without a GPU only with it
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "estimate",
+        usage="vlv estimate CONFIG.yaml --gpu H100 --count 8 [--price 2.5] [--utilization 0.35] [--name value ...]",
+        help="FLOPs, hours, price and memory of a training, from its configuration",
+        description="Prints what a training costs before it starts: FLOPs of each part of the model, images a second, "
+        "hours, price, and memory of one card. The models are built at full size without weights (PyTorch's meta "
+        "device), one step runs on them, and PyTorch's counter counts it: what is frozen, recomputed and in which "
+        "precision follows from CONFIG.yaml. Takes about 10 seconds and needs no GPU, no weights and no network.",
+        epilog="Any other --name value overrides a setting of CONFIG.yaml, as in `vlv train`: --encoder_image_size "
+        "384, --bf16 true, --max_steps 50000. Models are those of the paper by their repo ids (Florence-2-large and "
+        "-base, Stable Diffusion 2.1, Qwen2.5-3B, -1.5B, -0.5B), or folders with a config.json. Validation, saving, "
+        "waiting for data and communication between cards are not counted.",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the training's configuration")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: found from the configuration's settings")
+    parser.add_argument("--gpu", default="H100", help="the card (default: H100); an unknown name lists those known")
+    parser.add_argument("--count", type=positive, default=8, help="number of cards (default: 8)")
+    parser.add_argument("--price", type=float, default=2.5, help="dollars for a card and an hour (default: 2.5)")
+    parser.add_argument(
+        "--utilization",
+        metavar="[PART=]SHARE",
+        action="append",
+        default=[],
+        help="share of the card's peak speed that the computation reaches (default: 0.35); PART=SHARE sets it for one "
+        "part, such as --utilization vision_tower=0.2",
+    )
+    parser.add_argument("--tf32", action="store_true", help="float32 matrix products use TF32")
+    parser.add_argument("--cached-moments", action="store_true", help="the autoencoder's moments come from a cache")
+    parser.add_argument("--caption-tokens", type=positive, help="longest caption of a batch (default: the greatest)")
+    parser.add_argument("--samples", type=positive, help="size of the data, for num_train_epochs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run, takes_settings=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from vlv.train.estimate import estimate, find_stage, recipe_beside
+    from vlv.train.hardware import find_gpu
+    from vlv.train.parsing import parse_config
+    from vlv.train.stage1_trainer import Stage1Config
+    from vlv.train.stage2_trainer import Stage2Config
+
+    path = Path(arguments.config)
+    notes, stage1 = [], None
+    try:
+        gpu = find_gpu(arguments.gpu)
+        stage = arguments.stage or find_stage(_settings(path, arguments.settings))
+        config: Any = parse_config(
+            Stage1Config if stage == 1 else Stage2Config, [arguments.config, *arguments.settings, *ON_CPU], PROGRAM
+        )
+        if stage == 2 and config.model is not None and not Path(config.model).exists():
+            stage1 = recipe_beside(path, config.model, PROGRAM)
+            if stage1 is not None:
+                notes.append(f"{config.model} does not exist: counted as the recipe beside {path.name} will make it")
+        found = estimate(
+            config,
+            gpu,
+            arguments.count,
+            price=arguments.price,
+            utilization=_utilization(arguments.utilization),
+            stage1=stage1,
+            samples=arguments.samples,
+            caption_tokens=arguments.caption_tokens,
+            cached_moments=arguments.cached_moments,
+            tf32=arguments.tf32,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found.notes = notes + found.notes
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else as_text(found))
+    return 0
+
+
+def _settings(path: Path, options: list[str]) -> set[str]:
+    """The names that the file and the options set. What is wrong with them `parse_config` says."""
+    names = {option.lstrip("-").partition("=")[0] for option in options if option.startswith("--")}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; give the configuration of a training") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML file: {error}") from error
+    return names | (set(map(str, values)) if isinstance(values, dict) else set())
+
+
+def _utilization(options: list[str]) -> dict[str, float]:
+    shares = {}
+    for option in options:
+        part, _, share = option.rpartition("=")
+        try:
+            shares[part] = float(share)
+        except ValueError:
+            raise UserError(f"--utilization is {option!r}; expected a share, or PART=SHARE") from None
+    return shares
+
+
+def as_text(found: "Estimate") -> str:
+    """The estimate as lines of text."""
+    figures = found.to_dict()
+    memory = found.memory
+    lines = [
+        f"stage {found.stage} on {found.count} x {found.gpu.name}: {found.steps:,} steps of "
+        f"{figures['images_per_step']:,} images ({found.batch} a card"
+        + (f", {found.accumulation} times" if found.accumulation > 1 else "")
+        + f"), {found.images() / 1e6:,.1f} M in all",
+        f"parameters: {found.trained / 1e6:,.1f} M trained, {found.frozen / 1e6:,.1f} M frozen",
+        "",
+        f"{'TFLOP an image':22}{'forward':>10}{'backward':>10}{'precision':>11}{'of peak':>9}{'of time':>9}",
+    ]
+    for name, part in figures["tflop_per_image"].items():
+        if part["share_of_time"] < 5e-5:
+            continue
+        lines.append(
+            f"{name:22}{part['forward']:10.3f}{part['backward']:10.3f}{part['precision']:>11}"
+            f"{part['utilization']:9.0%}{part['share_of_time']:9.1%}"
+        )
+    lines += [
+        f"{'total':22}{figures['tflop_per_image_total']:20.3f}",
+        "",
+        f"{figures['images_per_second']:,.0f} images/s, {figures['seconds_per_step']:.2f} s a step",
+        f"{found.hours():,.1f} hours, {found.gpu_hours():,.0f} GPU-hours, ${found.dollars():,.0f} at "
+        f"${found.price:.2f} a GPU-hour",
+        "",
+        f"{'memory of one card':22}{'GB':>10}",
+        *(
+            f"{name.replace('_', ' '):22}{value / 1e9:10.1f}"
+            for name, value in vars(memory).items()
+            if isinstance(value, int) and value
+        ),
+        f"{'total, at most':22}{memory.total() / 1e9:10.1f}  (the most activations: {memory.activations_peak_at})",
+    ]
+    if found.notes:
+        lines += ["", *(f"note: {note}" for note in found.notes)]
+    return "\n".join(lines)

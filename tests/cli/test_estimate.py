@@ -1,0 +1,70 @@
+"""`vlv estimate`: small models in folders, and the recipes of the package."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlv.cli.main import main
+
+
+@pytest.fixture
+def recipe(tmp_path, stable_diffusion, stage1_checkpoint) -> Path:
+    path = tmp_path / "stage1.yaml"
+    path.write_text(
+        f"model: {stage1_checkpoint}\ndiffusion_model: {stable_diffusion}\nimages: none\nbf16: true\nmax_steps: 10\n"
+        f"per_device_train_batch_size: 4\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    return path
+
+
+def estimate(capsys, *arguments) -> dict:
+    assert main(["estimate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_settings_on_the_command_line_override_the_file(recipe, capsys):
+    found = estimate(capsys, recipe, "--gpu", "A100", "--count", 2, "--max_steps", 20, "--bf16=false")
+    assert (found["stage"], found["gpu"], found["steps"], found["images"]) == (1, "A100", 20, 20 * 4 * 2)
+    assert {part["precision"] for part in found["tflop_per_image"].values()} == {"fp32"}
+    assert found["dollars"] == pytest.approx(found["gpu_hours"] * 2.5)
+
+
+@pytest.mark.slow
+def test_stage_2_is_counted_with_the_stage_1_recipe_beside_it(recipe, tmp_path, language_model, capsys):
+    stage2 = tmp_path / "stage2.yaml"
+    stage2.write_text(f"model: {tmp_path / 'run'}\nlanguage_model: {language_model}\npairs: none\nmax_steps: 10\n")
+    assert main(["estimate", str(stage2), "--price", "3", "--utilization=0.2", "--utilization=projector=0.1"]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in printed.splitlines() if line}
+    assert rows["language_model"][3:5] == ["fp32", "20%"] and rows["projector"][3:5] == ["fp32", "10%"]
+    assert "10 steps of 64 images (8 a card)" in printed and "at $3.00 a GPU-hour" in printed
+    assert {"frozen", "trained", "gradients", "optimizer", "activations"} <= set(rows)
+    assert f"note: {tmp_path / 'run'} does not exist: counted as the recipe beside stage2.yaml" in printed
+    recipe.unlink()
+    assert main(["estimate", str(stage2)]) == 2
+    assert f"model {tmp_path / 'run'} is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "V100"], "the GPU 'V100' is not known; expected one of A100, H100"),
+        (["--utilization", "much"], "--utilization is 'much'; expected a share, or PART=SHARE"),
+        (["--utilization", "unet=0.2"], "utilization names the part 'unet'; expected one of"),
+        (["--pairs", "x"], "has settings of both stages (diffusion_model, pairs); give --stage 1 or --stage 2"),
+        (["--diffusion_model", "a/b"], "diffusion_model a/b is not known"),
+    ],
+)
+def test_wrong_arguments_say_what_is_expected(recipe, arguments, message, capsys):
+    assert main(["estimate", str(recipe), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_settings_and_files_are_refused(recipe, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["estimate", str(recipe), "--max_step", "3"])
+    assert exit.value.code == 2 and "did you mean 'max_steps'" in capsys.readouterr().err
+    assert main(["estimate", "none.yaml"]) == 2
+    assert "none.yaml does not exist" in capsys.readouterr().err

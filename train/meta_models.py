@@ -1,0 +1,248 @@
+"""The models of a training configuration on the meta device: full size, no weights, no network."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import AutoConfig, CLIPTextConfig, Florence2Config
+
+from vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel
+from vlv import reference_configs as reference
+from vlv.diffusion_decoder import StableDiffusionDecoder
+
+from .freezing import freeze_for_stage1, freeze_for_stage2
+from .lora import add_lora
+from .memory import enable_activation_checkpointing
+from .modes import set_train_mode
+from .stage1_trainer import Stage1Config
+from .stage2_trainer import Stage2Config
+
+FLORENCES = {f"florence-community/Florence-2-{size}": size for size in reference.FLORENCE}
+QWENS = {f"Qwen/Qwen2.5-{size}": size for size in reference.QWEN}
+STABLE_DIFFUSIONS = {
+    name: 64 if name.endswith("-base") else 96 for pair in reference.WITHDRAWN.items() for name in pair
+}
+"""Repositories of Stable Diffusion 2.1 and the side of their latents."""
+
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@dataclass
+class MetaStep:
+    """One training step on the meta device.
+
+    Args:
+        loss: Computes the loss of one batch of one device.
+        parts: Modules by name, in the order in which they compute.
+        models: All models that take part.
+        bf16: Those under bfloat16 autocast.
+        precision: `"bf16"` or `"fp32"` by part; parts that are not named have the precision of `default_precision`.
+        num_labels: Number of caption tokens of a batch with a loss.
+    """
+
+    loss: Callable[[], torch.Tensor]
+    parts: dict[str, nn.Module]
+    models: list[nn.Module]
+    bf16: list[nn.Module]
+    default_precision: str
+    precision: dict[str, str] = field(default_factory=dict)
+    num_labels: int = 0
+
+
+def build_step(
+    config: Stage1Config | Stage2Config,
+    *,
+    stage1: Stage1Config | None = None,
+    caption_tokens: int | None = None,
+    cached_moments: bool = False,
+) -> MetaStep:
+    """The step that a configuration describes.
+
+    Args:
+        stage1: For stage 2: the recipe that will make `config.model`, where that does not exist.
+        caption_tokens: Tokens of the longest caption in a batch; by default `max_caption_tokens`.
+        cached_moments: The autoencoder's encoder does not run.
+
+    Raises:
+        ValueError: If a model is not known; the message says what to give.
+    """
+    if isinstance(config, Stage1Config):
+        return _stage1(config, cached_moments)
+    return _stage2(config, stage1, caption_tokens)
+
+
+def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
+    vlv_config, encoder_size, crop = encoder_of(config)
+    with torch.device("meta"):
+        model = VLVModel(vlv_config)
+    half = config.bf16 or config.fp16
+    vae_dtype = getattr(torch, config.vae_dtype)
+    decoder = _diffusion_decoder(config.diffusion_model, torch.bfloat16 if half else torch.float32, vae_dtype)
+    freeze_for_stage1(model, config.trainable)
+    _checkpoint(config, model)
+    if config.diffusion_gradient_checkpointing:
+        decoder.enable_gradient_checkpointing()
+    set_train_mode(model)
+    batch = config.per_device_train_batch_size
+    size = config.diffusion_image_size or crop or decoder.image_size
+    latent_size = size // decoder.scale_factor
+
+    @torch.no_grad()
+    def encode() -> torch.Tensor:
+        if cached_moments:
+            channels = decoder.vae.config.latent_channels
+            return torch.empty(batch, channels, latent_size, latent_size, device="meta")
+        pixels = torch.empty(batch, 3, size, size, dtype=vae_dtype, device="meta")
+        return decoder.vae.encode(pixels).latent_dist.sample().float()
+
+    def loss() -> torch.Tensor:
+        latents = encode()
+        pixels = torch.empty(batch, 3, encoder_size, encoder_size, device="meta")
+        return decoder.denoising_loss(latents, model(pixel_values=pixels).conditioning)
+
+    return MetaStep(
+        loss,
+        {"vae_encoder": decoder.vae.encoder, **_encoder_parts(model), "denoiser": decoder.unet},
+        [model, decoder],
+        [model] if half else [],
+        "bf16" if half else "fp32",
+        {"vae_encoder": "bf16" if vae_dtype == torch.bfloat16 else "fp32"},
+    )
+
+
+def _stage2(config: Stage2Config, stage1: Stage1Config | None, caption_tokens: int | None) -> MetaStep:
+    vlv_config, encoder_size = _captioner_of(config, stage1)
+    with torch.device("meta"):
+        model = VLVForConditionalGeneration(vlv_config)
+    freeze_for_stage2(model, config.trainable)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
+    _checkpoint(config, model)
+    set_train_mode(model)
+    half = config.bf16 or config.fp16
+    batch = config.per_device_train_batch_size
+    tokens = config.max_caption_tokens if config.pad_to_max_length or caption_tokens is None else caption_tokens
+
+    def loss() -> torch.Tensor:
+        pixels = torch.empty(batch, 3, encoder_size, encoder_size, device="meta")
+        labels = torch.empty(batch, tokens, dtype=torch.long, device="meta")
+        return model(pixel_values=pixels, labels=labels).loss
+
+    return MetaStep(
+        loss,
+        {
+            **_encoder_parts(model.model),
+            "language_projection": model.language_projection,
+            "language_model": model.language_model,
+        },
+        [model],
+        [model] if half else [],
+        "bf16" if half else "fp32",
+        num_labels=batch * tokens,
+    )
+
+
+def _encoder_parts(model: VLVModel) -> dict[str, nn.Module]:
+    florence = model.image_encoder
+    return {
+        "vision_tower": florence.vision_tower,
+        "image_projection": florence.multi_modal_projector,
+        "transformer_encoder": florence.language_model.encoder,
+        "transformer_decoder": florence.language_model.decoder,
+        "projector": model.projector,
+        "text_encoder": model.text_encoder.encoder,
+    }
+
+
+def _checkpoint(config: Any, model: Any) -> None:
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    enable_activation_checkpointing(model, config)
+
+
+def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
+    """The model that stage 1 trains, the side of its input, and the side of the crop before it, in pixels."""
+    if config.model is not None:
+        vlv_config, processor = _local_vlv(config.model)
+        return vlv_config, processor.size["height"], processor.pre_crop_size or None
+    if config.image_encoder in FLORENCES:
+        florence = reference.florence_config(FLORENCES[config.image_encoder])
+    else:
+        florence = _local(Florence2Config, config.image_encoder, "image_encoder", FLORENCES)
+    if config.diffusion_model in STABLE_DIFFUSIONS:
+        text_encoder = reference.text_encoder_config()
+    else:
+        text_encoder = _local(
+            CLIPTextConfig, config.diffusion_model, "diffusion_model", STABLE_DIFFUSIONS, subfolder="text_encoder"
+        )
+    prompt = FLORENCE_TASK_PROMPT_IDS if florence.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS) else []
+    vlv_config = VLVConfig(
+        image_encoder_config=florence,
+        text_encoder_config=text_encoder,
+        num_query_tokens=config.num_query_tokens or text_encoder.max_position_embeddings,
+        task_prompt_ids=prompt,
+        attend_all_queries=config.attend_all_queries,
+    )
+    return vlv_config, config.encoder_image_size, config.pre_crop_size
+
+
+def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VLVConfig, int]:
+    if config.model in FLORENCES:
+        vlv_config, size, _ = encoder_of(Stage1Config(image_encoder=config.model))
+    elif stage1 is not None and not Path(config.model or "").exists():
+        vlv_config, size, _ = encoder_of(stage1)
+    elif config.model is None:
+        raise ValueError(f"model is not set; give a stage-1 model's folder, or one of {', '.join(FLORENCES)}")
+    else:
+        vlv_config, processor = _local_vlv(config.model)
+        size = processor.size["height"]
+    if vlv_config.text_config is None:
+        if config.language_model in QWENS:
+            vlv_config.text_config = reference.qwen_config(QWENS[config.language_model])
+        else:
+            vlv_config.text_config = _local(AutoConfig, config.language_model, "language_model", QWENS)
+    return vlv_config, size
+
+
+def _local_vlv(source: str) -> tuple[VLVConfig, VLVImageProcessor]:
+    vlv_config = _local(VLVConfig, source, "model", FLORENCES)
+    try:
+        return vlv_config, VLVImageProcessor.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {source} has no readable preprocessor_config.json: {error}") from error
+
+
+def _diffusion_decoder(source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusionDecoder:
+    if source in STABLE_DIFFUSIONS:
+        parts = reference.diffusion_components("meta", dtype)
+        parts["unet"].register_to_config(sample_size=STABLE_DIFFUSIONS[source])
+    else:
+        configs = {
+            name: _local(part, source, "diffusion_model", STABLE_DIFFUSIONS, "load_config", subfolder=name)
+            for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
+        }
+        with torch.device("meta"):
+            parts = {
+                "unet": UNet2DConditionModel.from_config(configs["unet"]).to(dtype),
+                "vae": AutoencoderKL.from_config(configs["vae"]),
+            }
+    return StableDiffusionDecoder(parts["vae"], parts["unet"], SCHEDULE, vae_dtype=vae_dtype)
+
+
+def _local(kind: Any, source: str, setting: str, known: dict, method: str = "from_pretrained", **kwargs: Any) -> Any:
+    """A configuration from a folder or the cache of the Hub."""
+    try:
+        with warnings.catch_warnings():  # diffusers passes huggingface_hub a deprecated argument
+            warnings.simplefilter("ignore", UserWarning)
+            return getattr(kind, method)(source, local_files_only=True, **kwargs)
+    except (OSError, ValueError) as error:
+        inside = f"{kwargs['subfolder']}/config.json" if kwargs else "config.json"
+        raise ValueError(
+            f"{setting} {source} is not known: it is neither a folder with {inside} nor in the cache of downloads; "
+            f"give such a folder, or one of {', '.join(known)}"
+        ) from error
