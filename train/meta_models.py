@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import AutoConfig, CLIPTextConfig, Florence2Config
 
-from vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel
+from vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel, hub
 from vlv import reference_configs as reference
 from vlv.diffusion_decoder import StableDiffusionDecoder
 
@@ -20,7 +20,7 @@ from .lora import add_lora
 from .memory import enable_activation_checkpointing
 from .modes import set_train_mode
 from .stage1_trainer import Stage1Config
-from .stage2_trainer import Stage2Config
+from .stage2_trainer import LANGUAGE_MODEL, Stage2Config
 
 FLORENCES = {f"florence-community/Florence-2-{size}": size for size in reference.FLORENCE}
 QWENS = {f"Qwen/Qwen2.5-{size}": size for size in reference.QWEN}
@@ -82,7 +82,7 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
         model = VLVModel(vlv_config)
     half = config.bf16 or config.fp16
     vae_dtype = getattr(torch, config.vae_dtype)
-    decoder = _diffusion_decoder(config.diffusion_model, torch.bfloat16 if half else torch.float32, vae_dtype)
+    decoder = _diffusion_decoder(_diffusion_model_of(config), torch.bfloat16 if half else torch.float32, vae_dtype)
     freeze_for_stage1(model, config.trainable)
     _checkpoint(config, model)
     if config.diffusion_gradient_checkpointing:
@@ -113,6 +113,16 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
         "bf16" if half else "fp32",
         {"vae_encoder": "bf16" if vae_dtype == torch.bfloat16 else "fp32"},
     )
+
+
+def _diffusion_model_of(config: Stage1Config) -> str:
+    """The text-to-image model that is set, or else the one of the model to continue from."""
+    if config.diffusion_model is not None:
+        return config.diffusion_model
+    found = hub.diffusion_model_of(str(config.model), Path(str(config.model)))
+    if found is None:
+        raise ValueError(f"diffusion_model is not set, and {config.model} does not name the one it was trained with")
+    return found.source
 
 
 def _stage2(config: Stage2Config, stage1: Stage1Config | None, caption_tokens: int | None) -> MetaStep:
@@ -170,6 +180,7 @@ def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
     if config.model is not None:
         vlv_config, processor = _local_vlv(config.model)
         return vlv_config, processor.size["height"], processor.pre_crop_size or None
+    assert config.image_encoder is not None and config.diffusion_model is not None
     if config.image_encoder in FLORENCES:
         florence = reference.florence_config(FLORENCES[config.image_encoder])
     else:
@@ -202,10 +213,11 @@ def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VL
         vlv_config, processor = _local_vlv(config.model)
         size = processor.size["height"]
     if vlv_config.text_config is None:
-        if config.language_model in QWENS:
-            vlv_config.text_config = reference.qwen_config(QWENS[config.language_model])
+        language_model = config.language_model or LANGUAGE_MODEL
+        if language_model in QWENS:
+            vlv_config.text_config = reference.qwen_config(QWENS[language_model])
         else:
-            vlv_config.text_config = _local(AutoConfig, config.language_model, "language_model", QWENS)
+            vlv_config.text_config = _local(AutoConfig, language_model, "language_model", QWENS)
     return vlv_config, size
 
 
