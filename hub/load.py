@@ -25,6 +25,7 @@ from vlv.tokenizer import load_tokenizer
 
 from .decoder import referred_diffusion_model
 from .layout import (
+    ADAPTER_FOLDER,
     CAPTIONER_FILES,
     CAPTIONER_WEIGHTS,
     DIFFUSION_FILES,
@@ -255,6 +256,11 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 def require(folder: Path, name: str) -> None:
     """Raises `FileNotFoundError` if the folder of a model has no file `name`."""
     if not (folder / name).is_file():
+        if (folder / ADAPTER_FOLDER).is_dir():
+            raise FileNotFoundError(
+                f"{folder} is a checkpoint of a LoRA run, without the language model; the end of the run saves a "
+                "complete model, and --merge_lora_checkpoints makes each checkpoint one"
+            )
         raise FileNotFoundError(
             f"there is no {name} in {folder}: it is not a VLV model in the Hub layout (vlv.hub.export writes one)"
         )

@@ -12,7 +12,7 @@ from vlv import VLVForConditionalGeneration
 
 ADAPTER = "default"  # peft's name for the first adapter
 ADAPTER_FILE = "adapter_model.safetensors"
-PREFIX = "language_model."
+LANGUAGE_MODEL_PREFIX = "language_model."
 PEFT_PREFIX = "base_model.model."  # of the names in peft's file
 
 
@@ -49,7 +49,7 @@ def merged_weights(model: VLVForConditionalGeneration, weights: Mapping[str, tor
         weights: Those of the model with LoRA layers.
     """
     modules = model.language_model.named_modules()
-    layers = {PREFIX + name: module for name, module in modules if hasattr(module, "scaling")}
+    layers = {LANGUAGE_MODEL_PREFIX + name: module for name, module in modules if hasattr(module, "scaling")}
     merged: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         owner, _, last = name.rpartition(".base_layer.")
@@ -60,8 +60,8 @@ def merged_weights(model: VLVForConditionalGeneration, weights: Mapping[str, tor
             a, b = (weights[f"{owner}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
             change = b @ a * layer.scaling[ADAPTER]
             tensor = tensor + (change.T if layer.fan_in_fan_out else change).to(tensor.dtype)
-        plain = name.removeprefix(PREFIX).removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-        merged[PREFIX + plain if name.startswith(PREFIX) else name] = tensor
+        plain = name.removeprefix(LANGUAGE_MODEL_PREFIX).removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+        merged[LANGUAGE_MODEL_PREFIX + plain if name.startswith(LANGUAGE_MODEL_PREFIX) else name] = tensor
     return merged
 
 
@@ -69,7 +69,9 @@ def save_adapter(model: VLVForConditionalGeneration, weights: Mapping[str, torch
     """Writes the LoRA layers in peft's format, for `PeftModel.from_pretrained(language_model, folder)`."""
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {
-        name.removeprefix(PREFIX).replace(f".{ADAPTER}.weight", ".weight"): tensor.detach().cpu().contiguous()
+        name.removeprefix(LANGUAGE_MODEL_PREFIX).replace(f".{ADAPTER}.weight", ".weight"): tensor.detach()
+        .cpu()
+        .contiguous()
         for name, tensor in weights.items()
         if ".lora_" in name
     }
@@ -89,6 +91,6 @@ def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"there is no {ADAPTER_FILE} in {folder}: the checkpoint is not of a LoRA run")
     return {
-        f"{PREFIX}{name.removesuffix('.weight')}.{ADAPTER}.weight": tensor
+        f"{LANGUAGE_MODEL_PREFIX}{name.removesuffix('.weight')}.{ADAPTER}.weight": tensor
         for name, tensor in load_file(folder / ADAPTER_FILE).items()
     }

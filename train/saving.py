@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
 from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE
 from vlv.hub.load import read_weight_map
 
-from .lora import has_lora, load_adapter, merged_weights, save_adapter
+from .lora import LANGUAGE_MODEL_PREFIX, has_lora, load_adapter, merged_weights, save_adapter
 
 
 @dataclass
@@ -76,6 +77,21 @@ def write_model(
     )
 
 
+def write_lora_checkpoint(
+    folder: str | Path, model: VLVForConditionalGeneration, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes the LoRA layers in peft's format, and the weights outside of the language model, which is frozen.
+
+    The folder is no model by itself: it has no `config.json`.
+    """
+    weights = model.state_dict() if weights is None else weights
+    save_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)
+    tied = model.all_tied_weights_keys or {}
+    names = [name for name in weights if not name.startswith(LANGUAGE_MODEL_PREFIX) and name not in tied]
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
 def _encoder_differs(model: VLVForConditionalGeneration, start: str) -> bool:
     """Whether captions and reconstructions have encoders of their own after stage 2."""
     trained = any(parameter.requires_grad for parameter in model.model.parameters())
@@ -103,6 +119,6 @@ def read_weights(folder: str | Path, model: torch.nn.Module) -> dict[str, torch.
     if isinstance(model, VLVModel):
         weights = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in weights.items()}
     if has_lora(model):
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("language_model.")}
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(LANGUAGE_MODEL_PREFIX)}
         weights |= load_adapter(root / ADAPTER_FOLDER)
     return weights

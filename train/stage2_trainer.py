@@ -83,6 +83,13 @@ class Stage2Config(StageConfig):
         default=False,
         metadata={"help": "Recompute the language model's activations to save memory."},
     )
+    merge_lora_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Make each checkpoint of a LoRA run a complete model, with merged weights; by default it holds "
+            "the LoRA layers and what is trained beside them. Checkpoints of other runs are complete models."
+        },
+    )
     max_caption_tokens: int = field(
         default=300, metadata={"help": "Longer captions are cut to this length, and then have no EOS."}
     )

@@ -23,9 +23,10 @@ from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationC
 from .census import CensusCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, say
 from .data_loading import DataLoadingMixin
+from .lora import has_lora
 from .memory import compile_layers, enable_activation_checkpointing
 from .modes import set_train_mode
-from .saving import Provenance, write_model
+from .saving import Provenance, write_lora_checkpoint, write_model
 from .sharding import check_optimiser_state, configure_fsdp, gather_weights, load_weights
 from .stage_config import StageConfig
 from .training_metadata import write_training_metadata
@@ -199,6 +200,9 @@ class VLVTrainer(DataLoadingMixin, Trainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder: Any = output_dir or self.args.output_dir
+            if self._unfinished and has_lora(self.model) and not getattr(self.args, "merge_lora_checkpoints", False):
+                write_lora_checkpoint(folder, self.model, state_dict)
+                return
             write_model(folder, self.model, self.processing_class, self.provenance, state_dict)
             if self.provenance is not None:
                 write_training_metadata(folder, self, self.provenance)

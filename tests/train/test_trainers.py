@@ -1,6 +1,7 @@
 """Training changes the chosen parts, its loss does not depend on accumulation, and LoRA layers are merged."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from vlv import VLVForConditionalGeneration, VLVProcessor
+from vlv import VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.train import Stage2Collator, Stage2Config, Stage2Trainer, freeze_for_stage1, freeze_for_stage2, stage1, stage2
 
 from ..builders import assert_close_to_scale
@@ -102,7 +103,7 @@ def test_rates_norms_and_skipped_images_are_logged(tmp_path, captioner, processo
 
 
 @pytest.mark.slow
-def test_lora_layers_are_trained_and_merged_into_a_plain_model(
+def test_lora_layers_are_trained_resumed_and_merged_into_a_plain_model(
     tmp_path, stage1_checkpoint, language_model, image_folder, monkeypatch
 ):
     merge = stage2.merge_lora
@@ -114,32 +115,38 @@ def test_lora_layers_are_trained_and_merged_into_a_plain_model(
         merge(model)
 
     monkeypatch.setattr(stage2, "merge_lora", recorded_merge)
-    trainer = stage2.main(
-        [
-            f"--output_dir={tmp_path / 'run'}",
-            f"--model={stage1_checkpoint}",
-            f"--language_model={language_model}",
-            f"--pairs={image_folder}",
-            "--trainable=projector",
-            "--lora_rank=2",
-            "--max_steps=2",
-            "--learning_rate=1e-2",
-            "--dataloader_num_workers=0",
-            "--validation_steps=0",
-            "--use_cpu",
-            "--disable_tqdm=true",
-        ]
-    )
+    settings = [
+        f"--model={stage1_checkpoint}",
+        f"--language_model={language_model}",
+        f"--pairs={image_folder}",
+        "--trainable=projector",
+        "--lora_rank=2",
+        "--max_steps=2",
+        "--save_steps=1",
+        "--learning_rate=1e-2",
+        "--dataloader_num_workers=0",
+        "--validation_steps=0",
+        "--use_cpu",
+        "--disable_tqdm=true",
+    ]
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    trainer = stage2.main([f"--output_dir={run}", *settings])
     assert len(set(trainer.processing_class.tokenizer("a large dog").input_ids)) == 3  # read as it was saved
-    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
-        loaded = VLVForConditionalGeneration.from_pretrained(folder).eval()
-        assert_close_to_scale(loaded(pixels, labels=labels).loss, losses[0])
-    assert isinstance(VLVProcessor.from_pretrained(tmp_path / "run"), VLVProcessor)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-1 is a checkpoint of a LoRA run, without the language"):
+        hub.load_captioner(run / "checkpoint-1")
+    shutil.copytree(run / "checkpoint-1", resumed / "checkpoint-1")
+    stage2.main([f"--output_dir={resumed}", *settings, "--merge_lora_checkpoints"])
+    unbroken = VLVForConditionalGeneration.from_pretrained(run).eval()
+    assert_close_to_scale(unbroken(pixels, labels=labels).loss, losses[0])
+    for folder in (resumed, resumed / "checkpoint-2"):
+        weights = VLVForConditionalGeneration.from_pretrained(folder).state_dict()
+        assert all(weights[name].equal(tensor) for name, tensor in unbroken.state_dict().items())
+    assert isinstance(VLVProcessor.from_pretrained(run), VLVProcessor)
     base = AutoModelForCausalLM.from_pretrained(language_model)
-    adapted = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
+    adapted = PeftModel.from_pretrained(base, str(run / "adapter")).eval()
     ids = torch.tensor([[5, 3, 7]])
-    assert_close_to_scale(adapted(ids).logits, loaded.language_model(ids).logits)
-    assert not torch.allclose(loaded.language_model(ids).logits, adapted.unload()(ids).logits)
+    assert_close_to_scale(adapted(ids).logits, unbroken.language_model(ids).logits)
+    assert not torch.allclose(unbroken.language_model(ids).logits, adapted.unload()(ids).logits)
 
 
 def train_stage1(tmp_path, image_folder, stable_diffusion, stage1_checkpoint, validation_steps: int) -> list[float]:
