@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from transformers import ProgressCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from vlv import VLVForConditionalGeneration, VLVModel
@@ -235,11 +236,16 @@ class VLVTrainer(DataLoadingMixin, Trainer):
             self._unfinished = None
         self.accelerator.wait_for_everyone()
         if args.should_save:
+            if self.state.best_model_checkpoint == str(unfinished / name):
+                self.state.best_model_checkpoint = str(folder / name)
+                self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
             self.save_record(unfinished / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (unfinished / name).rename(folder / name)
             shutil.rmtree(unfinished)
-            rotate_checkpoints(args.output_dir, args.save_total_limit, use_mtime=True)
+            rotate_checkpoints(
+                args.output_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
 
     def save_record(self, folder: str | Path | None = None) -> None:
         """Writes `run.json`. In `output_dir` it says that the run has ended: it is the last file of a run.
