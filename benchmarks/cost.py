@@ -176,9 +176,9 @@ def verdict() -> str:
     return (
         f"The paper states {PAPER_HOURS} GPU-hours (8 {PAPER_CARD}, 4 days), less than 1,000 GPU-hours and less "
         f"than ${PAPER_BUDGET:,}, with 200,000 steps of 512 images in float32. In float32 so many steps in these "
-        f"hours need {needed[0]:.0%} of what the cards can do at most, so this is not what was run. In bfloat16 they "
-        f"need {needed[1]:.0%}, which is more than published trainings reach (below) and leaves no room for stage 2. "
-        "The authors' script decays the learning rate within 20,000 steps: so many steps take "
+        f"hours need {needed[0]:.0%} of what the cards can do at most, so this cannot be what was run. In bfloat16 "
+        f"they need {needed[1]:.0%}, which is more than published trainings reach (below) and leaves no room for "
+        "stage 2. The authors' script decays the learning rate within 20,000 steps: so many steps take "
         f"{short.gpu_hours():,.0f} GPU-hours in float32 at {UTILIZATION:.0%} of the peak, which fits the figures. "
         f"The complete recipe in bfloat16 costs ${h100:,.0f} on 8 H100 at ${PRICE:.2f} an hour, both stages together."
     )
@@ -267,7 +267,7 @@ def page() -> str:
         price=PRICE,
         share=UTILIZATION,
         passes=read("stage1").max_steps * 512 / 40e6,
-        verdict="\n".join(textwrap.wrap(verdict(), 118)),
+        verdict="\n".join(textwrap.wrap(verdict(), 118, break_on_hyphens=False)),
         **{block.__name__: "\n".join(block()) for block in blocks},
     )
 
