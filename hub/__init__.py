@@ -8,7 +8,14 @@ from .decoder import DiffusionModel, diffusion_model_of, find_diffusion_model, h
 from .describe import Description, describe
 from .export import add_diffusion_model, export
 from .fingerprint import fingerprint
-from .layout import CAPTIONER_FILES, CAPTIONER_FINGERPRINT, ENCODER_FILES, PIPELINE_FILES, TRAINING_FILE
+from .layout import (
+    CAPTIONER_FILES,
+    CAPTIONER_FINGERPRINT,
+    DIFFUSION_FILES,
+    ENCODER_FILES,
+    PIPELINE_FILES,
+    TRAINING_FILE,
+)
 from .load import (
     has_two_encoders,
     load_captioner,
@@ -23,6 +30,7 @@ from .push import UploadError, push, upload_errors, write_repository
 __all__ = [
     "CAPTIONER_FILES",
     "CAPTIONER_FINGERPRINT",
+    "DIFFUSION_FILES",
     "ENCODER_FILES",
     "PIPELINE_FILES",
     "TRAINING_FILE",

@@ -13,7 +13,7 @@ from diffusers import __version__ as diffusers_version
 from vlv.files import read_json, write_json
 
 from .fingerprint import UNKNOWN, fingerprint
-from .layout import MODEL_INDEX_FILE, PIPELINE_PARTS, RECONSTRUCTION_CLASSES
+from .layout import DIFFUSION_FILES, MODEL_INDEX_FILE, PIPELINE_PARTS, RECONSTRUCTION_CLASSES
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DiffusionModel:
     Attributes:
         source: Absolute path of a folder, or a repo id.
         revision: Commit of the repository; None for a folder.
-        fingerprint: As `vlv.hub.fingerprint` gives it.
+        fingerprint: As `vlv.hub.fingerprint` gives it; of a folder, of the parts that decode.
     """
 
     source: str
@@ -52,7 +52,7 @@ class DiffusionModel:
             raise FileNotFoundError(
                 f"{referrer} was trained with the text-to-image model {self.source}, which is not there; {remedy}"
             )
-        if (present := fingerprint(self.source)) != self.fingerprint:
+        if (present := fingerprint(self.source, DIFFUSION_FILES)) != self.fingerprint:
             raise ValueError(
                 f"{referrer} was trained with another text-to-image model than {self.source} is now: its fingerprint "
                 f"was {self.fingerprint[:12]} and is {present[:12]}; {remedy}"
@@ -64,12 +64,18 @@ def find_diffusion_model(source: str | os.PathLike) -> DiffusionModel:
 
     Args:
         source: A folder, or a repo id of which files are in the cache.
+
+    Raises:
+        FileNotFoundError: If the folder refers to a folder that is gone.
+        ValueError: If it refers to a folder that has changed.
     """
-    found = fingerprint(source)
     if not Path(source).is_dir():
+        found = fingerprint(source)
         return DiffusionModel(os.fspath(source), found if found != UNKNOWN else None, found)
-    referred = referred_diffusion_model(Path(source))
-    return referred or DiffusionModel(str(Path(source).resolve()), None, found)
+    if (referred := referred_diffusion_model(Path(source))) is not None:
+        referred.check(source)
+        return referred
+    return DiffusionModel(str(Path(source).resolve()), None, fingerprint(source, DIFFUSION_FILES))
 
 
 def has_own_diffusion_model(folder: Path) -> bool:

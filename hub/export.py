@@ -70,7 +70,8 @@ def export(
         The folder.
 
     Raises:
-        ValueError: If captioner and processor, or encoder and image processor, are not given together.
+        ValueError: If captioner and processor, or encoder and image processor, are not given together, or `weights` is
+            empty.
         OSError: If the disk is too small for the weights. An earlier model in the folder is then unchanged.
     """
     root = Path(folder)
@@ -81,6 +82,8 @@ def export(
         image_processor = image_processor or processor.image_processor
     if encoder is None or image_processor is None:
         raise ValueError("pass captioner and processor, or encoder and image_processor")
+    if weights is not None and not weights:
+        raise ValueError("weights is empty; pass all weights of the model, or none to take those that it holds")
     components: dict[str, Any] = {}
     if diffusion_model is not None and not isinstance(diffusion_model, DiffusionModel):
         components = _diffusion_components(diffusion_model)  # before anything is written
@@ -237,7 +240,7 @@ def _remove_origin(path: Path) -> None:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a captioner's weight equals the encoder's, which may have a higher precision."""
-    other = other.to(one.dtype)
+    other = other.to(one.device, one.dtype)
     return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape) or torch.equal(one, other)
 
 

@@ -3,9 +3,11 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import filter_repo_objects
 
 from .layout import TRAINER_FOLDERS, TRAINING_FILE
@@ -16,6 +18,8 @@ IGNORED = [
     "evaluation.json",
     "trainer_state.json",
     "run.json",
+    "census.json",
+    "samples/*",
     *(f"{name}*" for name in TRAINER_FOLDERS),
 ]
 UNKNOWN = "unknown"
@@ -34,10 +38,11 @@ def fingerprint(source: str | os.PathLike, patterns: Sequence[str] = WEIGHTS_AND
     """
     folder = Path(source)
     if not folder.is_dir():
-        for name in ("config.json", "model_index.json"):
-            cached = try_to_load_from_cache(os.fspath(source), name)
-            if isinstance(cached, str):
-                return Path(cached).parent.name
+        with suppress(HFValidationError):  # not a repo id
+            for name in ("config.json", "model_index.json"):
+                cached = try_to_load_from_cache(os.fspath(source), name)
+                if isinstance(cached, str):
+                    return Path(cached).parent.name
         return UNKNOWN
     if folder.parent.name == "snapshots":  # of huggingface_hub's cache
         return folder.name

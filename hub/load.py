@@ -204,11 +204,6 @@ def _load_strictly(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
     unexpected = sorted(report["unexpected_keys"])
     if model_class is VLVModel:  # a captioner's folder also holds a language model
         unexpected = [name for name in unexpected if not name.startswith(("language_model.", "language_projection."))]
-    if any(".lora_A." in name for name in unexpected):
-        raise ValueError(
-            f"{folder} is a checkpoint of a LoRA run that has not ended; go on with `vlv train stage2` and the same "
-            "settings, which saves a complete model at the end"
-        )
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ValueError(f"{len(missing)} weights of {folder} are missing or of another shape, such as {missing[0]}")
@@ -256,7 +251,7 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 def require(folder: Path, name: str) -> None:
     """Raises `FileNotFoundError` if the folder of a model has no file `name`."""
     if not (folder / name).is_file():
-        if (folder / ADAPTER_FOLDER).is_dir():
+        if name == "config.json" and (folder / ADAPTER_FOLDER).is_dir():
             raise FileNotFoundError(
                 f"{folder} is a checkpoint of a LoRA run, without the language model; the end of the run saves a "
                 "complete model, and --merge_lora_checkpoints makes each checkpoint one"

@@ -67,7 +67,7 @@ class ValidationCallback(TrainerCallback):
     Args:
         validate: Called as `validate(model, step, folder)`; writes its results to `folder`, `OUTPUT_DIR/samples`.
         every: Number of steps between validations; 0 turns validation off.
-        on_all_processes: All processes compute the same, as models need whose weights are shared out among them. By
+        on_all_processes: All processes compute the same, as models need whose weights are sharded over them. By
             default the first one alone does. The first one alone writes to `OUTPUT_DIR/samples`.
     """
 
@@ -77,16 +77,27 @@ class ValidationCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every <= 0 or state.global_step % self.every:
             return
-        if state.is_world_process_zero:
-            self._validate(model, state.global_step, Path(args.output_dir) / "samples")
-        elif self.on_all_processes:
-            with tempfile.TemporaryDirectory() as folder:
-                self._validate(model, state.global_step, Path(folder))
+        if not state.is_world_process_zero and not self.on_all_processes:
+            return
+        with tempfile.TemporaryDirectory() as folder:  # written to by the processes whose results are not needed
+            samples = Path(args.output_dir) / "samples" if state.is_world_process_zero else Path(folder)
+            failure = None
+            try:
+                samples.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                failure = error
+            if self.on_all_processes and args.world_size > 1:  # one that fails alone would leave the others waiting
+                failed = torch.tensor(float(failure is not None), device=args.device)
+                torch.distributed.all_reduce(failed)
+                failure = failure or (OSError("another process cannot write") if failed else None)
+            if failure is not None:
+                logger.warning(f"the validation at step {state.global_step} failed: {failure}")
+            else:
+                self._validate(model, state.global_step, samples)
 
     def _validate(self, model: Any, step: int, folder: Path) -> None:
         was_training, random_state = model.training, torch.get_rng_state()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             with torch.no_grad():
                 self.validate(model.eval(), step, folder)
         except Exception as error:

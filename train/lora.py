@@ -61,7 +61,7 @@ def merged_weights(model: VLVForConditionalGeneration, weights: Mapping[str, tor
             change = b @ a * layer.scaling[ADAPTER]
             tensor = tensor + (change.T if layer.fan_in_fan_out else change).to(tensor.dtype)
         plain = name.removeprefix(LANGUAGE_MODEL_PREFIX).removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
-        merged[LANGUAGE_MODEL_PREFIX + plain if name.startswith(LANGUAGE_MODEL_PREFIX) else name] = tensor
+        merged[LANGUAGE_MODEL_PREFIX + plain if name.startswith(LANGUAGE_MODEL_PREFIX) else name] = tensor.cpu()
     return merged
 
 

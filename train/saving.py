@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class Provenance:
     sources: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def encoder(self) -> tuple[VLVModel, Any]:
+        """The encoder of `start` for reconstructions, on the CPU, and its image processor; read once."""
+        assert self.start is not None
+        return hub.load_encoder(self.start)
+
 
 def write_model(
     folder: str | Path,
@@ -65,7 +72,7 @@ def write_model(
         weights = merged_weights(model, weights)
     encoder = image_processor = None
     if provenance is not None and provenance.start is not None and _encoder_differs(model, provenance.start):
-        encoder, image_processor = hub.load_encoder(provenance.start)
+        encoder, image_processor = provenance.encoder
     hub.export(
         folder,
         encoder=encoder,

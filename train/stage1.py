@@ -9,6 +9,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,27 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
                 "images is not set: give a folder, a list, parquet, tar files or a data set (--images ...)"
             )
         dataset = load_images(config.images, **config.data_options())
-        diffusion_model = find_diffusion_model(config)
+        diffusion_model, folder = find_diffusion_model(config)
         diffusion_decoder = load_diffusion_decoder(
-            diffusion_model.source,
-            revision=diffusion_model.revision,
+            str(folder),
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
             timestep_sampling=config.timestep_sampling,
             min_timestep=config.min_timestep,
             loss=config.loss,
             vae_dtype=getattr(torch, config.vae_dtype),
         )
-        model, image_processor = load_model(config)
+        model, image_processor = load_model(config, folder)
         freeze_for_stage1(model, config.trainable)
-        revision = diffusion_model.revision or "main"
-        tokenizer = load_tokenizer(diffusion_model.source, subfolder="tokenizer", revision=revision)
+        tokenizer = load_tokenizer(folder / "tokenizer")
         trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
-        if not diffusion_model.is_known:  # its files were not in the cache
-            diffusion_model = hub.find_diffusion_model(diffusion_model.source)
         start = "image_encoder" if config.model is None else "model"
         sources = {
             "images": {"source": config.images, "fingerprint": dataset.fingerprint()},
-            "diffusion_model": {"source": diffusion_model.source, "fingerprint": diffusion_model.fingerprint},
+            "diffusion_model": {
+                "source": diffusion_model.source,
+                "fingerprint": hub.fingerprint(diffusion_model.source),
+            },
             **fingerprints(config, start),
         }
         trainer.settings = {**config.result_settings(), **sources}
@@ -80,28 +80,37 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
     return trainer
 
 
-def find_diffusion_model(config: Stage1Config) -> hub.DiffusionModel:
-    """The text-to-image model that is set, or else that of the model to continue from.
+def find_diffusion_model(config: Stage1Config) -> tuple[hub.DiffusionModel, Path]:
+    """The text-to-image model that is set, or else that of the model to continue from, and the folder of its files.
 
     Raises:
-        ValueError: If none is set, and the model does not name one.
+        OSError: If it could not be loaded.
+        ValueError: If none is set and the model does not name one, or the one that it names has changed.
     """
-    if config.diffusion_model is None:
+    if config.diffusion_model is not None:
+        found = hub.find_diffusion_model(config.diffusion_model)
+    else:
         assert config.model is not None
-        folder = hub.resolve(config.model, allow_patterns=["*.json"])
-        found = hub.diffusion_model_of(config.model, folder)
-        if found is None:
+        own = hub.diffusion_model_of(config.model, hub.resolve(config.model, allow_patterns=["*.json"]))
+        if own is None:
             raise ValueError(
                 f"diffusion_model is not set, and {config.model} does not name the one that it was trained with; set "
                 "it to a diffusers folder or repo id"
             )
-        found.check(config.model)
-        return found
-    return hub.find_diffusion_model(config.diffusion_model)
+        own.check(config.model)
+        found = own
+    patterns = [*hub.DIFFUSION_FILES, *(["text_encoder/*"] if config.model is None else [])]
+    folder = hub.resolve(found.source, revision=found.revision, allow_patterns=patterns, pickles_allowed=True)
+    if not found.is_known:  # its files were not in the cache
+        found = hub.find_diffusion_model(found.source)
+    return found, folder
 
 
-def load_model(config: Stage1Config) -> tuple[VLVModel, VLVImageProcessor]:
+def load_model(config: Stage1Config, diffusion_model: Path) -> tuple[VLVModel, VLVImageProcessor]:
     """The model to continue from, or a new one from a Florence-2 and the diffusion model's text encoder.
+
+    Args:
+        diffusion_model: Folder with the text encoder.
 
     Raises:
         OSError: If a model could not be loaded.
@@ -114,8 +123,8 @@ def load_model(config: Stage1Config) -> tuple[VLVModel, VLVImageProcessor]:
     settings: dict[str, Any] = {"attend_all_queries": config.attend_all_queries}
     if config.num_query_tokens is not None:
         settings["num_query_tokens"] = config.num_query_tokens
-    assert config.image_encoder is not None and config.diffusion_model is not None
-    model = VLVModel.from_vision_text_pretrained(config.image_encoder, config.diffusion_model, **settings)
+    assert config.image_encoder is not None
+    model = VLVModel.from_vision_text_pretrained(config.image_encoder, str(diffusion_model), **settings)
     size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
     return model, VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
 

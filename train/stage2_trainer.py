@@ -87,7 +87,7 @@ class Stage2Config(StageConfig):
         default=False,
         metadata={
             "help": "Make each checkpoint of a LoRA run a complete model, with merged weights; by default it holds "
-            "the LoRA layers and what is trained beside them. Checkpoints of other runs are complete models."
+            "the LoRA layers and all but the language model. Checkpoints of other runs are complete models."
         },
     )
     max_caption_tokens: int = field(

@@ -36,6 +36,7 @@ RESUMABLE_EXIT_CODE = 75
 """Exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, the same command goes on later."""
 
 UNFINISHED_FOLDER = ".unfinished"
+TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")  # in the messages of torch.save
 MODELS = (VLVModel, VLVForConditionalGeneration)
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -168,10 +169,10 @@ class VLVTrainer(DataLoadingMixin, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
-        if not isinstance(model, MODELS) or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        if isinstance(model, MODELS):
             load_weights(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_deepspeed_enabled:
@@ -192,6 +193,11 @@ class VLVTrainer(DataLoadingMixin, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:  # complete, in one format, whatever the optimiser's format is
             weights = gather_weights(self.model)
+            self._save(output_dir or self.args.output_dir, state_dict=weights)
+        elif (
+            self.is_deepspeed_enabled and self.deepspeed is not None
+        ):  # `Trainer` takes a ValueError of saving for one
+            weights = self.accelerator.get_state_dict(self.deepspeed)  # of gathering, and writes no weights
             self._save(output_dir or self.args.output_dir, state_dict=weights)
         else:
             super().save_model(output_dir, _internal_call)
@@ -226,8 +232,12 @@ class VLVTrainer(DataLoadingMixin, Trainer):
             self.accelerator.wait_for_everyone()
             self._unfinished = str(unfinished)
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch has no other class for a full disk
-            shutil.rmtree(unfinished, ignore_errors=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch has no other class for a full disk
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITERS):
+                raise
+            if args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
                 f"{folder / name} could not be written: {error}; make room, and the same command goes on from the "
                 "checkpoint before, if there is one"
@@ -246,6 +256,7 @@ class VLVTrainer(DataLoadingMixin, Trainer):
             rotate_checkpoints(
                 args.output_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
             )
+        self.accelerator.wait_for_everyone()  # a scheduler may end all processes when the first one ends
 
     def save_record(self, folder: str | Path | None = None) -> None:
         """Writes `run.json`. In `output_dir` it says that the run has ended: it is the last file of a run.

@@ -170,11 +170,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @property
     def default_size(self) -> int:
-        """Height and width in pixels where none are given.
-
-        The square that the image processor crops to, if it crops and the VAE can decode that size; else the size that
-        the UNet was trained for.
-        """
+        """Height and width in pixels where none are given: those of the image processor's crop, else the UNet's."""
         crop = getattr(self.image_processor, "pre_crop_size", None)
         if crop and crop % self.vae_scale_factor == 0:
             return crop
@@ -590,7 +586,10 @@ def _load_parts(names: Sequence[str], source: str, revision: str | None, dtype: 
     parts: dict[str, Any] = {}
     for name in names:
         part_class = AutoTokenizer if name == "tokenizer" else getattr(diffusers, index[name][1])
-        settings = {"torch_dtype": dtype, "use_safetensors": True} if name in ("vae", "unet") else {}
+        is_model = issubclass(part_class, diffusers.ModelMixin)
+        if not is_model and not issubclass(part_class, (diffusers.SchedulerMixin, AutoTokenizer)):
+            raise ValueError(f"{source} names {index[name][1]} as its {name}; expected a part of diffusers")
+        settings = {"torch_dtype": dtype, "use_safetensors": True} if is_model else {}
         parts[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
     return parts
 

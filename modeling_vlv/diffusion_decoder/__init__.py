@@ -11,12 +11,11 @@ from .sd import StableDiffusionDecoder
 __all__ = ["DiffusionDecoder", "StableDiffusionDecoder", "load_diffusion_decoder"]
 
 
-def load_diffusion_decoder(model: str, *, revision: str | None = None, **kwargs: Any) -> DiffusionDecoder:
+def load_diffusion_decoder(model: str, **kwargs: Any) -> DiffusionDecoder:
     """Loads the frozen diffusion model of a diffusers folder or repo id, by its family.
 
     Args:
         model: Folder or repo id with a `model_index.json`, as diffusers' `save_pretrained` writes it.
-        revision: Branch, tag or commit of the repository.
         kwargs: Arguments of the family's `from_pretrained`, such as `dtype`.
 
     Raises:
@@ -24,7 +23,7 @@ def load_diffusion_decoder(model: str, *, revision: str | None = None, **kwargs:
         ValueError: If the model belongs to a family that is not supported.
     """
     try:
-        parts = DiffusionPipeline.load_config(model, revision=revision)
+        parts = DiffusionPipeline.load_config(model)
     except OSError as error:
         raise OSError(
             f"the text-to-image model {model} could not be loaded: {error}{replacement_hint(model)}"
@@ -34,4 +33,4 @@ def load_diffusion_decoder(model: str, *, revision: str | None = None, **kwargs:
             f"{model} is a {parts.get('_class_name')}; expected a latent diffusion model with a UNet and one text "
             "encoder (Stable Diffusion 1.x or 2.x)"
         )
-    return StableDiffusionDecoder.from_pretrained(model, revision=revision, **kwargs)
+    return StableDiffusionDecoder.from_pretrained(model, **kwargs)

@@ -80,13 +80,12 @@ class StableDiffusionDecoder(DiffusionDecoder):
         min_timestep: int = 0,
         loss: str = "mse",
         vae_dtype: torch.dtype = torch.float32,
-        revision: str | None = None,
     ) -> "StableDiffusionDecoder":
         """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
         return cls(
-            load_part(AutoencoderKL, model, "vae", torch_dtype=vae_dtype, revision=revision),
-            load_part(UNet2DConditionModel, model, "unet", torch_dtype=dtype, revision=revision),
-            DDPMScheduler.load_config(model, subfolder="scheduler", revision=revision),
+            load_part(AutoencoderKL, model, "vae", torch_dtype=vae_dtype),
+            load_part(UNet2DConditionModel, model, "unet", torch_dtype=dtype),
+            DDPMScheduler.load_config(model, subfolder="scheduler"),
             timestep_sampling,
             min_timestep,
             loss,

@@ -20,7 +20,7 @@ def test_stage_1_names_the_replacement_of_a_withdrawn_model(tmp_path, image_fold
     config.write_text(f"diffusion_model: {BASE}\nimages: {image_folder}\noutput_dir: {tmp_path / 'run'}\n")
     with serve(Hub()) as endpoint:
         done = Machine(tmp_path / "machine", endpoint).vlv("train", "stage1", config)
-    assert done.returncode and f"the text-to-image model {BASE} could not be loaded" in done.stderr
+    assert done.returncode and f"there is no folder {BASE}, and as a Hub repository" in done.stderr
     assert COPY in done.stderr and "Traceback" not in done.stderr
 
 

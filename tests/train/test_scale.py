@@ -132,6 +132,7 @@ def test_a_part_that_is_unfrozen_in_mixed_precision_gets_gradients_and_moves(res
 def test_the_optimiser_has_the_trainable_parameters_alone(results, folder, engine):
     for stage in STAGES:
         assert results[engine][stage]["in_optimiser"] == results[engine][stage]["trainable"]
+        assert results[engine][stage]["frozen_in_optimiser"] == 0
     assert results[engine]["stage1"]["sharded_denoiser"] == (engine == "fsdp2")
     if engine == "ddp":
         state = torch.load(folder / "ddp" / "stage1" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]

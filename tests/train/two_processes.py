@@ -126,7 +126,6 @@ def train(stage: int, folder: Path, **settings: Any) -> dict[str, Any]:
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     return {
         "losses": losses(trainer),
-        "class": type(trainer.model).__name__,
         "frozen_in_optimiser": sum(not p.requires_grad for p in parameters),
         "in_optimiser": len(parameters),
         "trainable": sum(p.requires_grad for p in trainer.model.parameters()),
