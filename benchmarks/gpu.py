@@ -247,9 +247,17 @@ def measure_training(stage: int, size: Size, settings: dict[str, Any], device: s
     return {"images_per_second": size.batches[stage] / clock.seconds, "seconds": clock.seconds}
 
 
-def model_flops(stage: int, size: Size) -> int:
-    """FLOPs of a step without recomputation, so that recomputing does not count as work."""
-    settings = {"diffusion_gradient_checkpointing": False} if stage == 1 else {}
+TRAINED = ("trainable", "lora_rank")
+"""Settings that decide which backward passes there are."""
+
+
+def model_flops(stage: int, size: Size, trained: Row) -> int:
+    """FLOPs of a step without recomputation, so that recomputing does not count as work.
+
+    Args:
+        trained: The settings `TRAINED` of the step.
+    """
+    settings = {"diffusion_gradient_checkpointing": False, **trained} if stage == 1 else trained
     with tempfile.TemporaryDirectory() as folder:
         config = build_config(stage, size, settings, "cpu", folder, 1)
         return count_training_step(config).count.total()
@@ -274,7 +282,8 @@ def guarded(run: Callable[[], Row], device: str) -> Row:
 
 def climb(stage: int, size: Size, device: str, steps: int, ladder: list[Row] | None = None) -> list[Row]:
     """The rows of a ladder. A row keeps the settings of those before it that worked."""
-    peak, flops = peak_of(device), model_flops(stage, size)
+    peak = peak_of(device)
+    flops: dict[str, int] = {}
     settings: dict[str, Any] = {}
     rows = []
     for step in LADDERS[stage] if ladder is None else ladder:
@@ -282,7 +291,10 @@ def climb(stage: int, size: Size, device: str, steps: int, ladder: list[Row] | N
         row = guarded(lambda tried=tried: measure_training(stage, size, tried, device, steps), device)
         if "problem" not in row:
             settings = tried
-            row["tflops"] = flops / row["seconds"] / TERA
+            trained = {name: value for name, value in tried.items() if name in TRAINED}
+            if str(trained) not in flops:
+                flops[str(trained)] = model_flops(stage, size, trained)
+            row["tflops"] = flops[str(trained)] / row["seconds"] / TERA
             row["utilization"] = None if peak is None else row["tflops"] * TERA / peak
         rows.append({"name": step["name"], "settings": step["settings"], **row})
         print(f"stage {stage}: {rows[-1]}", flush=True)

@@ -294,6 +294,13 @@ def find_stage(names: set[str]) -> int:
     return 1 if only[1] else 2
 
 
+def _is_stage1(names: set[str]) -> bool:
+    try:
+        return find_stage(names) == 1
+    except ValueError:
+        return False
+
+
 def recipe_beside(path: Path, model: str | None, program: str) -> Stage1Config | None:
     """The stage-1 recipe in the folder of a stage-2 recipe that will make its `model`, by its `output_dir`."""
     for other in sorted(path.parent.glob("*.y*ml")):
@@ -301,6 +308,8 @@ def recipe_beside(path: Path, model: str | None, program: str) -> Stage1Config |
             settings = yaml.safe_load(other.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             continue
-        if isinstance(settings, dict) and model is not None and settings.get("output_dir") == model:
+        if not isinstance(settings, dict) or not _is_stage1(set(map(str, settings))):
+            continue
+        if model is not None and settings.get("output_dir", Stage1Config.output_dir) == model:
             return parse_config(Stage1Config, [str(other), "--use_cpu", "true"], program)
     return None
