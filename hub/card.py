@@ -243,7 +243,7 @@ def _stages(training: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
             known = [
                 f"{name.replace('_', ' ')}: {value}"
                 for name, value in metadata.items()
-                if value is not None and name != "fingerprints"
+                if value is not None and name not in ("fingerprints", "changes")
             ]
             stages.append({"title": title, "text": ", ".join(known) + "."})
     return stages

@@ -94,36 +94,58 @@ def list_files(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
-def check_settings(checkpoint: str | Path, settings: Mapping[str, Any], accept_changes: bool) -> None:
-    """Compares the settings of a run with those of the checkpoint that it goes on from.
+def check_settings(
+    checkpoint: str | Path, settings: Mapping[str, Any], accept_changes: bool, other_settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Compares the settings of a run with those of the checkpoint that it goes on from. Prints what differs.
 
     Args:
         checkpoint: A folder with a `run.json`; without one nothing is compared.
         settings: `{name: value}`. Of a value `{"source": ..., "fingerprint": ...}` the fingerprint counts.
         accept_changes: Prints the differences instead of raising.
+        other_settings: Those that do not change the result.
+
+    Returns:
+        The changes of the run up to now, for its record: `[{"step": N, "changes": {name: [old, new]}}]`.
 
     Raises:
         ValueError: If settings differ, with a table of old and new values.
     """
     record = Path(checkpoint) / RECORD_FILE
     if not record.is_file():
-        return
-    earlier = read_json(record, "settings")["settings"]
-    changed = [name for name in earlier if _value(earlier[name]) != _value(settings.get(name))]
-    rows = [f"  {name}: {_text(earlier[name])} -> {_text(settings.get(name))}" for name in changed]
-    free = [row for name, row in zip(changed, rows, strict=True) if name in FREE_SETTINGS]
-    fixed = [row for name, row in zip(changed, rows, strict=True) if name not in FREE_SETTINGS]
+        return []
+    earlier = read_json(record, "settings")
+    changed = _changes(earlier["settings"], settings)
+    free = {name: change for name, change in changed.items() if name in FREE_SETTINGS}
+    fixed = {name: change for name, change in changed.items() if name not in FREE_SETTINGS}
     if fixed and not accept_changes:
         raise ValueError(
             f"these settings differ from those of {checkpoint}, and the result would depend on both:\n"
-            + "\n".join(fixed)
+            + "\n".join(_rows(fixed))
             + "\npass the former values, --accept_changes to go on with the new ones, another --output_dir, or "
             "--overwrite_output_dir to start anew"
         )
-    if free or fixed:
-        say("\n".join([f"settings that differ from those of {checkpoint}:", *fixed, *free]))
+    if changed:
+        say("\n".join([f"settings that differ from those of {checkpoint}:", *_rows(fixed), *_rows(free)]))
     if free:
         say("  from here on the learning rate follows the schedule of the new length")
+    if without_effect := _changes(earlier.get("other_settings", {}), other_settings):
+        say("\n".join(["settings that differ, without effect on the result:", *_rows(without_effect)]))
+    changes = earlier.get("changes", [])
+    return [*changes, {"step": earlier.get("steps"), "changes": changed}] if changed else changes
+
+
+def _changes(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """`{name: [old, new]}` of the values that differ."""
+    return {
+        name: [value, present.get(name)]
+        for name, value in earlier.items()
+        if _value(value) != _value(present.get(name))
+    }
+
+
+def _rows(changes: Mapping[str, list[Any]]) -> list[str]:
+    return [f"  {name}: {_text(old)} -> {_text(new)}" for name, (old, new) in changes.items()]
 
 
 def _value(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Settings that both stages share."""
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -195,5 +196,13 @@ class StageConfig(TrainingArguments):
             for name in vars(base)["__annotations__"]
         }
         names = (own - {"TRAINABLE"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(SETTINGS_OF_TRAINING_ARGUMENTS)
+        return self._values(names)
+
+    def other_settings(self) -> dict[str, Any]:
+        """Settings that a run may change at any time without another result, as JSON values."""
+        names = SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT - {"accept_changes", "overwrite_output_dir", "output_dir"}
+        return self._values(name for name in names if hasattr(self, name))
+
+    def _values(self, names: Iterable[str]) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in sorted(names)}
         return {name: getattr(value, "value", value) for name, value in values.items()}

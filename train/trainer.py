@@ -70,6 +70,8 @@ class VLVTrainer(DataLoadingMixin, Trainer):
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
         self.settings: dict[str, Any] = {}
+        self.changes: list[dict[str, Any]] = []
+        """What a resumed run changed, by the step from which on it holds."""
         self.provenance: Provenance | None = None
         self._unfinished: str | None = None
         """Folder of the checkpoint that is being written."""
@@ -120,7 +122,8 @@ class VLVTrainer(DataLoadingMixin, Trainer):
         finished = Path(args.output_dir) / RECORD_FILE
         done = read_json(finished, "steps")["steps"] if finished.is_file() else 0
         if checkpoint is not None or done:
-            check_settings(checkpoint or args.output_dir, self.settings, args.accept_changes)
+            other = args.other_settings()
+            self.changes = check_settings(checkpoint or args.output_dir, self.settings, args.accept_changes, other)
         last = self.last_step()
         if done >= last:
             say(f"{args.output_dir} holds the finished run of {done} steps; raise max_steps to train it further")
@@ -212,7 +215,7 @@ class VLVTrainer(DataLoadingMixin, Trainer):
                 return
             write_model(folder, self.model, self.processing_class, self.provenance, state_dict)
             if self.provenance is not None:
-                write_training_metadata(folder, self, self.provenance)
+                write_training_metadata(folder, self, self.provenance, self.changes)
 
     def _get_output_dir(self, trial) -> str:
         return self._unfinished or super()._get_output_dir(trial)
@@ -265,7 +268,9 @@ class VLVTrainer(DataLoadingMixin, Trainer):
             folder: A checkpoint. The record then names its files and their sizes.
         """
         if self.args.should_save:
-            record = {"steps": self.state.global_step, "settings": self.settings}
+            record = {"steps": self.state.global_step, "settings": self.settings, "changes": self.changes}
+            if isinstance(self.args, StageConfig):
+                record["other_settings"] = self.args.other_settings()
             if folder is not None:
                 record["files"] = list_files(Path(folder))
             write_json(Path(folder or self.args.output_dir or "") / RECORD_FILE, record)

@@ -11,8 +11,14 @@ from vlv.hub import TRAINING_FILE, resolve
 from .saving import Provenance
 
 
-def write_training_metadata(folder: str | Path, trainer: Trainer, provenance: Provenance) -> None:
-    """Writes `training.json` beside the weights: the entries of earlier stages, and this one."""
+def write_training_metadata(
+    folder: str | Path, trainer: Trainer, provenance: Provenance, changes: list[dict[str, Any]]
+) -> None:
+    """Writes `training.json` beside the weights: the entries of earlier stages, and this one.
+
+    Args:
+        changes: Settings that changed where the run was resumed.
+    """
     args: Any = trainer.args
     state, start = trainer.state, provenance.start
     metadata: dict[str, Any] = {}
@@ -29,5 +35,6 @@ def write_training_metadata(folder: str | Path, trainer: Trainer, provenance: Pr
         "seed": args.seed,
         "final_loss": next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
         "fingerprints": provenance.fingerprints,
+        **({"changes": changes} if changes else {}),
     }
     write_json(Path(folder) / TRAINING_FILE, metadata)

@@ -150,11 +150,15 @@ def test_accepted_changes_take_effect_and_are_said(run_folder, train, capsys):
     assert train(run_folder, max_steps=4, learning_rate=1e-2, accept_changes=True) == [3, 4]
     assert "learning_rate: 0.001 -> 0.01" in capsys.readouterr().out
     assert json.loads((run_folder / RECORD_FILE).read_text())["settings"]["learning_rate"] == 1e-2
+    (change,) = json.loads((run_folder / "training.json").read_text())["stage2"]["changes"]
+    assert change == {"step": 2, "changes": {"learning_rate": [0.001, 0.01], "max_steps": [2, 4]}}
 
 
 @pytest.mark.slow
-def test_settings_without_effect_on_the_result_take_effect(run_folder, train):
+def test_settings_without_effect_on_the_result_take_effect_and_are_said(run_folder, train, capsys):
     assert train(run_folder, max_steps=6, save_steps=2, logging_steps=3, dataloader_num_workers=1) == [3, 4, 5, 6]
+    said = capsys.readouterr().out
+    assert "without effect on the result:\n" in said and "  save_steps: 1.0 -> 2.0\n" in said
     assert {path.name for path in run_folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 4, 6)}
     history = json.loads((run_folder / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 6]
