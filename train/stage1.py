@@ -18,6 +18,7 @@ from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import load_diffusion_decoder
 from vlv.tokenizer import load_tokenizer
 
+from .caches import open_moments
 from .callbacks import disable_loading_bars
 from .data import load_images
 from .freezing import freeze_for_stage1
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         freeze_for_stage1(model, config.trainable)
         revision = diffusion_model.revision or "main"
         tokenizer = load_tokenizer(diffusion_model.source, subfolder="tokenizer", revision=revision)
-        trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
+        moments = open_moments(config, dataset, image_processor, diffusion_decoder)
+        trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer, moments=moments)
         if not diffusion_model.is_known:  # its files were not in the cache
             diffusion_model = hub.find_diffusion_model(diffusion_model.source)
         start = "image_encoder" if config.model is None else "model"

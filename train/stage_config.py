@@ -14,7 +14,7 @@ RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projec
 """Former values of `trainable`, and their present names."""
 
 SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
-    "export_decoder",
+    *("export_decoder", "cache_moments"),
     *("accept_changes", "overwrite_output_dir", "output_dir", "validation_steps", "num_validation_images"),
     *("save_steps", "logging_steps", "dataloader_num_workers", "remove_unused_columns", "report_to", "disable_tqdm"),
     *("gradient_checkpointing", "diffusion_gradient_checkpointing", "encoder_activation_checkpointing"),
