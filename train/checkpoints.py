@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from transformers.trainer_utils import sort_checkpoints
 
 from vlv.files import read_header, read_json
 from vlv.hub.layout import ADAPTER_FOLDER, PIPELINE_PARTS
@@ -86,6 +87,16 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{name} is damaged: {error}"
     complete = any(checkpoint.glob("model*.safetensors*"))  # one file, or an index of several
     return None if complete else "there are no weights"
+
+
+def remove_old_checkpoints(folder: str | Path, limit: int | None, waste: Path) -> None:
+    """Moves all checkpoints but the newest `limit` to the folder `waste`, so that none is half-deleted under its name.
+
+    None or 0 keeps all.
+    """
+    if limit:
+        for path in sort_checkpoints(str(folder), use_mtime=True)[:-limit]:
+            Path(path).rename(waste / Path(path).name)
 
 
 def list_files(folder: Path) -> dict[str, int]:
