@@ -120,6 +120,12 @@ def check_settings(checkpoint: str | Path, settings: Mapping[str, Any], accept_c
     if not record.is_file():
         return
     earlier = read_json(record, "settings")["settings"]
+    stages = ["stage2" if "pairs" in values else "stage1" for values in (earlier, settings)]
+    if earlier and settings and stages[0] != stages[1]:
+        raise ValueError(
+            f"{checkpoint} is of {stages[0]}, and this is {stages[1]}; name another --output_dir (stage2 starts "
+            "from the folder of a finished stage1 by --model)"
+        )
     changed = [name for name in earlier if _value(earlier[name]) != _value(settings.get(name))]
     rows = [f"  {name}: {_text(earlier[name])} -> {_text(settings.get(name))}" for name in changed]
     free = [row for name, row in zip(changed, rows, strict=True) if name in FREE_SETTINGS]
@@ -165,20 +171,23 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
     """Locks a folder, so that no other run writes into it.
 
     Raises:
-        ValueError: If another run has locked it.
+        ValueError: If another run has locked it, or it cannot be written.
     """
     if not is_main_process():
         yield
         return
     path = Path(folder) / LOCK_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise ValueError(
             f"another run writes into {folder}; wait for its end, or pass another --output_dir"
         ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"output_dir {folder} cannot be written: {reason}; name another --output_dir") from error
     try:
         yield
     finally:

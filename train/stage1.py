@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from vlv import VLVImageProcessor, VLVModel, hub
+from vlv import VLVConfig, VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import load_diffusion_decoder
 from vlv.tokenizer import load_tokenizer
 
@@ -23,7 +23,7 @@ from .callbacks import disable_loading_bars
 from .data import load_images
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
-from .running import fingerprints, finish, output_folder, provenance
+from .running import fingerprints, finish, output_folder, provenance, say_how_to_use
 from .stage1_trainer import Stage1Config, Stage1Trainer
 
 PROGRAM = "vlv train stage1"
@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
 
         if trainer.train_to_end():
             finish(trainer, config)
+        say_how_to_use(config, "reconstruct")
     return trainer
 
 
@@ -91,6 +92,7 @@ def find_diffusion_model(config: Stage1Config) -> hub.DiffusionModel:
     if config.diffusion_model is None:
         assert config.model is not None
         folder = hub.resolve(config.model, allow_patterns=["*.json"])
+        VLVConfig.from_pretrained(folder)  # raises for a model of another type
         found = hub.diffusion_model_of(config.model, folder)
         if found is None:
             raise ValueError(

@@ -153,6 +153,9 @@ class StageConfig(TrainingArguments):
             self.max_steps = -1
         elif steps < 1:
             raise ValueError(f"max_steps is {steps}; give a number of steps, or num_train_epochs")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_caption_tokens"):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2**32 - 1")
         for name in ("images", "pairs"):
