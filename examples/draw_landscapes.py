@@ -1,6 +1,6 @@
 """Draws small landscapes with captions, for docs/tutorial.md.
 
-    python examples/draw_landscapes.py FOLDER COUNT [SEED]
+python examples/draw_landscapes.py FOLDER COUNT [SEED]
 """
 
 import random
