@@ -42,12 +42,14 @@ from vlv.train import (
     load_images,
     load_pairs,
 )
+from vlv.train.caches import open_moments
 from vlv.train.counting import count_step
 from vlv.train.estimate import count_training_step, speed_estimate
 
 SIZES = ("miniature", "medium")
 TOLERANCE = 0.25
 WARM_UP = 2  # steps that are not measured
+CACHED = "1, cached moments"
 
 
 def medium_config() -> VLVConfig:
@@ -142,7 +144,7 @@ def write_inputs(folder: Path) -> None:
         part.save_config(medium / name)
 
 
-def build_config(stage: int, size: str, folder: Path, workers: int, steps: int) -> Any:
+def build_config(stage: int, size: str, folder: Path, workers: int, steps: int, cached: bool = False) -> Any:
     model = str(MINIATURE if size == "miniature" else folder / "medium")
     settings: dict[str, Any] = {
         "model": model,
@@ -156,6 +158,7 @@ def build_config(stage: int, size: str, folder: Path, workers: int, steps: int) 
         "disable_tqdm": True,
     }
     if stage == 1:
+        settings["cache_moments"] = str(folder / f"moments-{size}") if cached else None
         return Stage1Config(diffusion_model=model, trainable="transformer", **settings)
     captions: dict[str, Any] = {"max_caption_tokens": 32}
     if size == "medium":
@@ -176,7 +179,9 @@ def build_trainer(config: Any, size: str, folder: Path) -> Any:
             schedule = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False)
             decoder = StableDiffusionDecoder(*medium_diffusion_parts(), dict(schedule.config))
         freeze_for_stage1(model, config.trainable)
-        return Stage1Trainer(model, decoder, config, load_images(images), processor)
+        dataset = load_images(images)
+        moments = open_moments(config, dataset, processor, decoder)
+        return Stage1Trainer(model, decoder, config, dataset, processor, moments=moments)
     captioner, captioner_processor = hub.load_captioner(MINIATURE)
     if size == "medium":
         captioner = VLVForConditionalGeneration(medium_config())
@@ -279,9 +284,9 @@ class Clock(TrainerCallback):
         self.model_seconds, self.cpu, self.wall = 0.0, time.process_time(), time.perf_counter()
 
 
-def measure(stage: int, size: str, folder: Path, workers: int, steps: int) -> dict[str, Any]:
+def measure(stage: int, size: str, folder: Path, workers: int, steps: int, cached: bool) -> dict[str, Any]:
     """Trains for `steps` steps. The figures are medians over the measured steps."""
-    config = build_config(stage, size, folder, workers, steps + WARM_UP)
+    config = build_config(stage, size, folder, workers, steps + WARM_UP, cached)
     trainer = build_trainer(config, size, folder)
     calibration = Calibration(size)
     clock = Clock(trainer, calibration)
@@ -309,9 +314,14 @@ def in_processes(count: int, folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(result.read_text())
 
 
+def number_of(stage: int | str) -> list[str]:
+    """The number of a stage, and the option of a stage 1 with cached moments."""
+    return ["1", "--cached"] if stage == CACHED else [str(stage)]
+
+
 def report(sizes: list[str], steps: int, repeats: int) -> str:
     """All tables, as Markdown."""
-    cases = [(size, stage) for size in sizes for stage in (1, 2)]
+    cases = [(size, stage) for size in sizes for stage in (1, CACHED, 2)]
     kinds = {"one": (1, 0), "two": (2, 0), "workers": (1, 1)}  # processes, workers of the data loader
     found: dict[Any, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -320,12 +330,15 @@ def report(sizes: list[str], steps: int, repeats: int) -> str:
         for number in range(repeats):
             for size, stage in cases:
                 for kind, (processes, workers) in kinds.items():
-                    arguments = ("--stage", stage, "--sizes", size, "--workers", workers, "--steps", steps)
+                    arguments = ["--stage", *number_of(stage), "--sizes", size, "--workers", workers, "--steps", steps]
                     row = in_processes(processes, folder, *map(str, arguments))
                     found.setdefault((size, stage, kind), []).append(row)
                     print(f"{number + 1}/{repeats}", size, f"stage {stage}", kind, row, file=sys.stderr, flush=True)
         counted = {
-            (size, stage): count_training_step(build_config(stage, size, folder, 0, 1)).count for size, stage in cases
+            (size, stage): count_training_step(
+                build_config(int(number_of(stage)[0]), size, folder, 0, 1, stage == CACHED)
+            ).count
+            for size, stage in cases
         }
 
     def figure(*key: Any) -> dict[str, Any]:
@@ -393,14 +406,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a run (default: 8)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, interleaved (default: 3)")
-    for name in ("--worker", "--folder", "--stage", "--workers"):  # of the processes that measure
-        kind: dict[str, Any] = {"action": "store_true"} if name == "--worker" else {}
+    for name in ("--worker", "--cached", "--folder", "--stage", "--workers"):  # of the processes that measure
+        kind: dict[str, Any] = {"action": "store_true"} if name in ("--worker", "--cached") else {}
         parser.add_argument(name, help=argparse.SUPPRESS, **kind)
     options = parser.parse_args()
     if options.worker:
         folder = Path(options.folder)
         torch.set_num_threads(1)
-        row = measure(int(options.stage), options.sizes[0], folder, int(options.workers), options.steps)
+        workers = int(options.workers)
+        row = measure(int(options.stage), options.sizes[0], folder, workers, options.steps, options.cached)
         if int(os.environ.get("RANK", 0)) == 0:
             (folder / "result.json").write_text(json.dumps(row))
         return

@@ -37,11 +37,16 @@ def installed(tmp_path_factory) -> Path:
     wheel = next((folder / "dist").glob("*.whl"))
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(python))
     run(*pip, "install", "--no-deps", str(wheel), cwd=folder)
-    site = run(str(python), "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).strip()
+    add_libraries(python)
+    return python
+
+
+def add_libraries(python: Path) -> None:
+    """Gives an environment this environment's libraries."""
+    site = run(str(python), "-c", "import site; print(site.getsitepackages()[0])", cwd=python.parent).strip()
     # Appended, so that the installed vlv comes first; a .pth in these folders (an editable vlv) is not followed.
     libraries = [path for path in sys.path if path.endswith("site-packages")]
-    (Path(site) / "libraries.pth").write_text("\n".join(libraries) + "\n")
-    return python
+    (Path(site) / "zz_libraries.pth").write_text("\n".join(libraries) + "\n")
 
 
 @pytest.mark.slow
@@ -50,6 +55,19 @@ def test_the_wheel_imports_outside_the_checkout(installed, tmp_path):
     files = run(str(installed), "-c", code, *PACKAGES, cwd=tmp_path)
     assert str(ROOT) not in files
     assert files.count("site-packages/vlv") == len(PACKAGES)
+
+
+@pytest.mark.slow
+def test_an_editable_clone_named_vlv_works_beside_itself(tmp_path):
+    """There, Python sees the clone as a namespace package of that name."""
+    clone = shutil.copytree(ROOT, tmp_path / "vlv", ignore=NOT_PACKAGED)
+    venv.create(tmp_path / "env")
+    python = tmp_path / "env" / "bin" / "python"
+    add_libraries(python)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", str(python))
+    run(*pip, "install", "--no-deps", "--no-build-isolation", "--editable", str(clone), cwd=tmp_path)
+    code = "import importlib.util; print(importlib.util.find_spec('vlv').origin)"
+    assert run(str(python), "-c", code, cwd=tmp_path).startswith(str(clone / "build"))
 
 
 @pytest.mark.slow

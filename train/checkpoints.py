@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from transformers.trainer_utils import sort_checkpoints
 
 from vlv.files import read_header, read_json
 from vlv.hub.layout import ADAPTER_FOLDER, PIPELINE_PARTS
@@ -88,6 +89,19 @@ def find_damage(checkpoint: Path) -> str | None:
     return None if complete else "there are no weights"
 
 
+def remove_old_checkpoints(folder: str | Path, limit: int | None, best: str | None, waste: Path) -> None:
+    """Moves all checkpoints but the newest to the folder `waste`, so that none is half-deleted under its name.
+
+    Args:
+        limit: How many to keep; None or 0 keeps all.
+        best: A checkpoint to keep in any case.
+    """
+    if limit:
+        for path in sort_checkpoints(str(folder), use_mtime=True)[:-limit]:
+            if best is None or Path(path) != Path(best):
+                Path(path).rename(waste / Path(path).name)
+
+
 def list_files(folder: Path) -> dict[str, int]:
     """Path within the folder and bytes of each of its files."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -115,6 +129,12 @@ def check_settings(
     if not record.is_file():
         return []
     earlier = read_json(record, "settings")
+    stages = ["stage2" if "pairs" in values else "stage1" for values in (earlier["settings"], settings)]
+    if earlier["settings"] and settings and stages[0] != stages[1]:
+        raise ValueError(
+            f"{checkpoint} is of {stages[0]}, and this is {stages[1]}; name another --output_dir (stage2 starts "
+            "from the folder of a finished stage1 by --model)"
+        )
     changed = _changes(earlier["settings"], settings)
     free = {name: change for name, change in changed.items() if name in FREE_SETTINGS}
     fixed = {name: change for name, change in changed.items() if name not in FREE_SETTINGS}
@@ -176,20 +196,23 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
     """Locks a folder, so that no other run writes into it.
 
     Raises:
-        ValueError: If another run has locked it.
+        ValueError: If another run has locked it, or it cannot be written.
     """
     if not is_main_process():
         yield
         return
     path = Path(folder) / LOCK_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise ValueError(
             f"another run writes into {folder}; wait for its end, or pass another --output_dir"
         ) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"output_dir {folder} cannot be written: {reason}; name another --output_dir") from error
     try:
         yield
     finally:

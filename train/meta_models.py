@@ -66,13 +66,13 @@ def build_step(
     Args:
         stage1: For stage 2: the recipe that will make `config.model`, where that does not exist.
         caption_tokens: Tokens of the longest caption in a batch; by default `max_caption_tokens`.
-        cached_moments: The autoencoder's encoder does not run.
+        cached_moments: The autoencoder's encoder does not run, as with `cache_moments`.
 
     Raises:
         ValueError: If a model is not known; the message says what to give.
     """
     if isinstance(config, Stage1Config):
-        return _stage1(config, cached_moments)
+        return _stage1(config, cached_moments or config.cache_moments is not None)
     return _stage2(config, stage1, caption_tokens)
 
 

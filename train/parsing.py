@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,22 @@ RENAMED = {
     "decoder_gradient_checkpointing": "diffusion_gradient_checkpointing",
 }
 """Former names of settings, and their present names."""
+
+
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "OutOfMemoryError")
+"""In the messages of torch, on any device."""
+SAVE_MEMORY = (
+    "lower --per_device_train_batch_size (and raise --gradient_accumulation_steps), or pass --gradient_checkpointing, "
+    "--diffusion_gradient_checkpointing (stage 1), --bf16 or --optim adamw_bnb_8bit; see docs/scale.md"
+)
+REMEDIES = {
+    errno.ENOSPC: "; make room, and the same command goes on from the last checkpoint",
+    errno.EDQUOT: "; make room, and the same command goes on from the last checkpoint",
+    errno.EFBIG: "; the file system or a limit allows no larger files; name another --output_dir",
+    errno.EACCES: "; change its permissions, or name another --output_dir",
+    errno.EPERM: "; change its permissions, or name another --output_dir",
+    errno.EROFS: "; name another --output_dir",
+}
 
 
 class GatherAction(argparse.Action):
@@ -59,8 +76,8 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
         config, unknown = parser.parse_args_into_dataclasses(
             options, look_for_args_file=False, return_remaining_strings=True
         )
-    except ValueError as error:  # from the checks of the configuration
-        parser.error(str(error))
+    except (ValueError, OSError, ImportError) as error:  # from the checks of the configuration
+        parser.error(describe_error(error) or str(error))
     for name in unknown:
         if name.endswith((".yaml", ".yml")):
             parser.error(f"{name} must come first, before --name value")
@@ -115,9 +132,31 @@ def errors_in_one_line(program: str) -> Iterator[None]:
     except KeyboardInterrupt as error:
         print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from error
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        message = str(error)
-        if "Original Traceback" in message:  # from a process of the data loader
-            message = message.rstrip().splitlines()[-1]
+    except (ValueError, OSError, ImportError, SafetensorError, MemoryError, RuntimeError) as error:
+        message = describe_error(error)
+        if message is None:
+            raise
         print(f"{program}: {message}", file=sys.stderr)
         raise FailedRun(f"{program}: {message}") from error
+
+
+def describe_error(error: Exception) -> str | None:
+    """What an error says to a person who can correct it, or None for an error of the code."""
+    message = str(error)
+    if "Original Traceback" in message:  # from a process of the data loader
+        message = message.rstrip().splitlines()[-1]
+        message = message.partition("Error: ")[2] or message
+    if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
+        reason = message.strip().partition("\n")[0].partition(". Tried")[0] or "out of memory"
+        return f"{reason}: {SAVE_MEMORY}"
+    if "DataLoader worker" in message and "killed" in message:
+        return (
+            f"{message.partition(chr(10))[0]}; usually the machine has run out of memory: lower "
+            "--dataloader_num_workers or --per_device_train_batch_size"
+        )
+    if "to be installed" in message or "is not installed" in message:  # of the Trainer's reports
+        return f"{message}; or choose another --report_to"
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return name + error.strerror + REMEDIES.get(error.errno or 0, "")
+    return None if type(error) is RuntimeError else message

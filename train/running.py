@@ -1,12 +1,13 @@
 """What both stages do before and after they train: the output folder, what the run starts from, what it leaves."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from vlv import hub
 
-from .checkpoints import is_main_process, move_aside, only_run_in
+from .checkpoints import is_main_process, move_aside, only_run_in, say
 from .saving import Provenance
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
@@ -17,8 +18,7 @@ def output_folder(config: StageConfig) -> Iterator[None]:
     """Locks `output_dir` for this run; with `overwrite_output_dir` an earlier run in it is renamed first.
 
     Raises:
-        ValueError: If another run writes into it.
-        OSError: If it cannot be written.
+        ValueError: If another run writes into it, or it cannot be written.
     """
     assert config.output_dir is not None
     with config.main_process_first(local=False, desc="preparing output_dir"):
@@ -52,10 +52,28 @@ def provenance(
     )
 
 
-def finish(trainer: VLVTrainer, config: Any) -> None:
-    """Saves the trained model in `output_dir`, with the text-to-image model if `export_decoder` says so."""
-    trainer.save_model()
-    trainer.save_state()
+def train_and_save(trainer: VLVTrainer, config: Any) -> None:
+    """Trains, and leaves the model in `output_dir`, with the text-to-image model if `export_decoder` says so.
+
+    Raises:
+        ValueError: If `export_decoder` is set, and no text-to-image model is known.
+    """
+    assert trainer.provenance is not None
+    if config.export_decoder and trainer.provenance.diffusion_model is None:
+        raise ValueError(
+            f"export_decoder is set, but {trainer.provenance.start} does not name the text-to-image model that it was "
+            "trained with; leave it out, and pass --diffusion-model to `vlv push`"
+        )
+    unsaved = trainer.train_to_end()
+    if unsaved:
+        trainer.save_model()
+        trainer.save_state()
     if config.export_decoder and config.should_save:
         hub.add_diffusion_model(config.output_dir)
-    trainer.save_record()
+    if unsaved:
+        trainer.save_record()
+
+
+def say_how_to_use(config: Any, command: str) -> None:
+    """Prints the command that uses the trained model: `vlv COMMAND IMAGES --model OUTPUT_DIR`."""
+    say(f"the model is in {config.output_dir}; try: vlv {command} IMAGES --model {shlex.quote(config.output_dir)}")

@@ -19,11 +19,12 @@ from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import load_diffusion_decoder
 from vlv.tokenizer import load_tokenizer
 
+from .caches import open_moments
 from .callbacks import disable_loading_bars
 from .data import load_images
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
-from .running import fingerprints, finish, output_folder, provenance
+from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
 from .stage1_trainer import Stage1Config, Stage1Trainer
 
 PROGRAM = "vlv train stage1"
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         model, image_processor = load_model(config, folder)
         freeze_for_stage1(model, config.trainable)
         tokenizer = load_tokenizer(folder / "tokenizer")
-        trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
+        moments = open_moments(config, dataset, image_processor, diffusion_decoder)
+        trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer, moments=moments)
         start = "image_encoder" if config.model is None else "model"
         sources = {
             "images": {"source": config.images, "fingerprint": dataset.fingerprint()},
@@ -75,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         trainer.settings = {**config.result_settings(), **sources}
         trainer.provenance = provenance("stage1", config.model, sources, diffusion_model)
 
-        if trainer.train_to_end():
-            finish(trainer, config)
+        train_and_save(trainer, config)
+        say_how_to_use(config, "reconstruct")
     return trainer
 
 
@@ -91,7 +93,9 @@ def find_diffusion_model(config: Stage1Config) -> tuple[hub.DiffusionModel, Path
         found = hub.find_diffusion_model(config.diffusion_model)
     else:
         assert config.model is not None
-        own = hub.diffusion_model_of(config.model, hub.resolve(config.model, allow_patterns=["*.json"]))
+        own_folder = hub.resolve(config.model, allow_patterns=["*.json"])
+        hub.read_config(own_folder)  # raises for a model of another type
+        own = hub.diffusion_model_of(config.model, own_folder)
         if own is None:
             raise ValueError(
                 f"diffusion_model is not set, and {config.model} does not name the one that it was trained with; set "

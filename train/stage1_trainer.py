@@ -13,7 +13,9 @@ from vlv import VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import DiffusionDecoder
 from vlv.pipelines import VLVReconstructionPipeline, generate_images
 
+from .caches import diffusion_image_size, to_unit_range
 from .data import Stage1Collator, readable_items
+from .data.feature_cache import FeatureCache
 from .memory import prepare_diffusion_decoder
 from .modes import set_train_mode
 from .parsing import GatherAction
@@ -138,6 +140,13 @@ class Stage1Config(StageConfig):
         default="float32",
         metadata={"help": "Precision of the autoencoder: 'float32' (the authors' code) or 'bfloat16'."},
     )
+    cache_moments: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a cache: of each image the mean and log-variance of its latents, in vae_dtype. What is "
+            "missing is computed before the training, once; then the autoencoder's encoder is not needed."
+        },
+    )
     shard_diffusion_model: bool = field(
         default=False,
         metadata={"help": "Shard the frozen denoiser over the processes; by default each process holds all of it."},
@@ -172,6 +181,11 @@ class Stage1Config(StageConfig):
             raise ValueError("random_crop needs pre_crop_size: without it the whole image is used")
         if not 0 <= self.tail_drop <= 1:
             raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
+        if self.cache_moments is not None:
+            for name in ("random_crop", "horizontal_flip", "streaming"):
+                if getattr(self, name):
+                    why = "does not know the images" if name == "streaming" else "changes the images in each epoch"
+                    raise ValueError(f"cache_moments does not work with {name}, which {why}; leave one of them out")
         if self.vae_dtype not in VAE_DTYPES:
             raise ValueError(f"vae_dtype is {self.vae_dtype!r}; expected one of {VAE_DTYPES}")
         if self.noise_by_sample and self.timestep_sampling != "uniform":
@@ -194,6 +208,7 @@ class Stage1Trainer(VLVTrainer):
         image_processor: Prepares images in the data loader's workers; saved with every checkpoint.
         tokenizer: The text encoder's, for validation images. Without it there is no validation.
         validation_dataset: Source of the validation images; by default `train_dataset`.
+        moments: The cache of `cache_moments`.
     """
 
     def __init__(
@@ -205,14 +220,16 @@ class Stage1Trainer(VLVTrainer):
         image_processor: VLVImageProcessor,
         tokenizer=None,
         validation_dataset=None,
+        moments: FeatureCache | None = None,
         **kwargs,
     ):
-        size = args.diffusion_image_size or image_processor.pre_crop_size or diffusion_decoder.image_size
+        size = diffusion_image_size(args, image_processor, diffusion_decoder)
+        self.moments = moments
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
-            data_collator=Stage1Collator(image_processor, size, args.on_bad_image),
+            data_collator=Stage1Collator(image_processor, size, args.on_bad_image, moments),
             processing_class=image_processor,
             **kwargs,
         )
@@ -229,9 +246,14 @@ class Stage1Trainer(VLVTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             set_train_mode(model)  # `Trainer.training_step` has put every part in training mode
-        pixels = inputs["diffusion_pixels"].float() / 127.5 - 1  # (B, 3, S, S) in -1..1
-        generators = self._generators(len(pixels)) if model.training and self.args.noise_by_sample else None
-        latents = self.diffusion_decoder.encode_images(pixels, generators)  # (B, C, h, w)
+        batch_size = len(inputs["pixel_values"])
+        generators = self._generators(batch_size) if model.training and self.args.noise_by_sample else None
+        moments = inputs.get("moments")  # (B, 2 * C, h, w)
+        if moments is None:
+            moments = self.diffusion_decoder.encode_moments(to_unit_range(inputs["diffusion_pixels"]))
+        # Noise is drawn in the order of memory: that of the images, channels last, also with the cache.
+        moments = moments.contiguous(memory_format=torch.channels_last)
+        latents = self.diffusion_decoder.sample_latents(moments, generators)  # (B, C, h, w)
         output = model(pixel_values=inputs["pixel_values"], return_dict=True)
         conditioning = output.conditioning  # (B, Q, d_text)
         if model.training and torch.rand(()) < self.args.tail_drop:

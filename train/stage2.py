@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from transformers import set_seed
 
-from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
 from vlv.tokenizer import load_tokenizer
 
 from .callbacks import disable_loading_bars
@@ -19,7 +19,7 @@ from .data import load_pairs
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
-from .running import fingerprints, finish, output_folder, provenance
+from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
 from .stage2_trainer import LANGUAGE_MODEL, Stage2Config, Stage2Trainer
 
 PROGRAM = "vlv train stage2"
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         if new_language_model:
             config.language_model = config.language_model or LANGUAGE_MODEL
             encoder, image_processor = hub.load_encoder(config.model)
-            model = VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, config.language_model)
+            model = add_language_model(encoder, config.language_model)
             processor = VLVProcessor(image_processor, load_tokenizer(config.language_model))
         elif config.language_model is not None:
             raise ValueError(
@@ -78,11 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         diffusion_model = hub.diffusion_model_of(config.model, folder)
         trainer.provenance = provenance("stage2", config.model, sources, diffusion_model)
 
-        if trainer.train_to_end():
-            finish(trainer, config)
-            if config.lora_rank:
-                merge_lora(model)
+        train_and_save(trainer, config)
+        if config.lora_rank:
+            merge_lora(model)
+        say_how_to_use(config, "caption")
     return trainer
+
+
+def add_language_model(encoder: VLVModel, language_model: str) -> VLVForConditionalGeneration:
+    """A captioner of an encoder and a language model.
+
+    Raises:
+        ValueError: If `language_model` is no causal language model.
+    """
+    try:
+        return VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, language_model)
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized"):  # the message lists all types of models
+            raise
+        raise ValueError(
+            f"language_model {language_model} is not a causal language model of transformers; name another, such as "
+            f"--language_model {LANGUAGE_MODEL}"
+        ) from error
 
 
 if __name__ == "__main__":

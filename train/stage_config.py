@@ -15,7 +15,7 @@ RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projec
 """Former values of `trainable`, and their present names."""
 
 SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
-    *("export_decoder", "merge_lora_checkpoints"),
+    *("export_decoder", "merge_lora_checkpoints", "cache_moments"),
     *("accept_changes", "overwrite_output_dir", "output_dir", "validation_steps", "num_validation_images"),
     *("save_steps", "logging_steps", "dataloader_num_workers", "remove_unused_columns", "report_to", "disable_tqdm"),
     *("gradient_checkpointing", "diffusion_gradient_checkpointing", "encoder_activation_checkpointing"),
@@ -154,6 +154,9 @@ class StageConfig(TrainingArguments):
             self.max_steps = -1
         elif steps < 1:
             raise ValueError(f"max_steps is {steps}; give a number of steps, or num_train_epochs")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_caption_tokens"):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2**32 - 1")
         for name in ("images", "pairs"):

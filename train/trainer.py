@@ -14,7 +14,7 @@ from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from transformers import ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.files import read_json, write_json
@@ -22,7 +22,7 @@ from vlv.files import read_json, write_json
 from .average import AverageCallback
 from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback, ValidationCallback
 from .census import CensusCallback
-from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, say
+from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, remove_old_checkpoints, say
 from .data_loading import DataLoadingMixin
 from .lora import has_lora
 from .memory import compile_layers, enable_activation_checkpointing
@@ -255,10 +255,8 @@ class VLVTrainer(DataLoadingMixin, Trainer):
             self.save_record(unfinished / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (unfinished / name).rename(folder / name)
+            remove_old_checkpoints(folder, args.save_total_limit, self.state.best_model_checkpoint, unfinished)
             shutil.rmtree(unfinished)
-            rotate_checkpoints(
-                args.output_dir, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
         self.accelerator.wait_for_everyone()  # a scheduler may end all processes when the first one ends
 
     def save_record(self, folder: str | Path | None = None) -> None:

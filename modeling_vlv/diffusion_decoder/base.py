@@ -36,6 +36,32 @@ class DiffusionDecoder(nn.Module, ABC):
         """Makes the denoiser recompute its activations in the backward pass instead of storing them."""
 
     @abstractmethod
+    def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in -1..1 to mean and log-variance of their latents, `(B, 2 * C, h, w)`."""
+
+    @abstractmethod
+    def sample_latents(
+        self, moments: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """Scaled latents `(B, C, h, w)`, float32, sampled from the posterior with the given moments.
+
+        Args:
+            moments: `(B, 2 * C, h, w)`, as `encode_moments` returns them.
+            generator: Of the random numbers: one, or one for each image.
+        """
+
+    @abstractmethod
+    def moments_shape(self, image_size: int) -> tuple[int, ...]:
+        """`(2 * C, h, w)` of a square image of `image_size` pixels a side."""
+
+    @abstractmethod
+    def image_encoder_parts(self) -> tuple[nn.Module | None, ...]:
+        """The modules that only `encode_moments` uses."""
+
+    @abstractmethod
+    def remove_image_encoder(self) -> None:
+        """Frees `image_encoder_parts`. Latents can then be sampled from known moments, and decoded."""
+
     def encode_images(
         self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
@@ -44,6 +70,7 @@ class DiffusionDecoder(nn.Module, ABC):
         Args:
             generator: Of the random numbers: one, or one for each image.
         """
+        return self.sample_latents(self.encode_moments(pixels), generator)
 
     @abstractmethod
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
 from torch.nn import functional as F
 
 from .base import DiffusionDecoder, stratified_timesteps
@@ -100,17 +102,33 @@ class StableDiffusionDecoder(DiffusionDecoder):
         self.unet.enable_gradient_checkpointing()
 
     @torch.no_grad()
-    def encode_images(
-        self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
-    ) -> torch.Tensor:
+    def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.vae.encoder is None:
+            raise ValueError("the autoencoder's encoder has been removed; load the model anew to encode images")
         if pixels.ndim != 4 or pixels.shape[2] % self.scale_factor or pixels.shape[3] % self.scale_factor:
             raise ValueError(
                 f"pixels must be (batch, 3, height, width) with sides divisible by {self.scale_factor}, "
                 f"got {tuple(pixels.shape)}"
             )
         with torch.autocast(pixels.device.type, enabled=False):
-            latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)  # (B, C, h, w)
+            return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.parameters
+
+    @torch.no_grad()
+    def sample_latents(
+        self, moments: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        latents = DiagonalGaussianDistribution(moments).sample(generator)  # (B, C, h, w)
         return (latents.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    def moments_shape(self, image_size: int) -> tuple[int, ...]:
+        side = image_size // self.scale_factor
+        return 2 * self.vae.config.latent_channels, side, side
+
+    def image_encoder_parts(self) -> tuple[nn.Module | None, ...]:
+        return self.vae.encoder, self.vae.quant_conv
+
+    def remove_image_encoder(self) -> None:
+        self.vae.encoder = self.vae.quant_conv = None
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
         steps = self.scheduler.config.num_train_timesteps

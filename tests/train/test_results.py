@@ -116,6 +116,9 @@ def test_the_text_to_image_model_is_copied_in_on_demand(runs, image_folder, imag
     settings = {"model": runs / "stage1", "images": image_folder, "max_steps": 1, "export_decoder": True}
     stage1.main(arguments(output_dir=tmp_path / "run", **settings))
     assert (tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    stage1.main(arguments(output_dir=tmp_path / "again", **(settings | {"export_decoder": False})))
+    stage1.main(arguments(output_dir=tmp_path / "again", **settings))  # the run has ended
+    assert (tmp_path / "again" / "unet").is_dir()
     assert hub.has_own_diffusion_model(tmp_path / "run") and reconstruct(tmp_path / "run", image) > 0
 
 

@@ -62,6 +62,19 @@ def _crop_square(image: Image.Image, size: int, x: float, y: float) -> Image.Ima
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
+def item_name(item: dict[str, Any]) -> str:
+    """What messages call the image of an item."""
+    image = item["image"]
+    return str(getattr(image, "name", None) or (image if isinstance(image, str) else "an image"))
+
+
+def diffusion_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
+    """Images, as `load_item` returns them, to `(B, 3, size, size)`, uint8."""
+    square = (size, size)
+    arrays = [np.asarray(image if image.size == square else image.resize(square)) for image in images]  # (S, S, 3)
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
 MAX_UNREADABLE_BATCHES = 100
 """After this many batches in a row without a readable image, training ends with an error."""
 
@@ -128,20 +141,31 @@ class Stage1Collator(_SkippingCollator):
         image_processor: Loads and crops the images, and gives `pixel_values` `(B, 3, height, width)`.
         diffusion_image_size: Side S in pixels of `diffusion_pixels` `(B, 3, S, S)`, uint8 in 0..255.
         on_bad_image: `"skip"` or `"error"`.
+        moments: A cache. Batches then have `moments` `(B, 2 * C, h, w)` in the place of `diffusion_pixels`.
     """
 
-    def __init__(self, image_processor: VLVImageProcessor, diffusion_image_size: int, on_bad_image: str = "skip"):
+    def __init__(
+        self,
+        image_processor: VLVImageProcessor,
+        diffusion_image_size: int,
+        on_bad_image: str = "skip",
+        moments: Any = None,
+    ):
         super().__init__(on_bad_image)
         self.image_processor, self.diffusion_image_size = image_processor, diffusion_image_size
+        self.moments = moments
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        _, images, num_skipped = self.load_readable(items, self.image_processor)
-        size = (self.diffusion_image_size, self.diffusion_image_size)
-        targets = [np.asarray(image if image.size == size else image.resize(size)) for image in images]  # (S, S, 3)
+        items, images, num_skipped = self.load_readable(items, self.image_processor)
+        if self.moments is None:
+            targets = {"diffusion_pixels": diffusion_pixels(images, self.diffusion_image_size)}
+        else:
+            pairs = zip(images, items, strict=True)
+            targets = {"moments": torch.stack([self.moments.get(image, item_name(item)) for image, item in pairs])}
         pixel_values = self.image_processor(images, return_tensors="pt", pre_crop_size=None).pixel_values
         return {
             "pixel_values": pixel_values,
-            "diffusion_pixels": torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2),
+            **targets,
             "num_skipped": num_skipped,  # an int: reading a tensor would wait for the device
         }
 
