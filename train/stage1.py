@@ -21,6 +21,7 @@ from vlv.tokenizer import load_tokenizer
 from .callbacks import disable_loading_bars
 from .data import load_images
 from .encoder_lora import add_encoder_lora, merge_encoder_lora
+from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, finish, output_folder, provenance
@@ -68,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             add_encoder_lora(model, config.encoder_lora_rank)
         revision = diffusion_model.revision or "main"
         tokenizer = load_tokenizer(diffusion_model.source, subfolder="tokenizer", revision=revision)
-        trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer)
+        evaluation = find_evaluation_set(config, dataset, load_images)
+        trainer = Stage1Trainer(
+            model, diffusion_decoder, config, dataset, image_processor, tokenizer, eval_dataset=evaluation
+        )
         if not diffusion_model.is_known:  # its files were not in the cache
             diffusion_model = hub.find_diffusion_model(diffusion_model.source)
         start = "image_encoder" if config.model is None else "model"

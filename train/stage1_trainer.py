@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
@@ -14,6 +13,7 @@ from vlv.diffusion_decoder import DiffusionDecoder
 from vlv.pipelines import VLVReconstructionPipeline, generate_images
 
 from .data import Stage1Collator, readable_items
+from .evaluating import seeded_generators, spread_timesteps
 from .freezing import freeze_for_stage1
 from .memory import prepare_diffusion_decoder
 from .modes import set_train_mode
@@ -70,6 +70,14 @@ class Stage1Config(StageConfig):
         metadata={
             "help": "Where the images are: a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a "
             "data set such as org/name; several with weights as `a b@0.5`, in YAML as [a, {source: b, weight: 0.5}].",
+            "nargs": "+",
+            "action": GatherAction,
+        },
+    )
+    eval_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the images for evaluation are, as for `images`; see also eval_share and eval_steps.",
             "nargs": "+",
             "action": GatherAction,
         },
@@ -241,7 +249,8 @@ class Stage1Trainer(VLVTrainer):
         train_dataset: Items with `image`.
         image_processor: Prepares images in the data loader's workers; saved with every checkpoint.
         tokenizer: The text encoder's, for validation images. Without it there is no validation.
-        validation_dataset: Source of the validation images; by default `train_dataset`.
+        validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
+        eval_dataset: Items with `image`, for the evaluation.
     """
 
     def __init__(
@@ -276,7 +285,9 @@ class Stage1Trainer(VLVTrainer):
             QueryNoise(model, args.query_noise)
         if tokenizer is not None and args.validation_steps:
             self.validation_items = readable_items(
-                validation_dataset or train_dataset, args.num_validation_images, image_processor.load
+                validation_dataset or kwargs.get("eval_dataset") or train_dataset,
+                args.num_validation_images,
+                image_processor.load,
             )
             if self.validation_items:
                 self.add_validation(self.save_reconstructions)
@@ -301,7 +312,23 @@ class Stage1Trainer(VLVTrainer):
             noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
             timesteps = torch.cat([self.diffusion_decoder.sample_timesteps(1, g) for g in generators])
         denoised = self.diffusion_decoder.denoise(latents, conditioning, noise, timesteps, mask)
+        if model.training:
+            self.means.add_by_timestep(denoised.losses, denoised.timesteps, self.diffusion_decoder.num_timesteps)
         return (denoised.loss, output) if return_outputs else denoised.loss
+
+    def evaluate_batch(self, model, inputs, places, counted) -> torch.Tensor:
+        """Noise and timestep of an image depend on its place alone. The loss has no weights (`snr_gamma`)."""
+        decoder, generators = self.diffusion_decoder, seeded_generators(VALIDATION_SEED, places=places)
+        latents = decoder.encode_images(inputs["diffusion_pixels"].float() / 127.5 - 1, generators)
+        conditioning = model(pixel_values=inputs["pixel_values"], return_dict=True).conditioning
+        noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
+        timesteps = spread_timesteps(places, *decoder.timestep_range)
+        denoised = decoder.denoise(latents, conditioning, noise, timesteps)
+        losses = denoised.losses[counted]
+        assert self._evaluation is not None
+        self._evaluation.add("loss", losses.sum(), len(losses))
+        self._evaluation.add_by_timestep(losses, denoised.timesteps[counted], decoder.num_timesteps)
+        return denoised.losses.mean()
 
     def _unconditional_context(self, model) -> torch.Tensor:
         """`(1, positions, d_text)`. The text encoder is frozen, so it is computed once."""
@@ -315,8 +342,7 @@ class Stage1Trainer(VLVTrainer):
         batch = self.state.global_step * args.gradient_accumulation_steps + self.accumulated
         first = (batch * args.world_size + args.process_index) * args.train_batch_size
         places = range(first, first + batch_size)
-        seeds = [np.random.SeedSequence([args.seed, place]).generate_state(1, np.uint64)[0] for place in places]
-        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        return seeded_generators(args.seed, places=places)
 
     def save_reconstructions(self, model: VLVModel, step: int, folder: Path) -> None:
         """Writes `step-N.png`: validation images above their reconstructions (guidance 2, 30 steps, fixed seed)."""
@@ -340,4 +366,7 @@ class Stage1Trainer(VLVTrainer):
         originals = [self.processing_class.load(image).resize((size, size)) for image in images]
         generated = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(reconstructions))
         grid = make_image_grid([*originals, *generated], rows=2, cols=len(images))
-        grid.save(folder / f"step-{step:07d}.png")
+        file = folder / f"step-{step:07d}.png"
+        grid.save(file)
+        if self.is_world_process_zero():
+            self.report("validation/reconstructions", file, step)

@@ -16,6 +16,7 @@ from vlv.tokenizer import load_tokenizer
 
 from .callbacks import disable_loading_bars
 from .data import load_pairs
+from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
@@ -45,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             raise ValueError("pairs is not set: give a folder, a list, parquet, tar files or a data set (--pairs ...)")
         if config.model is None:
             raise ValueError("model is not set: give the stage-1 checkpoint (--model ...)")
-        dataset = load_pairs(
-            config.pairs,
-            caption_column=config.caption_column,
-            caption_lines=config.caption_lines,
-            on_bad_caption=config.on_bad_caption,
-            **config.data_options(),
-        )
+        columns = {
+            "caption_column": config.caption_column,
+            "caption_lines": config.caption_lines,
+            "on_bad_caption": config.on_bad_caption,
+        }
+        dataset = load_pairs(config.pairs, **columns, **config.data_options())
+        evaluation = find_evaluation_set(config, dataset, load_pairs, **columns)
         new_language_model = VLVConfig.from_pretrained(config.model).text_config is None
         if new_language_model:
             config.language_model = config.language_model or LANGUAGE_MODEL
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         freeze_for_stage2(model, config.trainable)
         if config.lora_rank:
             add_lora(model, config.lora_rank)
-        trainer = Stage2Trainer(model, config, dataset, processor)
+        trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation)
         sources = {
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),

@@ -3,10 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch.nn import functional as F
+
 from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.files import write_json
 from vlv.pipelines import generate_captions
 
+from .caption_score import token_f1
 from .data import Stage2Collator, readable_items
 from .freezing import freeze_for_stage2
 from .parsing import GatherAction
@@ -50,6 +54,14 @@ class Stage2Config(StageConfig):
             "help": "Where images and captions are: a folder with .txt or .caption files, a list (.jsonl, .json, "
             ".csv, .tsv), parquet or tar files, or a data set such as org/name; several with weights as `a b@0.5`, in "
             "YAML as [a, {source: b, weight: 0.5}].",
+            "nargs": "+",
+            "action": GatherAction,
+        },
+    )
+    eval_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the pairs for evaluation are, as for `pairs`; see also eval_share and eval_steps.",
             "nargs": "+",
             "action": GatherAction,
         },
@@ -137,7 +149,8 @@ class Stage2Trainer(VLVTrainer):
         args: The configuration.
         train_dataset: Items with `image` and `caption`.
         processor: Prepares both in the data loader's workers; saved with every checkpoint.
-        validation_dataset: Source of the validation images; by default `train_dataset`.
+        validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
+        eval_dataset: Items with `image` and `caption`, for the evaluation.
     """
 
     def __init__(
@@ -167,20 +180,44 @@ class Stage2Trainer(VLVTrainer):
             self.add_callback(scheduled_unfreezing(model, args.unfreeze, args.TRAINABLE, freeze_for_stage2))
         if args.validation_steps:
             self.validation_items = readable_items(
-                validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load
+                validation_dataset or kwargs.get("eval_dataset") or train_dataset,
+                args.num_validation_images,
+                processor.image_processor.load,
             )
             if self.validation_items:
                 self.add_validation(self.save_captions)
 
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
-        """Writes `step-N.json`: a list of `{"generated": greedy caption, "reference": caption of the data}`."""
+        """Writes `step-N.json`, a list of `{"generated", "reference", "token_f1"}`, and logs the mean of the scores.
+
+        Captions are generated greedily and compared with those of the data by `token_f1`.
+        """
         processor = self.processing_class
         pixel_values = processor(images=[item["image"] for item in self.validation_items]).pixel_values
         captions = generate_captions(
             model, processor, pixel_values=pixel_values, max_new_tokens=self.args.max_caption_tokens
         )
         rows = [
-            {"generated": caption, "reference": item["caption"]}
+            {
+                "generated": caption,
+                "reference": item["caption"],
+                "token_f1": round(token_f1(caption, item["caption"]), 4),
+            }
             for caption, item in zip(captions, self.validation_items, strict=True)
         ]
         write_json(folder / f"step-{step:07d}.json", rows)
+        if self.is_world_process_zero():
+            self.report("validation/captions", rows, step)
+            should_log = self.control.should_log  # logging turns it off
+            self.log({"validation_token_f1": round(sum(row["token_f1"] for row in rows) / len(rows), 4)})
+            self.control.should_log = should_log
+
+    def evaluate_batch(self, model, inputs, places, counted) -> torch.Tensor:
+        """The next-token loss: its mean is one over all tokens of the evaluation set."""
+        labels = inputs["labels"]
+        logits = model(**inputs, return_dict=True).logits  # (B, L, vocab)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # (B, L), 0 where padded
+        used = (labels != -100) & counted[:, None]
+        assert self._evaluation is not None
+        self._evaluation.add("loss", losses[used].sum(), used.sum())
+        return losses.sum() / (labels != -100).sum()

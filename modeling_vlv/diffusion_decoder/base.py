@@ -36,6 +36,11 @@ class DiffusionDecoder(nn.Module, ABC):
     num_timesteps: int
     """Number of timesteps of the complete schedule; timesteps are 0 to `num_timesteps - 1`."""
 
+    @property
+    @abstractmethod
+    def timestep_range(self) -> tuple[int, int]:
+        """The lowest and the highest training timestep."""
+
     def freeze(self) -> None:
         """Freezes all parameters. Subclasses call this at the end of `__init__`."""
         self.requires_grad_(False)

@@ -120,6 +120,10 @@ class StableDiffusionDecoder(DiffusionDecoder):
     def denoiser(self) -> UNet2DConditionModel:
         return self.unet
 
+    @property
+    def timestep_range(self) -> tuple[int, int]:
+        return self.min_timestep, self.max_timestep
+
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()
 
@@ -137,7 +141,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
         return (latents.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        first, last = self.min_timestep, self.max_timestep
+        first, last = self.timestep_range
         if self.timestep_sampling == "uniform":
             return torch.randint(first, last + 1, (batch_size,), generator=generator)
         if self.timestep_sampling == "logit_normal":

@@ -1,5 +1,6 @@
 """Collators: batches of images, or of images and captions, without what cannot be read."""
 
+import os
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -121,8 +122,23 @@ class _SkippingCollator:
         return readable, images, num_skipped
 
 
+def name_of(image: Any) -> str:
+    """What messages call an image: its path, or the name that its source gave it."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    return getattr(image, "name", None) or getattr(image, "filename", None) or "an image without a name"
+
+
+def describe(items: list[dict]) -> dict[str, list]:
+    """The `names` of the images of a batch, and their `places` in an evaluation set."""
+    places = {"places": [item["place"] for item in items]} if "place" in items[0] else {}
+    return {"names": [name_of(item["image"]) for item in items], **places}
+
+
 class Stage1Collator(_SkippingCollator):
     """Batches of images: `pixel_values` for the encoder and `diffusion_pixels` for the diffusion model.
+
+    A batch also has the images' `names`, and their `places` where the items have a `place`.
 
     Args:
         image_processor: Loads and crops the images, and gives `pixel_values` `(B, 3, height, width)`.
@@ -134,20 +150,23 @@ class Stage1Collator(_SkippingCollator):
         super().__init__(on_bad_image)
         self.image_processor, self.diffusion_image_size = image_processor, diffusion_image_size
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        _, images, num_skipped = self.load_readable(items, self.image_processor)
+    def __call__(self, items: list[dict]) -> dict[str, Any]:
+        items, images, num_skipped = self.load_readable(items, self.image_processor)
         size = (self.diffusion_image_size, self.diffusion_image_size)
         targets = [np.asarray(image if image.size == size else image.resize(size)) for image in images]  # (S, S, 3)
         pixel_values = self.image_processor(images, return_tensors="pt", pre_crop_size=None).pixel_values
         return {
             "pixel_values": pixel_values,
             "diffusion_pixels": torch.from_numpy(np.stack(targets)).permute(0, 3, 1, 2),
+            **describe(items),
             "num_skipped": num_skipped,  # an int: reading a tensor would wait for the device
         }
 
 
 class Stage2Collator(_SkippingCollator):
     """Batches of pairs: `pixel_values` `(B, 3, height, width)` and `labels` `(B, L)`, where -100 marks padding.
+
+    A batch also has the images' `names`, and their `places` where the items have a `place`.
 
     Args:
         processor: Prepares images and captions.
@@ -168,7 +187,7 @@ class Stage2Collator(_SkippingCollator):
         self.processor, self.max_caption_tokens = processor, max_caption_tokens
         self.append_eos, self.pad_to_max_length = append_eos, pad_to_max_length
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict]) -> dict[str, Any]:
         items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
         batch = self.processor(
             images=images,
@@ -178,4 +197,4 @@ class Stage2Collator(_SkippingCollator):
             pad_to_max_length=self.pad_to_max_length,
             pre_crop_size=None,
         )
-        return {**batch, "num_skipped": num_skipped}
+        return {**batch, **describe(items), "num_skipped": num_skipped}
