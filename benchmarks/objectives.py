@@ -1,6 +1,6 @@
 """Each objective of stage 1 in miniature: short trainings from one start, side by side.
 
-    python -m benchmarks.objectives [--steps 200] [--output benchmarks/objectives.md]
+    python -m benchmarks.objectives [--steps 100] [--output benchmarks/objectives.md]
 
 The start is the miniature's encoder, whose query tokens, decoder and projector are disturbed by noise. Each training
 mends them on the same images; the scores are those of `vlv.miniature.evaluation`, of reconstructions of unseen scenes.
@@ -33,7 +33,7 @@ from vlv.train.encoder_lora import add_encoder_lora, merge_encoder_lora
 
 MODEL = Path(__file__).parent.parent / "checkpoints" / "vlv-miniature"
 DISTURBED = ("query_tokens", "projector.", "image_encoder.language_model.decoder.")
-DISTURBANCE = 0.6
+DISTURBANCE = 0.7
 """Standard deviation of the noise on the start's weights, as a share of a tensor's own root mean square."""
 SEEDS = (0, 1)
 BASELINE = "baseline"
@@ -181,10 +181,10 @@ def _row(name: str, rows: list[dict[str, Any]], seeds: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--scenes", type=int, default=48)
-    parser.add_argument("--inference_steps", type=int, default=12)
+    parser.add_argument("--inference_steps", type=int, default=10)
     parser.add_argument(
         "--seconds", type=float, default=1000, help="no further training starts after so much CPU time"
     )

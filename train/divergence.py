@@ -21,6 +21,27 @@ class DivergedError(ValueError):
     """The loss is not finite, or far above what it was. The message says where the checkpoint and the images are."""
 
 
+class LossWatch:
+    """Says whether a loss is not finite, or has jumped.
+
+    Args:
+        factor: Above 0: the greatest loss, as a multiple of the median of the last `WINDOW` steps.
+    """
+
+    def __init__(self, factor: float = 0.0):
+        self.factor = factor
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+
+    def check(self, loss: float) -> str | None:
+        """What is wrong with the loss of a step, if anything is."""
+        if not math.isfinite(loss):
+            return str(loss)
+        if self.factor and len(self.losses) >= ENOUGH and loss > self.factor * statistics.median(self.losses):
+            return f"{loss:.4g}, above {self.factor:g} times the median of the last {len(self.losses)} steps"
+        self.losses.append(loss)
+        return None
+
+
 class DivergenceCallback(TrainerCallback):
     """Stops a run before the optimiser takes a step with a loss that is not finite or has jumped.
 
@@ -29,12 +50,11 @@ class DivergenceCallback(TrainerCallback):
 
     Args:
         trainer: Its `batch_names` are the images of the batch that is trained on.
-        factor: Above 0: the greatest loss, as a multiple of the median of the last `WINDOW` steps.
+        factor: As in `LossWatch`.
     """
 
     def __init__(self, trainer: Any, factor: float = 0.0):
-        self.trainer, self.factor = trainer, factor
-        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.trainer, self.watch = trainer, LossWatch(factor)
         self._step: list[tuple[torch.Tensor, list[str]]] = []
 
     def add(self, loss: torch.Tensor, names: Any) -> None:
@@ -47,17 +67,13 @@ class DivergenceCallback(TrainerCallback):
             return
         own = torch.stack([loss.float() for loss, _ in batches])
         loss = self.trainer.accelerator.reduce(own.sum(), "mean").item()
-        usual = statistics.median(self.losses) if len(self.losses) >= ENOUGH else math.inf
-        if math.isfinite(loss) and not (self.factor and loss > self.factor * usual):
-            self.losses.append(loss)
+        reason = self.watch.check(loss)
+        if reason is None:
             return
         finite = torch.isfinite(own).tolist()
         names = [name for (_, part), fine in zip(batches, finite, strict=True) if not fine for name in part]
         if math.isfinite(loss):
             names = [name for _, part in batches for name in part]
-            reason = f"{loss:.4g}, above {self.factor:g} times the median of the last {len(self.losses)} steps"
-        else:
-            reason = f"{loss}"
         self._stop(args, state.global_step, loss, self._gather(names), reason)
 
     def _gather(self, names: list[str]) -> list[str]:
