@@ -20,6 +20,7 @@ from vlv.tokenizer import load_tokenizer
 
 from .callbacks import disable_loading_bars
 from .data import load_images
+from .dry_run import dry_run
 from .encoder_lora import add_encoder_lora, merge_encoder_lora
 from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage1
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage1Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    with errors_in_one_line(PROGRAM), output_folder(config):
+    with errors_in_one_line(PROGRAM), dry_run(config) as rehearsal, output_folder(config):
         set_seed(config.seed)
         disable_loading_bars()
         if config.images is None:
@@ -84,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         trainer.settings = {**config.result_settings(), **sources}
         trainer.provenance = provenance("stage1", config.model, sources, diffusion_model)
 
-        if trainer.train_to_end():
+        if rehearsal is not None:
+            rehearsal.run(trainer)
+        elif trainer.train_to_end():
             finish(trainer, config)
             if config.encoder_lora_rank:
                 merge_encoder_lora(model)

@@ -16,6 +16,7 @@ from vlv.tokenizer import load_tokenizer
 
 from .callbacks import disable_loading_bars
 from .data import load_pairs
+from .dry_run import dry_run
 from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage2Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    with errors_in_one_line(PROGRAM), output_folder(config):
+    with errors_in_one_line(PROGRAM), dry_run(config) as rehearsal, output_folder(config):
         set_seed(config.seed)
         disable_loading_bars()
         if config.pairs is None:
@@ -79,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         diffusion_model = hub.diffusion_model_of(config.model, folder)
         trainer.provenance = provenance("stage2", config.model, sources, diffusion_model)
 
-        if trainer.train_to_end():
+        if rehearsal is not None:
+            rehearsal.run(trainer)
+        elif trainer.train_to_end():
             finish(trainer, config)
             if config.lora_rank:
                 merge_lora(model)
