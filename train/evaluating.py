@@ -91,12 +91,14 @@ class EvaluationMixin(Trainer):
     Every sample counts once, whatever the batches and the number of processes.
     """
 
+    data_collator: Any
     _evaluation: Means | None = None
     _evaluated_batches = 0
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         args: Any = self.args
-        collator, drop_last = self.data_collator, args.dataloader_drop_last
+        collator: Any = self.data_collator
+        drop_last = args.dataloader_drop_last
         self.data_collator, args.dataloader_drop_last = copy.copy(collator), False  # a collator has a memory
         try:
             return super().get_eval_dataloader(eval_dataset)

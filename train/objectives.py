@@ -23,7 +23,7 @@ def unconditional_context(
     Returns:
         `(1, positions, d_text)`.
     """
-    config = getattr(model, "module", model).config
+    config: Any = getattr(model, "module", model).config
     positions = config.text_encoder_config.max_position_embeddings
     ids = tokenizer("", padding="max_length", max_length=positions, truncation=True, return_tensors="pt").input_ids
     return model(input_ids=ids.to(device)).conditioning
@@ -50,12 +50,12 @@ def drop_embeddings(
     if own == other:
         return torch.where(dropped[..., None], unconditional, conditioning), None
     length = max(own, other)
-    padded = (
+    empty, given = (
         torch.cat([rows, rows.new_zeros(batch, length - rows.shape[1], width)], dim=1)
         for rows in (unconditional, conditioning)
     )
     places = torch.arange(length, device=conditioning.device)[None]  # (1, length)
-    return torch.where(dropped[..., None], *padded), torch.where(dropped, places < other, places < own)
+    return torch.where(dropped[..., None], empty, given), torch.where(dropped, places < other, places < own)
 
 
 class QueryNoise:

@@ -1,6 +1,7 @@
 """Progressive unfreezing: parts of a model that are trained from a later step on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -75,7 +76,7 @@ def parse_unfreezing(text: str, allowed: Sequence[str]) -> dict[int, str]:
 
 
 def scheduled_unfreezing(
-    model: nn.Module, text: str, allowed: Sequence[str], freeze: Callable[[nn.Module, str], None]
+    model: nn.Module, text: str, allowed: Sequence[str], freeze: Callable[[Any, str], None]
 ) -> UnfreezingCallback:
     """The callback of a schedule of `parse_unfreezing`. The model's last parts are trainable afterwards.
 
