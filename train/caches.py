@@ -1,6 +1,7 @@
 """The cache of stage 1: of each image the mean and log-variance of its latents, which the autoencoder gives."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -38,9 +39,9 @@ def diffusion_image_size(args: Any, image_processor: VLVImageProcessor, decoder:
 
 
 def open_moments(
-    args: Any, dataset: TrainingDataset, image_processor: VLVImageProcessor, decoder: DiffusionDecoder
+    args: Any, datasets: Sequence[TrainingDataset], image_processor: VLVImageProcessor, decoder: DiffusionDecoder
 ) -> FeatureCache | None:
-    """The cache of `cache_moments`, with all images of the data; None where that is not set.
+    """The cache of `cache_moments`, with all images of some data sets; None where that is not set.
 
     Moments have the precision of the autoencoder (`vae_dtype`), so that the latents that are drawn from them are those
     that the autoencoder would give. With the cache, the autoencoder's encoder is removed from the decoder.
@@ -61,18 +62,19 @@ def open_moments(
     shape, dtype = decoder.moments_shape(size), getattr(torch, args.vae_dtype)
     cache = FeatureCache(args.cache_moments, made_of, shape, dtype)
     state = PartialState()
-    cache.build(
-        dataset,
-        image_processor,
-        partial(diffusion_pixels, size=size),
-        _Encoder(decoder, args.device),
-        batch_size=args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
-        rank=args.process_index,
-        num_ranks=args.world_size,
-        wait_for_everyone=state.wait_for_everyone,
-        say=say,
-    )
+    for dataset in datasets:
+        cache.build(
+            dataset,
+            image_processor,
+            partial(diffusion_pixels, size=size),
+            _Encoder(decoder, args.device),
+            batch_size=args.train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            rank=args.process_index,
+            num_ranks=args.world_size,
+            wait_for_everyone=state.wait_for_everyone,
+            say=say,
+        )
     decoder.remove_image_encoder()
     return cache
 

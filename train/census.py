@@ -86,7 +86,7 @@ def take_census(trainer: Any) -> dict[str, Any]:
     frozen = 0
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
-            part = ".".join(_part(name))
+            part = ".".join(find_part(name))
             trainable[part] = trainable.get(part, 0) + parameter.numel()
         else:
             frozen += parameter.numel()
@@ -102,7 +102,7 @@ def take_census(trainer: Any) -> dict[str, Any]:
     return census
 
 
-def _part(name: str) -> list[str]:
+def find_part(name: str) -> list[str]:
     """The part that a parameter belongs to: the first names of its path, down to those of Florence-2's own parts."""
     names = [part for part in name.split(".")[:-1] or [name] if part not in ("model", "base_model")]
     depth = 1 + (names[:1] == ["image_encoder"]) * (2 if names[1:2] == ["language_model"] else 1)

@@ -22,6 +22,8 @@ class DataLoadingMixin(Trainer):
 
     _sampler: EpochSampler | None = None
     _read, _unreadable = 0, 0
+    batch_names: tuple[str, ...] | list[str] = ()
+    """Of the images of the batch that is trained on."""
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -86,6 +88,7 @@ class DataLoadingMixin(Trainer):
             ValueError: If more than `max_bad_share` of an epoch's images of this process, and of 1000, are unreadable.
         """
         num_skipped = inputs.pop("num_skipped", 0)
+        self.batch_names = inputs.pop("names", [])
         if (state := inputs.pop(STATE, None)) is not None:
             assert isinstance(self.train_dataset, StreamingDataset)
             self.train_dataset.record(state)

@@ -88,9 +88,18 @@ def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError: If there are none.
     """
-    if not (folder / ADAPTER_FILE).is_file():
-        raise FileNotFoundError(f"there is no {ADAPTER_FILE} in {folder}: the checkpoint is not of a LoRA run")
     return {
         f"{LANGUAGE_MODEL_PREFIX}{name.removesuffix('.weight')}.{ADAPTER}.weight": tensor
-        for name, tensor in load_file(folder / ADAPTER_FILE).items()
+        for name, tensor in read_adapter(folder).items()
     }
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of LoRA layers under peft's names.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"there is no {ADAPTER_FILE} in {folder}: the checkpoint is not of a LoRA run")
+    return load_file(folder / ADAPTER_FILE)

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import yaml
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+
+from .setting_groups import arrange
 
 Config = TypeVar("Config")
 
@@ -68,6 +70,8 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
         description=f"All options can also be set in CONFIG.yaml. {about}",
         allow_abbrev=False,  # otherwise --encoder, say, would set encoder_image_size
     )
+    if issubclass(config_class, TrainingArguments):
+        arrange(parser, _own_settings(config_class))
     known = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     options = list(arguments)
     if options and not options[0].startswith("-"):
@@ -83,6 +87,12 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
             parser.error(f"{name} must come first, before --name value")
         parser.error(_unknown_setting(name.lstrip("-").split("=")[0], known))
     return config
+
+
+def _own_settings(config_class: Any) -> set[str]:
+    """The names of the settings that a class and its bases add to `TrainingArguments`, or set anew."""
+    bases = [base for base in config_class.__mro__ if base not in TrainingArguments.__mro__]
+    return {name for base in bases for name in vars(base).get("__annotations__", ())}
 
 
 def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser) -> dict[str, Any]:

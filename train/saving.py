@@ -14,7 +14,15 @@ from vlv import VLVForConditionalGeneration, VLVModel, hub
 from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE
 from vlv.hub.load import read_weight_map
 
-from .lora import LANGUAGE_MODEL_PREFIX, has_lora, load_adapter, merged_weights, save_adapter
+from .encoder_lora import adapted_weights, has_encoder_lora, merged_encoder_weights, save_encoder_adapter
+from .lora import (
+    LANGUAGE_MODEL_PREFIX,
+    has_lora,
+    load_adapter,
+    merged_weights,
+    read_adapter,
+    save_adapter,
+)
 
 
 @dataclass
@@ -64,6 +72,10 @@ def write_model(
     """
     diffusion_model = provenance.diffusion_model if provenance is not None else None
     if isinstance(model, VLVModel):
+        if has_encoder_lora(model):
+            weights = dict(model.state_dict() if weights is None else weights)
+            save_encoder_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)
+            weights = merged_encoder_weights(model, weights)
         hub.export(folder, encoder=model, image_processor=processor, diffusion_model=diffusion_model, weights=weights)
         return
     if has_lora(model):
@@ -108,8 +120,8 @@ def _encoder_differs(model: VLVForConditionalGeneration, start: str) -> bool:
 def read_weights(folder: str | Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint that `write_model` or `save_pretrained` wrote, under the names that a model has.
 
-    Tied weights have one of their names. Of a model with LoRA layers, the language model's weights are left out: they
-    are frozen, and those in the checkpoint are merged.
+    Tied weights have one of their names. Of a model with LoRA layers, the weights of the language model or of
+    Florence-2 are left out: they are frozen, and those in the checkpoint are merged.
     """
     root = Path(folder)
     if (root / INDEX_FILE).is_file():
@@ -125,6 +137,8 @@ def read_weights(folder: str | Path, model: torch.nn.Module) -> dict[str, torch.
             weights |= {name: tensors.get_tensor(name) for name in files if files[name] == file}
     if isinstance(model, VLVModel):
         weights = {name.removeprefix(ENCODER_PREFIX): tensor for name, tensor in weights.items()}
+    if has_encoder_lora(model):
+        return adapted_weights(weights, read_adapter(root / ADAPTER_FOLDER))
     if has_lora(model):
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(LANGUAGE_MODEL_PREFIX)}
         weights |= load_adapter(root / ADAPTER_FOLDER)

@@ -11,6 +11,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from .encoder_lora import PREFIX as FLORENCE
+from .encoder_lora import has_encoder_lora
+from .lora import LANGUAGE_MODEL_PREFIX as LANGUAGE_MODEL
 from .lora import has_lora
 from .saving import read_weights
 
@@ -84,8 +87,9 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     if not isinstance(model, FSDPModule):
         missing, unexpected = model.load_state_dict(read_weights(folder, model), strict=False)
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        lora = has_lora(model)  # of its language model, checkpoints have the merged weights, which are frozen
-        frozen = [name for name in missing if lora and name.startswith("language_model.") and ".lora_" not in name]
+        # Of parts with LoRA layers, checkpoints have the merged weights, and the model's own are frozen.
+        parts = [LANGUAGE_MODEL] * has_lora(model) + [FLORENCE] * has_encoder_lora(model)
+        frozen = [name for name in missing if name.startswith(tuple(parts)) and ".lora_" not in name]
         missing = sorted(set(missing) - set(tied) - set(frozen))
         if missing or unexpected:
             raise ValueError(f"the weights of {folder} are not those of this model: {[*missing, *unexpected][:3]}")

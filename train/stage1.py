@@ -22,6 +22,9 @@ from vlv.tokenizer import load_tokenizer
 from .caches import open_moments
 from .callbacks import disable_loading_bars
 from .data import load_images
+from .dry_run import dry_run
+from .encoder_lora import add_encoder_lora, merge_encoder_lora
+from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage1Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    with errors_in_one_line(PROGRAM), output_folder(config):
+    with errors_in_one_line(PROGRAM), dry_run(config) as rehearsal, output_folder(config):
         set_seed(config.seed)
         disable_loading_bars()
         if config.images is None:
@@ -57,14 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
             timestep_sampling=config.timestep_sampling,
             min_timestep=config.min_timestep,
+            max_timestep=config.max_timestep,
+            snr_gamma=config.snr_gamma,
             loss=config.loss,
             vae_dtype=getattr(torch, config.vae_dtype),
         )
         model, image_processor = load_model(config, folder)
         freeze_for_stage1(model, config.trainable)
+        if config.encoder_lora_rank:
+            add_encoder_lora(model, config.encoder_lora_rank)
         tokenizer = load_tokenizer(folder / "tokenizer")
-        moments = open_moments(config, dataset, image_processor, diffusion_decoder)
-        trainer = Stage1Trainer(model, diffusion_decoder, config, dataset, image_processor, tokenizer, moments=moments)
+        evaluation = find_evaluation_set(config, dataset, load_images)
+        all_data = [dataset] if evaluation is None else [dataset, evaluation]
+        trainer = Stage1Trainer(
+            model,
+            diffusion_decoder,
+            config,
+            dataset,
+            image_processor,
+            tokenizer,
+            eval_dataset=evaluation,
+            moments=open_moments(config, all_data, image_processor, diffusion_decoder),
+        )
         start = "image_encoder" if config.model is None else "model"
         sources = {
             "images": {"source": config.images, "fingerprint": dataset.fingerprint()},
@@ -77,7 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         trainer.settings = {**config.result_settings(), **sources}
         trainer.provenance = provenance("stage1", config.model, sources, diffusion_model)
 
+        if rehearsal is not None:
+            rehearsal.run(trainer)
+            return trainer
         train_and_save(trainer, config)
+        if config.encoder_lora_rank:
+            merge_encoder_lora(model)
         say_how_to_use(config, "reconstruct")
     return trainer
 

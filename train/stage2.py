@@ -16,6 +16,8 @@ from vlv.tokenizer import load_tokenizer
 
 from .callbacks import disable_loading_bars
 from .data import load_pairs
+from .dry_run import dry_run
+from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
@@ -38,20 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage2Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    with errors_in_one_line(PROGRAM), output_folder(config):
+    with errors_in_one_line(PROGRAM), dry_run(config) as rehearsal, output_folder(config):
         set_seed(config.seed)
         disable_loading_bars()
         if config.pairs is None:
             raise ValueError("pairs is not set: give a folder, a list, parquet, tar files or a data set (--pairs ...)")
         if config.model is None:
             raise ValueError("model is not set: give the stage-1 checkpoint (--model ...)")
-        dataset = load_pairs(
-            config.pairs,
-            caption_column=config.caption_column,
-            caption_lines=config.caption_lines,
-            on_bad_caption=config.on_bad_caption,
-            **config.data_options(),
-        )
+        columns = {
+            "caption_column": config.caption_column,
+            "caption_lines": config.caption_lines,
+            "on_bad_caption": config.on_bad_caption,
+        }
+        dataset = load_pairs(config.pairs, **columns, **config.data_options())
+        evaluation = find_evaluation_set(config, dataset, load_pairs, **columns)
         new_language_model = VLVConfig.from_pretrained(config.model).text_config is None
         if new_language_model:
             config.language_model = config.language_model or LANGUAGE_MODEL
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         freeze_for_stage2(model, config.trainable)
         if config.lora_rank:
             add_lora(model, config.lora_rank)
-        trainer = Stage2Trainer(model, config, dataset, processor)
+        trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation)
         sources = {
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),
@@ -78,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         diffusion_model = hub.diffusion_model_of(config.model, folder)
         trainer.provenance = provenance("stage2", config.model, sources, diffusion_model)
 
+        if rehearsal is not None:
+            rehearsal.run(trainer)
+            return trainer
         train_and_save(trainer, config)
         if config.lora_rank:
             merge_lora(model)

@@ -3,14 +3,20 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch.nn import functional as F
+
 from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.files import write_json
 from vlv.pipelines import generate_captions
 
+from .caption_score import token_f1
 from .data import Stage2Collator, readable_items
+from .freezing import freeze_for_stage2
 from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
+from .unfreezing import scheduled_unfreezing
 
 LANGUAGE_MODEL = "Qwen/Qwen2.5-3B"
 
@@ -52,6 +58,14 @@ class Stage2Config(StageConfig):
             "action": GatherAction,
         },
     )
+    eval_pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the pairs for evaluation are, as for `pairs`; see also eval_share and eval_steps.",
+            "nargs": "+",
+            "action": GatherAction,
+        },
+    )
     caption_column: str = field(
         default="caption",
         metadata={"help": "Caption column of a table or list; without 'caption', 'text' and others."},
@@ -78,6 +92,13 @@ class Stage2Config(StageConfig):
     lora_rank: int = field(
         default=0,
         metadata={"help": "Above 0: train the language model by LoRA of this rank, merged into it at the end."},
+    )
+    unfreeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train parts from a later step on, such as '0: projector, 1000: projector+lm, 5000: all', by "
+            "values of `trainable`, which is then the last of them."
+        },
     )
     language_model_activation_checkpointing: bool = field(
         default=False,
@@ -121,6 +142,11 @@ class Stage2Config(StageConfig):
         default=8, metadata={"help": "Pairs per device; the paper's total is 64."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.unfreeze is not None and self.lora_rank:
+            raise ValueError("unfreeze does not work with lora_rank; leave one of them out")
+
 
 class Stage2Trainer(VLVTrainer):
     """Trains a `VLVForConditionalGeneration` by the next-token loss of captions.
@@ -130,7 +156,8 @@ class Stage2Trainer(VLVTrainer):
         args: The configuration.
         train_dataset: Items with `image` and `caption`.
         processor: Prepares both in the data loader's workers; saved with every checkpoint.
-        validation_dataset: Source of the validation images; by default `train_dataset`.
+        validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
+        eval_dataset: Items with `image` and `caption`, for the evaluation.
     """
 
     def __init__(
@@ -156,22 +183,48 @@ class Stage2Trainer(VLVTrainer):
             processing_class=processor,
             **kwargs,
         )
+        if args.unfreeze is not None:
+            self.add_callback(scheduled_unfreezing(model, args.unfreeze, args.TRAINABLE, freeze_for_stage2))
         if args.validation_steps:
             self.validation_items = readable_items(
-                validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load
+                validation_dataset or kwargs.get("eval_dataset") or train_dataset,
+                args.num_validation_images,
+                processor.image_processor.load,
             )
             if self.validation_items:
                 self.add_validation(self.save_captions)
 
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
-        """Writes `step-N.json`: a list of `{"generated": greedy caption, "reference": caption of the data}`."""
+        """Writes `step-N.json`, a list of `{"generated", "reference", "token_f1"}`, and logs the mean of the scores.
+
+        Captions are generated greedily and compared with those of the data by `token_f1`.
+        """
         processor = self.processing_class
         pixel_values = processor(images=[item["image"] for item in self.validation_items]).pixel_values
         captions = generate_captions(
             model, processor, pixel_values=pixel_values, max_new_tokens=self.args.max_caption_tokens
         )
         rows = [
-            {"generated": caption, "reference": item["caption"]}
+            {
+                "generated": caption,
+                "reference": item["caption"],
+                "token_f1": round(token_f1(caption, item["caption"]), 4),
+            }
             for caption, item in zip(captions, self.validation_items, strict=True)
         ]
         write_json(folder / f"step-{step:07d}.json", rows)
+        if self.is_world_process_zero():
+            self.report("validation/captions", rows, step)
+            should_log = self.control.should_log  # logging turns it off
+            self.log({"validation_token_f1": round(sum(row["token_f1"] for row in rows) / len(rows), 4)})
+            self.control.should_log = should_log
+
+    def evaluate_batch(self, model, inputs, places, counted) -> torch.Tensor:
+        """The next-token loss: its mean is one over all tokens of the evaluation set."""
+        labels = inputs["labels"]
+        logits = model(**inputs, return_dict=True).logits  # (B, L, vocab)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")  # (B, L), 0 where padded
+        used = (labels != -100) & counted[:, None]
+        assert self._evaluation is not None
+        self._evaluation.add("loss", losses[used].sum(), used.sum())
+        return losses.sum() / (labels != -100).sum()

@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 
 from .data import describe_sources
 from .optimisers import check_optimiser
+from .trackers import check_trackers
+from .unfreezing import parse_unfreezing
 
 RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projector+lm+query_decoder"}
 """Former values of `trainable`, and their present names."""
@@ -21,6 +23,8 @@ SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("gradient_checkpointing", "diffusion_gradient_checkpointing", "encoder_activation_checkpointing"),
     *("language_model_activation_checkpointing", "channels_last", "compile_blocks", "shard_diffusion_model"),
     *("image_root", "on_bad_caption", "max_bad_share"),
+    *("eval_images", "eval_pairs", "per_device_eval_batch_size", "logging_nan_inf_filter", "stop_loss_factor"),
+    "dry_run",
 }
 SETTINGS_OF_TRAINING_ARGUMENTS = (
     *("seed", "data_seed", "bf16", "fp16", "optim", "optim_args", "adam_beta1", "adam_epsilon", "max_grad_norm"),
@@ -73,6 +77,12 @@ class StageConfig(TrainingArguments):
             "order of its shards is shuffled, and no sample within a shard."
         },
     )
+    eval_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training data, such as 0.02, that is not trained on but evaluated; drawn by seed."
+        },
+    )
     trainable: str = field(default="all", metadata={"help": "Which parts are trained."})
     ema_decay: float = field(
         default=0.0,
@@ -96,6 +106,26 @@ class StageConfig(TrainingArguments):
     )
     num_validation_images: int = field(default=8, metadata={"help": "Number of validation samples."})
 
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Batch size of the evaluation; by default that of the training."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Without effect: a loss that is not finite stops the run."}
+    )
+    stop_loss_factor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Above 0, such as 10: stop the run when the loss exceeds so many times the median of the last 100 "
+            "steps. A loss that is not finite stops it in any case."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Build everything, run two steps and one save in a temporary folder, print the plan of the run, "
+            "and leave output_dir as it is."
+        },
+    )
     accept_changes: bool = field(
         default=False,
         metadata={"help": "Go on from a checkpoint though settings that change the result differ from its own."},
@@ -137,13 +167,19 @@ class StageConfig(TrainingArguments):
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}") is None:  # the new name; with the old one alone transformers warns
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
+        if self.per_device_eval_batch_size is None:
+            self.per_device_eval_batch_size = settings.per_device_train_batch_size
+        self._set_evaluation()
         super().__post_init__()
+        check_trackers(settings.report_to)
         if not torch.accelerator.is_available():  # torch warns, and pins nothing
             self.dataloader_pin_memory = False
         if self.trainable in RENAMED_TRAINABLE:
             raise ValueError(f"trainable {self.trainable!r} was renamed to {RENAMED_TRAINABLE[self.trainable]!r}")
         if self.trainable not in self.TRAINABLE:
             raise ValueError(f"trainable is {self.trainable!r}; expected one of {self.TRAINABLE}")
+        if getattr(self, "unfreeze", None) is not None:
+            self._set_unfreezing()
         steps: int = settings.max_steps
         if self.num_train_epochs:
             default_steps = next(f.default for f in fields(self) if f.name == "max_steps")
@@ -159,7 +195,9 @@ class StageConfig(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected a whole number from 0 to 2**32 - 1")
-        for name in ("images", "pairs"):
+        if not 0 <= self.stop_loss_factor < float("inf"):
+            raise ValueError(f"stop_loss_factor is {self.stop_loss_factor}; expected 0 (off) or a number such as 10")
+        for name in ("images", "pairs", "eval_images", "eval_pairs"):
             if getattr(self, name, None) is not None:
                 setattr(self, name, describe_sources(getattr(self, name)))
         if not 0 <= self.max_bad_share <= 1:
@@ -182,9 +220,31 @@ class StageConfig(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be false: the collator needs columns that the model does not")
 
+    def _set_evaluation(self) -> None:
+        """Turns evaluation on where there is data for it. Raises `ValueError` if settings contradict each other."""
+        settings: Any = self
+        own = next((name for name in ("eval_images", "eval_pairs") if getattr(self, name, None) is not None), None)
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"eval_share is {self.eval_share}; expected a share of the data, 0 to 1")
+        if own is not None and self.eval_share:
+            raise ValueError(f"{own} and eval_share are given; leave one of them out")
+        strategy = getattr(settings.eval_strategy, "value", settings.eval_strategy)
+        if strategy == "no" and (own is not None or self.eval_share):
+            settings.eval_strategy = "steps"
+            settings.eval_steps = settings.eval_steps or self.validation_steps or 1000
+
+    def _set_unfreezing(self) -> None:
+        """Sets `trainable` to the last value of `unfreeze`. Raises `ValueError` if that contradicts it."""
+        schedule = parse_unfreezing(getattr(self, "unfreeze"), self.TRAINABLE)  # noqa: B009 (of the stages)
+        last = schedule[max(schedule)]
+        default = next(f.default for f in fields(self) if f.name == "trainable")
+        if self.trainable not in (default, last):
+            raise ValueError(f"trainable is {self.trainable!r}, but unfreeze ends with {last!r}; leave trainable out")
+        self.trainable = last
+
     def data_options(self) -> dict[str, Any]:
         """Options of `load_images` and `load_pairs` besides the source."""
-        names = ("split", "image_column", "image_root", "streaming", "random_crop", "horizontal_flip")
+        names = ("split", "image_column", "image_root", "streaming", "random_crop", "horizontal_flip", "eval_share")
         return {name: getattr(self, name) for name in names} | {
             "seed": self.seed if self.data_seed is None else self.data_seed,
             "shuffle": getattr(self, "train_sampling_strategy") != "sequential",  # noqa: B009 (of TrainingArguments)

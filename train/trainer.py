@@ -24,13 +24,18 @@ from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationC
 from .census import CensusCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, remove_old_checkpoints, say
 from .data_loading import DataLoadingMixin
+from .divergence import DivergenceCallback
+from .evaluating import EvaluationMixin, EvaluationSet
 from .lora import has_lora
 from .memory import compile_layers, enable_activation_checkpointing
+from .meters import QUARTILES, Means, Speedometer, TimedIterator
 from .modes import set_train_mode
 from .saving import Provenance, write_lora_checkpoint, write_model
 from .sharding import check_optimiser_state, configure_fsdp, gather_weights, load_weights
 from .stage_config import StageConfig
+from .trackers import report
 from .training_metadata import write_training_metadata
+from .utilisation import count_flops
 
 RESUMABLE_EXIT_CODE = 75
 """Exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, the same command goes on later."""
@@ -41,16 +46,19 @@ MODELS = (VLVModel, VLVForConditionalGeneration)
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class VLVTrainer(DataLoadingMixin, Trainer):
-    """A `Trainer` that keeps frozen parts in evaluation mode and logs its speed.
+class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
+    """A `Trainer` that keeps frozen parts in evaluation mode, logs its speed, and stops when its loss is not finite.
 
-    It logs `images_per_second`, of all processes together, and `images_skipped`, the number of unreadable images so
-    far, if there were any.
+    It logs `images_per_second` and `tokens_per_second` (stage 2), of all processes together, `data_wait_share`, the
+    share of time spent waiting for data, and `images_skipped`, the number of unreadable images so far, if there were
+    any; on GPUs `peak_memory_gb`, the most of any, and where their peak speed is known `model_flops_utilisation`.
     """
 
     def __init__(self, model, args: Any, *more, **kwargs):
         if isinstance(args, StageConfig):
             enable_activation_checkpointing(model, args)  # before DDP, which asks whether it is on
+        if kwargs.get("eval_dataset") is not None:
+            kwargs["eval_dataset"] = EvaluationSet(kwargs["eval_dataset"])
         super().__init__(model, args, *more, **kwargs)
         if self.is_fsdp_enabled:
             configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._fsdp_dtype())
@@ -66,7 +74,12 @@ class VLVTrainer(DataLoadingMixin, Trainer):
         self.add_callback(PerProcessSeedCallback())
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm and in notebooks
             self.add_callback(ProgressBarCallback())
-        self._images, self._skipped, self._since = 0, 0, time.perf_counter()
+        self._skipped = 0
+        self.speed = Speedometer(args.device)
+        self.means = Means(QUARTILES, args.device)
+        """Means of the training since the last log."""
+        self.divergence = DivergenceCallback(self, getattr(args, "stop_loss_factor", 0))
+        self.add_callback(self.divergence)
         self.termination = TerminationCallback()
         self.add_callback(self.termination)
         self.settings: dict[str, Any] = {}
@@ -143,6 +156,7 @@ class VLVTrainer(DataLoadingMixin, Trainer):
                     self.average.use(self.model)
                 return True
         self.add_callback(CensusCallback(self))
+        self.speed.flops, self.speed.peak = count_flops(args)
         self.train(resume_from_checkpoint=checkpoint)
         if self.termination.requested:
             command = "the same command" + (" without overwrite_output_dir" if args.overwrite_output_dir else "")
@@ -285,16 +299,31 @@ class VLVTrainer(DataLoadingMixin, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         self._skipped += self.count_images(inputs) * self.args.world_size
-        self._images += len(inputs["pixel_values"]) * self.args.world_size
+        self.speed.add_batch(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.divergence.add(loss, self.batch_names)
         self.accumulated = 0 if self.accelerator.sync_gradients else self.accumulated + 1
         return loss
 
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        timed = TimedIterator(epoch_iterator)
+        samples = super().get_batch_samples(timed, *args, **kwargs)
+        self.speed.add_wait(timed.seconds)
+        return samples
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self.speed.pause(time.perf_counter() - start)
+        return metrics
+
+    def report(self, name: str, value: Any, step: int) -> None:
+        """Sends a picture or a table of a validation to the trackers, see `trackers.report`."""
+        report(self.callback_handler.callbacks, name, value, step)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now = time.perf_counter()
-            logs["images_per_second"] = round(self._images / max(now - self._since, 1e-9), 2)
-            self._images, self._since = 0, now
+            logs |= self.means.read(self.accelerator) | self.speed.read(self.accelerator)
             if self._skipped:
                 logs["images_skipped"] = self._skipped
         super().log(logs, start_time)

@@ -1,6 +1,7 @@
 """Progressive unfreezing: parts of a model that are trained from a later step on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -50,3 +51,48 @@ class UnfreezingCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if name in self._later:
                 parameter.requires_grad_(step >= self._later[name])
+
+
+def parse_unfreezing(text: str, allowed: Sequence[str]) -> dict[int, str]:
+    """A schedule such as `"0: projector, 1000: all"` as `{step: value of trainable}`, in ascending order.
+
+    Raises:
+        ValueError: If it does not begin at step 0, a step is given twice, or a value is not one of `allowed`.
+    """
+    schedule: dict[int, str] = {}
+    for entry in text.split(","):
+        step, colon, value = (part.strip() for part in entry.partition(":"))
+        if not colon or not step.isdecimal() or value not in allowed or int(step) in schedule:
+            raise ValueError(
+                f"unfreeze has {entry.strip()!r}; expected 'STEP: PART, STEP: PART', each step once, with parts "
+                f"out of {tuple(allowed)}"
+            )
+        schedule[int(step)] = value
+    if 0 not in schedule:
+        raise ValueError(
+            f"unfreeze is {text!r}; it has to say what is trained from step 0 on, as in '0: {allowed[0]}'"
+        )
+    return dict(sorted(schedule.items()))
+
+
+def scheduled_unfreezing(
+    model: nn.Module, text: str, allowed: Sequence[str], freeze: Callable[[Any, str], None]
+) -> UnfreezingCallback:
+    """The callback of a schedule of `parse_unfreezing`. The model's last parts are trainable afterwards.
+
+    Args:
+        freeze: Makes the parameters trainable that a value names, and freezes all others.
+
+    Raises:
+        ValueError: If a value names parameters that the next one does not.
+    """
+    before: set[str] = set()
+    added: dict[int, list[str]] = {}
+    for step, value in parse_unfreezing(text, allowed).items():
+        freeze(model, value)
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if before - names:
+            raise ValueError(f"unfreeze is {text!r}; {value!r} at step {step} does not include what is trained before")
+        added[step] = sorted(names - before)
+        before = names
+    return UnfreezingCallback({step: names for step, names in added.items() if step})

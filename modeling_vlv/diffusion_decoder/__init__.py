@@ -5,10 +5,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..reference_configs import replacement_hint
-from .base import DiffusionDecoder
+from .base import DenoisingOutput, DiffusionDecoder
 from .sd import StableDiffusionDecoder
 
-__all__ = ["DiffusionDecoder", "StableDiffusionDecoder", "load_diffusion_decoder"]
+__all__ = ["DenoisingOutput", "DiffusionDecoder", "StableDiffusionDecoder", "load_diffusion_decoder"]
 
 
 def load_diffusion_decoder(model: str, **kwargs: Any) -> DiffusionDecoder:

@@ -1,10 +1,26 @@
 """The interface between VLV and the frozen text-to-image model that trains it."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@dataclass
+class DenoisingOutput:
+    """The loss of a batch, and what it consists of.
+
+    Attributes:
+        loss: A float32 scalar with gradients.
+        losses: `(B,)`, float32, without gradients: the error of each image, without a weight.
+        timesteps: `(B,)`, int64: the timestep of each image, on the device of `losses`.
+    """
+
+    loss: torch.Tensor
+    losses: torch.Tensor
+    timesteps: torch.Tensor
 
 
 class DiffusionDecoder(nn.Module, ABC):
@@ -17,6 +33,13 @@ class DiffusionDecoder(nn.Module, ABC):
 
     image_size: int
     """Height and width in pixels that the model was trained on."""
+    num_timesteps: int
+    """Number of timesteps of the complete schedule; timesteps are 0 to `num_timesteps - 1`."""
+
+    @property
+    @abstractmethod
+    def timestep_range(self) -> tuple[int, int]:
+        """The lowest and the highest training timestep."""
 
     def freeze(self) -> None:
         """Freezes all parameters. Subclasses call this at the end of `__init__`."""
@@ -76,7 +99,6 @@ class DiffusionDecoder(nn.Module, ABC):
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Random training timesteps `(B,)`, int64, on the CPU, by the family's own distribution."""
 
-    @abstractmethod
     def denoising_loss(
         self,
         latents: torch.Tensor,
@@ -84,16 +106,29 @@ class DiffusionDecoder(nn.Module, ABC):
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """The loss of `denoise`, a float32 scalar."""
+        return self.denoise(latents, conditioning, noise, timesteps).loss
+
+    @abstractmethod
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        conditioning: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        conditioning_mask: torch.Tensor | None = None,
+    ) -> DenoisingOutput:
         """The error of the frozen denoiser's prediction for noised `latents` under `conditioning`.
 
         Args:
             latents: `(B, C, h, w)`, as `encode_images` returns them.
-            conditioning: `(B, Q, d_text)`. The loss has gradients with respect to it.
+            conditioning: `(B, N, d_text)`. The loss has gradients with respect to it.
             noise: Shape of `latents`; random by default.
             timesteps: `(B,)`; from `sample_timesteps` by default.
+            conditioning_mask: `(B, N)`, bool: which embeddings each image has; by default all.
 
         Returns:
-            A float32 scalar: the mean squared error, or the loss that the subclass was configured with.
+            The mean squared error, or the loss that the subclass was configured with.
         """
 
     @abstractmethod
@@ -114,3 +149,37 @@ def stratified_timesteps(
     """
     strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size  # (B,) in 0..1
     return (first + strata * (last + 1 - first)).long().clamp(max=last)
+
+
+def logit_normal_timesteps(
+    batch_size: int, first: int, last: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Random timesteps from `first` to `last`, both included, mostly from the middle of that range.
+
+    The place in the range is the sigmoid of a standard normal number (Esser et al., 2024, arXiv 2403.03206, sec. 3.1).
+
+    Returns:
+        `(B,)`, int64, on the CPU.
+    """
+    places = torch.randn(batch_size, generator=generator).sigmoid()  # (B,) in 0..1
+    return (first + places * (last + 1 - first)).long().clamp(max=last)
+
+
+def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """The weights of Min-SNR for the squared error of a prediction (Hang et al., 2023, arXiv 2303.09556, sec. 3.4).
+
+    They are `min(snr, gamma)` for a prediction of the image, that divided by `snr` for one of the noise, and that
+    divided by `snr + 1` for one of the velocity.
+
+    Args:
+        snr: Signal-to-noise ratios, 0 or above, of any shape.
+        gamma: Above 0; the paper has 5.
+        prediction_type: `"sample"`, `"epsilon"` or `"v_prediction"`.
+
+    Returns:
+        The shape of `snr`. The weight of a noise prediction is 1 where `snr` is 0, the limit.
+    """
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    weights = snr.clamp(max=gamma)
+    return weights / (snr + 1) if prediction_type == "v_prediction" else weights

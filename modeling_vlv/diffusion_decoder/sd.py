@@ -8,11 +8,18 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from torch.nn import functional as F
 
-from .base import DiffusionDecoder, stratified_timesteps
+from .base import (
+    DenoisingOutput,
+    DiffusionDecoder,
+    logit_normal_timesteps,
+    min_snr_weights,
+    stratified_timesteps,
+)
 from .components import load_part
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+TIMESTEP_SAMPLINGS = ("uniform", "stratified", "logit_normal")
 
 
 class StableDiffusionDecoder(DiffusionDecoder):
@@ -23,13 +30,15 @@ class StableDiffusionDecoder(DiffusionDecoder):
         unet: The denoiser.
         scheduler_config: Configuration of any diffusers scheduler. Its betas, prediction type and zero-terminal-SNR
             rescaling are used; its sampling method is not.
-        timestep_sampling: `"uniform"`, independent timesteps as in the paper, or `"stratified"`, see
-            `stratified_timesteps`.
+        timestep_sampling: `"uniform"`, independent timesteps as in the paper, `"stratified"`, see
+            `stratified_timesteps`, or `"logit_normal"`, see `logit_normal_timesteps`.
         min_timestep: Lowest training timestep. 0 uses the complete schedule, as in the paper. At low noise the
             conditioning has little influence on the loss, so a short training can leave that range out.
         loss: `"mse"` (the paper), or `"l1"`, which the authors' code offers.
         vae_dtype: Precision of the autoencoder, whatever the UNet's is: float32, as in the authors' code, or bfloat16.
             The encoder overflows in float16. Latents are float32 in any case.
+        max_timestep: Highest training timestep; None for the last of the schedule.
+        snr_gamma: Above 0: the loss of each image is weighted by Min-SNR, see `min_snr_weights`; 0 for no weights.
 
     Raises:
         ValueError: If the scheduler is a flow-matching model's, or an argument is not one of the allowed values.
@@ -44,6 +53,8 @@ class StableDiffusionDecoder(DiffusionDecoder):
         min_timestep: int = 0,
         loss: str = "mse",
         vae_dtype: torch.dtype = torch.float32,
+        max_timestep: int | None = None,
+        snr_gamma: float = 0.0,
     ):
         super().__init__()
         if loss not in LOSSES:
@@ -57,16 +68,24 @@ class StableDiffusionDecoder(DiffusionDecoder):
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; expected one of {PREDICTION_TYPES}")
-        if timestep_sampling not in ("uniform", "stratified"):
-            raise ValueError(f"timestep_sampling is {timestep_sampling!r}; expected 'uniform' or 'stratified'")
+        if timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise ValueError(f"timestep_sampling is {timestep_sampling!r}; expected one of {TIMESTEP_SAMPLINGS}")
         steps = scheduler_config.get("num_train_timesteps", 1000)
         if not 0 <= min_timestep < steps:
             raise ValueError(f"min_timestep is {min_timestep}; expected 0 to {steps - 1}")
+        if max_timestep is not None and not min_timestep <= max_timestep < steps:
+            raise ValueError(
+                f"max_timestep is {max_timestep}; expected {min_timestep} (min_timestep) to {steps - 1}, or none"
+            )
+        if not 0 <= snr_gamma < float("inf"):
+            raise ValueError(f"snr_gamma is {snr_gamma}; expected 0 (off) or a number above it, such as 5")
         self.vae = vae.bfloat16() if vae_dtype == torch.bfloat16 else vae.float()
         self.unet = unet
         self.scheduler = DDPMScheduler.from_config(scheduler_config)
         self.prediction_type, self.loss = prediction_type, LOSSES[loss]
         self.timestep_sampling, self.min_timestep = timestep_sampling, min_timestep
+        self.max_timestep = steps - 1 if max_timestep is None else max_timestep
+        self.snr_gamma, self.num_timesteps = snr_gamma, steps
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         sample_size = unet.config.sample_size
         self.image_size = (sample_size if isinstance(sample_size, int) else sample_size[0]) * self.scale_factor
@@ -82,6 +101,8 @@ class StableDiffusionDecoder(DiffusionDecoder):
         min_timestep: int = 0,
         loss: str = "mse",
         vae_dtype: torch.dtype = torch.float32,
+        max_timestep: int | None = None,
+        snr_gamma: float = 0.0,
     ) -> "StableDiffusionDecoder":
         """Loads `vae`, `unet` and `scheduler` from a diffusers folder or repo id; weights only from safetensors."""
         return cls(
@@ -92,11 +113,17 @@ class StableDiffusionDecoder(DiffusionDecoder):
             min_timestep,
             loss,
             vae_dtype,
+            max_timestep,
+            snr_gamma,
         )
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
         return self.unet
+
+    @property
+    def timestep_range(self) -> tuple[int, int]:
+        return self.min_timestep, self.max_timestep
 
     def enable_gradient_checkpointing(self) -> None:
         self.unet.enable_gradient_checkpointing()
@@ -131,26 +158,40 @@ class StableDiffusionDecoder(DiffusionDecoder):
         self.vae.encoder = self.vae.quant_conv = None
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        steps = self.scheduler.config.num_train_timesteps
+        first, last = self.timestep_range
         if self.timestep_sampling == "uniform":
-            return torch.randint(self.min_timestep, steps, (batch_size,), generator=generator)
-        return stratified_timesteps(batch_size, self.min_timestep, steps - 1, generator)
+            return torch.randint(first, last + 1, (batch_size,), generator=generator)
+        if self.timestep_sampling == "logit_normal":
+            return logit_normal_timesteps(batch_size, first, last, generator)
+        return stratified_timesteps(batch_size, first, last, generator)
 
-    def denoising_loss(
+    def denoise(
         self,
         latents: torch.Tensor,
         conditioning: torch.Tensor,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        conditioning_mask: torch.Tensor | None = None,
+    ) -> DenoisingOutput:
         if timesteps is None:
             timesteps = self.sample_timesteps(len(latents))
         timesteps = timesteps.to(latents.device)
         if noise is None:
             noise = torch.randn_like(latents)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)  # (B, C, h, w)
-        predicted = self.unet(noisy.to(self.unet.dtype), timesteps, conditioning.to(self.unet.dtype)).sample
-        return self.loss(predicted.float(), self._target(latents, noise, timesteps).float())
+        dtype = self.unet.dtype
+        output = self.unet(
+            noisy.to(dtype), timesteps, conditioning.to(dtype), encoder_attention_mask=conditioning_mask
+        )
+        predicted, target = output.sample.float(), self._target(latents, noise, timesteps).float()
+        if self.snr_gamma:
+            errors = self.loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
+            kept = self.scheduler.alphas_cumprod.to(errors.device)[timesteps]  # share of the signal's variance
+            weights = min_snr_weights(kept / (1 - kept), self.snr_gamma, self.prediction_type)
+            return DenoisingOutput((weights * errors).mean(), errors.detach(), timesteps)
+        with torch.no_grad():
+            errors = self.loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
+        return DenoisingOutput(self.loss(predicted, target), errors, timesteps)
 
     def pipeline_components(self) -> dict[str, Any]:
         return {"vae": self.vae, "unet": self.unet, "scheduler": self.scheduler}

@@ -1,11 +1,15 @@
 """The command line overrides the YAML file. A wrong name is an error that suggests the right one."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 import vlv.train.configs
 from vlv.train.parsing import parse_config
+from vlv.train.setting_groups import INHERITED, WITHOUT_EFFECT
 from vlv.train.stage1 import Stage1Config
 from vlv.train.stage2 import Stage2Config
 
@@ -136,3 +140,19 @@ def test_a_former_value_of_trainable_is_an_error_with_the_present_value(tmp_path
 def test_an_unknown_value_of_trainable_is_an_error(config):
     with pytest.raises(ValueError, match="trainable is 'everything'"):
         config(trainable="everything", use_cpu=True)
+
+
+@pytest.mark.parametrize("config", [Stage1Config, Stage2Config])
+def test_help_shows_vlvs_settings_first_in_groups_and_hides_those_without_effect(config, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(config, ["--help"], "vlv train")
+    text = capsys.readouterr().out
+    options = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    first = options.index("adam_beta1")  # of TrainingArguments alone
+    own = {field.name for field in dataclasses.fields(config)} - {
+        field.name for field in dataclasses.fields(TrainingArguments)
+    }
+    assert own <= set(options[:first]) and options[0] == "model"
+    assert text.index("\nmodels:") < text.index("\ndata:") < text.index("\nthe run:") < text.index(f"\n{INHERITED}:")
+    assert not WITHOUT_EFFECT & set(options)
+    assert {field.name for field in dataclasses.fields(config) if field.init} - WITHOUT_EFFECT <= set(options)

@@ -62,8 +62,10 @@ def test_the_oldest_checkpoints_are_removed_as_a_whole(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "file").touch()
         os.utime(tmp_path / f"checkpoint-{step}", (step, step))
-    remove_old_checkpoints(tmp_path, None, tmp_path / "waste")
+    remove_old_checkpoints(tmp_path, None, None, tmp_path / "waste")
     assert len(list(tmp_path.glob("checkpoint-*"))) == 3
-    remove_old_checkpoints(tmp_path, 1, tmp_path / "waste")
+    remove_old_checkpoints(tmp_path, 1, str(tmp_path / "checkpoint-2"), tmp_path / "waste")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-10"}
+    remove_old_checkpoints(tmp_path, 1, None, tmp_path / "waste")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
     assert {path.name for path in (tmp_path / "waste").iterdir()} == {"checkpoint-2", "checkpoint-6"}

@@ -1,5 +1,6 @@
 """Collators: batches of images, or of images and captions, without what cannot be read."""
 
+import os
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -134,8 +135,23 @@ class _SkippingCollator:
         return readable, images, num_skipped
 
 
+def name_of(image: Any) -> str:
+    """What messages call an image: its path, or the name that its source gave it."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    return getattr(image, "name", None) or getattr(image, "filename", None) or "an image without a name"
+
+
+def describe(items: list[dict]) -> dict[str, list]:
+    """The `names` of the images of a batch, and their `places` in an evaluation set."""
+    places = {"places": [item["place"] for item in items]} if "place" in items[0] else {}
+    return {"names": [name_of(item["image"]) for item in items], **places}
+
+
 class Stage1Collator(_SkippingCollator):
     """Batches of images: `pixel_values` for the encoder and `diffusion_pixels` for the diffusion model.
+
+    A batch also has the images' `names`, and their `places` where the items have a `place`.
 
     Args:
         image_processor: Loads and crops the images, and gives `pixel_values` `(B, 3, height, width)`.
@@ -155,7 +171,7 @@ class Stage1Collator(_SkippingCollator):
         self.image_processor, self.diffusion_image_size = image_processor, diffusion_image_size
         self.moments = moments
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict]) -> dict[str, Any]:
         items, images, num_skipped = self.load_readable(items, self.image_processor)
         if self.moments is None:
             targets = {"diffusion_pixels": diffusion_pixels(images, self.diffusion_image_size)}
@@ -166,12 +182,15 @@ class Stage1Collator(_SkippingCollator):
         return {
             "pixel_values": pixel_values,
             **targets,
+            **describe(items),
             "num_skipped": num_skipped,  # an int: reading a tensor would wait for the device
         }
 
 
 class Stage2Collator(_SkippingCollator):
     """Batches of pairs: `pixel_values` `(B, 3, height, width)` and `labels` `(B, L)`, where -100 marks padding.
+
+    A batch also has the images' `names`, and their `places` where the items have a `place`.
 
     Args:
         processor: Prepares images and captions.
@@ -192,7 +211,7 @@ class Stage2Collator(_SkippingCollator):
         self.processor, self.max_caption_tokens = processor, max_caption_tokens
         self.append_eos, self.pad_to_max_length = append_eos, pad_to_max_length
 
-    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict]) -> dict[str, Any]:
         items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
         batch = self.processor(
             images=images,
@@ -202,4 +221,4 @@ class Stage2Collator(_SkippingCollator):
             pad_to_max_length=self.pad_to_max_length,
             pre_crop_size=None,
         )
-        return {**batch, "num_skipped": num_skipped}
+        return {**batch, **describe(items), "num_skipped": num_skipped}

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from vlv.image_files import walk_images
 
 from .captions import CAPTION_COLUMN, IMAGE_COLUMN, IMAGE_COLUMNS
+from .held_back import hold_back
 from .lists import LIST_SUFFIXES, ListDataset, image_files, lists_of_a_folder, read_folder, read_list
 from .mixture import TrainingDataset
 from .shards import TarSource
@@ -34,7 +35,8 @@ def load_images(source: Any, *, split: str = "train", image_column: str = IMAGE_
             `datasets.load_dataset` finds.
         split: Split of a data set.
         image_column: Column of a table. Without a column of the default name, other usual names are looked for.
-        options: `image_root`, `streaming` (True for a [`StreamingDataset`]), and options of [`TrainingDataset`].
+        options: `image_root`, `streaming` (True for a [`StreamingDataset`]), `eval_share` (that share of each source's
+            rows, drawn by seed, is in `held_back` instead), and options of [`TrainingDataset`].
 
     Raises:
         ImportError: If reading `source` needs the library `datasets` and it is not installed.
@@ -59,7 +61,7 @@ def load_pairs(
         split: Split of a data set.
         image_column, caption_column: Columns of a table, and keys in lists. Without a column of the default name,
             other usual names are looked for.
-        options: `image_root`, `streaming` (True for a [`StreamingDataset`]), and options of [`TrainingDataset`].
+        options: As for `load_images`.
 
     Raises:
         ImportError: If reading `source` needs the library `datasets` and it is not installed.
@@ -76,9 +78,12 @@ def _load(
     caption_column: str | None,
     image_root: str | os.PathLike | None = None,
     streaming: bool = False,
+    eval_share: float = 0.0,
     **options,
 ) -> Any:
     named = parse_sources(source)
+    if streaming and eval_share:
+        raise ValueError("eval_share does not work with streaming; give evaluation data of its own")
     if streaming:
         if len(named) > 1 or named[0][1] != 1:
             raise ValueError("streaming reads one source, without a weight")
@@ -88,7 +93,15 @@ def _load(
     options.pop("shuffle", None)
     lines = options.get("caption_lines", "first")
     sources = [open_source(name, split, image_column, caption_column, image_root, lines) for name, _ in named]
-    return TrainingDataset(sources, [weight for _, weight in named], **options)
+    weights = [weight for _, weight in named]
+    if not eval_share:
+        return TrainingDataset(sources, weights, **options)
+    pairs = [hold_back(each, eval_share, options.get("seed", 0), 5, i) for i, each in enumerate(sources)]
+    training, held_back = zip(*pairs, strict=True)
+    dataset = TrainingDataset(training, weights, **options)
+    plain = {"random_crop": False, "horizontal_flip": False}
+    dataset.held_back = TrainingDataset(held_back, **{**options, **plain})
+    return dataset
 
 
 def parse_sources(value: Any) -> list[Weighted]:

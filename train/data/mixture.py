@@ -132,6 +132,8 @@ class TrainingDataset(Dataset):
                 raise ValueError(f"the weight of a source is {weight}; expected a number above 0: passes per epoch")
         self.seed, self.caption_lines = seed, caption_lines
         self.random_crop, self.horizontal_flip = random_crop, horizontal_flip
+        self.held_back: TrainingDataset | None = None
+        """Samples of the same sources that are not trained on."""
         self.parts = [
             _Part(source, weight, caption_lines, (seed, number), on_bad_caption)
             for number, (source, weight) in enumerate(zip(sources, self.weights, strict=True))

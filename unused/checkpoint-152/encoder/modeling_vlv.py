@@ -1,0 +1,837 @@
+"""VLV: an image becomes caption embeddings, and a language model decodes them into a caption.
+
+The file is self-contained (configuration, encoder, captioner), because a Hub repository ships one code file beside a
+pipeline component's weights.
+
+Shapes in comments: B images, Q query tokens, P tokens of a text prefix, L tokens of a caption, d_model the width of
+Florence-2, d_text the width of the text encoder, d_lm the width of the language model.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Florence2Config,
+    Florence2Model,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
+from transformers.utils import ModelOutput, cached_file, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+# Florence-2's processor replaces the task token <MORE_DETAILED_CAPTION> by "Describe with a paragraph what is shown in
+# the image.", here between <s> and </s>. The authors' code always uses it (train/VLV_stage1.py of the original).
+FLORENCE_TASK_PROMPT_IDS = [0, 47066, 21700, 19, 10, 17818, 99, 16, 2343, 11, 5, 2274, 4, 2]
+
+RENAMED_CONFIG_FIELDS = {
+    "encoder_config": "image_encoder_config",
+    "decoder_config": "text_config",
+    "num_queries": "num_query_tokens",
+}
+"""Field names of version 0.1 and the names that replace them."""
+
+
+class VLVConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`VLVModel`] and [`VLVForConditionalGeneration`].
+
+    Args:
+        image_encoder_config (`Florence2Config` or `dict`, *optional*):
+            The image encoder: the vision tower and the sequence-to-sequence transformer of Florence-2.
+        text_encoder_config (`CLIPTextConfig` or `dict`, *optional*):
+            The frozen text encoder of the text-to-image model. Its `projection_dim` is not used.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            The language model: any causal language model of transformers. None in a stage-1 checkpoint, which
+            reconstructs images but does not caption them.
+        num_query_tokens (`int`, *optional*, defaults to 77):
+            Number of learnable query tokens. Each yields one caption embedding (VLV paper, table 4: 77 is best). At
+            most the number of positions of the text encoder.
+        task_prompt_ids (`list[int]`, *optional*, defaults to `[]`):
+            Token ids, in the image encoder's vocabulary, that follow the image tokens. `FLORENCE_TASK_PROMPT_IDS`
+            is Florence-2's own task prompt.
+        attend_all_queries (`bool`, *optional*, defaults to `False`):
+            Whether query tokens attend to each other in both directions. The paper's attention is causal.
+        query_initializer_range (`float`, *optional*, defaults to 1.0):
+            Standard deviation of untrained query tokens (1.0 in the authors' code).
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of untrained projector weights.
+
+    Raises:
+        ValueError: If `num_query_tokens` is below 1 or above the number of positions of the text encoder, or if a
+            field has a name of version 0.1.
+    """
+
+    model_type = "vlv"
+    sub_configs_defaults = {  # noqa: RUF012 (transformers reads it from the class)
+        "image_encoder_config": Florence2Config,
+        "text_encoder_config": CLIPTextConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", optional=True),
+    }
+
+    image_encoder_config: Any = None
+    text_encoder_config: Any = None
+    text_config: Any = None
+    num_query_tokens: int = 77
+    task_prompt_ids: list[int] | tuple[int, ...] = ()
+    attend_all_queries: bool = False
+    query_initializer_range: float = 1.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
+
+    def __post_init__(self, **kwargs):
+        refuse_renamed_fields(kwargs)
+        super().__post_init__(**kwargs)
+        self.task_prompt_ids = list(self.task_prompt_ids)
+        positions = self.text_encoder_config.max_position_embeddings
+        if not 1 <= self.num_query_tokens <= positions:
+            raise ValueError(
+                f"num_query_tokens is {self.num_query_tokens}, but the text encoder has {positions} positions; "
+                f"choose 1 to {positions}"
+            )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes the configuration, and the code that it names, into a folder or a Hub repository.
+
+        A pipeline whose code cannot be found is left out of the configuration, unless it lies in a Hub repository.
+        """
+        folder = Path(save_directory)
+        auto_map = getattr(self, "auto_map", None) or {}
+        for name, reference in auto_map.items():
+            local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
+            if local.partition(".")[0] == Path(__file__).stem:
+                auto_map[name] = local
+                _copy(Path(__file__), folder)
+        pipelines = {}
+        for task, pipeline in (getattr(self, "custom_pipelines", None) or {}).items():
+            repository, _, local = pipeline["impl"].rpartition("--")
+            if source := _find_code(local.partition(".")[0], self.name_or_path):
+                _copy(source, folder)
+                pipelines[task] = {**pipeline, "impl": local}
+            elif repository:
+                pipelines[task] = pipeline
+        if pipelines:
+            self.custom_pipelines = pipelines
+        elif hasattr(self, "custom_pipelines"):
+            del self.custom_pipelines
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _find_code(module: str, origin: str) -> Path | None:
+    """The file of a module: beside this file, in the installed package, or in `origin`, a folder or cached repo."""
+    if not module.isidentifier():
+        return None
+    here, name = Path(__file__).parent, f"{module}.py"
+    for path in (here / name, here / "pipelines" / name):
+        if path.is_file():
+            return path
+    try:
+        found = cached_file(origin, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such folder or repository
+        return None
+    return Path(found) if found else None
+
+
+def _copy(source: Path, folder: Path) -> None:
+    target = folder / source.name
+    if not (target.exists() and target.samefile(source)):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def _unregister(subclass: Any) -> None:
+    """Keeps a subclass in a user's module from being saved as remote code, unless the user registers it, too."""
+    if "_auto_class" not in vars(subclass):
+        subclass._auto_class = None
+
+
+def refuse_renamed_fields(fields: dict[str, Any], source: str = "the configuration") -> None:
+    """Raises `ValueError` for a configuration field with a name of version 0.1; the message gives the new name."""
+    for old, new in RENAMED_CONFIG_FIELDS.items():
+        if old in fields:
+            raise ValueError(
+                f"{source} has a field {old!r}, which is called {new!r} since version 0.2. Weights were renamed, too: "
+                "export or convert the model again with this version"
+            )
+
+
+@dataclass
+class VLVModelOutput(ModelOutput):
+    """
+    Args:
+        caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
+            The caption embeddings `z`, which take the place of word embeddings in the text encoder.
+        conditioning (`torch.Tensor` of shape `(B, Q, d_text)`):
+            `T(z)`, the last hidden state of the text encoder. Denoiser and language model read it.
+        hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
+            Of the text encoder: its embeddings and the output of each layer, before the final layer norm, each
+            `(B, Q, d_text)`.
+        attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
+            Attention weights of each layer of the text encoder, `(B, heads, Q, Q)`.
+    """
+
+    caption_embeds: torch.Tensor | None = None
+    conditioning: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class VLVCausalLMOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, returned when `labels` are given):
+            Next-token cross-entropy over the labels that are not -100.
+        logits (`torch.Tensor`):
+            `(B, L, vocab)` with labels: `logits[:, i]` predicts `labels[:, i]`. `(B, 1, vocab)` without labels: the
+            next token. `(B, Q + P + L, vocab)` with `full_logits=True`. None in training, unless asked for.
+        caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
+            The caption embeddings that the language model read.
+        hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
+            Of the language model, as it returns them: its embeddings and the output of each layer, each
+            `(B, Q + P + L, d_lm)`, prefix included.
+        attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
+            Attention weights of each layer of the language model, `(B, heads, Q + P + L, Q + P + L)`.
+        past_key_values (`Cache`, returned with `use_cache=True`):
+            Keys and values of the language model, over the same positions.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    caption_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Cache | None = None
+
+
+class VLVProjector(nn.Module):
+    """Linear, GELU, Linear: the paper's φ (into the text encoder) and ψ (into the language model)."""
+
+    def __init__(self, input_width: int, output_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(input_width, output_width)
+        self.linear_2 = nn.Linear(output_width, output_width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.gelu(self.linear_1(hidden_states)))
+
+
+class VLVPreTrainedModel(PreTrainedModel):
+    config_class = VLVConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _no_split_modules = [  # noqa: RUF012
+        "Florence2VisionBlock",
+        "BartEncoderLayer",
+        "BartDecoderLayer",
+        "CLIPEncoderLayer",
+        "CLIPTextEmbeddings",
+        "VLVProjector",
+    ]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _unregister(cls)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VLVModel):
+            init.normal_(module.query_tokens, mean=0.0, std=self.config.query_initializer_range)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """The image encoder; with `modality="image"` its vision tower."""
+        encoder = self.base_model.image_encoder
+        return encoder if modality is None else encoder.get_encoder(modality)
+
+    def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
+        if modality is None:
+            self.base_model.image_encoder = encoder
+        else:
+            self.base_model.image_encoder.set_encoder(encoder, modality)
+
+    def _refuse_unused(self, kwargs: dict[str, Any]) -> None:
+        """Raises `TypeError` for an argument of `forward` that has no effect; the message gives the nearest name.
+
+        None counts as not given, and `use_cache=False` is accepted.
+        """
+        for name, value in kwargs.items():
+            if value is None or name in RECORDING_ARGUMENTS or (name == "use_cache" and not value):
+                continue
+            known = [p for p in inspect.signature(self.forward).parameters if p != "kwargs"]
+            near = difflib.get_close_matches(name, [*known, *RECORDING_ARGUMENTS], n=1, cutoff=0.7)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(known)}"
+            raise TypeError(f"{type(self).__name__}.forward does not use the argument {name!r}{hint}")
+
+
+RECORDING_ARGUMENTS = ("output_hidden_states", "output_attentions", "return_dict")
+
+
+def encode_text_embeds(
+    text_encoder: CLIPTextModel,
+    inputs_embeds: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The last hidden state `(B, N, d_text)` of a CLIP text model for embeddings `(B, N, d_text)`, or for words.
+
+    `CLIPTextModel.forward` takes token ids alone. This computes the same: position embeddings, causal attention, final
+    layer norm.
+    """
+    hidden = text_encoder.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
+    mask = create_causal_mask(
+        config=text_encoder.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=None
+    )
+    states = text_encoder.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+    return text_encoder.final_layer_norm(states)
+
+
+class VLVModel(VLVPreTrainedModel):
+    """Image to caption embeddings: Florence-2, learnable query tokens, a projector, and the text encoder `T`.
+
+    Stage 1 trains this model, and reconstruction uses it. The text encoder belongs to it and is stored once, here; in
+    training it is frozen (`vlv.train.freeze_for_stage1`).
+    """
+
+    _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}  # noqa: RUF012
+
+    def __init__(self, config: VLVConfig):
+        super().__init__(config)
+        d_model = config.image_encoder_config.text_config.d_model
+        d_text = config.text_encoder_config.hidden_size
+        self.image_encoder = Florence2Model._from_config(config.image_encoder_config)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, d_model))  # (1, Q, d_model)
+        self.projector = VLVProjector(d_model, d_text)
+        self.text_encoder = CLIPTextModel._from_config(config.text_encoder_config)
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        image_encoder: str,
+        text_encoder: str,
+        *,
+        text_encoder_subfolder: str | None = "text_encoder",
+        dtype: torch.dtype = torch.float32,
+        **config_kwargs,
+    ) -> VLVModel:
+        """Starts stage 1 from a pretrained Florence-2 and the text encoder of a diffusion model.
+
+        Args:
+            image_encoder (`str`):
+                Folder or repo id of a Florence-2 in transformers' format, e.g. `florence-community/Florence-2-large`.
+            text_encoder (`str`):
+                Folder or repo id of a diffusers pipeline (with `text_encoder_subfolder=None`, of a CLIP text model).
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Precision of all parts, whatever they are stored in. Training in mixed precision needs full weights.
+            config_kwargs:
+                Fields of [`VLVConfig`], such as `num_query_tokens` and `task_prompt_ids`. By default there are as many
+                query tokens as the text encoder has positions, and Florence-2's task prompt is used where the
+                vocabulary is Florence-2's.
+
+        Raises:
+            ValueError: If `image_encoder` is a Florence-2 in Microsoft's own format.
+        """
+        vision = Florence2Config.from_pretrained(image_encoder).vision_config
+        if hasattr(vision, "dim_embed"):
+            raise ValueError(
+                f"{image_encoder} is a Florence-2 in Microsoft's own format; use florence-community/Florence-2-large "
+                "or -base, or convert it: vlv convert --florence DIR --output NEW_DIR"
+            )
+        florence = Florence2Model.from_pretrained(image_encoder)
+        subfolder = {"subfolder": text_encoder_subfolder} if text_encoder_subfolder else {}
+        text_model = CLIPTextModel.from_pretrained(text_encoder, **subfolder)
+        config_kwargs.setdefault("num_query_tokens", text_model.config.max_position_embeddings)
+        if florence.config.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS):
+            config_kwargs.setdefault("task_prompt_ids", FLORENCE_TASK_PROMPT_IDS)
+        sub_configs = {"image_encoder_config": florence.config, "text_encoder_config": text_model.config}
+        model = _from_sub_configs(cls, sub_configs, dtype, **config_kwargs)
+        model.image_encoder.load_state_dict(florence.state_dict())
+        model.text_encoder.load_state_dict(text_model.state_dict())
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_encoder.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_encoder.embeddings.token_embedding = value
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """Resizes the embeddings of the text encoder's words."""
+        return self.text_encoder.resize_token_embeddings(*args, **kwargs)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """The vision tower's output.
+
+        Returns:
+            `pooler_output`, the projected image tokens `(B, 1 + h * w, d_model)`: their mean first, then the grid. And
+            `last_hidden_state`, and on request `hidden_states` and `attentions`, of the vision tower.
+        """
+        self._refuse_unused(kwargs)
+        expected = self.config.image_encoder_config.vision_config.in_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != expected:
+            raise ValueError(
+                f"pixel_values must be (batch, {expected}, height, width), got {tuple(pixel_values.shape)}; "
+                "VLVProcessor prepares them from images"
+            )
+        # The dtype of a norm, because quantisation leaves norms alone.
+        dtype = self.image_encoder.multi_modal_projector.image_proj_norm.weight.dtype
+        return self.image_encoder.get_image_features(pixel_values.to(dtype=dtype), **kwargs)
+
+    def get_caption_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Caption embeddings `z` of shape `(B, Q, d_text)` of images `(B, 3, height, width)`."""
+        tokens: Any = self.get_image_features(pixel_values).pooler_output  # (B, image tokens, d_model)
+        transformer = self.image_encoder.language_model
+        if self.config.task_prompt_ids:
+            prompt = torch.tensor([self.config.task_prompt_ids], device=tokens.device)
+            prompt_embeds = transformer.shared(prompt).to(tokens.device).expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens, prompt_embeds], dim=1)  # (B, image tokens + prompt, d_model)
+        positions = self.config.image_encoder_config.text_config.max_position_embeddings
+        if tokens.shape[1] > positions:
+            raise ValueError(
+                f"the image (with the task prompt) gives {tokens.shape[1]} tokens, but the encoder has {positions} "
+                "positions; make images smaller (the image processor's size, --encoder_image_size in training)"
+            )
+        memory = transformer.encoder(inputs_embeds=tokens, use_cache=False).last_hidden_state
+        queries = self.query_tokens.to(memory).expand(len(memory), -1, -1)  # (B, Q, d_model)
+        mask: torch.Tensor | None = None
+        if self.config.attend_all_queries:
+            shape = (len(memory), 1, self.config.num_query_tokens, self.config.num_query_tokens)
+            mask = memory.new_zeros(shape)  # masks nothing; without a mask the decoder is causal
+        states = transformer.decoder(
+            inputs_embeds=queries, attention_mask=mask, encoder_hidden_states=memory, use_cache=False
+        ).last_hidden_state
+        return self.projector(states)
+
+    def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
+        """`T(z)`: caption embeddings `(B, N, d_text)` through the text encoder, without BOS or EOS.
+
+        Raises:
+            ValueError: If the shape does not fit the text encoder.
+        """
+        text = self.text_encoder
+        positions, width = text.config.max_position_embeddings, text.config.hidden_size
+        if (
+            caption_embeds.ndim != 3
+            or caption_embeds.shape[2] != width
+            or not 1 <= caption_embeds.shape[1] <= positions
+        ):
+            raise ValueError(
+                f"caption_embeds must be (batch, 1 to {positions}, {width}), got {tuple(caption_embeds.shape)}; "
+                "are they from another model?"
+            )
+        return encode_text_embeds(text, caption_embeds.to(text.final_layer_norm.weight.dtype))
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> VLVModelOutput:
+        """Caption embeddings and their conditioning.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`):
+                Images as [`VLVImageProcessor`] prepares them.
+            caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`):
+                Caption embeddings that exist already. No image is encoded.
+            input_ids (`torch.Tensor` of shape `(B, N)`):
+                Words in the text encoder's vocabulary, for prompts, negative prompts and the unconditional context.
+                The output has no caption embeddings.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): Of `input_ids`.
+            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
+
+        Raises:
+            ValueError: Unless exactly one of the first three is given.
+            TypeError: For an argument that has no effect.
+        """
+        self._refuse_unused(kwargs)
+        if sum(given is not None for given in (pixel_values, caption_embeds, input_ids)) != 1:
+            raise ValueError("pass exactly one of pixel_values, caption_embeds and input_ids")
+        if attention_mask is not None and input_ids is None:
+            raise ValueError("attention_mask belongs to input_ids; leave it out")
+        if input_ids is not None:
+            states = encode_text_embeds(self.text_encoder, input_ids=input_ids, attention_mask=attention_mask)
+            return VLVModelOutput(conditioning=states)
+        z: Any = self.get_caption_embeds(pixel_values) if pixel_values is not None else caption_embeds
+        return VLVModelOutput(caption_embeds=z, conditioning=self.encode_caption_embeds(z))
+
+
+def _from_sub_configs(
+    model_class: Any, sub_configs: dict[str, PreTrainedConfig], dtype: torch.dtype, **config_kwargs
+) -> Any:
+    """A new model of precision `dtype`. Each part keeps the attention implementation that `sub_configs` name."""
+    implementations = {
+        name: config._attn_implementation for name, config in sub_configs.items() if config._attn_implementation
+    }
+    config = VLVConfig(**copy.deepcopy(sub_configs), **config_kwargs)
+    return model_class._from_config(config, dtype=dtype, attn_implementation=implementations)
+
+
+class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
+    """The captioner: a [`VLVModel`], a projection, and a causal language model that reads the conditioning.
+
+    Raises:
+        ValueError: If the configuration is a stage-1 model's, which has no language model.
+    """
+
+    def __init__(self, config: VLVConfig):
+        if config.text_config is None:
+            raise ValueError(
+                "this is a stage-1 checkpoint: it has no language model, so it reconstructs images but writes no "
+                "captions. Load it as VLVModel, or start stage 2 with "
+                "VLVForConditionalGeneration.from_vlv_text_pretrained(this_checkpoint, a_language_model)"
+            )
+        super().__init__(config)
+        self.model = VLVModel._from_config(config)
+        text_config = config.text_config.get_text_config()
+        d_lm = getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size  # the first is OPT's
+        self.language_projection = VLVProjector(config.text_encoder_config.hidden_size, d_lm)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        self.loss_type = "ForMaskedLM"  # cross-entropy without a shift: logits[:, i] predicts labels[:, i]
+        self.post_init()
+        self.generation_config = GenerationConfig.from_model_config(config.text_config)
+
+    @classmethod
+    def from_vlv_text_pretrained(
+        cls, vlv: str | VLVModel, language_model: str | PreTrainedModel, *, dtype: torch.dtype = torch.float32
+    ) -> VLVForConditionalGeneration:
+        """Starts stage 2 from a stage-1 model and a pretrained causal language model. The projection is new.
+
+        Args:
+            vlv (`str` or `VLVModel`): Folder or repo id of a stage-1 model, or the model.
+            language_model (`str` or `PreTrainedModel`):
+                Folder or repo id of a causal language model, e.g. `Qwen/Qwen2.5-3B`, or the model.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Precision of all parts, whatever they are stored in. Training in mixed precision needs full weights.
+        """
+        encoder: Any = VLVModel.from_pretrained(vlv) if isinstance(vlv, str) else vlv
+        if isinstance(language_model, str):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        own = encoder.config
+        sub_configs = {
+            "image_encoder_config": own.image_encoder_config,
+            "text_encoder_config": own.text_encoder_config,
+            "text_config": language_model.config,
+        }
+        model = _from_sub_configs(
+            cls,
+            sub_configs,
+            dtype,
+            num_query_tokens=own.num_query_tokens,
+            task_prompt_ids=own.task_prompt_ids,
+            attend_all_queries=own.attend_all_queries,
+            query_initializer_range=own.query_initializer_range,
+            initializer_range=own.initializer_range,
+        )
+        model.model.load_state_dict(encoder.state_dict())
+        model.language_model.load_state_dict(language_model.state_dict())
+        if language_model.generation_config is not None:
+            model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self, modality: str | None = None):
+        return self.language_model.get_decoder()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """As [`VLVModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_prefix(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
+
+        Returns:
+            Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and the caption embeddings `(B, Q, d_text)`.
+            Padding of a text prefix is moved to the front, so that the last position always precedes the caption.
+
+        Raises:
+            ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
+                belongs to nothing, or `inputs_embeds` are given beside `input_ids`.
+        """
+        if pixel_values is None and caption_embeds is None:
+            raise ValueError(
+                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values and "
+                "caption_embeds"
+            )
+        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)
+        token_embeddings = self.get_input_embeddings()
+        prefix = self.language_projection(output.conditioning.to(self.language_projection.linear_1.bias.dtype))
+        prefix = prefix.to(token_embeddings.weight.dtype)  # (B, Q, d_lm)
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("pass the text prefix as input_ids or as inputs_embeds, not as both")
+        text = inputs_embeds if input_ids is None else input_ids
+        if text is None and attention_mask is not None:
+            raise ValueError("attention_mask belongs to a text prefix; pass input_ids, too, or leave it out")
+        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any():
+            text = None  # padding alone
+        if text is not None and text.shape[1]:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            if len(text) != len(prefix):
+                raise ValueError(f"{len(text)} rows of {name} for {len(prefix)} images; give one row an image")
+            if attention_mask is None:
+                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+            if attention_mask.shape != text.shape[:2]:
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}, but {name} are {tuple(text.shape)}"
+                )
+            words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
+            prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
+            mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+            order = (mask != 0).long().argsort(dim=1, stable=True)  # (B, Q + P), padding first
+            prefix = prefix.gather(1, order[..., None].expand_as(prefix))
+            mask = mask.gather(1, order)
+        return prefix, mask, output.caption_embeds
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_logits: bool | None = None,
+        full_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> VLVCausalLMOutput:
+        """Next-token loss and logits of captions, given their images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
+            caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): A text prefix, also of length 0, without loss.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): Of the text prefix, padded on either side.
+            labels (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The caption alone, its EOS included, padded on the right with -100.
+            return_logits (`bool`, *optional*):
+                By default logits are returned, except in training with labels. There they are computed only at the
+                positions that predict a label.
+            full_logits (`bool`, *optional*, defaults to `False`): Returns logits of every position, prefix included.
+            num_items_in_batch (`int`, *optional*): Divisor of the summed loss, for gradient accumulation.
+            inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
+            use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
+            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
+
+        Raises:
+            ValueError: If labels and images differ in number, or the labels repeat `input_ids`.
+            TypeError: For an argument that has no effect.
+        """
+        self._refuse_unused(kwargs)
+        recorded = {
+            name: getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("output_hidden_states", "output_attentions")
+        }
+        sequence, mask, caption_embeds = self.get_prefix(
+            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds
+        )
+        with_text = sequence.shape[1] > caption_embeds.shape[1]
+        start = sequence.shape[1] - 1  # the position that predicts the first label
+        length = 1
+        if labels is not None:
+            if labels.ndim != 2 or len(labels) != len(sequence):
+                raise ValueError(f"labels must be ({len(sequence)}, length), got {tuple(labels.shape)}")
+            _refuse_labels_of_the_prefix(labels, input_ids, attention_mask)
+            length = labels.shape[1]
+            label_embeds = self.get_input_embeddings()(labels.clamp(min=0)).to(sequence)  # (B, L, d_lm)
+            sequence = torch.cat([sequence, label_embeds], dim=1)
+            mask = torch.cat([mask, (labels != -100).to(mask)], dim=1)
+        positions: dict[str, Any] = {}
+        if with_text:  # otherwise no padding precedes a word
+            positions = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+        with_logits = full_logits or labels is None or (not self.training if return_logits is None else return_logits)
+        keep: Any = 0 if full_logits else sequence.shape[1] - start  # the last so many positions; 0 keeps all
+        if labels is not None and not with_logits:
+            keep = F.pad(labels != -100, (start, 1))  # (B, Q + P + L) bool: the positions that predict a label
+        output = self.language_model(
+            inputs_embeds=sequence,
+            use_cache=bool(use_cache),
+            logits_to_keep=keep,
+            return_dict=True,
+            **positions,
+            **recorded,
+        )
+        logits = output.logits  # (B, positions, vocab), or with a mask (number of labels, vocab)
+        if (logits.shape[1] != (keep or sequence.shape[1])) if with_logits else logits.ndim != 2:
+            raise TypeError(
+                f"{type(self.language_model).__name__} ignores logits_to_keep, so VLV cannot use it; choose a causal "
+                "language model that supports it"
+            )
+        if not full_logits and with_logits:
+            logits = logits[:, :length]
+
+        loss: torch.Tensor | None = None
+        if labels is not None:
+            counted = labels != -100  # (B, L)
+            predictions = logits  # (number of labels, vocab)
+            if with_logits:
+                predictions = (logits[:, start : start + length] if full_logits else logits)[counted]
+            loss = self.loss_function(
+                logits=predictions,
+                labels=labels[counted],
+                vocab_size=predictions.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        return VLVCausalLMOutput(
+            loss=loss,
+            logits=logits if with_logits else None,
+            caption_embeds=caption_embeds,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            past_key_values=output.past_key_values if use_cache else None,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        prefix_dtype: torch.dtype | None = None,
+        inputs: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
+
+        Greedy search, beams, sampling, `max_new_tokens`, `min_new_tokens`, `num_return_sequences`, stopping criteria,
+        a streamer (for one image), `cache_implementation="static"`. Keyword arguments override `generation_config`,
+        which overrides the model's own.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
+            caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption continues.
+            prefix_dtype (`torch.dtype`, *optional*):
+                Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
+                of the model, which can change the result of beam search.
+            inputs (`torch.Tensor` of shape `(B, 3, height, width)`): Another name of `pixel_values`.
+
+        Returns:
+            `(B * num_return_sequences, length)` new token ids, without the prefix.
+
+        Raises:
+            ValueError: For `assistant_model`, `prompt_lookup_num_tokens`, `guidance_scale`, `max_length`, `min_length`
+                and `inputs_embeds`. The message names the argument to use instead.
+        """
+        _check_generation_arguments(kwargs)
+        if generation_config is not None:
+            _check_generation_arguments(generation_config.to_diff_dict())
+        if inputs is not None:
+            if pixel_values is not None:
+                raise ValueError("inputs is another name of pixel_values; pass one of them")
+            pixel_values = inputs
+        prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
+        if prefix_dtype is not None:
+            prefix = prefix.to(prefix_dtype)
+        own = self.generation_config.to_dict()
+        # Lengths in a language model's own settings count its prompt. A VLV's prefix is not part of that prompt.
+        own = {name: value for name, value in own.items() if name not in ("max_length", "min_length")}
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        settings.max_length = settings.min_length = None
+        settings.update(**{name: value for name, value in own.items() if value is not None}, defaults_only=True)
+        not_settings = settings.update(**kwargs)  # a streamer, stopping criteria, ...
+        return self.language_model.generate(
+            inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **not_settings
+        )
+
+
+def _refuse_labels_of_the_prefix(
+    labels: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> None:
+    """Raises `ValueError` for labels aligned with `input_ids`, as the collators of other models make them."""
+    if input_ids is None or labels.shape != input_ids.shape or torch.compiler.is_compiling():
+        return
+    counted = labels != -100
+    repeated = counted & (labels == input_ids)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        repeated &= attention_mask != 0
+    if counted.any() and torch.equal(repeated, counted):
+        raise ValueError(
+            "labels repeat input_ids, so the model would learn to write its text prefix twice; labels are the caption "
+            "alone, which follows input_ids: pass it to VLVProcessor as suffix=, and leave input_ids out"
+        )
+
+
+_REFUSED_GENERATION_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "assistant_model": (lambda v: v is not None, "an assistant cannot read the image prefix; leave it out"),
+    "prompt_lookup_num_tokens": (lambda v: v is not None, "the prefix is not text to look up in; leave it out"),
+    "guidance_scale": (
+        lambda v: v not in (None, 1, 1.0),
+        "there is no unconditional prefix for the language model; leave it out "
+        "(guidance belongs to VLVReconstructionPipeline)",
+    ),
+    "max_length": (lambda v: v is not None, "the prefix has no words to count; use max_new_tokens"),
+    "min_length": (lambda v: v not in (None, 0), "the prefix has no words to count; use min_new_tokens"),
+    "prefill_chunk_size": (lambda v: v is not None, "the prefix has no words to cut; leave it out"),
+    "inputs_embeds": (lambda v: v is not None, "pass pixel_values or caption_embeds, and words as input_ids"),
+}
+
+
+def _check_generation_arguments(arguments: dict[str, Any]) -> None:
+    for name, (is_set, advice) in _REFUSED_GENERATION_ARGUMENTS.items():
+        if name in arguments and is_set(arguments[name]):
+            raise ValueError(f"{name} does not work with VLV's generate: {advice}")
+
+
+__all__ = ["VLVConfig", "VLVForConditionalGeneration", "VLVModel", "VLVModelOutput", "VLVPreTrainedModel"]

@@ -1,0 +1,598 @@
+"""VLV's processors: the one place where images become pixel values and text becomes token ids."""
+
+import base64
+import difflib
+import errno
+import importlib
+import io
+import os
+import shutil
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import torch
+from huggingface_hub import get_session
+from PIL import ExifTags, Image, UnidentifiedImageError
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
+
+WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+# Beyond this ratio of the sides, resizing before the crop would make an image many times the size of the crop.
+MAX_RATIO_FOR_RESIZE_FIRST = 16
+ORIENTATIONS = {  # of EXIF (CIPA DC-008, 4.6.5), and the transposition that makes an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """Converts any kind of image to an upright 8-bit RGB image.
+
+    Transparent pixels are composited over white. 16-bit values are divided by 257. Images of mode "F" and float arrays
+    must lie in 0..1. The EXIF orientation is applied; other metadata is ignored, whatever it holds. Of an animation in
+    a file the first frame is used, of an animation that is open already the current frame. The caller's image is not
+    changed.
+
+    Args:
+        image: A PIL image, a path, a URL, a data URI, a base64 string, bytes, or a numpy or torch array of shape
+            (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels: uint8, uint16, bool, or float in 0..1. If both the
+            first and the last axis could be channels, a torch tensor is read as channels first and a numpy array as
+            channels last.
+
+    Raises:
+        ValueError: If the input cannot be read as an image, with the reason. The message quotes at most 80 characters
+            of the input.
+    """
+    if isinstance(image, Image.Image):
+        return _pil_to_rgb(image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return _array_to_rgb(image)
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+        return _open_bytes((_decode_data_uri if image.startswith("data:") else _download)(image), _shorten(image))
+    if isinstance(image, (str, os.PathLike)):
+        return _open_path(os.fspath(image))
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        data = bytes(image)
+        return _open_bytes(data, f"{len(data)} bytes")
+    kinds = "a PIL image, path, URL, base64 string, bytes, numpy or torch array"
+    raise ValueError(f"a {type(image).__name__} is not an image; expected {kinds}")
+
+
+def _shorten(text: str) -> str:
+    """At most 80 characters of an input, for an error message: its end, which tells paths apart."""
+    return text if len(text) <= 80 else "..." + text[-77:]
+
+
+def _decode_data_uri(uri: str) -> bytes:
+    """The bytes of `data:image/png;base64,...` (RFC 2397)."""
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise ValueError(f"{_shorten(uri)} is not a data URI; expected data:image/...;base64,...")
+    data = unquote_to_bytes(payload)
+    if not header.endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(data)
+    except ValueError as error:
+        raise ValueError(f"the base64 of {_shorten(header)} is damaged: {error}") from error
+
+
+def _open_path(path: str) -> Image.Image:
+    name = _shorten(path)
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a folder; give the images in it")
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # the second for a null byte
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise ValueError(f"{name} could not be read: {error.strerror}") from error
+        return _open_base64(path)
+    return _open_bytes(data, name)
+
+
+def _open_base64(text: str) -> Image.Image:
+    """The image in a base64 string. Line breaks are allowed. Other text is taken for a path that does not exist."""
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+        with Image.open(io.BytesIO(data)):
+            pass
+    except (ValueError, OSError) as error:  # of base64, and of Pillow for other content
+        raise ValueError(f"{_shorten(text)} does not exist") from error
+    return _open_bytes(data, f"{len(data)} bytes of base64")
+
+
+def _open_bytes(data: bytes, name: str) -> Image.Image:
+    """The image in the bytes of a file; errors call it `name`."""
+    if not data:
+        raise ValueError(f"{name} is empty (0 bytes)")
+    try:
+        try:
+            return _decode(data)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error) and "too large" not in str(error):
+                raise
+            return _decode(_without_png_metadata(data))  # Pillow refuses large texts and profiles beside the pixels
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image in a format that can be read{_missing_package(data)}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large to be decoded safely: {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"{name} is too large for the memory of this machine") from error
+    except Exception as error:  # Pillow's decoders raise OSError, TypeError, struct.error, ... for damaged files
+        raise ValueError(f"{name} is damaged: {error}") from error
+
+
+def _missing_package(data: bytes) -> str:
+    """The package that reads a format which Pillow alone does not, for an error message."""
+    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif", b"msf"):
+        return "; HEIC needs the package pillow-heif"
+    return "; JPEG XL needs the package pillow-jxl-plugin" if data[:2] == b"\xff\x0a" or data[4:8] == b"JXL " else ""
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if not add_formats():
+            raise
+        image = Image.open(io.BytesIO(data))
+    with image:
+        return _pil_to_rgb(image)
+
+
+@cache
+def add_formats() -> bool:
+    """Registers HEIC and JPEG XL with Pillow, where their packages are installed; returns whether one is."""
+    found = False
+    for package in ("pillow_heif", "pillow_jxl"):  # the second registers itself
+        with suppress(ImportError):
+            getattr(importlib.import_module(package), "register_heif_opener", lambda: None)()
+            found = True
+    return found
+
+
+def _without_png_metadata(data: bytes) -> bytes:
+    """A PNG file without texts and colour profile."""
+    kept, position = [data[:8]], 8  # the signature
+    while position + 8 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def _download(url: str) -> bytes:
+    try:
+        response = get_session().get(url, timeout=30, follow_redirects=True)
+        response.raise_for_status()
+    except Exception as error:  # the HTTP library of huggingface_hub and its exceptions differ between versions
+        raise ValueError(f"{_shorten(url)} could not be downloaded: {_shorten(str(error))}") from error
+    return response.content
+
+
+def _pil_to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    image = _upright(image)
+    if image.width < 1 or image.height < 1:
+        raise ValueError(f"the image has no pixels: {image.width} x {image.height}")
+    if image.mode in WIDE_MODES:
+        return _array_to_rgb(_wide_values(image))
+    if image.mode == "F":
+        return _array_to_rgb(np.asarray(image))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned by its EXIF orientation. EXIF that cannot be parsed is ignored."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # SyntaxError for data that is not TIFF, struct.error, KeyError, ...
+        return image
+    method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _wide_values(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"the image has values from {values.min()} to {values.max()}; expected 16 bits, 0 to 65535")
+    return values.astype(np.uint16)
+
+
+def _array_to_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
+    channels_first_if_unclear = isinstance(array, torch.Tensor)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    shape = array.shape
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or 0 in shape:
+        raise ValueError(f"an array of shape {shape} is not an image; expected (H, W), (H, W, C) or (C, H, W)")
+    first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+    if not first and not last:
+        raise ValueError(f"an array of shape {shape} is not an image; expected 1, 3 or 4 channels, first or last")
+    if first and (not last or (channels_first_if_unclear and len(shape) == 3)):
+        array = np.moveaxis(array, 0, -1)  # (H, W, C)
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = np.round(array / 257).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"float images must lie in 0..1, this one has {low:.4g} to {high:.4g}; divide or clip it")
+        array = np.round(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"arrays must be uint8, or float in 0..1; this one is {array.dtype}")
+    if array.shape[2] == 1:
+        return Image.fromarray(np.ascontiguousarray(array[..., 0])).convert("RGB")
+    return _pil_to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def crop_to_square(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to `size` pixels (bilinear), then crops the square in the middle.
+
+    The authors' code does this with 384. An image much longer than wide is cropped while it is resized; the result
+    agrees to within one grey level.
+    """
+    width, height = image.size
+    resized = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    left, top = round((resized[0] - size) / 2), round((resized[1] - size) / 2)
+    if max(width, height) <= MAX_RATIO_FOR_RESIZE_FIRST * min(width, height):
+        return image.resize(resized, Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    x, y = width / resized[0], height / resized[1]
+    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """Returns a list of single images for one image, a batch array `(B, ...)`, or a nested list."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in flatten_images(item)]
+    return [images]
+
+
+class VLVImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """
+    pre_crop_size (`int`, *optional*): Side in pixels of the square that images are cropped to first.
+    """
+
+    pre_crop_size: int | None
+
+
+class _WithoutInheritedCode:
+    """A subclass in a user's module is not saved as remote code, unless the user registers it, too."""
+
+    _auto_class: Any = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = vars(cls).get("_auto_class")
+
+
+class VLVImageProcessor(_WithoutInheritedCode, PilBackend):
+    r"""
+    Converts images of any mode, size and orientation to `pixel_values`. Uses Pillow, not torchvision.
+
+    Args:
+        size (`dict`, *optional*, defaults to 768 x 768):
+            Height and width in pixels of the encoder's input. Images are resized to it without keeping their aspect
+            ratio.
+        pre_crop_size (`int`, *optional*):
+            Side in pixels of the square that images are cropped to first. The authors' models are trained with 384 and
+            never see the edges of an image that is not square. None uses the whole image, squeezed.
+        resample (`int`, *optional*, defaults to `3`): Pillow's filter of the resize to `size`; bicubic as Florence-2.
+        image_mean, image_std (`list[float]`, *optional*): Default to ImageNet's.
+        do_center_crop, crop_size (*optional*): Crops the middle of the resized image, as every image processor does.
+        do_pad, pad_size (*optional*):
+            Pads the normalised image with zeros at the bottom and the right; by default to the largest of the batch.
+
+    Raises:
+        ValueError: If an image cannot be read; the message gives its index and the reason.
+    """
+
+    resample = Image.Resampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 768, "width": 768}  # noqa: RUF012
+    pre_crop_size = None
+    do_resize = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    do_convert_rgb = True
+    valid_kwargs = VLVImageProcessorKwargs
+    model_input_names = ["pixel_values"]  # noqa: RUF012
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Writes the configuration, and the code that it names, into a folder or a Hub repository."""
+        _write_code([self], Path(save_directory))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def load(self, image: Any) -> Image.Image:
+        """The upright RGB image, cropped to `pre_crop_size` if that is set: the input of encoder and diffusion."""
+        rgb = to_rgb(image)
+        return crop_to_square(rgb, self.pre_crop_size) if self.pre_crop_size else rgb
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        return image_url_or_urls  # `to_rgb` opens paths, URLs and bytes one by one, so that an error can name its item
+
+    def _preprocess_image_like_inputs(self, images: Any, *args, **kwargs) -> BatchFeature:
+        flat = flatten_images(images)
+        if not flat:
+            raise ValueError("expected at least one image, got none")
+        pixel_values = []
+        for index, image in enumerate(flat):
+            try:
+                rgb = to_rgb(image)
+            except ValueError as error:
+                raise ValueError(f"image {index} of {len(flat)}: {error}") from error
+            # `do_rescale=False` says that values are in 0..1 already. `to_rgb` turns such floats into bytes.
+            rescaled = isinstance(image, (np.ndarray, torch.Tensor)) and "float" in str(image.dtype)
+            pixel_values.append(self._to_pixel_values(rgb, rescaled=rescaled, **kwargs))
+        if kwargs.get("do_pad"):
+            pixel_values = self.pad(pixel_values, pad_size=kwargs.get("pad_size"))
+        if kwargs.get("data_format") == ChannelDimension.LAST:
+            pixel_values = [values.transpose(1, 2, 0) for values in pixel_values]
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=kwargs.get("return_tensors"))
+
+    def _to_pixel_values(
+        self, rgb: Image.Image, *, size, resample, rescaled: bool, pre_crop_size=None, **kwargs
+    ) -> np.ndarray:
+        """`(3, height, width)` float32."""
+        if pre_crop_size:
+            rgb = crop_to_square(rgb, pre_crop_size)
+        if kwargs["do_resize"] and not (size.height and size.width):
+            raise ValueError(f'size is {dict(size)}; expected {{"height": ..., "width": ...}}, in pixels')
+        if kwargs["do_resize"] and rgb.size != (size.width, size.height):
+            rgb = rgb.resize((size.width, size.height), resample)
+        values = np.asarray(rgb)  # (height, width, 3)
+        if kwargs.get("do_center_crop"):
+            values = self.center_crop(values.transpose(2, 0, 1), kwargs["crop_size"]).transpose(1, 2, 0)
+        values = values.astype(np.float32)
+        if kwargs["do_rescale"] or rescaled:
+            values *= np.float32(kwargs["rescale_factor"] if kwargs["do_rescale"] else 1 / 255)
+        if kwargs["do_normalize"]:
+            values = (values - np.float32(kwargs["image_mean"])) / np.float32(kwargs["image_std"])
+        return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _write_code(parts: list[Any], folder: Path) -> None:
+    """Copies this file into `folder` where a part's `auto_map` names it, and makes the names local ones."""
+    for part in parts:
+        auto_map = getattr(part, "auto_map", None) or {}
+        for name, reference in auto_map.items():
+            local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
+            if local.partition(".")[0] == Path(__file__).stem:
+                auto_map[name] = local
+                folder.mkdir(parents=True, exist_ok=True)
+                target = folder / Path(__file__).name
+                if not (target.exists() and target.samefile(__file__)):
+                    shutil.copyfile(__file__, target)
+
+
+# The text of user messages, and of a last message by the assistant, one after the other. Nothing separates it from the
+# caption, which continues it: the model knows no dialogue.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' or (message['role'] == 'assistant' and loop.last) %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endif %}{% endfor %}"
+)
+
+
+class VLVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """
+    append_eos (`bool`): Whether a suffix ends with EOS.
+    pad_to_max_length (`bool`): Whether labels are padded to `max_length`.
+    """
+
+    images_kwargs: VLVImageProcessorKwargs
+    append_eos: bool
+    pad_to_max_length: bool
+
+
+class VLVProcessor(_WithoutInheritedCode, ProcessorMixin):
+    r"""
+    Images to `pixel_values`, a text prefix to `input_ids`, captions to `labels`.
+
+    Args:
+        image_processor ([`VLVImageProcessor`]): Prepares the images.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The language model's own. It needs an EOS token. One without a padding token pads with EOS.
+        chat_template (`str`, *optional*):
+            By default the text of the user's messages, which may be empty, and of a last message by the assistant.
+
+    Raises:
+        ValueError: If the tokenizer has no EOS token.
+    """
+
+    valid_processor_kwargs = VLVProcessorKwargs
+    model_input_names = ["pixel_values", "input_ids", "attention_mask"]  # noqa: RUF012
+    # A text prefix is padded on the left, because the caption follows it, and has no BOS or EOS.
+    text_kwargs = {  # noqa: RUF012
+        "add_special_tokens": False,
+        "padding": True,
+        "padding_side": "left",
+        "return_attention_mask": True,
+        "return_token_type_ids": False,
+        "return_tensors": "pt",
+    }
+    images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+    append_eos = True
+    pad_to_max_length = False
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        if tokenizer is not None:
+            if tokenizer.eos_token_id is None:
+                raise ValueError("the tokenizer has no EOS token, so no caption would end; set tokenizer.eos_token")
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Writes the configurations, and the code that they name, into a folder or a Hub repository."""
+        _write_code([self, self.image_processor], Path(save_directory))
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        suffix: str | list[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepares a batch.
+
+        Args:
+            images: One image or several, of any kind that [`VLVImageProcessor`] takes.
+            text (`str` or `list[str]`, *optional*):
+                A text prefix that the caption continues; may be empty. One for all images, or one for each. It has no
+                EOS and is padded on the left.
+            suffix (`str` or `list[str]`, *optional*):
+                Captions to train on, one for each image. They end with EOS, which is a label, too, and are padded on
+                the right with -100 to the longest of the batch.
+            max_length (`int`, *optional*):
+                Largest number of tokens of a suffix, EOS included. A longer one is cut and has no EOS. For `text` it
+                counts with `truncation=True` or `padding="max_length"`.
+            append_eos (`bool`, *optional*, defaults to `True`):
+                Whether suffixes end with EOS. The authors' code adds none, so that its captions never learn to end.
+            pad_to_max_length (`bool`, *optional*, defaults to `False`):
+                Pads labels to `max_length`, as the authors' code does, instead of to the longest of the batch.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"` or None for lists.
+            kwargs: Arguments of transformers' image processors (`size`, `do_normalize`, ...) and tokenizers
+                (`padding`, `truncation`, ...), also as `images_kwargs` and `text_kwargs`.
+
+        Returns:
+            `pixel_values` (B, 3, height, width), `input_ids` and `attention_mask` (B, P), `labels` (B, L): those that
+            the arguments ask for.
+
+        Raises:
+            ValueError: If nothing is given, numbers of images and texts differ, or an image cannot be read; the
+                message gives the index of the image.
+            TypeError: For an unknown argument; the message gives the nearest name.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("VLV takes images and text, not videos or audio")
+        if images is None and text is None and suffix is None:
+            raise ValueError("give images, text or suffix")
+        self._refuse_unknown(kwargs)
+        merged = self._merge_kwargs(VLVProcessorKwargs, **kwargs)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        data: dict[str, Any] = {}
+        count = None
+        if images is not None:
+            data.update(self.image_processor(images, **merged["images_kwargs"]))
+            count = len(data["pixel_values"])
+        if text is not None:
+            texts = [text] * (count or 1) if isinstance(text, str) else list(text)
+            if count is not None and len(texts) != count:
+                raise ValueError(f"{len(texts)} texts for {count} images; give one for all, or one for each")
+            data.update(self._encode_prefix(texts, return_tensors, merged["text_kwargs"]))
+        if suffix is not None:
+            captions = [suffix] if isinstance(suffix, str) else list(suffix)
+            if count is not None and len(captions) != count:
+                raise ValueError(f"{len(captions)} captions for {count} images; give one for each")
+            max_length = merged["text_kwargs"].get("max_length")
+            labels = self._labels(captions, max_length, merged["append_eos"], merged["pad_to_max_length"])
+            data["labels"] = _convert(labels, return_tensors)
+        return BatchFeature(data)
+
+    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
+        """The beginning of the caption in a chat, or in several; with `tokenize=True` their images, too.
+
+        A chat without words has one token of padding, so that chats with and without words make a batch.
+
+        Raises:
+            ValueError: If a chat has more than one image.
+        """
+        chats, _ = self._normalize_conversations(conversation)
+        for chat in chats:
+            contents = [message["content"] for message in chat if isinstance(message.get("content"), list)]
+            count = sum(part.get("type") == "image" for content in contents for part in content)
+            if count > 1:
+                raise ValueError(f"a chat has one image, this one has {count}; make one chat of each image")
+        result = super().apply_chat_template(conversation, *args, **kwargs)
+        ids = result.get("input_ids") if isinstance(result, BatchFeature) else None
+        if isinstance(ids, np.ndarray | torch.Tensor) and ids.shape[1] == 0:
+            kind = "pt" if isinstance(ids, torch.Tensor) else "np"
+            padding = {"input_ids": [[self.tokenizer.pad_token_id]] * len(ids), "attention_mask": [[0]] * len(ids)}
+            result.update({name: _convert(rows, kind) for name, rows in padding.items()})
+        return result
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        """Raises `TypeError` for a name that neither processor, image processor nor tokenizer knows."""
+        images, text = set(VLVImageProcessorKwargs.__annotations__), set(TextKwargs.__annotations__)
+        known = images | text | set(VLVProcessorKwargs.__annotations__) | {"common_kwargs"}
+        nested = {"images_kwargs": images, "text_kwargs": text, "common_kwargs": images | text}
+        unknown = [(name, known) for name in kwargs if name not in known]
+        for group, names in nested.items():
+            unknown += [(name, names) for name in kwargs.get(group) or {} if name not in names]
+        for name, names in unknown:
+            near = difflib.get_close_matches(name, [*names, "suffix", "images", "text"], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"VLVProcessor got an unknown argument {name!r}{hint}")
+
+    def _encode_prefix(self, texts: list[str], return_tensors: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        _require_strings(texts, "texts")
+        if not kwargs.get("truncation") and kwargs.get("padding") != "max_length":
+            kwargs = {name: value for name, value in kwargs.items() if name != "max_length"}
+        encoded = self.tokenizer(texts, **kwargs)
+        return {name: _convert(rows, return_tensors) for name, rows in encoded.items()}
+
+    def _labels(
+        self, captions: list[str], max_length: int | None, append_eos: bool, pad_to_max_length: bool
+    ) -> list[list[int]]:
+        _require_strings(captions, "captions")
+        if pad_to_max_length and max_length is None:
+            raise ValueError("pad_to_max_length needs max_length")
+        end = [self.tokenizer.eos_token_id] if append_eos else []
+        rows = [(ids + end)[:max_length] for ids in self.tokenizer(captions, add_special_tokens=False).input_ids]
+        padded = self.tokenizer.pad(
+            {"input_ids": rows},
+            padding="max_length" if pad_to_max_length else "longest",
+            max_length=max_length,
+            padding_side="right",
+            return_attention_mask=True,
+        )
+        return [
+            [token if counted else -100 for token, counted in zip(ids, mask, strict=True)]
+            for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
+        ]
+
+
+def _require_strings(values: list[Any], what: str) -> None:
+    if wrong := [value for value in values if not isinstance(value, str)]:
+        raise ValueError(f"{what} must be strings, got {type(wrong[0]).__name__}")
+
+
+def _convert(rows: list[list[int]], return_tensors: str | None) -> Any:
+    """Rows of equal length as int64, also where that length is 0, which the libraries would make float."""
+    if return_tensors is None:
+        return rows
+    values = np.asarray(rows, dtype=np.int64)
+    return torch.from_numpy(values) if return_tensors == "pt" else values
+
+
+__all__ = ["VLVImageProcessor", "VLVProcessor"]
