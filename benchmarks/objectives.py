@@ -160,15 +160,15 @@ def table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
     if len(baseline) > 1:
         losses, scores = ([row[key] for row in baseline] for key in ("loss", "object_place_f1"))
         spread = (
-            f"the baseline's loss is {min(losses):.4f} to {max(losses):.4f} over its seeds, and its F1 of objects with "
-            f"place {min(scores):.3f} to {max(scores):.3f}"
+            f"the baseline's loss is {min(losses):.4f} to {max(losses):.4f} over its seeds, and its F1 of objects "
+            f"with place {min(scores):.3f} to {max(scores):.3f}"
         )
     lines += [
         "",
-        f"How far to trust this: {spread}, and the standard error of an F1 over {scenes} scenes (two objects each) is up "
-        f"to {error:.3f}. An objective that draws random numbers of its own also has other noise and timesteps than the "
-        "baseline of the same seed. The table shows that each objective trains; it ranks none of them, and says nothing "
-        "about a training of full length.",
+        f"How far to trust this: {spread}, and the standard error of an F1 over {scenes} scenes (two objects each) "
+        f"is up to {error:.3f}. An objective that draws random numbers of its own also has other noise and timesteps "
+        "than the baseline of the same seed. The table shows that each objective trains; it ranks none of them, and "
+        "says nothing about a training of full length.",
         "",
     ]
     return "\n".join(lines)
