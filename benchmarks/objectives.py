@@ -165,10 +165,10 @@ def table(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
         )
     lines += [
         "",
-        f"How far to trust this: {spread}, and the standard error of an F1 over {scenes} scenes (two objects each) is "
-        f"up to {error:.3f}. An objective that draws random numbers of its own also has other noise and timesteps "
-        "than the baseline of the same seed. The table shows that each objective trains; it ranks none of them, and says "
-        "nothing about a training of full length.",
+        f"How far to trust this: {spread}, and the standard error of an F1 over {scenes} scenes (two objects each) "
+        f"is up to {error:.3f}. An objective that draws random numbers of its own also has other noise and timesteps "
+        "than the baseline of the same seed. The table shows that each objective trains; it ranks none of them, and "
+        "says nothing about a training of full length.",
         "",
     ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlv.train import stage1, stage2
 from vlv.train.parsing import FailedRun, errors_in_one_line
@@ -59,7 +60,8 @@ def fails(capsys, stage, settings) -> str:
         ({"deepspeed": "FILE"}, "deepspeed"),
     ],
 )
-def test_settings_that_cannot_work_are_named(settings, message, inputs, tmp_path, capsys):
+def test_settings_that_cannot_work_are_named(settings, message, inputs, tmp_path, capsys, request):
+    request.addfinalizer(unset_hf_deepspeed_config)  # transformers keeps it for all models to come
     (tmp_path / "odd.parquet").write_bytes(b"PAR1 no parquet")
     (tmp_path / "file").touch()
     places = {"MODEL": inputs["model"], "LANGUAGE_MODEL": inputs["language_model"], "FILE": tmp_path / "file"}
