@@ -175,7 +175,7 @@ def _value(value: Any) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, Mapping) and "fingerprint" in value:
         return f"{value['source']} ({value['fingerprint'][:12]})"
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def move_aside(folder: str | Path) -> None:

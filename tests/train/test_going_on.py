@@ -158,7 +158,7 @@ def test_accepted_changes_take_effect_and_are_said(run_folder, train, capsys):
 def test_settings_without_effect_on_the_result_take_effect_and_are_said(run_folder, train, capsys):
     assert train(run_folder, max_steps=6, save_steps=2, logging_steps=3, dataloader_num_workers=1) == [3, 4, 5, 6]
     said = capsys.readouterr().out
-    assert "without effect on the result:\n" in said and "  save_steps: 1.0 -> 2.0\n" in said
+    assert "without effect on the result:\n" in said and "  save_steps: 1 -> 2\n" in said
     assert {path.name for path in run_folder.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (1, 2, 4, 6)}
     history = json.loads((run_folder / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 6]
