@@ -221,7 +221,7 @@ class Stage1Trainer(VLVTrainer):
         if tokenizer is not None and args.validation_steps:
             self.tokenizer = tokenizer
             self.validation_items = readable_items(
-                validation_dataset or train_dataset, args.num_validation_images, image_processor.load
+                validation_dataset or train_dataset, args.num_validation_images, image_processor
             )
             if self.validation_items:
                 self.add_validation(self.save_reconstructions)

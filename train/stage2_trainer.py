@@ -158,7 +158,7 @@ class Stage2Trainer(VLVTrainer):
         )
         if args.validation_steps:
             self.validation_items = readable_items(
-                validation_dataset or train_dataset, args.num_validation_images, processor.image_processor.load
+                validation_dataset or train_dataset, args.num_validation_images, processor.image_processor
             )
             if self.validation_items:
                 self.add_validation(self.save_captions)
