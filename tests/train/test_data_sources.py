@@ -441,17 +441,24 @@ def test_a_data_set_of_the_hub_names_no_image_outside_of_it(tmp_path, image_proc
         *("private.png", "../private.png", f"{tmp_path}/private.png", f"{tmp_path}/root/../private.png"),
         *(f"file://{tmp_path}/private.png", f"zip://0.png::{tmp_path}/a.zip", "hf://datasets/other/name@1/0.png"),
         *(f"file://{tmp_path}/private.png::hf://datasets/org/name@1/a", "hf://datasets/org/name@1/../../x/0.png"),
+        "hf://datasets/org/name@1/0.png",  # of the data set itself, but there is no connection
     ]
-    inside = ["own.png", f"{tmp_path}/root/own.png", base64.b64encode(encoded(6)).decode()]
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    inside = ["own.png", f"{tmp_path}/root/own.png", base64.b64encode(buffer.getvalue()).decode()]
+    assert inside[-1].startswith("/9j/")  # as an absolute path does
     for image in (outside + inside, [{"path": path, "bytes": None} for path in outside + inside]):
         table = datasets.Dataset.from_dict({"image": image})
         items = list(ColumnDataset(table, "image", None, tmp_path / "root", repository="org/name"))
+        refused = [getattr(item["image"], "reason", "") for item in items]
+        assert ["is not in the data set org/name" in reason for reason in refused] == [True] * 9 + [False] * 4
         batch = Stage1Collator(image_processor, 8)(items)
         assert batch["num_skipped"] == len(outside) and len(batch["pixel_values"]) == 3
         stream = StreamingDataset(table.to_iterable_dataset(), "org/name", "image", None, repository="org/name")
         items = [item for item, _ in zip(stream, table, strict=False)]
         assert Stage1Collator(image_processor, 8)([*items, {"image": encoded(1)}])["num_skipped"] == len(outside) + 2
     assert "private.png is not in the data set org/name" in caplog.text
+    assert "hf://datasets/org/name@1/0.png: it cannot be read: Cannot reach" in caplog.text
     own = ColumnDataset(table, "image", None)  # a table of one's own may name any file
     assert own[2]["image"] == f"{tmp_path}/private.png"
 
@@ -461,6 +468,8 @@ def test_a_data_set_of_the_hub_names_no_image_outside_of_it(tmp_path, image_proc
     [
         ("list.jsonl", {}, r"list\.jsonl cannot be read with streaming"),
         ("*.tar", {}, r"\*\.tar cannot be read with streaming"),
+        ("li*", {}, r"li\* cannot be read with streaming"),
+        ("notes.docx", {}, r"notes\.docx cannot be read with streaming"),
         ("0.parquet", {}, r"0\.parquet cannot be read with streaming"),
         ("org/name", {"image_root": "x"}, "image_root is not possible with streaming"),
         ("org/name", {"on_bad_caption": "error"}, "on_bad_caption 'error' is not possible with streaming"),
@@ -469,6 +478,7 @@ def test_a_data_set_of_the_hub_names_no_image_outside_of_it(tmp_path, image_proc
 def test_what_streaming_cannot_do_is_refused_by_name(tmp_path, monkeypatch, name, options, words):
     monkeypatch.chdir(tmp_path)
     Path("list.jsonl").write_text('{"image": "0.png", "caption": "a dog"}')
+    Path("notes.docx").write_text("")
     with pytest.raises(ValueError, match=words):
         load_pairs(name, streaming=True, **options)
 

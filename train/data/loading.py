@@ -107,9 +107,8 @@ def _open_stream(
             "on_bad_caption 'error' is not possible with streaming, which reads captions while training; "
             "--max_bad_share 0 stops the run at the first"
         )
-    files = _matching(source)
-    suffix = Path(source).suffix.lower()
-    if files != [source] or os.path.isfile(source) or suffix in (*LIST_SUFFIXES, ".tar", ".parquet"):
+    is_file = Path(source).suffix.lower() in (*LIST_SUFFIXES, ".tar", ".parquet") or os.path.isfile(source)
+    if _matching(source) != [source] or (is_file and not os.path.isdir(source)):
         raise ValueError(
             f"{source} cannot be read with streaming, which takes a data set of the Hub such as org/name, or a folder "
             "of parquet or tar files; list, parquet and tar files given by name are read without --streaming"

@@ -43,14 +43,14 @@ def named_image(
     if "://" in text:
         is_archive = "::" in text and all(hop.startswith(ARCHIVES) for hop in text.split("::")[:-1])
         if ("::" in text and not is_archive) or not _may_read(container, folder, repository):
-            return UnreadableImage(text, _refusal(text, repository))
+            return UnreadableImage(text[:200], _refusal(text, repository))
         return _read(text)
     if repository is None:
         return text if folder is None else resolve_path(text, folder)
     if _may_read(text, folder, repository):
         return os.path.join(folder or "", text)
-    if os.path.isabs(text) or PurePosixPath(text).suffix.lower() in image_suffixes():
-        return UnreadableImage(text, _refusal(text, repository))
+    if PurePosixPath(text).suffix.lower() in image_suffixes():
+        return UnreadableImage(text[:200], _refusal(text, repository))
     return f"data:image/unknown;base64,{text}"  # of which no path is opened
 
 
