@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import TrainerCallback
 
 from vlv.files import write_json
@@ -39,6 +40,7 @@ def caption_statistics(
     found: dict[str, Any] = {
         "images_with_captions": int((counts > 0).sum()),
         "images_left_out": int((counts < 1).sum()),
+        "left_out": [part.source.name(int(row)) for part in dataset.parts for row in part.left_out],
         "images_with_several_captions": int((counts > 1).sum()),
         "most_captions_of_an_image": int(counts.max()),
         "caption_lines": dataset.caption_lines,
@@ -105,13 +107,13 @@ def take_census(trainer: Any) -> dict[str, Any]:
 def find_part(name: str) -> list[str]:
     """The part that a parameter belongs to: the first names of its path, down to those of Florence-2's own parts."""
     names = [part for part in name.split(".")[:-1] or [name] if part not in ("model", "base_model")]
-    depth = 1 + (names[:1] == ["image_encoder"]) * (2 if names[1:2] == ["language_model"] else 1)
+    depth = 1
+    if names[:1] == ["image_encoder"]:
+        depth = 3 if names[1:2] == ["language_model"] else 2
     return names[:depth] or [name]
 
 
 def _device_name(device: Any) -> str:
-    import torch
-
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
 

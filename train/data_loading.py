@@ -13,6 +13,8 @@ from vlv.files import read_json, write_json
 from .data import EpochSampler, StreamCollator, StreamingDataset, TrainingDataset
 from .data.streaming import STATE
 
+PROGRESS_FILE = "data_state_{}.json"
+"""How far a process is in a stream."""
 ENOUGH_IMAGES = 1000
 """The share of unreadable images counts as if at least so many had been read."""
 
@@ -58,9 +60,7 @@ class DataLoadingMixin(Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator().manual_seed(
-                args.seed
-            ),  # so that a resumed run draws what an unbroken one does
+            generator=torch.Generator().manual_seed(args.seed),  # a resumed run draws what an unbroken one does
         )
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -69,7 +69,9 @@ class DataLoadingMixin(Trainer):
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(str(self.args.output_dir))
             file = Path(str(checkpoint)) / self._progress_file()
-            self.train_dataset.progress = read_json(file, "workers", "states")
+            if not file.is_file():  # of a run on fewer devices, which `set_loader` refuses
+                file = file.with_name(PROGRESS_FILE.format(0))
+            self.train_dataset.progress = read_json(file, "workers", "ranks", "states")
             self.args.ignore_data_skip = True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -79,7 +81,7 @@ class DataLoadingMixin(Trainer):
             write_json(Path(output_dir) / self._progress_file(), self.train_dataset.progress)
 
     def _progress_file(self) -> str:
-        return f"data_state_{self.args.process_index}.json"
+        return PROGRESS_FILE.format(self.args.process_index)
 
     def count_images(self, inputs: dict[str, Any]) -> int:
         """Takes from a batch what is not for the model, and returns the number of images that could not be read.

@@ -304,7 +304,7 @@ class Stage1Trainer(VLVTrainer):
             self.validation_items = readable_items(
                 validation_dataset or kwargs.get("eval_dataset") or train_dataset,
                 args.num_validation_images,
-                image_processor.load,
+                image_processor,
             )
             if self.validation_items:
                 self.add_validation(self.save_reconstructions)

@@ -189,7 +189,7 @@ class Stage2Trainer(VLVTrainer):
             self.validation_items = readable_items(
                 validation_dataset or kwargs.get("eval_dataset") or train_dataset,
                 args.num_validation_images,
-                processor.image_processor.load,
+                processor.image_processor,
             )
             if self.validation_items:
                 self.add_validation(self.save_captions)

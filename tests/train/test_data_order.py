@@ -72,6 +72,17 @@ def test_two_ranks_with_two_workers_see_each_sample_of_shards_once_an_epoch(shar
     assert np.mean([len(found) for found in readers.values()]) < 1.5  # of four: most shards have one reader
 
 
+def test_an_epoch_that_does_not_divide_into_batches_ends_with_samples_of_its_beginning():
+    dataset = TrainingDataset([Numbers(50, (10, 7, 12, 4, 17))])
+    ranks = [[batch["images"] for batch in loader(dataset, rank, workers=0)[0]] for rank in range(RANKS)]
+    assert [[len(images) for images in batches] for batches in ranks] == [[BATCH] * 7] * RANKS
+    order = dataset.order(0, batch_size=BATCH, num_ranks=RANKS, seed=5).tolist()
+    in_turns = [n for batches in zip(*ranks, strict=True) for images in batches for n in images]
+    assert in_turns == order + order[:6] and sorted(order) == list(range(50))
+    dropping = [list(loader(dataset, rank, workers=0, drop_last=True)[0]) for rank in range(RANKS)]
+    assert [n for batches in zip(*dropping, strict=True) for batch in batches for n in batch["images"]] == order[:48]
+
+
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_resumed_rank_gets_the_very_next_batches(shards, epoch):
     for rank in range(RANKS):
@@ -187,6 +198,8 @@ def test_a_resumed_stream_gives_the_very_next_samples(workers, before):
     assert [batch["images"] for batch in batches_of(resumed, 1, workers, 14 - before)] == unbroken[before:]
     with pytest.raises(ValueError, match="dataloader_num_workers cannot be 3"):
         resumed.set_loader(BATCH, 3, 1, RANKS)
+    with pytest.raises(ValueError, match="was read on 2 devices, so that their number cannot be 4"):
+        resumed.set_loader(BATCH, workers, 1, 4)
 
 
 def test_a_stream_needs_samples_for_every_reader_and_no_lists_of_captions():

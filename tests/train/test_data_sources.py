@@ -1,13 +1,13 @@
 """Every kind of file that people have is a source: lists, parquet, tar shards. What is wrong in one is named."""
 
 import csv
-import io
 import json
 import logging
 import pickle
 import re
 import shlex
-import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -18,8 +18,14 @@ from PIL import Image
 from pyarrow import parquet
 
 from vlv.train import Stage2Config, load_images, load_pairs
-from vlv.train.data import Stage1Collator, TarSource, stored
+from vlv.train.census import caption_statistics
+from vlv.train.data import (
+    TarSource,
+    stored,
+)
 from vlv.train.parsing import parse_config
+
+from .data_files import encoded, write_parquet, write_tar
 
 CAPTIONS = ["a dog", "a cat", "an apple"]
 
@@ -98,7 +104,7 @@ def test_of_the_columns_caption_and_text_the_first_counts_and_another_is_named(f
     [
         ("a.csv", "file_name,caption\n0.png,a dog, black\n", r"a\.csv, line 2: expected 2 columns"),
         ("a.csv", "link,caption\n0.png,a dog\n", r"a\.csv, line 2: .*\['link', 'caption'\], but no 'image'"),
-        ("a.csv", "url,caption\nhttp://x/0.png,a dog\n", "'url' alone is no image: download the images first"),
+        ("a.csv", "url,caption\nhttp://x/0.png,a dog\n", "'url' holds URLs, not images: download the images first"),
         ("a.jsonl", '{"image": "https://x/0.png", "caption": "a dog"}', "line 1: https://x/0.png is a URL; download"),
         ("a.jsonl", "[1]", r"a\.jsonl, line 1: expected an object, got a list"),
         ("a.json", "{", r"a\.json is not valid JSON"),
@@ -125,29 +131,6 @@ def test_a_file_that_does_not_exist_is_said_at_once(name, folder, monkeypatch):
         load_pairs(name)
 
 
-def encoded(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, numbers: range, captions: dict[int, tuple[str, bytes]] | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for number in numbers:
-            suffix, text = (captions or {}).get(number, (".txt", f"caption {number}".encode()))
-            for name, data in ((f"{number:04}.png", encoded(number)), (f"{number:04}{suffix}", text)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-
-
-def write_parquet(path: Path, numbers: range, rows_in_a_group: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = [{"image": {"bytes": encoded(n), "path": None}, "text": f"caption {n}"} for n in numbers]
-    parquet.write_table(pa.Table.from_pylist(table), path, row_group_size=rows_in_a_group)
-
-
 def test_tar_shards_give_images_and_captions_of_their_three_kinds(tmp_path, image_processor):
     kinds = {1: (".json", b'{"caption": "of json"}'), 2: (".caption", b"first\nsecond"), 3: (".cls", b"7")}
     write_tar(tmp_path / "a" / "0.tar", range(3), kinds)
@@ -161,12 +144,42 @@ def test_tar_shards_give_images_and_captions_of_their_three_kinds(tmp_path, imag
     assert load_images(str(tmp_path))[5]["image"].name == f"{tmp_path}/b/1.tar:0005.png"
 
 
-def test_a_tar_file_that_is_cut_off_gives_the_samples_before_that(tmp_path, caplog):
-    write_tar(tmp_path / "0.tar", range(5))
-    whole = (tmp_path / "0.tar").read_bytes()
-    (tmp_path / "0.tar").write_bytes(whole[: 512 * 9 + 20])  # each member has a header and a block
-    assert len(load_images(str(tmp_path))) == 2
-    assert f"{tmp_path}/0.tar is cut off" in caplog.text
+def test_an_empty_tar_file_before_others_moves_no_sample(tmp_path):
+    write_tar(tmp_path / "0.tar", range(0))
+    write_tar(tmp_path / "1.tar", range(4), {1: (".cls", b"7")})
+    write_tar(tmp_path / "2.tar", range(4, 6))
+    pairs = load_pairs(str(tmp_path))
+    assert pairs.parts[0].shard_ends().tolist() == [0, 3, 5]
+    captions = sorted(pairs[0, int(place)]["caption"] for place in pairs.order(0, batch_size=2))
+    assert captions == [f"caption {n}" for n in (0, 2, 3, 4, 5)]
+
+
+def test_the_column_of_captions_in_tar_files_is_said_once(tmp_path, caplog):
+    for name, numbers in (("0", range(4)), ("1", range(4, 8))):
+        write_tar(tmp_path / f"{name}.tar", numbers, dict.fromkeys(numbers, (".json", b'{"text": "a dog"}')))
+    assert [item["caption"] for item in load_pairs(str(tmp_path))] == ["a dog"] * 8
+    assert caplog.text.count("'text' takes its place") == 1
+
+
+def test_indexes_of_files_that_together_take_long_are_stored_by_one_of_several_callers(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("VLV_DATA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(stored, "MIN_SECONDS", 0.05)
+    monkeypatch.setattr(stored, "SECONDS_BETWEEN_MESSAGES", 0.06)
+    files = [str(tmp_path / f"{number}.bin") for number in range(5)]
+    for file in files:
+        Path(file).write_bytes(b"")
+    computed = []
+
+    def compute(number: int) -> dict:
+        computed.append(number)
+        time.sleep(0.02)
+        return {"number": np.array(number)}
+
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda _: stored.stored_arrays(files, "things", compute), range(3)))
+    assert [[int(arrays["number"]) for arrays in found] for found in results] == [[0, 1, 2, 3, 4]] * 3
+    assert computed == [0, 1, 2, 3, 4] and len(list((tmp_path / "cache").glob("*.npz"))) == 5
+    assert f"reading the things of {files[0]}, ...: " in caplog.text
 
 
 def test_an_index_is_stored_and_a_changed_file_is_indexed_anew(tmp_path, monkeypatch):
@@ -174,7 +187,7 @@ def test_an_index_is_stored_and_a_changed_file_is_indexed_anew(tmp_path, monkeyp
     monkeypatch.setattr(stored, "MIN_SECONDS", 0)
     write_tar(tmp_path / "0.tar", range(3))
     assert len(TarSource([tmp_path / "0.tar"], None)) == 3
-    (index,) = (tmp_path / "cache").iterdir()
+    (index,) = (tmp_path / "cache").glob("*.npz")
     monkeypatch.setattr("tarfile.open", None)  # it is not read again
     assert len(TarSource([tmp_path / "0.tar"], None)) == 3
     index.write_bytes(index.read_bytes()[:100])
@@ -238,17 +251,6 @@ def test_a_downloaders_metadata_given_itself_names_its_images_by_key(tmp_path, c
     assert "1 of 3 rows have no image" in caplog.text
 
 
-def test_an_unreadable_image_in_a_shard_is_called_by_its_name(tmp_path, image_processor, caplog):
-    write_tar(tmp_path / "0.tar", range(2), {1: (".png", b"no image")})
-    with tarfile.open(tmp_path / "0.tar", "a") as archive:
-        member = tarfile.TarInfo("broken.jpg")
-        member.size = 3
-        archive.addfile(member, io.BytesIO(b"abc"))
-    batch = Stage1Collator(image_processor, 8)(list(load_images(str(tmp_path))))
-    assert batch["num_skipped"] == 1
-    assert f"skipped an image: {tmp_path}/0.tar:broken.jpg: 3 bytes is not an image" in caplog.text
-
-
 def test_arrays_in_parquet_keep_their_dtype(tmp_path, image_processor):
     features = datasets.Features({"image": datasets.Array3D((6, 6, 3), "float32")})
     table = datasets.Dataset.from_dict({"image": [np.full((6, 6, 3), 0.5, np.float32)]}, features=features)
@@ -264,6 +266,15 @@ def test_captions_that_are_empty_or_no_text_stop_the_run_if_asked(folder):
     assert len(load_pairs(str(folder))) == 2
     with pytest.raises(ValueError, match=r"1 of 3 captions are empty or not text: .*2\.png"):
         load_pairs(str(folder), on_bad_caption="error")
+
+
+def test_a_message_names_twenty_captions_that_are_left_out_and_the_census_all(tmp_path, processor, caplog):
+    write_tar(tmp_path / "0.tar", range(26), dict.fromkeys(range(25), (".txt", b"")))
+    pairs = load_pairs(str(tmp_path))
+    (message,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "25 of 26 captions are empty" in message and "0019.png, and 5 more" in message and "0020" not in message
+    found = caption_statistics(pairs, processor.tokenizer, max_tokens=8, append_eos=True)
+    assert found["left_out"] == [f"{tmp_path}/0.tar:{n:04}.png" for n in range(25)]
 
 
 def test_a_data_set_saved_by_datasets_is_a_source(tmp_path):

@@ -15,8 +15,10 @@ URL_COLUMNS = ("url", "URL", "image_url", "key")
 
 FIRST, ALL, RANDOM, WHOLE = "first", "all", "random", "whole"
 CAPTION_LINES = (FIRST, ALL, RANDOM, WHOLE)
-NOT_TEXT = -1
-"""Number of captions of an image whose caption cannot be read or is not text."""
+NOT_TEXT, UNKNOWN = -1, -2
+"""In place of the number of captions of an image: the caption is not text, or could not be read."""
+MOST_NAMED = 20
+"""A message names at most so many captions."""
 
 
 def find_column(names: Sequence[str], wanted: str, candidates: Sequence[str], where: str) -> str:
@@ -41,7 +43,7 @@ def find_column(names: Sequence[str], wanted: str, candidates: Sequence[str], wh
     urls = [name for name in URL_COLUMNS if name in names]
     hint = ""
     if urls and candidates is IMAGE_COLUMNS:
-        hint = f"; {urls[0]!r} alone is no image: download the images first (for example with img2dataset)"
+        hint = f"; {urls[0]!r} holds URLs, not images: download the images first (for example with img2dataset)"
     setting = "image_column" if candidates is IMAGE_COLUMNS else "caption_column"
     raise ValueError(f"{where} has the columns {list(names)}, but no {wanted!r}{hint or f'; name one by --{setting}'}")
 
@@ -68,10 +70,10 @@ def count_alternatives(value: Any) -> int:
 
 
 def report_bad_captions(names: list[str], counts: np.ndarray, on_bad_caption: str = "skip") -> None:
-    """Says which captions are empty or unreadable.
+    """Says which captions are empty or not text.
 
     Args:
-        names: Names of images whose caption is; at least the first three.
+        names: Names of images whose caption is; at least the first `MOST_NAMED`.
         counts: Number of captions of each image, or `NOT_TEXT`.
         on_bad_caption: `"skip"` or `"error"`.
 
@@ -82,7 +84,9 @@ def report_bad_captions(names: list[str], counts: np.ndarray, on_bad_caption: st
     if not bad:
         return
     problem = "empty or not text" if (counts == NOT_TEXT).any() else "empty"
-    shown = ", ".join(names[:3]) + (", ..." if bad > 3 else "")
+    shown = ", ".join(names[:MOST_NAMED])
+    if bad > MOST_NAMED:
+        shown += f", and {bad - MOST_NAMED} more (a run lists all in its census.json)"
     if bad == total:
         raise ValueError(f"all {total} captions are {problem} ({shown}); is this the right data?")
     if on_bad_caption == "error":

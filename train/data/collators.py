@@ -1,7 +1,6 @@
 """Collators: batches of images, or of images and captions, without what cannot be read."""
 
 import os
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -13,11 +12,13 @@ from transformers.utils import logging
 from vlv import VLVImageProcessor, VLVProcessor
 from vlv.processing_vlv import to_rgb
 
+from .source import UnreadableImage
+
 logger = logging.get_logger(__name__)
 
 
-def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list[dict]:
-    """The first `count` items whose image `load` can read, with the images that it returns.
+def readable_items(dataset: Any, count: int, image_processor: VLVImageProcessor) -> list[dict]:
+    """The first `count` items whose image `load_item` can read, with the images that it returns, not augmented.
 
     Tries at most 1000 items. Says so if none can be read.
     """
@@ -29,7 +30,7 @@ def readable_items(dataset: Any, count: int, load: Callable[[Any], Any]) -> list
     )
     for item in first:
         try:
-            items.append(item | {"image": load(item["image"])})
+            items.append(item | {"image": load_item({"image": item["image"]}, image_processor)})
         except ValueError:
             continue
         if len(items) == count:
@@ -46,6 +47,8 @@ def load_item(item: dict[str, Any], image_processor: VLVImageProcessor) -> Image
         ValueError: If it cannot be read, or is a URL.
     """
     image, augmentation = item["image"], item.get("augmentation") or {}
+    if isinstance(image, UnreadableImage):
+        raise ValueError(image.reason)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         raise ValueError(f"{image:.80} is a URL; download the images first (for example with img2dataset)")
     size = image_processor.pre_crop_size

@@ -85,11 +85,7 @@ def _load(
     if streaming and eval_share:
         raise ValueError("eval_share does not work with streaming; give evaluation data of its own")
     if streaming:
-        if len(named) > 1 or named[0][1] != 1:
-            raise ValueError("streaming reads one source, without a weight")
-        options.pop("on_bad_caption", None)
-        stream = find_dataset(named[0][0], split, streaming=True)
-        return StreamingDataset(stream, named[0][0], image_column, caption_column, **options)
+        return _open_stream(named, split, image_column, caption_column, image_root, **options)
     options.pop("shuffle", None)
     lines = options.get("caption_lines", "first")
     sources = [open_source(name, split, image_column, caption_column, image_root, lines) for name, _ in named]
@@ -102,6 +98,38 @@ def _load(
     plain = {"random_crop": False, "horizontal_flip": False}
     dataset.held_back = TrainingDataset(held_back, **{**options, **plain})
     return dataset
+
+
+def _open_stream(
+    named: Sequence[Weighted],
+    split: str,
+    image_column: str,
+    caption_column: str | None,
+    image_root: str | os.PathLike | None,
+    on_bad_caption: str = "skip",
+    **options,
+) -> StreamingDataset:
+    """Raises `ValueError` for what a stream cannot do."""
+    source, weight = named[0]
+    if len(named) > 1 or weight != 1:
+        raise ValueError("streaming reads one source, without a weight")
+    if image_root is not None:
+        raise ValueError("image_root is not possible with streaming; give it without --streaming")
+    if on_bad_caption != "skip":
+        raise ValueError(
+            "on_bad_caption 'error' is not possible with streaming, which reads captions while training; "
+            "--max_bad_share 0 stops the run at the first"
+        )
+    is_file = Path(source).suffix.lower() in (*LIST_SUFFIXES, ".tar", ".parquet") or os.path.isfile(source)
+    if _matching(source) != [source] or (is_file and not os.path.isdir(source)):
+        raise ValueError(
+            f"{source} cannot be read with streaming, which takes a data set of the Hub such as org/name, or a folder "
+            "of parquet or tar files; list, parquet and tar files given by name are read without --streaming"
+        )
+    stream = find_dataset(source, split, streaming=True)
+    if os.path.isdir(source):
+        return StreamingDataset(stream, source, image_column, caption_column, folder=source, **options)
+    return StreamingDataset(stream, source, image_column, caption_column, repository=source, **options)
 
 
 def parse_sources(value: Any) -> list[Weighted]:
@@ -257,7 +285,7 @@ def _parquet(
 
 
 def _open_dataset(source: str, split: str, image_column: str, caption_column: str | None, root: Any) -> Source:
-    return ColumnDataset(find_dataset(source, split), image_column, caption_column, root)
+    return ColumnDataset(find_dataset(source, split), image_column, caption_column, root, repository=source)
 
 
 def find_dataset(source: str, split: str, streaming: bool = False) -> Any:

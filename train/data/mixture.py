@@ -5,13 +5,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, Sampler
 
-from .captions import ALL, CAPTION_LINES, RANDOM, WHOLE, alternatives, report_bad_captions, report_several_captions
-from .source import Source
+from .captions import (
+    ALL,
+    CAPTION_LINES,
+    MOST_NAMED,
+    RANDOM,
+    WHOLE,
+    alternatives,
+    report_bad_captions,
+    report_several_captions,
+)
+from .source import Source, UnreadableImage
 
 BLOCK = 2**14
-"""Rows of a source without shards among which the samples of a broken weight are drawn."""
+"""Rows of a source without shards among which the samples of a fractional weight are drawn."""
 Index = int | tuple[int, int]
 
 
@@ -26,14 +36,14 @@ class _Part:
         self.source, self.weight, self.seed = source, weight, seed
         self.rows: np.ndarray | None = None  # of each sample, if some rows are left out or give several
         self.captions: np.ndarray | None = None  # which of the row's captions, if all are samples
-        self.num_empty = 0
+        self.left_out = np.zeros(0, np.int64)  # rows without a caption
         shards = np.asarray(source.shard_sizes(), dtype=np.int64)
         if source.has_captions:
             self.counts = counts = source.count_captions()
             bad = np.flatnonzero(counts < 1)
             report_several_captions(counts, caption_lines)
-            report_bad_captions([source.name(int(row)) for row in bad[:3]], counts, on_bad_caption)
-            self.num_empty = len(bad)
+            report_bad_captions([source.name(int(row)) for row in bad[:MOST_NAMED]], counts, on_bad_caption)
+            self.left_out = bad
             repeats = counts.clip(0) if caption_lines == ALL else (counts > 0).astype(np.int64)
             if (repeats != 1).any():
                 self.rows = np.repeat(np.arange(len(source)), repeats)
@@ -41,7 +51,7 @@ class _Part:
                 if caption_lines == ALL:
                     self.captions = np.arange(len(self.rows)) - (ends - repeats)[self.rows]
                 if len(shards):
-                    shards = np.diff(np.concatenate([[0], ends[np.cumsum(shards) - 1]]))
+                    shards = np.diff(np.concatenate([[0], ends])[np.cumsum([0, *shards])])
         self.size = len(source) if self.rows is None else len(self.rows)
         self.has_shards = len(shards) > 0
         if not self.has_shards:
@@ -99,8 +109,8 @@ class TrainingDataset(Dataset):
     depends on nothing else, so that a resumed run sees the items of an unbroken one.
 
     Args:
-        sources: Sources; a weight says how many times the samples of a source are seen in an epoch. Of a broken part
-            other samples are drawn each epoch.
+        sources: Sources; a weight says how many times the samples of a source are seen in an epoch. For a
+            fractional part other samples are drawn each epoch.
         caption_lines: Which of several captions of an image counts: `"first"`, `"random"` (one, drawn anew each
             epoch), `"all"` (each is a sample), or `"whole"` (joined by line breaks).
         on_bad_caption: `"skip"` or `"error"`: for captions that are empty or not text.
@@ -161,10 +171,14 @@ class TrainingDataset(Dataset):
         return number, part.row(sample), sample
 
     def caption(self, index: Index) -> Any:
-        """The caption of an item, without reading its image where that can be avoided."""
+        """The caption of an item, without reading its image where that can be avoided; None if it cannot be read."""
         number, row, sample = self.locate(index)
         epoch, place = index if isinstance(index, tuple) else (0, int(index))
-        return self._caption(self.parts[number], self.parts[number].source.caption(row), sample, epoch, place)
+        try:
+            value = self.parts[number].source.caption(row)
+        except (OSError, ValueError):
+            return None
+        return self._caption(self.parts[number], value, sample, epoch, place)
 
     def name(self, index: Index) -> str:
         """What messages call a sample."""
@@ -174,9 +188,12 @@ class TrainingDataset(Dataset):
     def __getitem__(self, index: Index) -> dict[str, Any]:
         number, row, sample = self.locate(index)
         part = self.parts[number]
-        item = dict(part.source[row])
         epoch, place = index if isinstance(index, tuple) else (0, int(index))
-        if part.source.has_captions:
+        try:
+            item = dict(part.source[row])
+        except (OSError, ValueError) as error:
+            item = {"image": UnreadableImage(part.source.name(row), str(error))}
+        if part.source.has_captions and "caption" in item:
             item["caption"] = self._caption(part, item["caption"], sample, epoch, place)
         if self.random_crop or self.horizontal_flip:
             random = drawn(self.seed, 1, epoch, place)
@@ -203,8 +220,6 @@ class TrainingDataset(Dataset):
         random order. The batches of each rank take turns among a few such sequences, so that each process of a data
         loader reads few shards at a time. Samples of several sources are mixed.
         """
-        import torch
-
         seed = self.seed if seed is None else seed
         if not any(part.has_shards for part in self.parts):
             generator = torch.Generator()

@@ -5,17 +5,25 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers.utils import logging
 
 from vlv.image_files import image_suffixes
 
-from .captions import CAPTION_COLUMNS, WHOLE, count_alternatives, find_column, sidecar_captions
+from .captions import (
+    CAPTION_COLUMN,
+    CAPTION_COLUMNS,
+    UNKNOWN,
+    WHOLE,
+    count_alternatives,
+    find_column,
+    sidecar_captions,
+)
 from .source import EncodedImage, Source, hash_files
-from .stored import stored_arrays
+from .stored import count_by_file, stored_arrays
 
 logger = logging.get_logger(__name__)
 
@@ -41,7 +49,7 @@ class TarSource(Source):
             caption_column,
             caption_lines,
         )
-        indexes = [stored_arrays(file, "tar", _index, file) for file in self.files]
+        indexes = stored_arrays(self.files, "members", lambda number: _index(self.files[number]))
         sizes = [len(index["members"]) for index in indexes]
         self._sizes, self._ends = np.array(sizes, dtype=np.int64), np.cumsum(sizes)
         if not sum(sizes):
@@ -51,6 +59,8 @@ class TarSource(Source):
         self._recent: tuple[int, list[bytes]] = (-1, [])
         self._handles: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
+        if self.caption_column is not None:
+            self._say_column()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -75,9 +85,7 @@ class TarSource(Source):
         return self._recent[1]
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        if (
-            os.getpid() != self._process
-        ):  # after a fork; positions of shared handles are not used, handles may be closed
+        if os.getpid() != self._process:  # after a fork: the other process may close its files
             self._handles, self._process = OrderedDict(), os.getpid()
         if shard not in self._handles:
             self._handles[shard] = open(self.files[shard], "rb", buffering=0)  # noqa: SIM115 (kept open)
@@ -106,19 +114,39 @@ class TarSource(Source):
                 captions = sidecar_captions(text, self.caption_lines)
                 return captions if len(captions) > 1 else "".join(captions)
             values = json.loads(text)
-            assert self.caption_column is not None
-            return values[find_column(list(values), self.caption_column, CAPTION_COLUMNS, self.name(number))]
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError, ValueError):
+        except ValueError:  # not UTF-8, or not JSON
             return None
+        if not isinstance(values, dict):
+            return None
+        columns = CAPTION_COLUMNS if self.caption_column == CAPTION_COLUMN else (self.caption_column,)
+        return next((values[column] for column in columns if column in values), None)
+
+    def _say_column(self) -> None:
+        """Says which column of the first `.json` has the captions, if it is not the one that is asked for."""
+        of_json = np.flatnonzero(self._members["caption_kind"] == CAPTION_SUFFIXES.index(".json"))
+        if not len(of_json):
+            return
+        row, shard = self._members[of_json[0]], self._shard(int(of_json[0]))
+        try:
+            values = json.loads(self._bytes(shard, int(row["caption_offset"]), int(row["caption_size"])))
+            find_column(list(values), self.caption_column or CAPTION_COLUMN, CAPTION_COLUMNS, self.files[shard])
+        except (OSError, TypeError, ValueError):  # the count of captions names what has none
+            pass
 
     def count_captions(self) -> np.ndarray:
-        what, ends = f"captions {self.caption_column} {self.caption_lines == WHOLE}", self._ends.tolist()
-        shards = zip(self.files, [0, *ends], ends, strict=False)
-        return np.concatenate([stored_arrays(f, what, self._count, a, b)["counts"] for f, a, b in shards])
+        what = f"captions {self.caption_column} {self.caption_lines == WHOLE}"
+        return count_by_file(self.files, what, self._count)
 
-    def _count(self, start: int, end: int) -> dict[str, np.ndarray]:
-        counts = [count_alternatives(self.caption(number)) for number in range(start, end)]
-        return {"counts": np.array(counts, dtype=np.int32)}
+    def _count(self, file: int) -> list[int]:
+        end = int(self._ends[file])
+        return [self._count_row(number) for number in range(end - int(self._sizes[file]), end)]
+
+    def _count_row(self, number: int) -> int:
+        try:
+            return count_alternatives(self.caption(number))
+        except OSError as error:
+            logger.warning(f"{self.name(number)} cannot be read: {error}")
+            return UNKNOWN
 
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes, and of the names, sizes and places of their members."""
@@ -143,10 +171,9 @@ MEMBER = np.dtype(
 
 def _index(file: str | os.PathLike) -> dict[str, np.ndarray]:
     """The members of a tar file: one row for each sample with an image, and the images' names, each ended by 0."""
-    samples: dict[str, dict[str, tuple[int, int, str]]] = {}
-    length = os.stat(file).st_size
-    for member in _members(file):
-        if not member.isfile() or member.offset_data + member.size > length:
+    samples: dict[tuple[int, str], dict[str, tuple[int, int, str]]] = {}
+    for archive, member in _members(file):
+        if not member.isfile():
             continue
         folder, _, base = member.name.rpartition("/")
         if base.startswith("."):
@@ -155,14 +182,15 @@ def _index(file: str | os.PathLike) -> dict[str, np.ndarray]:
         kind = dot + suffix.lower()
         slot = "image" if kind in image_suffixes() else kind if kind in CAPTION_SUFFIXES else None
         if slot is not None:
-            samples.setdefault(f"{folder}/{stem}", {}).setdefault(slot, (member.offset_data, member.size, member.name))
+            sample = samples.setdefault((archive, f"{folder}/{stem}"), {})
+            sample.setdefault(slot, (member.offset_data, member.size, member.name))
     rows, names = [], []
     for parts in samples.values():
         if "image" not in parts:
             continue
-        kind = next((k for k, suffix in enumerate(CAPTION_SUFFIXES) if suffix in parts), -1)
-        caption = parts[CAPTION_SUFFIXES[kind]] if kind >= 0 else (0, 0, "")
-        rows.append((*parts["image"][:2], *caption[:2], kind))
+        which = next((k for k, suffix in enumerate(CAPTION_SUFFIXES) if suffix in parts), -1)
+        caption = parts[CAPTION_SUFFIXES[which]] if which >= 0 else (0, 0, "")
+        rows.append((*parts["image"][:2], *caption[:2], which))
         names.append(os.fsencode(parts["image"][2]))
     return {
         "members": np.array(rows, dtype=MEMBER),
@@ -170,23 +198,64 @@ def _index(file: str | os.PathLike) -> dict[str, np.ndarray]:
     }
 
 
-def _members(file: str | os.PathLike):
-    """The members of a tar file up to where it is cut off, if it is. Says so.
+def _members(file: str | os.PathLike) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """The members of a tar file, each with the number of its archive, because tar files may be concatenated.
+
+    Says where the file is damaged, and goes on behind that; says where it is cut off.
 
     Raises:
         ValueError: If the file is compressed, or not a tar file.
     """
-    try:
-        with tarfile.open(file, "r:") as content:
-            while (member := content.next()) is not None:
-                vars(content)["members"].clear()  # it keeps them all otherwise
-                if member.offset_data + member.size > os.stat(file).st_size:
-                    logger.warning(f"{file} is cut off in {member.name}; the samples before it are used")
-                yield member
-    except tarfile.ReadError as error:
-        if "unexpected end" in str(error):
-            logger.warning(f"{file} is cut off; the samples before that are used")
-            return
-        raise ValueError(
-            f"{file} cannot be read as a tar file: {error}; a compressed one (.tar.gz) has to be unpacked first"
-        ) from error
+    with open(file, "rb") as content:
+        length, position, number = os.fstat(content.fileno()).st_size, 0, 0
+        while True:
+            content.seek(position)
+            try:
+                with tarfile.open(fileobj=content, mode="r:") as archive:
+                    while (member := archive.next()) is not None:
+                        vars(archive)["members"].clear()  # it keeps them all otherwise
+                        if member.offset_data + member.size > length:
+                            logger.warning(f"{file} is cut off in {member.name}; the samples before it are used")
+                            return
+                        position = archive.offset
+                        yield number, member
+                    position = archive.offset
+            except (tarfile.TarError, ValueError) as error:
+                if position == 0:
+                    raise ValueError(
+                        f"{file} cannot be read as a tar file: {error}; a compressed one (.tar.gz) has to be unpacked "
+                        "first"
+                    ) from error
+                position += tarfile.BLOCKSIZE
+            found = _next_header(file, content, position, length)
+            if found is None:
+                return
+            position, has_ended = found
+            number += has_ended
+
+
+def _next_header(file: str | os.PathLike, content: BinaryIO, start: int, length: int) -> tuple[int, bool] | None:
+    """Where the next header stands at or after a place without one, and whether an end mark, zeros, lies between."""
+    if start >= length:
+        logger.warning(f"{file} has no end mark; it may be cut off. Its samples are used")
+        return None
+    content.seek(start)
+    has_ended, damaged, found = False, 0, None
+    for position in range(start, length, tarfile.BLOCKSIZE):
+        block = content.read(tarfile.BLOCKSIZE)
+        if not block.strip(b"\0"):
+            has_ended = True
+            continue
+        try:
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            damaged += len(block)
+            continue
+        found = position, has_ended
+        break
+    if damaged:
+        logger.warning(
+            f"{file} is damaged or cut off at byte {start}: {damaged} bytes cannot be read as members; the samples "
+            "before and behind them are used"
+        )
+    return found

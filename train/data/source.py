@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,24 @@ class EncodedImage(bytes):
         return EncodedImage.named, (bytes(self), self.name)
 
 
+@dataclass(frozen=True)
+class UnreadableImage:
+    """Takes the place of an image that could not be read from its source; the collator counts it.
+
+    Args:
+        name: What messages call the image.
+        reason: Why it could not be read.
+    """
+
+    name: str
+    reason: str
+
+
 class Source(Dataset):
     """Images, with captions or without, that are read by the number of their row.
 
     `source[number]` is `{"image": ..., "caption": text or list of texts}`, the caption only where there is one. The
-    collator opens the images.
+    collator opens the images. A row that cannot be read raises `OSError` or `ValueError`.
     """
 
     has_captions = False

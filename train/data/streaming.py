@@ -1,6 +1,7 @@
 """Data sets that are read while training: streams of the library `datasets`, split among ranks and workers."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from .captions import (
     find_column,
 )
 from .mixture import augmentation, drawn
+from .paths import named_image
 from .source import EncodedImage
 
 STATE = "data_state"
@@ -35,6 +37,8 @@ class StreamingDataset(IterableDataset):
         name: What messages call it.
         caption_column: None for images alone.
         caption_lines: As in [`TrainingDataset`]; not `"all"`.
+        folder: The folder that relative image paths start from; by default the working directory.
+        repository: `org/name` on the Hub that the stream comes from, which bounds the images that it may name.
 
     Raises:
         ValueError: If a column is missing, or an argument has no such value.
@@ -52,6 +56,8 @@ class StreamingDataset(IterableDataset):
         shuffle: bool = True,
         random_crop: bool = False,
         horizontal_flip: bool = False,
+        folder: str | os.PathLike | None = None,
+        repository: str | None = None,
     ):
         if caption_lines == ALL:
             raise ValueError("caption_lines 'all' is not possible with streaming; use 'random' or 'first'")
@@ -68,23 +74,29 @@ class StreamingDataset(IterableDataset):
         self.caption_lines, self.seed, self.shuffle = caption_lines, seed, shuffle
         self.random_crop, self.horizontal_flip = random_crop, horizontal_flip
         self.has_captions = caption_column is not None
+        self.folder, self.repository = folder, repository
         self.batch_size, self.rank, self.num_ranks = 1, 0, 1
-        self.progress: dict[str, Any] = {"workers": 1, "next": 0, "states": {}}
+        self.progress: dict[str, Any] = {"workers": 1, "ranks": 1, "next": 0, "states": {}}
 
     def set_loader(self, batch_size: int, num_workers: int, rank: int, num_ranks: int) -> None:
         """Says how the stream is read: the batch size and the number of workers of this rank, and the ranks.
 
         Raises:
-            ValueError: If the progress of a checkpoint is of another number of workers.
+            ValueError: If the progress of a checkpoint is of another number of ranks or workers.
         """
         self.batch_size, self.rank, self.num_ranks = batch_size, rank, num_ranks
         workers = max(num_workers, 1)
+        if self.progress["states"] and self.progress["ranks"] != num_ranks:
+            raise ValueError(
+                f"the checkpoint's stream was read on {self.progress['ranks']} devices, so that their number cannot "
+                f"be {num_ranks} before the run ends; start as many processes"
+            )
         if self.progress["states"] and self.progress["workers"] != workers:
             raise ValueError(
                 f"the checkpoint's stream was read by {self.progress['workers']} workers on each device, so that "
                 f"dataloader_num_workers cannot be {num_workers} before the run ends"
             )
-        self.progress["workers"] = workers
+        self.progress["workers"], self.progress["ranks"] = workers, num_ranks
 
     def record(self, state: dict[str, Any]) -> None:
         """Notes the state that came with a batch, when the batch has been used."""
@@ -135,7 +147,9 @@ class StreamingDataset(IterableDataset):
         if isinstance(image, dict):
             name = image.get("path") or name
             image = image.get("bytes") or image.get("path")
-        item = {"image": EncodedImage.named(image, name) if isinstance(image, bytes) else image}
+        if isinstance(image, str):
+            image = named_image(image, self.folder, self.repository)
+        item: dict[str, Any] = {"image": EncodedImage.named(image, name) if isinstance(image, bytes) else image}
         if self.has_captions:
             value = row[self.columns["caption"]]
             captions = alternatives(value)

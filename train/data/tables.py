@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .captions import CAPTION_COLUMNS, IMAGE_COLUMNS, count_alternatives, find_column
+from .captions import CAPTION_COLUMNS, IMAGE_COLUMNS, UNKNOWN, count_alternatives, find_column
+from .paths import named_image, resolve_path
 from .source import MAX_STREAMS, EncodedImage, Source, hash_files
-from .stored import stored_arrays
+from .stored import count_by_file
 
 logger = logging.get_logger(__name__)
 
@@ -70,11 +71,15 @@ class ParquetSource(Source):
         self.has_captions = caption_column is not None
         self.columns: list[dict[str, str]] = []  # of each file
         groups: list[tuple[int, int, int, int]] = []  # file, group, rows, bytes
+        known: dict[tuple[str, ...], dict[str, str]] = {}  # columns by all columns' names: each is said once
         for number, file in enumerate(self.files):
-            names = parquet_columns(file)
-            columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, file)}
-            if caption_column is not None:
-                columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, file)
+            names = tuple(parquet_columns(file))
+            if names not in known:
+                columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, file)}
+                if caption_column is not None:
+                    columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, file)
+                known[names] = columns
+            columns = known[names]
             self.columns.append(columns)
             metadata = parquet.read_metadata(file)
             wanted = tuple(columns.values())
@@ -87,7 +92,8 @@ class ParquetSource(Source):
         self._groups, self._ends = table, np.cumsum(table[:, 2])
         largest = int(table[:, 3].max(initial=1))
         self.num_streams = int(np.clip(MEMORY_FOR_ROW_GROUPS // max(largest, 1), 1, MAX_STREAMS))
-        self._tables: OrderedDict[int, tuple[Any, int]] = OrderedDict()  # row groups in memory, and their sizes
+        # Row groups in memory, or the errors of those that cannot be read, and their sizes.
+        self._tables: OrderedDict[int, tuple[Any, int]] = OrderedDict()
         self._captions: tuple[int, list[Any]] = (-1, [])
         if len(self):
             self._refuse_urls()
@@ -114,9 +120,16 @@ class ParquetSource(Source):
     def _table(self, group: int) -> Any:
         if group in self._tables:
             self._tables.move_to_end(group)
-            return self._tables[group][0]
+            table = self._tables[group][0]
+            if isinstance(table, str):
+                raise ValueError(table)
+            return table
         file, index, _, _ = self._groups[group]
-        table = self._read(int(file), int(index), list(dict.fromkeys(self.columns[file].values())))
+        try:
+            table = self._read(int(file), int(index), list(dict.fromkeys(self.columns[file].values())))
+        except ValueError as error:
+            self._tables[group] = (str(error), 0)
+            raise
         self._tables[group] = (table, table.nbytes)
         while len(self._tables) > 1 and sum(size for _, size in self._tables.values()) > MEMORY_FOR_ROW_GROUPS:
             self._tables.popitem(last=False)
@@ -125,14 +138,14 @@ class ParquetSource(Source):
         return table
 
     def _read(self, file: int, index: int, columns: list[str]) -> Any:
-        """Columns of a row group. Errors name the file."""
+        """Columns of a row group. Raises `ValueError` with the name of the file if they cannot be read."""
         from pyarrow import ArrowException, parquet
 
         try:
             with parquet.ParquetFile(self.files[file]) as content:
                 return content.read_row_group(index, columns=columns, use_threads=False)
         except (ArrowException, OSError) as error:
-            raise ValueError(f"{self.files[file]}, row group {index} cannot be read: {error}") from error
+            raise ValueError(f"{self.files[file]}, row group {index} cannot be read: {str(error).strip()}") from error
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._ends, number, side="right"))
@@ -162,30 +175,39 @@ class ParquetSource(Source):
         return self._captions[1][number - int(self._ends[group] - self._groups[group, 2])]
 
     def _refuse_urls(self) -> None:
-        """Raises `ValueError` if the first row's image is a URL."""
-        from pyarrow import types
+        """Raises `ValueError` if the first image that is text is a URL."""
+        from pyarrow import parquet, types
 
-        kind = self._read(0, 0, [self.columns[0]["image"]]).schema.types[0]
-        if types.is_string(kind) or types.is_large_string(kind):
-            image = self[0]["image"]
-            if image.startswith(("http://", "https://")):
-                raise ValueError(
-                    f"{self.name(0)}: {image:.80} is a URL; download the images first (for example with img2dataset)"
-                )
+        file, index = (int(value) for value in self._groups[0, :2])
+        column = self.columns[file]["image"]
+        kind = parquet.read_schema(self.files[file]).field(column).type
+        if not (types.is_string(kind) or types.is_large_string(kind)):
+            return
+        try:
+            images = self._read(file, index, [column]).column(0).to_pylist()
+        except ValueError:  # its rows count as unreadable
+            return
+        row = next((row for row, image in enumerate(images) if image), None)
+        if row is not None and images[row].startswith(("http://", "https://")):
+            raise ValueError(
+                f"{self.name(row)}: {images[row]:.80} is a URL; download the images first (for example with "
+                "img2dataset)"
+            )
 
     def count_captions(self) -> np.ndarray:
-        counts: list[np.ndarray] = []
-        for number, file in enumerate(self.files):
-            column = self.columns[number]["caption"]
-            counts.append(stored_arrays(file, f"captions {column}", self._count, number)["counts"])
-        return np.concatenate(counts) if counts else np.zeros(0, np.int32)
+        columns = sorted({columns["caption"] for columns in self.columns})
+        return count_by_file(self.files, f"captions {' '.join(columns)}", self._count)
 
-    def _count(self, file: int) -> dict[str, np.ndarray]:
+    def _count(self, file: int) -> list[int]:
         column = self.columns[file]["caption"]
         counts: list[int] = []
-        for index in self._groups[self._groups[:, 0] == file, 1]:
-            counts += map(count_alternatives, self._read(file, int(index), [column]).column(0).to_pylist())
-        return {"counts": np.array(counts, dtype=np.int32)}
+        for _, index, rows, _ in self._groups[self._groups[:, 0] == file]:
+            try:
+                counts += map(count_alternatives, self._read(file, int(index), [column]).column(0).to_pylist())
+            except ValueError as error:
+                logger.warning(f"{error}; its {rows} rows count as unreadable")
+                counts += [UNKNOWN] * int(rows)
+        return counts
 
     def fingerprint(self) -> str:
         """A hash of the files' names and sizes, and of their footers: schema, sizes and statistics of all columns."""
@@ -207,27 +229,24 @@ def _array_dtype(kind: Any) -> str:
     return kind if isinstance(kind, str) else str(np.dtype(kind.to_pandas_dtype()))
 
 
-def resolve_path(path: str, folder: str | os.PathLike) -> str:
-    """A path in a table, from a folder. What is no file there (base64, another machine's path) stays as it is."""
-    beside = os.path.join(folder, path)
-    try:
-        return beside if os.path.exists(beside) else path
-    except ValueError:  # a null byte
-        return path
-
-
 class ColumnDataset(Source):
     """A `datasets.Dataset` with its columns renamed to `image` and `caption`. Images stay encoded.
 
     Args:
         folder: The folder that relative image paths start from; by default the working directory.
+        repository: `org/name` on the Hub that the table comes from, which bounds the images that it may name.
 
     Raises:
         ValueError: If the table has no column of a given name.
     """
 
     def __init__(
-        self, table: Any, image_column: str, caption_column: str | None, folder: str | os.PathLike | None = None
+        self,
+        table: Any,
+        image_column: str,
+        caption_column: str | None,
+        folder: str | os.PathLike | None = None,
+        repository: str | None = None,
     ):
         names = table.column_names
         columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, "the data")}
@@ -238,7 +257,7 @@ class ColumnDataset(Source):
         table = table.select_columns(list(dict.fromkeys(columns.values())))
         if isinstance(table.features[columns["image"]], Image):
             table = table.cast_column(columns["image"], Image(decode=False))
-        self.table, self.columns, self.folder = table, columns, folder
+        self.table, self.columns, self.folder, self.repository = table, columns, folder, repository
         self.has_captions = caption_column is not None
         self.array_dtype = getattr(table.features[columns["image"]], "dtype", "uint8")
 
@@ -246,15 +265,20 @@ class ColumnDataset(Source):
         return len(self.table)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        row = self.table[number]
+        from pyarrow import ArrowException
+
+        try:
+            row = self.table[number]
+        except ArrowException as error:
+            raise ValueError(f"{self.name(number)} cannot be read: {error}") from error
         item = {name: row[column] for name, column in self.columns.items()}
         image = item["image"]
         if isinstance(image, dict):  # an encoded image
             image = image.get("bytes") or image["path"]
         if isinstance(image, bytes):
             image = EncodedImage.named(image, self.name(number))
-        elif isinstance(image, str) and self.folder is not None:
-            image = resolve_path(image, self.folder)
+        elif isinstance(image, str):
+            image = named_image(image, self.folder, self.repository)
         elif isinstance(image, list):  # an Array3D feature
             image = np.asarray(image, dtype=self.array_dtype)
         return item | {"image": image}
