@@ -135,7 +135,12 @@ def print_reconstruction_scores(
 ) -> None:
     """Prints the scores of reconstructions of `n` unseen scenes of each split. For `ValidationCallback`."""
     pipeline = VLVReconstructionPipeline(
-        model, diffusion_decoder.vae, diffusion_decoder.unet, build_scheduler(), build_image_processor(), tokenizer
+        encoder=model,
+        image_processor=build_image_processor(),
+        vae=diffusion_decoder.vae,
+        unet=diffusion_decoder.unet,
+        scheduler=build_scheduler(),
+        tokenizer=tokenizer,
     )
     pipeline.set_progress_bar_config(disable=True)
     for split in ("test", "combo"):

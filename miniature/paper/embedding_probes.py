@@ -51,7 +51,12 @@ def build_pipeline(encoder: VLVModel, teacher_dir: str | Path) -> VLVReconstruct
     """Reconstruction by an encoder and the teacher that it was trained with."""
     teacher = load_teacher(Path(teacher_dir))
     pipeline = VLVReconstructionPipeline(
-        encoder, teacher.vae, teacher.unet, build_scheduler(), build_image_processor(), teacher.tokenizer
+        encoder=encoder,
+        image_processor=build_image_processor(),
+        vae=teacher.vae,
+        unet=teacher.unet,
+        scheduler=build_scheduler(),
+        tokenizer=teacher.tokenizer,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -10,7 +10,7 @@ import torch
 
 from vlv import VLVModel
 from vlv.diffusion_decoder import load_diffusion_decoder
-from vlv.train import stage1, stage2
+from vlv.train import stage1
 
 from ..interpreter import MODULE, PythonProcess
 
@@ -52,24 +52,14 @@ def run_until_killed(stage: str, arguments: list[str], output_dir: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_killed_run_resumes_with_the_same_losses(
-    stage, tmp_path, image_folder, stable_diffusion, stage1_checkpoint, language_model
-):
-    if stage == "stage1":
-        inputs = {
-            "model": stage1_checkpoint,
-            "diffusion_model": stable_diffusion,
-            "images": image_folder,
-            "trainable": "all",
-        }
-    else:
-        inputs = {"model": stage1_checkpoint, "language_model": language_model, "pairs": image_folder}
-    main = {"stage1": stage1.main, "stage2": stage2.main}[stage]
-    main(settings(tmp_path / "unbroken", **inputs))
+def test_a_killed_run_resumes_with_the_same_losses(tmp_path, image_folder, stable_diffusion, stage1_checkpoint):
+    """Of stage 1; test_survival.py kills stage 2."""
+    inputs = {"model": stage1_checkpoint, "diffusion_model": stable_diffusion, "images": image_folder}
+    inputs["trainable"] = "all"
+    stage1.main(settings(tmp_path / "unbroken", **inputs))
     broken = settings(tmp_path / "broken", **inputs)
-    run_until_killed(stage, broken, tmp_path / "broken")
-    main(broken)
+    run_until_killed("stage1", broken, tmp_path / "broken")
+    stage1.main(broken)
 
     unbroken = losses(tmp_path / "unbroken")
     assert list(unbroken) == list(range(1, STEPS + 1))
