@@ -68,13 +68,11 @@ def merged_weights(model: VLVForConditionalGeneration, weights: Mapping[str, tor
 def save_adapter(model: VLVForConditionalGeneration, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Writes the LoRA layers in peft's format, for `PeftModel.from_pretrained(language_model, folder)`."""
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = {
-        name.removeprefix(LANGUAGE_MODEL_PREFIX).replace(f".{ADAPTER}.weight", ".weight"): tensor.detach()
-        .cpu()
-        .contiguous()
-        for name, tensor in weights.items()
-        if ".lora_" in name
-    }
+    adapter = {}
+    for name, tensor in weights.items():
+        if ".lora_" in name:
+            short = name.removeprefix(LANGUAGE_MODEL_PREFIX).replace(f".{ADAPTER}.weight", ".weight")
+            adapter[short] = tensor.detach().cpu().contiguous()
     save_file(adapter, folder / ADAPTER_FILE, metadata={"format": "pt"})
     peft_config = model.language_model.peft_config[ADAPTER]
     for_inference, peft_config.inference_mode = peft_config.inference_mode, True

@@ -101,7 +101,7 @@ def write_lora_checkpoint(
 ) -> None:
     """Writes the LoRA layers in peft's format, and the weights outside of the language model, which is frozen.
 
-    The folder is no model by itself: it has no `config.json`.
+    The folder is not a model by itself: it has no `config.json`.
     """
     weights = model.state_dict() if weights is None else weights
     save_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)

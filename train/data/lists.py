@@ -95,7 +95,7 @@ def read_folder(folder: Path, caption_lines: str) -> Iterator[dict[str, Any]]:
     """The images of a folder, each with the captions in the `.txt` or `.caption` file beside it.
 
     Raises:
-        ValueError: If there is no image, or an image has no such file.
+        ValueError: If no image is found, or an image has no such file.
     """
     for image in image_files(folder):
         sidecar = next((image.with_suffix(s) for s in SIDECAR_SUFFIXES if image.with_suffix(s).is_file()), None)
