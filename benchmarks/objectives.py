@@ -100,7 +100,7 @@ def train(settings: dict[str, Any], seed: int, steps: int, batch_size: int) -> V
     images = Subset(ImagesOnly(steps * batch_size, seed=5), range(steps * batch_size))
     torch.manual_seed(seed)
     trainer = Stage1Trainer(
-        model, decoder, config, images, image_processor, load_tokenizer(MODEL, subfolder="tokenizer")
+        model, decoder, config, images, image_processor, {"tokenizer": load_tokenizer(MODEL, subfolder="tokenizer")}
     )
     trainer.train()
     if config.encoder_lora_rank:

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         fingerprint = hub.fingerprint(folder, hub.CAPTIONER_FINGERPRINT)
         if arguments.embeddings:
             config = VLVConfig.from_dict(hub.read_config(folder))
-            inputs = load_embeddings(arguments.embeddings, config.text_encoder_config.hidden_size, "caption")
+            inputs = load_embeddings(arguments.embeddings, config.caption_embed_dim, "caption")
     settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}
     if arguments.as_original:
         settings |= AS_ORIGINAL

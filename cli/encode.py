@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from math import prod
 
 import torch
 from safetensors.torch import save_file
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{source} has two encoders, one for captions and one for reconstructions, and the embeddings of one "
                 "do not serve the other: pass --for caption or --for reconstruct"
             )
-    size = config.get("num_query_tokens", 0) * config["text_encoder_config"].get("hidden_size", 0)  # 0: not known
+    size = prod(hub.caption_embeds_shape(config))  # 0: not known
     require_space(output, len(inputs) * size * precision(arguments).itemsize)
     with loading(source):
         model, image_processor = hub.load_encoder(

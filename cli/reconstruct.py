@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_available
 from vlv.files import write_atomically
-from vlv.pipelines import VLVReconstructionPipeline, generate_images, load_reconstruction
+from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstruction
 
 from .batches import Batch, read_batches
 from .encode import encode
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     pipeline.set_progress_bar_config(disable=True)  # the summary shows one bar for all images
     if arguments.embeddings:
-        width = pipeline.encoder.config.text_encoder_config.hidden_size
+        width = pipeline.encoder.config.caption_embed_dim
         inputs = load_embeddings(arguments.embeddings, width, "reconstruct")
     size = arguments.image_size or pipeline.default_size
     if size % pipeline.vae_scale_factor:
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def reconstruct(
-    pipeline: VLVReconstructionPipeline, batch: Batch, size: int, arguments: argparse.Namespace, summary: Summary
+    pipeline: ReconstructionPipeline, batch: Batch, size: int, arguments: argparse.Namespace, summary: Summary
 ) -> list[Image.Image]:
     """Reconstructions of one batch, `size` pixels wide and high. `summary` shows the progress."""
     count = len(batch.names)
@@ -181,7 +181,7 @@ def _write(folder: Path, name: str, original: Image.Image | None, reconstruction
         return {}
 
 
-def _set_meter(pipeline: VLVReconstructionPipeline) -> SetMeter | None:
+def _set_meter(pipeline: ReconstructionPipeline) -> SetMeter | None:
     """The meter of FID and KID; None without the extra vlv[eval]."""
     try:
         if inception_is_available():

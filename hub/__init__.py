@@ -17,6 +17,7 @@ from .layout import (
     TRAINING_FILE,
 )
 from .load import (
+    caption_embeds_shape,
     has_two_encoders,
     load_captioner,
     load_diffusion_components,
@@ -40,6 +41,7 @@ __all__ = [
     "DiffusionModel",
     "UploadError",
     "add_diffusion_model",
+    "caption_embeds_shape",
     "convert",
     "describe",
     "diffusion_model_of",

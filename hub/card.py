@@ -10,9 +10,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from vlv.diffusion_decoder import FAMILIES
 from vlv.files import is_variant, read_header, read_json
 
 from .layout import CARD_FILE, TRAINING_FILE
+from .load import caption_embeds_shape
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 LICENCES = {  # of well-known pretrained models, from their Hub pages
@@ -36,11 +38,13 @@ TAGS = ["vlv", "diffusion", "custom_code"]
 CAPTIONING_TAGS = ["image-captioning", "image-to-text", "conversational"]
 RESULTS_SECTION = re.compile(r"^## Results\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 STAMP = re.compile(r"\n*<!-- pushed as ([0-9a-f]{16}) -->\n*\Z")
+DIFFUSION_LABELS = {
+    name: "autoencoder" if name == "vae" else "denoiser" for family in FAMILIES for name in family.models
+}
 PARTS = {
     "encoder": "encoder and text encoder",
     "": "language model and language projection",
-    "unet": "denoiser",
-    "vae": "autoencoder",
+    **DIFFUSION_LABELS,
 }
 
 
@@ -101,7 +105,7 @@ def write_card(folder: Path, repo: str, card: Card) -> None:
         captions=captions,
         reconstructs=reconstructs,
         num_query_tokens=config["num_query_tokens"],
-        width=config["text_encoder_config"]["hidden_size"],
+        width=caption_embeds_shape(config)[1],
         max_new_tokens=training.get("stage2", {}).get("max_caption_tokens", 300),
         parts=_parts(folder),
         stages=_stages(without_local_paths(training)),

@@ -1,7 +1,7 @@
 """The text-to-image model of a trained VLV: its own, in the same folder, or another one that it refers to.
 
 A training leaves the frozen model where it is. `model_index.json` then has the entry
-`"diffusion_model": {"source": ..., "revision": ..., "fingerprint": ...}` in place of the components.
+`"diffusion_model": {"source": ..., "revision": ..., "fingerprint": ..., "family": ...}` in place of the components.
 """
 
 import os
@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusers import __version__ as diffusers_version
+from huggingface_hub import try_to_load_from_cache
 
+from vlv.diffusion_decoder import FAMILIES, DiffusionDecoder, family_of, find_family
 from vlv.files import read_json, write_json
 
 from .fingerprint import UNKNOWN, fingerprint
-from .layout import DIFFUSION_FILES, MODEL_INDEX_FILE, PIPELINE_PARTS, RECONSTRUCTION_CLASSES
+from .layout import DIFFUSION_FILES, MODEL_INDEX_FILE, reconstruction_classes
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,13 @@ class DiffusionModel:
         source: Absolute path of a folder, or a repo id.
         revision: Commit of the repository; None for a folder.
         fingerprint: As `vlv.hub.fingerprint` gives it; of a folder, of the parts that decode.
+        family: The `family` of its `DiffusionDecoder`; None where its files could not be read.
     """
 
     source: str
     revision: str | None
     fingerprint: str
+    family: str | None = None
 
     @property
     def is_known(self) -> bool:
@@ -71,11 +75,16 @@ def find_diffusion_model(source: str | os.PathLike) -> DiffusionModel:
     """
     if not Path(source).is_dir():
         found = fingerprint(source)
-        return DiffusionModel(os.fspath(source), found if found != UNKNOWN else None, found)
+        if found == UNKNOWN:
+            return DiffusionModel(os.fspath(source), None, found)
+        index = try_to_load_from_cache(os.fspath(source), MODEL_INDEX_FILE, revision=found)
+        family = find_family(read_json(index), source).family if isinstance(index, str) else None
+        return DiffusionModel(os.fspath(source), found, found, family)
     if (referred := referred_diffusion_model(Path(source))) is not None:
         referred.check(source)
         return referred
-    return DiffusionModel(str(Path(source).resolve()), None, fingerprint(source, DIFFUSION_FILES))
+    family = find_family(read_json(Path(source) / MODEL_INDEX_FILE), source).family
+    return DiffusionModel(str(Path(source).resolve()), None, fingerprint(source, DIFFUSION_FILES), family)
 
 
 def has_own_diffusion_model(folder: Path) -> bool:
@@ -96,7 +105,8 @@ def referred_diffusion_model(folder: Path) -> DiffusionModel | None:
         return None
     if not isinstance(reference, dict) or not isinstance(reference.get("source"), str):
         raise ValueError(f"{folder / MODEL_INDEX_FILE}: diffusion_model is not an object with a source")
-    return DiffusionModel(reference["source"], reference.get("revision"), str(reference.get("fingerprint")))
+    fields = {name: reference.get(name) for name in ("revision", "family")}
+    return DiffusionModel(reference["source"], fingerprint=str(reference.get("fingerprint")), **fields)
 
 
 def diffusion_model_of(source: str | os.PathLike, folder: Path) -> DiffusionModel | None:
@@ -111,12 +121,31 @@ def diffusion_model_of(source: str | os.PathLike, folder: Path) -> DiffusionMode
     return referred_diffusion_model(folder)
 
 
+def family_of_reference(diffusion_model: DiffusionModel) -> type[DiffusionDecoder]:
+    """The family of a text-to-image model that a folder refers to.
+
+    Raises:
+        OSError: If the reference does not say, and the model could not be read.
+        ValueError: If the family is not known.
+    """
+    for family in FAMILIES:
+        if family.family == diffusion_model.family:
+            return family
+    if diffusion_model.family is not None:
+        known = ", ".join(family.family for family in FAMILIES)
+        raise ValueError(
+            f"the family of {diffusion_model.source} is {diffusion_model.family!r}; this version knows {known}"
+        )
+    return family_of(diffusion_model.source, revision=diffusion_model.revision)
+
+
 def refer_to(folder: Path, diffusion_model: DiffusionModel) -> None:
     """Writes a `model_index.json` that refers to the text-to-image model."""
+    family = family_of_reference(diffusion_model)
     index = {
         "_diffusers_version": diffusers_version,
-        **RECONSTRUCTION_CLASSES,
-        **{name: [None, None] for name in PIPELINE_PARTS},
-        "diffusion_model": asdict(diffusion_model),
+        **reconstruction_classes(family),
+        **{name: [None, None] for name in family.component_names()},
+        "diffusion_model": asdict(diffusion_model) | {"family": family.family},
     }
     write_json(folder / MODEL_INDEX_FILE, index)

@@ -11,13 +11,14 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, SafetensorsParsingError
 
+from vlv.diffusion_decoder import find_family
 from vlv.files import DTYPES, Header, is_variant, read_header, read_json
 from vlv.original_checkpoint import find_checkpoint, read_weights
 
-from .card import LICENCES, pretrained_models, read_training
+from .card import DIFFUSION_LABELS, LICENCES, pretrained_models, read_training
 from .decoder import referred_diffusion_model
 from .layout import ADAPTER_FOLDER, CAPTIONER_WEIGHTS, CARD_FILE, INDEX_FILE, MODEL_INDEX_FILE, TRAINER_FOLDERS
-from .load import file_sizes, read_config, read_weight_map, resolve, to_repo_id
+from .load import caption_embeds_shape, file_sizes, read_config, read_weight_map, resolve, to_repo_id
 
 METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -37,6 +38,8 @@ PARTS = (  # prefixes of weight names here
     ("query_tokens", "query tokens and projector"),
     ("projector.", "query tokens and projector"),
     ("text_encoder.", "text encoder"),
+    ("text_encoder_2.", "text encoder 2"),
+    ("text_encoder_3.", "text encoder 3"),
     ("image_encoder.", "image encoder"),
 )
 
@@ -131,7 +134,7 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
         family=_family(folder) if index.is_file() else None,
         files=files,
     )
-    num_query_tokens, width = config.get("num_query_tokens", 77), config["text_encoder_config"].get("hidden_size")
+    num_query_tokens, width = caption_embeds_shape(config)
     found.properties = {
         "caption embeddings": f"{num_query_tokens} x {width}",
         "language model": (config.get("text_config") or {}).get("model_type"),
@@ -170,8 +173,8 @@ def _licence(card: Path) -> str | None:
 
 def _part(file: str, name: str, captions: bool) -> str:
     folder = file.rpartition("/")[0]
-    if folder in ("unet", "vae"):
-        return {"unet": "denoiser", "vae": "autoencoder"}[folder]
+    if folder in DIFFUSION_LABELS:
+        return DIFFUSION_LABELS[folder]
     if folder == ADAPTER_FOLDER:
         return "LoRA adapter, merged into the language model"
     if "/" in file and folder != "encoder":
@@ -189,12 +192,12 @@ def _family(folder: Path) -> str:
     if (referred := referred_diffusion_model(folder)) is not None:
         revision = f", revision {referred.revision}" if referred.revision else ""
         return f"in another place: {referred.source}{revision} (`vlv push` copies it in)"
-    index = read_json(folder / MODEL_INDEX_FILE, "unet", "scheduler")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    prediction_type = "epsilon"  # diffusers' default
-    if scheduler.is_file():
-        prediction_type = read_json(scheduler).get("prediction_type", "epsilon")
-    return f"Stable Diffusion ({index['unet'][1]}, {index['scheduler'][1]}, predicts {prediction_type})"
+    index = read_json(folder / MODEL_INDEX_FILE, "scheduler")
+    family = find_family(index, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    predicts = family.describe_prediction(read_json(config) if config.is_file() else {})
+    denoiser = next(index[name][1] for name in family.models if name != "vae")
+    return f"{family.title} ({denoiser}, {index['scheduler'][1]}, predicts {predicts})"
 
 
 def _remote_header(api: HfApi, repo: str, name: str, revision: str | None) -> Header:

@@ -12,7 +12,9 @@ from diffusers import DiffusionPipeline
 from diffusers import __version__ as diffusers_version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
+from vlv.diffusion_decoder import find_family
 from vlv.files import is_variant, require_space, set_default_permissions, write_json
 from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
@@ -29,8 +31,8 @@ from .layout import (
     INDEX_FILE,
     MODEL_INDEX_FILE,
     PIPELINE_PARTS,
-    RECONSTRUCTION_CLASSES,
     half_name,
+    reconstruction_classes,
 )
 from .load import load_diffusion_components
 from .remote_code import add_code
@@ -58,8 +60,8 @@ def export(
         captioner: Without it the folder reconstructs but does not caption.
         processor: Of the captioner; required with it.
         image_processor: Of the encoder; by default the processor's.
-        diffusion_model: A diffusers pipeline, its components, or the folder or repo id of one. Its UNet, autoencoder,
-            scheduler and tokenizer are written. To a `DiffusionModel` the folder only refers.
+        diffusion_model: A diffusers pipeline, its components, or the folder or repo id of one. Its denoiser,
+            autoencoder, scheduler and tokenizers are written. To a `DiffusionModel` the folder only refers.
         weights: All weights of the captioner, or of the encoder if there is no captioner, instead of those that the
             model holds: for example of a model whose weights are sharded over processes.
         dtype: Precision of the stored weights; by default their own. They load as float32 unless the reader asks for
@@ -188,10 +190,15 @@ def _diffusion_components(diffusion_model: str | os.PathLike | DiffusionPipeline
 
 
 def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: torch.dtype | None) -> None:
+    present = {name: component for name, component in components.items() if component is not None}
+    entries = {name: [_library(component), type(component).__name__] for name, component in present.items()}
+    family = find_family(entries, "the diffusion model")
     for name in PIPELINE_PARTS:
-        component = components[name]
         shutil.rmtree(root / name, ignore_errors=True)
-        if dtype is not None and name in ("unet", "vae"):
+        if name not in family.component_names() or name not in present:
+            continue
+        component = components[name]
+        if dtype is not None and name in family.models:
             original_dtype = component.dtype
             component.to(dtype).save_pretrained(root / name)
             component.to(original_dtype)
@@ -202,14 +209,15 @@ def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: 
     own = (CAPTIONER_FILE, CAPTIONER_ENCODER_FILE)
     index = {
         "_diffusers_version": diffusers_version,
-        **RECONSTRUCTION_CLASSES,
-        "scheduler": ["diffusers", type(components["scheduler"]).__name__],
-        "tokenizer": ["transformers", type(components["tokenizer"]).__name__],
-        "unet": ["diffusers", type(components["unet"]).__name__],
-        "vae": ["diffusers", type(components["vae"]).__name__],
+        **reconstruction_classes(family),
+        **{name: entries[name] for name in sorted(family.component_names()) if name in present},
         "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, *own, *map(half_name, own)],
     }
     write_json(root / MODEL_INDEX_FILE, index)
+
+
+def _library(component: Any) -> str:
+    return "transformers" if isinstance(component, PreTrainedTokenizerBase) else "diffusers"
 
 
 def _add_half_variant(root: Path) -> None:

@@ -6,11 +6,15 @@ It serves transformers and diffusers, and stores each weight once:
     encoder_captioner.safetensors                                      its own encoder, where it differs
     processor_config.json, tokenizer*.json, chat_template.jinja                                      its processor
     model_index.json, unet/, vae/, scheduler/, tokenizer/, image_processor/                          reconstruction
+    (or the components of another family of text-to-image models)
     encoder/config.json, encoder/model.safetensors                                                   shared by both
     *.py, encoder/*.py, image_processor/*.py                                                         code of vlv
 """
 
 from pathlib import PurePosixPath
+from typing import Any
+
+from vlv.diffusion_decoder import FAMILIES, DiffusionDecoder
 
 ENCODER_PREFIX = "model."  # of the encoder's weight names: the captioner's base_model_prefix
 ENCODER_FILE = "encoder/model.safetensors"
@@ -28,12 +32,7 @@ TRAINING_FILE = "training.json"  # training metadata of each stage
 CARD_FILE = "README.md"
 ADAPTER_FOLDER = "adapter"  # of a LoRA training, in peft's format
 MODEL_INDEX_FILE = "model_index.json"  # of the reconstruction pipeline
-PIPELINE_PARTS = ("unet", "vae", "scheduler", "tokenizer")
-RECONSTRUCTION_CLASSES = {  # of the code in the repository
-    "_class_name": ["pipeline_vlv_reconstruction", "VLVReconstructionPipeline"],
-    "encoder": ["modeling_vlv", "VLVModel"],
-    "image_processor": ["processing_vlv", "VLVImageProcessor"],
-}
+PIPELINE_PARTS = tuple(dict.fromkeys(name for family in FAMILIES for name in family.component_names()))
 
 CAPTIONER_FILES = ["*.json", "*.jinja", "*.txt", "encoder/*", "model*.safetensors", *CAPTIONER_WEIGHTS]
 CAPTIONER_FINGERPRINT = [  # files that change captions
@@ -60,6 +59,15 @@ OWNED = [  # files that a push replaces, or deletes where it has no such file
 ]
 TRAINER_FOLDERS = ("checkpoint-", "global_step")  # of transformers' trainer and of DeepSpeed
 TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args", "average")
+
+
+def reconstruction_classes(family: type[DiffusionDecoder]) -> dict[str, Any]:
+    """The entries of `model_index.json` that name classes of the code in the repository."""
+    return {
+        "_class_name": list(family.reconstruction_pipeline),
+        "encoder": ["modeling_vlv", "VLVModel"],
+        "image_processor": ["processing_vlv", "VLVImageProcessor"],
+    }
 
 
 def pickles(names: list[str]) -> list[str]:

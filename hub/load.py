@@ -16,9 +16,10 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
+from vlv.diffusion_decoder import find_family
 from vlv.diffusion_decoder.components import load_components
 from vlv.files import read_header, read_json, refuse_damaged
-from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, refuse_renamed_fields
+from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVForConditionalGeneration, VLVModel, refuse_renamed_fields
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 from vlv.reference_configs import replacement_hint
 from vlv.tokenizer import load_tokenizer
@@ -240,6 +241,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json", *needed)
 
 
+def caption_embeds_shape(config: dict[str, Any]) -> tuple[int, int]:
+    """Number and width of the caption embeddings of a model, from its `config.json`; 0 for what it does not say."""
+    encoders = [config.get(f"{name}_config") or {} for name in TEXT_ENCODERS]
+    return config.get("num_query_tokens", 0), sum(encoder.get("hidden_size", 0) for encoder in encoders)
+
+
 def read_weight_map(folder: Path) -> dict[str, str]:
     """The file of each weight, by name. Raises `ValueError` if the index is damaged; the message names it."""
     weight_map = read_json(folder / INDEX_FILE, "weight_map")["weight_map"]
@@ -276,12 +283,15 @@ def load_diffusion_components(
     token: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """`unet`, `vae`, `scheduler` and `tokenizer` of a text-to-image model.
+    """The components of a text-to-image model that the reconstruction pipeline needs, by their names in diffusers.
 
     Args:
-        source: Stable Diffusion or VLV model: folder or repo id. A VLV may refer to the text-to-image model that it
-            was trained with.
-        dtype: Precision of UNet and autoencoder; by default the stored one.
+        source: Text-to-image model or VLV: folder or repo id. A VLV may refer to the text-to-image model that it was
+            trained with.
+        dtype: Precision of denoiser and autoencoder; by default the stored one.
+
+    Returns:
+        For example `unet`, `vae`, `scheduler` and `tokenizer`.
 
     Raises:
         FileNotFoundError: If there is no such folder or repository, or it holds no text-to-image model.
@@ -293,4 +303,4 @@ def load_diffusion_components(
     if (referred := referred_diffusion_model(folder)) is not None:
         referred.check(source)
         return load_diffusion_components(referred.source, revision=referred.revision, token=token, dtype=dtype)
-    return load_components(folder, dtype)
+    return load_components(folder, find_family(read_json(folder / MODEL_INDEX_FILE), source), dtype)

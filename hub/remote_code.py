@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlv.files import write_json
+from vlv.files import read_json, write_json
 
 MODEL_CODE, PROCESSOR_CODE = "modeling_vlv.py", "processing_vlv.py"
-CAPTIONING_CODE, RECONSTRUCTION_CODE = "pipeline_vlv_captioning.py", "pipeline_vlv_reconstruction.py"
+CAPTIONING_CODE = "pipeline_vlv_captioning.py"
 
 CONFIG_MAP = {"AutoConfig": "modeling_vlv.VLVConfig"}
 # AutoModel is the encoder in a captioner's folder, too: transformers keeps one class for it and each config class.
@@ -67,7 +67,10 @@ def add_code(root: Path) -> None:
     else:
         _add(root / "config.json", auto_map=ENCODER_MAP)
     if reconstructs:
-        shutil.copyfile(code_file(RECONSTRUCTION_CODE), root / RECONSTRUCTION_CODE)
+        code = read_json(root / "model_index.json", "_class_name")["_class_name"][0] + ".py"
+        for old in root.glob("pipeline_vlv_*reconstruction.py"):  # of a model of another family
+            old.unlink()
+        shutil.copyfile(code_file(code), root / code)
 
 
 def _add(path: Path, *section_names: str, **values: Any) -> None:

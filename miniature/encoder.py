@@ -203,7 +203,7 @@ def train_encoder(
         config,
         ImagesOnly(images, seed=seed + 2),
         build_image_processor(),
-        teacher.tokenizer,
+        {"tokenizer": teacher.tokenizer},
         validation_dataset=ImagesOnly(16, split="test", seed=31),
     )
     validate = partial(

@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from .diffusion_decoder import StableDiffusionDecoder
 from .diffusion_decoder.components import load_components
 from .files import read_json
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVModel
@@ -119,7 +120,7 @@ def convert_checkpoints(
         }
         dropped |= _dropped_weights(weights, name)
     else:
-        parts["diffusion_model"] = load_components(stable_diffusion)
+        parts["diffusion_model"] = load_components(stable_diffusion, StableDiffusionDecoder)
         parts["diffusion_model"]["scheduler"] = DDPMScheduler.from_config(parts["diffusion_model"]["scheduler"].config)
     if stage2 is not None:
         weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)

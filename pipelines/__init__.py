@@ -2,13 +2,17 @@
 
 from . import components  # noqa: F401 (from_pretrained loads them)
 from .generation import generate_captions, generate_images
-from .loading import load_reconstruction
+from .loading import ReconstructionPipeline, build_reconstruction, load_reconstruction
 from .pipeline_vlv_captioning import VLVCaptioningPipeline, trim_caption
+from .pipeline_vlv_pooled_reconstruction import VLVPooledReconstructionPipeline
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
 
 __all__ = [
+    "ReconstructionPipeline",
     "VLVCaptioningPipeline",
+    "VLVPooledReconstructionPipeline",
     "VLVReconstructionPipeline",
+    "build_reconstruction",
     "generate_captions",
     "generate_images",
     "load_reconstruction",

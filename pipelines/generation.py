@@ -7,7 +7,7 @@ import torch
 
 from vlv import VLVForConditionalGeneration, VLVProcessor
 
-from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
+from .loading import ReconstructionPipeline
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def generate_captions(
 
 
 def generate_images(
-    pipeline: VLVReconstructionPipeline,
+    pipeline: ReconstructionPipeline,
     *,
     image: Sequence[Any] | None = None,
     caption_embeds: torch.Tensor | None = None,

@@ -2,17 +2,47 @@
 
 import os
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
-from vlv import hub
+from vlv import VLVModel, hub
+from vlv.diffusion_decoder import find_family
 
+from .pipeline_vlv_pooled_reconstruction import VLVPooledReconstructionPipeline
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
+
+ReconstructionPipeline: TypeAlias = VLVReconstructionPipeline | VLVPooledReconstructionPipeline
+PIPELINES = {pipeline.__name__: pipeline for pipeline in (VLVReconstructionPipeline, VLVPooledReconstructionPipeline)}
+
+
+def build_reconstruction(
+    encoder: VLVModel,
+    image_processor: Any,
+    components: dict[str, Any],
+    model: str = "the model",
+    source: str = "the text-to-image model",
+) -> ReconstructionPipeline:
+    """The reconstruction pipeline of the family that the components of a text-to-image model belong to.
+
+    Args:
+        components: As `vlv.hub.load_diffusion_components` returns them.
+        model, source: Names of the VLV and of the text-to-image model, for messages.
+
+    Raises:
+        ValueError: If the components belong to no family, or the encoder to another.
+    """
+    index = {name: ("", type(part).__name__) for name, part in components.items() if part is not None}
+    family = find_family(index, source)
+    denoiser = next(components[name] for name in family.models if name != "vae")
+    family.check_model(denoiser, encoder.config, model, source)
+    pipeline = PIPELINES[family.reconstruction_pipeline[1]]
+    return pipeline(encoder=encoder, image_processor=image_processor, **components)
 
 
 def load_reconstruction(
     source: str | os.PathLike, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> VLVReconstructionPipeline:
+) -> ReconstructionPipeline:
     """Loads each component and assembles the reconstruction pipeline.
 
     Args:
@@ -30,7 +60,9 @@ def load_reconstruction(
     _refuse_variant(folder)
     encoder, image_processor = hub.load_encoder(folder, dtype=dtype)
     components = hub.load_diffusion_components(folder, dtype=dtype)
-    return VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **components).to(device)
+    return build_reconstruction(encoder, image_processor, components, str(source), "its text-to-image model").to(
+        device
+    )
 
 
 def _refuse_variant(folder: Path) -> None:

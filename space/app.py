@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from vlv import hub
-from vlv.pipelines import VLVReconstructionPipeline, generate_captions
+from vlv.pipelines import build_reconstruction, generate_captions
 
 EXAMPLES = sorted(str(path) for path in (Path(__file__).parent / "examples").glob("*.png"))
 MAX_UPLOAD = "10mb"
@@ -171,8 +171,7 @@ class Demo:
             if hub.has_two_encoders(folder):  # captions come from one, reconstructions from the other
                 encoder, _ = hub.load_encoder(folder, device=device, dtype=dtype)
             components = hub.load_diffusion_components(folder, dtype=dtype)
-            pipeline = VLVReconstructionPipeline(encoder=encoder, image_processor=image_processor, **components)
-            self.pipeline = pipeline.to(device)
+            self.pipeline = build_reconstruction(encoder, image_processor, components, self.name).to(device)
             self.pipeline.set_progress_bar_config(disable=True)
 
     def load(self, path: str | None, which: str = "an image") -> Image.Image:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, Qwen2Config
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen2Config
 
 from vlv import VLVConfig
 
@@ -12,6 +12,7 @@ GOLDEN = Path(__file__).parent / "golden" / "original-a"
 """Checkpoints and values of the authors' code (tests/golden/README.md)."""
 
 TEXT_WIDTH, POSITIONS, QUERIES, VOCABULARY = 32, 12, 8, 55
+TEXT_2_WIDTH, POOLED_WIDTH = 48, 20  # of a second text encoder
 # Untrained models of the usual 0.02 hardly see their input: every image would have the same caption, and no test that
 # compares captions could fail.
 WEIGHT_SCALE = 0.3
@@ -123,6 +124,27 @@ def stable_diffusion_parts(prediction_type: str = "epsilon", **scheduler) -> dic
             **scheduler,
         ),
     }
+
+
+def stable_diffusion_xl_parts(prediction_type: str = "epsilon") -> dict:
+    """Components of a Stable-Diffusion-XL-type model: text encoders of width 32 and 48, a pooled state of width 20."""
+    parts = stable_diffusion_parts(prediction_type)
+    unet = parts["unet"].config
+    torch.manual_seed(1)
+    sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + POOLED_WIDTH}
+    return parts | {
+        "unet": UNet2DConditionModel.from_config(
+            unet, cross_attention_dim=TEXT_WIDTH + TEXT_2_WIDTH, addition_embed_type="text_time", **sizes
+        ),
+        "text_encoder": CLIPTextModel(text_encoder_config()),
+        "text_encoder_2": CLIPTextModelWithProjection(text_encoder_2_config()),
+    }
+
+
+def text_encoder_2_config() -> CLIPTextConfig:
+    config = text_encoder_config()
+    config.update({"hidden_size": TEXT_2_WIDTH, "projection_dim": POOLED_WIDTH, "num_hidden_layers": 3})
+    return config
 
 
 def assert_close_to_scale(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:

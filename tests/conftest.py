@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, Qwen2ForCausalLM
@@ -28,6 +28,7 @@ from .builders import (
     POSITIONS,
     language_model_config,
     stable_diffusion_parts,
+    stable_diffusion_xl_parts,
     text_encoder_config,
     vlv_config,
 )
@@ -111,6 +112,22 @@ def stable_diffusion(tmp_path_factory) -> Path:
     )
     pipeline.tokenizer.model_max_length = POSITIONS
     pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_xl(tmp_path_factory) -> Path:
+    """A Stable-Diffusion-XL-type model in diffusers' folder format."""
+    folder = tmp_path_factory.mktemp("stable-diffusion-xl")
+    tokenizers = {name: build_tokenizer(for_text_encoder=True) for name in ("tokenizer", "tokenizer_2")}
+    for tokenizer in tokenizers.values():
+        tokenizer.model_max_length = POSITIONS
+    tokenizers["tokenizer_2"].pad_token = tokenizers[
+        "tokenizer_2"
+    ].bos_token  # another one than the first's, as in SDXL
+    StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), **tokenizers, add_watermarker=False).save_pretrained(
+        folder
+    )
     return folder
 
 

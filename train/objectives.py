@@ -4,58 +4,42 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from vlv import VLVModel
+from vlv.diffusion_decoder import Conditioning
 
 
-@torch.no_grad()
-def unconditional_context(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """The context that guidance steers away from, as the reconstruction pipeline forms it.
-
-    It is the empty prompt, padded to all positions of the text encoder, through the text encoder.
+def drop_embeddings(conditioning: Conditioning, unconditional: Conditioning, dropped: torch.Tensor) -> Conditioning:
+    """Replaces the conditioning of some images by the unconditional one.
 
     Args:
-        model: A `VLVModel`, or what wraps it.
-
-    Returns:
-        `(1, positions, d_text)`.
-    """
-    config: Any = getattr(model, "module", model).config
-    positions = config.text_encoder_config.max_position_embeddings
-    ids = tokenizer("", padding="max_length", max_length=positions, truncation=True, return_tensors="pt").input_ids
-    return model(input_ids=ids.to(device)).conditioning
-
-
-def drop_embeddings(
-    conditioning: torch.Tensor, unconditional: torch.Tensor, dropped: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Replaces the conditioning of some images by the unconditional context.
-
-    Args:
-        conditioning: `(B, N, d_text)`.
-        unconditional: `(1, M, d_text)`.
+        conditioning: Of `B` images, `N` embeddings each.
+        unconditional: Of one row, `M` embeddings.
         dropped: `(B,)`, bool: the images whose conditioning is replaced.
 
     Returns:
-        `(B, max(N, M), d_text)`, and which of these embeddings each image has, `(B, max(N, M))`, bool; None where
-        `N` equals `M`, so that every image has all.
+        `max(N, M)` embeddings for each image, and the mask of which it has; without a mask where `N` equals `M`, so
+        that every image has all.
     """
-    batch, own, width = conditioning.shape
-    other = unconditional.shape[1]
-    unconditional = unconditional.to(conditioning).expand(batch, -1, -1)
-    dropped = dropped.to(conditioning.device)[:, None]  # (B, 1)
+    states = conditioning.hidden_states
+    batch, own, width = states.shape
+    other = unconditional.hidden_states.shape[1]
+    empty_states = unconditional.hidden_states.to(states).expand(batch, -1, -1)
+    dropped = dropped.to(states.device)[:, None]  # (B, 1)
+    pooled = conditioning.pooled
+    if pooled is not None:
+        assert unconditional.pooled is not None
+        pooled = torch.where(dropped, unconditional.pooled.to(pooled), pooled)
     if own == other:
-        return torch.where(dropped[..., None], unconditional, conditioning), None
+        return Conditioning(torch.where(dropped[..., None], empty_states, states), pooled)
     length = max(own, other)
     empty, given = (
         torch.cat([rows, rows.new_zeros(batch, length - rows.shape[1], width)], dim=1)
-        for rows in (unconditional, conditioning)
+        for rows in (empty_states, states)
     )
-    places = torch.arange(length, device=conditioning.device)[None]  # (1, length)
-    return torch.where(dropped[..., None], empty, given), torch.where(dropped, places < other, places < own)
+    places = torch.arange(length, device=states.device)[None]  # (1, length)
+    mask = torch.where(dropped, places < other, places < own)
+    return Conditioning(torch.where(dropped[..., None], empty, given), pooled, mask)
 
 
 class QueryNoise:

@@ -16,7 +16,7 @@ import torch
 from transformers import set_seed
 
 from vlv import VLVImageProcessor, VLVModel, hub
-from vlv.diffusion_decoder import load_diffusion_decoder
+from vlv.diffusion_decoder import DiffusionDecoder, family_of
 from vlv.tokenizer import load_tokenizer
 
 from .caches import open_moments
@@ -55,21 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             )
         dataset = load_images(config.images, **config.data_options())
         diffusion_model, folder = find_diffusion_model(config)
-        diffusion_decoder = load_diffusion_decoder(
+        family = family_of(folder)
+        diffusion_decoder = family.from_pretrained(
             str(folder),
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
-            timestep_sampling=config.timestep_sampling,
-            min_timestep=config.min_timestep,
-            max_timestep=config.max_timestep,
-            snr_gamma=config.snr_gamma,
-            loss=config.loss,
             vae_dtype=getattr(torch, config.vae_dtype),
+            **config.decoder_options(),
         )
-        model, image_processor = load_model(config, folder)
+        config.timestep_sampling = diffusion_decoder.timestep_sampling
+        model, image_processor = load_model(config, folder, family)
+        family.check_model(
+            diffusion_decoder.denoiser, model.config, config.model or "the model", diffusion_model.source
+        )
         freeze_for_stage1(model, config.trainable)
         if config.encoder_lora_rank:
             add_encoder_lora(model, config.encoder_lora_rank)
-        tokenizer = load_tokenizer(folder / "tokenizer")
+        tokenizers = {
+            name: load_tokenizer(folder / name) for name in family.tokenizers[: len(model.config.text_encoder_configs)]
+        }
         evaluation = find_evaluation_set(config, dataset, load_images)
         all_data = [dataset] if evaluation is None else [dataset, evaluation]
         trainer = Stage1Trainer(
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             config,
             dataset,
             image_processor,
-            tokenizer,
+            tokenizers,
             eval_dataset=evaluation,
             moments=open_moments(config, all_data, image_processor, diffusion_decoder),
         )
@@ -125,18 +128,21 @@ def find_diffusion_model(config: Stage1Config) -> tuple[hub.DiffusionModel, Path
             )
         own.check(config.model)
         found = own
-    patterns = [*hub.DIFFUSION_FILES, *(["text_encoder/*"] if config.model is None else [])]
+    patterns = [*hub.DIFFUSION_FILES, *(["text_encoder*/*"] if config.model is None else [])]
     folder = hub.resolve(found.source, revision=found.revision, allow_patterns=patterns, pickles_allowed=True)
     if not found.is_known:  # its files were not in the cache
         found = hub.find_diffusion_model(found.source)
     return found, folder
 
 
-def load_model(config: Stage1Config, diffusion_model: Path) -> tuple[VLVModel, VLVImageProcessor]:
-    """The model to continue from, or a new one from a Florence-2 and the diffusion model's text encoder.
+def load_model(
+    config: Stage1Config, diffusion_model: Path, family: type[DiffusionDecoder]
+) -> tuple[VLVModel, VLVImageProcessor]:
+    """The model to continue from, or a new one from a Florence-2 and the diffusion model's text encoders.
 
     Args:
-        diffusion_model: Folder with the text encoder.
+        diffusion_model: Folder with the text encoders.
+        family: Of the diffusion model.
 
     Raises:
         OSError: If a model could not be loaded.
@@ -150,7 +156,9 @@ def load_model(config: Stage1Config, diffusion_model: Path) -> tuple[VLVModel, V
     if config.num_query_tokens is not None:
         settings["num_query_tokens"] = config.num_query_tokens
     assert config.image_encoder is not None
-    model = VLVModel.from_vision_text_pretrained(config.image_encoder, str(diffusion_model), **settings)
+    text_encoders = family.load_text_encoders(str(diffusion_model))
+    settings |= family.text_settings(len(text_encoders))
+    model = VLVModel.from_vision_text_pretrained(config.image_encoder, text_encoders, **settings)
     size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
     return model, VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
 

@@ -1,7 +1,9 @@
 """Configuration and trainer of stage 1."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -9,8 +11,9 @@ from diffusers.utils import make_image_grid
 from diffusers.utils.torch_utils import randn_tensor
 
 from vlv import VLVImageProcessor, VLVModel
-from vlv.diffusion_decoder import DiffusionDecoder
-from vlv.pipelines import VLVReconstructionPipeline, generate_images
+from vlv.diffusion_decoder import Conditioning, DiffusionDecoder
+from vlv.modeling_vlv import VLVModelOutput
+from vlv.pipelines import build_reconstruction, generate_images
 
 from .caches import diffusion_image_size, to_unit_range
 from .data import Stage1Collator, readable_items
@@ -19,7 +22,7 @@ from .evaluating import seeded_generators, spread_timesteps
 from .freezing import freeze_for_stage1
 from .memory import prepare_diffusion_decoder
 from .modes import set_train_mode
-from .objectives import QueryNoise, drop_embeddings, unconditional_context
+from .objectives import QueryNoise, drop_embeddings
 from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
@@ -132,11 +135,12 @@ class Stage1Config(StageConfig):
             "crop the diffusion model's own size."
         },
     )
-    timestep_sampling: str = field(
-        default="uniform",
+    timestep_sampling: str | None = field(
+        default=None,
         metadata={
             "help": "Timesteps of a batch: 'uniform' (the paper), 'stratified' (one from each of as many equal "
-            "ranges) or 'logit_normal' (mostly from the middle)."
+            "ranges) or 'logit_normal' (mostly from the middle); by default what the diffusion model's family was "
+            "trained with."
         },
     )
     min_timestep: int = field(
@@ -252,6 +256,11 @@ class Stage1Config(StageConfig):
         if self.shard_diffusion_model and (self.channels_last or self.compile_blocks):
             raise ValueError("shard_diffusion_model does not work with channels_last or compile_blocks; choose one")
 
+    def decoder_options(self) -> dict[str, Any]:
+        """The arguments of a `DiffusionDecoder` that the settings give. An option that is off is left out."""
+        names = ("timestep_sampling", "min_timestep", "max_timestep", "loss", "snr_gamma")
+        return {name: value for name in names if (value := getattr(self, name))}
+
 
 class Stage1Trainer(VLVTrainer):
     """Trains a `VLVModel` by the denoising loss of a frozen `DiffusionDecoder`. No checkpoint contains the latter.
@@ -262,7 +271,8 @@ class Stage1Trainer(VLVTrainer):
         args: The configuration.
         train_dataset: Items with `image`.
         image_processor: Prepares images in the data loader's workers; saved with every checkpoint.
-        tokenizer: The text encoder's, for validation images. Without it there is no validation.
+        tokenizers: Those of the text encoders by the names of the diffusion model's components, for guidance in
+            validation images. Without them there are none.
         validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
         eval_dataset: Items with `image`, for the evaluation.
         moments: The cache of `cache_moments`.
@@ -275,7 +285,7 @@ class Stage1Trainer(VLVTrainer):
         args: Stage1Config,
         train_dataset,
         image_processor: VLVImageProcessor,
-        tokenizer=None,
+        tokenizers: Mapping[str, Any] | None = None,
         validation_dataset=None,
         moments: FeatureCache | None = None,
         **kwargs,
@@ -292,15 +302,15 @@ class Stage1Trainer(VLVTrainer):
         )
         self.diffusion_decoder = diffusion_decoder.to(args.device)
         prepare_diffusion_decoder(self.diffusion_decoder, args)
-        self.tokenizer = tokenizer
-        self._unconditional: torch.Tensor | None = None
-        if args.embedding_dropout and tokenizer is None:
-            raise ValueError("embedding_dropout needs the text encoder's tokenizer, for the empty prompt")
+        self.tokenizers = tokenizers
+        self._unconditional: Conditioning | None = None
+        if args.embedding_dropout and tokenizers is None:
+            raise ValueError("embedding_dropout needs the text encoders' tokenizers, for the empty prompt")
         if args.unfreeze is not None:
             self.add_callback(scheduled_unfreezing(model, args.unfreeze, args.TRAINABLE, freeze_for_stage1))
         if args.query_noise:
             QueryNoise(model, args.query_noise)
-        if tokenizer is not None and args.validation_steps:
+        if tokenizers is not None and args.validation_steps:
             self.validation_items = readable_items(
                 validation_dataset or kwargs.get("eval_dataset") or train_dataset,
                 args.num_validation_images,
@@ -316,19 +326,18 @@ class Stage1Trainer(VLVTrainer):
         generators = self._generators(batch_size) if model.training and self.args.noise_by_sample else None
         latents = self._sample_latents(inputs, generators)  # (B, C, h, w)
         output = model(pixel_values=inputs["pixel_values"], return_dict=True)
-        conditioning = output.conditioning  # (B, Q, d_text)
+        conditioning = Conditioning.of(output)  # of (B, Q, d_cond)
         if model.training and torch.rand(()) < self.args.tail_drop:
-            # The text encoder T is causal, so T(z)[:, :n] equals T(z[:, :n]).
-            conditioning = conditioning[:, : int(torch.randint(1, conditioning.shape[1] + 1, ()))]
-        mask = None
+            length = int(torch.randint(1, output.caption_embeds.shape[1] + 1, ()))
+            conditioning = self._conditioning_of_first(length, model, output)
         if model.training and self.args.embedding_dropout:
-            dropped = torch.rand(len(conditioning)) < self.args.embedding_dropout
-            conditioning, mask = drop_embeddings(conditioning, self._unconditional_context(model), dropped)
+            dropped = torch.rand(batch_size) < self.args.embedding_dropout
+            conditioning = drop_embeddings(conditioning, self._unconditional_conditioning(model), dropped)
         noise = timesteps = None
         if generators is not None:
             noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
             timesteps = torch.cat([self.diffusion_decoder.sample_timesteps(1, g) for g in generators])
-        denoised = self.diffusion_decoder.denoise(latents, conditioning, noise, timesteps, mask)
+        denoised = self.diffusion_decoder.denoise(latents, conditioning, noise, timesteps)
         if model.training:
             self.means.add_by_timestep(denoised.losses, denoised.timesteps, self.diffusion_decoder.num_timesteps)
         return (denoised.loss, output) if return_outputs else denoised.loss
@@ -337,7 +346,7 @@ class Stage1Trainer(VLVTrainer):
         """Noise and timestep of an image depend on its place alone. The loss has no weights (`snr_gamma`)."""
         decoder, generators = self.diffusion_decoder, seeded_generators(VALIDATION_SEED, places=places)
         latents = self._sample_latents(inputs, generators)
-        conditioning = model(pixel_values=inputs["pixel_values"], return_dict=True).conditioning
+        conditioning = Conditioning.of(model(pixel_values=inputs["pixel_values"], return_dict=True))
         noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
         timesteps = spread_timesteps(places, *decoder.timestep_range)
         denoised = decoder.denoise(latents, conditioning, noise, timesteps)
@@ -356,10 +365,18 @@ class Stage1Trainer(VLVTrainer):
         moments = moments.contiguous(memory_format=torch.channels_last)
         return self.diffusion_decoder.sample_latents(moments, generators)
 
-    def _unconditional_context(self, model) -> torch.Tensor:
-        """`(1, positions, d_text)`. The text encoder is frozen, so it is computed once."""
+    def _conditioning_of_first(self, length: int, model, output: VLVModelOutput) -> Conditioning:
+        """The conditioning that the first caption embeddings alone make."""
+        assert output.caption_embeds is not None and output.conditioning is not None
+        if output.pooled_conditioning is None:  # the text encoder T is causal, so T(z)[:, :n] equals T(z[:, :n])
+            return Conditioning(output.conditioning[:, :length])
+        return Conditioning.of(self.accelerator.unwrap_model(model)(caption_embeds=output.caption_embeds[:, :length]))
+
+    def _unconditional_conditioning(self, model) -> Conditioning:
+        """Of one row. The text encoders are frozen, so it is computed once."""
         if self._unconditional is None:
-            self._unconditional = unconditional_context(model, self.tokenizer, self.args.device)
+            assert self.tokenizers is not None
+            self._unconditional = self.diffusion_decoder.unconditional(model, self.tokenizers, self.args.device)
         return self._unconditional
 
     def _generators(self, batch_size: int) -> list[torch.Generator]:
@@ -372,12 +389,8 @@ class Stage1Trainer(VLVTrainer):
 
     def save_reconstructions(self, model: VLVModel, step: int, folder: Path) -> None:
         """Writes `step-N.png`: validation images above their reconstructions (guidance 2, 30 steps, fixed seed)."""
-        pipeline = VLVReconstructionPipeline(
-            encoder=model,
-            image_processor=self.processing_class,
-            tokenizer=self.tokenizer,
-            **self.diffusion_decoder.pipeline_components(),
-        )
+        components = {**self.diffusion_decoder.pipeline_components(), **(self.tokenizers or {})}
+        pipeline = build_reconstruction(model, self.processing_class, components)
         pipeline.set_progress_bar_config(disable=True)
         size = self.data_collator.diffusion_image_size
         images = [item["image"] for item in self.validation_items]

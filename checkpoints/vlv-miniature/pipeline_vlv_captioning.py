@@ -121,7 +121,7 @@ class VLVCaptioningPipeline(Pipeline):
         if isinstance(inputs, Mapping) and "caption_embeds" in inputs:
             embeds = torch.as_tensor(inputs["caption_embeds"])
             embeds = embeds[None] if embeds.ndim == 2 else embeds
-            expected = (1, self.model.config.num_query_tokens, self.model.config.text_encoder_config.hidden_size)
+            expected = (1, self.model.config.num_query_tokens, self.model.config.caption_embed_dim)
             if tuple(embeds.shape) != expected:  # transformers would pad a batch of unequal lengths with zeros
                 raise ValueError(
                     f"caption_embeds of one image must be {expected[1:]}, got {tuple(embeds.shape)}; for another "

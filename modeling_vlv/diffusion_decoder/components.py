@@ -6,17 +6,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin
 
 from ..files import read_json, refuse_damaged, stored_dtype
 from ..tokenizer import load_tokenizer
 
 
-def load_part(part: type[ModelMixin], model: str | os.PathLike, subfolder: str, **kwargs: Any) -> Any:
-    """diffusers' `from_pretrained`, but it reads safetensors alone, and a missing weight is an error.
+def load_part(part: Any, model: str | os.PathLike, subfolder: str, **kwargs: Any) -> Any:
+    """`from_pretrained` of diffusers or transformers, but it reads safetensors alone; a missing weight is an error.
 
     Args:
-        part: The component's class, such as `UNet2DConditionModel`.
+        part: The component's class, such as `UNet2DConditionModel` or `CLIPTextModelWithProjection`.
         model: Folder or repo id of the text-to-image model.
         subfolder: The component's folder in it.
         kwargs: Arguments of `from_pretrained`.
@@ -29,7 +29,8 @@ def load_part(part: type[ModelMixin], model: str | os.PathLike, subfolder: str, 
     place, local = f"{model}, {subfolder}", Path(model) / subfolder
     if Path(model).is_dir():
         place = str(local)
-        name = read_json(local / "config.json", "_class_name")["_class_name"]
+        config = read_json(local / "config.json")
+        name = config.get("_class_name") or next(iter(config.get("architectures") or []), "component without a class")
         if name != part.__name__:
             raise ValueError(f"{place} is a {name}; expected {part.__name__}")
     try:
@@ -58,35 +59,43 @@ def _remedy(folder: Path) -> str:
     )
 
 
-def load_components(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """`unet`, `vae`, `scheduler` and `tokenizer` of a folder with a `model_index.json`.
+def load_components(folder: Path, family: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The components that reconstruct images, of a folder with a `model_index.json`: models, scheduler, tokenizers.
 
     Args:
-        dtype: Precision of UNet and autoencoder; by default the stored one.
+        family: Subclass of `DiffusionDecoder`.
+        dtype: Precision of denoiser and autoencoder; by default the stored one.
+
+    Returns:
+        The components by the names in `family.component_names()`, without the tokenizers of text encoders that the
+        family works without and the folder does not have.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, scheduler or autoencoder are not diffusers', or the tokenizer cannot pad.
+        ValueError: If a file is damaged, scheduler or autoencoder are not diffusers', or a tokenizer cannot pad.
     """
-    index = read_json(folder / "model_index.json", "scheduler", "unet", "vae")
+    index = read_json(folder / "model_index.json", "scheduler", *family.models)
     name = str(index["scheduler"][1])
     scheduler = getattr(diffusers, name, None)
     if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise ValueError(
             f"{folder / 'model_index.json'} names the scheduler {name!r}; expected a scheduler of diffusers"
         )
-    read_json(folder / "scheduler" / "scheduler_config.json", "beta_schedule")
+    read_json(folder / "scheduler" / "scheduler_config.json", family.scheduler_field)
     components: dict[str, Any] = {"scheduler": getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")}
     vae_class = getattr(diffusers, str(index["vae"][1]), None)
     if not (isinstance(vae_class, type) and issubclass(vae_class, ModelMixin) and hasattr(vae_class, "decode")):
         raise ValueError(
             f"{folder / 'model_index.json'} names the autoencoder {index['vae'][1]!r}; expected one of diffusers"
         )
-    for part, part_class in (("unet", UNet2DConditionModel), ("vae", vae_class)):
+    for part, part_class in {**family.models, "vae": vae_class}.items():
         stored = dtype or stored_dtype(folder / part)
         components[part] = load_part(part_class, folder, part, torch_dtype=stored)
-    read_json(folder / "tokenizer" / "tokenizer_config.json")  # otherwise transformers may read the path as a repo id
-    components["tokenizer"] = load_tokenizer(folder / "tokenizer")
-    if components["tokenizer"].pad_token is None:
-        raise ValueError(f"{folder / 'tokenizer'} has no padding token; is its tokenizer_config.json complete?")
+    for number, name in enumerate(family.tokenizers):
+        if number >= len(family.text_encoders) and not (folder / name).is_dir():
+            continue
+        read_json(folder / name / "tokenizer_config.json")  # otherwise transformers may read the path as a repo id
+        components[name] = load_tokenizer(folder / name)
+        if components[name].pad_token is None:
+            raise ValueError(f"{folder / name} has no padding token; is its tokenizer_config.json complete?")
     return components

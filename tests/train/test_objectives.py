@@ -6,13 +6,13 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from vlv import VLVModel
-from vlv.diffusion_decoder import StableDiffusionDecoder
+from vlv.diffusion_decoder import Conditioning, StableDiffusionDecoder
 from vlv.diffusion_decoder.base import logit_normal_timesteps, min_snr_weights
 from vlv.pipelines import VLVReconstructionPipeline
 from vlv.tokenizer import load_tokenizer
 from vlv.train import Stage1Config, freeze_for_stage1, stage1
 from vlv.train.encoder_lora import add_encoder_lora, merge_encoder_lora, merged_encoder_weights
-from vlv.train.objectives import QueryNoise, drop_embeddings, unconditional_context
+from vlv.train.objectives import QueryNoise, drop_embeddings
 from vlv.train.unfreezing import parse_unfreezing, scheduled_unfreezing
 
 from ..builders import POSITIONS, QUERIES, TEXT_WIDTH, assert_close_to_scale, stable_diffusion_parts
@@ -80,26 +80,31 @@ def test_dropped_images_have_the_context_that_reconstructions_steer_away_from(
     pipeline = VLVReconstructionPipeline(
         encoder, image_processor, parts["vae"], parts["unet"], parts["scheduler"], tokenizer
     )
-    unconditional = unconditional_context(encoder, tokenizer)
-    assert torch.equal(unconditional, pipeline.encode_prompt("")) and unconditional.shape[1] == POSITIONS > QUERIES
+    decoder = build()
+    unconditional = decoder.unconditional(encoder, {"tokenizer": tokenizer})
+    empty = unconditional.hidden_states
+    assert torch.equal(empty, pipeline.encode_prompt("")) and empty.shape[1] == POSITIONS > QUERIES
 
     conditioning = batch["conditioning"].requires_grad_(True)
     dropped = torch.tensor([True, False, True])
-    mixed, mask = drop_embeddings(conditioning, unconditional, dropped)
-    assert mask.sum(1).tolist() == [POSITIONS, QUERIES, POSITIONS]
-    decoder = build()
-    losses = decoder.denoise(batch["latents"], mixed, batch["noise"], batch["timesteps"], mask).losses
+    mixed = drop_embeddings(Conditioning(conditioning), unconditional, dropped)
+    assert mixed.mask.sum(1).tolist() == [POSITIONS, QUERIES, POSITIONS]
+    losses = decoder.denoise(batch["latents"], mixed, batch["noise"], batch["timesteps"]).losses
     for row, drop in enumerate(dropped):
-        context = unconditional if drop else conditioning[row : row + 1]
+        context = empty if drop else conditioning[row : row + 1]
         alone = {name: batch[name][row : row + 1] for name in ("latents", "noise", "timesteps")}
         assert_close_to_scale(losses[row], decoder.denoising_loss(conditioning=context, **alone))
-    decoder.denoise(batch["latents"], mixed, batch["noise"], batch["timesteps"], mask).loss.backward()
+    decoder.denoise(batch["latents"], mixed, batch["noise"], batch["timesteps"]).loss.backward()
     assert (conditioning.grad.abs().sum(dim=(1, 2)) > 0).tolist() == [False, True, False]
 
-    same, nothing = drop_embeddings(conditioning, unconditional[:, :QUERIES], dropped)
-    assert (
-        nothing is None and torch.equal(same[0], unconditional[0, :QUERIES]) and torch.equal(same[1], conditioning[1])
-    )
+    same = drop_embeddings(Conditioning(conditioning), Conditioning(empty[:, :QUERIES]), dropped)
+    assert same.mask is None
+    assert torch.equal(same.hidden_states[0], empty[0, :QUERIES])
+    assert torch.equal(same.hidden_states[1], conditioning[1])
+
+    pooled = Conditioning(conditioning, torch.randn(3, 5))
+    mixed = drop_embeddings(pooled, Conditioning(empty, torch.zeros(1, 5)), dropped)
+    assert torch.equal(mixed.pooled, torch.where(dropped[:, None], 0.0, pooled.pooled))
 
 
 def test_noise_on_queries_has_its_size_and_stays_out_of_evaluations(encoder):

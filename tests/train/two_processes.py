@@ -97,7 +97,7 @@ def trainer_of(stage: int, folder: Path, **settings: Any) -> Stage1Trainer | Sta
         freeze_for_stage1(encoder, args.trainable)
         tokenizer = build_tokenizer(for_text_encoder=True)
         data = [{"image": image} for image in images()]
-        trainer = Stage1Trainer(encoder, decoder, args, data, processor, tokenizer)
+        trainer = Stage1Trainer(encoder, decoder, args, data, processor, {"tokenizer": tokenizer})
     else:
         captioner = VLVForConditionalGeneration(config)
         freeze_for_stage2(captioner, args.trainable)

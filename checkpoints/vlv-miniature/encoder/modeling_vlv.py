@@ -13,8 +13,8 @@ import copy
 import difflib
 import inspect
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForTextEncoding,
     Cache,
-    CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     Florence2Config,
     Florence2Model,
     GenerationConfig,
@@ -61,8 +63,17 @@ class VLVConfig(PreTrainedConfig):
     Args:
         image_encoder_config (`Florence2Config` or `dict`, *optional*):
             The image encoder: the vision tower and the sequence-to-sequence transformer of Florence-2.
-        text_encoder_config (`CLIPTextConfig` or `dict`, *optional*):
-            The frozen text encoder of the text-to-image model. Its `projection_dim` is not used.
+        text_encoder_config, text_encoder_2_config, text_encoder_3_config (`PreTrainedConfig` or `dict`, *optional*):
+            The frozen text encoders of the text-to-image model, by the names that diffusers gives them: one CLIP text
+            model, as in Stable Diffusion, or up to three models of any kind that take `inputs_embeds`. A caption
+            embedding consists of one part for each of them.
+        conditioning_layers (`list[list[int]]`, *optional*, defaults to `[-1]` for each text encoder):
+            For each text encoder the hidden states that condition the denoiser: 0 for its input embeddings, `n` for
+            the output of its layer `n`, or counted from the end. The last one is taken after the final norm. They
+            stand side by side in the conditioning.
+        pooled_conditioning (`list[int]`, *optional*, defaults to `[]`):
+            The text encoders, numbered from 0, whose projected final state conditions the denoiser, too. They are
+            `CLIPTextModelWithProjection`.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             The language model: any causal language model of transformers. None in a stage-1 checkpoint, which
             reconstructs images but does not caption them.
@@ -80,19 +91,26 @@ class VLVConfig(PreTrainedConfig):
             Standard deviation of untrained projector weights.
 
     Raises:
-        ValueError: If `num_query_tokens` is below 1 or above the number of positions of the text encoder, or if a
-            field has a name of version 0.1.
+        ValueError: If `num_query_tokens` is below 1 or above the number of positions of a text encoder, if
+            `conditioning_layers` or `pooled_conditioning` do not fit the text encoders, or if a field has a name of
+            version 0.1.
     """
 
     model_type = "vlv"
     sub_configs_defaults = {  # noqa: RUF012 (transformers reads it from the class)
         "image_encoder_config": Florence2Config,
-        "text_encoder_config": CLIPTextConfig,
+        "text_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model"),
+        "text_encoder_2_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model", optional=True),
+        "text_encoder_3_config": SubConfigSpec(config_class=AutoConfig, model_type="t5", optional=True),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", optional=True),
     }
 
     image_encoder_config: Any = None
     text_encoder_config: Any = None
+    text_encoder_2_config: Any = None
+    text_encoder_3_config: Any = None
+    conditioning_layers: list[list[int]] | None = None
+    pooled_conditioning: list[int] | tuple[int, ...] = ()
     text_config: Any = None
     num_query_tokens: int = 77
     task_prompt_ids: list[int] | tuple[int, ...] = ()
@@ -109,12 +127,57 @@ class VLVConfig(PreTrainedConfig):
         refuse_renamed_fields(kwargs)
         super().__post_init__(**kwargs)
         self.task_prompt_ids = list(self.task_prompt_ids)
-        positions = self.text_encoder_config.max_position_embeddings
+        encoders = self.text_encoder_configs
+        if self.conditioning_layers is None:
+            self.conditioning_layers = [[-1] for _ in encoders]
+        if len(self.conditioning_layers) != len(encoders) or not all(self.conditioning_layers):
+            raise ValueError(
+                f"conditioning_layers is {self.conditioning_layers}; expected a list of layers for each of the "
+                f"{len(encoders)} text encoders"
+            )
+        for number, (layers, encoder) in enumerate(zip(self.conditioning_layers, encoders, strict=True)):
+            depth = encoder.num_hidden_layers
+            if not all(-depth - 1 <= layer <= depth for layer in layers):
+                raise ValueError(
+                    f"conditioning_layers[{number}] is {layers}, but that text encoder has {depth} layers; choose "
+                    f"{-depth - 1} to {depth}"
+                )
+        self.pooled_conditioning = list(self.pooled_conditioning)
+        for number in self.pooled_conditioning:
+            if number not in range(len(encoders)) or encoders[number].model_type != "clip_text_model":
+                raise ValueError(
+                    f"pooled_conditioning is {self.pooled_conditioning}; expected numbers of CLIP text models, from 0"
+                )
+        positions = self.num_text_positions
         if not 1 <= self.num_query_tokens <= positions:
             raise ValueError(
                 f"num_query_tokens is {self.num_query_tokens}, but the text encoder has {positions} positions; "
                 f"choose 1 to {positions}"
             )
+
+    @property
+    def text_encoder_configs(self) -> list[PreTrainedConfig]:
+        """The configurations of the text encoders, in order."""
+        configs = (self.text_encoder_config, self.text_encoder_2_config, self.text_encoder_3_config)
+        return [config for config in configs if config is not None]
+
+    @property
+    def num_text_positions(self) -> int:
+        """The largest number of caption embeddings that every text encoder takes; 512 where none has a limit (T5)."""
+        limits = [getattr(config, "max_position_embeddings", None) or 512 for config in self.text_encoder_configs]
+        return min(limits)
+
+    @property
+    def caption_embed_dim(self) -> int:
+        """Width of a caption embedding: the sum of the widths of the text encoders."""
+        return sum(config.hidden_size for config in self.text_encoder_configs)
+
+    @property
+    def conditioning_dim(self) -> int:
+        """Width of the conditioning, which language model and denoiser read."""
+        assert self.conditioning_layers is not None
+        pairs = zip(self.text_encoder_configs, self.conditioning_layers, strict=True)
+        return sum(config.hidden_size * len(layers) for config, layers in pairs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Writes the configuration, and the code that it names, into a folder or a Hub repository.
@@ -187,17 +250,22 @@ class VLVModelOutput(ModelOutput):
     Args:
         caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
             The caption embeddings `z`, which take the place of word embeddings in the text encoder.
-        conditioning (`torch.Tensor` of shape `(B, Q, d_text)`):
-            `T(z)`, the last hidden state of the text encoder. Denoiser and language model read it.
+        conditioning (`torch.Tensor` of shape `(B, Q, d_cond)`):
+            `T(z)`, the hidden states of the text encoder that condition the denoiser: the last one in Stable
+            Diffusion, with `d_cond = d_text`; those of several text encoders side by side. Denoiser and language model
+            read it.
+        pooled_conditioning (`torch.Tensor` of shape `(B, d_pooled)`, returned where the configuration asks for it):
+            The projected final state of the last position (of words, of their EOS), of one or more text encoders.
         hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
-            Of the text encoder: its embeddings and the output of each layer, before the final layer norm, each
-            `(B, Q, d_text)`.
+            Of a CLIP text encoder: its embeddings and the output of each layer, before the final layer norm, each
+            `(B, Q, d_text)`; of several, one after the other.
         attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
             Attention weights of each layer of the text encoder, `(B, heads, Q, Q)`.
     """
 
     caption_embeds: torch.Tensor | None = None
     conditioning: torch.Tensor | None = None
+    pooled_conditioning: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -296,6 +364,7 @@ class VLVPreTrainedModel(PreTrainedModel):
             raise TypeError(f"{type(self).__name__}.forward does not use the argument {name!r}{hint}")
 
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # the names in diffusers' pipelines
 RECORDING_ARGUMENTS = ("output_hidden_states", "output_attentions", "return_dict")
 
 
@@ -305,7 +374,17 @@ def encode_text_embeds(
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The last hidden state `(B, N, d_text)` of a CLIP text model for embeddings `(B, N, d_text)`, or for words.
+    """The last hidden state `(B, N, d_text)` of a CLIP text model for embeddings `(B, N, d_text)`, or for words."""
+    return _clip_hidden_states(text_encoder, inputs_embeds, input_ids, attention_mask)[-1]
+
+
+def _clip_hidden_states(
+    text_encoder: CLIPTextModel,
+    inputs_embeds: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """Input embeddings and each layer's output, `(B, N, d_text)`, of a CLIP text model; the last is normalised.
 
     `CLIPTextModel.forward` takes token ids alone. This computes the same: position embeddings, causal attention, final
     layer norm.
@@ -314,8 +393,17 @@ def encode_text_embeds(
     mask = create_causal_mask(
         config=text_encoder.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=None
     )
-    states = text_encoder.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
-    return text_encoder.final_layer_norm(states)
+    states = [hidden]
+    for layer in text_encoder.encoder.layers:
+        states.append(layer(states[-1], mask, is_causal=True))
+    return [*states[:-1], text_encoder.final_layer_norm(states[-1])]
+
+
+def _build_text_encoder(config: PreTrainedConfig, with_projection: bool) -> Any:
+    if with_projection:
+        return CLIPTextModelWithProjection._from_config(config)
+    has_encoder_class = type(config) in AutoModelForTextEncoding._model_mapping
+    return (AutoModelForTextEncoding if has_encoder_class else AutoModel).from_config(config)
 
 
 class VLVModel(VLVPreTrainedModel):
@@ -330,18 +418,24 @@ class VLVModel(VLVPreTrainedModel):
     def __init__(self, config: VLVConfig):
         super().__init__(config)
         d_model = config.image_encoder_config.text_config.d_model
-        d_text = config.text_encoder_config.hidden_size
         self.image_encoder = Florence2Model._from_config(config.image_encoder_config)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, d_model))  # (1, Q, d_model)
-        self.projector = VLVProjector(d_model, d_text)
-        self.text_encoder = CLIPTextModel._from_config(config.text_encoder_config)
+        self.projector = VLVProjector(d_model, config.caption_embed_dim)
+        for number, encoder_config in enumerate(config.text_encoder_configs):
+            text_encoder = _build_text_encoder(encoder_config, number in config.pooled_conditioning)
+            self.add_module(TEXT_ENCODERS[number], text_encoder)
         self.post_init()
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoders, in order."""
+        return [getattr(self, name) for name in TEXT_ENCODERS[: len(self.config.text_encoder_configs)]]
 
     @classmethod
     def from_vision_text_pretrained(
         cls,
         image_encoder: str,
-        text_encoder: str,
+        text_encoder: str | Sequence[PreTrainedModel],
         *,
         text_encoder_subfolder: str | None = "text_encoder",
         dtype: torch.dtype = torch.float32,
@@ -352,14 +446,15 @@ class VLVModel(VLVPreTrainedModel):
         Args:
             image_encoder (`str`):
                 Folder or repo id of a Florence-2 in transformers' format, e.g. `florence-community/Florence-2-large`.
-            text_encoder (`str`):
-                Folder or repo id of a diffusers pipeline (with `text_encoder_subfolder=None`, of a CLIP text model).
+            text_encoder (`str` or `Sequence[PreTrainedModel]`):
+                Folder or repo id of a diffusers pipeline (with `text_encoder_subfolder=None`, of a CLIP text model),
+                or the text encoders themselves.
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
                 Precision of all parts, whatever they are stored in. Training in mixed precision needs full weights.
             config_kwargs:
-                Fields of [`VLVConfig`], such as `num_query_tokens` and `task_prompt_ids`. By default there are as many
-                query tokens as the text encoder has positions, and Florence-2's task prompt is used where the
-                vocabulary is Florence-2's.
+                Fields of [`VLVConfig`], such as `num_query_tokens`, `task_prompt_ids` and, for several text encoders,
+                `conditioning_layers` and `pooled_conditioning`. By default there are as many query tokens as the text
+                encoder has positions, and Florence-2's task prompt is used where the vocabulary is Florence-2's.
 
         Raises:
             ValueError: If `image_encoder` is a Florence-2 in Microsoft's own format.
@@ -371,22 +466,28 @@ class VLVModel(VLVPreTrainedModel):
                 "or -base, or convert it: vlv convert --florence DIR --output NEW_DIR"
             )
         florence = Florence2Model.from_pretrained(image_encoder)
-        subfolder = {"subfolder": text_encoder_subfolder} if text_encoder_subfolder else {}
-        text_model = CLIPTextModel.from_pretrained(text_encoder, **subfolder)
-        config_kwargs.setdefault("num_query_tokens", text_model.config.max_position_embeddings)
+        if isinstance(text_encoder, str):
+            subfolder = {"subfolder": text_encoder_subfolder} if text_encoder_subfolder else {}
+            text_encoder = [CLIPTextModel.from_pretrained(text_encoder, **subfolder)]
+        text_configs = {
+            f"{name}_config": model.config for name, model in zip(TEXT_ENCODERS, text_encoder, strict=False)
+        }
+        positions = VLVConfig(**copy.deepcopy(text_configs), num_query_tokens=1).num_text_positions
+        config_kwargs.setdefault("num_query_tokens", positions)
         if florence.config.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS):
             config_kwargs.setdefault("task_prompt_ids", FLORENCE_TASK_PROMPT_IDS)
-        sub_configs = {"image_encoder_config": florence.config, "text_encoder_config": text_model.config}
+        sub_configs = {"image_encoder_config": florence.config, **text_configs}
         model = _from_sub_configs(cls, sub_configs, dtype, **config_kwargs)
         model.image_encoder.load_state_dict(florence.state_dict())
-        model.text_encoder.load_state_dict(text_model.state_dict())
+        for own, loaded in zip(model.text_encoders, text_encoder, strict=True):
+            own.load_state_dict(loaded.state_dict())
         return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.text_encoder.embeddings.token_embedding
+        return self.text_encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.text_encoder.embeddings.token_embedding = value
+        self.text_encoder.set_input_embeddings(value)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """Resizes the embeddings of the text encoder's words."""
@@ -437,13 +538,16 @@ class VLVModel(VLVPreTrainedModel):
         return self.projector(states)
 
     def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
-        """`T(z)`: caption embeddings `(B, N, d_text)` through the text encoder, without BOS or EOS.
+        """`T(z)`, `(B, N, d_cond)`: caption embeddings `(B, N, d_text)` through the text encoders, without BOS or EOS.
 
         Raises:
-            ValueError: If the shape does not fit the text encoder.
+            ValueError: If the shape does not fit the text encoders.
         """
-        text = self.text_encoder
-        positions, width = text.config.max_position_embeddings, text.config.hidden_size
+        return self._encode_text(self._parts_of(caption_embeds))[0]
+
+    def _parts_of(self, caption_embeds: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """The part of caption embeddings that each text encoder reads, `(B, N, its width)`."""
+        positions, width = self.config.num_text_positions, self.config.caption_embed_dim
         if (
             caption_embeds.ndim != 3
             or caption_embeds.shape[2] != width
@@ -453,14 +557,44 @@ class VLVModel(VLVPreTrainedModel):
                 f"caption_embeds must be (batch, 1 to {positions}, {width}), got {tuple(caption_embeds.shape)}; "
                 "are they from another model?"
             )
-        return encode_text_embeds(text, caption_embeds.to(text.final_layer_norm.weight.dtype))
+        widths = [config.hidden_size for config in self.config.text_encoder_configs]
+        return [{"inputs_embeds": part} for part in caption_embeds.split(widths, dim=2)]
+
+    def _encode_text(self, inputs: Sequence[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Conditioning `(B, N, d_cond)` and pooled conditioning `(B, d_pooled)`.
+
+        Args:
+            inputs: Of each text encoder: `inputs_embeds` or `input_ids`, and `attention_mask`.
+        """
+        states: list[torch.Tensor] = []
+        pooled: list[torch.Tensor] = []
+        for number, (text_encoder, given) in enumerate(zip(self.text_encoders, inputs, strict=True)):
+            layers = self.config.conditioning_layers[number]
+            projects = number in self.config.pooled_conditioning
+            clip = text_encoder.text_model if projects else text_encoder
+            embeds = given.get("inputs_embeds")
+            if isinstance(clip, CLIPTextModel):
+                if embeds is not None:  # the dtype of a norm, because quantisation leaves norms alone
+                    given = given | {"inputs_embeds": embeds.to(clip.final_layer_norm.weight.dtype)}
+                hidden = _clip_hidden_states(clip, **given)
+            else:
+                given = given if embeds is None else given | {"inputs_embeds": embeds.to(text_encoder.dtype)}
+                output = text_encoder(**given, output_hidden_states=True)
+                hidden = [*output.hidden_states[:-1], output.last_hidden_state]
+            states += [hidden[layer] for layer in layers]
+            if projects:
+                pooled.append(text_encoder.text_projection(_final_states(hidden[-1], clip, given.get("input_ids"))))
+        return (
+            torch.cat(states, dim=2) if len(states) > 1 else states[0],
+            torch.cat(pooled, dim=1) if pooled else None,
+        )
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor | Sequence[torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVModelOutput:
@@ -471,7 +605,7 @@ class VLVModel(VLVPreTrainedModel):
                 Images as [`VLVImageProcessor`] prepares them.
             caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`):
                 Caption embeddings that exist already. No image is encoded.
-            input_ids (`torch.Tensor` of shape `(B, N)`):
+            input_ids (`torch.Tensor` of shape `(B, N)`, or one for each text encoder):
                 Words in the text encoder's vocabulary, for prompts, negative prompts and the unconditional context.
                 The output has no caption embeddings.
             attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): Of `input_ids`.
@@ -487,10 +621,25 @@ class VLVModel(VLVPreTrainedModel):
         if attention_mask is not None and input_ids is None:
             raise ValueError("attention_mask belongs to input_ids; leave it out")
         if input_ids is not None:
-            states = encode_text_embeds(self.text_encoder, input_ids=input_ids, attention_mask=attention_mask)
-            return VLVModelOutput(conditioning=states)
+            count = len(self.text_encoders)
+            ids = [input_ids] * count if isinstance(input_ids, torch.Tensor) else input_ids
+            if len(ids) != count:
+                raise ValueError(f"input_ids are {len(ids)} tensors for {count} text encoders; give one for each")
+            masked = {} if attention_mask is None else {"attention_mask": attention_mask}
+            states, pooled = self._encode_text([{"input_ids": own, **masked} for own in ids])
+            return VLVModelOutput(conditioning=states, pooled_conditioning=pooled)
         z: Any = self.get_caption_embeds(pixel_values) if pixel_values is not None else caption_embeds
-        return VLVModelOutput(caption_embeds=z, conditioning=self.encode_caption_embeds(z))
+        states, pooled = self._encode_text(self._parts_of(z))
+        return VLVModelOutput(caption_embeds=z, conditioning=states, pooled_conditioning=pooled)
+
+
+def _final_states(states: torch.Tensor, clip: CLIPTextModel, input_ids: torch.Tensor | None) -> torch.Tensor:
+    """The state `(B, d_text)` of each text as a whole: at its EOS, as in `CLIPTextModel`, else the last position."""
+    if input_ids is None:
+        return states[:, -1]
+    is_end = input_ids == clip.eos_token_id
+    places = input_ids.argmax(dim=1) if clip.eos_token_id == 2 else is_end.int().argmax(dim=1)  # as in CLIPTextModel
+    return states[torch.arange(len(states), device=states.device), places]
 
 
 def _from_sub_configs(
@@ -522,7 +671,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         self.model = VLVModel._from_config(config)
         text_config = config.text_config.get_text_config()
         d_lm = getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size  # the first is OPT's
-        self.language_projection = VLVProjector(config.text_encoder_config.hidden_size, d_lm)
+        self.language_projection = VLVProjector(config.conditioning_dim, d_lm)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.loss_type = "ForMaskedLM"  # cross-entropy without a shift: logits[:, i] predicts labels[:, i]
         self.post_init()
@@ -544,22 +693,11 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         encoder: Any = VLVModel.from_pretrained(vlv) if isinstance(vlv, str) else vlv
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
-        own = encoder.config
-        sub_configs = {
-            "image_encoder_config": own.image_encoder_config,
-            "text_encoder_config": own.text_encoder_config,
-            "text_config": language_model.config,
-        }
-        model = _from_sub_configs(
-            cls,
-            sub_configs,
-            dtype,
-            num_query_tokens=own.num_query_tokens,
-            task_prompt_ids=own.task_prompt_ids,
-            attend_all_queries=own.attend_all_queries,
-            query_initializer_range=own.query_initializer_range,
-            initializer_range=own.initializer_range,
-        )
+        own = {item.name: getattr(encoder.config, item.name) for item in fields(VLVConfig) if item.init}
+        own = {name: value for name, value in own.items() if name not in PreTrainedConfig.__dataclass_fields__}
+        sub_configs = {name: own.pop(name) for name in VLVConfig.sub_configs_defaults}
+        sub_configs = {name: config for name, config in sub_configs.items() if config is not None}
+        model = _from_sub_configs(cls, {**sub_configs, "text_config": language_model.config}, dtype, **own)
         model.model.load_state_dict(encoder.state_dict())
         model.language_model.load_state_dict(language_model.state_dict())
         if language_model.generation_config is not None:
