@@ -454,7 +454,8 @@ class VLVModel(VLVPreTrainedModel):
             config_kwargs:
                 Fields of [`VLVConfig`], such as `num_query_tokens`, `task_prompt_ids` and, for several text encoders,
                 `conditioning_layers` and `pooled_conditioning`. By default there are as many query tokens as the text
-                encoder has positions, and Florence-2's task prompt is used where the vocabulary is Florence-2's.
+                encoders have positions, but at most 77, and Florence-2's task prompt is used where the vocabulary is
+                Florence-2's.
 
         Raises:
             ValueError: If `image_encoder` is a Florence-2 in Microsoft's own format.
@@ -473,7 +474,7 @@ class VLVModel(VLVPreTrainedModel):
             f"{name}_config": model.config for name, model in zip(TEXT_ENCODERS, text_encoder, strict=False)
         }
         positions = VLVConfig(**copy.deepcopy(text_configs), num_query_tokens=1).num_text_positions
-        config_kwargs.setdefault("num_query_tokens", positions)
+        config_kwargs.setdefault("num_query_tokens", min(positions, 77))
         if florence.config.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS):
             config_kwargs.setdefault("task_prompt_ids", FLORENCE_TASK_PROMPT_IDS)
         sub_configs = {"image_encoder_config": florence.config, **text_configs}
