@@ -411,9 +411,22 @@ class VLVModel(VLVPreTrainedModel):
         dtype = self.image_encoder.multi_modal_projector.image_proj_norm.weight.dtype
         return self.image_encoder.get_image_features(pixel_values.to(dtype=dtype), **kwargs)
 
-    def get_caption_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Caption embeddings `z` of shape `(B, Q, d_text)` of images `(B, 3, height, width)`."""
-        tokens: Any = self.get_image_features(pixel_values).pooler_output  # (B, image tokens, d_model)
+    def get_caption_embeds(
+        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Caption embeddings `z` of shape `(B, Q, d_text)` of images, or of their features (see `forward`)."""
+        tokens: Any  # (B, image tokens, d_model)
+        if image_features is None:
+            tokens = self.get_image_features(pixel_values).pooler_output
+        else:
+            project: Any = self.image_encoder.multi_modal_projector
+            tokens = image_features.to(project.image_proj_norm.weight.dtype)
+            tokens = project(tokens) if tokens.ndim == 4 else tokens
+            if tokens.ndim != 3 or tokens.shape[2] != self.query_tokens.shape[2]:
+                raise ValueError(
+                    f"image_features must be (batch, image tokens, {self.query_tokens.shape[2]}), got "
+                    f"{tuple(tokens.shape)}; get_image_features gives them as pooler_output"
+                )
         transformer = self.image_encoder.language_model
         if self.config.task_prompt_ids:
             prompt = torch.tensor([self.config.task_prompt_ids], device=tokens.device)
@@ -462,6 +475,7 @@ class VLVModel(VLVPreTrainedModel):
         caption_embeds: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVModelOutput:
         """Caption embeddings and their conditioning.
@@ -475,21 +489,23 @@ class VLVModel(VLVPreTrainedModel):
                 Words in the text encoder's vocabulary, for prompts, negative prompts and the unconditional context.
                 The output has no caption embeddings.
             attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): Of `input_ids`.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)` or `(B, channels, h, w)`):
+                What `get_image_features` gives, `pooler_output` or `last_hidden_state`. The vision tower does not run.
             kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
         Raises:
-            ValueError: Unless exactly one of the first three is given.
+            ValueError: Unless exactly one of pixel_values, caption_embeds, input_ids and image_features is given.
             TypeError: For an argument that has no effect.
         """
         self._refuse_unused(kwargs)
-        if sum(given is not None for given in (pixel_values, caption_embeds, input_ids)) != 1:
-            raise ValueError("pass exactly one of pixel_values, caption_embeds and input_ids")
+        if sum(given is not None for given in (pixel_values, caption_embeds, input_ids, image_features)) != 1:
+            raise ValueError("pass exactly one of pixel_values, caption_embeds, input_ids and image_features")
         if attention_mask is not None and input_ids is None:
             raise ValueError("attention_mask belongs to input_ids; leave it out")
         if input_ids is not None:
             states = encode_text_embeds(self.text_encoder, input_ids=input_ids, attention_mask=attention_mask)
             return VLVModelOutput(conditioning=states)
-        z: Any = self.get_caption_embeds(pixel_values) if pixel_values is not None else caption_embeds
+        z: Any = self.get_caption_embeds(pixel_values, image_features) if caption_embeds is None else caption_embeds
         return VLVModelOutput(caption_embeds=z, conditioning=self.encode_caption_embeds(z))
 
 
@@ -592,6 +608,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
 
@@ -603,12 +620,12 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
                 belongs to nothing, or `inputs_embeds` are given beside `input_ids`.
         """
-        if pixel_values is None and caption_embeds is None:
+        if pixel_values is None and caption_embeds is None and image_features is None:
             raise ValueError(
-                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values and "
-                "caption_embeds"
+                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values, "
+                "caption_embeds and image_features"
             )
-        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)
+        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds, image_features=image_features)
         token_embeddings = self.get_input_embeddings()
         prefix = self.language_projection(output.conditioning.to(self.language_projection.linear_1.bias.dtype))
         prefix = prefix.to(token_embeddings.weight.dtype)  # (B, Q, d_lm)
@@ -651,6 +668,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVCausalLMOutput:
         """Next-token loss and logits of captions, given their images.
@@ -669,6 +687,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             num_items_in_batch (`int`, *optional*): Divisor of the summed loss, for gradient accumulation.
             inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
             use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in [`VLVModel`]. In place of images.
             kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
         Raises:
@@ -681,7 +700,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             for name in ("output_hidden_states", "output_attentions")
         }
         sequence, mask, caption_embeds = self.get_prefix(
-            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds
+            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds, image_features
         )
         with_text = sequence.shape[1] > caption_embeds.shape[1]
         start = sequence.shape[1] - 1  # the position that predicts the first label
@@ -750,6 +769,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         prefix_dtype: torch.dtype | None = None,
         inputs: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ):
         """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
@@ -766,6 +786,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
                 of the model, which can change the result of beam search.
             inputs (`torch.Tensor` of shape `(B, 3, height, width)`): Another name of `pixel_values`.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in `forward`.
 
         Returns:
             `(B * num_return_sequences, length)` new token ids, without the prefix.
@@ -781,7 +802,9 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             if pixel_values is not None:
                 raise ValueError("inputs is another name of pixel_values; pass one of them")
             pixel_values = inputs
-        prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
+        prefix, mask, _ = self.get_prefix(
+            pixel_values, caption_embeds, input_ids, attention_mask, image_features=image_features
+        )
         if prefix_dtype is not None:
             prefix = prefix.to(prefix_dtype)
         own = self.generation_config.to_dict()
