@@ -96,31 +96,44 @@ def open_vision_features(
     """
     if args.cache_vision_features is None:
         return None
-    tower, projection = encoder.image_encoder.vision_tower, encoder.image_encoder.multi_modal_projector
-    if _is_trained(tower):
-        by = f"unfreeze {args.unfreeze!r}" if args.unfreeze is not None else f"trainable {args.trainable!r}"
-        by += " with encoder_lora_rank" if getattr(args, "encoder_lora_rank", 0) else ""
-        raise ValueError(
-            f"cache_vision_features does not work with {by}, which trains the vision tower: its features change in "
-            f"each step; choose one of {args.TRAINABLE[:-1]}, or leave it out"
-        )
-    projected = not _is_trained(projection)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
     pixels = _encoder_pixels([Image.new("RGB", (1, 1))], image_processor)
-    config = encoder.config.image_encoder_config.vision_config
-    h, w = (_positions(side, config) for side in pixels.shape[-2:])
+    shape, projected = vision_features(args, encoder, *pixels.shape[-2:])
+    tower, projection = encoder.image_encoder.vision_tower, encoder.image_encoder.multi_modal_projector
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
     preprocessing = json.loads(image_processor.to_json_string())
     made_of = {
         "vision_tower": weights_fingerprint(tower),
         "image_projection": weights_fingerprint(projection) if projected else None,
         **{name: preprocessing.get(name) for name in PREPROCESSING},
     }
-    shape = (1 + h * w, config.projection_dim) if projected else (config.embed_dim[-1], h, w)
     cache = FeatureCache(args.cache_vision_features, made_of, shape, dtype)
     compute = _VisionTower(encoder, args.device, dtype if args.bf16 or args.fp16 else None, projected)
     collate = partial(_encoder_pixels, image_processor=image_processor)
     _fill(cache, args, datasets, image_processor, collate, compute)
     return cache
+
+
+def vision_features(args: Any, encoder: VLVModel, height: int, width: int) -> tuple[tuple[int, ...], bool]:
+    """The shape of the cached features of an image, and whether they are projected.
+
+    Args:
+        encoder: Its parameters require gradients if they are trained, now or later.
+        height, width: Of the encoder's input, in pixels.
+
+    Raises:
+        ValueError: If the vision tower is trained.
+    """
+    if _is_trained(encoder.image_encoder.vision_tower):
+        by = f"unfreeze {args.unfreeze!r}" if args.unfreeze is not None else f"trainable {args.trainable!r}"
+        by += " with encoder_lora_rank" if getattr(args, "encoder_lora_rank", 0) else ""
+        raise ValueError(
+            f"cache_vision_features does not work with {by}, which trains the vision tower: its features change in "
+            f"each step; choose one of {args.TRAINABLE[:-1]}, or leave it out"
+        )
+    config = encoder.config.image_encoder_config.vision_config
+    h, w = (_positions(side, config) for side in (height, width))
+    projected = not _is_trained(encoder.image_encoder.multi_modal_projector)
+    return ((1 + h * w, config.projection_dim) if projected else (config.embed_dim[-1], h, w)), projected
 
 
 def _fill(
