@@ -29,8 +29,8 @@ GROUPS = {
         "stop_loss_factor",
     ),
     "the run": (
-        *("output_dir", "export_decoder", "merge_lora_checkpoints", "save_steps", "save_total_limit"),
-        *("accept_changes", "overwrite_output_dir", "dry_run"),
+        *("output_dir", "export_decoder", "merge_lora_checkpoints", "save_only_trainable", "save_steps"),
+        *("save_total_limit", "accept_changes", "overwrite_output_dir", "dry_run"),
     ),
     "precision, memory and speed": (
         *("bf16", "vae_dtype", "gradient_checkpointing", "encoder_activation_checkpointing"),

@@ -145,6 +145,8 @@ class Stage2Config(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.merge_lora_checkpoints and self.save_only_trainable:
+            raise ValueError("merge_lora_checkpoints does not work with save_only_trainable; leave one of them out")
         if self.unfreeze is not None and self.lora_rank:
             raise ValueError("unfreeze does not work with lora_rank; leave one of them out")
 

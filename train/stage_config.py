@@ -18,6 +18,7 @@ RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projec
 
 SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("export_decoder", "merge_lora_checkpoints", "cache_moments", "cache_vision_features"),
+    "save_only_trainable",
     *("accept_changes", "overwrite_output_dir", "output_dir", "validation_steps", "num_validation_images"),
     *("save_steps", "logging_steps", "dataloader_num_workers", "remove_unused_columns", "report_to", "disable_tqdm"),
     *("gradient_checkpointing", "diffusion_gradient_checkpointing", "encoder_activation_checkpointing"),
@@ -132,6 +133,14 @@ class StageConfig(TrainingArguments):
         metadata={
             "help": "Build everything, run two steps and one save in a temporary folder, print the plan of the run, "
             "and leave output_dir as it is."
+        },
+    )
+    save_only_trainable: bool = field(
+        default=False,
+        metadata={
+            "help": "Checkpoints hold only the tensors that are trained, beside the optimiser's state; resuming reads "
+            "the rest from the models that the run started from. The end saves a complete model in any case. By "
+            "default each checkpoint is one, too."
         },
     )
     accept_changes: bool = field(
