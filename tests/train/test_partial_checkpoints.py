@@ -75,6 +75,14 @@ def test_a_resumed_run_has_the_losses_and_weights_of_the_unbroken_one(run, broke
     assert all(tensor.equal(expected[name]) for name, tensor in resumed.model.state_dict().items())
 
 
+@pytest.mark.slow
+def test_a_run_that_is_ended_at_its_checkpoint_leaves_the_complete_model(broken_off, inputs):
+    weights = load_file(broken_off / f"checkpoint-{SAVED}" / "model.safetensors")
+    stage1.main(arguments(output_dir=broken_off, max_steps=SAVED, **inputs))
+    model = hub.load_encoder(broken_off)[0].state_dict()
+    assert all(model[name].equal(tensor) for name, tensor in weights.items())
+
+
 def test_another_start_model_is_refused_even_where_changes_are_accepted(run, broken_off, inputs, tmp_path):
     other = shutil.copytree(inputs["model"], tmp_path / "other")
     weights = load_file(other / "model.safetensors")
