@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlv import VLVForConditionalGeneration, VLVModel
-from vlv.hub.layout import ENCODER_FILE
+from vlv.hub.layout import ENCODER_FILE, ENCODER_PREFIX, WEIGHTS_FILE
 from vlv.hub.load import read_weight_map
 from vlv.train import last_checkpoint
 
@@ -81,6 +81,11 @@ def test_a_resumed_run_ends_as_the_unbroken_one(results, folder, engine):
     assert found["resumed"]["losses"] == found["stage1"]["losses"]
     resumed, unbroken = (load_file(folder / engine / run / ENCODER_FILE) for run in ("resumed", "stage1"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+    last = f"checkpoint-{STEPS}"
+    trained = load_file(folder / engine / "resumed" / last / WEIGHTS_FILE)
+    complete = load_file(folder / engine / "stage1" / last / ENCODER_FILE)
+    assert set(trained) == set(found["resumed"]["trained"]) and len(trained) < len(complete)
+    assert all(torch.equal(complete[ENCODER_PREFIX + name], tensor) for name, tensor in trained.items())
 
 
 @pytest.mark.slow

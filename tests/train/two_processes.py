@@ -128,6 +128,7 @@ def train(stage: int, folder: Path, **settings: Any) -> dict[str, Any]:
         "losses": losses(trainer),
         "frozen_in_optimiser": sum(not p.requires_grad for p in parameters),
         "in_optimiser": len(parameters),
+        "trained": [name for name, p in trainer.model.named_parameters() if p.requires_grad],
         "trainable": sum(p.requires_grad for p in trainer.model.parameters()),
         "sharded_denoiser": stage == 1
         and any(isinstance(p, DTensor) for p in trainer.diffusion_decoder.denoiser.parameters()),
@@ -181,6 +182,7 @@ def trainings(folder: Path, shard_diffusion_model: bool) -> dict[str, Any]:
             folder / "resumed",
             **stage1,
             resume_from_checkpoint=str(folder / "stage1" / "checkpoint-2"),
+            save_only_trainable=True,
         ),
         "stage2": train(2, folder / "stage2", validation_steps=STEPS),
         "unfreezing": unfreeze(folder / "unfreezing"),
