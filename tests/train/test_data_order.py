@@ -1,5 +1,6 @@
 """Each sample is seen once an epoch, on several ranks with several workers, and a resumed run sees the very next."""
 
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
@@ -13,7 +14,15 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from vlv.train import load_images, load_pairs
-from vlv.train.data import EpochSampler, Source, StreamCollator, StreamingDataset, StreamSource, TrainingDataset
+from vlv.train.data import (
+    EpochSampler,
+    ListDataset,
+    Source,
+    StreamCollator,
+    StreamingDataset,
+    StreamSource,
+    TrainingDataset,
+)
 from vlv.train.data.streaming import STATE
 
 from .data_files import write_tar
@@ -156,6 +165,27 @@ def test_augmentation_depends_on_the_epoch_and_the_sample_alone(image_folder):
     assert {a["flip"] for a in drawn} == {True, False} and len({a["crop"] for a in drawn}) == 10
     assert drawn == [again[epoch, 3]["augmentation"] for epoch in range(10)]
     assert all(0 <= share < 1 for a in drawn for share in a["crop"])
+
+
+def test_a_sample_takes_bytes_and_no_objects_of_python():
+    count, text = 20_000, "x" * 60
+    tracemalloc.start()
+    try:
+        items = ListDataset({"image": f"{text}{n}.png", "caption": [text, str(n)]} for n in range(count))
+        assert tracemalloc.get_traced_memory()[0] < count * (2 * 60 + 100)
+        tracemalloc.reset_peak()
+        for sizes in ((), (100,) * (count // 100)):
+            before = tracemalloc.get_traced_memory()[0]
+            order = TrainingDataset([Numbers(count, sizes), Numbers(10)]).order(0, batch_size=4, num_ranks=2)
+            assert order.nbytes == 8 * (count + 10)
+            assert tracemalloc.get_traced_memory()[1] - before < 80 * count
+    finally:
+        tracemalloc.stop()
+    assert [items[n] for n in (0, 7, -1)] == [
+        {"image": f"{text}{n}.png", "caption": [text, str(n)]} for n in (0, 7, count - 1)
+    ]
+    with pytest.raises(IndexError):
+        items[count]
 
 
 # --- streams -------------------------------------------------------------------------------------------------------

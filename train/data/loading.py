@@ -247,14 +247,14 @@ def _open_folder(
     if parquets:
         return _parquet(parquets, image_column, caption_column, root)
     if caption_column is None:
-        return ListDataset([{"image": str(path)} for path in image_files(folder)], folder)
+        return ListDataset(({"image": str(path)} for path in image_files(folder)), folder)
     lists = lists_of_a_folder(folder)
     if lists:
         try:
             return _list(lists, image_column, caption_column, root, str(folder))
         except _EmptyLists as error:
             raise ValueError(f"{error}; fill it, or remove it to read .txt files beside the images") from error
-    return ListDataset(list(read_folder(folder, caption_lines)), folder)
+    return ListDataset(read_folder(folder, caption_lines), folder)
 
 
 class _EmptyLists(ValueError):
@@ -264,10 +264,11 @@ class _EmptyLists(ValueError):
 def _list(
     files: Sequence[str | Path], image_column: str, caption_column: str | None, root: Any, source: str
 ) -> Source:
-    items = [item for file in files for item in read_list(Path(file), image_column, caption_column, root)]
-    if not items:
+    items = (item for file in files for item in read_list(Path(file), image_column, caption_column, root))
+    dataset = ListDataset(items, root or (source if os.path.isdir(source) else os.path.dirname(source) or "."))
+    if not len(dataset):
         raise _EmptyLists(f"no {'pairs' if caption_column else 'images'} in {', '.join(map(str, files))}")
-    return ListDataset(items, root or (source if os.path.isdir(source) else os.path.dirname(source) or "."))
+    return dataset
 
 
 def _files(folder: Path, suffix: str) -> list[str]:
@@ -303,7 +304,7 @@ def _parquet(
 ) -> Source:
     require_datasets()
     if image_column == IMAGE_COLUMN and all(map(has_keys, files)):
-        items = [item for file in files for item in read_keys(file, caption_column)]
+        items = (item for file in files for item in read_keys(file, caption_column))
         return ListDataset(items, os.path.dirname(files[0]) or ".")
     return ParquetSource(files, image_column, caption_column, root)
 
