@@ -74,8 +74,8 @@ class StageConfig(TrainingArguments):
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read a data set of the Hub while training instead of downloading it first. Needs max_steps; the "
-            "order of its shards is shuffled, and no sample within a shard."
+            "help": "Read data sets of the Hub while training instead of downloading them first. Needs max_steps; the "
+            "order of shards is shuffled, and no sample within a shard. Weights of sources are shares of the samples."
         },
     )
     cache_vision_features: str | None = field(
