@@ -1,6 +1,7 @@
 """What a run leaves, in `output_dir` and in each checkpoint: a model in the Hub layout, with its code."""
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.integrations import deepspeed
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
 from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE, ONLY_TRAINED, WEIGHTS_FILE
@@ -47,7 +49,24 @@ class Provenance:
     def encoder(self) -> tuple[VLVModel, Any]:
         """The encoder of `start` for reconstructions, on the CPU, and its image processor; read once."""
         assert self.start is not None
-        return hub.load_encoder(self.start)
+        with loading_whole_models():
+            return hub.load_encoder(self.start)
+
+
+@contextlib.contextmanager
+def loading_whole_models() -> Iterator[None]:
+    """Models that one process loads are whole.
+
+    Under ZeRO-3, transformers shards each model while it is loaded, which waits for all processes.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def write_model(
