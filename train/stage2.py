@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from transformers import set_seed
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
+from vlv.language_model import load_language_model
 from vlv.tokenizer import load_tokenizer
 
 from .callbacks import disable_loading_bars
@@ -54,16 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         }
         dataset = load_pairs(config.pairs, **columns, **config.data_options())
         evaluation = find_evaluation_set(config, dataset, load_pairs, **columns)
-        new_language_model = VLVConfig.from_pretrained(config.model).text_config is None
+        is_captioner = VLVConfig.from_pretrained(config.model).text_config is not None
+        new_language_model = config.replace_language_model or not is_captioner
         if new_language_model:
             config.language_model = config.language_model or LANGUAGE_MODEL
             encoder, image_processor = hub.load_encoder(config.model)
-            model = add_language_model(encoder, config.language_model)
-            processor = VLVProcessor(image_processor, load_tokenizer(config.language_model))
+            model = add_language_model(encoder, config.language_model, config.gguf_file)
+            processor = VLVProcessor(image_processor, load_tokenizer(config.language_model, config.gguf_file))
         elif config.language_model is not None:
             raise ValueError(
                 f"language_model is {config.language_model}, but {config.model} is a captioner, which has its own; "
-                "leave it out, or start from the stage-1 model"
+                "leave it out, start from the stage-1 model, or pass --replace_language_model"
             )
         else:
             model, processor = hub.load_captioner(config.model)
@@ -90,14 +92,17 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
     return trainer
 
 
-def add_language_model(encoder: VLVModel, language_model: str) -> VLVForConditionalGeneration:
-    """A captioner of an encoder and a language model.
+def add_language_model(
+    encoder: VLVModel, language_model: str, gguf_file: str | None = None
+) -> VLVForConditionalGeneration:
+    """A captioner of an encoder and a language model: a folder, repo id or GGUF file.
 
     Raises:
         ValueError: If `language_model` is no causal language model.
     """
     try:
-        return VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, language_model)
+        loaded = load_language_model(language_model, gguf_file)
+        return VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, loaded)
     except ValueError as error:
         if not str(error).startswith("Unrecognized"):  # the message lists all types of models
             raise

@@ -38,9 +38,16 @@ class Stage2Config(StageConfig):
     language_model: str | None = field(
         default=None,
         metadata={
-            "help": f"A causal language model: folder or repo id; by default {LANGUAGE_MODEL}. Not where `model` is a "
-            "captioner, which has its own."
+            "help": f"A causal language model: folder, repo id or GGUF file; by default {LANGUAGE_MODEL}. Not where "
+            "`model` is a captioner, which has its own, unless replace_language_model is set."
         },
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "Name of a GGUF file in the folder or repository `language_model`."}
+    )
+    replace_language_model: bool = field(
+        default=False,
+        metadata={"help": "Where `model` is a captioner: use its encoder with `language_model`, and a new projection."},
     )
     export_decoder: bool = field(
         default=False,

@@ -1,0 +1,109 @@
+"""Loads causal language models, also from GGUF files."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_gguf_available
+
+GGUF_MAGIC = b"GGUF"
+
+
+def find_gguf(source: str | os.PathLike, gguf_file: str | None = None) -> dict[str, str] | None:
+    """Where a GGUF file is, as arguments of transformers' `from_pretrained`; None if `source` is no GGUF file.
+
+    Args:
+        source: A GGUF file, or with `gguf_file` a folder or repo id.
+        gguf_file: Name of the file in `source`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ImportError: If the library `gguf` is not installed.
+        ValueError: If the file is not a GGUF file.
+    """
+    path = Path(source)
+    if gguf_file is None:
+        if path.suffix.lower() != ".gguf":
+            return None
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no file {path}; for a file in a Hub repository pass its repo id as language_model and its "
+                "name as gguf_file"
+            )
+        folder, name = str(path.parent), path.name
+    elif path.is_file():
+        raise ValueError(f"{path} is a file, so gguf_file is not needed; leave {gguf_file!r} out")
+    elif path.is_dir() and not (path / gguf_file).is_file():
+        raise FileNotFoundError(f"there is no file {gguf_file} in {path}")
+    else:
+        folder, name = os.fspath(source), gguf_file
+    local = Path(folder) / name
+    if local.is_file():
+        with open(local, "rb") as file:
+            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+                raise ValueError(f"{local} is not a GGUF file: it does not start with the bytes GGUF")
+    if not is_gguf_available():
+        raise ImportError(f"{name} is a GGUF file, which needs the extra vlv[gguf] (pip install gguf)")
+    return {"pretrained_model_name_or_path": folder, "gguf_file": name}
+
+
+def load_language_model(
+    source: str | os.PathLike, gguf_file: str | None = None, *, dtype: torch.dtype | str = "auto", **kwargs: Any
+) -> Any:
+    """A causal language model. The weights of a GGUF file are dequantised, and the model is a plain one.
+
+    Args:
+        source: A GGUF file, a folder or a repo id.
+        gguf_file: Name of a GGUF file in the folder or repository.
+        dtype: Precision; by default the stored one, of a GGUF file float32.
+        kwargs: Further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If there is no such GGUF file.
+        ImportError: If the library `gguf` is not installed.
+        ValueError: If `source` is not a causal language model of transformers, or a GGUF file is damaged or of an
+            architecture that transformers does not read.
+    """
+    gguf = find_gguf(source, gguf_file)
+    if gguf is None:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **kwargs)
+    with _gguf_errors(gguf):
+        loaded = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32 if dtype == "auto" else dtype)
+    # transformers counts the model as quantised, although its weights are not, and refuses to save or train it.
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.name_or_path = os.fspath(source) if gguf_file is None else f"{source}/{gguf_file}"
+    plain = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    return plain.eval()
+
+
+class _gguf_errors:  # noqa: N801 (a context manager)
+    """Turns what the readers of GGUF files raise for a damaged or unknown file into `ValueError`."""
+
+    def __init__(self, gguf: dict[str, str]):
+        self.name = str(Path(gguf["pretrained_model_name_or_path"]) / gguf["gguf_file"])
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, OSError | ImportError):
+            return
+        if "not supported" in str(error):
+            raise ValueError(
+                f"{self.name} holds a model that transformers does not read from GGUF: {error} Use the model's "
+                "safetensors instead"
+            ) from error
+        raise ValueError(f"{self.name} could not be read; is the file complete? {error!r}") from error
+
+
+def load_gguf_tokenizer(gguf: dict[str, str]) -> Any:
+    """The tokenizer in a GGUF file; the argument is what `find_gguf` returns."""
+    with _gguf_errors(gguf):
+        return AutoTokenizer.from_pretrained(**gguf, trust_remote_code=False)
