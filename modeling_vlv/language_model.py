@@ -2,6 +2,8 @@
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,22 @@ def find_gguf(source: str | os.PathLike, gguf_file: str | None = None) -> dict[s
     return {"pretrained_model_name_or_path": folder, "gguf_file": name}
 
 
+@contextmanager
+def _gguf_errors(gguf: dict[str, str]) -> Iterator[None]:
+    """Turns what the readers of GGUF files raise for a damaged or unknown file into `ValueError`."""
+    name = str(Path(gguf["pretrained_model_name_or_path"]) / gguf["gguf_file"])
+    try:
+        yield
+    except (OSError, ImportError):
+        raise  # their messages name what is missing
+    except Exception as error:  # numpy, struct and the library gguf raise many kinds for a damaged file
+        if "not supported" in str(error):
+            raise ValueError(
+                f"{name} holds a model that transformers does not read from GGUF ({error}); use its safetensors"
+            ) from error
+        raise ValueError(f"{name} could not be read; is the file complete? {error!r}") from error
+
+
 def load_language_model(
     source: str | os.PathLike, gguf_file: str | None = None, *, dtype: torch.dtype | str = "auto", **kwargs: Any
 ) -> Any:
@@ -81,26 +99,6 @@ def load_language_model(
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     return plain.eval()
-
-
-class _gguf_errors:  # noqa: N801 (a context manager)
-    """Turns what the readers of GGUF files raise for a damaged or unknown file into `ValueError`."""
-
-    def __init__(self, gguf: dict[str, str]):
-        self.name = str(Path(gguf["pretrained_model_name_or_path"]) / gguf["gguf_file"])
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, OSError | ImportError):
-            return
-        if "not supported" in str(error):
-            raise ValueError(
-                f"{self.name} holds a model that transformers does not read from GGUF: {error} Use the model's "
-                "safetensors instead"
-            ) from error
-        raise ValueError(f"{self.name} could not be read; is the file complete? {error!r}") from error
 
 
 def load_gguf_tokenizer(gguf: dict[str, str]) -> Any:

@@ -13,12 +13,13 @@ from transformers import set_seed
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
 from vlv.language_model import load_language_model
-from vlv.tokenizer import load_tokenizer
+from vlv.tokenizer import fit_tokenizer, load_tokenizer
 
 from .callbacks import disable_loading_bars
 from .data import load_pairs
 from .dry_run import dry_run
 from .evaluating import find_evaluation_set
+from .four_bits import add_quantised, load_in_4_bits
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
@@ -60,12 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         if new_language_model:
             config.language_model = config.language_model or LANGUAGE_MODEL
             encoder, image_processor = hub.load_encoder(config.model)
-            model = add_language_model(encoder, config.language_model, config.gguf_file)
-            processor = VLVProcessor(image_processor, load_tokenizer(config.language_model, config.gguf_file))
+            model = add_language_model(encoder, config.language_model, config.gguf_file, config.load_in_4bit)
+            tokenizer = load_tokenizer(config.language_model, config.gguf_file)
+            processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
         elif config.language_model is not None:
             raise ValueError(
                 f"language_model is {config.language_model}, but {config.model} is a captioner, which has its own; "
                 "leave it out, start from the stage-1 model, or pass --replace_language_model"
+            )
+        elif config.load_in_4bit:
+            raise ValueError(
+                f"load_in_4bit is set, but the language model of {config.model} is part of a captioner; it is for "
+                "language_model, with a stage-1 model or with --replace_language_model"
             )
         else:
             model, processor = hub.load_captioner(config.model)
@@ -86,21 +93,27 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             rehearsal.run(trainer)
             return trainer
         train_and_save(trainer, config)
-        if config.lora_rank:
+        if config.lora_rank and not config.load_in_4bit:  # merging into 4 bits would round the LoRA layers away
             merge_lora(model)
         say_how_to_use(config, "caption")
     return trainer
 
 
 def add_language_model(
-    encoder: VLVModel, language_model: str, gguf_file: str | None = None
+    encoder: VLVModel, language_model: str, gguf_file: str | None = None, load_in_4bit: bool = False
 ) -> VLVForConditionalGeneration:
     """A captioner of an encoder and a language model: a folder, repo id or GGUF file.
 
+    Args:
+        load_in_4bit: Stores the linear layers of the language model in 4 bits.
+
     Raises:
+        ImportError: If a library for 4 bits or GGUF is not installed.
         ValueError: If `language_model` is no causal language model.
     """
     try:
+        if load_in_4bit:
+            return add_quantised(encoder, load_in_4_bits(language_model, gguf_file))
         loaded = load_language_model(language_model, gguf_file)
         return VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, loaded)
     except ValueError as error:
