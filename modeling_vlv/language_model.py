@@ -52,10 +52,19 @@ def find_gguf(source: str | os.PathLike, gguf_file: str | None = None) -> dict[s
     return {"pretrained_model_name_or_path": folder, "gguf_file": name}
 
 
+def _refuse_missing(report: dict[str, Any], name: str) -> None:
+    """Raises `ValueError` for weights that a load left at random."""
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights of {name} are missing or of another shape, such as {missing[0]}; is it a complete "
+            "causal language model?"
+        )
+
+
 @contextmanager
-def _gguf_errors(gguf: dict[str, str]) -> Iterator[None]:
+def _gguf_errors(name: str) -> Iterator[None]:
     """Turns what the readers of GGUF files raise for a damaged or unknown file into `ValueError`."""
-    name = str(Path(gguf["pretrained_model_name_or_path"]) / gguf["gguf_file"])
     try:
         yield
     except (OSError, ImportError):
@@ -82,19 +91,26 @@ def load_language_model(
     Raises:
         FileNotFoundError: If there is no such GGUF file.
         ImportError: If the library `gguf` is not installed.
-        ValueError: If `source` is not a causal language model of transformers, or a GGUF file is damaged or of an
-            architecture that transformers does not read.
+        ValueError: If `source` is not a causal language model of transformers, a weight is missing, or a GGUF file is
+            damaged or of an architecture that transformers does not read.
     """
     gguf = find_gguf(source, gguf_file)
     if gguf is None:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **kwargs)
-    with _gguf_errors(gguf):
-        loaded = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32 if dtype == "auto" else dtype)
+        kwargs = {"trust_remote_code": False, "output_loading_info": True, **kwargs}
+        loaded, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+        _refuse_missing(report, os.fspath(source))
+        return loaded
+    name = str(Path(gguf["pretrained_model_name_or_path"], gguf["gguf_file"]))
+    with _gguf_errors(name):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            **gguf, dtype=torch.float32 if dtype == "auto" else dtype, output_loading_info=True
+        )
+    _refuse_missing(report, name)
     # transformers counts the model as quantised, although its weights are not, and refuses to save or train it.
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.name_or_path = os.fspath(source) if gguf_file is None else f"{source}/{gguf_file}"
+    config.name_or_path = name
     plain = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
@@ -103,5 +119,5 @@ def load_language_model(
 
 def load_gguf_tokenizer(gguf: dict[str, str]) -> Any:
     """The tokenizer in a GGUF file; the argument is what `find_gguf` returns."""
-    with _gguf_errors(gguf):
+    with _gguf_errors(str(Path(gguf["pretrained_model_name_or_path"], gguf["gguf_file"]))):
         return AutoTokenizer.from_pretrained(**gguf, trust_remote_code=False)
