@@ -57,8 +57,8 @@ def _refuse_missing(report: dict[str, Any], name: str) -> None:
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"{len(missing)} weights of {name} are missing or of another shape, such as {missing[0]}; is it a complete "
-            "causal language model?"
+            f"{len(missing)} weights of {name} are missing or of another shape, such as {missing[0]}; is it a "
+            "complete causal language model?"
         )
 
 
