@@ -1,6 +1,5 @@
 """Loads causal language models, also from GGUF files."""
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.import_utils import is_gguf_available
 
 GGUF_MAGIC = b"GGUF"
@@ -102,19 +101,15 @@ def load_language_model(
         return loaded
     name = str(Path(gguf["pretrained_model_name_or_path"], gguf["gguf_file"]))
     with _gguf_errors(name):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            **gguf, dtype=torch.float32 if dtype == "auto" else dtype, output_loading_info=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **gguf,
+            dtype=torch.float32 if dtype == "auto" else dtype,
+            quantization_config=GgufConfig(dequantize=True),  # without it the model could not be trained or saved
+            output_loading_info=True,
         )
     _refuse_missing(report, name)
-    # transformers counts the model as quantised, although its weights are not, and refuses to save or train it.
-    config = copy.deepcopy(loaded.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.name_or_path = name
-    plain = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype)
-    plain.load_state_dict(loaded.state_dict())
-    plain.generation_config = loaded.generation_config
-    return plain.eval()
+    model.config.name_or_path = name
+    return model
 
 
 def load_gguf_tokenizer(gguf: dict[str, str]) -> Any:

@@ -79,7 +79,7 @@ def check_tokenizer(tokenizer: Any, language_model: Any, model_source: str | Non
     """Raises `ValueError` if a tokenizer is not that of a language model.
 
     It is not if a token has an id beyond the embeddings, or captions would end with an EOS at which the language
-    model does not stop. A special token that no caption has, such as Gemma 3's image token, may lie beyond them.
+    model does not stop. A special token that no caption has, such as an image token, may lie beyond them.
 
     Args:
         language_model: The model.

@@ -19,9 +19,7 @@ def load_in_4_bits(language_model: str, gguf_file: str | None = None) -> Any:
         ValueError: If it is a GGUF file, or a model that is quantised already.
     """
     if not is_bitsandbytes_available():
-        raise ImportError(
-            "load_in_4bit needs the library bitsandbytes: pip install 'vlv[quantization]' or bitsandbytes"
-        )
+        raise ImportError("load_in_4bit needs the extra vlv[quantization] (pip install bitsandbytes)")
     if gguf_file is not None or language_model.lower().endswith(".gguf"):
         raise ValueError(
             f"load_in_4bit is set, but {gguf_file or language_model} is a GGUF file, whose weights are dequantised; "
