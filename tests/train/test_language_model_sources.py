@@ -11,6 +11,7 @@ from vlv import VLVForConditionalGeneration, hub
 from vlv.cli.main import main
 from vlv.language_model import load_language_model
 from vlv.train import Stage2Config, stage2
+from vlv.train.four_bits import load_in_4_bits
 
 from ..builders import assert_close_to_scale
 from ..gguf_files import END, build_model, write_gguf
@@ -60,6 +61,18 @@ def test_a_gguf_file_without_the_library_is_an_error_that_says_what_to_install(t
     (tmp_path / "small.gguf").write_bytes(b"GGUF")
     with pytest.raises(ImportError, match=r"small\.gguf is a GGUF file, which needs the extra vlv\[gguf\] \(pip"):
         load_language_model(tmp_path / "small.gguf")
+
+
+@pytest.mark.skipif(is_bitsandbytes_available(), reason="the library bitsandbytes is installed")
+def test_4_bits_without_the_library_are_an_error_that_says_what_to_install(language_model):
+    with pytest.raises(ImportError, match=r"needs the extra vlv\[quantization\] \(pip install bitsandbytes\)"):
+        load_in_4_bits(str(language_model))
+
+
+@needs_bitsandbytes
+def test_a_gguf_file_in_4_bits_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"small\.gguf is a GGUF file, whose weights are dequantised; leave load_in"):
+        load_in_4_bits(str(tmp_path / "small.gguf"))
 
 
 @needs_bitsandbytes
