@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),
         }
-        if config.gguf_file is not None and Path(config.language_model or "").is_dir():
-            sources["language_model"]["fingerprint"] = hub.fingerprint(Path(config.language_model, config.gguf_file))
+        if config.gguf_file is not None and (file := Path(str(config.language_model), config.gguf_file)).is_file():
+            sources["language_model"]["fingerprint"] = hub.fingerprint(file)
         trainer.settings = {**config.result_settings(), **sources}
         folder = hub.resolve(config.model, allow_patterns=["*.json"])
         diffusion_model = hub.diffusion_model_of(config.model, folder)
