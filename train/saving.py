@@ -19,7 +19,9 @@ from vlv.hub.load import read_weight_map
 from .encoder_lora import adapted_weights, has_encoder_lora, merged_encoder_weights, save_encoder_adapter
 from .lora import (
     LANGUAGE_MODEL_PREFIX,
+    dequantised_weights,
     has_lora,
+    is_4bit,
     load_adapter,
     merged_weights,
     read_adapter,
@@ -100,6 +102,8 @@ def write_model(
     if has_lora(model):
         weights = dict(model.state_dict() if weights is None else weights)
         save_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)
+        if is_4bit(model):
+            weights = dequantised_weights(model, weights)
         weights = merged_weights(model, weights)
     encoder = image_processor = None
     if provenance is not None and provenance.start is not None and _encoder_differs(model, provenance.start):
