@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, Qwen2ForCausalLM
@@ -27,6 +27,7 @@ from .builders import (
     GOLDEN,
     POSITIONS,
     language_model_config,
+    stable_diffusion_3_parts,
     stable_diffusion_parts,
     stable_diffusion_xl_parts,
     text_encoder_config,
@@ -115,19 +116,31 @@ def stable_diffusion(tmp_path_factory) -> Path:
     return folder
 
 
+def text_tokenizers(*names: str) -> dict:
+    """A tokenizer for each text encoder. The second pads with another token than the first, as in SDXL."""
+    tokenizers = {name: build_tokenizer(for_text_encoder=True) for name in names}
+    for tokenizer in tokenizers.values():
+        tokenizer.model_max_length = POSITIONS
+    tokenizers["tokenizer_2"].pad_token = tokenizers["tokenizer_2"].bos_token
+    return tokenizers
+
+
 @pytest.fixture(scope="session")
 def stable_diffusion_xl(tmp_path_factory) -> Path:
     """A Stable-Diffusion-XL-type model in diffusers' folder format."""
     folder = tmp_path_factory.mktemp("stable-diffusion-xl")
-    tokenizers = {name: build_tokenizer(for_text_encoder=True) for name in ("tokenizer", "tokenizer_2")}
-    for tokenizer in tokenizers.values():
-        tokenizer.model_max_length = POSITIONS
-    tokenizers["tokenizer_2"].pad_token = tokenizers[
-        "tokenizer_2"
-    ].bos_token  # another one than the first's, as in SDXL
-    StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), **tokenizers, add_watermarker=False).save_pretrained(
-        folder
-    )
+    tokenizers = text_tokenizers("tokenizer", "tokenizer_2")
+    pipeline = StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), **tokenizers, add_watermarker=False)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_3(tmp_path_factory) -> Path:
+    """A Stable-Diffusion-3-type model, with T5, in diffusers' folder format."""
+    folder = tmp_path_factory.mktemp("stable-diffusion-3")
+    tokenizers = text_tokenizers("tokenizer", "tokenizer_2", "tokenizer_3")
+    StableDiffusion3Pipeline(**stable_diffusion_3_parts(), **tokenizers).save_pretrained(folder)
     return folder
 
 
