@@ -225,9 +225,9 @@ class DiffusionDecoder(nn.Module, ABC):
             tokenizer = tokenizers.get(name)
             if tokenizer is not None and len(tokenizer) > encoder.vocab_size:
                 raise ValueError(
-                    f"{model} and {source} do not fit together: {name} of {source} has {len(tokenizer)} words, but the "
-                    f"text encoder of {model} that reads them knows {encoder.vocab_size}; give {name} the files of "
-                    f"the text-to-image model that {model} was trained with"
+                    f"{model} and {source} do not fit together: {name} of {source} has {len(tokenizer)} words, but "
+                    f"the text encoder of {model} that reads them knows {encoder.vocab_size}; replace {name} by that "
+                    f"of the text-to-image model that {model} was trained with"
                 )
 
     @classmethod

@@ -68,12 +68,12 @@ def image_file(image_folder):
 
 @dataclass
 class Runs:
-    """A run of each stage, the first one resumed in the middle.
+    """A run of each stage, the first one once more from its middle.
 
     Args:
         diffusion_model: Folder of the text-to-image model.
         title: What `vlv info` says of the family.
-        root: Has the folders `unbroken` and `stage1`, which is the same training resumed, and `stage2`.
+        root: Has the folders `unbroken` and `stage1`, which is the same training resumed from a checkpoint, and `stage2`.
         unbroken: Its trainer.
     """
 
@@ -118,7 +118,7 @@ def train(diffusion_model: Path, name: str, tmp_path_factory, start: dict, langu
     settings = {**start, "diffusion_model": diffusion_model, "lr_scheduler_type": "constant"}
     settings |= {"timestep_sampling": "stratified"}
     unbroken = stage1.main(arguments(output_dir=root / "unbroken", max_steps=10, validation_steps=10, **settings))
-    stage1.main(arguments(output_dir=root / "stage1", max_steps=6, validation_steps=0, **settings))
+    shutil.copytree(root / "unbroken" / "checkpoint-6", root / "stage1" / "checkpoint-6")  # all that a kill leaves
     stage1.main(arguments(output_dir=root / "stage1", max_steps=10, validation_steps=0, **settings))
     model = {"model": root / "stage1", "language_model": language_model, "pairs": start["images"]}
     stage2.main(arguments(output_dir=root / "stage2", max_steps=2, validation_steps=0, **model))
