@@ -73,7 +73,7 @@ class Runs:
     Args:
         diffusion_model: Folder of the text-to-image model.
         title: What `vlv info` says of the family.
-        root: Has the folders `unbroken` and `stage1`, which is the same training resumed from a checkpoint, and `stage2`.
+        root: Has the folders `unbroken`, `stage1` (the same training resumed from a checkpoint) and `stage2`.
         unbroken: Its trainer.
     """
 
