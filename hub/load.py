@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HTTPError,  # the base class of the HTTP library that huggingface_hub uses, httpx or httpx2
     LocalEntryNotFoundError,
@@ -87,8 +88,18 @@ def resolve(
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTPError) as error:
         raise FileNotFoundError(
             f"there is no folder {text}, and as a Hub repository it could not be loaded: {error}"
-            f"{replacement_hint(text)}"
+            f"{replacement_hint(text)}{_access_hint(text, error)}"
         ) from error
+
+
+def _access_hint(repo: str, error: BaseException) -> str:
+    """The end of an error message of a gated repository."""
+    if not isinstance(error, GatedRepoError):
+        return ""
+    return (
+        f"\n{repo} is gated: accept its licence on {constants.ENDPOINT}/{repo}, and log in with `hf auth login`, or "
+        "set HF_TOKEN"
+    )
 
 
 def to_repo_id(source: str | os.PathLike) -> str:

@@ -269,12 +269,12 @@ def build_diffusion_decoder(
     source: str, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32
 ) -> DiffusionDecoder:
     """The decoder of a text-to-image model on the meta device; `source` is that of `text_to_image_configs`."""
-    family, configs = text_to_image_configs(source)
+    found, configs = text_to_image_configs(source)
+    family: Any = found
     with torch.device("meta"):
         parts = {name: part.from_config(configs[name]) for name, part in family.models.items()}
     denoiser = next(part for name, part in parts.items() if name != "vae")
-    build: Any = family
-    return build(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
+    return family(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
 
 
 def _local(kind: Any, source: str, setting: str, known: dict, method: str = "from_pretrained", **kwargs: Any) -> Any:
