@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 from transformers import AutoConfig, CLIPTextModel, Florence2Config
 
@@ -231,7 +231,7 @@ def text_to_image_configs(source: str) -> tuple[type[DiffusionDecoder], dict[str
                 return _local(part.config_class, source, "diffusion_model", known, subfolder=name)
             return _local(part, source, "diffusion_model", known, "load_config", subfolder=name)
 
-    parts: dict[str, Any] = {**family.models, "scheduler": SchedulerMixin, **family.text_encoders}
+    parts: dict[str, Any] = {**family.models, "scheduler": DDPMScheduler, **family.text_encoders}
     parts |= {
         name: part for name, part in family.optional_text_encoders.items() if index.get(name, [None])[0] is not None
     }
