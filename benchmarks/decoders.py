@@ -93,7 +93,7 @@ def parameters() -> str:
     """Parameters of each part, and the widths between them."""
     rows = []
     for title, source, t5 in MODELS:
-        family, configs = text_to_image_configs(source)
+        family, configs = text_to_image_configs(source, with_optional=t5)
         decoder = build_diffusion_decoder(source)
         names = [*family.text_encoders, *(family.optional_text_encoders if t5 else ())]
         classes = {**family.text_encoders, **family.optional_text_encoders}

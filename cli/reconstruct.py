@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         width = pipeline.encoder.config.caption_embed_dim
         inputs = load_embeddings(arguments.embeddings, width, "reconstruct")
     size = arguments.image_size or pipeline.default_size
-    if size % pipeline.vae_scale_factor:
-        raise UserError(f"--image-size {size} must be divisible by {pipeline.vae_scale_factor}")
+    if size % pipeline.size_multiple:
+        raise UserError(f"--image-size {size} must be divisible by {pipeline.size_multiple}")
 
     summary, meter = Summary(len(inputs)), _set_meter(pipeline)
     pairs: list[Pair] = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vlv.diffusion_decoder import find_family
+from vlv.diffusion_decoder import family_of_components
 from vlv.files import is_variant
 from vlv.modeling_vlv import TEXT_ENCODERS, VLVModel
 
@@ -39,17 +39,8 @@ def check_compatible(
         ValueError: If the two are of different families, or have text encoders of other widths or weights,
             or `source` lacks a tokenizer of theirs.
     """
-    index = {name: ("", type(part).__name__) for name, part in components.items() if part is not None}
-    family = find_family(index, source)
-    denoiser = next(components[name] for name in family.models if name != "vae")
-    family.check_model(denoiser, encoder.config, model, os.fspath(source))
-    family.check_tokenizers(components, encoder.config, model, os.fspath(source))
-    needed = family.tokenizers[: len(encoder.text_encoders)]
-    if missing := [name for name in needed if components.get(name) is None]:
-        raise ValueError(
-            f"{source} has no {' and no '.join(missing)}, but {model} has {len(needed)} text encoders, which need "
-            f"their tokenizers; give a complete folder of the text-to-image model that {model} was trained with"
-        )
+    family = family_of_components(components, source)
+    family.check_components(components, encoder.config, model, os.fspath(source))
     folder = diffusion_model_folder(source, [MODEL_INDEX_FILE, *TEXT_ENCODER_FILES], token=token)
     check_text_encoders(encoder, folder, model, os.fspath(source))
 

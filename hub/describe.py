@@ -222,7 +222,7 @@ def _family(folder: Path) -> str:
     family = find_family(index, folder)
     config = folder / "scheduler" / "scheduler_config.json"
     predicts = family.describe_prediction(read_json(config) if config.is_file() else {})
-    denoiser = next(index[name][1] for name in family.models if name != "vae")
+    denoiser = index[family.denoiser_name()][1]
     return f"{family.title} ({denoiser}, {index['scheduler'][1]}, predicts {predicts})"
 
 

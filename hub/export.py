@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from vlv.diffusion_decoder import find_family
+from vlv.diffusion_decoder import family_of_components
 from vlv.files import is_variant, require_space, set_default_permissions, write_json
 from vlv.modeling_vlv import VLVConfig, VLVModel
 from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
@@ -93,6 +93,9 @@ def export(
         components = _diffusion_components(diffusion_model)  # before anything is written
         if isinstance(diffusion_model, (str, os.PathLike)):
             check_compatible(encoder, components, "the model", diffusion_model)
+        else:
+            family = family_of_components(components, "diffusion_model")
+            family.check_components(components, encoder.config, "the model", "diffusion_model")
     modules = [encoder, captioner, *components.values()]
     require_space(root, _size([module for module in modules if isinstance(module, torch.nn.Module)], dtype))
     (root / "encoder").mkdir(parents=True, exist_ok=True)
@@ -189,14 +192,14 @@ def _export_captioner(
 
 def _diffusion_components(diffusion_model: str | os.PathLike | DiffusionPipeline | dict[str, Any]) -> dict[str, Any]:
     if isinstance(diffusion_model, DiffusionPipeline):
-        return diffusion_model.components
+        return {**diffusion_model.config, **diffusion_model.components}
     return diffusion_model if isinstance(diffusion_model, dict) else load_diffusion_components(diffusion_model)
 
 
 def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: torch.dtype | None) -> None:
     present = {name: component for name, component in components.items() if component is not None}
     entries = {name: [_library(component), type(component).__name__] for name, component in present.items()}
-    family = find_family(entries, "the diffusion model")
+    family = family_of_components(components, "the diffusion model")
     for name in PIPELINE_PARTS:
         shutil.rmtree(root / name, ignore_errors=True)
         if name not in family.component_names() or name not in present:
@@ -215,6 +218,7 @@ def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: 
         "_diffusers_version": diffusers_version,
         **reconstruction_classes(family),
         **{name: entries[name] for name in sorted(family.component_names()) if name in present},
+        **{name: components.get(name, default) for name, default in family.pipeline_settings.items()},
         "_ignore_files": [INDEX_FILE, HALF_INDEX_FILE, *own, *map(half_name, own)],
     }
     write_json(root / MODEL_INDEX_FILE, index)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 
 from vlv import VLVModel, hub
-from vlv.diffusion_decoder import find_family
+from vlv.diffusion_decoder import family_of_components
 
 from .pipeline_vlv_pooled_reconstruction import VLVPooledReconstructionPipeline
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
@@ -32,11 +32,8 @@ def build_reconstruction(
     Raises:
         ValueError: If the components belong to no family, the encoder to another, or a tokenizer to another encoder.
     """
-    index = {name: ("", type(part).__name__) for name, part in components.items() if part is not None}
-    family = find_family(index, source)
-    denoiser = next(components[name] for name in family.models if name != "vae")
-    family.check_model(denoiser, encoder.config, model, source)
-    family.check_tokenizers(components, encoder.config, model, source)
+    family = family_of_components(components, source)
+    family.check_components(components, encoder.config, model, source)
     pipeline = PIPELINES[family.reconstruction_pipeline[1]]
     return pipeline(encoder=encoder, image_processor=image_processor, **components)
 

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+PIPELINES = {"VLVReconstructionPipeline", "VLVPooledReconstructionPipeline"}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # one for each text encoder of the model
 EMPTY_POSITIONS = 256  # zeros in place of T5's states, as in diffusers' pipeline of Stable Diffusion 3
 
@@ -68,7 +69,10 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         parts = {"vae": vae, "scheduler": scheduler, "unet": unet, "transformer": transformer}
         parts |= dict(zip(TOKENIZERS, (tokenizer, tokenizer_2, tokenizer_3), strict=True))
         if diffusion_model is not None:
-            parts |= _load_missing(parts, diffusion_model["source"], diffusion_model.get("revision"), encoder.dtype)
+            source, revision = diffusion_model["source"], diffusion_model.get("revision")
+            index = DiffusionPipeline.load_config(source, revision=revision)
+            force_zeros_for_empty_prompt = index.get("force_zeros_for_empty_prompt", True)
+            parts |= _load_missing(parts, index, source, revision, encoder)
         self.register_modules(encoder=encoder, image_processor=image_processor, **parts)
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self.vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1) if parts["vae"] else 8
@@ -78,6 +82,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         """`model_index.json`, where the pipeline's class is this one instead of one that the repository defines."""
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list):  # diffusers would run the file that it names
+            if (name := index["_class_name"][1]) in PIPELINES - {base.__name__ for base in cls.__mro__}:
+                raise ValueError(f"{json_file} is of a {name}; load it with {name}.from_pretrained")
             index["_class_name"] = cls.__name__
         return index
 
@@ -142,7 +148,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         crop = getattr(self.image_processor, "pre_crop_size", None)
         if crop and crop % self.size_multiple == 0:
             return crop
-        return self.denoiser.config.sample_size * self.vae_scale_factor
+        size = self.denoiser.config.sample_size
+        return (size if isinstance(size, int) else size[0]) * self.vae_scale_factor
 
     @torch.no_grad()
     def encode_image(self, image: Any) -> torch.Tensor:
@@ -168,14 +175,19 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
 
         Args:
             prompt: One text or a list.
-            max_length: `N`; by default the text encoders' positions.
+            max_length: `N`; by default the text encoders' positions. The pooled ones are those of all positions.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        length = max_length or self.encoder.config.num_text_positions
+        positions = self.encoder.config.num_text_positions
         tokenizers = [getattr(self, name) for name in TOKENIZERS[: len(self.encoder.config.text_encoder_configs)]]
-        settings = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        settings = {"padding": "max_length", "max_length": positions, "truncation": True, "return_tensors": "pt"}
         ids = [tokenizer(prompts, **settings).input_ids.to(self._execution_device) for tokenizer in tokenizers]
-        return self._prompt_embeds(self.encoder(input_ids=ids))
+        output = self.encoder(input_ids=ids)
+        if max_length is not None and max_length < positions:
+            pooled = output.pooled_conditioning  # that of the complete texts
+            output = self.encoder(input_ids=[own[:, :max_length] for own in ids])
+            output.pooled_conditioning = pooled
+        return self._prompt_embeds(output)
 
     def _prompt_embeds(self, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What `text_to_image` takes, from the output of the encoder."""
@@ -327,15 +339,24 @@ def arrange_conditioning(hidden_states: torch.Tensor, joint_width: int) -> torch
     return torch.cat([F.pad(clip, (0, joint_width - clip.shape[2])), t5], dim=1)
 
 
-def _load_missing(parts: dict[str, Any], source: str, revision: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The components that are None and that a text-to-image model in diffusers' format has."""
-    index = DiffusionPipeline.load_config(source, revision=revision)
+def _load_missing(
+    parts: dict[str, Any], index: dict[str, Any], source: str, revision: str | None, encoder: PreTrainedModel
+) -> dict[str, Any]:
+    """The components that are None and that a text-to-image model in diffusers' format has.
+
+    Args:
+        index: Its `model_index.json`.
+        encoder: Its precision is that of the models. A tokenizer of a text encoder that it does not have is left out.
+    """
     loaded: dict[str, Any] = {}
-    for name in [name for name, part in parts.items() if part is None and index.get(name, [None])[0] is not None]:
+    unused = TOKENIZERS[len(encoder.config.text_encoder_configs) :]
+    for name, part in parts.items():
+        if part is not None or name in unused or index.get(name, [None])[0] is None:
+            continue
         part_class = AutoTokenizer if name in TOKENIZERS else getattr(diffusers, index[name][1])
         is_model = issubclass(part_class, diffusers.ModelMixin)
         if not is_model and not issubclass(part_class, (diffusers.SchedulerMixin, AutoTokenizer)):
             raise ValueError(f"{source} names {index[name][1]} as its {name}; expected a part of diffusers")
-        settings = {"torch_dtype": dtype, "use_safetensors": True} if is_model else {}
+        settings = {"torch_dtype": encoder.dtype, "use_safetensors": True} if is_model else {}
         loaded[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
     return loaded

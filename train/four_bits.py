@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.language_model import load_language_model
 
 
@@ -46,15 +46,9 @@ def add_quantised(encoder: VLVModel, language_model: Any) -> VLVForConditionalGe
         from peft import prepare_model_for_kbit_training
     except ImportError as error:
         raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
-    text_config = copy.deepcopy(language_model.config)
-    del text_config.quantization_config
-    fields = {name: value for name, value in encoder.config.to_dict().items() if name in _ENCODER_FIELDS}
-    config = VLVConfig(
-        image_encoder_config=copy.deepcopy(encoder.config.image_encoder_config),
-        text_encoder_config=copy.deepcopy(encoder.config.text_encoder_config),
-        text_config=text_config,
-        **fields,
-    )
+    config = copy.deepcopy(encoder.config)
+    config.text_config = copy.deepcopy(language_model.config)
+    del config.text_config.quantization_config
     with torch.device("meta"):
         model = VLVForConditionalGeneration(config)
     model.model = encoder
@@ -64,8 +58,3 @@ def add_quantised(encoder: VLVModel, language_model: Any) -> VLVForConditionalGe
         model._init_weights(module)
     model.generation_config = copy.deepcopy(language_model.generation_config)
     return model.eval()
-
-
-_ENCODER_FIELDS = (
-    *("num_query_tokens", "task_prompt_ids", "attend_all_queries", "query_initializer_range", "initializer_range"),
-)

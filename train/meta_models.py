@@ -207,7 +207,7 @@ def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
         florence = reference.florence_config(FLORENCES[config.image_encoder])
     else:
         florence = _local(Florence2Config, config.image_encoder, "image_encoder", FLORENCES)
-    family, configs = text_to_image_configs(config.diffusion_model)
+    family, configs = text_to_image_configs(config.diffusion_model, with_optional=config.t5_text_encoder)
     names = [*family.text_encoders, *(family.optional_text_encoders if config.t5_text_encoder else ())]
     text_configs = {f"{name}_config": configs[name] for name in names}
     positions = VLVConfig(**copy.deepcopy(text_configs), num_query_tokens=1).num_text_positions
@@ -223,14 +223,18 @@ def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
     return vlv_config, config.encoder_image_size, config.pre_crop_size
 
 
-def text_to_image_configs(source: str) -> tuple[type[DiffusionDecoder], dict[str, Any]]:
+def text_to_image_configs(
+    source: str, text_encoders: bool = True, with_optional: bool = False
+) -> tuple[type[DiffusionDecoder], dict[str, Any]]:
     """The family of a text-to-image model, and the configuration of each model, text encoder and scheduler.
 
     Args:
         source: One of `reference_configs.TEXT_TO_IMAGE`, or a folder or cached repository in diffusers' format.
+        text_encoders: Also those of the text encoders, which a VLV's folder does not have.
+        with_optional: Also those of the text encoders that the family works without (`t5_text_encoder`).
 
     Raises:
-        ValueError: If it is neither, or of no supported family.
+        ValueError: If it is neither, or of no supported family, or has no such text encoders.
     """
     known = reference.TEXT_TO_IMAGE
     if source in known:
@@ -250,10 +254,14 @@ def text_to_image_configs(source: str) -> tuple[type[DiffusionDecoder], dict[str
                 return _local(part.config_class, source, "diffusion_model", known, subfolder=name)
             return _local(part, source, "diffusion_model", known, "load_config", subfolder=name)
 
-    parts: dict[str, Any] = {**family.models, "scheduler": DDPMScheduler, **family.text_encoders}
-    parts |= {
-        name: part for name, part in family.optional_text_encoders.items() if index.get(name, [None])[0] is not None
-    }
+    parts: dict[str, Any] = {**family.models, "scheduler": DDPMScheduler}
+    if text_encoders:
+        parts |= family.text_encoders
+    if with_optional:
+        optional = family.optional_text_encoders
+        if not optional or any(index.get(name, [None])[0] is None for name in optional):
+            raise ValueError(f"t5_text_encoder is set, but {source} has no T5; leave t5_text_encoder out")
+        parts |= optional
     return family, {name: config_of(part, name) for name, part in parts.items()}
 
 
@@ -290,11 +298,11 @@ def build_diffusion_decoder(
     source: str, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32
 ) -> DiffusionDecoder:
     """The decoder of a text-to-image model on the meta device; `source` is that of `text_to_image_configs`."""
-    found, configs = text_to_image_configs(source)
+    found, configs = text_to_image_configs(source, text_encoders=False)
     family: Any = found
     with torch.device("meta"):
         parts = {name: part.from_config(configs[name]) for name, part in family.models.items()}
-    denoiser = next(part for name, part in parts.items() if name != "vae")
+    denoiser = parts[family.denoiser_name()]
     return family(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
 
 
@@ -305,7 +313,7 @@ def _local(kind: Any, source: str, setting: str, known: dict, method: str = "fro
             warnings.simplefilter("ignore", UserWarning)
             return getattr(kind, method)(source, local_files_only=True, **kwargs)
     except (OSError, ValueError) as error:
-        file = "model_index.json" if kind is DiffusionPipeline else "config.json"
+        file = {DiffusionPipeline: "model_index.json", DDPMScheduler: "scheduler_config.json"}.get(kind, "config.json")
         inside = f"{kwargs['subfolder']}/{file}" if kwargs else file
         raise ValueError(
             f"{setting} {source} is not known: it is neither a folder with {inside} nor in the cache of downloads; "

@@ -186,7 +186,10 @@ class VLVConfig(PreTrainedConfig):
         auto_map = getattr(self, "auto_map", None) or {}
         for name, reference in auto_map.items():
             local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
-            module = local.partition(".")[0]
+            module, _, class_name = local.partition(".")
+            if (module, class_name) == ("modeling_vlv", "VLVForConditionalGeneration"):  # its place in version 0.2.0
+                module = "modeling_vlv_captioner"
+                local = f"{module}.{class_name}"
             if module in MODEL_CODE and (source := _find_code(module, self.name_or_path)):
                 auto_map[name] = local
                 _copy(source, folder)

@@ -26,11 +26,12 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+PIPELINES = {"VLVReconstructionPipeline", "VLVPooledReconstructionPipeline"}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepEndCallback: TypeAlias = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
 
 
-# The next two are diffusers' own. Importing them from its Stable Diffusion pipeline warns about torchvision.
+# These two are diffusers' own. Importing them from its Stable Diffusion pipeline warns about torchvision.
 def rescale_noise_cfg(
     noise_cfg: torch.Tensor, noise_pred_text: torch.Tensor, guidance_rescale: float = 0.0
 ) -> torch.Tensor:
@@ -39,8 +40,7 @@ def rescale_noise_cfg(
     Section 3.4 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
 
     Args:
-        noise_cfg: Prediction with guidance, `(B, C, h, w)`.
-        noise_pred_text: Prediction under the condition alone, of the same shape.
+        noise_cfg, noise_pred_text: Predictions with guidance, and under the condition alone, `(B, C, h, w)`.
         guidance_rescale: 0 (no change) to 1 (the standard deviation of `noise_pred_text`).
     """
     std_text = noise_pred_text.std(dim=list(range(1, noise_pred_text.ndim)), keepdim=True)
@@ -137,6 +137,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         """`model_index.json`, where the pipeline's class is this one instead of one that the repository defines."""
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list):  # diffusers would run the file that it names
+            if (name := index["_class_name"][1]) in PIPELINES - {base.__name__ for base in cls.__mro__}:
+                raise ValueError(f"{json_file} is of a {name}; load it with {name}.from_pretrained")
             index["_class_name"] = cls.__name__
         return index
 
@@ -185,6 +187,10 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
     @property
     def guidance_rescale(self) -> float:
         return self._guidance_rescale
+
+    @property
+    def size_multiple(self) -> int:  # height and width in pixels are divisible by it
+        return self.vae_scale_factor
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -257,8 +263,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
     def encode_image(self, image: Any) -> torch.Tensor:
         """Caption embeddings `(B, Q, d_text)` of images.
 
-        Args:
-            image: One image or a list, of any kind that `VLVImageProcessor` takes.
+        The argument is one image or a list, of any kind that `VLVImageProcessor` takes.
         """
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
         return self.encoder(pixel_values=pixel_values.to(self._execution_device, self.encoder.dtype)).caption_embeds
@@ -561,14 +566,10 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
 
 def _replaced_embeds(prompt_embeds: torch.Tensor, returned: torch.Tensor) -> torch.Tensor:
-    """The prompt embeddings `(B, N, d_text)` after a callback.
+    """The prompt embeddings `(B, N, d_text)` after a callback; raises `ValueError` for another number of rows.
 
-    diffusers' callbacks that end guidance expect the negative and the prompt's embeddings in one tensor, of which they
-    keep the last row or the second half. This pipeline keeps the negative embeddings apart, so `prompt_embeds` stays
-    unchanged.
-
-    Raises:
-        ValueError: If the number of rows differs from the number of images.
+    diffusers' callbacks that end guidance keep the last row or half of one tensor with the negative and the prompt's
+    embeddings. This pipeline keeps the negative embeddings apart, so `prompt_embeds` stays unchanged.
     """
     if len(returned) == len(prompt_embeds):
         return returned

@@ -27,6 +27,7 @@ __all__ = [
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",
     "family_of",
+    "family_of_components",
     "find_family",
     "load_diffusion_decoder",
 ]
@@ -45,11 +46,26 @@ def find_family(index: Mapping[str, Any], source: str | os.PathLike) -> type[Dif
     for family in FAMILIES:
         if family.fits(index):
             return family
-    parts = sorted(name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None)
+    entries = {name: entry for name, entry in index.items() if not name.startswith("_")}
+    parts = sorted(name for name, entry in entries.items() if isinstance(entry, (list, tuple)) and any(entry))
+    kind = index.get("_class_name") or "model"
     raise ValueError(
-        f"{source} is a {index.get('_class_name')} of {', '.join(parts) or 'no components'}; expected a latent "
-        f"diffusion model of one of these families: {', '.join(family.title for family in FAMILIES)}"
+        f"{source} is a {kind if isinstance(kind, str) else kind[-1]} of {', '.join(parts) or 'no components'}; "
+        f"expected a latent diffusion model of one of these families: {', '.join(f.title for f in FAMILIES)}"
     )
+
+
+def family_of_components(components: Mapping[str, Any], source: str | os.PathLike) -> type[DiffusionDecoder]:
+    """The family that the components of a text-to-image model, by their names in diffusers, belong to.
+
+    Args:
+        source: Where they are from, for the message.
+
+    Raises:
+        ValueError: If no family fits.
+    """
+    entries = {name: ("", type(part).__name__) for name, part in components.items() if part is not None}
+    return find_family(entries, source)
 
 
 def family_of(model: str | os.PathLike, **kwargs: Any) -> type[DiffusionDecoder]:

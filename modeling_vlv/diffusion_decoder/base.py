@@ -95,6 +95,8 @@ class DiffusionDecoder(nn.Module, ABC):
     """As in `VLVConfig`, for `text_encoders` and then `optional_text_encoders`."""
     pooled_conditioning: ClassVar[Sequence[int]] = ()
     """As in `VLVConfig`."""
+    pipeline_settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings of the reconstruction pipeline that stand in `model_index.json`, and their defaults."""
     scheduler_field: ClassVar[str] = "beta_schedule"
     """A field that the configuration of a fitting scheduler has."""
     timestep_sampling: str = "uniform"
@@ -143,7 +145,7 @@ class DiffusionDecoder(nn.Module, ABC):
     def fits(cls, index: Mapping[str, Any]) -> bool:
         """Whether a `model_index.json`, of a text-to-image model or of a VLV, has the components of this family."""
         present = {name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is not None}
-        denoiser = next(name for name in cls.models if name != "vae")
+        denoiser = cls.denoiser_name()
         return (
             {*cls.models, *cls.tokenizers[: len(cls.text_encoders)]} <= present
             and index[denoiser][1] == cls.models[denoiser].__name__
@@ -154,6 +156,11 @@ class DiffusionDecoder(nn.Module, ABC):
     @abstractmethod
     def describe_prediction(cls, scheduler_config: Mapping[str, Any]) -> str:
         """What the denoiser predicts, for a description of the model, such as `"epsilon"`."""
+
+    @classmethod
+    def denoiser_name(cls) -> str:
+        """The component that is the denoiser."""
+        return next(name for name in cls.models if name != "vae")
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:
@@ -231,6 +238,24 @@ class DiffusionDecoder(nn.Module, ABC):
                 )
 
     @classmethod
+    def check_components(cls, components: Mapping[str, Any], config: VLVConfig, model: str, source: str) -> None:
+        """Raises `ValueError` if the components of a text-to-image model do not fit a VLV: `check_model`,
+        `check_tokenizers`, and whether each text encoder has its tokenizer.
+
+        Args:
+            components: By their names in diffusers.
+            config, model, source: As in `check_model`.
+        """
+        cls.check_model(components[cls.denoiser_name()], config, model, source)
+        cls.check_tokenizers(components, config, model, source)
+        needed = cls.tokenizers[: len(config.text_encoder_configs)]
+        if missing := [name for name in needed if components.get(name) is None]:
+            raise ValueError(
+                f"{source} has no {' and no '.join(missing)}, but {model} has {len(needed)} text encoders, which need "
+                f"their tokenizers; give a complete folder of the text-to-image model that {model} was trained with"
+            )
+
+    @classmethod
     @abstractmethod
     def reads(cls, denoiser: Any, widths: Sequence[int]) -> bool:
         """Whether the denoiser can be conditioned on text encoders of these widths."""
@@ -251,7 +276,8 @@ class DiffusionDecoder(nn.Module, ABC):
             tokenizers: One for each text encoder, by the names in `tokenizers` of the class.
 
         Returns:
-            Of one row, `(1, positions, d_cond)`.
+            Of one row, `(1, N, d_cond)`. `N` are all positions of the text encoder; in families with a pooled state,
+            whose pipeline needs equal lengths, the number of caption embeddings.
         """
         config: Any = getattr(model, "module", model).config
         settings = {"padding": "max_length", "max_length": config.num_text_positions, "truncation": True}
@@ -259,6 +285,8 @@ class DiffusionDecoder(nn.Module, ABC):
             tokenizers[name]("", return_tensors="pt", **settings).input_ids.to(device)
             for name in self.tokenizers[: len(config.text_encoder_configs)]
         ]
+        if self.pooled_conditioning:
+            ids = [own[:, : config.num_query_tokens] for own in ids]
         return Conditioning.of(model(input_ids=ids))
 
     @property
@@ -382,6 +410,8 @@ class DiffusionDecoder(nn.Module, ABC):
         """
         if isinstance(conditioning, torch.Tensor):
             conditioning = Conditioning(conditioning)
+        if self.pooled_conditioning and conditioning.pooled is None:
+            raise ValueError(f"a {self.title} reads pooled states as well; pass Conditioning(hidden_states, pooled)")
         if timesteps is None:
             timesteps = self.sample_timesteps(len(latents))
         timesteps = timesteps.to(latents.device)

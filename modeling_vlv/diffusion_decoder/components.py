@@ -68,7 +68,7 @@ def load_components(folder: Path, family: Any, dtype: torch.dtype | None = None)
 
     Returns:
         The components by the names in `family.component_names()`, without the tokenizers of text encoders that the
-        family works without and the folder does not have.
+        family works without and the folder does not have; and `family.pipeline_settings`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -98,4 +98,4 @@ def load_components(folder: Path, family: Any, dtype: torch.dtype | None = None)
         components[name] = load_tokenizer(folder / name)
         if components[name].pad_token is None:
             raise ValueError(f"{folder / name} has no padding token; is its tokenizer_config.json complete?")
-    return components
+    return components | {name: index.get(name, default) for name, default in family.pipeline_settings.items()}

@@ -82,7 +82,8 @@ def check_code_is_there(folder: Path) -> None:
     references = code_references(folder)
     assert references
     for place, reference in references:
-        assert (place / (reference.partition(".")[0] + ".py")).is_file(), (place.name, reference)
+        module, _, name = reference.partition(".")
+        assert f"class {name}(" in (place / f"{module}.py").read_text(), (place.name, reference)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_text_to_image_models_have_the_published_sizes_and_fit_the_text_encoders
 
 
 def test_text_encoders_have_the_published_sizes():
-    family, configs = text_to_image_configs(f"{STABILITY}3.5-large")
+    family, configs = text_to_image_configs(f"{STABILITY}3.5-large", with_optional=True)
     published = {"text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
     for name, text_class in {**family.text_encoders, **family.optional_text_encoders}.items():
         with torch.device("meta"):
