@@ -22,6 +22,7 @@ from .autoencoder import train_autoencoder
 from .captioner import train_captioner
 from .encoder import train_encoder
 from .evaluation import SCENE_CLASSIFIER_FILE
+from .instructed_captioner import train_instructed_captioner
 from .language_model import train_language_model
 from .paper.measurements import ENCODER_VARIANTS, LARGE_LANGUAGE_MODEL, SMALL_LANGUAGE_MODEL
 from .paper.runner import minutes_left
@@ -128,6 +129,14 @@ PARTS = [
         minutes=6,
         done="captioner/processor_config.json",
         inputs={"encoder_dir": "encoder", "language_model_dir": "language-model"},
+        parallel=True,
+    ),
+    Run(  # half of its pairs have an instruction
+        "instructed-captioner",
+        train_instructed_captioner,
+        minutes=9,
+        done="instructed-captioner/processor_config.json",
+        inputs={"captioner_dir": "captioner"},
         parallel=True,
     ),
 ]

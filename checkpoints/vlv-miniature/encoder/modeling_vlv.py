@@ -89,6 +89,8 @@ class VLVConfig(PreTrainedConfig):
             Standard deviation of untrained query tokens (1.0 in the authors' code).
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of untrained projector weights.
+        instructions (`list[str]`, *optional*, defaults to `[]`):
+            Instructions that the captioner was trained to follow, such as "briefly", for programs that offer them.
 
     Raises:
         ValueError: If `num_query_tokens` is below 1 or above the number of positions of a text encoder, if
@@ -117,6 +119,7 @@ class VLVConfig(PreTrainedConfig):
     attend_all_queries: bool = False
     query_initializer_range: float = 1.0
     initializer_range: float = 0.02
+    instructions: list[str] | tuple[str, ...] = ()
     tie_word_embeddings: bool = False
 
     def __init_subclass__(cls, **kwargs):
@@ -127,6 +130,7 @@ class VLVConfig(PreTrainedConfig):
         refuse_renamed_fields(kwargs)
         super().__post_init__(**kwargs)
         self.task_prompt_ids = list(self.task_prompt_ids)
+        self.instructions = list(self.instructions)
         encoders = self.text_encoder_configs
         if self.conditioning_layers is None:
             self.conditioning_layers = [[-1] for _ in encoders]
