@@ -17,7 +17,7 @@ from .data import SceneDataset
 from .grammar import write_caption
 from .instructions import INSTRUCTIONS
 from .tokenizer import build_tokenizer
-from .training import per_process_batch_size, train_module
+from .training import train_module
 
 SHARE = 0.5
 """The share of pairs with an instruction."""

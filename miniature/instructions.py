@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .grammar import parse_caption
+from .grammar import parse_caption, write_caption
 from .world import BACKGROUNDS, OBJECTS, PLACES, SIZES, Scene, SceneObject
 
 Facts = Counter[tuple[str, ...]]
@@ -113,6 +113,12 @@ def _parse_json(text: str) -> Facts | None:
     return _all_facts(Scene(background, tuple(objects)))
 
 
+def _parse_caption(text: str) -> Facts | None:
+    scene = parse_caption(text)
+    return _all_facts(scene) if scene.objects and scene.background else None
+
+
+NONE = Instruction("", write_caption, _parse_caption, _all_facts)
 BRIEFLY = Instruction(
     "briefly", _write_briefly, _parse_briefly, lambda scene: _facts([(o.size, o.name) for o in scene.objects])
 )

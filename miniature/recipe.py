@@ -178,8 +178,8 @@ def assemble(root: Path, output: Path) -> None:
     """Puts the trained parts into one folder in the Hub's layout, in half precision, with the scene classifier."""
     hub.export(
         output,
-        captioner=VLVForConditionalGeneration.from_pretrained(root / "captioner"),
-        processor=VLVProcessor.from_pretrained(root / "captioner"),
+        captioner=VLVForConditionalGeneration.from_pretrained(root / "instructed-captioner"),
+        processor=VLVProcessor.from_pretrained(root / "instructed-captioner"),
         diffusion_model=root / "teacher-3",
         dtype=torch.float16,
     )

@@ -89,8 +89,8 @@ class VLVConfig(PreTrainedConfig):
             Standard deviation of untrained query tokens (1.0 in the authors' code).
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of untrained projector weights.
-        instructions (`list[str]`, *optional*, defaults to `[]`):
-            Instructions that the captioner was trained to follow, such as "briefly", for programs that offer them.
+        instructions (`list[str]`, *optional*):
+            What the captioner was trained to follow as a text prefix, such as "briefly", for programs that offer it.
 
     Raises:
         ValueError: If `num_query_tokens` is below 1 or above the number of positions of a text encoder, if
@@ -119,7 +119,7 @@ class VLVConfig(PreTrainedConfig):
     attend_all_queries: bool = False
     query_initializer_range: float = 1.0
     initializer_range: float = 0.02
-    instructions: list[str] | tuple[str, ...] = ()
+    instructions: list[str] | None = None
     tie_word_embeddings: bool = False
 
     def __init_subclass__(cls, **kwargs):
@@ -130,7 +130,6 @@ class VLVConfig(PreTrainedConfig):
         refuse_renamed_fields(kwargs)
         super().__post_init__(**kwargs)
         self.task_prompt_ids = list(self.task_prompt_ids)
-        self.instructions = list(self.instructions)
         encoders = self.text_encoder_configs
         if self.conditioning_layers is None:
             self.conditioning_layers = [[-1] for _ in encoders]
@@ -744,7 +743,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
-                belongs to nothing, or `inputs_embeds` are given beside `input_ids`.
+                belongs to nothing, `inputs_embeds` are given beside `input_ids`, or the prefix is longer than the
+                language model can read.
         """
         if pixel_values is None and caption_embeds is None:
             raise ValueError(
@@ -776,10 +776,22 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
             prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+            self._refuse_long_prefix(mask)
             order = (mask != 0).long().argsort(dim=1, stable=True)  # (B, Q + P), padding first
             prefix = prefix.gather(1, order[..., None].expand_as(prefix))
             mask = mask.gather(1, order)
         return prefix, mask, output.caption_embeds
+
+    def _refuse_long_prefix(self, mask: torch.Tensor) -> None:
+        """Raises `ValueError` if a prefix of this mask `(B, Q + P)` leaves the language model no position."""
+        positions = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if positions is None or mask.shape[1] < positions or torch.compiler.is_compiling():
+            return
+        if (length := int(mask.sum(dim=1).max())) >= positions:
+            raise ValueError(
+                f"the image and the text before the caption have {length} tokens, and the language model has "
+                f"{positions} positions, which leaves none for the caption; shorten the text"
+            )
 
     @can_return_tuple
     def forward(
@@ -904,7 +916,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
             caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
-            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption continues.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*):
+                An instruction that the model was trained to follow, or words that the caption continues.
             prefix_dtype (`torch.dtype`, *optional*):
                 Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
                 of the model, which can change the result of beam search.
