@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vlv.diffusion_decoder import find_family
 from vlv.files import is_variant, require_space, set_default_permissions, write_json
-from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv.modeling_vlv import VLVConfig, VLVModel
+from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 
 from .decoder import DiffusionModel, has_own_diffusion_model, refer_to

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from vlv.diffusion_decoder import find_family
 from vlv.diffusion_decoder.components import load_components
 from vlv.files import read_header, read_json, refuse_damaged
-from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVForConditionalGeneration, VLVModel, refuse_renamed_fields
+from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVModel, refuse_renamed_fields
+from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 from vlv.reference_configs import replacement_hint
 from vlv.tokenizer import load_tokenizer
