@@ -46,6 +46,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--tf32", action="store_true", help="float32 matrix products use TF32")
     parser.add_argument("--cached-moments", action="store_true", help="the autoencoder's moments come from a cache")
+    parser.add_argument("--cached-vision-features", action="store_true", help="the vision tower's features do, too")
     parser.add_argument("--caption-tokens", type=positive, help="longest caption of a batch (default: the greatest)")
     parser.add_argument("--samples", type=positive, help="size of the data, for num_train_epochs")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
             samples=arguments.samples,
             caption_tokens=arguments.caption_tokens,
             cached_moments=arguments.cached_moments,
+            cached_features=arguments.cached_vision_features,
             tf32=arguments.tf32,
         )
     except ValueError as error:

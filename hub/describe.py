@@ -18,7 +18,15 @@ from vlv.original_checkpoint import find_checkpoint, read_weights
 from .card import DIFFUSION_LABELS, LICENCES, pretrained_models, read_training
 from .decoder import referred_diffusion_model
 from .layout import ADAPTER_FOLDER, CAPTIONER_WEIGHTS, CARD_FILE, INDEX_FILE, MODEL_INDEX_FILE, TRAINER_FOLDERS
-from .load import caption_embeds_shape, file_sizes, read_config, read_weight_map, resolve, to_repo_id
+from .load import (
+    caption_embeds_shape,
+    file_sizes,
+    read_config,
+    read_weight_map,
+    refuse_partial_checkpoint,
+    resolve,
+    to_repo_id,
+)
 
 METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -93,6 +101,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
     """
     path = Path(source)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        refuse_partial_checkpoint(path)
         return _describe_original(path)
     if path.is_dir():
         return _describe_folder(os.fspath(source), path)

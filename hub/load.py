@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from vlv.diffusion_decoder import find_family
 from vlv.diffusion_decoder.components import load_components
@@ -35,7 +35,9 @@ from .layout import (
     ENCODER_PREFIX,
     INDEX_FILE,
     MODEL_INDEX_FILE,
+    ONLY_TRAINED,
     PICKLES,
+    WEIGHTS_FILE,
     pickles,
 )
 
@@ -259,14 +261,39 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 def require(folder: Path, name: str) -> None:
     """Raises `FileNotFoundError` if the folder of a model has no file `name`."""
     if not (folder / name).is_file():
-        if name == "config.json" and (folder / ADAPTER_FOLDER).is_dir():
-            raise FileNotFoundError(
-                f"{folder} is a checkpoint of a LoRA run, without the language model; the end of the run saves a "
-                "complete model, and --merge_lora_checkpoints makes each checkpoint one"
-            )
+        if name == "config.json":
+            refuse_partial_checkpoint(folder)
         raise FileNotFoundError(
             f"there is no {name} in {folder}: it is not a VLV model in the Hub layout (vlv.hub.export writes one)"
         )
+
+
+def refuse_partial_checkpoint(folder: Path) -> None:
+    """Raises `FileNotFoundError` if a folder without `config.json` is a checkpoint that is no complete model."""
+    if holds_only_trained(folder):
+        raise FileNotFoundError(
+            f"{folder} is a checkpoint of a run with save_only_trainable, without what is frozen; the end of the run "
+            "saves a complete model (--max_steps moves it), and without save_only_trainable each checkpoint is one"
+        )
+    if (folder / ADAPTER_FOLDER).is_dir():
+        raise FileNotFoundError(
+            f"{folder} is a checkpoint of a LoRA run, without the language model; the end of the run saves a "
+            "complete model, and --merge_lora_checkpoints makes each checkpoint one"
+        )
+
+
+def holds_only_trained(folder: Path) -> bool:
+    """Whether a folder is a checkpoint without the weights that were frozen in its training.
+
+    Raises:
+        ValueError: If its weights are damaged; the message names the file.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return False
+    read_header(path)  # names a damaged file
+    with safe_open(path, "pt") as file:
+        return ONLY_TRAINED.items() <= (file.metadata() or {}).items()
 
 
 def has_two_encoders(folder: Path) -> bool:

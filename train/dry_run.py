@@ -73,6 +73,8 @@ class DryRun:
         trainer.train()
         checkpoint = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         model = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+        if not any(self.folder.glob("checkpoint-*/config.json")):  # the checkpoint is no complete model
+            model = sum(parameter.nbytes for parameter in trainer.model.parameters())
         self.restore()
         say(self.plan(trainer, stopwatch.seconds, checkpoint, model))
 

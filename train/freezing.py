@@ -1,5 +1,7 @@
 """Which parameters each stage trains."""
 
+from torch import nn
+
 from vlv import VLVForConditionalGeneration, VLVModel
 
 
@@ -35,6 +37,11 @@ def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> Non
         _unfreeze_transformer(model.model)
     if trainable == "all+vision":
         _unfreeze_vision(model.model)
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """The names of the parameters that are trained; tied ones have several."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def _unfreeze_query_decoder(model: VLVModel) -> None:

@@ -15,6 +15,7 @@ from vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration
 from vlv import reference_configs as reference
 from vlv.diffusion_decoder import StableDiffusionDecoder
 
+from .caches import vision_features
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .lora import add_lora
 from .memory import enable_activation_checkpointing
@@ -60,6 +61,7 @@ def build_step(
     stage1: Stage1Config | None = None,
     caption_tokens: int | None = None,
     cached_moments: bool = False,
+    cached_features: bool = False,
 ) -> MetaStep:
     """The step that a configuration describes.
 
@@ -67,16 +69,28 @@ def build_step(
         stage1: For stage 2: the recipe that will make `config.model`, where that does not exist.
         caption_tokens: Tokens of the longest caption in a batch; by default `max_caption_tokens`.
         cached_moments: The autoencoder's encoder does not run, as with `cache_moments`.
+        cached_features: The vision tower does not run, as with `cache_vision_features`.
 
     Raises:
-        ValueError: If a model is not known; the message says what to give.
+        ValueError: If a model is not known; the message says what to give. If vision features are cached and the
+            vision tower is trained.
     """
+    cached_features = cached_features or config.cache_vision_features is not None
     if isinstance(config, Stage1Config):
-        return _stage1(config, cached_moments or config.cache_moments is not None)
-    return _stage2(config, stage1, caption_tokens)
+        return _stage1(config, cached_moments or config.cache_moments is not None, cached_features)
+    return _stage2(config, stage1, caption_tokens, cached_features)
 
 
-def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
+def _encoder_input(config: Any, model: VLVModel, side: int, cached_features: bool) -> Callable[[], dict[str, Any]]:
+    """Gives what the encoder reads in a step: images of `side` pixels, or their features."""
+    batch = config.per_device_train_batch_size
+    if not cached_features:
+        return lambda: {"pixel_values": torch.empty(batch, 3, side, side, device="meta")}
+    shape, _ = vision_features(config, model, side, side)
+    return lambda: {"image_features": torch.empty(batch, *shape, device="meta")}
+
+
+def _stage1(config: Stage1Config, cached_moments: bool, cached_features: bool) -> MetaStep:
     vlv_config, encoder_size, crop = encoder_of(config)
     with torch.device("meta"):
         model = VLVModel(vlv_config)
@@ -100,10 +114,11 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
         pixels = torch.empty(batch, 3, size, size, dtype=vae_dtype, device="meta")
         return decoder.vae.encode(pixels).latent_dist.sample().float()
 
+    images = _encoder_input(config, model, encoder_size, cached_features)
+
     def loss() -> torch.Tensor:
         latents = encode()
-        pixels = torch.empty(batch, 3, encoder_size, encoder_size, device="meta")
-        return decoder.denoising_loss(latents, model(pixel_values=pixels).conditioning)
+        return decoder.denoising_loss(latents, model(**images()).conditioning)
 
     return MetaStep(
         loss,
@@ -125,7 +140,9 @@ def _diffusion_model_of(config: Stage1Config) -> str:
     return found.source
 
 
-def _stage2(config: Stage2Config, stage1: Stage1Config | None, caption_tokens: int | None) -> MetaStep:
+def _stage2(
+    config: Stage2Config, stage1: Stage1Config | None, caption_tokens: int | None, cached_features: bool
+) -> MetaStep:
     vlv_config, encoder_size = _captioner_of(config, stage1)
     with torch.device("meta"):
         model = VLVForConditionalGeneration(vlv_config)
@@ -138,10 +155,11 @@ def _stage2(config: Stage2Config, stage1: Stage1Config | None, caption_tokens: i
     batch = config.per_device_train_batch_size
     tokens = config.max_caption_tokens if config.pad_to_max_length or caption_tokens is None else caption_tokens
 
+    images = _encoder_input(config, model.model, encoder_size, cached_features)
+
     def loss() -> torch.Tensor:
-        pixels = torch.empty(batch, 3, encoder_size, encoder_size, device="meta")
         labels = torch.empty(batch, tokens, dtype=torch.long, device="meta")
-        return model(pixel_values=pixels, labels=labels).loss
+        return model(**images(), labels=labels).loss
 
     return MetaStep(
         loss,

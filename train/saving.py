@@ -1,6 +1,6 @@
 """What a run leaves, in `output_dir` and in each checkpoint: a model in the Hub layout, with its code."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
-from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE
+from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE, ONLY_TRAINED, WEIGHTS_FILE
 from vlv.hub.load import read_weight_map
 
 from .encoder_lora import adapted_weights, has_encoder_lora, merged_encoder_weights, save_encoder_adapter
@@ -96,19 +96,35 @@ def write_model(
     )
 
 
-def write_lora_checkpoint(
-    folder: str | Path, model: VLVForConditionalGeneration, weights: Mapping[str, torch.Tensor] | None = None
+def write_partial_checkpoint(
+    folder: str | Path,
+    model: VLVModel | VLVForConditionalGeneration,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    trained: Collection[str] | None = None,
 ) -> None:
-    """Writes the LoRA layers in peft's format, and the weights outside of the language model, which is frozen.
+    """Writes LoRA layers in peft's format, and of the other weights those that are trained.
 
     The folder is not a model by itself: it has no `config.json`.
+
+    Args:
+        weights: All weights of the model, instead of those that it holds (for example, shards).
+        trained: Names of the parameters that are trained. By default all weights outside of the language model are
+            written, which is frozen in a LoRA run.
     """
     weights = model.state_dict() if weights is None else weights
-    save_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)
+    adapter = Path(folder) / ADAPTER_FOLDER
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, VLVModel):
+        if has_encoder_lora(model):
+            save_encoder_adapter(model, weights, adapter)
+    elif has_lora(model):
+        save_adapter(model, weights, adapter)
     tied = model.all_tied_weights_keys or {}
-    names = [name for name in weights if not name.startswith(LANGUAGE_MODEL_PREFIX) and name not in tied]
-    tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    names = {name for name in weights if name not in tied and ".lora_" not in name}
+    names = {n for n in names if not n.startswith(LANGUAGE_MODEL_PREFIX)} if trained is None else names & set(trained)
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(names)}
+    contents = {} if trained is None else ONLY_TRAINED
+    save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt", **contents})
 
 
 def _encoder_differs(model: VLVForConditionalGeneration, start: str) -> bool:

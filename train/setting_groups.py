@@ -29,13 +29,14 @@ GROUPS = {
         "stop_loss_factor",
     ),
     "the run": (
-        *("output_dir", "export_decoder", "merge_lora_checkpoints", "save_steps", "save_total_limit"),
-        *("accept_changes", "overwrite_output_dir", "dry_run"),
+        *("output_dir", "export_decoder", "merge_lora_checkpoints", "save_only_trainable", "save_steps"),
+        *("save_total_limit", "accept_changes", "overwrite_output_dir", "dry_run"),
     ),
     "precision, memory and speed": (
         *("bf16", "vae_dtype", "gradient_checkpointing", "encoder_activation_checkpointing"),
         *("language_model_activation_checkpointing", "diffusion_gradient_checkpointing", "channels_last"),
-        *("compile_blocks", "shard_diffusion_model", "cache_moments", "dataloader_num_workers"),
+        *("compile_blocks", "shard_diffusion_model", "cache_moments", "cache_vision_features"),
+        "dataloader_num_workers",
     ),
 }
 """Settings of both stages by the title of their group, in the order of `--help`."""

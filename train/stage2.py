@@ -14,6 +14,7 @@ from transformers import set_seed
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
 from vlv.tokenizer import load_tokenizer
 
+from .caches import open_vision_features
 from .callbacks import disable_loading_bars
 from .data import load_pairs
 from .dry_run import dry_run
@@ -70,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         freeze_for_stage2(model, config.trainable)
         if config.lora_rank:
             add_lora(model, config.lora_rank)
-        trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation)
+        all_data = [dataset] if evaluation is None else [dataset, evaluation]
+        features = open_vision_features(config, all_data, processor.image_processor, model.model)
+        trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation, features=features)
         sources = {
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),

@@ -12,6 +12,7 @@ from vlv.pipelines import generate_captions
 
 from .caption_score import token_f1
 from .data import Stage2Collator, prompts_of, readable_items
+from .data.feature_cache import FeatureCache
 from .freezing import freeze_for_stage2
 from .parsing import GatherAction
 from .stage_config import StageConfig
@@ -151,6 +152,8 @@ class Stage2Config(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.merge_lora_checkpoints and self.save_only_trainable:
+            raise ValueError("merge_lora_checkpoints does not work with save_only_trainable; leave one of them out")
         if self.unfreeze is not None and self.lora_rank:
             raise ValueError("unfreeze does not work with lora_rank; leave one of them out")
 
@@ -165,6 +168,7 @@ class Stage2Trainer(VLVTrainer):
         processor: Prepares both in the data loader's workers; saved with every checkpoint.
         validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
         eval_dataset: Items with `image` and `caption`, for the evaluation.
+        features: The cache of `cache_vision_features`.
     """
 
     def __init__(
@@ -174,6 +178,7 @@ class Stage2Trainer(VLVTrainer):
         train_dataset,
         processor: VLVProcessor,
         validation_dataset=None,
+        features: FeatureCache | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -186,6 +191,7 @@ class Stage2Trainer(VLVTrainer):
                 args.on_bad_image,
                 append_eos=args.append_eos,
                 pad_to_max_length=args.pad_to_max_length,
+                features=features,
             ),
             processing_class=processor,
             **kwargs,
