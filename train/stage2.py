@@ -16,10 +16,12 @@ from vlv.tokenizer import load_tokenizer
 
 from .caches import open_vision_features
 from .callbacks import disable_loading_bars
+from .census import sample_prompts
 from .data import load_pairs
 from .dry_run import dry_run
 from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage2
+from .instructions import count_instructions, record_instructions
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             raise ValueError("model is not set: give the stage-1 checkpoint (--model ...)")
         columns = {
             "caption_column": config.caption_column,
+            "prompt_column": config.prompt_column,
             "caption_lines": config.caption_lines,
             "on_bad_caption": config.on_bad_caption,
         }
@@ -68,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             )
         else:
             model, processor = hub.load_captioner(config.model)
+        record_instructions(model.config, count_instructions(sample_prompts(dataset, config.seed)))
         freeze_for_stage2(model, config.trainable)
         if config.lora_rank:
             add_lora(model, config.lora_rank)

@@ -219,7 +219,7 @@ class Stage2Trainer(VLVTrainer):
             model,
             processor,
             pixel_values=pixel_values,
-            **prompts_of(self.validation_items),
+            text=prompts_of(self.validation_items),
             max_new_tokens=self.args.max_caption_tokens,
         )
         rows = [

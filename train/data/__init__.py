@@ -28,5 +28,6 @@ __all__ = [
     "load_images",
     "load_pairs",
     "parse_sources",
+    "prompts_of",
     "readable_items",
 ]

@@ -1,6 +1,6 @@
 """Which words of an image are its caption: columns, alternatives in lists and lines, and captions without words."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ def find_column(names: Sequence[str], wanted: str, candidates: Sequence[str], wh
 
 
 def find_prompt_column(
-    names: Sequence[str], wanted: str | None, caption_column: str | None, where: str
+    names: Collection[str], wanted: str | None, caption_column: str | None, where: str
 ) -> str | None:
     """The column of a table that holds instructions; None if there is none, or captions are not read.
 
@@ -68,7 +68,9 @@ def find_prompt_column(
     if wanted == PROMPT_COLUMN:
         return None
     if wanted in names:
-        raise ValueError(f"{where}: prompt_column and caption_column are both {wanted!r}; name another, or leave it out")
+        raise ValueError(
+            f"{where}: prompt_column and caption_column are both {wanted!r}; name another, or leave it out"
+        )
     raise missing_prompt_column(wanted, where)
 
 
@@ -78,6 +80,15 @@ def say_prompt_column(name: str, where: str) -> None:
 
 def missing_prompt_column(name: str, where: str) -> ValueError:
     return ValueError(f"{where} has no {name!r} for instructions; name a column by --prompt_column, or leave it out")
+
+
+def require_text(kind: Any, column: str, where: str) -> None:
+    """Raises `ValueError` if a column of instructions, of this type of pyarrow, does not hold text."""
+    from pyarrow import types
+
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(value) or types.is_large_string(value) or types.is_null(value)):
+        raise ValueError(f"{where}: the column {column!r} holds {kind}, but instructions are text")
 
 
 def check_prompt(value: Any, where: str) -> str:

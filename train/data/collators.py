@@ -156,11 +156,11 @@ def describe(items: list[dict]) -> dict[str, list]:
     return {"names": [name_of(item["image"]) for item in items], **places}
 
 
-def prompts_of(items: list[dict]) -> dict[str, list[str]]:
-    """`{"text": instructions}` for a processor, with "" for items without one; empty if no item has one."""
+def prompts_of(items: list[dict]) -> list[str] | None:
+    """The instructions of items, with "" for those without one; None if no item has one."""
     values = [item.get("prompt") for item in items]
     prompts = [value if isinstance(value, str) and value.strip() else "" for value in values]
-    return {"text": prompts} if any(prompts) else {}
+    return prompts if any(prompts) else None
 
 
 def _look_up(cache: "FeatureCache", images: list[Image.Image], items: list[dict]) -> torch.Tensor:
@@ -248,7 +248,7 @@ class Stage2Collator(_SkippingCollator):
         items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
         batch = self.processor(
             images=images if self.features is None else None,
-            **prompts_of(items),
+            text=prompts_of(items),
             suffix=[item["caption"] for item in items],
             max_length=self.max_caption_tokens,
             append_eos=self.append_eos,

@@ -183,6 +183,11 @@ class TrainingDataset(Dataset):
             return None
         return self._caption(self.parts[number], value, sample, epoch, place)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a source has instructions."""
+        return any(part.source.has_prompts for part in self.parts)
+
     def prompt(self, index: Index) -> str:
         """The instruction of an item, without reading its image where that can be avoided; "" for none."""
         number, row, _ = self.locate(index)

@@ -41,7 +41,8 @@ class TarSource(Source):
     """Tar files of images and captions, grouped by the name before the first dot as WebDataset does.
 
     A sample has an image (`.jpg`, `.png`, `.webp` or another suffix that Pillow reads), and for captions a `.txt`, a
-    `.caption`, or a `.json` with a caption column. Instructions stand in a column of the `.json`. An index of offsets is made of each file once.
+    `.caption`, or a `.json` with a caption column. Instructions stand in a column of the `.json`. An index of offsets
+    is made of each file once.
 
     Raises:
         ValueError: If a file cannot be read, or no sample has an image.
@@ -140,7 +141,7 @@ class TarSource(Source):
 
     def prompt(self, number: int) -> Any:
         """The value of the column of instructions in the `.json` of a sample; None if it has none."""
-        return self._json_values(number).get(self.prompt_column)
+        return self._json_values(number).get(self.prompt_column or PROMPT_COLUMN)
 
     def _json_values(self, number: int) -> dict[str, Any]:
         """The `.json` of a sample; empty if there is none, or it is not a JSON object."""

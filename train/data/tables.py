@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .captions import CAPTION_COLUMNS, IMAGE_COLUMNS, UNKNOWN, count_alternatives, find_column, find_prompt_column
+from .captions import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    UNKNOWN,
+    count_alternatives,
+    find_column,
+    find_prompt_column,
+    require_text,
+)
 from .paths import named_image, resolve_path
 from .source import MAX_STREAMS, EncodedImage, Source, hash_files
 from .stored import count_by_file
@@ -79,7 +87,7 @@ class ParquetSource(Source):
                 if caption_column is not None:
                     columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, file)
                 if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), file):
-                    _require_text(parquet.read_schema(file).field(prompt).type, prompt, file)
+                    require_text(parquet.read_schema(file).field(prompt).type, prompt, file)
                     columns["prompt"] = prompt
                 known[names] = columns
             columns = known[names]
@@ -230,15 +238,6 @@ class ParquetSource(Source):
         return hash_files(self.files, [_footer_hash(file) for file in self.files])
 
 
-def _require_text(kind: Any, column: str, where: str) -> None:
-    """Raises `ValueError` if a column of instructions, of this type of pyarrow, does not hold text."""
-    from pyarrow import types
-
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_string(value) or types.is_large_string(value) or types.is_null(value)):
-        raise ValueError(f"{where}: the column {column!r} holds {kind}, but instructions are text")
-
-
 def _footer_hash(file: str) -> str:
     with open(file, "rb") as content:
         content.seek(-8, os.SEEK_END)
@@ -279,7 +278,7 @@ class ColumnDataset(Source):
         if caption_column is not None:
             columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, "the data")
         if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), repository or "the data"):
-            _require_text(table.features.arrow_schema.field(prompt).type, prompt, repository or "the data")
+            require_text(table.features.arrow_schema.field(prompt).type, prompt, repository or "the data")
             columns["prompt"] = prompt
         from datasets import Image
 
@@ -350,7 +349,7 @@ def read_keys(
     if caption_column is not None:
         columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, str(file))
     if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), str(file)):
-        _require_text(parquet.read_schema(file).field(prompt).type, prompt, str(file))
+        require_text(parquet.read_schema(file).field(prompt).type, prompt, str(file))
         columns["prompt"] = prompt
     items: list[dict[str, Any]] = []
     rows = parquet.read_table(file, columns=[KEY_COLUMN, *columns.values()]).to_pylist()
