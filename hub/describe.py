@@ -157,6 +157,13 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
             label = _part(file, name, captions)
             parts.setdefault(label, Part(label)).add(shape, dtype)
     found.parts = list(parts.values())
+    training_record = read_training(folder)
+    if captions:
+        found.properties["source of the language model"] = _language_model_source(training_record)
+        stored = parts.get("language model", Part("")).dtypes
+        found.properties["precision of the language model"] = (
+            ", ".join(sorted(stored, key=lambda n: -stored[n])) or None
+        )
     if (folder / INDEX_FILE).is_file():
         named = set(read_weight_map(folder).values())
         if missing := sorted(named - files.keys()):
@@ -166,9 +173,19 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
         found.properties["training checkpoints"] = f"{', '.join(folders)} ({sum(training.values()):,} bytes)"
     if licence := _licence(folder / CARD_FILE):
         found.licences["this model"] = licence
-    models = pretrained_models(read_training(folder))
+    models = pretrained_models(training_record)
     found.licences |= {model: LICENCES[model] for model in models if model in LICENCES}
     return found
+
+
+def _language_model_source(training: dict[str, dict[str, Any]]) -> str | None:
+    """What the record of the last stage that names a language model says of it. None if there is no record."""
+    record = next((stage for stage in reversed(training.values()) if stage.get("language_model")), None)
+    if record is None:
+        return None
+    file = f", file {record['gguf_file']}" if record.get("gguf_file") else ""
+    lora = f", trained by LoRA of rank {record['lora_rank']}" if record.get("lora_rank") else ""
+    return f"{record['language_model']}{file}{lora}{' on weights in 4 bits' if record.get('load_in_4bit') else ''}"
 
 
 def _licence(card: Path) -> str | None:

@@ -23,7 +23,7 @@ from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVModel, refuse_renamed_
 from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 from vlv.reference_configs import replacement_hint
-from vlv.tokenizer import load_tokenizer
+from vlv.tokenizer import check_tokenizer, fit_tokenizer, load_tokenizer
 
 from .decoder import referred_diffusion_model
 from .layout import (
@@ -148,7 +148,9 @@ def load_captioner(
     folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(folder, "config.json")
     model = _load_strictly(VLVForConditionalGeneration, folder, dtype)
-    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), load_tokenizer(folder))
+    tokenizer = fit_tokenizer(load_tokenizer(folder), model)
+    check_tokenizer(tokenizer, model, str(folder))
+    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), tokenizer)
     return model.to(device).eval(), processor
 
 

@@ -164,9 +164,9 @@ def take_census(trainer: Any) -> dict[str, Any]:
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             part = ".".join(find_part(name))
-            trainable[part] = trainable.get(part, 0) + parameter.numel()
+            trainable[part] = trainable.get(part, 0) + whole_size(parameter)
         else:
-            frozen += parameter.numel()
+            frozen += whole_size(parameter)
     census["trainable_parameters"] = {"all": sum(trainable.values()), **trainable}
     census["frozen_parameters"] = frozen
     census["device"] = f"{args.world_size} x {_device_name(args.device)}"
@@ -177,6 +177,11 @@ def take_census(trainer: Any) -> dict[str, Any]:
     if not isinstance(dataset, StreamingDataset):
         census["epochs"] = round(trainer.last_step() / trainer.steps_per_epoch(), 3)
     return census
+
+
+def whole_size(parameter: torch.nn.Parameter) -> int:
+    """How many numbers a parameter has, also where ZeRO-3 has left this process none of them."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def find_part(name: str) -> list[str]:

@@ -30,7 +30,8 @@ def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> Non
     model.requires_grad_(False)
     model.language_projection.requires_grad_(True)
     if trainable != "projector":
-        model.language_model.requires_grad_(True)
+        for parameter in model.language_model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())  # weights in 4 bits are stored as integers
     if trainable == "projector+lm+query_decoder":
         _unfreeze_query_decoder(model.model)
     if trainable in ("all", "all+vision"):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, CLIPTextConfig, Florence2Config
 from vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel, hub
 from vlv import reference_configs as reference
 from vlv.diffusion_decoder import StableDiffusionDecoder
+from vlv.language_model import find_gguf
 
 from .caches import vision_features
 from .freezing import freeze_for_stage1, freeze_for_stage2
@@ -230,10 +231,12 @@ def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VL
     else:
         vlv_config, processor = _local_vlv(config.model)
         size = processor.size["height"]
-    if vlv_config.text_config is None:
+    if vlv_config.text_config is None or config.replace_language_model:
         language_model = config.language_model or LANGUAGE_MODEL
         if language_model in QWENS:
             vlv_config.text_config = reference.qwen_config(QWENS[language_model])
+        elif (gguf := find_gguf(language_model, config.gguf_file)) is not None:
+            vlv_config.text_config = AutoConfig.from_pretrained(**gguf, local_files_only=True)
         else:
             vlv_config.text_config = _local(AutoConfig, language_model, "language_model", QWENS)
     return vlv_config, size

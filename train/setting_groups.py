@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Collection
 
 GROUPS = {
-    "models": ("model", "image_encoder", "language_model", "diffusion_model"),
+    "models": (
+        *("model", "image_encoder", "language_model", "gguf_file", "replace_language_model", "load_in_4bit"),
+        "diffusion_model",
+    ),
     "data": (
         *("images", "pairs", "split", "image_column", "image_root", "on_bad_image", "max_bad_share", "streaming"),
         *("caption_column", "prompt_column", "caption_lines", "on_bad_caption", "max_caption_tokens", "append_eos"),

@@ -116,14 +116,18 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
             stack.enter_context(self.autocast())
         return stack
 
-    def add_validation(self, validate: Callable[[Any, int, Path], None]) -> None:
-        """Calls `validate` every `validation_steps`, see `ValidationCallback`."""
+    def averaged_weights(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        """The average of `ema_decay` in the place of the weights, if there is one: it is what the training leaves."""
+        return contextlib.nullcontext() if self.average is None else self.average.borrowed(model)
 
-        def in_precision(model: Any, step: int, folder: Path) -> None:
-            with self.autocast():
+    def add_validation(self, validate: Callable[[Any, int, Path], None]) -> None:
+        """Calls `validate` every `validation_steps` with the averaged weights, see `ValidationCallback`."""
+
+        def validate_average(model: Any, step: int, folder: Path) -> None:
+            with self.autocast(), self.averaged_weights(model):
                 validate(model, step, folder)
 
-        self.add_callback(ValidationCallback(in_precision, self.args.validation_steps, self.is_sharded))
+        self.add_callback(ValidationCallback(validate_average, self.args.validation_steps, self.is_sharded))
 
     def train_to_end(self) -> bool:
         """Trains to the last step, from the newest checkpoint of `output_dir` if there is one.
@@ -322,7 +326,8 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        with self.averaged_weights(self.model):
+            metrics = super().evaluate(*args, **kwargs)
         self.speed.pause(time.perf_counter() - start)
         return metrics
 
