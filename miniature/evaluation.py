@@ -138,9 +138,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images * 255).round().to(torch.uint8)
 
 
-def caption_images(model: VLVForConditionalGeneration, processor: VLVProcessor, pixels: torch.Tensor) -> list[str]:
+def caption_images(
+    model: VLVForConditionalGeneration, processor: VLVProcessor, pixels: torch.Tensor, batch_size: int = 64
+) -> list[str]:
     """Greedy captions of images `(N, 3, 64, 64)` uint8."""
-    return caption_embeddings(model, processor, encode_images(model, processor, pixels))
+    embeds = encode_images(model, processor, pixels, batch_size)
+    return caption_embeddings(model, processor, embeds, batch_size=batch_size)
 
 
 @torch.no_grad()

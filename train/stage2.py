@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             model = add_language_model(encoder, config.language_model, config.gguf_file, config.load_in_4bit)
             tokenizer = load_tokenizer(config.language_model, config.gguf_file)
             processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
+            model.config.instructions = None  # a captioner's own are those of its former language model
         elif config.language_model is not None:
             raise ValueError(
                 f"language_model is {config.language_model}, but {config.model} is a captioner, which has its own; "
