@@ -134,7 +134,7 @@ PARTS = [
     Run(  # half of its pairs have an instruction
         "instructed-captioner",
         train_instructed_captioner,
-        minutes=9,
+        minutes=45,
         done="instructed-captioner/processor_config.json",
         inputs={"captioner_dir": "captioner"},
         parallel=True,
