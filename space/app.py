@@ -387,10 +387,9 @@ def _caption_tab(demo: Demo, one_at_a_time: dict[str, Any]) -> None:
     with gr.Row():
         with gr.Column():
             image = _image_field("Image")
-            instruction: list[Any] = []
-            if demo.instructions:
-                choices = [("none", ""), *((text, text) for text in demo.instructions)]
-                instruction.append(unchecked(gr.Dropdown(choices, value="", label="Instruction")))
+            choices = [("none", ""), *((text, text) for text in demo.instructions)]
+            # Hidden where there are none, so that the API has the same arguments for every model.
+            instruction = gr.Dropdown(choices, value="", label="Instruction", visible=bool(demo.instructions))
             with gr.Accordion("Length and decoding", open=False):
                 max_new_tokens = MAX_NEW_TOKENS.slider(64)
                 decoding = unchecked(gr.Radio(DECODINGS, value="greedy", label="Decoding"))
@@ -401,7 +400,7 @@ def _caption_tab(demo: Demo, one_at_a_time: dict[str, Any]) -> None:
         with gr.Column():
             caption = gr.Textbox(label="Caption", lines=6, elem_classes="result")
             gr.Markdown(demo.limits("Captions"), elem_classes="limits")
-        inputs = [image, max_new_tokens, decoding, temperature, num_beams, *instruction]
+        inputs = [image, max_new_tokens, decoding, temperature, num_beams, unchecked(instruction)]
         run.click(demo.caption, inputs, caption, api_name="caption", **one_at_a_time)
 
 
