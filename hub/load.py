@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HTTPError,  # the base class of the HTTP library that huggingface_hub uses, httpx or httpx2
     LocalEntryNotFoundError,
@@ -89,8 +90,18 @@ def resolve(
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTPError) as error:
         raise FileNotFoundError(
             f"there is no folder {text}, and as a Hub repository it could not be loaded: {error}"
-            f"{replacement_hint(text)}"
+            f"{replacement_hint(text)}{_access_hint(text, error)}"
         ) from error
+
+
+def _access_hint(repo: str, error: BaseException) -> str:
+    """The end of an error message of a gated repository."""
+    if not isinstance(error, GatedRepoError):
+        return ""
+    return (
+        f"\n{repo} is gated: accept its licence on {constants.ENDPOINT}/{repo}, and log in with `hf auth login`, or "
+        "set HF_TOKEN"
+    )
 
 
 def to_repo_id(source: str | os.PathLike) -> str:
@@ -249,7 +260,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def caption_embeds_shape(config: dict[str, Any]) -> tuple[int, int]:
     """Number and width of the caption embeddings of a model, from its `config.json`; 0 for what it does not say."""
     encoders = [config.get(f"{name}_config") or {} for name in TEXT_ENCODERS]
-    return config.get("num_query_tokens", 0), sum(encoder.get("hidden_size", 0) for encoder in encoders)
+    widths = [encoder.get("hidden_size", encoder.get("d_model", 0)) for encoder in encoders]  # T5 has d_model
+    return config.get("num_query_tokens", 0), sum(widths)
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
@@ -328,9 +340,20 @@ def load_diffusion_components(
         ValueError: If its scheduler is not one of diffusers', a file is damaged, or the model that it refers to has
             changed.
     """
-    folder = resolve(source, revision=revision, token=token, allow_patterns=DIFFUSION_FILES, pickles_allowed=True)
-    require(folder, MODEL_INDEX_FILE)
-    if (referred := referred_diffusion_model(folder)) is not None:
-        referred.check(source)
-        return load_diffusion_components(referred.source, revision=referred.revision, token=token, dtype=dtype)
+    folder = diffusion_model_folder(source, DIFFUSION_FILES, revision=revision, token=token)
     return load_components(folder, find_family(read_json(folder / MODEL_INDEX_FILE), source), dtype)
+
+
+def diffusion_model_folder(
+    source: str | os.PathLike, allow_patterns: list[str], *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The folder of a text-to-image model: `source`, or what the VLV `source` refers to.
+
+    Args and errors are those of `resolve`.
+    """
+    folder = resolve(source, revision=revision, token=token, allow_patterns=allow_patterns, pickles_allowed=True)
+    require(folder, MODEL_INDEX_FILE)
+    if (referred := referred_diffusion_model(folder)) is None:
+        return folder
+    referred.check(source)
+    return diffusion_model_folder(referred.source, allow_patterns, revision=referred.revision, token=token)

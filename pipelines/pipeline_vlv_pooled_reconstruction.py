@@ -1,4 +1,4 @@
-"""The reconstruction pipeline for text-to-image models that read a pooled state, too: Stable Diffusion XL.
+"""The reconstruction pipeline for text-to-image models that read a pooled state, too: Stable Diffusion XL, 3 and 3.5.
 
 It computes the prompt embeddings; a pipeline of diffusers generates the images from them.
 """
@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # one for each text encoder of the model
+EMPTY_POSITIONS = 256  # zeros in place of T5's states, as in diffusers' pipeline of Stable Diffusion 3
 
 
 class VLVPooledReconstructionPipeline(DiffusionPipeline):
@@ -24,24 +26,26 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
     Reconstructs images from their caption embeddings with a frozen text-to-image model.
 
     Caption embeddings (`caption_embeds`, `z`) are what the encoder computes from an image. The encoder's text encoders
-    turn them into prompt embeddings, `(B, N, d_cond)`, and pooled prompt embeddings, `(B, d_pooled)`. With these the
-    pipeline of diffusers for the text-to-image model, `text_to_image`, generates images.
+    turn them into prompt embeddings, `(B, N, d_cond)`, and pooled prompt embeddings, `(B, d_pooled)`; for a Stable
+    Diffusion 3 they are arranged as its transformer reads them (`arrange_conditioning`). With these the pipeline of
+    diffusers for the text-to-image model, `text_to_image`, generates images.
 
     Args:
         encoder (`VLVModel`): Computes caption embeddings from images, and holds the text encoders.
         image_processor (`VLVImageProcessor`): The captioner's, so that both see the same pixels.
         vae (`AutoencoderKL`): Decodes latents to pixels.
         scheduler: A scheduler of diffusers that fits the denoiser.
-        unet (`UNet2DConditionModel`): The denoiser of a Stable Diffusion XL.
-        tokenizer, tokenizer_2: Those of the text encoders, for negative prompts.
+        unet (`UNet2DConditionModel`): The denoiser of a Stable Diffusion XL. Or give `transformer`.
+        transformer (`SD3Transformer2DModel`): The denoiser of a Stable Diffusion 3 or 3.5.
+        tokenizer, tokenizer_2, tokenizer_3: Those of the text encoders, for negative prompts.
         diffusion_model: Where the components are loaded from that are not given:
             `{"source": folder or repo id, "revision": commit or None}`. A training leaves such a model.
         force_zeros_for_empty_prompt (`bool`, *optional*, defaults to `True`): Of a Stable Diffusion XL: without a
             negative prompt, guidance steers away from zeros instead of from the empty prompt.
     """
 
-    model_cpu_offload_seq = "encoder->unet->vae"
-    _optional_components = ["vae", "unet", "scheduler", *TOKENIZERS]  # noqa: RUF012
+    model_cpu_offload_seq = "encoder->unet->transformer->vae"
+    _optional_components = ["vae", "unet", "transformer", "scheduler", *TOKENIZERS]  # noqa: RUF012
     # Module and class of each component that `from_pretrained` of this class loads itself instead of the code of the
     # repository. Empty where this file is that code.
     _own_components: ClassVar[dict[str, list[str]]] = {}
@@ -53,13 +57,16 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         vae: Any = None,
         scheduler: Any = None,
         unet: Any = None,
+        transformer: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         tokenizer_2: PreTrainedTokenizerBase | None = None,
+        tokenizer_3: PreTrainedTokenizerBase | None = None,
         diffusion_model: dict | None = None,
         force_zeros_for_empty_prompt: bool = True,
     ):
         super().__init__()
-        parts = {"vae": vae, "scheduler": scheduler, "unet": unet, "tokenizer": tokenizer, "tokenizer_2": tokenizer_2}
+        parts = {"vae": vae, "scheduler": scheduler, "unet": unet, "transformer": transformer}
+        parts |= dict(zip(TOKENIZERS, (tokenizer, tokenizer_2, tokenizer_3), strict=True))
         if diffusion_model is not None:
             parts |= _load_missing(parts, diffusion_model["source"], diffusion_model.get("revision"), encoder.dtype)
         self.register_modules(encoder=encoder, image_processor=image_processor, **parts)
@@ -103,27 +110,39 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
     @property
     def text_to_image(self) -> DiffusionPipeline:
         """The pipeline of diffusers that generates the images, with the components of this one."""
-        pipeline = diffusers.StableDiffusionXLPipeline(
-            vae=self.vae,
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=self.tokenizer,
-            tokenizer_2=self.tokenizer_2,
-            unet=self.unet,
-            scheduler=self.scheduler,
-            force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
+        parts = {"vae": self.vae, "scheduler": self.scheduler, "text_encoder": None, "text_encoder_2": None}
+        parts |= {"tokenizer": self.tokenizer, "tokenizer_2": self.tokenizer_2}
+        if self.transformer is not None:
+            pipeline: Any = diffusers.StableDiffusion3Pipeline(
+                transformer=self.transformer, text_encoder_3=None, tokenizer_3=self.tokenizer_3, **parts
+            )
+        else:
+            pipeline = diffusers.StableDiffusionXLPipeline(
+                unet=self.unet,
+                force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
+                add_watermarker=False,
+                **parts,
+            )
         pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         return pipeline
+
+    @property
+    def denoiser(self) -> Any:
+        """The transformer or the UNet."""
+        return self.unet if self.transformer is None else self.transformer
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels are divisible by it."""
+        return self.vae_scale_factor * (1 if self.transformer is None else self.transformer.config.patch_size)
 
     @property
     def default_size(self) -> int:
         """Height and width in pixels where none are given: the image processor's crop, else the denoiser's size."""
         crop = getattr(self.image_processor, "pre_crop_size", None)
-        if crop and crop % self.vae_scale_factor == 0:
+        if crop and crop % self.size_multiple == 0:
             return crop
-        return self.unet.config.sample_size * self.vae_scale_factor
+        return self.denoiser.config.sample_size * self.vae_scale_factor
 
     @torch.no_grad()
     def encode_image(self, image: Any) -> torch.Tensor:
@@ -160,7 +179,10 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
 
     def _prompt_embeds(self, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What `text_to_image` takes, from the output of the encoder."""
-        return output.conditioning, output.pooled_conditioning
+        states = output.conditioning
+        if self.transformer is not None:
+            states = arrange_conditioning(states, self.transformer.config.joint_attention_dim)
+        return states, output.pooled_conditioning
 
     def mix_caption_embeds(self, caption_embeds: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
         """Joins the leading caption embeddings of several images (VLV paper, sec. 4.4, compositionality).
@@ -186,6 +208,13 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         if not 1 <= sum(lengths) <= positions:
             raise ValueError(f"the lengths sum to {sum(lengths)}; the text encoders have places for 1 to {positions}")
         return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])[None]
+
+    def _decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Images of latents `(B, C, h, w)`, decoded in the autoencoder's precision, whatever the denoiser's is."""
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+        images = self.vae.decode(latents, return_dict=False)[0]
+        return self.text_to_image.image_processor.postprocess(images, output_type=output_type)
 
     @torch.no_grad()
     def __call__(
@@ -221,11 +250,12 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
                 Scale of classifier-free guidance; 1 turns it off.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What guidance steers away from: one text, or one for each image. Without one it is the empty prompt,
-                or zeros where `force_zeros_for_empty_prompt` is set. Ignored without guidance.
+                or zeros in a Stable Diffusion XL where `force_zeros_for_empty_prompt` is set. Ignored without
+                guidance.
             num_images_per_prompt (`int`, *optional*, defaults to 1):
                 Number of reconstructions of each image. They are next to each other in the output.
             generator, latents, output_type, return_dict, kwargs:
-                As in the call of `text_to_image`, such as `timesteps`, `eta` and `callback_on_step_end`.
+                As in the call of `text_to_image`, such as `sigmas` and `callback_on_step_end`.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple`: The images.
@@ -237,8 +267,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         if (image is None) == (caption_embeds is None):
             raise ValueError("pass either image or caption_embeds, and not both")
         height, width = height or self.default_size, width or self.default_size
-        if height % self.vae_scale_factor or width % self.vae_scale_factor:
-            raise ValueError(f"height and width must be divisible by {self.vae_scale_factor}, got {height} x {width}")
+        if height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(f"height and width must be divisible by {self.size_multiple}, got {height} x {width}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         if caption_embeds is None:
@@ -251,28 +281,50 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         prompt_embeds, pooled = self.encode_caption_embeds(caption_embeds)
         embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
         if guidance_scale > 1:
-            if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
+            zeros = self.transformer is None and self.config.force_zeros_for_empty_prompt
+            if negative_prompt is None and zeros:
                 negative = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled)
             else:
                 negative = self.encode_prompt(negative_prompt or "", caption_embeds.shape[1])
             names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
             for name, rows in zip(names, negative, strict=True):
                 embeds[name] = rows.repeat_interleave(batch_size // len(rows), dim=0)
+        decoded_apart = output_type != "latent" and self.vae.dtype != self.denoiser.dtype
         images = self.text_to_image(
-            **{name: rows.to(self.unet.dtype) for name, rows in embeds.items()},
+            **{name: rows.to(self.denoiser.dtype) for name, rows in embeds.items()},
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
-            latents=latents,
-            output_type=output_type,
+            latents=None if latents is None else latents.to(self.denoiser.dtype),
+            output_type="latent" if decoded_apart else output_type,
             return_dict=False,
             **kwargs,
         )[0]
+        if decoded_apart:
+            images = self._decode_latents(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def arrange_conditioning(hidden_states: torch.Tensor, joint_width: int) -> torch.Tensor:
+    """The sequence that the transformer of a Stable Diffusion 3 reads: the states of both CLIP, then those of T5.
+
+    Args:
+        hidden_states: `(B, N, d_clip)`, or with T5 `(B, N, d_clip + joint_width)`; `d_clip` is at most `joint_width`.
+        joint_width: The transformer's `joint_attention_dim`.
+
+    Returns:
+        `(B, N + 256, joint_width)`, without T5 with zeros in its place, or with T5 `(B, 2 * N, joint_width)`.
+    """
+    width = hidden_states.shape[2]
+    if width > joint_width:
+        clip, t5 = hidden_states.split([width - joint_width, joint_width], dim=2)
+    else:
+        clip, t5 = hidden_states, hidden_states.new_zeros(len(hidden_states), EMPTY_POSITIONS, joint_width)
+    return torch.cat([F.pad(clip, (0, joint_width - clip.shape[2])), t5], dim=1)
 
 
 def _load_missing(parts: dict[str, Any], source: str, revision: str | None, dtype: torch.dtype) -> dict[str, Any]:

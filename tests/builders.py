@@ -3,16 +3,30 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen2Config
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen2Config,
+    T5Config,
+    T5EncoderModel,
+)
 
-from vlv import VLVConfig
+from vlv import VLVConfig, VLVModel
 
 GOLDEN = Path(__file__).parent / "golden" / "original-a"
 """Checkpoints and values of the authors' code (tests/golden/README.md)."""
 
 TEXT_WIDTH, POSITIONS, QUERIES, VOCABULARY = 32, 12, 8, 55
 TEXT_2_WIDTH, POOLED_WIDTH = 48, 20  # of a second text encoder
+TEXT_3_WIDTH = 96  # of a third one, and of the sequence that the transformer of a Stable Diffusion 3 reads
 # Untrained models of the usual 0.02 hardly see their input: every image would have the same caption, and no test that
 # compares captions could fail.
 WEIGHT_SCALE = 0.3
@@ -60,6 +74,19 @@ def text_encoder_config() -> CLIPTextConfig:
         bos_token_id=2,
         eos_token_id=3,
     )
+
+
+def stable_diffusion_text_encoder() -> CLIPTextModel:
+    """The same weights at each call: those of the model `stable_diffusion`, and of a VLV that was trained with it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return CLIPTextModel(text_encoder_config()).eval()
+
+
+def with_text_encoder(model: VLVModel) -> VLVModel:
+    """The model with the text encoder of `stable_diffusion`, as training makes it."""
+    model.text_encoder.load_state_dict(stable_diffusion_text_encoder().state_dict())
+    return model
 
 
 def language_model_config() -> Qwen2Config:
@@ -138,6 +165,43 @@ def stable_diffusion_xl_parts(prediction_type: str = "epsilon") -> dict:
         ),
         "text_encoder": CLIPTextModel(text_encoder_config()),
         "text_encoder_2": CLIPTextModelWithProjection(text_encoder_2_config()),
+    }
+
+
+def stable_diffusion_3_parts() -> dict:
+    """Components of a Stable-Diffusion-3-type model: text encoders of width 32, 48 and 96, pooled states of 2 x 20."""
+    torch.manual_seed(1)
+    text_encoder = text_encoder_config()
+    text_encoder.update({"projection_dim": POOLED_WIDTH})
+    return {
+        "vae": AutoencoderKL.from_config(
+            stable_diffusion_parts()["vae"].config,
+            latent_channels=16,
+            scaling_factor=1.5,
+            shift_factor=0.1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        "transformer": SD3Transformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_3_WIDTH,
+            caption_projection_dim=16,
+            pooled_projection_dim=2 * POOLED_WIDTH,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "text_encoder": CLIPTextModelWithProjection(text_encoder),
+        "text_encoder_2": CLIPTextModelWithProjection(text_encoder_2_config()),
+        "text_encoder_3": T5EncoderModel(
+            T5Config(
+                vocab_size=VOCABULARY, d_model=TEXT_3_WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=2, pad_token_id=0
+            )
+        ),
     }
 
 

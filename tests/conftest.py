@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVModel, VLVProcessor
 from vlv.hub import convert
@@ -27,10 +27,12 @@ from .builders import (
     GOLDEN,
     POSITIONS,
     language_model_config,
+    stable_diffusion_3_parts,
     stable_diffusion_parts,
+    stable_diffusion_text_encoder,
     stable_diffusion_xl_parts,
-    text_encoder_config,
     vlv_config,
+    with_text_encoder,
 )
 
 torch.set_num_threads(1)
@@ -65,13 +67,15 @@ def folder_of_nobody() -> Iterator[Path]:
 @pytest.fixture
 def encoder() -> VLVModel:
     torch.manual_seed(0)
-    return VLVModel(vlv_config()).eval()
+    return with_text_encoder(VLVModel(vlv_config()).eval())
 
 
 @pytest.fixture
 def captioner() -> VLVForConditionalGeneration:
     torch.manual_seed(0)
-    return VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
+    model = VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
+    with_text_encoder(model.model)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +108,7 @@ def stable_diffusion(tmp_path_factory) -> Path:
     parts = stable_diffusion_parts()
     pipeline = StableDiffusionPipeline(
         **parts,
-        text_encoder=CLIPTextModel(text_encoder_config()),
+        text_encoder=stable_diffusion_text_encoder(),
         tokenizer=build_tokenizer(for_text_encoder=True),
         safety_checker=None,
         feature_extractor=None,
@@ -115,19 +119,31 @@ def stable_diffusion(tmp_path_factory) -> Path:
     return folder
 
 
+def text_tokenizers(*names: str) -> dict:
+    """A tokenizer for each text encoder. The second pads with another token than the first, as in SDXL."""
+    tokenizers = {name: build_tokenizer(for_text_encoder=True) for name in names}
+    for tokenizer in tokenizers.values():
+        tokenizer.model_max_length = POSITIONS
+    tokenizers["tokenizer_2"].pad_token = tokenizers["tokenizer_2"].bos_token
+    return tokenizers
+
+
 @pytest.fixture(scope="session")
 def stable_diffusion_xl(tmp_path_factory) -> Path:
     """A Stable-Diffusion-XL-type model in diffusers' folder format."""
     folder = tmp_path_factory.mktemp("stable-diffusion-xl")
-    tokenizers = {name: build_tokenizer(for_text_encoder=True) for name in ("tokenizer", "tokenizer_2")}
-    for tokenizer in tokenizers.values():
-        tokenizer.model_max_length = POSITIONS
-    tokenizers["tokenizer_2"].pad_token = tokenizers[
-        "tokenizer_2"
-    ].bos_token  # another one than the first's, as in SDXL
-    StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), **tokenizers, add_watermarker=False).save_pretrained(
-        folder
-    )
+    tokenizers = text_tokenizers("tokenizer", "tokenizer_2")
+    pipeline = StableDiffusionXLPipeline(**stable_diffusion_xl_parts(), **tokenizers, add_watermarker=False)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion_3(tmp_path_factory) -> Path:
+    """A Stable-Diffusion-3-type model, with T5, in diffusers' folder format."""
+    folder = tmp_path_factory.mktemp("stable-diffusion-3")
+    tokenizers = text_tokenizers("tokenizer", "tokenizer_2", "tokenizer_3")
+    StableDiffusion3Pipeline(**stable_diffusion_3_parts(), **tokenizers).save_pretrained(folder)
     return folder
 
 
@@ -146,7 +162,7 @@ def stage1_checkpoint(tmp_path_factory, image_processor) -> Path:
     """An untrained encoder with its image processor."""
     folder = tmp_path_factory.mktemp("stage1")
     torch.manual_seed(3)
-    VLVModel(vlv_config()).save_pretrained(folder)
+    with_text_encoder(VLVModel(vlv_config())).save_pretrained(folder)
     image_processor.save_pretrained(folder)
     return folder
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 GROUPS = {
     "models": (
         *("model", "image_encoder", "language_model", "gguf_file", "replace_language_model", "load_in_4bit"),
-        "diffusion_model",
+        *("diffusion_model", "t5_text_encoder"),
     ),
     "data": (
         *("images", "pairs", "split", "image_column", "image_root", "on_bad_image", "max_bad_share", "streaming"),

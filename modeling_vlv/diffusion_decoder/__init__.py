@@ -9,15 +9,21 @@ from diffusers import DiffusionPipeline
 from ..reference_configs import replacement_hint
 from .base import Conditioning, DenoisingOutput, DiffusionDecoder
 from .sd import StableDiffusionDecoder
+from .sd3 import StableDiffusion3Decoder
 from .sdxl import StableDiffusionXLDecoder
 
-FAMILIES: tuple[type[DiffusionDecoder], ...] = (StableDiffusionDecoder, StableDiffusionXLDecoder)
+FAMILIES: tuple[type[DiffusionDecoder], ...] = (
+    StableDiffusionDecoder,
+    StableDiffusionXLDecoder,
+    StableDiffusion3Decoder,
+)
 
 __all__ = [
     "FAMILIES",
     "Conditioning",
     "DenoisingOutput",
     "DiffusionDecoder",
+    "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",
     "family_of",

@@ -106,6 +106,8 @@ class DiffusionDecoder(nn.Module, ABC):
     """Height and width in pixels that the model was trained on."""
     num_timesteps: int
     """Number of timesteps of the complete schedule: 0 to `num_timesteps - 1`, the last has most noise."""
+    size_multiple: int
+    """Height and width of images are divisible by it; by default the autoencoder's scale."""
 
     def __init__(
         self,
@@ -135,6 +137,7 @@ class DiffusionDecoder(nn.Module, ABC):
         self.max_timestep = num_timesteps - 1 if max_timestep is None else max_timestep
         self.loss, self.num_timesteps = LOSSES[loss], num_timesteps
         self.scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.size_multiple = self.scale_factor
 
     @classmethod
     def fits(cls, index: Mapping[str, Any]) -> bool:
@@ -211,6 +214,23 @@ class DiffusionDecoder(nn.Module, ABC):
             )
 
     @classmethod
+    def check_tokenizers(cls, tokenizers: Mapping[str, Any], config: VLVConfig, model: str, source: str) -> None:
+        """Raises `ValueError` if a tokenizer has words that its text encoder does not know.
+
+        Args:
+            tokenizers: By the names in `tokenizers` of the class.
+            config, model, source: As in `check_model`.
+        """
+        for name, encoder in zip(cls.tokenizers, config.text_encoder_configs, strict=False):
+            tokenizer = tokenizers.get(name)
+            if tokenizer is not None and len(tokenizer) > encoder.vocab_size:
+                raise ValueError(
+                    f"{model} and {source} do not fit together: {name} of {source} has {len(tokenizer)} words, but "
+                    f"the text encoder of {model} that reads them knows {encoder.vocab_size}; replace {name} by that "
+                    f"of the text-to-image model that {model} was trained with"
+                )
+
+    @classmethod
     @abstractmethod
     def reads(cls, denoiser: Any, widths: Sequence[int]) -> bool:
         """Whether the denoiser can be conditioned on text encoders of these widths."""
@@ -268,9 +288,9 @@ class DiffusionDecoder(nn.Module, ABC):
         """Images `(B, 3, H, W)` in -1..1 to mean and log-variance of their latents, `(B, 2 * C, h, w)`."""
         if self.vae.encoder is None:
             raise ValueError("the autoencoder's encoder has been removed; load the model anew to encode images")
-        if pixels.ndim != 4 or pixels.shape[2] % self.scale_factor or pixels.shape[3] % self.scale_factor:
+        if pixels.ndim != 4 or pixels.shape[2] % self.size_multiple or pixels.shape[3] % self.size_multiple:
             raise ValueError(
-                f"pixels must be (batch, 3, height, width) with sides divisible by {self.scale_factor}, "
+                f"pixels must be (batch, 3, height, width) with sides divisible by {self.size_multiple}, "
                 f"got {tuple(pixels.shape)}"
             )
         with torch.autocast(pixels.device.type, enabled=False):
