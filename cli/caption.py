@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vlv import VLVConfig, hub
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.pipelines import generate_captions, trim_caption
 
 from .batches import read_batches
@@ -30,6 +30,12 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
     parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help='instruction to a model that was trained to follow it, such as "as tags" (`vlv info` lists them); other '
+        "words are the beginning of the captions",
+    )
     parser.add_argument("--output", default="captions.json", help="the JSON file (default: captions.json)")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
@@ -75,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings |= AS_ORIGINAL
     trim = arguments.trim or arguments.as_original
     recorded = {name: str(value) for name, value in settings.items()} | {"trim": trim, "dtype": arguments.dtype}
+    if arguments.prompt:
+        recorded["prompt"] = arguments.prompt
     results = ResumableResults(output, (source, fingerprint), recorded)
     total, kept = len(inputs), None
     if arguments.resume and output.exists():
@@ -84,13 +92,34 @@ def run(arguments: argparse.Namespace) -> int:
             print(note, file=sys.stderr)
     with loading(source):
         model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
+    if arguments.prompt:
+        check_prompt(arguments.prompt, source, model, processor)
     summary = Summary(len(inputs))
     with results:
         for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary, identify=True):
-            captions = generate_captions(model, processor, **batch.tensors, **settings)
+            captions = generate_captions(model, processor, **batch.tensors, text=arguments.prompt, **settings)
             if trim:
                 captions = [trim_caption(caption) for caption in captions]
             results.add(batch.inputs, captions)
             summary.done += len(captions)
             summary.advance(len(captions))
     return summary.close("captioned", str(output), kept)
+
+
+def check_prompt(prompt: str, source: str, model: VLVForConditionalGeneration, processor: VLVProcessor) -> None:
+    """Says if the model was not trained to follow an instruction.
+
+    Raises:
+        UserError: If the instruction is longer than the language model can read.
+    """
+    embeds = torch.zeros(1, model.config.num_query_tokens, model.config.caption_embed_dim)
+    try:
+        model.get_prefix(
+            caption_embeds=embeds.to(model.device, model.dtype), **processor(text=prompt).to(model.device)
+        )
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from error
+    known = model.config.instructions or []
+    if prompt not in known:
+        reason = f"was trained to follow {', '.join(map(repr, known))}" if known else "records no instructions"
+        print(f"note: {source} {reason}; it reads {prompt!r} as the beginning of captions", file=sys.stderr)

@@ -110,7 +110,7 @@ class ResumableResults:
             settings = self._run["settings"]
             other = [
                 f"{name} {value}, here {settings.get(name)}"
-                for name, value in run["settings"].items()
+                for name, value in (dict.fromkeys(settings) | run["settings"]).items()
                 if value != settings.get(name)
             ]
             if count and other:

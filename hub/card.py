@@ -104,6 +104,7 @@ def write_card(folder: Path, repo: str, card: Card) -> None:
         repo=repo,
         captions=captions,
         reconstructs=reconstructs,
+        instructions=config.get("instructions") or [],
         num_query_tokens=config["num_query_tokens"],
         width=caption_embeds_shape(config)[1],
         max_new_tokens=training.get("stage2", {}).get("max_caption_tokens", 300),

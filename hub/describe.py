@@ -147,6 +147,7 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
     found.properties = {
         "caption embeddings": f"{num_query_tokens} x {width}",
         "language model": (config.get("text_config") or {}).get("model_type"),
+        "instructions": ", ".join(config.get("instructions") or []) or None,
     }
     parts: dict[str, Part] = {}
     for file in files:

@@ -111,7 +111,7 @@ def export(
         encoder_weights = {ENCODER_PREFIX + name: tensor for name, tensor in encoder.state_dict().items()}
     tensors = {name: _stored(tensor, dtype) for name, tensor in encoder_weights.items()}
     _save(_without_ties(tensors, encoder, ENCODER_PREFIX), root / ENCODER_FILE)
-    config = VLVConfig(**{**encoder.config.to_dict(), "text_config": None})
+    config = VLVConfig(**{**encoder.config.to_dict(), "text_config": None, "instructions": None})
     _write_config(config, "VLVModel", root / "encoder" / "config.json")
     if captioner is not None and processor is not None:
         _export_captioner(root, encoder_weights, captioner, captioner_weights, processor, dtype)

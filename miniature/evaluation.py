@@ -1,6 +1,6 @@
 """All scores of the miniature, measured on scenes that no part but the scene classifier was trained on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ from vlv.pipelines import VLVReconstructionPipeline, generate_captions, generate
 from .autoencoder import measure_psnr, reconstruct_pixels
 from .data import evaluation_items
 from .grammar import parse_caption
+from .instructions import INSTRUCTIONS, NONE, score_obedience
 from .scene_classifier import SceneClassifier, measure_scene_classifier
 from .scoring import score_scenes
 from .teacher import assemble_pipeline, measure_prompt_alignment
+from .world import Scene
 
 SPLITS = ("test", "combo")
 SCENE_CLASSIFIER_FILE = "scene_classifier.safetensors"
@@ -57,8 +59,42 @@ def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n
             images = reconstruct_images(reconstruction, pixels, guidance, steps)
             scores = score_scenes(scene_classifier.predict_scenes(images), scenes)
             record(f"reconstructions, {split}, guidance {guidance:g}", scores)
-        captions = caption_images(captioner, processor, pixels)
-        record(f"captions, {split}", score_scenes([parse_caption(caption) for caption in captions], scenes))
+        measure_captions(captioner, processor, split, pixels, scenes, record)
+
+
+def evaluate_captions(folder: str | Path, record: Callable[[str, Any], None], n: int = 500) -> None:
+    """Measures captions alone. Arguments are those of `evaluate_miniature`."""
+    captioner, processor = hub.load_captioner(folder)
+    record("settings", {"scenes of each split": n})
+    for split in SPLITS:
+        measure_captions(captioner, processor, split, *evaluation_items(split, n), record)
+
+
+def measure_captions(
+    captioner: VLVForConditionalGeneration,
+    processor: VLVProcessor,
+    split: str,
+    pixels: torch.Tensor,
+    scenes: Sequence[Scene],
+    record: Callable[[str, Any], None],
+) -> None:
+    """Scores of captions, and of what the captioner writes for each instruction that it was trained to follow.
+
+    Args:
+        pixels: Images of the scenes, `(N, 3, 64, 64)` uint8.
+        record: As in `evaluate_miniature`.
+    """
+    embeds = encode_images(captioner, processor, pixels)
+    captions = caption_embeddings(captioner, processor, embeds)
+    record(f"captions, {split}", score_scenes([parse_caption(caption) for caption in captions], scenes))
+    followed = [
+        instruction for instruction in INSTRUCTIONS if instruction.text in (captioner.config.instructions or [])
+    ]
+    if followed:
+        record(f"no instruction, {split}", score_obedience(NONE, captions, scenes))
+    for instruction in followed:
+        texts = caption_embeddings(captioner, processor, embeds, instruction.text)
+        record(f'"{instruction.text}", {split}', score_obedience(instruction, texts, scenes))
 
 
 def teacher_pipeline(pipeline: VLVReconstructionPipeline) -> StableDiffusionPipeline:
@@ -106,8 +142,29 @@ def caption_images(
     model: VLVForConditionalGeneration, processor: VLVProcessor, pixels: torch.Tensor, batch_size: int = 64
 ) -> list[str]:
     """Greedy captions of images `(N, 3, 64, 64)` uint8."""
+    embeds = encode_images(model, processor, pixels, batch_size)
+    return caption_embeddings(model, processor, embeds, batch_size=batch_size)
+
+
+@torch.no_grad()
+def encode_images(
+    model: VLVForConditionalGeneration, processor: VLVProcessor, pixels: torch.Tensor, batch_size: int = 64
+) -> torch.Tensor:
+    """Caption embeddings `(N, Q, d_text)` of images `(N, 3, 64, 64)` uint8."""
+    chunks = [processor(images=chunk).pixel_values for chunk in pixels.split(batch_size)]
+    return torch.cat([model.model.get_caption_embeds(chunk) for chunk in chunks])
+
+
+def caption_embeddings(
+    model: VLVForConditionalGeneration,
+    processor: VLVProcessor,
+    embeds: torch.Tensor,
+    instruction: str | None = None,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy captions of caption embeddings `(N, Q, d_text)`, as an instruction asks for them."""
     captions: list[str] = []
-    for chunk in pixels.split(batch_size):
-        pixel_values = processor(images=chunk).pixel_values
-        captions += generate_captions(model, processor, pixel_values=pixel_values, max_new_tokens=MAX_NEW_TOKENS)
+    for chunk in embeds.split(batch_size):
+        settings: dict[str, Any] = {"text": instruction, "max_new_tokens": MAX_NEW_TOKENS}
+        captions += generate_captions(model, processor, caption_embeds=chunk, **settings)
     return captions

@@ -1,4 +1,4 @@
-"""The tables that `vlv evaluate miniature` prints: all scores, and the goals that were set for some of them."""
+"""The tables that `vlv evaluate miniature` prints: all scores, the goals of some of them, and obedience."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,3 +94,23 @@ def goals_table(scores: Mapping[str, Any]) -> str:
         if value is not None:
             rows.append((goal.label, f"{value:.3f}", f"{goal.floor}", f"{goal.aim}", goal.result(value)))
     return markdown_table(("on combo, at the best guidance", "value", "floor", "aim", "result"), rows)
+
+
+OBEDIENCE = {"form": "form", "content_f1": "content F1", "words": "words"}  # of `instructions.score_obedience`
+
+
+def instructions_table(scores: Mapping[str, Any]) -> str:
+    """How well captions follow instructions, as a Markdown table; empty without such scores.
+
+    Args:
+        scores: As in `scores_table`. Values that are not scores of `score_obedience` are skipped.
+    """
+    measured = {name: values for name, values in scores.items() if isinstance(values, Mapping) and "form" in values}
+    subjects = dict.fromkeys(name.rpartition(", ")[0] for name in measured)
+    rows = [
+        (*name.rpartition(", ")[::2], f"{values['form']:.3f}", f"{values['content_f1']:.3f}", f"{values['words']:.1f}")
+        for subject in subjects
+        for name, values in measured.items()
+        if name.rpartition(", ")[0] == subject
+    ]
+    return markdown_table(("instruction", "split", *OBEDIENCE.values()), rows) if rows else ""

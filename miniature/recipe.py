@@ -22,6 +22,7 @@ from .autoencoder import train_autoencoder
 from .captioner import train_captioner
 from .encoder import train_encoder
 from .evaluation import SCENE_CLASSIFIER_FILE
+from .instructed_captioner import train_instructed_captioner
 from .language_model import train_language_model
 from .paper.measurements import ENCODER_VARIANTS, LARGE_LANGUAGE_MODEL, SMALL_LANGUAGE_MODEL
 from .paper.runner import minutes_left
@@ -130,6 +131,14 @@ PARTS = [
         inputs={"encoder_dir": "encoder", "language_model_dir": "language-model"},
         parallel=True,
     ),
+    Run(  # half of its pairs have an instruction
+        "instructed-captioner",
+        train_instructed_captioner,
+        minutes=45,
+        done="instructed-captioner/processor_config.json",
+        inputs={"captioner_dir": "captioner"},
+        parallel=True,
+    ),
 ]
 
 # What only the paper's tables compare.
@@ -169,8 +178,8 @@ def assemble(root: Path, output: Path) -> None:
     """Puts the trained parts into one folder in the Hub's layout, in half precision, with the scene classifier."""
     hub.export(
         output,
-        captioner=VLVForConditionalGeneration.from_pretrained(root / "captioner"),
-        processor=VLVProcessor.from_pretrained(root / "captioner"),
+        captioner=VLVForConditionalGeneration.from_pretrained(root / "instructed-captioner"),
+        processor=VLVProcessor.from_pretrained(root / "instructed-captioner"),
         diffusion_model=root / "teacher-3",
         dtype=torch.float16,
     )

@@ -17,6 +17,7 @@ def generate_captions(
     *,
     pixel_values: torch.Tensor | None = None,
     caption_embeds: torch.Tensor | None = None,
+    text: str | Sequence[str] | None = None,
     **generate_kwargs: Any,
 ) -> list[str]:
     """Captions of one batch, without special tokens and surrounding white space.
@@ -24,6 +25,7 @@ def generate_captions(
     Args:
         pixel_values: `(B, 3, height, width)`. Either this or `caption_embeds` is given.
         caption_embeds: `(B, N, d_text)`.
+        text: An instruction, or words that the captions continue: one for all, or one for each.
         generate_kwargs: Arguments of `VLVForConditionalGeneration.generate`, such as `max_new_tokens`. Sampling is off
             unless they turn it on.
 
@@ -32,6 +34,10 @@ def generate_captions(
     """
     inputs: dict[str, Any] = {"pixel_values": pixel_values, "caption_embeds": caption_embeds}
     inputs = {name: value.to(model.device, model.dtype) for name, value in inputs.items() if value is not None}
+    if text:
+        count = max(map(len, inputs.values()), default=0)
+        prefix = processor(text=[text] * count if isinstance(text, str) else list(text))
+        inputs |= {name: value.to(model.device) for name, value in prefix.items()}
     ids = model.generate(**inputs, **{"do_sample": False, **generate_kwargs})
     return [caption.strip() for caption in processor.batch_decode(ids, skip_special_tokens=True)]
 

@@ -163,6 +163,7 @@ class Demo:
                     f"{self.name} holds only an encoder; the page needs a language model to caption, or a diffusion "
                     "model to reconstruct (`vlv push --diffusion-model` adds one)"
                 )
+        self.instructions: list[str] = (self.captioner.config.instructions or []) if self.captioner is not None else []
         self.num_query_tokens = count = encoder.config.num_query_tokens
         self.count_settings = [Setting(f"Embeddings of the {which} image", 0, count) for which in ("first", "second")]
         self.image_processor = image_processor
@@ -197,7 +198,13 @@ class Demo:
             raise refusal(f"This file cannot be read as an image: {reason}. Choose another file.") from error
 
     def caption(
-        self, path: str | None, max_new_tokens: float, decoding: str, temperature: float, num_beams: float
+        self,
+        path: str | None,
+        max_new_tokens: float,
+        decoding: str,
+        temperature: float,
+        num_beams: float,
+        instruction: str | None = None,
     ) -> Iterator[str]:
         """Yields the growing caption, and at last the complete one.
 
@@ -207,6 +214,7 @@ class Demo:
             decoding: "greedy", "beams" or "sampling". Beam search yields only the complete caption.
             temperature: For sampling.
             num_beams: For beam search.
+            instruction: One of `instructions`; None or "" for a caption as the model writes it without one.
 
         Raises:
             gradio.Error: If the image or a setting cannot be used, or the generation fails.
@@ -219,11 +227,16 @@ class Demo:
                 settings["num_beams"] = NUM_BEAMS.check(num_beams)
             if decoding == "sampling":
                 settings |= {"do_sample": True, "temperature": TEMPERATURE.check(temperature), "top_k": 0}
-            pixel_values = self.processor(images=self.load(path)).pixel_values
+            if instruction not in (None, "", *self.instructions):
+                raise refusal(f"Instruction must be empty{''.join(f' or {known!r}' for known in self.instructions)}.")
+            inputs = self.processor(images=self.load(path), text=instruction or None)
             if decoding == "beams":  # cannot be streamed: the best beam is known only at the end
-                yield generate_captions(self.captioner, self.processor, pixel_values=pixel_values, **settings)[0]
+                pixel_values = inputs.pixel_values
+                yield generate_captions(
+                    self.captioner, self.processor, pixel_values=pixel_values, text=instruction, **settings
+                )[0]
             else:
-                yield from self._stream(pixel_values=pixel_values.to(self.captioner.device), **settings)
+                yield from self._stream(**inputs.to(self.captioner.device), **settings)
 
     def _stream(self, **settings: Any) -> Iterator[str]:
         """Yields the growing caption. An error of the generation, which runs in a thread, is raised here."""
@@ -374,6 +387,9 @@ def _caption_tab(demo: Demo, one_at_a_time: dict[str, Any]) -> None:
     with gr.Row():
         with gr.Column():
             image = _image_field("Image")
+            choices = [("none", ""), *((text, text) for text in demo.instructions)]
+            # Hidden where there are none, so that the API has the same arguments for every model.
+            instruction = gr.Dropdown(choices, value="", label="Instruction", visible=bool(demo.instructions))
             with gr.Accordion("Length and decoding", open=False):
                 max_new_tokens = MAX_NEW_TOKENS.slider(64)
                 decoding = unchecked(gr.Radio(DECODINGS, value="greedy", label="Decoding"))
@@ -384,7 +400,7 @@ def _caption_tab(demo: Demo, one_at_a_time: dict[str, Any]) -> None:
         with gr.Column():
             caption = gr.Textbox(label="Caption", lines=6, elem_classes="result")
             gr.Markdown(demo.limits("Captions"), elem_classes="limits")
-        inputs = [image, max_new_tokens, decoding, temperature, num_beams]
+        inputs = [image, max_new_tokens, decoding, temperature, num_beams, unchecked(instruction)]
         run.click(demo.caption, inputs, caption, api_name="caption", **one_at_a_time)
 
 

@@ -14,6 +14,7 @@ from .checkpoints import say
 from .data import StreamingDataset, TrainingDataset
 from .data.captions import count_alternatives
 from .data.streaming import IndexedPart, StreamPart
+from .instructions import MOST_RECORDED, count_instructions
 
 CENSUS_FILE = "census.json"
 SAMPLE = 10_000
@@ -39,6 +40,7 @@ def caption_statistics(
     captions = [caption for caption in items if isinstance(caption, str)]
     return {
         **_counts(counts, dataset.caption_lines),
+        **_instructions([dataset.prompt(int(place)) for place in places] if dataset.has_prompts else []),
         "left_out": [part.source.name(int(row)) for part in dataset.parts for row in part.left_out],
         **_measures(captions, tokenizer, max_tokens, append_eos),
     }
@@ -64,6 +66,7 @@ def stream_statistics(part: StreamPart, tokenizer: Any, max_tokens: int, append_
     return {
         "of_the_first": len(values),
         **_counts(counts, lines),
+        **_instructions(part.source.first_prompts(STREAM_SAMPLE)),
         **_measures(captions, tokenizer, max_tokens, append_eos),
     }
 
@@ -76,6 +79,15 @@ def _counts(counts: np.ndarray, caption_lines: str) -> dict[str, Any]:
         "most_captions_of_an_image": int(counts.max()),
         "caption_lines": caption_lines,
     }
+
+
+def _instructions(prompts: list[Any]) -> dict[str, Any]:
+    """Counts of instructions; empty where the data has no column of them."""
+    if not prompts:
+        return {}
+    counts = count_instructions(prompts)
+    few = {"each": dict(counts.most_common())} if len(counts) <= MOST_RECORDED else {}
+    return {"instructions": {"of_captions": len(prompts), "with": counts.total(), "different": len(counts), **few}}
 
 
 def _measures(captions: list[str], tokenizer: Any, max_tokens: int, append_eos: bool) -> dict[str, Any]:
@@ -104,6 +116,19 @@ def _sampled_places(dataset: TrainingDataset, seed: int) -> np.ndarray:
     runs = np.random.default_rng(seed).choice(number, SAMPLE // READ_TOGETHER, replace=False)
     places = (np.sort(runs)[:, None] * READ_TOGETHER + np.arange(READ_TOGETHER)).ravel()
     return places[places < len(dataset)]
+
+
+def sample_prompts(dataset: TrainingDataset | StreamingDataset, seed: int = 0) -> list[str]:
+    """The instructions of the captions that the census measures, with "" for those without one."""
+    if isinstance(dataset, TrainingDataset):
+        return [dataset.prompt(int(place)) for place in _sampled_places(dataset, seed)] if dataset.has_prompts else []
+    prompts: list[str] = []
+    for part in dataset.parts:
+        if isinstance(part, IndexedPart):
+            prompts += sample_prompts(part.dataset, seed)
+        else:
+            prompts += [prompt for prompt in part.source.first_prompts(STREAM_SAMPLE) if isinstance(prompt, str)]
+    return prompts
 
 
 def take_census(trainer: Any) -> dict[str, Any]:
@@ -212,7 +237,18 @@ def _format_captions(captions: dict[str, Any], samples: int | None) -> list[str]
         f"{captions['tokens_greatest']}; {captions['cut_at_max_caption_tokens']:,} cut at max_caption_tokens; "
         f"{captions['with_line_breaks']:,} with line breaks; "
         f"unknown tokens {captions['share_of_unknown_tokens']:.2%}",
+        *_format_instructions(captions.get("instructions")),
         *(f"  for example: {_shorten(example)}" for example in captions["examples"]),
+    ]
+
+
+def _format_instructions(counts: dict[str, Any] | None) -> list[str]:
+    if counts is None:
+        return []
+    each = ", ".join(f"{_shorten(text)!r} {count:,}" for text, count in counts.get("each", {}).items())
+    return [
+        f"instructions: before {counts['with']:,} of {counts['of_captions']:,} captions, {counts['different']:,} "
+        f"different{f': {each}' if each else ''}"
     ]
 
 

@@ -10,7 +10,7 @@ GROUPS = {
     ),
     "data": (
         *("images", "pairs", "split", "image_column", "image_root", "on_bad_image", "max_bad_share", "streaming"),
-        *("caption_column", "caption_lines", "on_bad_caption", "max_caption_tokens", "append_eos"),
+        *("caption_column", "prompt_column", "caption_lines", "on_bad_caption", "max_caption_tokens", "append_eos"),
         *("pad_to_max_length", "encoder_image_size", "pre_crop_size", "diffusion_image_size", "random_crop"),
         "horizontal_flip",
     ),

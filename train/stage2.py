@@ -18,11 +18,13 @@ from vlv.tokenizer import fit_tokenizer, load_tokenizer
 
 from .caches import open_vision_features
 from .callbacks import disable_loading_bars
+from .census import sample_prompts
 from .data import load_pairs
 from .dry_run import dry_run
 from .evaluating import find_evaluation_set
 from .four_bits import add_quantised, load_in_4_bits
 from .freezing import freeze_for_stage2
+from .instructions import count_instructions, record_instructions
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             raise ValueError("model is not set: give the stage-1 checkpoint (--model ...)")
         columns = {
             "caption_column": config.caption_column,
+            "prompt_column": config.prompt_column,
             "caption_lines": config.caption_lines,
             "on_bad_caption": config.on_bad_caption,
         }
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             model = add_language_model(encoder, config.language_model, config.gguf_file, config.load_in_4bit)
             tokenizer = load_tokenizer(config.language_model, config.gguf_file)
             processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
+            model.config.instructions = None  # a captioner's own are those of its former language model
         elif config.language_model is not None:
             raise ValueError(
                 f"language_model is {config.language_model}, but {config.model} is a captioner, which has its own; "
@@ -78,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             )
         else:
             model, processor = hub.load_captioner(config.model)
+        record_instructions(model.config, count_instructions(sample_prompts(dataset, config.seed)))
         freeze_for_stage2(model, config.trainable)
         if config.lora_rank:
             add_lora(model, config.lora_rank)

@@ -12,7 +12,7 @@ from vlv.pipelines import generate_captions
 from vlv.tokenizer import check_tokenizer
 
 from .caption_score import token_f1
-from .data import Stage2Collator, readable_items
+from .data import Stage2Collator, prompts_of, readable_items
 from .data.feature_cache import FeatureCache
 from .freezing import freeze_for_stage2
 from .parsing import GatherAction
@@ -87,6 +87,13 @@ class Stage2Config(StageConfig):
     caption_column: str = field(
         default="caption",
         metadata={"help": "Caption column of a table or list; without 'caption', 'text' and others."},
+    )
+    prompt_column: str = field(
+        default="prompt",
+        metadata={
+            "help": "Column of instructions such as 'as tags', which the model reads before it writes the caption of "
+            "the row. Used where a table, a list or a tar's JSON has it; '' reads none. A row may have none."
+        },
     )
     caption_lines: str = field(
         default="first",
@@ -228,15 +235,21 @@ class Stage2Trainer(VLVTrainer):
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
         """Writes `step-N.json`, a list of `{"generated", "reference", "token_f1"}`, and logs the mean of the scores.
 
-        Captions are generated greedily and compared with those of the data by `token_f1`.
+        Captions are generated greedily, as the `"prompt"` of an item asks for it, and compared with those of the data
+        by `token_f1`.
         """
         processor = self.processing_class
         pixel_values = processor(images=[item["image"] for item in self.validation_items]).pixel_values
         captions = generate_captions(
-            model, processor, pixel_values=pixel_values, max_new_tokens=self.args.max_caption_tokens
+            model,
+            processor,
+            pixel_values=pixel_values,
+            text=prompts_of(self.validation_items),
+            max_new_tokens=self.args.max_caption_tokens,
         )
         rows = [
             {
+                **({"prompt": item["prompt"]} if item.get("prompt") else {}),
                 "generated": caption,
                 "reference": item["caption"],
                 "token_f1": round(token_f1(caption, item["caption"]), 4),

@@ -143,7 +143,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
-                belongs to nothing, or `inputs_embeds` are given beside `input_ids`.
+                belongs to nothing, `inputs_embeds` are given beside `input_ids`, or the prefix is longer than the
+                language model can read.
         """
         if pixel_values is None and caption_embeds is None and image_features is None:
             raise ValueError(
@@ -175,10 +176,22 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
             prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+            self._refuse_long_prefix(mask)
             order = (mask != 0).long().argsort(dim=1, stable=True)  # (B, Q + P), padding first
             prefix = prefix.gather(1, order[..., None].expand_as(prefix))
             mask = mask.gather(1, order)
         return prefix, mask, output.caption_embeds
+
+    def _refuse_long_prefix(self, mask: torch.Tensor) -> None:
+        """Raises `ValueError` if a prefix of this mask `(B, Q + P)` leaves the language model no position."""
+        positions = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if positions is None or mask.shape[1] < positions or torch.compiler.is_compiling():
+            return
+        if (length := int(mask.sum(dim=1).max())) >= positions:
+            raise ValueError(
+                f"the image and the text before the caption have {length} tokens, and the language model has "
+                f"{positions} positions, which leaves none for the caption; shorten the text"
+            )
 
     @can_return_tuple
     def forward(
@@ -306,7 +319,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
             caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
-            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption continues.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*):
+                An instruction that the model was trained to follow, or words that the caption continues.
             prefix_dtype (`torch.dtype`, *optional*):
                 Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
                 of the model, which can change the result of beam search.

@@ -34,7 +34,9 @@ class VLVCaptioningPipeline(Pipeline):
     `{"caption_embeds": tensor}` with its caption embeddings `(Q, d_text)`.
 
     Arguments of the constructor and of the call, which comes first:
-        text (`str`, *optional*): Beginning of the caption, which the language model continues.
+        text (`str`, *optional*):
+            An instruction that the model was trained to follow (`model.config.instructions`), or the beginning of the
+            caption, which the language model continues.
         trim (`bool`, *optional*, defaults to `False`): Remove an unfinished last sentence and repeated sentences.
         generate_kwargs (`dict`, *optional*): Arguments of the model's `generate`, such as `num_beams`.
         generation_config (`GenerationConfig`, *optional*): Replaces the model's. The call's also replaces all

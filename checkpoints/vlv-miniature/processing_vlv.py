@@ -468,8 +468,9 @@ class VLVProcessor(_WithoutInheritedCode, ProcessorMixin):
         Args:
             images: One image or several, of any kind that [`VLVImageProcessor`] takes.
             text (`str` or `list[str]`, *optional*):
-                A text prefix that the caption continues; may be empty. One for all images, or one for each. It has no
-                EOS and is padded on the left.
+                A text prefix between image and caption: an instruction that the model was trained to follow, or words
+                that the caption continues; may be empty. One for all images, or one for each. It has no EOS and is
+                padded on the left.
             suffix (`str` or `list[str]`, *optional*):
                 Captions to train on, one for each image. They end with EOS, which is a label, too, and are padded on
                 the right with -100 to the longest of the batch.

@@ -132,7 +132,7 @@ def train_from_pairs(
     model.eval()
 
 
-def _model_inputs(inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def _model_inputs(inputs: torch.Tensor) -> dict[str, Any]:
     if inputs.dtype == torch.uint8:
         return {"pixel_values": to_pixel_values(inputs)}
     return {"caption_embeds": inputs}

@@ -11,8 +11,15 @@ from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 from vlv.miniature.data import evaluation_items
-from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, caption_images, reconstruct_images
+from vlv.miniature.evaluation import (
+    SCENE_CLASSIFIER_FILE,
+    caption_embeddings,
+    caption_images,
+    encode_images,
+    reconstruct_images,
+)
 from vlv.miniature.grammar import parse_caption
+from vlv.miniature.instructions import INSTRUCTIONS, score_obedience
 from vlv.miniature.scene_classifier import SceneClassifier, measure_scene_classifier
 from vlv.miniature.scoring import score_scenes
 from vlv.pipelines import load_reconstruction
@@ -40,6 +47,17 @@ def test_captions_describe_the_scenes(captioner, split):
     pixels, scenes = evaluation_items(split, N)
     scores = score_scenes([parse_caption(c) for c in caption_images(*captioner, pixels)], scenes)
     assert scores["background"] >= 0.97 and scores["object_place_f1"] >= 0.93, scores
+
+
+def test_captions_follow_instructions(captioner):
+    model, processor = captioner
+    assert model.config.instructions == [instruction.text for instruction in INSTRUCTIONS]
+    pixels, scenes = evaluation_items("combo", 24)
+    embeds = encode_images(model, processor, pixels)
+    for instruction in INSTRUCTIONS:
+        texts = caption_embeddings(model, processor, embeds, instruction.text)
+        scores = score_obedience(instruction, texts, scenes)
+        assert scores["form"] >= 0.95 and scores["content_f1"] >= 0.93, (instruction.text, scores)
 
 
 def test_captions_end_with_the_end_token(captioner):

@@ -1,13 +1,16 @@
 """`vlv evaluate miniature`: its tables, and the scores of the embedded model."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
-from vlv.miniature.metrics import GOALS, goals_table, scores_table
+from vlv.miniature.instructions import INSTRUCTIONS
+from vlv.miniature.metrics import GOALS, goals_table, instructions_table, scores_table
 
+ROOT = Path(__file__).parents[2]
 SCORES = {"background": 1.0, "object_f1": 0.9, "object_place_f1": 0.5, "object_size_place_f1": 0.4, "exact": 0.7}
 
 
@@ -38,8 +41,25 @@ def test_the_embedded_models_scores_reach_their_floors_and_are_in_its_card():
     scores = json.loads((MINIATURE / "evaluation.json").read_text())
     assert all((goal.best_value(scores) or 0) >= goal.floor for goal in GOALS)
     card = (MINIATURE / "README.md").read_text()
-    for table in (scores_table(scores), goals_table(scores)):
+    for table in (scores_table(scores), goals_table(scores), instructions_table(scores)):
         assert table in card, "the card's table differs from the one that `vlv evaluate miniature` prints"
+
+
+def test_the_embedded_model_follows_its_instructions_and_the_docs_have_their_scores():
+    scores = json.loads((MINIATURE / "evaluation.json").read_text())
+    obedience = {name: values for name, values in scores.items() if "form" in values}
+    assert len(obedience) == 2 * (1 + len(INSTRUCTIONS))
+    assert all(values["form"] >= 0.99 and values["content_f1"] >= 0.98 for values in obedience.values())
+    assert instructions_table(scores) in (ROOT / "docs" / "instructions.md").read_text()
+
+
+@pytest.mark.slow
+def test_captions_alone_can_be_measured(tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    assert main(["evaluate", "miniature", "--captions-only", "--scenes", "4", "--output", str(output)]) == 0
+    scores = json.loads(output.read_text())
+    assert not [name for name in scores if "reconstructions" in name] and scores["captions, test"]["exact"] == 1.0
+    assert instructions_table(scores) in capsys.readouterr().out
 
 
 @pytest.mark.slow

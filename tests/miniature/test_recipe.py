@@ -13,9 +13,11 @@ from vlv import hub
 from vlv.miniature import recipe
 from vlv.miniature.autoencoder import train_autoencoder
 from vlv.miniature.captioner import train_captioner
-from vlv.miniature.data import SceneDataset
+from vlv.miniature.data import SceneDataset, evaluation_items
 from vlv.miniature.encoder import train_encoder
-from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE
+from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, measure_captions
+from vlv.miniature.instructed_captioner import train_instructed_captioner
+from vlv.miniature.instructions import INSTRUCTIONS
 from vlv.miniature.language_model import train_language_model
 from vlv.miniature.scene_classifier import train_scene_classifier
 from vlv.miniature.teacher import train_teacher
@@ -54,6 +56,10 @@ def trained(tmp_path_factory):
         epochs=1,
         batch_size=16,
     )
+    instructed = root / "instructed-captioner"
+    train_instructed_captioner(
+        instructed, work / instructed.name, root / "captioner", pairs=32, epochs=1, batch_size=16
+    )
     return root
 
 
@@ -66,6 +72,22 @@ def test_the_trained_parts_are_assembled_into_a_model(trained, tmp_path, images)
     pipe = load_reconstruction(tmp_path / "assembled")
     assert pipe(images[0], num_inference_steps=2).images[0].size == (64, 64)
     assert (tmp_path / "assembled" / SCENE_CLASSIFIER_FILE).is_file()
+
+
+@pytest.mark.slow
+def test_the_instructed_captioner_keeps_its_encoder_and_has_more_tokens(trained):
+    before, _ = hub.load_captioner(trained / "captioner")
+    model, processor = hub.load_captioner(trained / "instructed-captioner")
+    assert model.config.instructions == [instruction.text for instruction in INSTRUCTIONS]
+    for name, weight in model.model.state_dict().items():
+        torch.testing.assert_close(weight, before.model.state_dict()[name], rtol=0, atol=0)
+    weights, old = (m.language_model.get_input_embeddings().weight for m in (model, before))
+    assert len(weights) == len(processor.tokenizer) > len(old) and not torch.equal(weights[: len(old)], old)
+    found: dict = {}
+    pixels, scenes = evaluation_items("test", 2)
+    measure_captions(model, processor, "test", pixels, scenes, found.__setitem__)
+    assert list(found) == ["captions, test", "no instruction, test", *(f'"{i.text}", test' for i in INSTRUCTIONS)]
+    assert all(set(found[f'"{i.text}", test']) == {"form", "content_f1", "words"} for i in INSTRUCTIONS)
 
 
 @pytest.mark.slow

@@ -385,6 +385,7 @@ def test_its_own_generation_config_is_honoured(captioner, pixels, tmp_path):
         ({"inputs_embeds": torch.zeros(1, 1, 1)}, "caption_embeds"),
         ({"caption_embeds": torch.zeros(3, QUERIES, TEXT_WIDTH)}, "exactly one"),
         ({"input_ids": torch.ones(2, 1, dtype=torch.long)}, "2 rows of input_ids for 3 images"),
+        ({"input_ids": torch.ones(3, 120, dtype=torch.long)}, "128 tokens, and the language model has 128 positions"),
     ],
 )
 def test_arguments_that_generation_does_not_support_are_errors_with_advice(captioner, pixels, arguments, message):

@@ -100,14 +100,16 @@ def test_a_setting_that_cannot_be_used_is_named(seed, steps, guidance, message, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((None, "greedy", 1.0, 4), f"{TOKENS} a whole number from 4 to 300; {EMPTY}."),
-        ((0, "greedy", 1.0, 4), "got 0."),
-        ((10**9, "greedy", 1.0, 4), "got 1000000000."),
-        ((8, "best", 1.0, 4), "Decoding must be greedy, beams or sampling"),
-        ((8, None, 1.0, 4), "Decoding must be"),
-        ((8, ["greedy"], 1.0, 4), "Decoding must be"),
-        ((8, "sampling", 0, 4), "Temperature (for sampling) must be a number from 0.1 to 2.0; got 0."),
-        ((8, "beams", 1.0, 1000), "Number of beams (for beams) must be a whole number from 2 to 8; got 1000."),
+        ((None, "greedy", 1.0, 4, ""), f"{TOKENS} a whole number from 4 to 300; {EMPTY}."),
+        ((0, "greedy", 1.0, 4, ""), "got 0."),
+        ((10**9, "greedy", 1.0, 4, ""), "got 1000000000."),
+        ((8, "best", 1.0, 4, ""), "Decoding must be greedy, beams or sampling"),
+        ((8, "greedy", 1.0, 4, "sing"), "Instruction must be empty or 'briefly'"),
+        ((8, "greedy", 1.0, 4, ["briefly"]), "Instruction must be empty or 'briefly'"),
+        ((8, None, 1.0, 4, ""), "Decoding must be"),
+        ((8, ["greedy"], 1.0, 4, ""), "Decoding must be"),
+        ((8, "sampling", 0, 4, ""), "Temperature (for sampling) must be a number from 0.1 to 2.0; got 0."),
+        ((8, "beams", 1.0, 1000, ""), "Number of beams (for beams) must be a whole number from 2 to 8; got 1000."),
     ],
 )
 def test_a_setting_of_captions_that_cannot_be_used_is_named(settings, message, api, image):
@@ -115,7 +117,7 @@ def test_a_setting_of_captions_that_cannot_be_used_is_named(settings, message, a
 
 
 def test_settings_of_another_decoding_are_ignored(api, image):
-    kind, (caption,) = api.call("caption", image, 8, "greedy", None, None)
+    kind, (caption,) = api.call("caption", image, 8, "greedy", None, None, None)
     assert kind == "complete" and caption
 
 
@@ -140,7 +142,7 @@ def test_the_bounds_themselves_are_allowed(api, image):
 def test_a_file_that_is_not_an_image_is_named(name, content, message, api, image, tmp_path):
     (tmp_path / name).write_bytes(content)
     uploaded = api.upload(tmp_path / name)
-    for call in (("caption", uploaded, 8, "greedy", 1.0, 4), ("compose", image, uploaded, 4, 4, 1, 2, 2.0)):
+    for call in (("caption", uploaded, 8, "greedy", 1.0, 4, ""), ("compose", image, uploaded, 4, 4, 1, 2, 2.0)):
         refused = api.refused(*call)
         assert message in refused and str(Path(uploaded["path"]).parent) not in refused
 
@@ -149,7 +151,7 @@ def test_an_upload_that_is_gone_is_named(api):
     uploaded = api.upload(EXAMPLES[1])
     Path(uploaded["path"]).unlink()
     name = Path(EXAMPLES[1]).name
-    assert api.refused("caption", uploaded, 8, "greedy", 1.0, 4) == (
+    assert api.refused("caption", uploaded, 8, "greedy", 1.0, 4, "") == (
         f"{name} could not be read: No such file or directory. Choose the image again."
     )
 
@@ -169,13 +171,13 @@ def test_an_upload_that_is_too_large_is_refused(api, tmp_path):
 @pytest.mark.parametrize("meta", [{"meta": FILE}, {"meta": {}}, {}], ids=["meta", "empty meta", "no meta"])
 def test_a_file_of_the_server_that_was_not_uploaded_is_refused(meta, api, tmp_path):
     private = shutil.copy(EXAMPLES[0], tmp_path / "private.png")
-    refused = api.refused("caption", {"path": str(private), **meta}, 8, "greedy", 1.0, 4)
+    refused = api.refused("caption", {"path": str(private), **meta}, 8, "greedy", 1.0, 4, "")
     assert "not uploaded" in refused
 
 
 @pytest.mark.parametrize("value", ["text", 3, [None]])
 def test_a_request_that_gradio_refuses_says_why(value, api):
-    assert "valid dictionary" in api.refused("caption", value, 8, "greedy", 1.0, 4)
+    assert "valid dictionary" in api.refused("caption", value, 8, "greedy", 1.0, 4, "")
 
 
 @pytest.mark.slow
@@ -185,7 +187,7 @@ def test_a_model_that_fails_ends_in_a_sentence_at_once(decoding, capfd):
     with serving(demo) as api:
         image = api.upload(EXAMPLES[0])
         demo.captioner.language_model.set_output_embeddings(torch.nn.Linear(3, 3))  # fits no other part
-        message = api.refused("caption", image, 8, decoding, 1.0, 4)
+        message = api.refused("caption", image, 8, decoding, 1.0, 4, "")
         assert message.startswith("Something failed on the server. Try again")
         log = capfd.readouterr().err
         assert log.count("Traceback (most recent call last)") == 1 and "shapes cannot be multiplied" in log
@@ -210,7 +212,7 @@ def test_the_page_goes_on_when_the_model_s_folder_is_deleted(tmp_path):
     shutil.rmtree(folder)
     with serving(demo) as api:
         image = api.upload(EXAMPLES[0])
-        assert api.call("caption", image, 8, "greedy", 1.0, 4)[0] == "complete"
+        assert api.call("caption", image, 8, "greedy", 1.0, 4, "")[0] == "complete"
         assert api.call("reconstruct", image, 1, 2, 2.0)[0] == "complete"
 
 

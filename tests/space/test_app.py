@@ -16,6 +16,7 @@ import yaml
 
 from vlv import hub
 from vlv.checkpoints import MINIATURE
+from vlv.miniature.instructions import AS_JSON, INSTRUCTIONS
 from vlv.pipelines import generate_captions
 from vlv.space.app import EXAMPLES, Demo, build, read_card
 
@@ -68,6 +69,29 @@ def test_the_last_caption_is_that_of_the_model(demo, decoding, settings):
         demo.captioner, demo.processor, pixel_values=pixel_values, max_new_tokens=40, **settings
     )
     assert list(demo.caption(EXAMPLES[1], 40, decoding, 1.0, 4))[-1] == expected[0]
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beams"])
+def test_a_caption_follows_an_instruction(demo, decoding):
+    steps = list(demo.caption(EXAMPLES[1], 64, decoding, 1.0, 2, AS_JSON.text))
+    assert AS_JSON.parse(steps[-1]) is not None
+    assert all(steps[-1].startswith(step) for step in steps)
+    assert AS_JSON.parse(list(demo.caption(EXAMPLES[1], 64, decoding, 1.0, 2, ""))[-1]) is None
+
+
+def test_only_the_instructions_that_the_model_knows_are_offered(demo):
+    def choices(page):
+        fields = [block for block in page.blocks.values() if isinstance(block, gr.Dropdown) and block.visible]
+        return [value for field in fields for _, value in field.choices]
+
+    assert choices(build(demo)) == ["", *(instruction.text for instruction in INSTRUCTIONS)]
+    with pytest.raises(gr.Error, match="Instruction must be empty or 'briefly' or "):
+        next(demo.caption(EXAMPLES[0], 8, "greedy", 1.0, 2, "sing"))
+    without = copy.copy(demo)
+    without.instructions = []
+    assert choices(build(without)) == []
+    with pytest.raises(gr.Error, match=r"Instruction must be empty\."):
+        next(without.caption(EXAMPLES[0], 8, "greedy", 1.0, 2, "briefly"))
 
 
 def test_images_come_with_progress_and_follow_the_seed(demo):

@@ -1,7 +1,7 @@
 """Training data: images and image-caption pairs from folders, lists, parquet, WebDataset shards and data sets."""
 
 from .captions import CAPTION_LINES
-from .collators import Stage1Collator, Stage2Collator, readable_items
+from .collators import Stage1Collator, Stage2Collator, prompts_of, readable_items
 from .lists import ListDataset
 from .loading import describe_sources, load_images, load_pairs, parse_sources
 from .mixture import EpochSampler, TrainingDataset
@@ -28,5 +28,6 @@ __all__ = [
     "load_images",
     "load_pairs",
     "parse_sources",
+    "prompts_of",
     "readable_items",
 ]

@@ -1,6 +1,6 @@
 """Which words of an image are its caption: columns, alternatives in lists and lines, and captions without words."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-CAPTION_COLUMN, IMAGE_COLUMN = "caption", "image"
+CAPTION_COLUMN, IMAGE_COLUMN, PROMPT_COLUMN = "caption", "image", "prompt"
 CAPTION_COLUMNS = (CAPTION_COLUMN, "text", "captions", "texts", "TEXT", "txt")
 IMAGE_COLUMNS = (IMAGE_COLUMN, "file_name", "jpg", "png", "webp", "image_path", "filename", "filepath", "path")
 URL_COLUMNS = ("url", "URL", "image_url", "key")
@@ -46,6 +46,58 @@ def find_column(names: Sequence[str], wanted: str, candidates: Sequence[str], wh
         hint = f"; {urls[0]!r} holds URLs, not images: download the images first (for example with img2dataset)"
     setting = "image_column" if candidates is IMAGE_COLUMNS else "caption_column"
     raise ValueError(f"{where} has the columns {list(names)}, but no {wanted!r}{hint or f'; name one by --{setting}'}")
+
+
+def find_prompt_column(
+    names: Collection[str], wanted: str | None, caption_column: str | None, where: str
+) -> str | None:
+    """The column of a table that holds instructions; None if there is none, or captions are not read.
+
+    Args:
+        wanted: The setting. If it is `PROMPT_COLUMN`, which is the default, the column may be absent.
+        caption_column: The column of captions.
+
+    Raises:
+        ValueError: If another column is wanted and absent, or it is that of the captions.
+    """
+    if not wanted or caption_column is None:
+        return None
+    if wanted in names and wanted != caption_column:
+        say_prompt_column(wanted, where)
+        return wanted
+    if wanted == PROMPT_COLUMN:
+        return None
+    if wanted in names:
+        raise ValueError(
+            f"{where}: prompt_column and caption_column are both {wanted!r}; name another, or leave it out"
+        )
+    raise missing_prompt_column(wanted, where)
+
+
+def say_prompt_column(name: str, where: str) -> None:
+    logger.warning_once(f"{where}: the column {name!r} is read as instructions (--prompt_column '' reads none)")
+
+
+def missing_prompt_column(name: str, where: str) -> ValueError:
+    return ValueError(f"{where} has no {name!r} for instructions; name a column by --prompt_column, or leave it out")
+
+
+def require_text(kind: Any, column: str, where: str) -> None:
+    """Raises `ValueError` if a column of instructions, of this type of pyarrow, does not hold text."""
+    from pyarrow import types
+
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(value) or types.is_large_string(value) or types.is_null(value)):
+        raise ValueError(f"{where}: the column {column!r} holds {kind}, but instructions are text")
+
+
+def check_prompt(value: Any, where: str) -> str:
+    """An instruction; "" for none. Raises `ValueError` if it is not text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: the instruction is {value!r:.80}, expected text")
+    return value if value.strip() else ""
 
 
 def alternatives(value: Any) -> list[str] | None:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from vlv import VLVImageProcessor, VLVProcessor
 from vlv.processing_vlv import to_rgb
 
+from .captions import check_prompt
 from .source import UnreadableImage
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class _SkippingCollator:
                     )
                 if not item.get("caption", "-").strip():
                     raise ValueError(f"the caption is empty: {item['image']!r:.80}")
+                check_prompt(item.get("prompt"), f"{item['image']!r:.80}")
             except ValueError as error:
                 name = getattr(item["image"], "name", None)  # of an image that is not a file of its own
                 message = f"{name}: {error}" if name else str(error)
@@ -152,6 +154,13 @@ def describe(items: list[dict]) -> dict[str, list]:
     """The `names` of the images of a batch, and their `places` in an evaluation set."""
     places = {"places": [item["place"] for item in items]} if "place" in items[0] else {}
     return {"names": [name_of(item["image"]) for item in items], **places}
+
+
+def prompts_of(items: list[dict]) -> list[str] | None:
+    """The instructions of items, with "" for those without one; None if no item has one."""
+    values = [item.get("prompt") for item in items]
+    prompts = [value if isinstance(value, str) and value.strip() else "" for value in values]
+    return prompts if any(prompts) else None
 
 
 def _look_up(cache: "FeatureCache", images: list[Image.Image], items: list[dict]) -> torch.Tensor:
@@ -210,7 +219,8 @@ class Stage1Collator(_SkippingCollator):
 class Stage2Collator(_SkippingCollator):
     """Batches of pairs: `pixel_values` `(B, 3, height, width)` and `labels` `(B, L)`, where -100 marks padding.
 
-    A batch also has the images' `names`, and their `places` where the items have a `place`.
+    A batch also has the images' `names`, and their `places` where the items have a `place`. If an item has a `prompt`,
+    an instruction that stands before its caption, the batch has `input_ids` and `attention_mask` `(B, P)`.
 
     Args:
         processor: Prepares images and captions.
@@ -238,6 +248,7 @@ class Stage2Collator(_SkippingCollator):
         items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
         batch = self.processor(
             images=images if self.features is None else None,
+            text=prompts_of(items),
             suffix=[item["caption"] for item in items],
             max_length=self.max_caption_tokens,
             append_eos=self.append_eos,

@@ -18,7 +18,8 @@ class SelectedRows(Source):
 
     def __init__(self, source: Source, rows: np.ndarray):
         self.source, self.rows = source, rows
-        self.has_captions, self.num_streams = source.has_captions, source.num_streams
+        self.has_captions, self.has_prompts = source.has_captions, source.has_prompts
+        self.num_streams = source.num_streams
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -28,6 +29,9 @@ class SelectedRows(Source):
 
     def caption(self, number: int) -> Any:
         return self.source.caption(int(self.rows[number]))
+
+    def prompt(self, number: int) -> Any:
+        return self.source.prompt(int(self.rows[number]))
 
     def name(self, number: int) -> str:
         return self.source.name(int(self.rows[number]))

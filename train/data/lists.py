@@ -21,8 +21,10 @@ from .captions import (
     IMAGE_COLUMN,
     IMAGE_COLUMNS,
     alternatives,
+    check_prompt,
     count_alternatives,
     find_column,
+    find_prompt_column,
     sidecar_captions,
 )
 from .source import Source
@@ -37,7 +39,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 class ListDataset(Source):
-    """A list of `{"image": path}` or `{"image": path, "caption": text or list of texts}`.
+    """A list of `{"image": path}` or `{"image": path, "caption": text or list of texts, "prompt": instruction}`.
 
     Items are kept in one block of bytes: an object for each would take several times the memory, and a copy in each
     process of a data loader.
@@ -51,6 +53,7 @@ class ListDataset(Source):
         for item in items:
             self._data += pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
             ends.append(len(self._data))
+            self.has_prompts = self.has_prompts or bool(item.get("prompt"))
         self._ends, self.root = np.array(ends, dtype=np.int64), root
         self.has_captions = len(self) > 0 and "caption" in self[0]
 
@@ -78,7 +81,8 @@ class ListDataset(Source):
             if "caption" in item and not alternatives(item["caption"]):
                 continue  # left out
             name, size = os.path.relpath(item["image"], self.root), os.stat(item["image"]).st_size
-            digest.update(repr((name, size, item.get("caption"))).encode("utf-8", "surrogateescape"))
+            known = (name, size, item.get("caption"), *([item["prompt"]] if item.get("prompt") else []))
+            digest.update(repr(known).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
@@ -125,18 +129,24 @@ def read_folder(folder: Path, caption_lines: str) -> Iterator[dict[str, Any]]:
 
 
 def read_list(
-    path: Path, image_column: str, caption_column: str | None, root: str | os.PathLike | None = None
+    path: Path,
+    image_column: str,
+    caption_column: str | None,
+    root: str | os.PathLike | None = None,
+    prompt_column: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The images, and captions if `caption_column` is given, that a list file names.
+    """The images, and captions and instructions if `caption_column` is given, that a list file names.
 
     Args:
         root: The folder that relative paths start from; by default that of the list.
 
     Raises:
-        ValueError: If a line cannot be read, a column is missing, or an image does not exist; names file and line.
+        ValueError: If a line cannot be read, a column is missing, an image does not exist, or an instruction is not
+            text; names file and line.
     """
     folder = Path(root) if root is not None else path.parent
     columns: tuple[str, str | None] | None = None
+    prompt_column, has_prompts = prompt_column if caption_column is not None else None, False
     for where, row in _rows(path):
         if columns is None or columns[0] not in row or (columns[1] or columns[0]) not in row:
             columns = _columns(row, image_column, caption_column, where)
@@ -151,7 +161,14 @@ def read_list(
         if not image.is_file():
             hint = "" if root is not None else "; name the folder that paths start from by --image_root"
             raise ValueError(f"{where}: {image} does not exist{hint}")
-        yield {"image": str(image)} | ({"caption": row[columns[1]]} if columns[1] else {})
+        item = {"image": str(image)} | ({"caption": row[columns[1]]} if columns[1] else {})
+        if prompt_column and prompt_column in row and find_prompt_column(row, prompt_column, columns[1], str(path)):
+            has_prompts = True
+            if prompt := check_prompt(row[prompt_column], where):
+                item["prompt"] = prompt
+        yield item
+    if not has_prompts and columns is not None:
+        find_prompt_column((), prompt_column, columns[1], str(path))
 
 
 def _columns(row: dict[str, Any], image_column: str, caption_column: str | None, where: str) -> tuple[str, str | None]:

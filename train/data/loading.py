@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from vlv.image_files import walk_images
 
-from .captions import CAPTION_COLUMN, IMAGE_COLUMN, IMAGE_COLUMNS
+from .captions import CAPTION_COLUMN, IMAGE_COLUMN, IMAGE_COLUMNS, PROMPT_COLUMN
 from .held_back import hold_back
 from .lists import LIST_SUFFIXES, ListDataset, image_files, lists_of_a_folder, read_folder, read_list
 from .mixture import TrainingDataset
@@ -53,9 +53,10 @@ def load_pairs(
     split: str = "train",
     image_column: str = IMAGE_COLUMN,
     caption_column: str = CAPTION_COLUMN,
+    prompt_column: str | None = PROMPT_COLUMN,
     **options,
 ) -> TrainingDataset:
-    """Image-caption pairs, for stage 2. Items are `{"image": ..., "caption": str}`.
+    """Image-caption pairs, for stage 2. Items are `{"image": ..., "caption": str, "prompt": instruction}`.
 
     Args:
         source: As for `load_images`. A folder of images has either a `.txt` or `.caption` file beside each image, or
@@ -63,6 +64,8 @@ def load_pairs(
         split: Split of a data set.
         image_column, caption_column: Columns of a table, and keys in lists. Without a column of the default name,
             other usual names are looked for.
+        prompt_column: Column, or key, of instructions: what the model reads before a caption. The default name may be
+            absent; None or "" reads none.
         options: As for `load_images`.
 
     Raises:
@@ -70,7 +73,7 @@ def load_pairs(
         ValueError: If nothing is found, an image has no caption, or a listed image does not exist; the message names
             the file.
     """
-    return _load(source, split, image_column, caption_column, **options)
+    return _load(source, split, image_column, caption_column, prompt_column=prompt_column, **options)
 
 
 def _load(
@@ -81,16 +84,18 @@ def _load(
     image_root: str | os.PathLike | None = None,
     streaming: bool = False,
     eval_share: float = 0.0,
+    prompt_column: str | None = None,
     **options,
 ) -> Any:
     named = parse_sources(source)
     if streaming and eval_share:
         raise ValueError("eval_share does not work with streaming; give evaluation data of its own")
     if streaming:
-        return _open_stream(named, split, image_column, caption_column, image_root, **options)
+        return _open_stream(named, split, image_column, caption_column, image_root, prompt_column, **options)
     options.pop("shuffle", None)
     lines = options.get("caption_lines", "first")
-    sources = [open_source(name, split, image_column, caption_column, image_root, lines) for name, _ in named]
+    columns = (split, image_column, caption_column, image_root, lines, prompt_column)
+    sources = [open_source(name, *columns) for name, _ in named]
     weights = [weight for _, weight in named]
     if not eval_share:
         return TrainingDataset(sources, weights, **options)
@@ -108,6 +113,7 @@ def _open_stream(
     image_column: str,
     caption_column: str | None,
     image_root: str | os.PathLike | None,
+    prompt_column: str | None,
     on_bad_caption: str = "skip",
     **options,
 ) -> StreamingDataset:
@@ -134,11 +140,13 @@ def _open_stream(
     for source, _ in named:
         if not _can_stream(source):
             lines = options.get("caption_lines", "first")
-            sources.append(open_source(source, split, image_column, caption_column, None, lines))
+            sources.append(open_source(source, split, image_column, caption_column, None, lines, prompt_column))
             continue
         stream = find_dataset(source, split, streaming=True)
         place = {"folder": source} if os.path.isdir(source) else {"repository": source}
-        sources.append(StreamSource(stream, source, image_column, caption_column, **place))
+        sources.append(
+            StreamSource(stream, source, image_column, caption_column, **place, prompt_column=prompt_column)
+        )
     names, weights = zip(*named, strict=True)
     return StreamingDataset(sources, weights, names=names, **options)
 
@@ -204,22 +212,23 @@ def open_source(
     caption_column: str | None,
     root: str | os.PathLike | None,
     caption_lines: str = "first",
+    prompt_column: str | None = None,
 ) -> Source:
     """One source. Errors are those of `load_pairs`."""
     files = _matching(source)
     suffix = Path(files[0]).suffix.lower()
     if len(files) == 1 and os.path.isdir(files[0]):
-        return _open_folder(Path(files[0]), image_column, caption_column, root, caption_lines)
+        return _open_folder(Path(files[0]), image_column, caption_column, root, caption_lines, prompt_column)
     if suffix == ".parquet":
-        return _parquet(files, image_column, caption_column, root)
+        return _parquet(files, image_column, caption_column, root, prompt_column)
     if not os.path.exists(files[0]):
         if suffix in (*LIST_SUFFIXES, ".tar"):
             raise ValueError(f"{source} does not exist; give {KINDS}")
-        return _open_dataset(source, split, image_column, caption_column, root)
+        return _open_dataset(source, split, image_column, caption_column, root, prompt_column)
     if suffix == ".tar":
-        return TarSource(files, caption_column, caption_lines)
+        return TarSource(files, caption_column, caption_lines, prompt_column)
     if suffix in LIST_SUFFIXES:
-        return _list(files, image_column, caption_column, root, source)
+        return _list(files, image_column, caption_column, root, source, prompt_column)
     raise ValueError(f"{source} is neither {KINDS}")
 
 
@@ -232,10 +241,15 @@ def _matching(source: str) -> list[str]:
 
 
 def _open_folder(
-    folder: Path, image_column: str, caption_column: str | None, root: str | os.PathLike | None, caption_lines: str
+    folder: Path,
+    image_column: str,
+    caption_column: str | None,
+    root: str | os.PathLike | None,
+    caption_lines: str,
+    prompt_column: str | None,
 ) -> Source:
     if _is_saved_dataset(folder):
-        return ColumnDataset(_saved_dataset(folder), image_column, caption_column, root)
+        return ColumnDataset(_saved_dataset(folder), image_column, caption_column, root, prompt_column=prompt_column)
     tars, parquets = _files(folder, ".tar"), _files(folder, ".parquet")
     if parquets and not tars and _is_metadata(parquets[0], image_column, folder):
         logger.warning(f"{parquets[0]} has no column of images and is left out as a downloader's metadata")
@@ -243,15 +257,15 @@ def _open_folder(
     if tars:
         if parquets:
             logger.info(f"{folder} has tar files, so that its parquet files are left out as a downloader's metadata")
-        return TarSource(tars, caption_column, caption_lines)
+        return TarSource(tars, caption_column, caption_lines, prompt_column)
     if parquets:
-        return _parquet(parquets, image_column, caption_column, root)
+        return _parquet(parquets, image_column, caption_column, root, prompt_column)
     if caption_column is None:
         return ListDataset(({"image": str(path)} for path in image_files(folder)), folder)
     lists = lists_of_a_folder(folder)
     if lists:
         try:
-            return _list(lists, image_column, caption_column, root, str(folder))
+            return _list(lists, image_column, caption_column, root, str(folder), prompt_column)
         except _EmptyLists as error:
             raise ValueError(f"{error}; fill it, or remove it to read .txt files beside the images") from error
     return ListDataset(read_folder(folder, caption_lines), folder)
@@ -262,9 +276,16 @@ class _EmptyLists(ValueError):
 
 
 def _list(
-    files: Sequence[str | Path], image_column: str, caption_column: str | None, root: Any, source: str
+    files: Sequence[str | Path],
+    image_column: str,
+    caption_column: str | None,
+    root: Any,
+    source: str,
+    prompt_column: str | None,
 ) -> Source:
-    items = (item for file in files for item in read_list(Path(file), image_column, caption_column, root))
+    items = (
+        item for file in files for item in read_list(Path(file), image_column, caption_column, root, prompt_column)
+    )
     dataset = ListDataset(items, root or (source if os.path.isdir(source) else os.path.dirname(source) or "."))
     if not len(dataset):
         raise _EmptyLists(f"no {'pairs' if caption_column else 'images'} in {', '.join(map(str, files))}")
@@ -300,17 +321,24 @@ def _saved_dataset(folder: Path) -> Any:
 
 
 def _parquet(
-    files: Sequence[str], image_column: str, caption_column: str | None, root: str | os.PathLike | None
+    files: Sequence[str],
+    image_column: str,
+    caption_column: str | None,
+    root: str | os.PathLike | None,
+    prompt_column: str | None,
 ) -> Source:
     require_datasets()
     if image_column == IMAGE_COLUMN and all(map(has_keys, files)):
-        items = (item for file in files for item in read_keys(file, caption_column))
+        items = (item for file in files for item in read_keys(file, caption_column, prompt_column))
         return ListDataset(items, os.path.dirname(files[0]) or ".")
-    return ParquetSource(files, image_column, caption_column, root)
+    return ParquetSource(files, image_column, caption_column, root, prompt_column)
 
 
-def _open_dataset(source: str, split: str, image_column: str, caption_column: str | None, root: Any) -> Source:
-    return ColumnDataset(find_dataset(source, split), image_column, caption_column, root, repository=source)
+def _open_dataset(
+    source: str, split: str, image_column: str, caption_column: str | None, root: Any, prompt_column: str | None
+) -> Source:
+    table = find_dataset(source, split)
+    return ColumnDataset(table, image_column, caption_column, root, repository=source, prompt_column=prompt_column)
 
 
 def find_dataset(source: str, split: str, streaming: bool = False) -> Any:

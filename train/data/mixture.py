@@ -15,6 +15,7 @@ from .captions import (
     RANDOM,
     WHOLE,
     alternatives,
+    check_prompt,
     report_bad_captions,
     report_several_captions,
 )
@@ -103,7 +104,9 @@ def augmentation(random: np.random.Generator, random_crop: bool, horizontal_flip
 
 
 class TrainingDataset(Dataset):
-    """Sources with weights, as one data set. Items are `{"image": ..., "caption": text}`, the caption if there is one.
+    """Sources with weights, as one data set. Items are `{"image": ..., "caption": text, "prompt": instruction}`.
+
+    Caption and instruction are there if the source has them.
 
     An index is a place of the first epoch, or `(epoch, place)`: `epoch` decides what is drawn at random. An item
     depends on nothing else, so that a resumed run sees the items of an unbroken one.
@@ -179,6 +182,19 @@ class TrainingDataset(Dataset):
         except (OSError, ValueError):
             return None
         return self._caption(self.parts[number], value, sample, epoch, place)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether a source has instructions."""
+        return any(part.source.has_prompts for part in self.parts)
+
+    def prompt(self, index: Index) -> str:
+        """The instruction of an item, without reading its image where that can be avoided; "" for none."""
+        number, row, _ = self.locate(index)
+        try:
+            return check_prompt(self.parts[number].source.prompt(row), "")
+        except (OSError, ValueError):
+            return ""
 
     def name(self, index: Index) -> str:
         """What messages call a sample."""

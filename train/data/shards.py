@@ -16,10 +16,13 @@ from vlv.image_files import image_suffixes
 from .captions import (
     CAPTION_COLUMN,
     CAPTION_COLUMNS,
+    PROMPT_COLUMN,
     UNKNOWN,
     WHOLE,
     count_alternatives,
     find_column,
+    missing_prompt_column,
+    say_prompt_column,
     sidecar_captions,
 )
 from .source import EncodedImage, Source, hash_files
@@ -30,37 +33,50 @@ logger = logging.get_logger(__name__)
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 """Of a sample's captions the first of these counts."""
 MAX_OPEN_FILES = 32
+SEARCHED_FOR_PROMPTS = 100
+"""In so many `.json` files a column of instructions is looked for."""
 
 
 class TarSource(Source):
     """Tar files of images and captions, grouped by the name before the first dot as WebDataset does.
 
     A sample has an image (`.jpg`, `.png`, `.webp` or another suffix that Pillow reads), and for captions a `.txt`, a
-    `.caption`, or a `.json` with a caption column. An index of offsets is made of each file once.
+    `.caption`, or a `.json` with a caption column. Instructions stand in a column of the `.json`. An index of offsets
+    is made of each file once.
 
     Raises:
         ValueError: If a file cannot be read, or no sample has an image.
     """
 
-    def __init__(self, files: Sequence[str | os.PathLike], caption_column: str | None, caption_lines: str = "first"):
+    def __init__(
+        self,
+        files: Sequence[str | os.PathLike],
+        caption_column: str | None,
+        caption_lines: str = "first",
+        prompt_column: str | None = None,
+    ):
         self.files = [str(file) for file in files]
         self.has_captions, self.caption_column, self.caption_lines = (
             caption_column is not None,
             caption_column,
             caption_lines,
         )
-        indexes = stored_arrays(self.files, "members", lambda number: _index(self.files[number]))
+        indexes = stored_arrays(self.files, "members and JSON", lambda number: _index(self.files[number]))
         sizes = [len(index["members"]) for index in indexes]
         self._sizes, self._ends = np.array(sizes, dtype=np.int64), np.cumsum(sizes)
         if not sum(sizes):
             raise ValueError(f"no images in {', '.join(self.files[:3])}; expected members such as 0001.jpg, 0001.txt")
         self._members = np.concatenate([index["members"] for index in indexes])
+        self._json = np.concatenate([index["json"] for index in indexes])  # (rows, 2): offset and size, or 0
         self._names = [index["names"].tobytes() for index in indexes]
         self._recent: tuple[int, list[bytes]] = (-1, [])
         self._handles: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
+        self.prompt_column = None
         if self.caption_column is not None:
             self._say_column()
+            self.prompt_column = self._find_prompts(prompt_column)
+        self.has_prompts = self.prompt_column is not None
 
     def __len__(self) -> int:
         return len(self._members)
@@ -100,6 +116,8 @@ class TarSource(Source):
         item: dict[str, Any] = {"image": EncodedImage.named(image, self.name(number))}
         if self.has_captions:
             item["caption"] = self.caption(number)
+        if self.has_prompts:
+            item["prompt"] = self.prompt(number)
         return item
 
     def caption(self, number: int) -> Any:
@@ -120,6 +138,35 @@ class TarSource(Source):
             return None
         columns = CAPTION_COLUMNS if self.caption_column == CAPTION_COLUMN else (self.caption_column,)
         return next((values[column] for column in columns if column in values), None)
+
+    def prompt(self, number: int) -> Any:
+        """The value of the column of instructions in the `.json` of a sample; None if it has none."""
+        return self._json_values(number).get(self.prompt_column or PROMPT_COLUMN)
+
+    def _json_values(self, number: int) -> dict[str, Any]:
+        """The `.json` of a sample; empty if there is none, or it is not a JSON object."""
+        offset, size = (int(value) for value in self._json[number])
+        try:
+            values = json.loads(self._bytes(self._shard(number), offset, size)) if size else None
+        except ValueError:
+            values = None
+        return values if isinstance(values, dict) else {}
+
+    def _find_prompts(self, wanted: str | None) -> str | None:
+        """The column of instructions, if one of the first `.json` files has it.
+
+        Raises:
+            ValueError: If another than the default is wanted, and none has it.
+        """
+        if not wanted or wanted == self.caption_column:
+            return None
+        for number in np.flatnonzero(self._json[:, 1])[:SEARCHED_FOR_PROMPTS]:
+            if wanted in self._json_values(int(number)):
+                say_prompt_column(wanted, self.files[0])
+                return wanted
+        if wanted != PROMPT_COLUMN:
+            raise missing_prompt_column(wanted, f"{self.files[0]} (the .json files in it)")
+        return None
 
     def _say_column(self) -> None:
         """Says which column of the first `.json` has the captions, if it is not the one that is asked for."""
@@ -184,16 +231,18 @@ def _index(file: str | os.PathLike) -> dict[str, np.ndarray]:
         if slot is not None:
             sample = samples.setdefault((archive, f"{folder}/{stem}"), {})
             sample.setdefault(slot, (member.offset_data, member.size, member.name))
-    rows, names = [], []
+    rows, names, json_places = [], [], []
     for parts in samples.values():
         if "image" not in parts:
             continue
         which = next((k for k, suffix in enumerate(CAPTION_SUFFIXES) if suffix in parts), -1)
         caption = parts[CAPTION_SUFFIXES[which]] if which >= 0 else (0, 0, "")
         rows.append((*parts["image"][:2], *caption[:2], which))
+        json_places.append(parts[".json"][:2] if ".json" in parts else (0, 0))
         names.append(os.fsencode(parts["image"][2]))
     return {
         "members": np.array(rows, dtype=MEMBER),
+        "json": np.array(json_places, dtype=np.int64).reshape(-1, 2),
         "names": np.frombuffer(b"\0".join(names), dtype=np.uint8),
     }
 

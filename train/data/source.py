@@ -44,11 +44,13 @@ class UnreadableImage:
 class Source(Dataset):
     """Images, with captions or without, that are read by the number of their row.
 
-    `source[number]` is `{"image": ..., "caption": text or list of texts}`, the caption only where there is one. The
-    collator opens the images. A row that cannot be read raises `OSError` or `ValueError`.
+    `source[number]` is `{"image": ..., "caption": text or list of texts, "prompt": instruction}`, the caption and the
+    instruction only where there is one. The collator opens the images. A row that cannot be read raises `OSError` or
+    `ValueError`.
     """
 
     has_captions = False
+    has_prompts = False
     num_streams = MAX_STREAMS
     """How many shards are read at a time at most."""
 
@@ -61,6 +63,10 @@ class Source(Dataset):
     def caption(self, number: int) -> Any:
         """The caption of `source[number]`."""
         return self[number]["caption"]
+
+    def prompt(self, number: int) -> Any:
+        """The instruction of `source[number]`, where it has one."""
+        return self[number].get("prompt") if self.has_prompts else None
 
     def name(self, number: int) -> str:
         """What messages call a row."""

@@ -21,6 +21,8 @@ from .captions import (
     WHOLE,
     alternatives,
     find_column,
+    find_prompt_column,
+    require_text,
     sidecar_captions,
 )
 from .mixture import TrainingDataset, augmentation, drawn
@@ -35,6 +37,8 @@ EPOCHS_PER_SEED = 10**6
 GOLDEN_RATIO = 0.6180339887498949
 WEBDATASET_COLUMNS = {"__key__", "__url__"}
 """Columns that `datasets` adds to those of tar files."""
+
+JSON_COLUMN = "json"
 
 State = dict[str, Any]
 Sample = tuple[dict[str, Any], Callable[[], State]]
@@ -52,7 +56,7 @@ class StreamSource:
         repository: `org/name` on the Hub that the stream comes from, which bounds the images that it may name.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, or that of instructions holds no text.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class StreamSource:
         caption_column: str | None,
         folder: str | os.PathLike | None = None,
         repository: str | None = None,
+        prompt_column: str | None = None,
     ):
         from datasets import Image
 
@@ -70,13 +75,22 @@ class StreamSource:
         columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, name)}
         if caption_column is not None:
             columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, name)
+        self.has_sidecars = set(names) >= WEBDATASET_COLUMNS
+        """Whether captions are files, whose lines are captions of their own."""
+        self.prompt_column = prompt_column
+        if self.has_sidecars:
+            keys = _keys_of_json(stream, names)
+            if find_prompt_column(keys, prompt_column, columns.get("caption"), f"{name} (the .json files in it)"):
+                columns["prompt"] = JSON_COLUMN
+        elif prompt := find_prompt_column(names, prompt_column, columns.get("caption"), name):
+            if stream.features is not None:
+                require_text(stream.features.arrow_schema.field(prompt).type, prompt, name)
+            columns["prompt"] = prompt
         stream = stream.select_columns(list(dict.fromkeys(columns.values())))
         if stream.features is not None and isinstance(stream.features[columns["image"]], Image):
             stream = stream.cast_column(columns["image"], Image(decode=False))
         self.stream, self.name, self.columns = stream, name, columns
-        self.has_captions = caption_column is not None
-        self.has_sidecars = set(names) >= WEBDATASET_COLUMNS
-        """Whether captions are files, whose lines are captions of their own."""
+        self.has_captions, self.has_prompts = caption_column is not None, "prompt" in columns
         self.folder, self.repository = folder, repository
 
     def image(self, row: dict[str, Any], name: str) -> Any:
@@ -97,9 +111,28 @@ class StreamSource:
             return captions if len(captions) > 1 else "".join(captions)
         return value
 
+    def prompt(self, row: dict[str, Any]) -> Any:
+        """The instruction of a row; None if it has none."""
+        value = row[self.columns["prompt"]] if self.has_prompts else None
+        if not self.has_sidecars:
+            return value
+        return value.get(self.prompt_column) if isinstance(value, dict) else None
+
+    def first_prompts(self, count: int) -> list[Any]:
+        """The instructions of the first rows. The training reads these rows again."""
+        return [self.prompt(row) for row in islice(_rows(self.stream), count)] if self.has_prompts else []
+
     def first_captions(self, count: int, caption_lines: str) -> list[Any]:
         """The captions of the first rows. The training reads these rows again."""
         return [self.caption(row, caption_lines) for row in islice(_rows(self.stream), count)]
+
+
+def _keys_of_json(stream: Any, names: Sequence[str]) -> Sequence[str]:
+    """The keys of the `.json` files of a stream of tar files, by its features or its first sample."""
+    if JSON_COLUMN not in names:
+        return ()
+    values = stream.features[JSON_COLUMN] if stream.features is not None else next(iter(stream))[JSON_COLUMN]
+    return list(values) if isinstance(values, dict) else ()
 
 
 def _rows(stream: Any) -> Iterator[dict[str, Any]]:
@@ -193,6 +226,8 @@ class StreamPart:
         item: dict[str, Any] = {"image": self.source.image(row, name)}
         if self.has_captions:
             item["caption"] = caption
+        if self.source.has_prompts:
+            item["prompt"] = self.source.prompt(row)
         if self.rules.random_crop or self.rules.horizontal_flip:
             random = self.rules.drawn(1, completed, node, seen)
             item["augmentation"] = augmentation(random, self.rules.random_crop, self.rules.horizontal_flip)

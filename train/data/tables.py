@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from .captions import CAPTION_COLUMNS, IMAGE_COLUMNS, UNKNOWN, count_alternatives, find_column
+from .captions import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    UNKNOWN,
+    count_alternatives,
+    find_column,
+    find_prompt_column,
+    require_text,
+)
 from .paths import named_image, resolve_path
 from .source import MAX_STREAMS, EncodedImage, Source, hash_files
 from .stored import count_by_file
@@ -64,11 +72,11 @@ class ParquetSource(Source):
         image_column: str,
         caption_column: str | None,
         root: str | os.PathLike | None = None,
+        prompt_column: str | None = None,
     ):
         from pyarrow import parquet
 
         self.files, self.root = [str(file) for file in files], root
-        self.has_captions = caption_column is not None
         self.columns: list[dict[str, str]] = []  # of each file
         groups: list[tuple[int, int, int, int]] = []  # file, group, rows, bytes
         known: dict[tuple[str, ...], dict[str, str]] = {}  # columns by all columns' names: each is said once
@@ -78,6 +86,9 @@ class ParquetSource(Source):
                 columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, file)}
                 if caption_column is not None:
                     columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, file)
+                if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), file):
+                    require_text(parquet.read_schema(file).field(prompt).type, prompt, file)
+                    columns["prompt"] = prompt
                 known[names] = columns
             columns = known[names]
             self.columns.append(columns)
@@ -88,13 +99,15 @@ class ParquetSource(Source):
                 chunks = [group.column(i) for i in range(group.num_columns)]
                 size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
                 groups.append((number, index, group.num_rows, size))
+        self.has_captions = caption_column is not None
+        self.has_prompts = any("prompt" in columns for columns in self.columns)
         table = np.array([group for group in groups if group[2]], dtype=np.int64).reshape(-1, 4)
         self._groups, self._ends = table, np.cumsum(table[:, 2])
         largest = int(table[:, 3].max(initial=1))
         self.num_streams = int(np.clip(MEMORY_FOR_ROW_GROUPS // max(largest, 1), 1, MAX_STREAMS))
         # Row groups in memory, or the errors of those that cannot be read, and their sizes.
         self._tables: OrderedDict[int, tuple[Any, int]] = OrderedDict()
-        self._captions: tuple[int, list[Any]] = (-1, [])
+        self._texts: dict[str, tuple[int, list[Any]]] = {}  # of the captions and instructions read last, their group
         if len(self):
             self._refuse_urls()
 
@@ -155,6 +168,8 @@ class ParquetSource(Source):
         item = {"image": self._image(column[row].as_py(), column.type, file, number)}
         if self.has_captions:
             item["caption"] = table.column(self.columns[file]["caption"])[row].as_py()
+        if "prompt" in self.columns[file]:
+            item["prompt"] = table.column(self.columns[file]["prompt"])[row].as_py()
         return item
 
     def _image(self, value: Any, kind: Any, file: int, number: int) -> Any:
@@ -167,12 +182,21 @@ class ParquetSource(Source):
         return np.asarray(value, dtype=_array_dtype(kind)) if isinstance(value, list) else value
 
     def caption(self, number: int) -> Any:
+        return self._text("caption", number)
+
+    def prompt(self, number: int) -> Any:
+        return self._text("prompt", number)
+
+    def _text(self, kind: str, number: int) -> Any:
+        """The caption or the instruction of a row, read without its image; None where the file has no such column."""
         group = int(np.searchsorted(self._ends, number, side="right"))
         file, index = int(self._groups[group, 0]), int(self._groups[group, 1])
-        if self._captions[0] != group:  # images are not read with them
-            column = self._read(file, index, [self.columns[file]["caption"]]).column(0)
-            self._captions = (group, column.to_pylist())
-        return self._captions[1][number - int(self._ends[group] - self._groups[group, 2])]
+        if kind not in self.columns[file]:
+            return None
+        if self._texts.get(kind, (-1, []))[0] != group:
+            column = self._read(file, index, [self.columns[file][kind]]).column(0)
+            self._texts[kind] = (group, column.to_pylist())
+        return self._texts[kind][1][number - int(self._ends[group] - self._groups[group, 2])]
 
     def _refuse_urls(self) -> None:
         """Raises `ValueError` if the first image that is text is a URL."""
@@ -247,18 +271,22 @@ class ColumnDataset(Source):
         caption_column: str | None,
         folder: str | os.PathLike | None = None,
         repository: str | None = None,
+        prompt_column: str | None = None,
     ):
         names = table.column_names
         columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, "the data")}
         if caption_column is not None:
             columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, "the data")
+        if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), repository or "the data"):
+            require_text(table.features.arrow_schema.field(prompt).type, prompt, repository or "the data")
+            columns["prompt"] = prompt
         from datasets import Image
 
         table = table.select_columns(list(dict.fromkeys(columns.values())))
         if isinstance(table.features[columns["image"]], Image):
             table = table.cast_column(columns["image"], Image(decode=False))
         self.table, self.columns, self.folder, self.repository = table, columns, folder, repository
-        self.has_captions = caption_column is not None
+        self.has_captions, self.has_prompts = caption_column is not None, "prompt" in columns
         self.array_dtype = getattr(table.features[columns["image"]], "dtype", "uint8")
 
     def __len__(self) -> int:
@@ -310,21 +338,26 @@ def has_keys(file: str | os.PathLike) -> bool:
     return KEY_COLUMN in names and not set(IMAGE_COLUMNS) & set(names) and Path(file).with_suffix("").is_dir()
 
 
-def read_keys(file: str | os.PathLike, caption_column: str | None) -> list[dict[str, Any]]:
+def read_keys(
+    file: str | os.PathLike, caption_column: str | None, prompt_column: str | None = None
+) -> list[dict[str, Any]]:
     """The images, and captions, of a downloader's metadata. Says how many rows have no image: failed downloads."""
     from pyarrow import parquet
 
     names, folder = parquet_columns(file), Path(file).with_suffix("")
-    columns = [KEY_COLUMN]
+    columns: dict[str, str] = {}
     if caption_column is not None:
-        columns.append(find_column(names, caption_column, CAPTION_COLUMNS, str(file)))
+        columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, str(file))
+    if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), str(file)):
+        require_text(parquet.read_schema(file).field(prompt).type, prompt, str(file))
+        columns["prompt"] = prompt
     items: list[dict[str, Any]] = []
-    rows = parquet.read_table(file, columns=columns).to_pylist()
+    rows = parquet.read_table(file, columns=[KEY_COLUMN, *columns.values()]).to_pylist()
     for row in rows:
         images = (folder / f"{row[KEY_COLUMN]}{suffix}" for suffix in KEY_SUFFIXES)
         image = next((image for image in images if image.is_file()), None)
         if image is not None:
-            items.append({"image": str(image)} | ({"caption": row[columns[1]]} if caption_column is not None else {}))
+            items.append({"image": str(image)} | {name: row[column] for name, column in columns.items()})
     if len(items) < len(rows):
         logger.warning(f"{file}: {len(rows) - len(items)} of {len(rows)} rows have no image in {folder}")
     return items

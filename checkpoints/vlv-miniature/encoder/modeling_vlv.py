@@ -87,6 +87,8 @@ class VLVConfig(PreTrainedConfig):
             Standard deviation of untrained query tokens (1.0 in the authors' code).
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of untrained projector weights.
+        instructions (`list[str]`, *optional*):
+            What the captioner was trained to follow as a text prefix, such as "briefly", for programs that offer it.
 
     Raises:
         ValueError: If `num_query_tokens` is below 1 or above the number of positions of a text encoder, if
@@ -115,6 +117,7 @@ class VLVConfig(PreTrainedConfig):
     attend_all_queries: bool = False
     query_initializer_range: float = 1.0
     initializer_range: float = 0.02
+    instructions: list[str] | None = None
     tie_word_embeddings: bool = False
 
     def __init_subclass__(cls, **kwargs):
