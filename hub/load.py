@@ -341,7 +341,7 @@ def load_diffusion_components(
             changed.
     """
     folder = diffusion_model_folder(source, DIFFUSION_FILES, revision=revision, token=token)
-    return load_components(folder, find_family(read_json(folder / MODEL_INDEX_FILE), source), dtype)
+    return load_components(folder, find_family(read_json(folder / MODEL_INDEX_FILE), folder / MODEL_INDEX_FILE), dtype)
 
 
 def diffusion_model_folder(

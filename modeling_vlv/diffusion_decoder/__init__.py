@@ -64,8 +64,15 @@ def family_of_components(components: Mapping[str, Any], source: str | os.PathLik
     Raises:
         ValueError: If no family fits.
     """
-    entries = {name: ("", type(part).__name__) for name, part in components.items() if part is not None}
+    entries = {name: ("", _library_class(part)) for name, part in components.items() if part is not None}
     return find_family(entries, source)
+
+
+def _library_class(part: Any) -> str:
+    """The name of a component's class in its library, also of one that is compiled, or sharded by FSDP2."""
+    bases = type(getattr(part, "_orig_mod", part)).__mro__
+    libraries = ("diffusers", "transformers")
+    return next((base.__name__ for base in bases if base.__module__.split(".")[0] in libraries), bases[0].__name__)
 
 
 def family_of(model: str | os.PathLike, **kwargs: Any) -> type[DiffusionDecoder]:

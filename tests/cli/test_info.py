@@ -26,7 +26,9 @@ def parameters(found: dict) -> dict[str, int]:
 def test_the_miniature(capsys):
     found = info(capsys, MINIATURE)
     assert found["kind"] == "stage 2: captions and reconstructions"
-    assert found["family"] == "Stable Diffusion (UNet2DConditionModel, DDIMScheduler, predicts v_prediction)"
+    assert (
+        found["family"] == "Stable Diffusion 1.x or 2.x (UNet2DConditionModel, DDIMScheduler, predicts v_prediction)"
+    )
     assert found["licences"] == {"this model": "cc-by-sa-4.0"}
     assert found["files"]["config.json"] == (MINIATURE / "config.json").stat().st_size
     with safe_open(MINIATURE / "unet" / "diffusion_pytorch_model.safetensors", "pt") as tensors:
