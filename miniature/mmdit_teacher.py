@@ -22,7 +22,7 @@ from vlv.diffusion_decoder import Conditioning, StableDiffusion3Decoder
 from .data import SceneDataset, partial_scene
 from .folding import fold_empty_positions
 from .grammar import write_caption
-from .latents import encode_scenes
+from .latents import SCENE_SEED, load_latents
 from .scene_classifier import SceneClassifier
 from .teacher import CAPTION_DROPOUT, CaptionCollator, PromptAlignmentCallback, build_text_encoder, mix_embeddings
 from .tokenizer import build_tokenizer
@@ -30,6 +30,7 @@ from .training import MovingAverageCallback, train_module
 
 SECOND_TEXT_WIDTH = 64
 WIDTH, LAYERS, HEADS = 160, 5, 5
+EVALUATION_IMAGES = 8_000  # between two evaluations
 SHIFT = 2.0  # more of the timesteps have much noise, where the conditioning matters
 
 
@@ -138,8 +139,8 @@ def assemble_pipeline(
 class MMDiTTeacherLoss(nn.Module):
     """The flow-matching loss of latents with their captions as conditioning.
 
-    The first text encoder is frozen. Noise and target are those of the family's decoder. The autoencoder is no submodule, so it is not in the
-    checkpoints.
+    The first text encoder is frozen. Noise and target are those of the family's decoder. The autoencoder is no
+    submodule, so it is not in the checkpoints.
 
     Args:
         embedding_mixing: The share of captions whose token embeddings are mixed by `mix_embeddings`.
@@ -165,9 +166,10 @@ class MMDiTTeacherLoss(nn.Module):
     def forward(self, latents: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         config = self._decoder[0].vae.config
         latents = (latents.float() - (config.shift_factor or 0.0)) * config.scaling_factor  # (B, C, 8, 8)
-        return {"loss": self._decoder[0].denoising_loss(latents, self._encode(self._cut(input_ids)))}
+        return {"loss": self._decoder[0].denoising_loss(latents, self.encode(self._cut(input_ids)))}
 
-    def _encode(self, input_ids: torch.Tensor) -> Conditioning:
+    def encode(self, input_ids: torch.Tensor) -> Conditioning:
+        """The conditioning of captions `(B, N)`, as diffusers' pipeline forms it."""
         outputs = [encoder(input_ids=input_ids, output_hidden_states=True) for encoder in self.text_encoders]
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=2)  # (B, N, 128 + 64)
         return Conditioning(states, torch.cat([output.text_embeds for output in outputs], dim=1))
@@ -224,38 +226,37 @@ def train_mmdit_teacher(
     output_dir: str | Path,
     work_dir: str | Path,
     autoencoder_dir: str | Path,
-    text_encoder_dir: str | Path,
+    first_teacher: str | Path,
     scene_classifier_path: str | Path,
-    latents_dir: str | Path | None = None,
-    images: int = 153_600,
-    scenes: int = 20_480,
-    batch_size: int = 32,
+    latents_dir: str | Path,
+    images: int = 102_400,
+    batch_size: int = 16,
     learning_rate: float = 1e-3,
     seed: int = 0,
     partial_captions: float = 0.0,
     embedding_mixing: float = 0.0,
     initial_teacher: str | Path | None = None,
-    **arguments,
 ) -> None:
     """Trains text encoders and MMDiT on scenes of `train` with captions; saves a `StableDiffusion3Pipeline`.
 
     Args:
-        text_encoder_dir: The first recipe's text encoder, which is the first one here, too.
-        latents_dir: For the scenes' latents, which several runs can share; by default in `work_dir`.
+        first_teacher: The first recipe's teacher, whose text encoder is the first one here, too.
+        latents_dir: The latents of the scenes that it is trained on, as `encode_scenes` writes them.
         images: Number of training images.
-        scenes: Number of different scenes.
         batch_size: Of all processes together.
         partial_captions: The share of captions that are partial, see `SceneDataset`.
         embedding_mixing: The share of captions with mixed token embeddings, see `mix_embeddings`.
-        initial_teacher: The teacher whose weights training starts from. By default they are random, but for the first
-            text encoder's.
-        arguments: Arguments of `TrainingArguments`.
+        initial_teacher: The teacher whose weights training starts from. By default all but the first text encoder's
+            are random.
     """
     torch.manual_seed(seed)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_dir).eval()
+    autoencoder.register_to_config(shift_factor=autoencoder.config.shift_factor or 0.0)  # the pipeline needs a number
     tokenizer = build_tokenizer(for_text_encoder=True)
     if initial_teacher is None:
-        text_encoders = build_text_encoders(tokenizer, CLIPTextModel.from_pretrained(text_encoder_dir))
+        text_encoders = build_text_encoders(
+            tokenizer, CLIPTextModel.from_pretrained(first_teacher, subfolder="text_encoder")
+        )
         width = sum(encoder.config.hidden_size for encoder in text_encoders)
         transformer = build_transformer(autoencoder.config.latent_channels, width)
         initialize_transformer(transformer, text_encoders)
@@ -266,27 +267,33 @@ def train_mmdit_teacher(
         ]
         transformer = SD3Transformer2DModel.from_pretrained(initial_teacher, subfolder="transformer")
     fold_empty_positions(transformer)
-    data = SceneDataset(scenes, seed=1, fields=("pixels", "scene"))
-    latents = encode_scenes(autoencoder, data, latents_dir or Path(work_dir) / "latents")
+    latents = load_latents(latents_dir)
+    scenes = SceneDataset(len(latents), seed=SCENE_SEED, fields=("scene",))
     module = MMDiTTeacherLoss(text_encoders, transformer, autoencoder, embedding_mixing)
     averaging = MovingAverageCallback(nn.ModuleList([*text_encoders, transformer]), decay=0.995)
     *average_encoders, average_transformer = averaging.average
     teacher = assemble_pipeline(autoencoder, average_encoders, average_transformer, tokenizer)
+    validation = PromptAlignmentCallback(
+        lambda: teacher,
+        SceneClassifier.load(scene_classifier_path),
+        every=EVALUATION_IMAGES // batch_size,
+        folder=Path(work_dir),
+        n=32,
+        steps=12,
+    )
     train_module(
         module,
-        LatentCaptions(latents, SceneDataset(scenes, seed=1, fields=("scene",)), images, seed, partial_captions),
+        LatentCaptions(latents, scenes, images, seed, partial_captions),
         work_dir,
         batch_size=batch_size,
         learning_rate=learning_rate,
         data_collator=CaptionCollator(tokenizer, CAPTION_DROPOUT),
-        callbacks=(
-            averaging,
-            PromptAlignmentCallback(
-                lambda: teacher, SceneClassifier.load(scene_classifier_path), 250, Path(work_dir), n=32, steps=12
-            ),
-        ),
+        callbacks=(averaging, validation),
         seed=seed,
-        **{"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.05}, **arguments},
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.05},
+        warmup_steps=50,
+        save_steps=150,
     )
     if not int(os.environ.get("RANK", "0")):
         teacher.save_pretrained(output_dir)
