@@ -85,7 +85,9 @@ def build_transformer(latent_channels: int, joint_width: int) -> SD3Transformer2
 
 
 @torch.no_grad()
-def initialize_transformer(transformer: SD3Transformer2DModel, text_encoders: Sequence[nn.Module]) -> None:
+def initialize_transformer(
+    transformer: SD3Transformer2DModel, text_encoders: Sequence[CLIPTextModelWithProjection]
+) -> None:
     """Changes an untrained MMDiT's weights so that it starts close to a plain transformer.
 
     - Modulation does not depend on timestep and pooled state at first (as in DiT), and each gate is 0.5.
@@ -158,7 +160,7 @@ class MMDiTTeacherLoss(nn.Module):
         self.text_encoders[0].requires_grad_(False)
         decoder = StableDiffusion3Decoder(autoencoder, transformer, build_scheduler().config, "stratified")
         self.transformer = transformer.requires_grad_(True)
-        self.embedding_mixing = embedding_mixing
+        self.embedding_mixing, self.padding = embedding_mixing, text_encoders[0].config.pad_token_id
         self._decoder = [decoder]  # a list hides it from nn.Module
         for encoder in text_encoders:
             encoder.text_model.embeddings.token_embedding.register_forward_hook(partial(_mix, share=embedding_mixing))
@@ -180,14 +182,13 @@ class MMDiTTeacherLoss(nn.Module):
         Caption embeddings have neither.
         """
         first = int(torch.rand(()) < self.embedding_mixing)
-        padding = self.text_encoders[0].config.pad_token_id
-        longest = int((input_ids != padding).sum(dim=1).max())
+        longest = int((input_ids != self.padding).sum(dim=1).max())
         if torch.rand(()) < 0.75:
             return input_ids[:, first:longest]
         return input_ids[:, first : int(torch.randint(longest, input_ids.shape[1] + 1, ()))]
 
 
-def _mix(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, share: float) -> torch.Tensor:
+def _mix(module: nn.Embedding, args: tuple[torch.Tensor, ...], output: torch.Tensor, share: float) -> torch.Tensor:
     """A forward hook of token embeddings that mixes them in training."""
     if not (module.training and share):
         return output
@@ -293,7 +294,7 @@ def train_mmdit_teacher(
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
         warmup_steps=50,
-        save_steps=150,
+        save_steps=100,
     )
     if not int(os.environ.get("RANK", "0")):
         teacher.save_pretrained(output_dir)

@@ -117,7 +117,7 @@ def trained(tmp_path_factory):
     work, scene_classifier = root / "work", root / SCENE_CLASSIFIER_FILE
     encode_scenes(root / "latents", work / "latents", root / "autoencoder", scenes=16)
     first = (root / "autoencoder", root / "teacher-3", scene_classifier, root / "latents")
-    train_mmdit_teacher(root / "mmdit-teacher", work / "mmdit-teacher", *first, images=16, batch_size=8)
+    train_mmdit_teacher(root / "mmdit-teacher", work / "mmdit-teacher", *first, images=8, batch_size=8)
     further = {"partial_captions": 0.5, "embedding_mixing": 0.5, "initial_teacher": root / "mmdit-teacher"}
     train_mmdit_teacher(root / "mmdit-teacher-2", work / "mmdit-teacher-2", *first, images=16, batch_size=8, **further)
     teacher = (root / "mmdit-teacher-2", scene_classifier)
