@@ -3,6 +3,7 @@
 from vlv.tokenizer import load_tokenizer
 
 from .card import Card
+from .compatibility import check_compatible, check_text_encoders
 from .convert import Conversion, convert
 from .decoder import DiffusionModel, diffusion_model_of, find_diffusion_model, has_own_diffusion_model
 from .describe import Description, describe
@@ -13,7 +14,9 @@ from .layout import (
     CAPTIONER_FINGERPRINT,
     DIFFUSION_FILES,
     ENCODER_FILES,
+    OPTIONAL_TEXT_ENCODER_FILES,
     PIPELINE_FILES,
+    TEXT_ENCODER_FILES,
     TRAINING_FILE,
 )
 from .load import (
@@ -33,7 +36,9 @@ __all__ = [
     "CAPTIONER_FINGERPRINT",
     "DIFFUSION_FILES",
     "ENCODER_FILES",
+    "OPTIONAL_TEXT_ENCODER_FILES",
     "PIPELINE_FILES",
+    "TEXT_ENCODER_FILES",
     "TRAINING_FILE",
     "Card",
     "Conversion",
@@ -42,6 +47,8 @@ __all__ = [
     "UploadError",
     "add_diffusion_model",
     "caption_embeds_shape",
+    "check_compatible",
+    "check_text_encoders",
     "convert",
     "describe",
     "diffusion_model_of",

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from vlv.diffusion_decoder import find_family
 from vlv.files import is_variant, require_space, set_default_permissions, write_json
-from vlv.modeling_vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv.modeling_vlv import VLVConfig, VLVModel
+from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 
+from .compatibility import check_compatible
 from .decoder import DiffusionModel, has_own_diffusion_model, refer_to
 from .layout import (
     CAPTIONER_ENCODER_FILE,
@@ -72,8 +74,8 @@ def export(
         The folder.
 
     Raises:
-        ValueError: If captioner and processor, or encoder and image processor, are not given together, or `weights` is
-            empty.
+        ValueError: If captioner and processor, or encoder and image processor, are not given together, `weights` is
+            empty, or the folder `diffusion_model` does not fit the encoder (`check_compatible`).
         OSError: If the disk is too small for the weights. An earlier model in the folder is then unchanged.
     """
     root = Path(folder)
@@ -89,6 +91,8 @@ def export(
     components: dict[str, Any] = {}
     if diffusion_model is not None and not isinstance(diffusion_model, DiffusionModel):
         components = _diffusion_components(diffusion_model)  # before anything is written
+        if isinstance(diffusion_model, (str, os.PathLike)):
+            check_compatible(encoder, components, "the model", diffusion_model)
     modules = [encoder, captioner, *components.values()]
     require_space(root, _size([module for module in modules if isinstance(module, torch.nn.Module)], dtype))
     (root / "encoder").mkdir(parents=True, exist_ok=True)

@@ -47,10 +47,17 @@ CAPTIONER_ONLY = (  # files that a stage-1 model does not have
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "modeling_vlv_captioner.py",
     "pipeline_vlv_captioning.py",
 )
 ENCODER_FILES = ["*.json", "encoder/*"]
 DIFFUSION_FILES = ["model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS)]
+TEXT_ENCODER_FILES = [  # of a text-to-image model; those that its family works without are downloaded on request
+    f"{name}/*" for name in dict.fromkeys(name for family in FAMILIES for name in family.text_encoders)
+]
+OPTIONAL_TEXT_ENCODER_FILES = [
+    f"{name}/*" for name in dict.fromkeys(name for family in FAMILIES for name in family.optional_text_encoders)
+]
 PIPELINE_FILES = [*DIFFUSION_FILES, "*_config.json", "encoder/*"]
 PICKLES = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt"]
 OWNED = [  # files that a push replaces, or deletes where it has no such file

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from vlv.diffusion_decoder import find_family
 from vlv.diffusion_decoder.components import load_components
 from vlv.files import read_header, read_json, refuse_damaged
-from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVForConditionalGeneration, VLVModel, refuse_renamed_fields
+from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVModel, refuse_renamed_fields
+from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 from vlv.reference_configs import replacement_hint
 from vlv.tokenizer import load_tokenizer
@@ -244,7 +245,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def caption_embeds_shape(config: dict[str, Any]) -> tuple[int, int]:
     """Number and width of the caption embeddings of a model, from its `config.json`; 0 for what it does not say."""
     encoders = [config.get(f"{name}_config") or {} for name in TEXT_ENCODERS]
-    return config.get("num_query_tokens", 0), sum(encoder.get("hidden_size", 0) for encoder in encoders)
+    widths = [encoder.get("hidden_size", encoder.get("d_model", 0)) for encoder in encoders]  # T5 has d_model
+    return config.get("num_query_tokens", 0), sum(widths)
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
@@ -298,9 +300,20 @@ def load_diffusion_components(
         ValueError: If its scheduler is not one of diffusers', a file is damaged, or the model that it refers to has
             changed.
     """
-    folder = resolve(source, revision=revision, token=token, allow_patterns=DIFFUSION_FILES, pickles_allowed=True)
-    require(folder, MODEL_INDEX_FILE)
-    if (referred := referred_diffusion_model(folder)) is not None:
-        referred.check(source)
-        return load_diffusion_components(referred.source, revision=referred.revision, token=token, dtype=dtype)
+    folder = diffusion_model_folder(source, DIFFUSION_FILES, revision=revision, token=token)
     return load_components(folder, find_family(read_json(folder / MODEL_INDEX_FILE), source), dtype)
+
+
+def diffusion_model_folder(
+    source: str | os.PathLike, allow_patterns: list[str], *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """The folder of a text-to-image model: `source`, or what the VLV `source` refers to.
+
+    Args and errors are those of `resolve`.
+    """
+    folder = resolve(source, revision=revision, token=token, allow_patterns=allow_patterns, pickles_allowed=True)
+    require(folder, MODEL_INDEX_FILE)
+    if (referred := referred_diffusion_model(folder)) is None:
+        return folder
+    referred.check(source)
+    return diffusion_model_folder(referred.source, allow_patterns, revision=referred.revision, token=token)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -13,10 +14,11 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
 from vlv.files import read_json, stored_dtype, write_json
 
-from .card import Card, change_card, is_as_pushed, stamp, without_local_paths, write_card
+from .card import DIFFUSION_LABELS, Card, change_card, is_as_pushed, stamp, without_local_paths, write_card
+from .compatibility import check_compatible
 from .export import export
 from .folders import new_folder
-from .layout import CARD_FILE, ENCODER_FILE, OWNED, PICKLES, TRAINING_FILE
+from .layout import CARD_FILE, ENCODER_FILE, MODEL_INDEX_FILE, OWNED, PICKLES, TRAINING_FILE
 from .load import (
     has_two_encoders,
     load_captioner,
@@ -91,7 +93,8 @@ def push(
 
     Raises:
         FileNotFoundError: If there is no model at `source`.
-        ValueError: If it is not a VLV model, or holds pickles.
+        ValueError: If it is not a VLV model, or holds pickles, or `diffusion_model` does not fit it
+            (`check_compatible`).
         UploadError: If the Hub refuses the repository or the upload, or does not answer.
     """
     card = card or Card()
@@ -181,7 +184,7 @@ def write_repository(
     if model_folder == target or model_folder in target.parents or target in model_folder.parents:
         raise ValueError(f"{folder} overlaps with the model's own folder {source}; write to another folder")
     with new_folder(folder) as written:
-        _export_again(root, written, diffusion_model, token, dtype, half_variant)
+        _export_again(root, source, written, diffusion_model, token, dtype, half_variant)
         if (root / TRAINING_FILE).is_file():
             write_json(written / TRAINING_FILE, without_local_paths(read_json(root / TRAINING_FILE)))
         _write_card(root, written, repo, card or Card())
@@ -190,41 +193,37 @@ def write_repository(
 
 def _export_again(
     root: Path,
+    source: str | os.PathLike,
     folder: Path,
     diffusion_model: str | os.PathLike | None,
     token: str | None,
     dtype: torch.dtype | None,
     half_variant: bool,
 ) -> None:
-    """Loads every part of the model in `root` in its stored precision and exports it into `folder`."""
-    if diffusion_model is None and ((root / "unet").is_dir() or (root / "model_index.json").is_file()):
-        diffusion_model = root  # loading names a missing part
-    components = (
-        load_diffusion_components(diffusion_model, token=token, dtype=dtype) if diffusion_model is not None else None
-    )
+    """Loads every part of the model in `root` in its stored precision and exports it into `folder`.
+
+    Args:
+        source: Its name, for messages.
+    """
+    own = root if any((root / name).exists() for name in (MODEL_INDEX_FILE, *DIFFUSION_LABELS)) else None
+    components = None
+    if (read_from := diffusion_model or own) is not None:  # loading names a missing part
+        components = load_diffusion_components(read_from, token=token, dtype=dtype)
     in_hub_layout = (root / ENCODER_FILE).is_file()  # a trainer's output has one file of weights at the root
     encoder_dtype = dtype or stored_dtype(root / "encoder" if in_hub_layout else root)
+    parts: dict[str, Any] = {}
     if read_config(root).get("text_config") is None:
-        encoder, image_processor = load_encoder(root, dtype=encoder_dtype)
-        export(
-            folder,
-            encoder=encoder,
-            image_processor=image_processor,
-            diffusion_model=components,
-            half_variant=half_variant,
-        )
-        return
-    captioner_dtype = dtype or stored_dtype(root)
-    captioner, processor = load_captioner(root, dtype=captioner_dtype)
-    own_encoder = in_hub_layout and (encoder_dtype != captioner_dtype or has_two_encoders(root))
-    export(
-        folder,
-        encoder=load_encoder(root, dtype=encoder_dtype)[0] if own_encoder else None,
-        captioner=captioner,
-        processor=processor,
-        diffusion_model=components,
-        half_variant=half_variant,
-    )
+        encoder, parts["image_processor"] = load_encoder(root, dtype=encoder_dtype)
+        parts["encoder"] = encoder
+    else:
+        captioner_dtype = dtype or stored_dtype(root)
+        parts["captioner"], parts["processor"] = load_captioner(root, dtype=captioner_dtype)
+        encoder = parts["captioner"].model
+        if in_hub_layout and (encoder_dtype != captioner_dtype or has_two_encoders(root)):
+            encoder = parts["encoder"] = load_encoder(root, dtype=encoder_dtype)[0]
+    if diffusion_model is not None and components is not None:
+        check_compatible(encoder, components, os.fspath(source), diffusion_model, token=token)
+    export(folder, **parts, diffusion_model=components, half_variant=half_variant)
 
 
 def _write_card(root: Path, folder: Path, repo: str, card: Card) -> None:

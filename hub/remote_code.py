@@ -13,12 +13,12 @@ from typing import Any
 from vlv.files import read_json, write_json
 
 MODEL_CODE, PROCESSOR_CODE = "modeling_vlv.py", "processing_vlv.py"
-CAPTIONING_CODE = "pipeline_vlv_captioning.py"
+CAPTIONER_CODE, CAPTIONING_CODE = "modeling_vlv_captioner.py", "pipeline_vlv_captioning.py"
 
 CONFIG_MAP = {"AutoConfig": "modeling_vlv.VLVConfig"}
 # AutoModel is the encoder in a captioner's folder, too: transformers keeps one class for it and each config class.
 ENCODER_MAP = CONFIG_MAP | {"AutoModel": "modeling_vlv.VLVModel"}
-CAPTIONER_CLASS = "modeling_vlv.VLVForConditionalGeneration"
+CAPTIONER_CLASS = "modeling_vlv_captioner.VLVForConditionalGeneration"
 CAPTIONER_MAP = ENCODER_MAP | {
     "AutoModelForImageTextToText": CAPTIONER_CLASS,
     "AutoModelForMultimodalLM": CAPTIONER_CLASS,
@@ -60,7 +60,8 @@ def add_code(root: Path) -> None:
     _add(root / "image_processor" / "preprocessor_config.json", auto_map=IMAGE_PROCESSOR_MAP)
     _add(root / "preprocessor_config.json", auto_map=PROCESSOR_MAP if captions else IMAGE_PROCESSOR_MAP)
     if captions:
-        shutil.copyfile(code_file(CAPTIONING_CODE), root / CAPTIONING_CODE)
+        for name in (CAPTIONER_CODE, CAPTIONING_CODE):
+            shutil.copyfile(code_file(name), root / name)
         _add(root / "config.json", auto_map=CAPTIONER_MAP, custom_pipelines=CUSTOM_PIPELINES)
         _add(root / "processor_config.json", auto_map=PROCESSOR_MAP)
         _add(root / "processor_config.json", "image_processor", auto_map=IMAGE_PROCESSOR_MAP)

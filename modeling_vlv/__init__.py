@@ -9,13 +9,8 @@ from transformers import (
     AutoProcessor,
 )
 
-from .modeling_vlv import (
-    FLORENCE_TASK_PROMPT_IDS,
-    VLVConfig,
-    VLVForConditionalGeneration,
-    VLVModel,
-    VLVModelOutput,
-)
+from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVModel, VLVModelOutput
+from .modeling_vlv_captioner import VLVForConditionalGeneration
 from .processing_vlv import VLVImageProcessor, VLVProcessor
 from .version import __version__
 

@@ -32,7 +32,8 @@ from transformers import (
 from .diffusion_decoder import StableDiffusionDecoder
 from .diffusion_decoder.components import load_components
 from .files import read_json
-from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVModel
+from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVModel
+from .modeling_vlv_captioner import VLVForConditionalGeneration
 from .original_checkpoint import read_weights
 from .processing_vlv import VLVImageProcessor, VLVProcessor
 from .tokenizer import load_tokenizer

@@ -30,12 +30,13 @@ def build_reconstruction(
         model, source: Names of the VLV and of the text-to-image model, for messages.
 
     Raises:
-        ValueError: If the components belong to no family, or the encoder to another.
+        ValueError: If the components belong to no family, the encoder to another, or a tokenizer to another encoder.
     """
     index = {name: ("", type(part).__name__) for name, part in components.items() if part is not None}
     family = find_family(index, source)
     denoiser = next(components[name] for name in family.models if name != "vae")
     family.check_model(denoiser, encoder.config, model, source)
+    family.check_tokenizers(components, encoder.config, model, source)
     pipeline = PIPELINES[family.reconstruction_pipeline[1]]
     return pipeline(encoder=encoder, image_processor=image_processor, **components)
 

@@ -26,8 +26,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
     Reconstructs images from their caption embeddings with a frozen text-to-image model.
 
     Caption embeddings (`caption_embeds`, `z`) are what the encoder computes from an image. The encoder's text encoders
-    turn them into prompt embeddings, `(B, N, d_cond)`, and pooled prompt embeddings, `(B, d_pooled)`; those of a Stable
-    Diffusion 3 are arranged as its transformer reads them, see `arrange_conditioning`. With these the pipeline of
+    turn them into prompt embeddings, `(B, N, d_cond)`, and pooled prompt embeddings, `(B, d_pooled)`; for a Stable
+    Diffusion 3 they are arranged as its transformer reads them (`arrange_conditioning`). With these the pipeline of
     diffusers for the text-to-image model, `text_to_image`, generates images.
 
     Args:
@@ -209,6 +209,13 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             raise ValueError(f"the lengths sum to {sum(lengths)}; the text encoders have places for 1 to {positions}")
         return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])[None]
 
+    def _decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Images of latents `(B, C, h, w)`, decoded in the autoencoder's precision, whatever the denoiser's is."""
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+        images = self.vae.decode(latents, return_dict=False)[0]
+        return self.text_to_image.image_processor.postprocess(images, output_type=output_type)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -282,6 +289,7 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
             for name, rows in zip(names, negative, strict=True):
                 embeds[name] = rows.repeat_interleave(batch_size // len(rows), dim=0)
+        decoded_apart = output_type != "latent" and self.vae.dtype != self.denoiser.dtype
         images = self.text_to_image(
             **{name: rows.to(self.denoiser.dtype) for name, rows in embeds.items()},
             height=height,
@@ -290,11 +298,13 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
-            latents=latents,
-            output_type=output_type,
+            latents=None if latents is None else latents.to(self.denoiser.dtype),
+            output_type="latent" if decoded_apart else output_type,
             return_dict=False,
             **kwargs,
         )[0]
+        if decoded_apart:
+            images = self._decode_latents(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -88,7 +88,8 @@ def count_step(
 
     Args:
         loss: Computes the loss of one batch from models on the meta device.
-        parts: Modules by name, one after the other in the forward pass. What no module computes is `OTHER`.
+        parts: Modules by name, one after the other in the forward pass; a `ModuleList`, which is not called itself,
+            stands for its modules. What no module computes is `OTHER`.
         models: All models that `loss` uses; their weights are not counted as activations.
         bf16: Those of the models that compute under bfloat16 autocast.
         num_labels: Number of positions that boolean masks choose, because masks have no values on the meta device.
@@ -173,7 +174,12 @@ class _Attribution:
     @contextmanager
     def hooks(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:
         handles = []
-        for name, module in parts.items():
+        called = [
+            (name, module)
+            for name, part in parts.items()
+            for module in (part if isinstance(part, nn.ModuleList) else [part])
+        ]
+        for name, module in called:
 
             def before(module, arguments, name=name):
                 self.switch(self.stack[-1], self.phase)

@@ -1,5 +1,6 @@
 """The models of a training configuration on the meta device: full size, no weights, no network."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
-from transformers import AutoConfig, CLIPTextConfig, Florence2Config
+from transformers import AutoConfig, CLIPTextModel, Florence2Config
 
 from vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel, hub
 from vlv import reference_configs as reference
-from vlv.diffusion_decoder import StableDiffusionDecoder
+from vlv.diffusion_decoder import FAMILIES, Conditioning, DiffusionDecoder, find_family
+from vlv.modeling_vlv import TEXT_ENCODERS
 
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .lora import add_lora
@@ -24,12 +26,6 @@ from .stage2_trainer import LANGUAGE_MODEL, Stage2Config
 
 FLORENCES = {f"florence-community/Florence-2-{size}": size for size in reference.FLORENCE}
 QWENS = {f"Qwen/Qwen2.5-{size}": size for size in reference.QWEN}
-STABLE_DIFFUSIONS = {
-    name: 64 if name.endswith("-base") else 96 for pair in reference.WITHDRAWN.items() for name in pair
-}
-"""Repositories of Stable Diffusion 2.1 and the side of their latents."""
-
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 @dataclass
@@ -38,7 +34,7 @@ class MetaStep:
 
     Args:
         loss: Computes the loss of one batch of one device.
-        parts: Modules by name, in the order in which they compute.
+        parts: Modules by name, in the order in which they compute; a `ModuleList` stands for its modules.
         models: All models that take part.
         bf16: Those under bfloat16 autocast.
         precision: `"bf16"` or `"fp32"` by part; parts that are not named have the precision of `default_precision`.
@@ -82,7 +78,8 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
         model = VLVModel(vlv_config)
     half = config.bf16 or config.fp16
     vae_dtype = getattr(torch, config.vae_dtype)
-    decoder = _diffusion_decoder(_diffusion_model_of(config), torch.bfloat16 if half else torch.float32, vae_dtype)
+    dtype = torch.bfloat16 if half else torch.float32
+    decoder = build_diffusion_decoder(_diffusion_model_of(config), dtype, vae_dtype)
     freeze_for_stage1(model, config.trainable)
     _checkpoint(config, model)
     if config.diffusion_gradient_checkpointing:
@@ -103,11 +100,11 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
     def loss() -> torch.Tensor:
         latents = encode()
         pixels = torch.empty(batch, 3, encoder_size, encoder_size, device="meta")
-        return decoder.denoising_loss(latents, model(pixel_values=pixels).conditioning)
+        return decoder.denoising_loss(latents, Conditioning.of(model(pixel_values=pixels)))
 
     return MetaStep(
         loss,
-        {"vae_encoder": decoder.vae.encoder, **_encoder_parts(model), "denoiser": decoder.unet},
+        {"vae_encoder": decoder.vae.encoder, **_encoder_parts(model), "denoiser": decoder.denoiser},
         [model, decoder],
         [model] if half else [],
         "bf16" if half else "fp32",
@@ -165,8 +162,14 @@ def _encoder_parts(model: VLVModel) -> dict[str, nn.Module]:
         "transformer_encoder": florence.language_model.encoder,
         "transformer_decoder": florence.language_model.decoder,
         "projector": model.projector,
-        "text_encoder": model.text_encoder.encoder,
+        **{name: _computing(encoder) for name, encoder in zip(TEXT_ENCODERS, model.text_encoders, strict=False)},
     }
+
+
+def _computing(text_encoder: Any) -> nn.Module:
+    """What of a text encoder `VLVModel` calls: the layers of a CLIP text model, or a complete other model."""
+    clip = getattr(text_encoder, "text_model", text_encoder)
+    return clip.encoder.layers if isinstance(clip, CLIPTextModel) else text_encoder
 
 
 def _checkpoint(config: Any, model: Any) -> None:
@@ -185,21 +188,54 @@ def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
         florence = reference.florence_config(FLORENCES[config.image_encoder])
     else:
         florence = _local(Florence2Config, config.image_encoder, "image_encoder", FLORENCES)
-    if config.diffusion_model in STABLE_DIFFUSIONS:
-        text_encoder = reference.text_encoder_config()
-    else:
-        text_encoder = _local(
-            CLIPTextConfig, config.diffusion_model, "diffusion_model", STABLE_DIFFUSIONS, subfolder="text_encoder"
-        )
+    family, configs = text_to_image_configs(config.diffusion_model)
+    names = [*family.text_encoders, *(family.optional_text_encoders if config.t5_text_encoder else ())]
+    text_configs = {f"{name}_config": configs[name] for name in names}
+    positions = VLVConfig(**copy.deepcopy(text_configs), num_query_tokens=1).num_text_positions
     prompt = FLORENCE_TASK_PROMPT_IDS if florence.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS) else []
     vlv_config = VLVConfig(
         image_encoder_config=florence,
-        text_encoder_config=text_encoder,
-        num_query_tokens=config.num_query_tokens or text_encoder.max_position_embeddings,
+        **text_configs,
+        **family.text_settings(len(names)),
+        num_query_tokens=config.num_query_tokens or min(positions, 77),
         task_prompt_ids=prompt,
         attend_all_queries=config.attend_all_queries,
     )
     return vlv_config, config.encoder_image_size, config.pre_crop_size
+
+
+def text_to_image_configs(source: str) -> tuple[type[DiffusionDecoder], dict[str, Any]]:
+    """The family of a text-to-image model, and the configuration of each model, text encoder and scheduler.
+
+    Args:
+        source: One of `reference_configs.TEXT_TO_IMAGE`, or a folder or cached repository in diffusers' format.
+
+    Raises:
+        ValueError: If it is neither, or of no supported family.
+    """
+    known = reference.TEXT_TO_IMAGE
+    if source in known:
+        name, components = known[source]
+        family = next(family for family in FAMILIES if family.family == name)
+        index = dict.fromkeys(components, ("", ""))
+
+        def config_of(part: Any, name: str) -> Any:
+            return part.config_class(**components[name]) if name in TEXT_ENCODERS else components[name]
+
+    else:
+        index = _local(DiffusionPipeline, source, "diffusion_model", known, "load_config")
+        family = find_family(index, source)
+
+        def config_of(part: Any, name: str) -> Any:
+            if name in TEXT_ENCODERS:
+                return _local(part.config_class, source, "diffusion_model", known, subfolder=name)
+            return _local(part, source, "diffusion_model", known, "load_config", subfolder=name)
+
+    parts: dict[str, Any] = {**family.models, "scheduler": SchedulerMixin, **family.text_encoders}
+    parts |= {
+        name: part for name, part in family.optional_text_encoders.items() if index.get(name, [None])[0] is not None
+    }
+    return family, {name: config_of(part, name) for name, part in parts.items()}
 
 
 def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VLVConfig, int]:
@@ -229,21 +265,16 @@ def _local_vlv(source: str) -> tuple[VLVConfig, VLVImageProcessor]:
         raise ValueError(f"model {source} has no readable preprocessor_config.json: {error}") from error
 
 
-def _diffusion_decoder(source: str, dtype: torch.dtype, vae_dtype: torch.dtype) -> StableDiffusionDecoder:
-    if source in STABLE_DIFFUSIONS:
-        parts = reference.diffusion_components("meta", dtype)
-        parts["unet"].register_to_config(sample_size=STABLE_DIFFUSIONS[source])
-    else:
-        configs = {
-            name: _local(part, source, "diffusion_model", STABLE_DIFFUSIONS, "load_config", subfolder=name)
-            for name, part in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL))
-        }
-        with torch.device("meta"):
-            parts = {
-                "unet": UNet2DConditionModel.from_config(configs["unet"]).to(dtype),
-                "vae": AutoencoderKL.from_config(configs["vae"]),
-            }
-    return StableDiffusionDecoder(parts["vae"], parts["unet"], SCHEDULE, vae_dtype=vae_dtype)
+def build_diffusion_decoder(
+    source: str, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32
+) -> DiffusionDecoder:
+    """The decoder of a text-to-image model on the meta device; `source` is that of `text_to_image_configs`."""
+    family, configs = text_to_image_configs(source)
+    with torch.device("meta"):
+        parts = {name: part.from_config(configs[name]) for name, part in family.models.items()}
+    denoiser = next(part for name, part in parts.items() if name != "vae")
+    build: Any = family
+    return build(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
 
 
 def _local(kind: Any, source: str, setting: str, known: dict, method: str = "from_pretrained", **kwargs: Any) -> Any:
@@ -253,7 +284,8 @@ def _local(kind: Any, source: str, setting: str, known: dict, method: str = "fro
             warnings.simplefilter("ignore", UserWarning)
             return getattr(kind, method)(source, local_files_only=True, **kwargs)
     except (OSError, ValueError) as error:
-        inside = f"{kwargs['subfolder']}/config.json" if kwargs else "config.json"
+        file = "model_index.json" if kind is DiffusionPipeline else "config.json"
+        inside = f"{kwargs['subfolder']}/{file}" if kwargs else file
         raise ValueError(
             f"{setting} {source} is not known: it is neither a folder with {inside} nor in the cache of downloads; "
             f"give such a folder, or one of {', '.join(known)}"

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Collection
 
 GROUPS = {
-    "models": ("model", "image_encoder", "language_model", "diffusion_model"),
+    "models": ("model", "image_encoder", "language_model", "diffusion_model", "t5_text_encoder"),
     "data": (
         *("images", "pairs", "split", "image_column", "image_root", "on_bad_image", "max_bad_share", "streaming"),
         *("caption_column", "caption_lines", "on_bad_caption", "max_caption_tokens", "append_eos"),

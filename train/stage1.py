@@ -67,12 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         family.check_model(
             diffusion_decoder.denoiser, model.config, config.model or "the model", diffusion_model.source
         )
+        if config.model is not None and config.diffusion_model is not None:
+            hub.check_text_encoders(model, folder, config.model, diffusion_model.source)
         freeze_for_stage1(model, config.trainable)
         if config.encoder_lora_rank:
             add_encoder_lora(model, config.encoder_lora_rank)
         tokenizers = {
             name: load_tokenizer(folder / name) for name in family.tokenizers[: len(model.config.text_encoder_configs)]
         }
+        family.check_tokenizers(tokenizers, model.config, config.model or "the model", diffusion_model.source)
         evaluation = find_evaluation_set(config, dataset, load_images)
         all_data = [dataset] if evaluation is None else [dataset, evaluation]
         trainer = Stage1Trainer(
@@ -128,7 +131,11 @@ def find_diffusion_model(config: Stage1Config) -> tuple[hub.DiffusionModel, Path
             )
         own.check(config.model)
         found = own
-    patterns = [*hub.DIFFUSION_FILES, *(["text_encoder*/*"] if config.model is None else [])]
+    patterns = list(hub.DIFFUSION_FILES)
+    if config.diffusion_model is not None:  # for a new model, or to compare with those of the one to continue from
+        patterns += hub.TEXT_ENCODER_FILES
+    if config.t5_text_encoder:
+        patterns += hub.OPTIONAL_TEXT_ENCODER_FILES
     folder = hub.resolve(found.source, revision=found.revision, allow_patterns=patterns, pickles_allowed=True)
     if not found.is_known:  # its files were not in the cache
         found = hub.find_diffusion_model(found.source)
@@ -146,7 +153,7 @@ def load_model(
 
     Raises:
         OSError: If a model could not be loaded.
-        ValueError: If a model is damaged, or `check_shape_settings` fails.
+        ValueError: If a model is damaged, or `check_t5` or `check_shape_settings` fails.
     """
     if config.model is not None:
         model, image_processor = hub.load_encoder(config.model)
@@ -156,11 +163,33 @@ def load_model(
     if config.num_query_tokens is not None:
         settings["num_query_tokens"] = config.num_query_tokens
     assert config.image_encoder is not None
-    text_encoders = family.load_text_encoders(str(diffusion_model))
+    if config.t5_text_encoder:
+        check_t5(family, diffusion_model, str(config.diffusion_model))
+    text_encoders = family.load_text_encoders(str(diffusion_model), with_optional=config.t5_text_encoder)
     settings |= family.text_settings(len(text_encoders))
     model = VLVModel.from_vision_text_pretrained(config.image_encoder, text_encoders, **settings)
     size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
     return model, VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
+
+
+def check_t5(family: type[DiffusionDecoder], folder: Path, source: str) -> None:
+    """Refuses `t5_text_encoder` for a text-to-image model that has no T5.
+
+    Raises:
+        ValueError: If the family has no such text encoder, or the folder does not hold it.
+    """
+    if not family.optional_text_encoders:
+        raise ValueError(
+            f"t5_text_encoder is set, but {source} is a {family.title}, which reads no T5; leave t5_text_encoder out"
+        )
+    missing = [
+        name for name in (*family.optional_text_encoders, family.tokenizers[-1]) if not (folder / name).is_dir()
+    ]
+    if missing:
+        raise ValueError(
+            f"t5_text_encoder is set, but {source} has no {' and no '.join(missing)}; give a folder with T5, or leave "
+            "t5_text_encoder out"
+        )
 
 
 def check_shape_settings(config: Stage1Config, model: VLVModel, image_processor: VLVImageProcessor) -> None:
@@ -172,6 +201,7 @@ def check_shape_settings(config: Stage1Config, model: VLVModel, image_processor:
     own = {
         "num_query_tokens": model.config.num_query_tokens,
         "attend_all_queries": model.config.attend_all_queries,
+        "t5_text_encoder": model.config.text_encoder_3_config is not None,
         "encoder_image_size": image_processor.size["height"],
         "pre_crop_size": image_processor.pre_crop_size or None,
     }

@@ -66,6 +66,13 @@ class Stage1Config(StageConfig):
             f"without `model` {DIFFUSION_MODEL}, whose text encoder the new VLV uses."
         },
     )
+    t5_text_encoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Of a Stable Diffusion 3 or 3.5: a new VLV also has its third text encoder, T5. Without it the "
+            "denoiser reads zeros in its place, as in diffusers' pipeline without T5."
+        },
+    )
     export_decoder: bool = field(
         default=False,
         metadata={"help": "Copy the text-to-image model into output_dir at the end; by default it is referred to."},

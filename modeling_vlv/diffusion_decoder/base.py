@@ -214,6 +214,23 @@ class DiffusionDecoder(nn.Module, ABC):
             )
 
     @classmethod
+    def check_tokenizers(cls, tokenizers: Mapping[str, Any], config: VLVConfig, model: str, source: str) -> None:
+        """Raises `ValueError` if a tokenizer has words that its text encoder does not know.
+
+        Args:
+            tokenizers: By the names in `tokenizers` of the class.
+            config, model, source: As in `check_model`.
+        """
+        for name, encoder in zip(cls.tokenizers, config.text_encoder_configs, strict=False):
+            tokenizer = tokenizers.get(name)
+            if tokenizer is not None and len(tokenizer) > encoder.vocab_size:
+                raise ValueError(
+                    f"{model} and {source} do not fit together: {name} of {source} has {len(tokenizer)} words, but "
+                    f"the text encoder of {model} that reads them knows {encoder.vocab_size}; replace {name} by that "
+                    f"of the text-to-image model that {model} was trained with"
+                )
+
+    @classmethod
     @abstractmethod
     def reads(cls, denoiser: Any, widths: Sequence[int]) -> bool:
         """Whether the denoiser can be conditioned on text encoders of these widths."""

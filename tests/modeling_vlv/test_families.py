@@ -1,28 +1,43 @@
 """Each family of text-to-image models computes what diffusers' own pipeline computes, from real words' embeddings."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch.nn import functional as F
 
 from vlv import VLVConfig, VLVModel
 from vlv.diffusion_decoder import (
     Conditioning,
+    DiffusionDecoder,
+    StableDiffusion3Decoder,
     StableDiffusionDecoder,
     StableDiffusionXLDecoder,
     family_of,
     load_diffusion_decoder,
+    sd3,
 )
 from vlv.modeling_vlv import TEXT_ENCODERS
-from vlv.pipelines import VLVPooledReconstructionPipeline, build_reconstruction
+from vlv.pipelines import VLVPooledReconstructionPipeline, build_reconstruction, pipeline_vlv_pooled_reconstruction
+from vlv.train.objectives import drop_embeddings
 
 from ..builders import (
     IMAGE_ENCODER_CONFIG,
     POOLED_WIDTH,
     POSITIONS,
     TEXT_2_WIDTH,
+    TEXT_3_WIDTH,
     TEXT_WIDTH,
     WEIGHT_SCALE,
     assert_close_to_scale,
@@ -32,22 +47,78 @@ from ..builders import (
 )
 
 WORDS = ["a small dog", "a large apple at the top left, a dog and a large red apple at the bottom right"]
+TWO_WIDTHS = (TEXT_WIDTH, TEXT_2_WIDTH)
+
+
+@dataclass
+class Case:
+    """A family with some of its text encoders.
+
+    Args:
+        text_options: Arguments of diffusers' `encode_prompt`.
+        prompt_shape: Of the prompt embeddings of one text.
+    """
+
+    family: type[DiffusionDecoder]
+    pipeline: type[DiffusionPipeline]
+    fixture: str
+    widths: tuple[int, ...]
+    pooled_width: int
+    channels: int
+    prompt_shape: tuple[int, int]
+    text_options: dict[str, Any]
+
+
+SD3 = (StableDiffusion3Decoder, StableDiffusion3Pipeline, "stable_diffusion_3")
+PROMPTS = {"prompt_2": None, "prompt_3": None}
+CASES = {
+    "sdxl": Case(
+        StableDiffusionXLDecoder,
+        StableDiffusionXLPipeline,
+        "stable_diffusion_xl",
+        TWO_WIDTHS,
+        POOLED_WIDTH,
+        4,
+        (POSITIONS, sum(TWO_WIDTHS)),
+        {},
+    ),
+    "sd3": Case(*SD3, TWO_WIDTHS, 2 * POOLED_WIDTH, 16, (POSITIONS + 256, TEXT_3_WIDTH), PROMPTS),
+    "sd3 with T5": Case(
+        *SD3,
+        (*TWO_WIDTHS, TEXT_3_WIDTH),
+        2 * POOLED_WIDTH,
+        16,
+        (2 * POSITIONS, TEXT_3_WIDTH),
+        {**PROMPTS, "max_sequence_length": POSITIONS},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request) -> Case:
+    return CASES[request.param]
 
 
 @pytest.fixture(scope="module")
-def diffusers_pipeline(stable_diffusion_xl) -> StableDiffusionXLPipeline:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(stable_diffusion_xl, add_watermarker=False)
+def folder(case, request) -> Path:
+    return request.getfixturevalue(case.fixture)
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline(case, folder) -> DiffusionPipeline:
+    left_out = {} if len(case.widths) == 3 or case.channels == 4 else {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = case.pipeline.from_pretrained(folder, **left_out)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def model(diffusers_pipeline) -> VLVModel:
-    encoders = [diffusers_pipeline.text_encoder, diffusers_pipeline.text_encoder_2]
+def model(case, diffusers_pipeline) -> VLVModel:
+    encoders = [getattr(diffusers_pipeline, name) for name in TEXT_ENCODERS[: len(case.widths)]]
     torch.manual_seed(0)
     config = vlv_config(
         **{f"{name}_config": encoder.config for name, encoder in zip(TEXT_ENCODERS, encoders, strict=False)},
-        **StableDiffusionXLDecoder.text_settings(2),
+        **case.family.text_settings(len(encoders)),
     )
     built = VLVModel(config).eval()
     for own, loaded in zip(built.text_encoders, encoders, strict=True):
@@ -56,60 +127,80 @@ def model(diffusers_pipeline) -> VLVModel:
 
 
 @pytest.fixture
-def decoder(stable_diffusion_xl) -> StableDiffusionXLDecoder:
-    loaded = load_diffusion_decoder(str(stable_diffusion_xl))
-    assert isinstance(loaded, StableDiffusionXLDecoder)
-    return loaded
+def decoder(folder) -> DiffusionDecoder:
+    return load_diffusion_decoder(str(folder))
 
 
 @pytest.fixture
-def batch(model) -> dict:
+def pipeline(case, model, decoder, diffusers_pipeline, image_processor) -> VLVPooledReconstructionPipeline:
+    tokenizers = {name: getattr(diffusers_pipeline, name) for name in case.family.tokenizers}
+    built = build_reconstruction(model, image_processor, {**decoder.pipeline_components(), **tokenizers})
+    assert isinstance(built, VLVPooledReconstructionPipeline)
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+@pytest.fixture
+def batch(case, model) -> dict:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        output = model(caption_embeds=torch.randn(3, 8, TEXT_WIDTH + TEXT_2_WIDTH, generator=generator))
+        output = model(caption_embeds=torch.randn(3, 8, sum(case.widths), generator=generator))
     return {
-        "latents": torch.randn(3, 4, 8, 8, generator=generator),
+        "latents": torch.randn(3, case.channels, 8, 8, generator=generator),
         "conditioning": Conditioning.of(output),
-        "noise": torch.randn(3, 4, 8, 8, generator=generator),
+        "noise": torch.randn(3, case.channels, 8, 8, generator=generator),
         "timesteps": torch.tensor([0, 500, 999]),
     }
 
 
-def ids_of(pipeline, words: list[str]) -> list[torch.Tensor]:
+def ids_of(pipeline, words: list[str], count: int) -> list[torch.Tensor]:
     settings = {"padding": "max_length", "max_length": POSITIONS, "truncation": True, "return_tensors": "pt"}
-    return [tokenizer(words, **settings).input_ids for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2, getattr(pipeline, "tokenizer_3", None)][:count]
+    return [tokenizer(words, **settings).input_ids for tokenizer in tokenizers]
 
 
-def test_the_family_is_found_by_the_components(stable_diffusion, stable_diffusion_xl):
+def test_the_family_is_found_by_the_components(stable_diffusion, stable_diffusion_xl, stable_diffusion_3):
     assert family_of(stable_diffusion) is StableDiffusionDecoder
     assert family_of(stable_diffusion_xl) is StableDiffusionXLDecoder
+    assert family_of(stable_diffusion_3) is StableDiffusion3Decoder
 
 
 @torch.no_grad()
-def test_words_give_exactly_what_encode_prompt_gives(model, diffusers_pipeline):
-    states, _, pooled, _ = diffusers_pipeline.encode_prompt(WORDS, do_classifier_free_guidance=False)
-    ids = ids_of(diffusers_pipeline, WORDS)
-    assert not torch.equal(*ids)  # the two pad with different tokens
-    output = model(input_ids=ids)
-    assert torch.equal(output.conditioning, states) and torch.equal(output.pooled_conditioning, pooled)
-    assert states.shape == (2, POSITIONS, TEXT_WIDTH + TEXT_2_WIDTH) and pooled.shape == (2, POOLED_WIDTH)
+def test_words_give_exactly_what_encode_prompt_gives(case, pipeline, diffusers_pipeline):
+    states, _, pooled, _ = diffusers_pipeline.encode_prompt(
+        WORDS, do_classifier_free_guidance=False, **case.text_options
+    )
+    first, second, *_ = ids_of(diffusers_pipeline, WORDS, len(case.widths))
+    assert not torch.equal(first, second)  # the two pad with different tokens
+    got_states, got_pooled = pipeline.encode_prompt(WORDS)
+    assert torch.equal(got_states, states) and torch.equal(got_pooled, pooled)
+    assert states.shape == (2, *case.prompt_shape) and pooled.shape == (2, case.pooled_width)
 
 
 @torch.no_grad()
-def test_embeddings_of_words_give_exactly_what_encode_prompt_gives(model, diffusers_pipeline):
+def test_embeddings_of_words_give_exactly_what_encode_prompt_gives(case, model, pipeline, diffusers_pipeline):
     """The pooled state is that of the last position, so it is the words' where their EOS is the last token."""
     words = WORDS[1:]  # truncated to all positions
-    states, _, pooled, _ = diffusers_pipeline.encode_prompt(words, do_classifier_free_guidance=False)
-    parts = [
-        encoder.get_input_embeddings()(ids)
-        for encoder, ids in zip(model.text_encoders, ids_of(diffusers_pipeline, words), strict=True)
-    ]
-    output = model(caption_embeds=torch.cat(parts, dim=2))
-    assert torch.equal(output.conditioning, states) and torch.equal(output.pooled_conditioning, pooled)
+    states, _, pooled, _ = diffusers_pipeline.encode_prompt(
+        words, do_classifier_free_guidance=False, **case.text_options
+    )
+    ids = ids_of(diffusers_pipeline, words, len(case.widths))
+    parts = [encoder.get_input_embeddings()(own) for encoder, own in zip(model.text_encoders, ids, strict=True)]
+    got_states, got_pooled = pipeline.encode_caption_embeds(torch.cat(parts, dim=2))
+    assert torch.equal(got_states, states) and torch.equal(got_pooled, pooled)
 
 
+@pytest.mark.parametrize("width", [sum(TWO_WIDTHS), sum(TWO_WIDTHS) + TEXT_3_WIDTH])
+def test_training_and_pipeline_arrange_the_same_sequence_for_the_transformer(width):
+    states = torch.randn(2, 5, width)
+    arranged = sd3.arrange_conditioning(states, TEXT_3_WIDTH)
+    assert torch.equal(arranged, pipeline_vlv_pooled_reconstruction.arrange_conditioning(states, TEXT_3_WIDTH))
+    assert arranged.shape == (2, 10 if width > TEXT_3_WIDTH else 261, TEXT_3_WIDTH)
+
+
+@pytest.mark.parametrize("case", ["sdxl"], indirect=True)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_loss_by_the_formulas(prediction_type, decoder, batch):
+def test_the_loss_of_a_noise_schedule_by_the_formulas(prediction_type, decoder, batch):
     config = {**decoder.scheduler.config, "prediction_type": prediction_type}
     decoder = StableDiffusionXLDecoder(decoder.vae, decoder.unet, config)
     kept = decoder.scheduler.alphas_cumprod[batch["timesteps"]].view(3, 1, 1, 1)
@@ -126,12 +217,64 @@ def test_the_loss_by_the_formulas(prediction_type, decoder, batch):
     assert_close_to_scale(decoder.denoising_loss(**batch), expected)
 
 
-def test_gradients_reach_the_encoder_and_nothing_frozen_changes(model, decoder, batch):
+def sequence_by_hand(conditioning: Conditioning) -> torch.Tensor:
+    """What the transformer of a Stable Diffusion 3 reads."""
+    states = conditioning.hidden_states
+    clip, t5 = states[..., : sum(TWO_WIDTHS)], states[..., sum(TWO_WIDTHS) :]
+    sequence = torch.zeros(len(states), clip.shape[1] + (t5.shape[1] if t5.numel() else 256), TEXT_3_WIDTH)
+    sequence[:, : clip.shape[1], : clip.shape[2]] = clip
+    if t5.numel():
+        sequence[:, clip.shape[1] :] = t5
+    return sequence
+
+
+@pytest.mark.parametrize("case", ["sd3", "sd3 with T5"], indirect=True)
+def test_the_loss_of_flow_matching_with_the_librarys_scheduler(decoder, batch):
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(decoder.scheduler.config)  # its timesteps descend
+    places = 999 - batch["timesteps"]
+    timesteps, sigmas = scheduler.timesteps[places], scheduler.sigmas[places]
+    noisy = scheduler.scale_noise(batch["latents"], timesteps, batch["noise"])
+    predicted = decoder.transformer(
+        hidden_states=noisy,
+        timestep=timesteps,
+        encoder_hidden_states=sequence_by_hand(batch["conditioning"]),
+        pooled_projections=batch["conditioning"].pooled,
+    ).sample
+    weights = compute_loss_weighting_for_sd3("logit_normal", sigmas).view(3, 1, 1, 1)
+    expected = (weights * (predicted - (batch["noise"] - batch["latents"])) ** 2).mean()
+    assert_close_to_scale(decoder.denoising_loss(**batch), expected)
+    share = (batch["timesteps"] + 1) / 1000
+    assert_close_to_scale(sigmas, 3 * share / (1 + 2 * share))
+
+
+@pytest.mark.parametrize("case", ["sd3"], indirect=True)
+def test_timesteps_of_flow_matching_have_the_published_density(decoder):
+    places = compute_density_for_timestep_sampling(
+        "logit_normal", 64, logit_mean=0.0, logit_std=1.0, generator=torch.Generator().manual_seed(0)
+    )
+    timesteps = decoder.sample_timesteps(64, torch.Generator().manual_seed(0))
+    assert torch.equal(timesteps, (places * 1000).long())
+
+
+@pytest.mark.parametrize("case", ["sd3"], indirect=True)
+def test_rows_with_fewer_embeddings_are_computed_without_the_others_places(decoder, batch):
+    given = batch["conditioning"]
+    empty = Conditioning(given.hidden_states[:1, :3], given.pooled[:1])
+    mixed = drop_embeddings(given, empty, torch.tensor([False, True, False]))
+    assert mixed.mask is not None
+    got = decoder.predict(batch["latents"], batch["timesteps"], mixed)
+    whole = decoder.predict(batch["latents"], batch["timesteps"], given)
+    part = decoder.predict(batch["latents"][1:2], batch["timesteps"][1:2], empty)
+    assert_close_to_scale(got, torch.stack([whole[0], part[0], whole[2]]))
+    assert (part[0] - whole[1]).abs().max() > 1e-3
+
+
+def test_gradients_reach_the_encoder_and_nothing_frozen_changes(case, model, decoder, batch):
     pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     batch["conditioning"] = Conditioning.of(model(pixel_values=pixels))
     decoder.denoising_loss(**batch).backward()
-    half = model.projector.linear_2.weight.grad.split([TEXT_WIDTH, TEXT_2_WIDTH])  # of the first and second encoder
-    assert all(part.abs().sum() > 0 for part in half)
+    parts = model.projector.linear_2.weight.grad.split(case.widths)  # of each text encoder
+    assert all(part.abs().sum() > 0 for part in parts)
     assert all(parameter.grad is None for parameter in decoder.parameters())
     model.zero_grad()
 
@@ -144,19 +287,13 @@ def test_the_pooled_state_alone_has_a_gradient(decoder, batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_one_sampling_step_by_hand(guidance_scale, model, decoder, diffusers_pipeline, image_processor):
-    scheduler = DDIMScheduler.from_config(decoder.scheduler.config)
-    components = {
-        **decoder.pipeline_components(),
-        "scheduler": scheduler,
-        "tokenizer": diffusers_pipeline.tokenizer,
-        "tokenizer_2": diffusers_pipeline.tokenizer_2,
-    }
-    pipeline = build_reconstruction(model, image_processor, components)
-    assert isinstance(pipeline, VLVPooledReconstructionPipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    z = torch.randn(2, 8, TEXT_WIDTH + TEXT_2_WIDTH, generator=torch.Generator().manual_seed(2))
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+def test_one_sampling_step_by_hand(guidance_scale, case, model, pipeline, decoder, diffusers_pipeline):
+    flow = case.channels == 16
+    scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler
+    scheduler = scheduler_class.from_config(decoder.scheduler.config)
+    pipeline.scheduler = scheduler
+    z = torch.randn(2, 8, sum(case.widths), generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(2, case.channels, 8, 8, generator=torch.Generator().manual_seed(3))
     got = pipeline(
         caption_embeds=z,
         latents=noise,
@@ -166,22 +303,61 @@ def test_one_sampling_step_by_hand(guidance_scale, model, decoder, diffusers_pip
         height=32,
         width=32,
     ).images
+    scheduler = scheduler_class.from_config(decoder.scheduler.config)
     scheduler.set_timesteps(1)
     (timestep,) = scheduler.timesteps
+
+    def predict(conditioning: Conditioning) -> torch.Tensor:
+        if not flow:
+            return decoder.predict(noise, timestep, conditioning)
+        return decoder.transformer(
+            hidden_states=noise,
+            timestep=timestep.expand(2),
+            encoder_hidden_states=sequence_by_hand(conditioning),
+            pooled_projections=conditioning.pooled,
+        ).sample
+
     given = Conditioning.of(model(caption_embeds=z))
-    predicted = decoder.predict(noise, timestep, given)
-    if guidance_scale > 1:  # steers away from zeros
+    predicted = predict(given)
+    if guidance_scale > 1:  # steers away from zeros, or from the empty prompt
         nothing = Conditioning(torch.zeros_like(given.hidden_states), torch.zeros_like(given.pooled))
-        without = decoder.predict(noise, timestep, nothing)
+        if flow:
+            ids = [own[:, :8] for own in ids_of(diffusers_pipeline, ["", ""], len(case.widths))]  # as long as z
+            nothing = Conditioning.of(model(input_ids=ids))
+        without = predict(nothing)
         predicted = without + guidance_scale * (predicted - without)
     assert_close_to_scale(got, scheduler.step(predicted, timestep, noise).prev_sample)
 
 
-def test_a_model_of_another_family_is_an_error_that_names_both(encoder, decoder):
-    with pytest.raises(
-        ValueError, match=r"runs/a and org/xl do not fit together: org/xl is a Stable Diffusion XL.*80"
-    ):
-        StableDiffusionXLDecoder.check_model(decoder.unet, encoder.config, "runs/a", "org/xl")
+@torch.no_grad()
+def test_images_are_decoded_where_denoiser_and_autoencoder_differ_in_precision(case, pipeline, decoder):
+    z = torch.randn(1, 8, sum(case.widths), generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, case.channels, 8, 8, generator=torch.Generator().manual_seed(3))
+    settings = {"caption_embeds": z, "latents": noise, "num_inference_steps": 2, "height": 32, "width": 32}
+    full = pipeline(**settings, output_type="pt").images
+    decoder.denoiser.bfloat16()
+    half = pipeline(**settings, output_type="pt").images
+    assert half.shape == (1, 3, 32, 32) and (half - full).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("case", ["sdxl", "sd3"], indirect=True)
+def test_a_model_of_another_family_is_an_error_that_names_both(case, encoder, decoder):
+    both = f"runs/a and org/b do not fit together: org/b is a {case.family.title}"
+    with pytest.raises(ValueError, match=rf"{both}.*{case.prompt_shape[1]}.*width 32"):
+        case.family.check_model(decoder.denoiser, encoder.config, "runs/a", "org/b")
+
+
+@pytest.mark.parametrize("case", ["sd3"], indirect=True)
+def test_settings_that_flow_matching_cannot_use_are_errors(decoder):
+    parts = (decoder.vae, decoder.transformer)
+    with pytest.raises(ValueError, match=r"snr_gamma is 5\.0.*leave snr_gamma out"):
+        StableDiffusion3Decoder(*parts, decoder.scheduler.config, snr_gamma=5.0)
+    with pytest.raises(ValueError, match="set use_dynamic_shifting to false"):
+        StableDiffusion3Decoder(*parts, {**decoder.scheduler.config, "use_dynamic_shifting": True})
+    with pytest.raises(ValueError, match="DDIMScheduler has no shift"):
+        StableDiffusion3Decoder(*parts, {"_class_name": "DDIMScheduler"})
+    with pytest.raises(ValueError, match=r"sides divisible by 8, got \(1, 3, 36, 36\)"):  # 4 by the VAE, 2 by patches
+        decoder.encode_moments(torch.zeros(1, 3, 36, 36))
 
 
 def test_settings_that_do_not_fit_the_text_encoders_are_errors():

@@ -194,7 +194,7 @@ pipe = pipeline("image-to-text", model=source, trust_remote_code=True, local_fil
 pipe.save_pretrained(target)
 print(json.dumps(pipe(image)))
 """
-CODE = {"modeling_vlv.py", "processing_vlv.py", "pipeline_vlv_captioning.py"}
+CODE = {"modeling_vlv.py", "modeling_vlv_captioner.py", "processing_vlv.py", "pipeline_vlv_captioning.py"}
 
 
 @pytest.mark.slow

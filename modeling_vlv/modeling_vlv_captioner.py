@@ -1,0 +1,378 @@
+"""VLV's captioner: a language model decodes the conditioning of caption embeddings into a caption.
+
+Shapes in comments: B images, Q query tokens, P tokens of a text prefix, L tokens of a caption, d_text the width of a
+caption embedding, d_lm the width of the language model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .modeling_vlv import VLVConfig, VLVModel, VLVPreTrainedModel, VLVProjector, from_sub_configs
+
+
+@dataclass
+class VLVCausalLMOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, returned when `labels` are given):
+            Next-token cross-entropy over the labels that are not -100.
+        logits (`torch.Tensor`):
+            `(B, L, vocab)` with labels: `logits[:, i]` predicts `labels[:, i]`. `(B, 1, vocab)` without labels: the
+            next token. `(B, Q + P + L, vocab)` with `full_logits=True`. None in training, unless asked for.
+        caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
+            The caption embeddings that the language model read.
+        hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
+            Of the language model, as it returns them: its embeddings and the output of each layer, each
+            `(B, Q + P + L, d_lm)`, prefix included.
+        attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
+            Attention weights of each layer of the language model, `(B, heads, Q + P + L, Q + P + L)`.
+        past_key_values (`Cache`, returned with `use_cache=True`):
+            Keys and values of the language model, over the same positions.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    caption_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Cache | None = None
+
+
+class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
+    """The captioner: a [`VLVModel`], a projection, and a causal language model that reads the conditioning.
+
+    Raises:
+        ValueError: If the configuration is a stage-1 model's, which has no language model.
+    """
+
+    def __init__(self, config: VLVConfig):
+        if config.text_config is None:
+            raise ValueError(
+                "this is a stage-1 checkpoint: it has no language model, so it reconstructs images but writes no "
+                "captions. Load it as VLVModel, or start stage 2 with "
+                "VLVForConditionalGeneration.from_vlv_text_pretrained(this_checkpoint, a_language_model)"
+            )
+        super().__init__(config)
+        self.model = VLVModel._from_config(config)
+        text_config = config.text_config.get_text_config()
+        d_lm = getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size  # the first is OPT's
+        self.language_projection = VLVProjector(config.conditioning_dim, d_lm)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        self.loss_type = "ForMaskedLM"  # cross-entropy without a shift: logits[:, i] predicts labels[:, i]
+        self.post_init()
+        self.generation_config = GenerationConfig.from_model_config(config.text_config)
+
+    @classmethod
+    def from_vlv_text_pretrained(
+        cls, vlv: str | VLVModel, language_model: str | PreTrainedModel, *, dtype: torch.dtype = torch.float32
+    ) -> VLVForConditionalGeneration:
+        """Starts stage 2 from a stage-1 model and a pretrained causal language model. The projection is new.
+
+        Args:
+            vlv (`str` or `VLVModel`): Folder or repo id of a stage-1 model, or the model.
+            language_model (`str` or `PreTrainedModel`):
+                Folder or repo id of a causal language model, e.g. `Qwen/Qwen2.5-3B`, or the model.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Precision of all parts, whatever they are stored in. Training in mixed precision needs full weights.
+        """
+        encoder: Any = VLVModel.from_pretrained(vlv) if isinstance(vlv, str) else vlv
+        if isinstance(language_model, str):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        own = {item.name: getattr(encoder.config, item.name) for item in fields(VLVConfig) if item.init}
+        own = {name: value for name, value in own.items() if name not in PreTrainedConfig.__dataclass_fields__}
+        sub_configs = {name: own.pop(name) for name in VLVConfig.sub_configs_defaults}
+        sub_configs = {name: config for name, config in sub_configs.items() if config is not None}
+        model = from_sub_configs(cls, {**sub_configs, "text_config": language_model.config}, dtype, **own)
+        model.model.load_state_dict(encoder.state_dict())
+        model.language_model.load_state_dict(language_model.state_dict())
+        if language_model.generation_config is not None:
+            model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self, modality: str | None = None):
+        return self.language_model.get_decoder()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """As [`VLVModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_prefix(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
+
+        Returns:
+            Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and the caption embeddings `(B, Q, d_text)`.
+            Padding of a text prefix is moved to the front, so that the last position always precedes the caption.
+
+        Raises:
+            ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
+                belongs to nothing, or `inputs_embeds` are given beside `input_ids`.
+        """
+        if pixel_values is None and caption_embeds is None:
+            raise ValueError(
+                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values and "
+                "caption_embeds"
+            )
+        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)
+        token_embeddings = self.get_input_embeddings()
+        prefix = self.language_projection(output.conditioning.to(self.language_projection.linear_1.bias.dtype))
+        prefix = prefix.to(token_embeddings.weight.dtype)  # (B, Q, d_lm)
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("pass the text prefix as input_ids or as inputs_embeds, not as both")
+        text = inputs_embeds if input_ids is None else input_ids
+        if text is None and attention_mask is not None:
+            raise ValueError("attention_mask belongs to a text prefix; pass input_ids, too, or leave it out")
+        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any():
+            text = None  # padding alone
+        if text is not None and text.shape[1]:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            if len(text) != len(prefix):
+                raise ValueError(f"{len(text)} rows of {name} for {len(prefix)} images; give one row an image")
+            if attention_mask is None:
+                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+            if attention_mask.shape != text.shape[:2]:
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}, but {name} are {tuple(text.shape)}"
+                )
+            words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
+            prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
+            mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+            order = (mask != 0).long().argsort(dim=1, stable=True)  # (B, Q + P), padding first
+            prefix = prefix.gather(1, order[..., None].expand_as(prefix))
+            mask = mask.gather(1, order)
+        return prefix, mask, output.caption_embeds
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_logits: bool | None = None,
+        full_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> VLVCausalLMOutput:
+        """Next-token loss and logits of captions, given their images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
+            caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): A text prefix, also of length 0, without loss.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): Of the text prefix, padded on either side.
+            labels (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The caption alone, its EOS included, padded on the right with -100.
+            return_logits (`bool`, *optional*):
+                By default logits are returned, except in training with labels. There they are computed only at the
+                positions that predict a label.
+            full_logits (`bool`, *optional*, defaults to `False`): Returns logits of every position, prefix included.
+            num_items_in_batch (`int`, *optional*): Divisor of the summed loss, for gradient accumulation.
+            inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
+            use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
+            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
+
+        Raises:
+            ValueError: If labels and images differ in number, or the labels repeat `input_ids`.
+            TypeError: For an argument that has no effect.
+        """
+        self._refuse_unused(kwargs)
+        recorded = {
+            name: getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("output_hidden_states", "output_attentions")
+        }
+        sequence, mask, caption_embeds = self.get_prefix(
+            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds
+        )
+        with_text = sequence.shape[1] > caption_embeds.shape[1]
+        start = sequence.shape[1] - 1  # the position that predicts the first label
+        length = 1
+        if labels is not None:
+            if labels.ndim != 2 or len(labels) != len(sequence):
+                raise ValueError(f"labels must be ({len(sequence)}, length), got {tuple(labels.shape)}")
+            _refuse_labels_of_the_prefix(labels, input_ids, attention_mask)
+            length = labels.shape[1]
+            label_embeds = self.get_input_embeddings()(labels.clamp(min=0)).to(sequence)  # (B, L, d_lm)
+            sequence = torch.cat([sequence, label_embeds], dim=1)
+            mask = torch.cat([mask, (labels != -100).to(mask)], dim=1)
+        positions: dict[str, Any] = {}
+        if with_text:  # otherwise no padding precedes a word
+            positions = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+        with_logits = full_logits or labels is None or (not self.training if return_logits is None else return_logits)
+        keep: Any = 0 if full_logits else sequence.shape[1] - start  # the last so many positions; 0 keeps all
+        if labels is not None and not with_logits:
+            keep = F.pad(labels != -100, (start, 1))  # (B, Q + P + L) bool: the positions that predict a label
+        output = self.language_model(
+            inputs_embeds=sequence,
+            use_cache=bool(use_cache),
+            logits_to_keep=keep,
+            return_dict=True,
+            **positions,
+            **recorded,
+        )
+        logits = output.logits  # (B, positions, vocab), or with a mask (number of labels, vocab)
+        if (logits.shape[1] != (keep or sequence.shape[1])) if with_logits else logits.ndim != 2:
+            raise TypeError(
+                f"{type(self.language_model).__name__} ignores logits_to_keep, so VLV cannot use it; choose a causal "
+                "language model that supports it"
+            )
+        if not full_logits and with_logits:
+            logits = logits[:, :length]
+
+        loss: torch.Tensor | None = None
+        if labels is not None:
+            counted = labels != -100  # (B, L)
+            predictions = logits  # (number of labels, vocab)
+            if with_logits:
+                predictions = (logits[:, start : start + length] if full_logits else logits)[counted]
+            loss = self.loss_function(
+                logits=predictions,
+                labels=labels[counted],
+                vocab_size=predictions.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        return VLVCausalLMOutput(
+            loss=loss,
+            logits=logits if with_logits else None,
+            caption_embeds=caption_embeds,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            past_key_values=output.past_key_values if use_cache else None,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        prefix_dtype: torch.dtype | None = None,
+        inputs: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
+
+        Greedy search, beams, sampling, `max_new_tokens`, `min_new_tokens`, `num_return_sequences`, stopping criteria,
+        a streamer (for one image), `cache_implementation="static"`. Keyword arguments override `generation_config`,
+        which overrides the model's own.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
+            caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): Words that the caption continues.
+            prefix_dtype (`torch.dtype`, *optional*):
+                Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
+                of the model, which can change the result of beam search.
+            inputs (`torch.Tensor` of shape `(B, 3, height, width)`): Another name of `pixel_values`.
+
+        Returns:
+            `(B * num_return_sequences, length)` new token ids, without the prefix.
+
+        Raises:
+            ValueError: For `assistant_model`, `prompt_lookup_num_tokens`, `guidance_scale`, `max_length`, `min_length`
+                and `inputs_embeds`. The message names the argument to use instead.
+        """
+        _check_generation_arguments(kwargs)
+        if generation_config is not None:
+            _check_generation_arguments(generation_config.to_diff_dict())
+        if inputs is not None:
+            if pixel_values is not None:
+                raise ValueError("inputs is another name of pixel_values; pass one of them")
+            pixel_values = inputs
+        prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
+        if prefix_dtype is not None:
+            prefix = prefix.to(prefix_dtype)
+        own = self.generation_config.to_dict()
+        # Lengths in a language model's own settings count its prompt. A VLV's prefix is not part of that prompt.
+        own = {name: value for name, value in own.items() if name not in ("max_length", "min_length")}
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        settings.max_length = settings.min_length = None
+        settings.update(**{name: value for name, value in own.items() if value is not None}, defaults_only=True)
+        not_settings = settings.update(**kwargs)  # a streamer, stopping criteria, ...
+        return self.language_model.generate(
+            inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **not_settings
+        )
+
+
+def _refuse_labels_of_the_prefix(
+    labels: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> None:
+    """Raises `ValueError` for labels aligned with `input_ids`, as the collators of other models make them."""
+    if input_ids is None or labels.shape != input_ids.shape or torch.compiler.is_compiling():
+        return
+    counted = labels != -100
+    repeated = counted & (labels == input_ids)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        repeated &= attention_mask != 0
+    if counted.any() and torch.equal(repeated, counted):
+        raise ValueError(
+            "labels repeat input_ids, so the model would learn to write its text prefix twice; labels are the caption "
+            "alone, which follows input_ids: pass it to VLVProcessor as suffix=, and leave input_ids out"
+        )
+
+
+_REFUSED_GENERATION_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "assistant_model": (lambda v: v is not None, "an assistant cannot read the image prefix; leave it out"),
+    "prompt_lookup_num_tokens": (lambda v: v is not None, "the prefix is not text to look up in; leave it out"),
+    "guidance_scale": (
+        lambda v: v not in (None, 1, 1.0),
+        "there is no unconditional prefix for the language model; leave it out "
+        "(guidance belongs to VLVReconstructionPipeline)",
+    ),
+    "max_length": (lambda v: v is not None, "the prefix has no words to count; use max_new_tokens"),
+    "min_length": (lambda v: v not in (None, 0), "the prefix has no words to count; use min_new_tokens"),
+    "prefill_chunk_size": (lambda v: v is not None, "the prefix has no words to cut; leave it out"),
+    "inputs_embeds": (lambda v: v is not None, "pass pixel_values or caption_embeds, and words as input_ids"),
+}
+
+
+def _check_generation_arguments(arguments: dict[str, Any]) -> None:
+    for name, (is_set, advice) in _REFUSED_GENERATION_ARGUMENTS.items():
+        if name in arguments and is_set(arguments[name]):
+            raise ValueError(f"{name} does not work with VLV's generate: {advice}")
+
+
+__all__ = ["VLVForConditionalGeneration"]
