@@ -16,6 +16,7 @@ from vlv.miniature.data import SceneDataset
 from vlv.miniature.encoder import train_encoder
 from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, evaluate_miniature
 from vlv.miniature.folding import FoldedAttention, fold_empty_positions
+from vlv.miniature.grammar import parse_caption
 from vlv.miniature.latents import CHUNK, SCENE_SEED, encode_scenes, load_latents
 from vlv.miniature.mmdit_teacher import (
     LatentCaptions,
@@ -178,7 +179,9 @@ def test_scenes_are_encoded_once_and_described_in_other_words(tmp_path):
     assert latents.shape == (4, 16, 8, 8)
     data = LatentCaptions(latents, SceneDataset(CHUNK, seed=SCENE_SEED, fields=("scene",)), 8, 0, 0.0)
     again = [data[index] for index in (1, 5)]
-    assert torch.equal(again[0]["latents"], again[1]["latents"])
+    assert all(torch.equal(item["latents"], latents[1]) for item in again)
+    objects = data.scenes[1].objects
+    assert [parse_caption(item["caption"]).objects for item in again] == [objects, objects]
     assert again[0]["caption"] != again[1]["caption"]
     with pytest.raises(FileNotFoundError, match="encode the scenes first"):
         load_latents(tmp_path)
