@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from .data import SceneDataset
 
-SCENES = 20_480
+SCENES = 10_240
 CHUNK = 1024  # scenes in a file
 BATCH = 64
 SCENE_SEED = 1

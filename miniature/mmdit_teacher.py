@@ -230,7 +230,7 @@ def train_mmdit_teacher(
     first_teacher: str | Path,
     scene_classifier_path: str | Path,
     latents_dir: str | Path,
-    images: int = 102_400,
+    images: int = 32_000,
     batch_size: int = 16,
     learning_rate: float = 1e-3,
     seed: int = 0,

@@ -183,7 +183,7 @@ MMDIT_PARTS = [
     Run(
         "mmdit-teacher",
         train_mmdit_teacher,
-        minutes=60,
+        minutes=8,
         done="mmdit-teacher/model_index.json",
         inputs=MMDIT_TEACHER,
         parallel=True,
@@ -191,12 +191,12 @@ MMDIT_PARTS = [
     Run(  # half of its captions are partial, with embedding mixing in half of them
         "mmdit-teacher-2",
         train_mmdit_teacher,
-        minutes=20,
+        minutes=12,
         done="mmdit-teacher-2/model_index.json",
         inputs={**MMDIT_TEACHER, "initial_teacher": "mmdit-teacher"},
         settings={
             "images": 51_200,
-            "learning_rate": 6e-4,
+            "learning_rate": 8e-4,
             "seed": 10,
             "partial_captions": 0.5,
             "embedding_mixing": 0.5,
@@ -206,9 +206,10 @@ MMDIT_PARTS = [
     Run(
         "mmdit-encoder",
         train_encoder,
-        minutes=90,
+        minutes=45,
         done="mmdit-encoder/preprocessor_config.json",
         inputs={"teacher_dir": "mmdit-teacher-2", "scene_classifier_path": SCENE_CLASSIFIER_FILE},
+        settings={"images": 128_000},
         parallel=True,
     ),
     Run(
