@@ -42,7 +42,7 @@ from vlv.train import (
     freeze_for_stage2,
 )
 from vlv.train.estimate import count_training_step
-from vlv.train.hardware import GPUS, TERA
+from vlv.train.hardware import TERA, gpu_of_device
 
 Row = dict[str, Any]
 LADDERS: dict[int, list[Row]] = {
@@ -305,8 +305,8 @@ def peak_of(device: str) -> float | None:
     """The card's peak in bfloat16, in FLOP/s, if the card is known."""
     if device != "cuda":
         return None
-    name = torch.cuda.get_device_name()
-    return next((gpu.bf16 * TERA for gpu in GPUS.values() if gpu.name.lower() in name.lower()), None)
+    gpu = gpu_of_device(torch.cuda.get_device_name())
+    return None if gpu is None else gpu.bf16 * TERA
 
 
 def measure_caption(size: Size, device: str) -> Row:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,14 +43,15 @@ from vlv.train import (
     load_images,
     load_pairs,
 )
-from vlv.train.caches import open_moments
+from vlv.train.caches import open_moments, open_vision_features
 from vlv.train.counting import count_step
 from vlv.train.estimate import count_training_step, speed_estimate
 
 SIZES = ("miniature", "medium")
 TOLERANCE = 0.25
 WARM_UP = 2  # steps that are not measured
-CACHED = "1, cached moments"
+CACHES = {"1, cached moments": ("moments",), "1, cached moments and features": ("moments", "vision_features")}
+STAGES = (1, *CACHES, 2)
 
 
 def medium_config() -> VLVConfig:
@@ -144,7 +146,7 @@ def write_inputs(folder: Path) -> None:
         part.save_config(medium / name)
 
 
-def build_config(stage: int, size: str, folder: Path, workers: int, steps: int, cached: bool = False) -> Any:
+def build_config(stage: int, size: str, folder: Path, workers: int, steps: int, cached: Sequence[str] = ()) -> Any:
     model = str(MINIATURE if size == "miniature" else folder / "medium")
     settings: dict[str, Any] = {
         "model": model,
@@ -157,8 +159,8 @@ def build_config(stage: int, size: str, folder: Path, workers: int, steps: int, 
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    settings |= {f"cache_{name}": str(folder / f"{name}-{size}") for name in cached}
     if stage == 1:
-        settings["cache_moments"] = str(folder / f"moments-{size}") if cached else None
         return Stage1Config(diffusion_model=model, trainable="transformer", **settings)
     captions: dict[str, Any] = {"max_caption_tokens": 32}
     if size == "medium":
@@ -180,8 +182,9 @@ def build_trainer(config: Any, size: str, folder: Path) -> Any:
             decoder = StableDiffusionDecoder(*medium_diffusion_parts(), dict(schedule.config))
         freeze_for_stage1(model, config.trainable)
         dataset = load_images(images)
-        moments = open_moments(config, dataset, processor, decoder)
-        return Stage1Trainer(model, decoder, config, dataset, processor, moments=moments)
+        moments = open_moments(config, [dataset], processor, decoder)
+        features = open_vision_features(config, [dataset], processor, model)
+        return Stage1Trainer(model, decoder, config, dataset, processor, moments=moments, features=features)
     captioner, captioner_processor = hub.load_captioner(MINIATURE)
     if size == "medium":
         captioner = VLVForConditionalGeneration(medium_config())
@@ -284,7 +287,7 @@ class Clock(TrainerCallback):
         self.model_seconds, self.cpu, self.wall = 0.0, time.process_time(), time.perf_counter()
 
 
-def measure(stage: int, size: str, folder: Path, workers: int, steps: int, cached: bool) -> dict[str, Any]:
+def measure(stage: int, size: str, folder: Path, workers: int, steps: int, cached: Sequence[str]) -> dict[str, Any]:
     """Trains for `steps` steps. The figures are medians over the measured steps."""
     config = build_config(stage, size, folder, workers, steps + WARM_UP, cached)
     trainer = build_trainer(config, size, folder)
@@ -315,13 +318,13 @@ def in_processes(count: int, folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def number_of(stage: int | str) -> list[str]:
-    """The number of a stage, and the option of a stage 1 with cached moments."""
-    return ["1", "--cached"] if stage == CACHED else [str(stage)]
+    """The number of a stage, and the option of a stage 1 with caches."""
+    return ["1", "--cached", *CACHES[stage]] if isinstance(stage, str) else [str(stage)]
 
 
 def report(sizes: list[str], steps: int, repeats: int) -> str:
     """All tables, as Markdown."""
-    cases = [(size, stage) for size in sizes for stage in (1, CACHED, 2)]
+    cases = [(size, stage) for size in sizes for stage in STAGES]
     kinds = {"one": (1, 0), "two": (2, 0), "workers": (1, 1)}  # processes, workers of the data loader
     found: dict[Any, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -336,7 +339,7 @@ def report(sizes: list[str], steps: int, repeats: int) -> str:
                     print(f"{number + 1}/{repeats}", size, f"stage {stage}", kind, row, file=sys.stderr, flush=True)
         counted = {
             (size, stage): count_training_step(
-                build_config(int(number_of(stage)[0]), size, folder, 0, 1, stage == CACHED)
+                build_config(int(number_of(stage)[0]), size, folder, 0, 1, CACHES.get(stage, ()))
             ).count
             for size, stage in cases
         }
@@ -407,7 +410,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a run (default: 8)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind, interleaved (default: 3)")
     for name in ("--worker", "--cached", "--folder", "--stage", "--workers"):  # of the processes that measure
-        kind: dict[str, Any] = {"action": "store_true"} if name in ("--worker", "--cached") else {}
+        kinds: dict[str, dict[str, Any]] = {
+            "--worker": {"action": "store_true"},
+            "--cached": {"nargs": "+", "default": ()},
+        }
+        kind = kinds.get(name, {})
         parser.add_argument(name, help=argparse.SUPPRESS, **kind)
     options = parser.parse_args()
     if options.worker:

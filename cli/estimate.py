@@ -28,8 +28,9 @@ def add_parser(commands) -> None:
         "precision follows from CONFIG.yaml. Takes about 10 seconds and needs no GPU, no weights and no network.",
         epilog="Any other --name value overrides a setting of CONFIG.yaml, as in `vlv train`: --encoder_image_size "
         "384, --bf16 true, --max_steps 50000. Models are those of the paper by their repo ids (Florence-2-large and "
-        "-base, Stable Diffusion 2.1, Qwen2.5-3B, -1.5B, -0.5B), or folders with a config.json. Validation, saving, "
-        "waiting for data and communication between cards are not counted.",
+        "-base, Stable Diffusion 2.1, XL, 3 and 3.5, Qwen2.5-3B, -1.5B, -0.5B), or folders with a config.json or, of "
+        "a text-to-image model, a model_index.json. Validation, saving, waiting for data and communication between "
+        "cards are not counted.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the training's configuration")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: found from the configuration's settings")
@@ -46,6 +47,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--tf32", action="store_true", help="float32 matrix products use TF32")
     parser.add_argument("--cached-moments", action="store_true", help="the autoencoder's moments come from a cache")
+    parser.add_argument("--cached-vision-features", action="store_true", help="the vision tower's features do, too")
     parser.add_argument("--caption-tokens", type=positive, help="longest caption of a batch (default: the greatest)")
     parser.add_argument("--samples", type=positive, help="size of the data, for num_train_epochs")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -81,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             samples=arguments.samples,
             caption_tokens=arguments.caption_tokens,
             cached_moments=arguments.cached_moments,
+            cached_features=arguments.cached_vision_features,
             tf32=arguments.tf32,
         )
     except ValueError as error:

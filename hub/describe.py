@@ -18,7 +18,15 @@ from vlv.original_checkpoint import find_checkpoint, read_weights
 from .card import DIFFUSION_LABELS, LICENCES, pretrained_models, read_training
 from .decoder import referred_diffusion_model
 from .layout import ADAPTER_FOLDER, CAPTIONER_WEIGHTS, CARD_FILE, INDEX_FILE, MODEL_INDEX_FILE, TRAINER_FOLDERS
-from .load import caption_embeds_shape, file_sizes, read_config, read_weight_map, resolve, to_repo_id
+from .load import (
+    caption_embeds_shape,
+    file_sizes,
+    read_config,
+    read_weight_map,
+    refuse_partial_checkpoint,
+    resolve,
+    to_repo_id,
+)
 
 METADATA_FILES = ["*.json", "*/*.json", CARD_FILE]
 ORIGINAL = ("pytorch_model.bin", "model.pt", "checkpoint_*.pt")
@@ -93,6 +101,7 @@ def describe(source: str | os.PathLike, *, revision: str | None = None, token: s
     """
     path = Path(source)
     if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        refuse_partial_checkpoint(path)
         return _describe_original(path)
     if path.is_dir():
         return _describe_folder(os.fspath(source), path)
@@ -147,6 +156,13 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
             label = _part(file, name, captions)
             parts.setdefault(label, Part(label)).add(shape, dtype)
     found.parts = list(parts.values())
+    training_record = read_training(folder)
+    if captions:
+        found.properties["source of the language model"] = _language_model_source(training_record)
+        stored = parts.get("language model", Part("")).dtypes
+        found.properties["precision of the language model"] = (
+            ", ".join(sorted(stored, key=lambda n: -stored[n])) or None
+        )
     if (folder / INDEX_FILE).is_file():
         named = set(read_weight_map(folder).values())
         if missing := sorted(named - files.keys()):
@@ -156,9 +172,19 @@ def _describe_vlv(source: str, folder: Path, sizes: dict[str, int], header_of: C
         found.properties["training checkpoints"] = f"{', '.join(folders)} ({sum(training.values()):,} bytes)"
     if licence := _licence(folder / CARD_FILE):
         found.licences["this model"] = licence
-    models = pretrained_models(read_training(folder))
+    models = pretrained_models(training_record)
     found.licences |= {model: LICENCES[model] for model in models if model in LICENCES}
     return found
+
+
+def _language_model_source(training: dict[str, dict[str, Any]]) -> str | None:
+    """What the record of the last stage that names a language model says of it. None if there is no record."""
+    record = next((stage for stage in reversed(training.values()) if stage.get("language_model")), None)
+    if record is None:
+        return None
+    file = f", file {record['gguf_file']}" if record.get("gguf_file") else ""
+    lora = f", trained by LoRA of rank {record['lora_rank']}" if record.get("lora_rank") else ""
+    return f"{record['language_model']}{file}{lora}{' on weights in 4 bits' if record.get('load_in_4bit') else ''}"
 
 
 def _licence(card: Path) -> str | None:

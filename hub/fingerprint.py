@@ -32,11 +32,14 @@ def fingerprint(source: str | os.PathLike, patterns: Sequence[str] = WEIGHTS_AND
     The same weights and settings in two folders have the same fingerprint.
 
     Args:
-        source: A folder, or a repo id of which files have been downloaded.
+        source: A folder, a file (whose content counts), or a repo id of which files have been downloaded.
         patterns: The files of a folder that count, as in `snapshot_download`. Training checkpoints and the records of
             trainings and evaluations never count.
     """
     folder = Path(source)
+    if folder.is_file():
+        with open(folder, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     if not folder.is_dir():
         with suppress(HFValidationError):  # not a repo id
             for name in ("config.json", "model_index.json"):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HTTPError,  # the base class of the HTTP library that huggingface_hub uses, httpx or httpx2
     LocalEntryNotFoundError,
@@ -14,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from vlv.diffusion_decoder import find_family
 from vlv.diffusion_decoder.components import load_components
@@ -23,7 +24,7 @@ from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVModel, refuse_renamed_
 from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
 from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
 from vlv.reference_configs import replacement_hint
-from vlv.tokenizer import load_tokenizer
+from vlv.tokenizer import check_tokenizer, fit_tokenizer, load_tokenizer
 
 from .decoder import referred_diffusion_model
 from .layout import (
@@ -35,7 +36,9 @@ from .layout import (
     ENCODER_PREFIX,
     INDEX_FILE,
     MODEL_INDEX_FILE,
+    ONLY_TRAINED,
     PICKLES,
+    WEIGHTS_FILE,
     pickles,
 )
 
@@ -87,8 +90,18 @@ def resolve(
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, OSError, HTTPError) as error:
         raise FileNotFoundError(
             f"there is no folder {text}, and as a Hub repository it could not be loaded: {error}"
-            f"{replacement_hint(text)}"
+            f"{replacement_hint(text)}{_access_hint(text, error)}"
         ) from error
+
+
+def _access_hint(repo: str, error: BaseException) -> str:
+    """The end of an error message of a gated repository."""
+    if not isinstance(error, GatedRepoError):
+        return ""
+    return (
+        f"\n{repo} is gated: accept its licence on {constants.ENDPOINT}/{repo}, and log in with `hf auth login`, or "
+        "set HF_TOKEN"
+    )
 
 
 def to_repo_id(source: str | os.PathLike) -> str:
@@ -146,7 +159,9 @@ def load_captioner(
     folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(folder, "config.json")
     model = _load_strictly(VLVForConditionalGeneration, folder, dtype)
-    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), load_tokenizer(folder))
+    tokenizer = fit_tokenizer(load_tokenizer(folder), model)
+    check_tokenizer(tokenizer, model, str(folder))
+    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), tokenizer)
     return model.to(device).eval(), processor
 
 
@@ -260,14 +275,39 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 def require(folder: Path, name: str) -> None:
     """Raises `FileNotFoundError` if the folder of a model has no file `name`."""
     if not (folder / name).is_file():
-        if name == "config.json" and (folder / ADAPTER_FOLDER).is_dir():
-            raise FileNotFoundError(
-                f"{folder} is a checkpoint of a LoRA run, without the language model; the end of the run saves a "
-                "complete model, and --merge_lora_checkpoints makes each checkpoint one"
-            )
+        if name == "config.json":
+            refuse_partial_checkpoint(folder)
         raise FileNotFoundError(
             f"there is no {name} in {folder}: it is not a VLV model in the Hub layout (vlv.hub.export writes one)"
         )
+
+
+def refuse_partial_checkpoint(folder: Path) -> None:
+    """Raises `FileNotFoundError` if a folder without `config.json` is a checkpoint that is no complete model."""
+    if holds_only_trained(folder):
+        raise FileNotFoundError(
+            f"{folder} is a checkpoint of a run with save_only_trainable, without what is frozen; the end of the run "
+            "saves a complete model (--max_steps moves it), and without save_only_trainable each checkpoint is one"
+        )
+    if (folder / ADAPTER_FOLDER).is_dir():
+        raise FileNotFoundError(
+            f"{folder} is a checkpoint of a LoRA run, without the language model; the end of the run saves a "
+            "complete model, and --merge_lora_checkpoints makes each checkpoint one"
+        )
+
+
+def holds_only_trained(folder: Path) -> bool:
+    """Whether a folder is a checkpoint without the weights that were frozen in its training.
+
+    Raises:
+        ValueError: If its weights are damaged; the message names the file.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return False
+    read_header(path)  # names a damaged file
+    with safe_open(path, "pt") as file:
+        return ONLY_TRAINED.items() <= (file.metadata() or {}).items()
 
 
 def has_two_encoders(folder: Path) -> bool:

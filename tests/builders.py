@@ -19,7 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from vlv import VLVConfig
+from vlv import VLVConfig, VLVModel
 
 GOLDEN = Path(__file__).parent / "golden" / "original-a"
 """Checkpoints and values of the authors' code (tests/golden/README.md)."""
@@ -74,6 +74,19 @@ def text_encoder_config() -> CLIPTextConfig:
         bos_token_id=2,
         eos_token_id=3,
     )
+
+
+def stable_diffusion_text_encoder() -> CLIPTextModel:
+    """The same weights at each call: those of the model `stable_diffusion`, and of a VLV that was trained with it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return CLIPTextModel(text_encoder_config()).eval()
+
+
+def with_text_encoder(model: VLVModel) -> VLVModel:
+    """The model with the text encoder of `stable_diffusion`, as training makes it."""
+    model.text_encoder.load_state_dict(stable_diffusion_text_encoder().state_dict())
+    return model
 
 
 def language_model_config() -> Qwen2Config:

@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVModel, VLVProcessor
 from vlv.hub import convert
@@ -29,9 +29,10 @@ from .builders import (
     language_model_config,
     stable_diffusion_3_parts,
     stable_diffusion_parts,
+    stable_diffusion_text_encoder,
     stable_diffusion_xl_parts,
-    text_encoder_config,
     vlv_config,
+    with_text_encoder,
 )
 
 torch.set_num_threads(1)
@@ -66,13 +67,15 @@ def folder_of_nobody() -> Iterator[Path]:
 @pytest.fixture
 def encoder() -> VLVModel:
     torch.manual_seed(0)
-    return VLVModel(vlv_config()).eval()
+    return with_text_encoder(VLVModel(vlv_config()).eval())
 
 
 @pytest.fixture
 def captioner() -> VLVForConditionalGeneration:
     torch.manual_seed(0)
-    return VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
+    model = VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
+    with_text_encoder(model.model)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +108,7 @@ def stable_diffusion(tmp_path_factory) -> Path:
     parts = stable_diffusion_parts()
     pipeline = StableDiffusionPipeline(
         **parts,
-        text_encoder=CLIPTextModel(text_encoder_config()),
+        text_encoder=stable_diffusion_text_encoder(),
         tokenizer=build_tokenizer(for_text_encoder=True),
         safety_checker=None,
         feature_extractor=None,
@@ -159,7 +162,7 @@ def stage1_checkpoint(tmp_path_factory, image_processor) -> Path:
     """An untrained encoder with its image processor."""
     folder = tmp_path_factory.mktemp("stage1")
     torch.manual_seed(3)
-    VLVModel(vlv_config()).save_pretrained(folder)
+    with_text_encoder(VLVModel(vlv_config())).save_pretrained(folder)
     image_processor.save_pretrained(folder)
     return folder
 

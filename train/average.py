@@ -1,12 +1,15 @@
 """The exponential moving average (EMA) of the trained weights."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
@@ -19,7 +22,7 @@ class AverageCallback(TrainerCallback):
 
     The decay of step n is at most `(1 + n) / (10 + n)`, so that the first steps are soon forgotten. The model trains
     on with its own weights, which checkpoints contain, beside the average. At the end of the training, the average
-    takes the place of the weights.
+    takes the place of the weights; evaluations and validations borrow it.
 
     Args:
         decay: 0 to 1, such as 0.9999.
@@ -65,6 +68,28 @@ class AverageCallback(TrainerCallback):
     def use(self, model: nn.Module) -> None:
         """Puts the average in the place of the parameters."""
         self.ema.copy_to(self._parameters(model))
+
+    @contextlib.contextmanager
+    def borrowed(self, model: nn.Module) -> Iterator[None]:
+        """Puts the average in the place of the parameters, and the parameters back afterwards, bit by bit."""
+        if self.ema is None:  # the training has not begun
+            yield
+            return
+        self._swap(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a layer may still be gathered after a forward pass
+        for parameter, average in zip(self._parameters(model), self.ema.shadow_params, strict=True):
+            weights = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(weights)
 
     def _parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
         parameters = dict(model.named_parameters())

@@ -1,21 +1,33 @@
-"""The cache of stage 1: of each image the mean and log-variance of its latents, which the autoencoder gives."""
+"""The caches of a training: of each image what a frozen part computes, once.
+
+* Moments (stage 1): the mean and log-variance of its latents, which the autoencoder gives.
+* Vision features (both stages): the image tokens, which Florence-2's vision tower and their projection give.
+"""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import nn
 
-from vlv import VLVImageProcessor
+from vlv import VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import DiffusionDecoder
 
 from .checkpoints import say
 from .data import TrainingDataset
 from .data.collators import diffusion_pixels
 from .data.feature_cache import FeatureCache
+
+PREPROCESSING = (
+    *("size", "pre_crop_size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize"),
+    *("image_mean", "image_std", "do_center_crop", "crop_size", "do_pad", "pad_size"),
+)
+"""Settings of the image processor that vision features depend on."""
 
 
 def weights_fingerprint(*modules: nn.Module | None) -> str:
@@ -61,13 +73,85 @@ def open_moments(
     }
     shape, dtype = decoder.moments_shape(size), getattr(torch, args.vae_dtype)
     cache = FeatureCache(args.cache_moments, made_of, shape, dtype)
+    _fill(cache, args, datasets, image_processor, partial(diffusion_pixels, size=size), _Encoder(decoder, args.device))
+    decoder.remove_image_encoder()
+    return cache
+
+
+def open_vision_features(
+    args: Any, datasets: Sequence[TrainingDataset], image_processor: VLVImageProcessor, encoder: VLVModel
+) -> FeatureCache | None:
+    """The cache of `cache_vision_features`, with all images of some data sets; None where that is not set.
+
+    Features are the image tokens `(P, d_model)` that enter Florence-2's transformer, or, where their projection is
+    trained, the vision tower's output `(channels, h, w)`. They have the precision of the training, as the matrix
+    products that read them.
+
+    Args:
+        encoder: Its parameters require gradients if they are trained, now or later.
+
+    Raises:
+        ValueError: If the vision tower is trained, or the folder holds the cache of another tower or preprocessing.
+        OSError: If the cache does not fit on the disk.
+    """
+    if args.cache_vision_features is None:
+        return None
+    pixels = _encoder_pixels([Image.new("RGB", (1, 1))], image_processor)
+    shape, projected = vision_features(args, encoder, *pixels.shape[-2:])
+    tower, projection = encoder.image_encoder.vision_tower, encoder.image_encoder.multi_modal_projector
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
+    preprocessing = json.loads(image_processor.to_json_string())
+    made_of = {
+        "vision_tower": weights_fingerprint(tower),
+        "image_projection": weights_fingerprint(projection) if projected else None,
+        **{name: preprocessing.get(name) for name in PREPROCESSING},
+    }
+    cache = FeatureCache(args.cache_vision_features, made_of, shape, dtype)
+    compute = _VisionTower(encoder, args.device, dtype if args.bf16 or args.fp16 else None, projected)
+    collate = partial(_encoder_pixels, image_processor=image_processor)
+    _fill(cache, args, datasets, image_processor, collate, compute)
+    return cache
+
+
+def vision_features(args: Any, encoder: VLVModel, height: int, width: int) -> tuple[tuple[int, ...], bool]:
+    """The shape of the cached features of an image, and whether they are projected.
+
+    Args:
+        encoder: Its parameters require gradients if they are trained, now or later.
+        height, width: Of the encoder's input, in pixels.
+
+    Raises:
+        ValueError: If the vision tower is trained.
+    """
+    if _is_trained(encoder.image_encoder.vision_tower):
+        by = f"unfreeze {args.unfreeze!r}" if args.unfreeze is not None else f"trainable {args.trainable!r}"
+        by += " with encoder_lora_rank" if getattr(args, "encoder_lora_rank", 0) else ""
+        raise ValueError(
+            f"cache_vision_features does not work with {by}, which trains the vision tower: its features change in "
+            f"each step; choose one of {args.TRAINABLE[:-1]}, or leave it out"
+        )
+    config = encoder.config.image_encoder_config.vision_config
+    h, w = (_positions(side, config) for side in (height, width))
+    projected = not _is_trained(encoder.image_encoder.multi_modal_projector)
+    return ((1 + h * w, config.projection_dim) if projected else (config.embed_dim[-1], h, w)), projected
+
+
+def _fill(
+    cache: FeatureCache,
+    args: Any,
+    datasets: Sequence[TrainingDataset],
+    image_processor: VLVImageProcessor,
+    collate: Callable[[list[Image.Image]], torch.Tensor],
+    compute: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Adds the images that are missing. All processes of the run share the work."""
     state = PartialState()
     for dataset in datasets:
         cache.build(
             dataset,
             image_processor,
-            partial(diffusion_pixels, size=size),
-            _Encoder(decoder, args.device),
+            collate,
+            compute,
             batch_size=args.train_batch_size,
             num_workers=args.dataloader_num_workers,
             rank=args.process_index,
@@ -75,8 +159,38 @@ def open_moments(
             wait_for_everyone=state.wait_for_everyone,
             say=say,
         )
-    decoder.remove_image_encoder()
-    return cache
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _encoder_pixels(images: list[Image.Image], image_processor: VLVImageProcessor) -> torch.Tensor:
+    """Images, as `load_item` returns them, to `(B, 3, height, width)`."""
+    return image_processor(images, return_tensors="pt", pre_crop_size=None).pixel_values
+
+
+def _positions(side: int, config: Any) -> int:
+    """The side of the vision tower's grid, for images of `side` pixels."""
+    for kernel, stride, padding in zip(config.patch_size, config.patch_stride, config.patch_padding, strict=True):
+        side = (side + 2 * padding - kernel) // stride + 1
+    return side
+
+
+class _VisionTower:
+    """Computes vision features, in the precision of the training, on the device only if something is computed."""
+
+    def __init__(self, encoder: VLVModel, device: torch.device, half: torch.dtype | None, projected: bool):
+        self.encoder, self.device, self.half, self.projected = encoder, device, half, projected
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        florence = self.encoder.image_encoder
+        for part in (florence.vision_tower, florence.multi_modal_projector):
+            part.to(self.device).eval()
+        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
+            output = self.encoder.get_image_features(pixels.to(self.device))
+        return output.pooler_output if self.projected else output.last_hidden_state
 
 
 class _Encoder:

@@ -12,10 +12,14 @@ from vlv.files import write_json
 
 from .checkpoints import say
 from .data import StreamingDataset, TrainingDataset
+from .data.captions import count_alternatives
+from .data.streaming import IndexedPart, StreamPart
 
 CENSUS_FILE = "census.json"
 SAMPLE = 10_000
 """Captions whose tokens are counted, drawn by seed where there are more."""
+STREAM_SAMPLE = 256
+"""Rows at the beginning of a stream whose captions are counted."""
 READ_TOGETHER = 256
 """Neighbouring captions that are read together in shards, so that few of these are opened."""
 WARM_UP_STEPS, TIMED_STEPS = 3, 10
@@ -33,17 +37,53 @@ def caption_statistics(
     places = _sampled_places(dataset, seed)
     items = [dataset.caption(int(place)) for place in places]
     captions = [caption for caption in items if isinstance(caption, str)]
+    return {
+        **_counts(counts, dataset.caption_lines),
+        "left_out": [part.source.name(int(row)) for part in dataset.parts for row in part.left_out],
+        **_measures(captions, tokenizer, max_tokens, append_eos),
+    }
+
+
+def stream_statistics(part: StreamPart, tokenizer: Any, max_tokens: int, append_eos: bool) -> dict[str, Any]:
+    """What `caption_statistics` gives, of the first `STREAM_SAMPLE` rows. The training reads these rows again.
+
+    Raises:
+        ValueError: If none of them has a caption.
+    """
+    lines = part.rules.caption_lines
+    values = part.source.first_captions(STREAM_SAMPLE, lines)
+    counts = np.array([count_alternatives(value) for value in values])
+    if not (counts > 0).any():
+        raise ValueError(
+            f"none of the first {len(values)} captions of {part.name} has words; is this the right data? "
+            "--caption_column names another column"
+        )
+    captions: list[str] = []
+    for row in np.flatnonzero(counts > 0):
+        captions += part.rules.captions(values[row], 0, 0, int(row))
+    return {
+        "of_the_first": len(values),
+        **_counts(counts, lines),
+        **_measures(captions, tokenizer, max_tokens, append_eos),
+    }
+
+
+def _counts(counts: np.ndarray, caption_lines: str) -> dict[str, Any]:
+    return {
+        "images_with_captions": int((counts > 0).sum()),
+        "images_left_out": int((counts < 1).sum()),
+        "images_with_several_captions": int((counts > 1).sum()),
+        "most_captions_of_an_image": int(counts.max()),
+        "caption_lines": caption_lines,
+    }
+
+
+def _measures(captions: list[str], tokenizer: Any, max_tokens: int, append_eos: bool) -> dict[str, Any]:
     ids = tokenizer(captions, add_special_tokens=False).input_ids
     lengths = np.array([len(row) + append_eos for row in ids])
     unknown = tokenizer.unk_token_id
     total = sum(map(len, ids))
-    found: dict[str, Any] = {
-        "images_with_captions": int((counts > 0).sum()),
-        "images_left_out": int((counts < 1).sum()),
-        "left_out": [part.source.name(int(row)) for part in dataset.parts for row in part.left_out],
-        "images_with_several_captions": int((counts > 1).sum()),
-        "most_captions_of_an_image": int(counts.max()),
-        "caption_lines": dataset.caption_lines,
+    return {
         "captions_measured": len(captions),
         "with_line_breaks": sum("\n" in caption.strip() for caption in captions),
         "tokens_median": float(np.median(lengths)),
@@ -54,7 +94,6 @@ def caption_statistics(
         else 0,
         "examples": [captions[i] for i in np.linspace(0, len(captions) - 1, min(3, len(captions))).astype(int)],
     }
-    return found
 
 
 def _sampled_places(dataset: TrainingDataset, seed: int) -> np.ndarray:
@@ -71,27 +110,38 @@ def take_census(trainer: Any) -> dict[str, Any]:
     """What a run has before its first step, as JSON values."""
     args, dataset = trainer.args, trainer.train_dataset
     census: dict[str, Any] = {}
+    tokenizer = getattr(trainer.processing_class, "tokenizer", None)
+    limits = (tokenizer, getattr(args, "max_caption_tokens", 0), getattr(args, "append_eos", True))
     if isinstance(dataset, StreamingDataset):
         census["images"] = "unknown: a stream"
+        census["sources"] = []
+        for read, share in zip(dataset.parts, dataset.shares(), strict=True):
+            source: dict[str, Any] = {"source": read.name, "share_of_the_samples": share}
+            if isinstance(read, IndexedPart):
+                source["samples_in_a_pass"] = len(read.dataset)
+            if tokenizer is not None and read.has_captions:
+                source["captions"] = (
+                    stream_statistics(read, *limits)
+                    if isinstance(read, StreamPart)
+                    else caption_statistics(read.dataset, *limits, args.seed)
+                )
+            census["sources"].append(source)
     else:
         census["images_in_an_epoch"] = len(dataset)
     if isinstance(dataset, TrainingDataset):
         census["sources"] = [
             {"images": len(part.source), "weight": part.weight, "in_an_epoch": len(part)} for part in dataset.parts
         ]
-        tokenizer = getattr(trainer.processing_class, "tokenizer", None)
         if tokenizer is not None and all(part.source.has_captions for part in dataset.parts):
-            census["captions"] = caption_statistics(
-                dataset, tokenizer, args.max_caption_tokens, args.append_eos, args.seed
-            )
+            census["captions"] = caption_statistics(dataset, *limits, args.seed)
     trainable: dict[str, int] = {}
     frozen = 0
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             part = ".".join(find_part(name))
-            trainable[part] = trainable.get(part, 0) + parameter.numel()
+            trainable[part] = trainable.get(part, 0) + whole_size(parameter)
         else:
-            frozen += parameter.numel()
+            frozen += whole_size(parameter)
     census["trainable_parameters"] = {"all": sum(trainable.values()), **trainable}
     census["frozen_parameters"] = frozen
     census["device"] = f"{args.world_size} x {_device_name(args.device)}"
@@ -102,6 +152,11 @@ def take_census(trainer: Any) -> dict[str, Any]:
     if not isinstance(dataset, StreamingDataset):
         census["epochs"] = round(trainer.last_step() / trainer.steps_per_epoch(), 3)
     return census
+
+
+def whole_size(parameter: torch.nn.Parameter) -> int:
+    """How many numbers a parameter has, also where ZeRO-3 has left this process none of them."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def find_part(name: str) -> list[str]:
@@ -120,27 +175,20 @@ def _device_name(device: Any) -> str:
 def format_census(census: dict[str, Any]) -> str:
     """The census as lines of text."""
     lines = []
+    sources = census.get("sources", [])
     if "images" in census:
         lines.append(f"images: {census['images']}")
+        for source in sources:
+            if len(sources) > 1:
+                passes = f"; {source['samples_in_a_pass']:,} in a pass" if "samples_in_a_pass" in source else ""
+                lines.append(f"{source['source']}: {source['share_of_the_samples']:.1%} of all samples{passes}")
+            if captions := source.get("captions"):
+                lines += _format_captions(captions, source.get("samples_in_a_pass"))
     else:
-        sources = census.get("sources", [])
         detail = "".join(f"; {s['images']:,} x {s['weight']:g}" for s in sources) if len(sources) > 1 else ""
         lines.append(f"images: {census['images_in_an_epoch']:,} in an epoch{detail}")
     if captions := census.get("captions"):
-        measured = captions["captions_measured"]
-        lines.append(
-            f"captions: of {captions['images_with_captions']:,} images; {captions['images_left_out']:,} empty or not "
-            f"text, left out; {captions['images_with_several_captions']:,} images with several (at most "
-            f"{captions['most_captions_of_an_image']}; caption_lines: {captions['caption_lines']})"
-        )
-        sampled = " of a sample" if measured < census["images_in_an_epoch"] else ""
-        lines.append(
-            f"tokens of {measured:,} captions{sampled}: median {captions['tokens_median']:g}, greatest "
-            f"{captions['tokens_greatest']}; {captions['cut_at_max_caption_tokens']:,} cut at max_caption_tokens; "
-            f"{captions['with_line_breaks']:,} with line breaks; "
-            f"unknown tokens {captions['share_of_unknown_tokens']:.2%}"
-        )
-        lines += [f"  for example: {_shorten(example)}" for example in captions["examples"]]
+        lines += _format_captions(captions, census["images_in_an_epoch"])
     parameters = census["trainable_parameters"]
     parts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if name != "all")
     lines.append(f"trainable parameters: {parameters['all']:,} ({parts}); frozen: {census['frozen_parameters']:,}")
@@ -149,6 +197,23 @@ def format_census(census: dict[str, Any]) -> str:
     lines.append(f"steps: {census['steps']:,} of {census['images_in_a_step']:,} images{epochs}")
     lines.append(f"expected time: unknown before the first {WARM_UP_STEPS + TIMED_STEPS} steps")
     return "\n".join(lines)
+
+
+def _format_captions(captions: dict[str, Any], samples: int | None) -> list[str]:
+    """Lines about captions. Args: `samples`: of which they are a part, if that is known."""
+    measured, first = captions["captions_measured"], captions.get("of_the_first")
+    whose = f"captions of the first {first:,} images of the stream: " if first is not None else "captions: "
+    sampled = " of a sample" if samples is not None and measured < samples else ""
+    return [
+        f"{whose}of {captions['images_with_captions']:,} images; {captions['images_left_out']:,} empty or not "
+        f"text, left out; {captions['images_with_several_captions']:,} images with several (at most "
+        f"{captions['most_captions_of_an_image']}; caption_lines: {captions['caption_lines']})",
+        f"tokens of {measured:,} captions{sampled}: median {captions['tokens_median']:g}, greatest "
+        f"{captions['tokens_greatest']}; {captions['cut_at_max_caption_tokens']:,} cut at max_caption_tokens; "
+        f"{captions['with_line_breaks']:,} with line breaks; "
+        f"unknown tokens {captions['share_of_unknown_tokens']:.2%}",
+        *(f"  for example: {_shorten(example)}" for example in captions["examples"]),
+    ]
 
 
 def _shorten(text: str) -> str:

@@ -20,6 +20,8 @@ MODEL_FOLDERS = {"encoder", "image_processor", ADAPTER_FOLDER, *PIPELINE_PARTS}
 LOCK_FILE = ".run.lock"
 FREE_SETTINGS = ("max_steps", "num_train_epochs")
 """Settings of the record that a run may change when it goes on."""
+START_MODELS = ("model", "image_encoder", "language_model")
+"""Settings that name models whose weights a run starts from. The text encoder may come from `diffusion_model`."""
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -123,7 +125,8 @@ def check_settings(
         The changes of the run up to now, for its record: `[{"step": N, "changes": {name: [old, new]}}]`.
 
     Raises:
-        ValueError: If settings differ, with a table of old and new values.
+        ValueError: If settings differ, with a table of old and new values. Of a checkpoint that is no complete model,
+            those that name models have to be the same in any case.
     """
     record = Path(checkpoint) / RECORD_FILE
     if not record.is_file():
@@ -138,6 +141,14 @@ def check_settings(
     changed = _changes(earlier["settings"], settings)
     free = {name: change for name, change in changed.items() if name in FREE_SETTINGS}
     fixed = {name: change for name, change in changed.items() if name not in FREE_SETTINGS}
+    start = {*START_MODELS, *(("diffusion_model",) if settings.get("image_encoder") else ())}
+    if not (Path(checkpoint) / "config.json").is_file() and start & set(fixed):
+        raise ValueError(
+            f"{checkpoint} holds only what is trained, so it needs the models that the run started from, but these "
+            "settings differ:\n"
+            + "\n".join(_rows(fixed))
+            + "\npass the former values, another --output_dir, or --overwrite_output_dir to start anew"
+        )
     if fixed and not accept_changes:
         raise ValueError(
             f"these settings differ from those of {checkpoint}, and the result would depend on both:\n"

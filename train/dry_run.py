@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from .census import find_part, format_census, format_time, take_census
+from .census import find_part, format_census, format_time, take_census, whole_size
 from .checkpoints import is_main_process, say
 from .estimate import estimate
 from .hardware import GPUS
@@ -73,6 +73,8 @@ class DryRun:
         trainer.train()
         checkpoint = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         model = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+        if not any(self.folder.glob("checkpoint-*/config.json")):  # the checkpoint is no complete model
+            model = sum(parameter.nbytes for parameter in trainer.model.parameters())
         self.restore()
         say(self.plan(trainer, stopwatch.seconds, checkpoint, model))
 
@@ -131,7 +133,7 @@ def count_parameters(trainer: Any) -> list[str]:
     counts: dict[str, list[int]] = {}
     for name, parameter in trainer.model.named_parameters():
         part = counts.setdefault(".".join(find_part(name)), [0, 0])
-        part[0 if parameter.requires_grad else 1] += parameter.numel()
+        part[0 if parameter.requires_grad else 1] += whole_size(parameter)
     decoder = getattr(trainer, "diffusion_decoder", None)
     for name, child in decoder.named_children() if decoder is not None else ():
         counts[f"diffusion model: {name}"] = [0, sum(parameter.numel() for parameter in child.parameters())]

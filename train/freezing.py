@@ -1,5 +1,7 @@
 """Which parameters each stage trains."""
 
+from torch import nn
+
 from vlv import VLVForConditionalGeneration, VLVModel
 
 
@@ -28,13 +30,19 @@ def freeze_for_stage2(model: VLVForConditionalGeneration, trainable: str) -> Non
     model.requires_grad_(False)
     model.language_projection.requires_grad_(True)
     if trainable != "projector":
-        model.language_model.requires_grad_(True)
+        for parameter in model.language_model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())  # weights in 4 bits are stored as integers
     if trainable == "projector+lm+query_decoder":
         _unfreeze_query_decoder(model.model)
     if trainable in ("all", "all+vision"):
         _unfreeze_transformer(model.model)
     if trainable == "all+vision":
         _unfreeze_vision(model.model)
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """The names of the parameters that are trained; tied ones have several."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
 def _unfreeze_query_decoder(model: VLVModel) -> None:

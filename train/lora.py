@@ -32,6 +32,29 @@ def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
         model.language_model = get_peft_model(model.language_model, lora_config)
 
 
+def is_4bit(model: Any) -> bool:
+    """Whether the weights of the language model of a model are stored in 4 bits."""
+    return any(type(p).__name__ == "Params4bit" for p in getattr(model, "language_model", model).parameters())
+
+
+def dequantised_weights(
+    model: VLVForConditionalGeneration, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights of a model whose language model is in 4 bits, each dequantised, without its quantisation constants.
+
+    Args:
+        weights: Those of the model, with LoRA layers or without.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain = dict(weights)
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "Params4bit":
+            plain = {key: tensor for key, tensor in plain.items() if not key.startswith(f"{name}.")}
+            plain[name] = dequantize_4bit(parameter.data, parameter.quant_state)
+    return plain
+
+
 def has_lora(model: Any) -> bool:
     """Whether the language model of a model has LoRA layers."""
     return hasattr(getattr(model, "language_model", None), "peft_config")

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import nn
 from transformers import AutoConfig, CLIPTextModel, Florence2Config
 
 from vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVForConditionalGeneration, VLVImageProcessor, VLVModel, hub
 from vlv import reference_configs as reference
 from vlv.diffusion_decoder import FAMILIES, Conditioning, DiffusionDecoder, find_family
+from vlv.language_model import find_gguf
 from vlv.modeling_vlv import TEXT_ENCODERS
 
+from .caches import vision_features
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .lora import add_lora
 from .memory import enable_activation_checkpointing
@@ -56,6 +58,7 @@ def build_step(
     stage1: Stage1Config | None = None,
     caption_tokens: int | None = None,
     cached_moments: bool = False,
+    cached_features: bool = False,
 ) -> MetaStep:
     """The step that a configuration describes.
 
@@ -63,16 +66,28 @@ def build_step(
         stage1: For stage 2: the recipe that will make `config.model`, where that does not exist.
         caption_tokens: Tokens of the longest caption in a batch; by default `max_caption_tokens`.
         cached_moments: The autoencoder's encoder does not run, as with `cache_moments`.
+        cached_features: The vision tower does not run, as with `cache_vision_features`.
 
     Raises:
-        ValueError: If a model is not known; the message says what to give.
+        ValueError: If a model is not known; the message says what to give. If vision features are cached and the
+            vision tower is trained.
     """
+    cached_features = cached_features or config.cache_vision_features is not None
     if isinstance(config, Stage1Config):
-        return _stage1(config, cached_moments or config.cache_moments is not None)
-    return _stage2(config, stage1, caption_tokens)
+        return _stage1(config, cached_moments or config.cache_moments is not None, cached_features)
+    return _stage2(config, stage1, caption_tokens, cached_features)
 
 
-def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
+def _encoder_input(config: Any, model: VLVModel, side: int, cached_features: bool) -> Callable[[], dict[str, Any]]:
+    """Gives what the encoder reads in a step: images of `side` pixels, or their features."""
+    batch = config.per_device_train_batch_size
+    if not cached_features:
+        return lambda: {"pixel_values": torch.empty(batch, 3, side, side, device="meta")}
+    shape, _ = vision_features(config, model, side, side)
+    return lambda: {"image_features": torch.empty(batch, *shape, device="meta")}
+
+
+def _stage1(config: Stage1Config, cached_moments: bool, cached_features: bool) -> MetaStep:
     vlv_config, encoder_size, crop = encoder_of(config)
     with torch.device("meta"):
         model = VLVModel(vlv_config)
@@ -97,10 +112,11 @@ def _stage1(config: Stage1Config, cached_moments: bool) -> MetaStep:
         pixels = torch.empty(batch, 3, size, size, dtype=vae_dtype, device="meta")
         return decoder.vae.encode(pixels).latent_dist.sample().float()
 
+    images = _encoder_input(config, model, encoder_size, cached_features)
+
     def loss() -> torch.Tensor:
         latents = encode()
-        pixels = torch.empty(batch, 3, encoder_size, encoder_size, device="meta")
-        return decoder.denoising_loss(latents, Conditioning.of(model(pixel_values=pixels)))
+        return decoder.denoising_loss(latents, Conditioning.of(model(**images())))
 
     return MetaStep(
         loss,
@@ -122,7 +138,9 @@ def _diffusion_model_of(config: Stage1Config) -> str:
     return found.source
 
 
-def _stage2(config: Stage2Config, stage1: Stage1Config | None, caption_tokens: int | None) -> MetaStep:
+def _stage2(
+    config: Stage2Config, stage1: Stage1Config | None, caption_tokens: int | None, cached_features: bool
+) -> MetaStep:
     vlv_config, encoder_size = _captioner_of(config, stage1)
     with torch.device("meta"):
         model = VLVForConditionalGeneration(vlv_config)
@@ -135,10 +153,11 @@ def _stage2(config: Stage2Config, stage1: Stage1Config | None, caption_tokens: i
     batch = config.per_device_train_batch_size
     tokens = config.max_caption_tokens if config.pad_to_max_length or caption_tokens is None else caption_tokens
 
+    images = _encoder_input(config, model.model, encoder_size, cached_features)
+
     def loss() -> torch.Tensor:
-        pixels = torch.empty(batch, 3, encoder_size, encoder_size, device="meta")
         labels = torch.empty(batch, tokens, dtype=torch.long, device="meta")
-        return model(pixel_values=pixels, labels=labels).loss
+        return model(**images(), labels=labels).loss
 
     return MetaStep(
         loss,
@@ -231,7 +250,7 @@ def text_to_image_configs(source: str) -> tuple[type[DiffusionDecoder], dict[str
                 return _local(part.config_class, source, "diffusion_model", known, subfolder=name)
             return _local(part, source, "diffusion_model", known, "load_config", subfolder=name)
 
-    parts: dict[str, Any] = {**family.models, "scheduler": SchedulerMixin, **family.text_encoders}
+    parts: dict[str, Any] = {**family.models, "scheduler": DDPMScheduler, **family.text_encoders}
     parts |= {
         name: part for name, part in family.optional_text_encoders.items() if index.get(name, [None])[0] is not None
     }
@@ -248,10 +267,12 @@ def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VL
     else:
         vlv_config, processor = _local_vlv(config.model)
         size = processor.size["height"]
-    if vlv_config.text_config is None:
+    if vlv_config.text_config is None or config.replace_language_model:
         language_model = config.language_model or LANGUAGE_MODEL
         if language_model in QWENS:
             vlv_config.text_config = reference.qwen_config(QWENS[language_model])
+        elif (gguf := find_gguf(language_model, config.gguf_file)) is not None:
+            vlv_config.text_config = AutoConfig.from_pretrained(**gguf, local_files_only=True)
         else:
             vlv_config.text_config = _local(AutoConfig, language_model, "language_model", QWENS)
     return vlv_config, size
@@ -269,12 +290,12 @@ def build_diffusion_decoder(
     source: str, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32
 ) -> DiffusionDecoder:
     """The decoder of a text-to-image model on the meta device; `source` is that of `text_to_image_configs`."""
-    family, configs = text_to_image_configs(source)
+    found, configs = text_to_image_configs(source)
+    family: Any = found
     with torch.device("meta"):
         parts = {name: part.from_config(configs[name]) for name, part in family.models.items()}
     denoiser = next(part for name, part in parts.items() if name != "vae")
-    build: Any = family
-    return build(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
+    return family(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
 
 
 def _local(kind: Any, source: str, setting: str, known: dict, method: str = "from_pretrained", **kwargs: Any) -> Any:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .data.collators import count_images
+
 QUARTILES = ("loss_t0_25", "loss_t25_50", "loss_t50_75", "loss_t75_100")
 """The mean error of images whose timestep lies in the first to fourth quarter of the schedule."""
 
@@ -90,7 +92,7 @@ class Speedometer:
 
     def add_batch(self, inputs: dict[str, Any]) -> None:
         """Counts a batch of this process. It does not wait for the device."""
-        self._images += len(inputs["pixel_values"])
+        self._images += count_images(inputs)
         labels = inputs.get("labels")
         if labels is not None:
             self._padded_tokens += labels.numel()

@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
 
+from .failing import end_with_others
 from .setting_groups import arrange
 
 Config = TypeVar("Config")
@@ -129,32 +130,48 @@ class FailedRun(SystemExit):
         self.code = 2
 
 
+PEER_ENDED = ("Connection closed by peer", "Connection reset by peer", "remote process exiting prematurely")
+"""In the messages of gloo and NCCL."""
+DESCRIBED = (ValueError, OSError, ImportError, SafetensorError, MemoryError, RuntimeError)
+
+
 @contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
     """Ends the program with the message of an error that the user can correct, without a traceback.
+
+    Of several processes the others end, too, each with a line that names the one that has failed.
 
     Raises:
         FailedRun: With the message, which is printed, and exit code 2.
         SystemExit: With code 130 after Ctrl-C.
     """
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from error
-    except (ValueError, OSError, ImportError, SafetensorError, MemoryError, RuntimeError) as error:
-        message = describe_error(error)
-        if message is None:
-            raise
-        print(f"{program}: {message}", file=sys.stderr)
-        raise FailedRun(f"{program}: {message}") from error
+    with end_with_others(program) as announce:
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            raise SystemExit(130) from error
+        except Exception as error:
+            message = describe_error(error) if isinstance(error, DESCRIBED) else None
+            kind = f"{type(error).__name__}: "
+            other = announce(message or kind + last_line(str(error)).removeprefix(kind))
+            if isinstance(error, RuntimeError) and other is not None:
+                message = other  # the error is a connection that the other process has closed
+            if message is None:
+                raise
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
+            raise FailedRun(f"{program}: {message}") from error
+
+
+def last_line(text: str) -> str:
+    return text.rstrip().rpartition("\n")[2]
 
 
 def describe_error(error: Exception) -> str | None:
     """What an error says to a person who can correct it, or None for an error of the code."""
     message = str(error)
     if "Original Traceback" in message:  # from a process of the data loader
-        message = message.rstrip().splitlines()[-1]
+        message = last_line(message)
         message = message.partition("Error: ")[2] or message
     if isinstance(error, MemoryError) or any(sign in message for sign in OUT_OF_MEMORY):
         reason = message.strip().partition("\n")[0].partition(". Tried")[0] or "out of memory"
@@ -163,6 +180,11 @@ def describe_error(error: Exception) -> str | None:
         return (
             f"{message.partition(chr(10))[0]}; usually the machine has run out of memory: lower "
             "--dataloader_num_workers or --per_device_train_batch_size"
+        )
+    if isinstance(error, RuntimeError) and any(sign in message for sign in PEER_ENDED):
+        return (
+            "the connection to another process of this run has ended; what that process or the launcher says tells "
+            "why. The same command goes on from the last checkpoint"
         )
     if "to be installed" in message or "is not installed" in message:  # of the Trainer's reports
         return f"{message}; or choose another --report_to"

@@ -1,6 +1,7 @@
 """What a run leaves, in `output_dir` and in each checkpoint: a model in the Hub layout, with its code."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,15 +10,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.integrations import deepspeed
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
-from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE
+from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_PREFIX, INDEX_FILE, ONLY_TRAINED, WEIGHTS_FILE
 from vlv.hub.load import read_weight_map
 
 from .encoder_lora import adapted_weights, has_encoder_lora, merged_encoder_weights, save_encoder_adapter
 from .lora import (
     LANGUAGE_MODEL_PREFIX,
+    dequantised_weights,
     has_lora,
+    is_4bit,
     load_adapter,
     merged_weights,
     read_adapter,
@@ -47,7 +51,24 @@ class Provenance:
     def encoder(self) -> tuple[VLVModel, Any]:
         """The encoder of `start` for reconstructions, on the CPU, and its image processor; read once."""
         assert self.start is not None
-        return hub.load_encoder(self.start)
+        with loading_whole_models():
+            return hub.load_encoder(self.start)
+
+
+@contextlib.contextmanager
+def loading_whole_models() -> Iterator[None]:
+    """Models that one process loads are whole.
+
+    Under ZeRO-3, transformers shards each model while it is loaded, which waits for all processes.
+    """
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if reference is None else reference()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def write_model(
@@ -81,6 +102,8 @@ def write_model(
     if has_lora(model):
         weights = dict(model.state_dict() if weights is None else weights)
         save_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)
+        if is_4bit(model):
+            weights = dequantised_weights(model, weights)
         weights = merged_weights(model, weights)
     encoder = image_processor = None
     if provenance is not None and provenance.start is not None and _encoder_differs(model, provenance.start):
@@ -96,19 +119,35 @@ def write_model(
     )
 
 
-def write_lora_checkpoint(
-    folder: str | Path, model: VLVForConditionalGeneration, weights: Mapping[str, torch.Tensor] | None = None
+def write_partial_checkpoint(
+    folder: str | Path,
+    model: VLVModel | VLVForConditionalGeneration,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    trained: Collection[str] | None = None,
 ) -> None:
-    """Writes the LoRA layers in peft's format, and the weights outside of the language model, which is frozen.
+    """Writes LoRA layers in peft's format, and of the other weights those that are trained.
 
     The folder is not a model by itself: it has no `config.json`.
+
+    Args:
+        weights: All weights of the model, instead of those that it holds (for example, shards).
+        trained: Names of the parameters that are trained. By default all weights outside of the language model are
+            written, which is frozen in a LoRA run.
     """
     weights = model.state_dict() if weights is None else weights
-    save_adapter(model, weights, Path(folder) / ADAPTER_FOLDER)
+    adapter = Path(folder) / ADAPTER_FOLDER
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, VLVModel):
+        if has_encoder_lora(model):
+            save_encoder_adapter(model, weights, adapter)
+    elif has_lora(model):
+        save_adapter(model, weights, adapter)
     tied = model.all_tied_weights_keys or {}
-    names = [name for name in weights if not name.startswith(LANGUAGE_MODEL_PREFIX) and name not in tied]
-    tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    names = {name for name in weights if name not in tied and ".lora_" not in name}
+    names = {n for n in names if not n.startswith(LANGUAGE_MODEL_PREFIX)} if trained is None else names & set(trained)
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(names)}
+    contents = {} if trained is None else ONLY_TRAINED
+    save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt", **contents})
 
 
 def _encoder_differs(model: VLVForConditionalGeneration, start: str) -> bool:

@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Collection
 
 GROUPS = {
-    "models": ("model", "image_encoder", "language_model", "diffusion_model", "t5_text_encoder"),
+    "models": (
+        *("model", "image_encoder", "language_model", "gguf_file", "replace_language_model", "load_in_4bit"),
+        *("diffusion_model", "t5_text_encoder"),
+    ),
     "data": (
         *("images", "pairs", "split", "image_column", "image_root", "on_bad_image", "max_bad_share", "streaming"),
         *("caption_column", "caption_lines", "on_bad_caption", "max_caption_tokens", "append_eos"),
@@ -29,13 +32,14 @@ GROUPS = {
         "stop_loss_factor",
     ),
     "the run": (
-        *("output_dir", "export_decoder", "merge_lora_checkpoints", "save_steps", "save_total_limit"),
-        *("accept_changes", "overwrite_output_dir", "dry_run"),
+        *("output_dir", "export_decoder", "merge_lora_checkpoints", "save_only_trainable", "save_steps"),
+        *("save_total_limit", "accept_changes", "overwrite_output_dir", "dry_run"),
     ),
     "precision, memory and speed": (
         *("bf16", "vae_dtype", "gradient_checkpointing", "encoder_activation_checkpointing"),
         *("language_model_activation_checkpointing", "diffusion_gradient_checkpointing", "channels_last"),
-        *("compile_blocks", "shard_diffusion_model", "cache_moments", "dataloader_num_workers"),
+        *("compile_blocks", "shard_diffusion_model", "cache_moments", "cache_vision_features"),
+        "dataloader_num_workers",
     ),
 }
 """Settings of both stages by the title of their group, in the order of `--help`."""

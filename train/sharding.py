@@ -11,8 +11,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
+from vlv.hub.load import holds_only_trained
+
 from .encoder_lora import PREFIX as FLORENCE
 from .encoder_lora import has_encoder_lora
+from .freezing import trainable_names
 from .lora import LANGUAGE_MODEL_PREFIX as LANGUAGE_MODEL
 from .lora import has_lora
 from .saving import read_weights
@@ -79,7 +82,9 @@ def gather_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Loads the complete weights of a folder into a model, sharded or not. The first process reads them for shards.
+    """Loads the weights of a folder into a model, sharded or not. The first process reads them for shards.
+
+    Frozen parts that a checkpoint leaves out keep the weights that the model has.
 
     Raises:
         ValueError: If a weight of the model is not there, or the folder has weights that the model has not.
@@ -90,6 +95,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         # Of parts with LoRA layers, checkpoints have the merged weights, and the model's own are frozen.
         parts = [LANGUAGE_MODEL] * has_lora(model) + [FLORENCE] * has_encoder_lora(model)
         frozen = [name for name in missing if name.startswith(tuple(parts)) and ".lora_" not in name]
+        if holds_only_trained(Path(folder)):
+            frozen += [name for name in missing if name not in trainable_names(model)]
         missing = sorted(set(missing) - set(tied) - set(frozen))
         if missing or unexpected:
             raise ValueError(f"the weights of {folder} are not those of this model: {[*missing, *unexpected][:3]}")

@@ -19,7 +19,7 @@ from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import DiffusionDecoder, family_of
 from vlv.tokenizer import load_tokenizer
 
-from .caches import open_moments
+from .caches import open_moments, open_vision_features
 from .callbacks import disable_loading_bars
 from .data import load_images
 from .dry_run import dry_run
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             tokenizers,
             eval_dataset=evaluation,
             moments=open_moments(config, all_data, image_processor, diffusion_decoder),
+            features=open_vision_features(config, all_data, image_processor, model),
         )
         start = "image_encoder" if config.model is None else "model"
         sources = {

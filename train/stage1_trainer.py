@@ -17,6 +17,7 @@ from vlv.pipelines import build_reconstruction, generate_images
 
 from .caches import diffusion_image_size, to_unit_range
 from .data import Stage1Collator, readable_items
+from .data.collators import count_images
 from .data.feature_cache import FeatureCache
 from .evaluating import seeded_generators, spread_timesteps
 from .freezing import freeze_for_stage1
@@ -242,11 +243,6 @@ class Stage1Config(StageConfig):
             raise ValueError("random_crop needs pre_crop_size: without it the whole image is used")
         if not 0 <= self.tail_drop <= 1:
             raise ValueError(f"tail_drop is {self.tail_drop}; expected a share of batches, 0 to 1")
-        if self.cache_moments is not None:
-            for name in ("random_crop", "horizontal_flip", "streaming"):
-                if getattr(self, name):
-                    why = "does not know the images" if name == "streaming" else "changes the images in each epoch"
-                    raise ValueError(f"cache_moments does not work with {name}, which {why}; leave one of them out")
         if self.unfreeze is not None and self.encoder_lora_rank:
             raise ValueError("unfreeze does not work with encoder_lora_rank; leave one of them out")
         if not 0 <= self.embedding_dropout <= 1:
@@ -283,6 +279,7 @@ class Stage1Trainer(VLVTrainer):
         validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
         eval_dataset: Items with `image`, for the evaluation.
         moments: The cache of `cache_moments`.
+        features: The cache of `cache_vision_features`.
     """
 
     def __init__(
@@ -295,6 +292,7 @@ class Stage1Trainer(VLVTrainer):
         tokenizers: Mapping[str, Any] | None = None,
         validation_dataset=None,
         moments: FeatureCache | None = None,
+        features: FeatureCache | None = None,
         **kwargs,
     ):
         size = diffusion_image_size(args, image_processor, diffusion_decoder)
@@ -303,7 +301,7 @@ class Stage1Trainer(VLVTrainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
-            data_collator=Stage1Collator(image_processor, size, args.on_bad_image, moments),
+            data_collator=Stage1Collator(image_processor, size, args.on_bad_image, moments, features),
             processing_class=image_processor,
             **kwargs,
         )
@@ -329,16 +327,15 @@ class Stage1Trainer(VLVTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             set_train_mode(model)  # `Trainer.training_step` has put every part in training mode
-        batch_size = len(inputs["pixel_values"])
-        generators = self._generators(batch_size) if model.training and self.args.noise_by_sample else None
+        generators = self._generators(count_images(inputs)) if model.training and self.args.noise_by_sample else None
         latents = self._sample_latents(inputs, generators)  # (B, C, h, w)
-        output = model(pixel_values=inputs["pixel_values"], return_dict=True)
+        output = self._encode(model, inputs)
         conditioning = Conditioning.of(output)  # of (B, Q, d_cond)
         if model.training and torch.rand(()) < self.args.tail_drop:
             length = int(torch.randint(1, output.caption_embeds.shape[1] + 1, ()))
             conditioning = self._conditioning_of_first(length, model, output)
         if model.training and self.args.embedding_dropout:
-            dropped = torch.rand(batch_size) < self.args.embedding_dropout
+            dropped = torch.rand(len(latents)) < self.args.embedding_dropout
             conditioning = drop_embeddings(conditioning, self._unconditional_conditioning(model), dropped)
         noise = timesteps = None
         if generators is not None:
@@ -353,7 +350,7 @@ class Stage1Trainer(VLVTrainer):
         """Noise and timestep of an image depend on its place alone. The loss has no weights (`snr_gamma`)."""
         decoder, generators = self.diffusion_decoder, seeded_generators(VALIDATION_SEED, places=places)
         latents = self._sample_latents(inputs, generators)
-        conditioning = Conditioning.of(model(pixel_values=inputs["pixel_values"], return_dict=True))
+        conditioning = Conditioning.of(self._encode(model, inputs))
         noise = randn_tensor(latents.shape, generators, latents.device, latents.dtype)
         timesteps = spread_timesteps(places, *decoder.timestep_range)
         denoised = decoder.denoise(latents, conditioning, noise, timesteps)
@@ -362,6 +359,11 @@ class Stage1Trainer(VLVTrainer):
         self._evaluation.add("loss", losses.sum(), len(losses))
         self._evaluation.add_by_timestep(losses, denoised.timesteps[counted], decoder.num_timesteps)
         return denoised.losses.mean()
+
+    def _encode(self, model, inputs) -> Any:
+        """Caption embeddings and conditioning of a batch, from its pixels or its cached features."""
+        names = ("pixel_values", "image_features")
+        return model(**{name: inputs[name] for name in names if name in inputs}, return_dict=True)
 
     def _sample_latents(self, inputs, generators: list[torch.Generator] | None) -> torch.Tensor:
         """Latents `(B, C, h, w)` of a batch, from its pixels or its cached moments."""

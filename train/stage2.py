@@ -8,16 +8,20 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import set_seed
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
-from vlv.tokenizer import load_tokenizer
+from vlv.language_model import load_language_model
+from vlv.tokenizer import fit_tokenizer, load_tokenizer
 
+from .caches import open_vision_features
 from .callbacks import disable_loading_bars
 from .data import load_pairs
 from .dry_run import dry_run
 from .evaluating import find_evaluation_set
+from .four_bits import add_quantised, load_in_4_bits
 from .freezing import freeze_for_stage2
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
@@ -54,27 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         }
         dataset = load_pairs(config.pairs, **columns, **config.data_options())
         evaluation = find_evaluation_set(config, dataset, load_pairs, **columns)
-        new_language_model = VLVConfig.from_pretrained(config.model).text_config is None
+        is_captioner = VLVConfig.from_pretrained(config.model).text_config is not None
+        new_language_model = config.replace_language_model or not is_captioner
         if new_language_model:
             config.language_model = config.language_model or LANGUAGE_MODEL
             encoder, image_processor = hub.load_encoder(config.model)
-            model = add_language_model(encoder, config.language_model)
-            processor = VLVProcessor(image_processor, load_tokenizer(config.language_model))
+            model = add_language_model(encoder, config.language_model, config.gguf_file, config.load_in_4bit)
+            tokenizer = load_tokenizer(config.language_model, config.gguf_file)
+            processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
         elif config.language_model is not None:
             raise ValueError(
                 f"language_model is {config.language_model}, but {config.model} is a captioner, which has its own; "
-                "leave it out, or start from the stage-1 model"
+                "leave it out, start from the stage-1 model, or pass --replace_language_model"
+            )
+        elif config.load_in_4bit:
+            raise ValueError(
+                f"load_in_4bit is set, but the language model of {config.model} is part of a captioner; it is for "
+                "language_model, with a stage-1 model or with --replace_language_model"
             )
         else:
             model, processor = hub.load_captioner(config.model)
         freeze_for_stage2(model, config.trainable)
         if config.lora_rank:
             add_lora(model, config.lora_rank)
-        trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation)
+        all_data = [dataset] if evaluation is None else [dataset, evaluation]
+        features = open_vision_features(config, all_data, processor.image_processor, model.model)
+        trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation, features=features)
         sources = {
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),
         }
+        if config.gguf_file is not None and (file := Path(str(config.language_model), config.gguf_file)).is_file():
+            sources["language_model"]["fingerprint"] = hub.fingerprint(file)
         trainer.settings = {**config.result_settings(), **sources}
         folder = hub.resolve(config.model, allow_patterns=["*.json"])
         diffusion_model = hub.diffusion_model_of(config.model, folder)
@@ -84,20 +99,29 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             rehearsal.run(trainer)
             return trainer
         train_and_save(trainer, config)
-        if config.lora_rank:
+        if config.lora_rank and not config.load_in_4bit:  # merging into 4 bits would round the LoRA layers away
             merge_lora(model)
         say_how_to_use(config, "caption")
     return trainer
 
 
-def add_language_model(encoder: VLVModel, language_model: str) -> VLVForConditionalGeneration:
-    """A captioner of an encoder and a language model.
+def add_language_model(
+    encoder: VLVModel, language_model: str, gguf_file: str | None = None, load_in_4bit: bool = False
+) -> VLVForConditionalGeneration:
+    """A captioner of an encoder and a language model: a folder, repo id or GGUF file.
+
+    Args:
+        load_in_4bit: Stores the linear layers of the language model in 4 bits.
 
     Raises:
+        ImportError: If a library for 4 bits or GGUF is not installed.
         ValueError: If `language_model` is no causal language model.
     """
     try:
-        return VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, language_model)
+        if load_in_4bit:
+            return add_quantised(encoder, load_in_4_bits(language_model, gguf_file))
+        loaded = load_language_model(language_model, gguf_file)
+        return VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, loaded)
     except ValueError as error:
         if not str(error).startswith("Unrecognized"):  # the message lists all types of models
             raise

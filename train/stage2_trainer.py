@@ -9,9 +9,11 @@ from torch.nn import functional as F
 from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.files import write_json
 from vlv.pipelines import generate_captions
+from vlv.tokenizer import check_tokenizer
 
 from .caption_score import token_f1
 from .data import Stage2Collator, readable_items
+from .data.feature_cache import FeatureCache
 from .freezing import freeze_for_stage2
 from .parsing import GatherAction
 from .stage_config import StageConfig
@@ -38,8 +40,24 @@ class Stage2Config(StageConfig):
     language_model: str | None = field(
         default=None,
         metadata={
-            "help": f"A causal language model: folder or repo id; by default {LANGUAGE_MODEL}. Not where `model` is a "
-            "captioner, which has its own."
+            "help": f"A causal language model: folder, repo id or GGUF file; by default {LANGUAGE_MODEL}. Not where "
+            "`model` is a captioner, which has its own, unless replace_language_model is set."
+        },
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "Name of a GGUF file in the folder or repository `language_model`."}
+    )
+    replace_language_model: bool = field(
+        default=False,
+        metadata={
+            "help": "Where `model` is a captioner: use its encoder with `language_model`, and a new projection."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Load `language_model` in 4 bits (NF4, by bitsandbytes) and train it by LoRA (QLoRA); needs "
+            "lora_rank. The trained model has dequantised weights."
         },
     )
     export_decoder: bool = field(
@@ -144,8 +162,17 @@ class Stage2Config(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.merge_lora_checkpoints and self.save_only_trainable:
+            raise ValueError("merge_lora_checkpoints does not work with save_only_trainable; leave one of them out")
         if self.unfreeze is not None and self.lora_rank:
             raise ValueError("unfreeze does not work with lora_rank; leave one of them out")
+        if self.load_in_4bit and not self.lora_rank:
+            raise ValueError(
+                "load_in_4bit is set, but weights in 4 bits cannot be trained themselves; pass --lora_rank, such as "
+                "16, or leave load_in_4bit out"
+            )
+        if self.gguf_file is not None and self.language_model is None:
+            raise ValueError(f"gguf_file is {self.gguf_file}, but language_model is not set; name its folder or repo")
 
 
 class Stage2Trainer(VLVTrainer):
@@ -158,6 +185,7 @@ class Stage2Trainer(VLVTrainer):
         processor: Prepares both in the data loader's workers; saved with every checkpoint.
         validation_dataset: Source of the validation images; by default `eval_dataset`, or else `train_dataset`.
         eval_dataset: Items with `image` and `caption`, for the evaluation.
+        features: The cache of `cache_vision_features`.
     """
 
     def __init__(
@@ -167,8 +195,10 @@ class Stage2Trainer(VLVTrainer):
         train_dataset,
         processor: VLVProcessor,
         validation_dataset=None,
+        features: FeatureCache | None = None,
         **kwargs,
     ):
+        check_tokenizer(processor.tokenizer, model.language_model)
         super().__init__(
             model=model,
             args=args,
@@ -179,6 +209,7 @@ class Stage2Trainer(VLVTrainer):
                 args.on_bad_image,
                 append_eos=args.append_eos,
                 pad_to_max_length=args.pad_to_max_length,
+                features=features,
             ),
             processing_class=processor,
             **kwargs,

@@ -61,8 +61,12 @@ def _tensorboard(callback: Any, name: str, value: Path | Rows, step: int) -> Non
     else:
         table = _columns(value)
         lines = [table["columns"], ["---"] * len(table["columns"]), *table["data"]]
-        text = "\n".join("| " + " | ".join(str(cell).replace("\n", " ") for cell in line) + " |" for line in lines)
+        text = "\n".join("| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines)
         callback.tb_writer.add_text(name, text, step)
+
+
+def _markdown_cell(value: Any) -> str:
+    return str(value).replace("\n", " ").replace("|", "\\|")
 
 
 def _wandb(callback: Any, name: str, value: Path | Rows, step: int) -> None:

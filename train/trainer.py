@@ -26,11 +26,12 @@ from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_file
 from .data_loading import DataLoadingMixin
 from .divergence import DivergenceCallback
 from .evaluating import EvaluationMixin, EvaluationSet
+from .freezing import trainable_names
 from .lora import has_lora
 from .memory import compile_layers, enable_activation_checkpointing
 from .meters import QUARTILES, Means, Speedometer, TimedIterator
 from .modes import set_train_mode
-from .saving import Provenance, write_lora_checkpoint, write_model
+from .saving import Provenance, write_model, write_partial_checkpoint
 from .sharding import check_optimiser_state, configure_fsdp, gather_weights, load_weights
 from .stage_config import StageConfig
 from .trackers import report
@@ -69,6 +70,10 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
             if self.is_deepspeed_enabled:
                 raise ValueError("ema_decay does not work with DeepSpeed, which hides the weights; leave it out")
             self.add_callback(self.average)
+        if self.is_deepspeed_enabled and getattr(args, "save_only_trainable", False):
+            raise ValueError(
+                "save_only_trainable does not work with DeepSpeed, which saves all weights by itself; leave it out"
+            )
         self.accumulated = 0
         """Batches of the present optimiser step so far."""
         self.add_callback(PerProcessSeedCallback())
@@ -86,6 +91,7 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
         self.changes: list[dict[str, Any]] = []
         """What a resumed run changed, by the step from which on it holds."""
         self.provenance: Provenance | None = None
+        self._trained: set[str] = set()
         self._unfinished: str | None = None
         """Folder of the checkpoint that is being written."""
 
@@ -110,14 +116,18 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
             stack.enter_context(self.autocast())
         return stack
 
-    def add_validation(self, validate: Callable[[Any, int, Path], None]) -> None:
-        """Calls `validate` every `validation_steps`, see `ValidationCallback`."""
+    def averaged_weights(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        """The average of `ema_decay` in the place of the weights, if there is one: it is what the training leaves."""
+        return contextlib.nullcontext() if self.average is None else self.average.borrowed(model)
 
-        def in_precision(model: Any, step: int, folder: Path) -> None:
-            with self.autocast():
+    def add_validation(self, validate: Callable[[Any, int, Path], None]) -> None:
+        """Calls `validate` every `validation_steps` with the averaged weights, see `ValidationCallback`."""
+
+        def validate_average(model: Any, step: int, folder: Path) -> None:
+            with self.autocast(), self.averaged_weights(model):
                 validate(model, step, folder)
 
-        self.add_callback(ValidationCallback(in_precision, self.args.validation_steps, self.is_sharded))
+        self.add_callback(ValidationCallback(validate_average, self.args.validation_steps, self.is_sharded))
 
     def train_to_end(self) -> bool:
         """Trains to the last step, from the newest checkpoint of `output_dir` if there is one.
@@ -180,6 +190,7 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._trained = trainable_names(self.model)  # before an `UnfreezingCallback` freezes some
         if self.average is not None:
             self.average.start(self.model, resume_from_checkpoint)
         return prepared
@@ -224,8 +235,10 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder: Any = output_dir or self.args.output_dir
-            if self._unfinished and has_lora(self.model) and not getattr(self.args, "merge_lora_checkpoints", False):
-                write_lora_checkpoint(folder, self.model, state_dict)
+            trained = self._trained if getattr(self.args, "save_only_trainable", False) else None
+            merged = getattr(self.args, "merge_lora_checkpoints", False) or not has_lora(self.model)
+            if self._unfinished and (trained is not None or not merged):
+                write_partial_checkpoint(folder, self.model, state_dict, trained)
                 return
             write_model(folder, self.model, self.processing_class, self.provenance, state_dict)
             if self.provenance is not None:
@@ -313,7 +326,8 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
+        with self.averaged_weights(self.model):
+            metrics = super().evaluate(*args, **kwargs)
         self.speed.pause(time.perf_counter() - start)
         return metrics
 

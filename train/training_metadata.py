@@ -10,6 +10,8 @@ from vlv.hub import TRAINING_FILE, resolve
 
 from .saving import Provenance
 
+LANGUAGE_MODEL_SETTINGS = ("gguf_file", "load_in_4bit", "lora_rank")  # recorded where they are set
+
 
 def write_training_metadata(
     folder: str | Path, trainer: Trainer, provenance: Provenance, changes: list[dict[str, Any]]
@@ -31,7 +33,7 @@ def write_training_metadata(
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "trainable": getattr(args, "trainable", None),
-        **({"lora_rank": args.lora_rank} if getattr(args, "lora_rank", 0) else {}),
+        **{name: getattr(args, name) for name in LANGUAGE_MODEL_SETTINGS if getattr(args, name, None)},
         "seed": args.seed,
         "final_loss": next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
         "fingerprints": provenance.fingerprints,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .hardware import GPUS, Gpu
+from .hardware import gpu_of_device
 
 logger = logging.get_logger(__name__)
 
@@ -41,13 +41,6 @@ def peak_of(args: Any) -> float | None:
         return None
     half = args.bf16 or args.fp16
     return gpu.peak("bf16" if half else "fp32", "matmul", torch.backends.cuda.matmul.allow_tf32)
-
-
-def gpu_of_device(name: str) -> Gpu | None:
-    """The card of a device, by the name that CUDA gives it, such as `NVIDIA H100 80GB HBM3`."""
-    words = name.lower().replace("-", " ").split()
-    found = [gpu for key, gpu in GPUS.items() if set(key.lower().split()) <= set(words)]
-    return max(found, key=lambda gpu: len(gpu.name), default=None)
 
 
 def flops_by_input(args: Any) -> tuple[float, float]:

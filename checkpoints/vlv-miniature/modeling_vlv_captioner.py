@@ -133,6 +133,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
 
@@ -144,12 +145,12 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
                 belongs to nothing, or `inputs_embeds` are given beside `input_ids`.
         """
-        if pixel_values is None and caption_embeds is None:
+        if pixel_values is None and caption_embeds is None and image_features is None:
             raise ValueError(
-                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values and "
-                "caption_embeds"
+                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values, "
+                "caption_embeds and image_features"
             )
-        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds)
+        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds, image_features=image_features)
         token_embeddings = self.get_input_embeddings()
         prefix = self.language_projection(output.conditioning.to(self.language_projection.linear_1.bias.dtype))
         prefix = prefix.to(token_embeddings.weight.dtype)  # (B, Q, d_lm)
@@ -192,6 +193,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVCausalLMOutput:
         """Next-token loss and logits of captions, given their images.
@@ -210,6 +212,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             num_items_in_batch (`int`, *optional*): Divisor of the summed loss, for gradient accumulation.
             inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
             use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in [`VLVModel`]. In place of images.
             kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
         Raises:
@@ -222,7 +225,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             for name in ("output_hidden_states", "output_attentions")
         }
         sequence, mask, caption_embeds = self.get_prefix(
-            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds
+            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds, image_features
         )
         with_text = sequence.shape[1] > caption_embeds.shape[1]
         start = sequence.shape[1] - 1  # the position that predicts the first label
@@ -291,6 +294,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         prefix_dtype: torch.dtype | None = None,
         inputs: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ):
         """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
@@ -307,6 +311,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
                 of the model, which can change the result of beam search.
             inputs (`torch.Tensor` of shape `(B, 3, height, width)`): Another name of `pixel_values`.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in `forward`.
 
         Returns:
             `(B * num_return_sequences, length)` new token ids, without the prefix.
@@ -322,7 +327,9 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             if pixel_values is not None:
                 raise ValueError("inputs is another name of pixel_values; pass one of them")
             pixel_values = inputs
-        prefix, mask, _ = self.get_prefix(pixel_values, caption_embeds, input_ids, attention_mask)
+        prefix, mask, _ = self.get_prefix(
+            pixel_values, caption_embeds, input_ids, attention_mask, image_features=image_features
+        )
         if prefix_dtype is not None:
             prefix = prefix.to(prefix_dtype)
         own = self.generation_config.to_dict()

@@ -9,13 +9,14 @@ from PIL import Image
 
 from vlv import VLVForConditionalGeneration, hub
 
-from ..builders import language_model_config, vlv_config
+from ..builders import language_model_config, vlv_config, with_text_encoder
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, processor, stable_diffusion) -> Path:
     torch.manual_seed(0)
     captioner = VLVForConditionalGeneration(vlv_config(text_config=language_model_config()))
+    with_text_encoder(captioner.model)
     folder = tmp_path_factory.mktemp("vlv")
     return hub.export(folder, captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
 

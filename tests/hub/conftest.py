@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from vlv import VLVForConditionalGeneration
 from vlv import hub as vlv_hub
 
-from ..builders import language_model_config, vlv_config
+from ..builders import language_model_config, vlv_config, with_text_encoder
 from .server import Hub, serve
 
 
@@ -38,6 +38,7 @@ def model(tmp_path_factory, processor, stable_diffusion) -> Path:
     """An untrained VLV model with captioner and diffusion model, in the Hub layout."""
     torch.manual_seed(0)
     captioner = VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
+    with_text_encoder(captioner.model)
     folder = tmp_path_factory.mktemp("model")
     vlv_hub.export(folder, captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
     (folder / vlv_hub.TRAINING_FILE).write_text(

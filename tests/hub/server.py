@@ -47,6 +47,7 @@ class Commit:
 class Repo:
     name: str
     private: bool
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -321,6 +322,9 @@ class Hub:
 
     async def resolve(self, request: Request) -> Response:
         repo = self.repo(request)
+        user = self.user(request)
+        if repo.gated and user != request.path_params["org"]:
+            raise Refusal(401 if user is None else 403, "GatedRepo", f"Access to model {repo.name} is restricted.")
         commit = repo.at(request.path_params["revision"])
         path = request.path_params["path"]
         headers = {"X-Repo-Commit": commit.sha}

@@ -24,6 +24,20 @@ def test_stage_1_names_the_replacement_of_a_withdrawn_model(tmp_path, image_fold
     assert COPY in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_stage_1_says_how_to_get_access_to_a_gated_model(tmp_path, image_folder, stable_diffusion_3):
+    config = tmp_path / "stage1.yaml"
+    config.write_text(f"diffusion_model: org/gated\nimages: {image_folder}\noutput_dir: {tmp_path / 'run'}\n")
+    hub_in_memory = Hub()
+    hub_in_memory.add_folder("org/gated", stable_diffusion_3)
+    hub_in_memory.repos["org/gated"].gated = True
+    with serve(hub_in_memory) as endpoint:
+        done = Machine(tmp_path / "machine", endpoint).vlv("train", "stage1", config)
+    assert done.returncode and "there is no folder org/gated, and as a Hub repository" in done.stderr
+    assert f"org/gated is gated: accept its licence on {endpoint}/org/gated, and log in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("load", [load_diffusion_decoder, hub.load_diffusion_components])
 def test_loaders_name_the_replacement_of_a_withdrawn_model(load):
     with pytest.raises(OSError, match=COPY):

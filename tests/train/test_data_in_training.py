@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -46,26 +47,29 @@ def test_a_resumed_run_on_shards_or_a_stream_has_the_losses_of_an_unbroken_one(
 ):
     captions = ["a small dog", "a large apple at the top left", "a cat", "a"]
     folder = tmp_path / "data"
-    for name in ("a", "b", "c"):
+    images[5].save(tmp_path / "5.png")
+    (tmp_path / "list.jsonl").write_text('{"image": "5.png", "caption": ["a dog", "a large cat"]}')
+    sources = [str(folder), f"{tmp_path}/list.jsonl@0.5"]
+    for name in ("a", "b"):
         rows = {
             "image": [{"path": None, "bytes": _png(images[n])} for n in range(4)],
-            "caption": [f"{text} {name}" for text in captions],
+            "caption": [[f"{text} {name}", "a", name][: 1 + n % 3] for n, text in enumerate(captions)],
         }
-        features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+        features = datasets.Features({"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
         folder.mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}.parquet", batch_size=2)
 
     def run(name: str, max_steps: int) -> Stage2Trainer:
-        dataset = load_pairs(str(folder), streaming=streaming, seed=42)
+        dataset = load_pairs(sources, streaming=streaming, seed=42, caption_lines="all")
         assert isinstance(dataset, StreamingDataset) == streaming
         settings = {"max_steps": max_steps, "save_steps": 4, "lr_scheduler_type": "constant"}
         trainer = trainer_of(tmp_path / name, captioner, processor, dataset, **settings)
         assert trainer.train_to_end()
         return trainer
 
-    unbroken = losses(run("unbroken", 9))  # the seventh step begins the second pass
+    unbroken = losses(run("unbroken", 11))  # the last steps are of the second pass, over 14 samples of the folder
     run("broken", 4)
-    assert losses(run("broken", 9)) == unbroken and len(set(unbroken)) == 9
+    assert losses(run("broken", 11)) == unbroken and len(set(unbroken)) == 11
 
 
 def _png(image) -> bytes:
@@ -130,6 +134,40 @@ def test_captions_are_measured_as_the_trainer_cuts_them(tmp_path, processor, ima
     monkeypatch.setattr(census, "READ_TOGETHER", 2)
     sampled = caption_statistics(load_pairs(str(tmp_path)), processor.tokenizer, max_tokens=5, append_eos=True)
     assert sampled["captions_measured"] == 2 and sampled["images_with_captions"] == 4
+
+
+def test_the_census_of_a_stream_is_of_its_first_images(tmp_path, captioner, processor, images, monkeypatch):
+    monkeypatch.setattr(census, "STREAM_SAMPLE", 3)
+    texts = ["a small dog", ["a cat", "a zyzzyva"], "", "not counted"]
+    table = datasets.Dataset.from_dict(
+        {"image": ["0.png"] * 4, "text": [[t] if isinstance(t, str) else t for t in texts]}
+    )
+    images[0].save(tmp_path / "0.png")
+    (tmp_path / "list.jsonl").write_text('{"image": "0.png", "caption": "a large dog"}')
+    (tmp_path / "data").mkdir()
+    table.to_parquet(tmp_path / "data" / "a.parquet")
+    sources = [f"{tmp_path}/data@3", f"{tmp_path}/list.jsonl"]
+    dataset = load_pairs(sources, streaming=True, caption_lines="all", shuffle=False)
+    before = [item["caption"] for item in islice(dataset, 6)]
+    found = census.take_census(trainer_of(tmp_path / "run", captioner, processor, dataset))
+    assert [item["caption"] for item in islice(dataset, 6)] == before
+    stream, listed = found["sources"]
+    assert stream["share_of_the_samples"] == 0.75 and listed["samples_in_a_pass"] == 1
+    captions = stream["captions"]
+    assert captions["of_the_first"] == 3 and captions["examples"] == ["a small dog", "a cat", "a zyzzyva"]
+    assert (captions["images_with_captions"], captions["images_left_out"], captions["most_captions_of_an_image"]) == (
+        2,
+        1,
+        2,
+    )
+    assert captions["share_of_unknown_tokens"] > 0 and "epochs" not in found
+    lines = census.format_census(found).splitlines()
+    assert lines[:2] == ["images: unknown: a stream", f"{tmp_path}/data: 75.0% of all samples"]
+    assert lines[2].startswith("captions of the first 3 images of the stream: of 2 images; 1 empty or not text")
+    assert f"{tmp_path}/list.jsonl: 25.0% of all samples; 1 in a pass" in lines
+    monkeypatch.setattr(census, "STREAM_SAMPLE", 0)
+    with pytest.raises(ValueError, match=r"none of the first 0 captions of .*data has words; is this the right data"):
+        census.take_census(trainer_of(tmp_path / "run", captioner, processor, dataset))
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Each sample is seen once an epoch, on several ranks with several workers, and a resumed run sees the very next."""
 
+import tracemalloc
 from collections import Counter
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -12,8 +14,18 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from vlv.train import load_images, load_pairs
-from vlv.train.data import EpochSampler, Source, StreamCollator, StreamingDataset, TrainingDataset
+from vlv.train.data import (
+    EpochSampler,
+    ListDataset,
+    Source,
+    StreamCollator,
+    StreamingDataset,
+    StreamSource,
+    TrainingDataset,
+)
 from vlv.train.data.streaming import STATE
+
+from .data_files import write_tar
 
 RANKS, WORKERS, BATCH = 2, 2, 4
 
@@ -155,12 +167,34 @@ def test_augmentation_depends_on_the_epoch_and_the_sample_alone(image_folder):
     assert all(0 <= share < 1 for a in drawn for share in a["crop"])
 
 
+def test_a_sample_takes_bytes_and_no_objects_of_python():
+    count, text = 20_000, "x" * 60
+    tracemalloc.start()
+    try:
+        items = ListDataset({"image": f"{text}{n}.png", "caption": [text, str(n)]} for n in range(count))
+        assert tracemalloc.get_traced_memory()[0] < count * (2 * 60 + 100)
+        tracemalloc.reset_peak()
+        for sizes in ((), (100,) * (count // 100)):
+            before = tracemalloc.get_traced_memory()[0]
+            order = TrainingDataset([Numbers(count, sizes), Numbers(10)]).order(0, batch_size=4, num_ranks=2)
+            assert order.nbytes == 8 * (count + 10)
+            assert tracemalloc.get_traced_memory()[1] - before < 80 * count
+    finally:
+        tracemalloc.stop()
+    assert [items[n] for n in (0, 7, -1)] == [
+        {"image": f"{text}{n}.png", "caption": [text, str(n)]} for n in (0, 7, count - 1)
+    ]
+    with pytest.raises(IndexError):
+        items[count]
+
+
 # --- streams -------------------------------------------------------------------------------------------------------
 
 
 def stream(num_shards: int = 8, rows: int = 48, **options) -> StreamingDataset:
     table = datasets.Dataset.from_dict({"image": [f"{n}.png" for n in range(rows)]})
-    return StreamingDataset(table.to_iterable_dataset(num_shards), "numbers", "image", None, seed=3, **options)
+    source = StreamSource(table.to_iterable_dataset(num_shards), "numbers", "image", None)
+    return StreamingDataset([source], seed=3, **options)
 
 
 def batches_of(dataset: StreamingDataset, rank: int, workers: int, count: int) -> list[dict]:
@@ -187,12 +221,19 @@ def test_two_ranks_with_two_workers_see_each_sample_of_a_stream_once_a_pass(num_
     assert seen == Counter(f"{n}.png" for n in range(48))
 
 
+def mixture() -> StreamingDataset:
+    """Streams of 48 and of 12 samples, and 16 samples in shards, which have a quarter, a quarter and a half."""
+    few = datasets.Dataset.from_dict({"image": [f"few {n}" for n in range(12)]}).to_iterable_dataset()
+    sources = [stream().parts[0].source, StreamSource(few, "few", "image", None), Numbers(16, (8, 8))]
+    return StreamingDataset(sources, [1, 1, 2], seed=3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "before"), [(2, 5), (0, 9)])
-def test_a_resumed_stream_gives_the_very_next_samples(workers, before):
-    unbroken = [batch["images"] for batch in batches_of(stream(), 1, workers, 14)]  # more than a pass of 6
+@pytest.mark.parametrize(("build", "workers", "before"), [(stream, 2, 5), (stream, 0, 9), (mixture, 0, 9)])
+def test_a_resumed_stream_gives_the_very_next_samples(build, workers, before):
+    unbroken = [batch["images"] for batch in batches_of(build(), 1, workers, 14)]  # more than a pass of 6
     assert unbroken[:6] != unbroken[6:12]  # the order of shards differs between passes
-    broken, resumed = stream(), stream()
+    broken, resumed = build(), build()
     batches_of(broken, 1, workers, before)
     resumed.progress = broken.progress
     assert [batch["images"] for batch in batches_of(resumed, 1, workers, 14 - before)] == unbroken[before:]
@@ -202,13 +243,61 @@ def test_a_resumed_stream_gives_the_very_next_samples(workers, before):
         resumed.set_loader(BATCH, workers, 1, 4)
 
 
-def test_a_stream_needs_samples_for_every_reader_and_no_lists_of_captions():
+def test_sources_of_a_mixture_have_their_shares_and_each_sample_is_seen_once_a_pass():
+    seen: dict[str, list[list]] = {".png": [], "few": [], "": []}
+    for rank in range(4):
+        dataset = mixture()
+        dataset.set_loader(BATCH, 0, rank, 4)
+        images = [item["image"] for item in islice(dataset, 96)]
+        first = [isinstance(image, int) for image in images[:8]]
+        assert 3 <= sum(first) <= 5  # of any few samples each source has its share
+        for kind, own in seen.items():
+            own.append([image for image in images if str(image).strip("0123456789 ") == kind])
+    assert all(23 <= len(own) <= 25 for kind in (".png", "few") for own in seen[kind])
+    for kind, size in ((".png", 12), ("few", 3), ("", 4)):  # of each reader's pass
+        passes = [Counter(image for own in seen[kind] for image in own[n : n + size]) for n in (0, size)]
+        assert passes[0] == passes[1] and set(passes[0].values()) == {1} and len(passes[0]) == 4 * size
+    again = mixture()
+    again.set_loader(BATCH, 0, 3, 4)
+    assert [item["image"] for item in islice(again, 96)] == images
+
+
+def test_each_caption_of_a_row_of_a_stream_is_a_sample_and_a_state_may_lie_between_them():
+    rows = {"image": [f"{n}.png" for n in range(4)], "text": [["a", "b", "c"], [], ["d"], ["e", " ", "f"]]}
+    table = datasets.Dataset.from_dict(rows)
+
+    def pairs() -> StreamingDataset:
+        source = StreamSource(table.to_iterable_dataset(2), "pairs", "image", "caption")
+        return StreamingDataset([source], caption_lines="all", shuffle=False)
+
+    dataset = pairs()
+    items = list(islice(dataset, 14))
+    captions = [item["caption"] for item in items]
+    assert captions[:7] == ["a", "b", "c", [], "d", "e", "f"] and captions[7:] == captions[:7]
+    assert [item["image"] for item in items[:4]] == ["0.png"] * 3 + ["1.png"]
+    for number, item in enumerate(items[:-1]):
+        resumed = pairs()
+        resumed.record(item[STATE])
+        assert next(iter(resumed))["caption"] == captions[number + 1]
+
+
+def test_data_other_than_that_of_a_checkpoint_is_read_from_its_beginning(caplog):
+    broken, other = stream(), mixture()
+    batches_of(broken, 0, 0, 3)
+    other.progress = broken.progress
+    assert batches_of(other, 0, 0, 1)[0]["images"] == batches_of(mixture(), 0, 0, 1)[0]["images"]
+    assert "is read from its beginning" in caplog.text
+
+
+def test_a_stream_needs_samples_for_every_reader():
     short = stream(num_shards=1, rows=1)
     short.set_loader(1, 0, 1, 2)
     with pytest.raises(ValueError, match="numbers has no samples for reader 2 of 2"):
         next(iter(short))
-    with pytest.raises(ValueError, match="'all' is not possible with streaming"):
-        stream(caption_lines="all")
+    indexed = StreamingDataset([Numbers(1)], names=["list.csv"])
+    indexed.set_loader(1, 0, 1, 2)
+    with pytest.raises(ValueError, match=r"list\.csv has no samples for reader 2 of 2"):
+        next(iter(indexed))
 
 
 def test_a_folder_of_parquet_is_a_stream_with_captions(tmp_path):
@@ -216,3 +305,17 @@ def test_a_folder_of_parquet_is_a_stream_with_captions(tmp_path):
     parquet.write_table(table, tmp_path / "a.parquet")
     pairs = iter(load_pairs(str(tmp_path), streaming=True, shuffle=False))
     assert [next(pairs)["caption"] for _ in range(4)] == ["caption 0", "caption 1", "caption 2", "caption 0"]
+
+
+def test_streams_are_mixed_with_lists_and_folders_of_images(tmp_path, image_folder):
+    write_tar(tmp_path / "tars" / "a.tar", range(3), {1: (".txt", b"caption 1\nein Bild")})
+    (tmp_path / "list.jsonl").write_text(f'{{"image": "{image_folder}/a/1.png", "caption": ["x", "y"]}}')
+    sources = [f"{tmp_path}/tars@2", str(tmp_path / "list.jsonl"), {"source": str(image_folder), "weight": 5}]
+    pairs = load_pairs(sources, streaming=True, caption_lines="all", seed=1)
+    assert [type(part).__name__ for part in pairs.parts] == ["StreamPart", "IndexedPart", "IndexedPart"]
+    assert pairs.shares() == pytest.approx([0.25, 0.125, 0.625])
+    counts = Counter(item["caption"] for item in islice(pairs, 64))
+    assert {counts[text] for text in ("caption 0", "caption 1", "ein Bild", "caption 2")} == {4}
+    assert counts["x"] + counts["y"] in (8, 9) and set(counts) >= {"x", "a small dog", "a large apple at the top left"}
+    with pytest.raises(ValueError, match="none of the sources can be read with streaming"):
+        load_pairs(sources[1:], streaming=True)

@@ -22,6 +22,7 @@ from vlv.train.data import (
     Stage1Collator,
     Stage2Collator,
     StreamingDataset,
+    StreamSource,
     readable_items,
     stored,
 )
@@ -165,8 +166,8 @@ def test_a_data_set_of_the_hub_names_no_image_outside_of_it(tmp_path, image_proc
         assert ["is not in the data set org/name" in reason for reason in refused] == [True] * 9 + [False] * 4
         batch = Stage1Collator(image_processor, 8)(items)
         assert batch["num_skipped"] == len(outside) and len(batch["pixel_values"]) == 3
-        stream = StreamingDataset(table.to_iterable_dataset(), "org/name", "image", None, repository="org/name")
-        items = [item for item, _ in zip(stream, table, strict=False)]
+        source = StreamSource(table.to_iterable_dataset(), "org/name", "image", None, repository="org/name")
+        items = [item for item, _ in zip(StreamingDataset([source]), table, strict=False)]
         assert Stage1Collator(image_processor, 8)([*items, {"image": encoded(1)}])["num_skipped"] == len(outside) + 2
     assert "private.png is not in the data set org/name" in caplog.text
     assert "hf://datasets/org/name@1/0.png: it cannot be read: Cannot reach" in caplog.text

@@ -92,8 +92,12 @@ def test_half_precision_changes_speed_and_memory_and_leaves_the_autoencoder_alon
 
 @pytest.mark.slow
 def test_what_is_trained_and_cached_decides_what_is_computed_and_stored(small1, counted):
-    projector = estimate(small1(trainable="projector"), H100, 1, cached_moments=True)
-    assert "vae_encoder" in counted.count.parts and "vae_encoder" not in projector.step.parts
+    settings = {"trainable": "projector", "cache_vision_features": "features"}
+    projector = estimate(small1(**settings), H100, 1, cached_moments=True)
+    cached = {"vae_encoder", "vision_tower", "image_projection"}
+    assert cached <= set(counted.count.parts) and not cached & set(projector.step.parts)
+    for name in ("transformer_encoder", "transformer_decoder", "text_encoder"):
+        assert projector.step.parts[name].forward == counted.count.parts[name].forward
     assert projector.step.parts["denoiser"].total() == counted.count.parts["denoiser"].total()
     assert not sum(projector.step.parts["transformer_encoder"].backward.values())
     assert sum(projector.step.parts["transformer_decoder"].backward.values())  # its query tokens are trained

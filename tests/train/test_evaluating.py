@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlv.train import Stage2Collator, load_images, load_pairs, stage1, stage2
+from vlv.train import Stage2Collator, load_images, load_pairs, stage1, stage1_trainer, stage2
 from vlv.train.caption_score import token_f1
 from vlv.train.data.held_back import SelectedRows
 from vlv.train.evaluating import seeded_generators, spread_timesteps
 from vlv.train.meters import QUARTILES
+from vlv.train.sharding import load_weights
 from vlv.train.stage1_trainer import VALIDATION_SEED
 
 
@@ -112,6 +113,35 @@ def test_stage_2_evaluates_held_back_pairs_by_the_mean_over_all_tokens(
     assert [row["reference"] for row in rows] == [item["caption"] for item in trainer.eval_dataset.dataset][:2]
     assert all(row["token_f1"] == round(token_f1(row["generated"], row["reference"]), 4) for row in rows)
     assert logged(trainer, "validation_token_f1") == [round(sum(row["token_f1"] for row in rows) / 2, 4)]
+
+
+@pytest.mark.slow
+def test_with_an_average_what_is_evaluated_is_what_is_saved_and_the_training_is_unchanged(
+    tmp_path, monkeypatch, image_folder, stable_diffusion, stage1_checkpoint
+):
+    monkeypatch.setattr(stage1_trainer, "VALIDATION_INFERENCE_STEPS", 2)
+    inputs = {"model": stage1_checkpoint, "diffusion_model": stable_diffusion, "images": image_folder / "a"}
+    inputs |= {"eval_images": image_folder / "b", "learning_rate": 0.01, "lr_scheduler_type": "constant"}
+    inputs |= {"max_steps": 3, "num_validation_images": 2, "ema_decay": 0.9, "save_strategy": "steps", "save_steps": 3}
+    plain = stage1.main(arguments(tmp_path / "plain", **inputs, eval_steps=1000))
+    trainer = stage1.main(arguments(tmp_path / "evaluated", **inputs, eval_steps=1, validation_steps=1))
+    assert logged(trainer, "loss") == logged(plain, "loss")
+    for file in (
+        "encoder/model.safetensors",
+        "checkpoint-3/encoder/model.safetensors",
+        "checkpoint-3/average.safetensors",
+    ):
+        assert (tmp_path / "evaluated" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    evaluated = logged(trainer, "eval_loss")[-1]
+    assert trainer.evaluate()["eval_loss"] == evaluated  # the model of the end is the average
+    trainer.save_reconstructions(trainer.model.eval(), 0, tmp_path)
+    sample = tmp_path / "evaluated" / "samples" / "step-0000003.png"
+    assert (tmp_path / "step-0000000.png").read_bytes() == sample.read_bytes()
+    load_weights(trainer.model, tmp_path / "evaluated" / "checkpoint-3")
+    trainer.average = None
+    assert trainer.evaluate()["eval_loss"] != pytest.approx(evaluated, rel=1e-4)
+    trainer.save_reconstructions(trainer.model.eval(), 0, tmp_path)
+    assert (tmp_path / "step-0000000.png").read_bytes() != sample.read_bytes()
 
 
 def test_held_back_rows_are_never_trained_on_and_depend_on_the_seed_alone(image_folder):

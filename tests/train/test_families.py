@@ -73,7 +73,7 @@ class Runs:
     Args:
         diffusion_model: Folder of the text-to-image model.
         title: What `vlv info` says of the family.
-        root: Has the folders `unbroken` and `stage1`, which is the same training resumed from a checkpoint, and `stage2`.
+        root: Has the folders `unbroken`, `stage1` (the same training resumed from a checkpoint) and `stage2`.
         unbroken: Its trainer.
     """
 
@@ -198,8 +198,9 @@ def test_a_decoder_of_another_family_is_an_error_that_names_both(runs, stable_di
         hub.write_repository(runs.root / "stage1", tmp_path / "pushed", diffusion_model=stable_diffusion)
 
 
-def test_a_text_encoder_with_other_weights_is_an_error_that_names_both(runs, image_folder, tmp_path):
+def test_a_text_encoder_with_other_weights_is_an_error_that_names_both(all_runs, image_folder, tmp_path):
     """Of equal shape, so that nothing else would tell; also where it is stored in half precision."""
+    runs = all_runs["stable_diffusion_3"]
     other = tmp_path / "other"
     shutil.copytree(runs.diffusion_model, other)
     file = other / "text_encoder_2" / "model.safetensors"
@@ -223,7 +224,8 @@ def test_a_text_encoder_with_other_weights_is_an_error_that_names_both(runs, ima
     hub.export(tmp_path / "exported", encoder=encoder, image_processor=image_processor, diffusion_model=other)
 
 
-def test_a_tokenizer_with_words_that_the_text_encoder_does_not_know_is_an_error(runs, image_folder, tmp_path):
+def test_a_tokenizer_with_words_that_the_text_encoder_does_not_know_is_an_error(all_runs, image_folder, tmp_path):
+    runs = all_runs["stable_diffusion_xl"]
     other = tmp_path / "other"
     shutil.copytree(runs.diffusion_model, other)
     tokenizer = load_tokenizer(other / "tokenizer_2")
@@ -265,8 +267,9 @@ def test_t5_is_part_of_the_model_on_request(with_t5, image_file, capsys):
 
 
 def test_t5_that_is_not_there_is_an_error_that_names_folder_and_setting(
-    start, with_t5, runs, stable_diffusion_xl, stable_diffusion_3, image_folder, tmp_path
+    start, with_t5, all_runs, stable_diffusion_xl, stable_diffusion_3, image_folder, tmp_path
 ):
+    runs = all_runs["stable_diffusion_3"]
     without = tmp_path / "without"
     shutil.copytree(stable_diffusion_3, without, ignore=shutil.ignore_patterns("*_3"))
     index = json.loads((without / "model_index.json").read_text())

@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import trainer_optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlv.diffusion_decoder import StableDiffusionDecoder
 from vlv.train import Stage1Config, Stage2Config, freeze_for_stage2, set_train_mode, stage1
 from vlv.train.average import AVERAGE_FILE
 from vlv.train.memory import check_compiler, compile_layers, enable_activation_checkpointing
+from vlv.train.optimisers import OPTIMISER_PACKAGES
 
-from ..builders import TEXT_WIDTH, assert_close_to_scale, stable_diffusion_parts
+from ..builders import TEXT_WIDTH, assert_close_to_scale, language_model_config, stable_diffusion_parts
+from . import two_processes
 from .two_processes import STEPS, losses, trainer_of
 
 LABELS = torch.tensor([[5, 6, 7, 3], [8, 3, -100, -100]])
@@ -128,10 +131,46 @@ def test_bf16_keeps_trained_weights_and_optimiser_in_float32(
     assert trainer.optimizer.defaults["fused"] is True
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_an_optimiser_whose_package_is_missing_is_refused():
+def test_an_optimiser_whose_package_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"optim is adamw_bnb_8bit, which needs the package bitsandbytes \(pip"):
         Stage1Config(use_cpu=True, optim="adamw_bnb_8bit")
+    with pytest.raises(ValueError, match=r"optim is adamw_torch_8bit, which needs the package torchao \(pip"):
+        Stage1Config(use_cpu=True, optim="adamw_torch_8bit")
+
+
+def test_the_packages_of_optimisers_are_those_that_transformers_takes_them_from():
+    handlers = trainer_optimizer._OPTIMIZER_HANDLERS.items()
+    packages = {
+        trainer_optimizer._get_bitsandbytes_optimizer: "bitsandbytes",
+        trainer_optimizer._get_torchao_optimizer: "torchao",
+    }
+    assert {name.value: packages[handler] for name, handler in handlers if handler in packages} == OPTIMISER_PACKAGES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw_torch_8bit", "adamw_torch_4bit", "adamw_bnb_8bit"])
+def test_an_optimiser_of_few_bits_trains_in_few_bits_and_goes_on_exactly(tmp_path, monkeypatch, optim):
+    if importlib.util.find_spec(OPTIMISER_PACKAGES[optim]) is None:
+        pytest.skip(f"{OPTIMISER_PACKAGES[optim]} is not installed")
+    torch.compiler.set_stance("force_eager")  # torchao compiles its steps, which takes a minute
+    language_model = language_model_config()
+    language_model.intermediate_size = 128  # these optimisers keep tensors of less than 4096 numbers in float32
+    monkeypatch.setattr(two_processes, "language_model_config", lambda: language_model)
+    try:
+        runs = [trainer_of(2, tmp_path / name, optim=name) for name in (optim, "adamw_torch")]
+        for run in runs:
+            run.train()
+        resumed = trainer_of(2, tmp_path / "resumed", optim=optim)
+        resumed.train(resume_from_checkpoint=str(tmp_path / optim / "checkpoint-2"))
+    finally:
+        torch.compiler.set_stance("default")
+    few, full = (losses(run) for run in runs)
+    assert few == pytest.approx(full, rel=0.02) and few[-1] != full[-1]
+    for name, tensor in runs[0].model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name])
+    sizes = [(tmp_path / name / "checkpoint-2" / "optimizer.pt").stat().st_size for name in (optim, "adamw_torch")]
+    assert sizes[0] < 0.8 * sizes[1]
 
 
 @pytest.mark.slow

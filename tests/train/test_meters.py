@@ -8,8 +8,9 @@ from accelerate import Accelerator
 
 from vlv.train import Stage1Config, Stage2Config
 from vlv.train.estimate import count_training_step
+from vlv.train.hardware import GPUS, gpu_of_device
 from vlv.train.meters import QUARTILES, Means, Speedometer, TimedIterator
-from vlv.train.utilisation import count_flops, flops_by_input, gpu_of_device
+from vlv.train.utilisation import count_flops, flops_by_input
 
 CPU = torch.device("cpu")
 
@@ -50,12 +51,19 @@ def test_speed_counts_images_tokens_waiting_and_flops(accelerator):
 def test_the_device_of_a_run_is_found_among_the_known_cards():
     names = {
         "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "H100 PCIe",
+        "NVIDIA H100 NVL": "H100 NVL",
+        "NVIDIA H200": "H200",
+        "NVIDIA H200 NVL": "H200 NVL",
+        "NVIDIA A100 80GB PCIe": "A100",
         "NVIDIA A100-SXM4-80GB": "A100",
         "NVIDIA GeForce RTX 4090": "RTX 4090",
         "NVIDIA RTX 6000 Ada Generation": "RTX 6000 Ada",
     }
     assert {name: gpu_of_device(name).name for name in names} == names
-    assert gpu_of_device("NVIDIA GeForce RTX 3060") is None
+    assert [GPUS[name].bf16 for name in ("H100", "H100 PCIe", "H100 NVL", "A100")] == [989.4, 756.5, 835.5, 312]
+    other = ("NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    assert [gpu_of_device(name) for name in other] == [None] * 3
     assert count_flops(Stage1Config(output_dir="unused", use_cpu=True)) == (None, None)
 
 

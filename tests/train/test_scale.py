@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
 from vlv import VLVForConditionalGeneration, VLVModel
-from vlv.hub.layout import ENCODER_FILE
+from vlv.hub.layout import ADAPTER_FOLDER, ENCODER_FILE, ENCODER_PREFIX, WEIGHTS_FILE
 from vlv.hub.load import read_weight_map
 from vlv.train import last_checkpoint
+from vlv.train.failing import EXIT_CODE
+from vlv.train.lora import ADAPTER_FILE
 
 from ..builders import assert_close_to_scale
 from ..interpreter import run_python
-from .two_processes import CONFIGS, STEPS, launch_environment, train
+from .two_processes import CONFIGS, LORA, STEPS, launch_environment, train, trainer_of
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2")
@@ -45,21 +48,24 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scale")
     code = "import sys; from pathlib import Path; from tests.train.two_processes import main; main(Path(sys.argv[1]))"
     done = run_python(code, [str(folder)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == EXIT_CODE, done.stderr[-3000:]  # of the failure at the end
+    (folder / "stderr").write_text(done.stderr)
     return folder
 
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
+    ended = (folder / "stderr").stat().st_mtime
+    return results | {"seconds": ended - results["before_the_failure"]}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict[str, Any]:
     """The trainings of one process, in a folder `folder`."""
     folder = tmp_path_factory.mktemp("alone")
-    losses = {stage: train(int(stage[-1]), folder / stage, **settings(stage)) for stage in STAGES}
-    return {**losses, "folder": folder}
+    runs = {stage: train(int(stage[-1]), folder / stage, **settings(stage)) for stage in STAGES}
+    return {**runs, "lora": train(2, folder / "lora", **LORA), "folder": folder}
 
 
 def settings(stage: str) -> dict[str, Any]:
@@ -67,20 +73,67 @@ def settings(stage: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_have_the_losses_of_one(results, alone, engine, stage):
-    assert results[engine][stage]["losses"] == pytest.approx(alone[stage]["losses"], rel=1e-5)
-    assert len(set(alone[stage]["losses"])) == STEPS
+@pytest.mark.parametrize(
+    ("engine", "run"), [(engine, stage) for engine in ENGINES for stage in STAGES] + [("fsdp2", "lora")]
+)
+def test_two_processes_have_the_losses_of_one(results, alone, engine, run):
+    assert results[engine][run]["losses"] == pytest.approx(alone[run]["losses"], rel=1e-5)
+    assert len(set(alone[run]["losses"])) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "run"), [("ddp", "stage1"), ("fsdp2", "stage1"), ("ddp", "stage2"), ("fsdp2", "lora")]
+)
+def test_a_resumed_run_ends_as_the_unbroken_one(results, folder, engine, run):
+    found = results[engine]
+    assert found[f"{run}-resumed"]["losses"] == found[run]["losses"]
+    if run == "stage1":
+        resumed, unbroken = (load_file(folder / engine / place / ENCODER_FILE) for place in (f"{run}-resumed", run))
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_resumed_run_ends_as_the_unbroken_one(results, folder, engine):
-    found = results[engine]
-    assert found["resumed"]["losses"] == found["stage1"]["losses"]
-    resumed, unbroken = (load_file(folder / engine / run / ENCODER_FILE) for run in ("resumed", "stage1"))
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+def test_a_checkpoint_of_trained_tensors_alone_has_them_as_a_complete_one(results, folder, engine):
+    last = f"checkpoint-{STEPS}"
+    trained = load_file(folder / engine / "stage1-resumed" / last / WEIGHTS_FILE)
+    complete = load_file(folder / engine / "stage1" / last / ENCODER_FILE)
+    assert set(trained) == set(results[engine]["stage1-resumed"]["trained"]) and len(trained) < len(complete)
+    assert all(torch.equal(complete[ENCODER_PREFIX + name], tensor) for name, tensor in trained.items())
+
+
+@pytest.mark.slow
+def test_sharded_lora_layers_are_saved_as_one_adapter_and_merged(folder, alone):
+    sharded, single = folder / "fsdp2" / "lora", alone["folder"] / "lora"
+    adapters = [load_file(run / ADAPTER_FOLDER / ADAPTER_FILE) for run in (sharded, single)]
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) > 4
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[5, 6, 3]]).expand(2, 3)
+    merged, other = (VLVForConditionalGeneration.from_pretrained(run).eval() for run in (sharded, single))
+    logits = merged(pixels, labels=labels).logits
+    assert_close_to_scale(logits, other(pixels, labels=labels).logits)
+    adapted = VLVForConditionalGeneration(merged.config).eval()
+    adapted.load_state_dict(merged.state_dict())
+    torch.manual_seed(0)  # as the training began
+    adapted.language_model.load_state_dict(trainer_of(2, folder / "start").model.language_model.state_dict())
+    adapted.language_model = PeftModel.from_pretrained(adapted.language_model, sharded / ADAPTER_FOLDER)
+    assert_close_to_scale(logits, adapted(pixels, labels=labels).logits)
+    with adapted.language_model.disable_adapter():
+        assert (adapted(pixels, labels=labels).logits - logits).abs().max() > 1e-4  # the layers were trained
+    assert not (sharded / "checkpoint-2" / "config.json").exists()  # the adapter alone
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_process_ends_the_others_with_a_line_that_names_it(folder, results):
+    said = [line for line in (folder / "stderr").read_text().splitlines() if line.startswith("vlv train stage2: ")]
+    reason = "6 bytes is not an image in a format that can be read"
+    assert sorted(said) == [
+        f"vlv train stage2: {reason}",
+        f"vlv train stage2: process 1 (of 2, from 0 on) has failed: {reason}; this process ends, too",
+    ]
+    assert "Traceback" not in (folder / "stderr").read_text()
+    assert results["seconds"] < 100  # torch's own limit is minutes
 
 
 @pytest.mark.slow

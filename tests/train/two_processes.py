@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,15 @@ from vlv.train import (
     freeze_for_stage2,
     stage1_trainer,
 )
+from vlv.train.lora import add_lora
+from vlv.train.parsing import errors_in_one_line
 
 from ..builders import language_model_config, stable_diffusion_parts, vlv_config
 
 CONFIGS = Path(vlv.train.configs.__path__[0]) / "accelerate"
 CAPTIONS = ("a small dog", "a large apple at the top left", "a cat")
 GLOBAL_BATCH, STEPS = 4, 3
+LORA = {"lora_rank": 2, "trainable": "projector", "merge_lora_checkpoints": False}
 LATER = "model.image_encoder.language_model.encoder."
 """What the unfreezing trains after step 2."""
 
@@ -101,6 +105,8 @@ def trainer_of(stage: int, folder: Path, **settings: Any) -> Stage1Trainer | Sta
     else:
         captioner = VLVForConditionalGeneration(config)
         freeze_for_stage2(captioner, args.trainable)
+        if args.lora_rank:
+            add_lora(captioner, args.lora_rank)
         data = [{"image": image, "caption": CAPTIONS[n % 3]} for n, image in enumerate(images())]
         trainer = Stage2Trainer(
             captioner, args, data, VLVProcessor(processor, build_tokenizer(for_text_encoder=False))
@@ -119,7 +125,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def train(stage: int, folder: Path, **settings: Any) -> dict[str, Any]:
-    """Trains and saves the model; returns the losses and what is known of the training."""
+    """Trains and saves the model; returns the losses and what is known of the training.
+
+    Args:
+        settings: With `resume_from_checkpoint`, a folder, it goes on from its checkpoint of step 2, and writes no
+            other unless `save_strategy` is given.
+    """
+    if run := settings.pop("resume_from_checkpoint", None):
+        settings = {"save_strategy": "no", **settings, "resume_from_checkpoint": str(run / "checkpoint-2")}
     trainer = trainer_of(stage, folder, **settings)
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
     trainer.save_model()
@@ -128,6 +141,7 @@ def train(stage: int, folder: Path, **settings: Any) -> dict[str, Any]:
         "losses": losses(trainer),
         "frozen_in_optimiser": sum(not p.requires_grad for p in parameters),
         "in_optimiser": len(parameters),
+        "trained": [name for name, p in trainer.model.named_parameters() if p.requires_grad],
         "trainable": sum(p.requires_grad for p in trainer.model.parameters()),
         "sharded_denoiser": stage == 1
         and any(isinstance(p, DTensor) for p in trainer.diffusion_decoder.denoiser.parameters()),
@@ -175,21 +189,41 @@ def trainings(folder: Path, shard_diffusion_model: bool) -> dict[str, Any]:
     if shard_diffusion_model:
         stage1["shard_diffusion_model"] = True
     found = {
-        "stage1": train(1, folder / "stage1", validation_steps=STEPS, **stage1),
-        "resumed": train(
+        "stage1": train(1, folder / "stage1", validation_steps=1, **stage1),
+        "stage1-resumed": train(
             1,
-            folder / "resumed",
+            folder / "stage1-resumed",
+            resume_from_checkpoint=folder / "stage1",
+            save_only_trainable=True,
+            save_strategy="steps",
             **stage1,
-            resume_from_checkpoint=str(folder / "stage1" / "checkpoint-2"),
         ),
         "stage2": train(2, folder / "stage2", validation_steps=STEPS),
         "unfreezing": unfreeze(folder / "unfreezing"),
     }
+    second, settings = "stage2", {}
+    if shard_diffusion_model:
+        second, settings = "lora", LORA
+        found["lora"] = train(2, folder / "lora", **LORA)
+    found[f"{second}-resumed"] = train(2, folder / "resumed", **settings, resume_from_checkpoint=folder / second)
     return found
 
 
+def fail(folder: Path, rank: int) -> None:
+    """A training in which the second process alone cannot read an image, while the first one waits for its gradients.
+
+    Ends both processes.
+    """
+    with errors_in_one_line("vlv train stage2"):
+        trainer = trainer_of(2, folder, on_bad_image="error", save_strategy="no")
+        if rank:
+            for item in trainer.train_dataset:
+                item["image"] = b"broken"
+        trainer.train()
+
+
 def main(folder: Path) -> None:
-    """Forks a second process, and trains with DDP and then with FSDP2; writes `results.json`."""
+    """Forks a second process, and trains with DDP and then with FSDP2; writes `results.json`; fails in the second."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -206,9 +240,10 @@ def main(folder: Path) -> None:
             results[engine] = trainings(folder / engine, engine == "fsdp2")
             gc.collect()
         if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results))
-        torch.distributed.destroy_process_group()
-        code = 0
+            (folder / "results.json").write_text(json.dumps(results | {"before_the_failure": time.time()}))
+        fail(folder / "failed", rank)
+    except SystemExit as ending:
+        code = int(ending.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:

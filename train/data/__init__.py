@@ -7,7 +7,7 @@ from .loading import describe_sources, load_images, load_pairs, parse_sources
 from .mixture import EpochSampler, TrainingDataset
 from .shards import TarSource
 from .source import Source
-from .streaming import StreamCollator, StreamingDataset
+from .streaming import StreamCollator, StreamingDataset, StreamSource
 from .tables import ColumnDataset, ParquetSource
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Stage1Collator",
     "Stage2Collator",
     "StreamCollator",
+    "StreamSource",
     "StreamingDataset",
     "TarSource",
     "TrainingDataset",

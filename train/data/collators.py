@@ -2,7 +2,7 @@
 
 import os
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from vlv import VLVImageProcessor, VLVProcessor
 from vlv.processing_vlv import to_rgb
 
 from .source import UnreadableImage
+
+if TYPE_CHECKING:
+    from .feature_cache import FeatureCache
 
 logger = logging.get_logger(__name__)
 
@@ -151,6 +154,16 @@ def describe(items: list[dict]) -> dict[str, list]:
     return {"names": [name_of(item["image"]) for item in items], **places}
 
 
+def _look_up(cache: "FeatureCache", images: list[Image.Image], items: list[dict]) -> torch.Tensor:
+    """The tensors of images in a cache, `(B, ...)`."""
+    return torch.stack([cache.get(image, item_name(item)) for image, item in zip(images, items, strict=True)])
+
+
+def count_images(batch: dict[str, Any]) -> int:
+    """The number of images that a collator has put into a batch."""
+    return len(batch["pixel_values"] if "pixel_values" in batch else batch["image_features"])
+
+
 class Stage1Collator(_SkippingCollator):
     """Batches of images: `pixel_values` for the encoder and `diffusion_pixels` for the diffusion model.
 
@@ -161,6 +174,7 @@ class Stage1Collator(_SkippingCollator):
         diffusion_image_size: Side S in pixels of `diffusion_pixels` `(B, 3, S, S)`, uint8 in 0..255.
         on_bad_image: `"skip"` or `"error"`.
         moments: A cache. Batches then have `moments` `(B, 2 * C, h, w)` in the place of `diffusion_pixels`.
+        features: A cache. Batches then have `image_features` in the place of `pixel_values`.
     """
 
     def __init__(
@@ -168,22 +182,25 @@ class Stage1Collator(_SkippingCollator):
         image_processor: VLVImageProcessor,
         diffusion_image_size: int,
         on_bad_image: str = "skip",
-        moments: Any = None,
+        moments: "FeatureCache | None" = None,
+        features: "FeatureCache | None" = None,
     ):
         super().__init__(on_bad_image)
         self.image_processor, self.diffusion_image_size = image_processor, diffusion_image_size
-        self.moments = moments
+        self.moments, self.features = moments, features
 
     def __call__(self, items: list[dict]) -> dict[str, Any]:
         items, images, num_skipped = self.load_readable(items, self.image_processor)
         if self.moments is None:
             targets = {"diffusion_pixels": diffusion_pixels(images, self.diffusion_image_size)}
         else:
-            pairs = zip(images, items, strict=True)
-            targets = {"moments": torch.stack([self.moments.get(image, item_name(item)) for image, item in pairs])}
-        pixel_values = self.image_processor(images, return_tensors="pt", pre_crop_size=None).pixel_values
+            targets = {"moments": _look_up(self.moments, images, items)}
+        if self.features is None:
+            inputs = self.image_processor(images, return_tensors="pt", pre_crop_size=None)
+        else:
+            inputs = {"image_features": _look_up(self.features, images, items)}
         return {
-            "pixel_values": pixel_values,
+            **inputs,
             **targets,
             **describe(items),
             "num_skipped": num_skipped,  # an int: reading a tensor would wait for the device
@@ -200,6 +217,7 @@ class Stage2Collator(_SkippingCollator):
         max_caption_tokens: Longer captions are cut to this length.
         on_bad_image: `"skip"` or `"error"`.
         append_eos, pad_to_max_length: As in [`VLVProcessor`]'s call; the authors' code has False and True.
+        features: A cache. Batches then have `image_features` in the place of `pixel_values`.
     """
 
     def __init__(
@@ -209,19 +227,23 @@ class Stage2Collator(_SkippingCollator):
         on_bad_image: str = "skip",
         append_eos: bool = True,
         pad_to_max_length: bool = False,
+        features: "FeatureCache | None" = None,
     ):
         super().__init__(on_bad_image)
         self.processor, self.max_caption_tokens = processor, max_caption_tokens
         self.append_eos, self.pad_to_max_length = append_eos, pad_to_max_length
+        self.features = features
 
     def __call__(self, items: list[dict]) -> dict[str, Any]:
         items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
         batch = self.processor(
-            images=images,
+            images=images if self.features is None else None,
             suffix=[item["caption"] for item in items],
             max_length=self.max_caption_tokens,
             append_eos=self.append_eos,
             pad_to_max_length=self.pad_to_max_length,
             pre_crop_size=None,
         )
+        if self.features is not None:
+            batch["image_features"] = _look_up(self.features, images, items)
         return {**batch, **describe(items), "num_skipped": num_skipped}

@@ -24,6 +24,8 @@ MANIFEST = "cache.json"
 VERSION = 1
 KEY = 2  # unsigned 64-bit numbers
 ROWS_PER_FILE = 1024
+BYTES_PER_FILE = 10**9
+"""The rows of a file are held in memory until it is written."""
 MAX_OPEN_FILES = 64
 
 
@@ -165,7 +167,8 @@ class FeatureCache:
         """
         rows = _Rows(dataset, image_processor, collate, self)
         fingerprint = dataset.fingerprint()
-        chunks = [range(a, min(a + ROWS_PER_FILE, len(rows))) for a in range(0, len(rows), ROWS_PER_FILE)]
+        length = max(min(ROWS_PER_FILE, BYTES_PER_FILE // self.bytes_of(1)), 1)
+        chunks = [range(a, min(a + length, len(rows))) for a in range(0, len(rows), length)]
         names = [self.folder / f"{fingerprint[:16]}-{number:06}.safetensors" for number in range(len(chunks))]
         missing = [number for number, path in enumerate(names) if not path.is_file()]
         if missing:
@@ -173,7 +176,7 @@ class FeatureCache:
             size = self.bytes_of(images)
             say(
                 f"cache {self.folder}: looking at {images} images of {len(rows)}; those that are missing are added, "
-                f"up to {size / 1e6:.1f} MB"
+                f"{_format_bytes(self.bytes_of(1))} an image, up to {_format_bytes(size)} in all"
             )
             require_space(self.folder, size)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -227,6 +230,12 @@ class FeatureCache:
             set_default_permissions(temporary)
 
         write_atomically(path, write)
+
+
+def _format_bytes(count: int) -> str:
+    """Such as `1.18 MB`."""
+    power = next(power for power in (12, 9, 6, 3, 0) if count >= 10**power or not power)
+    return f"{count / 10**power:.3g} {({12: 'TB', 9: 'GB', 6: 'MB', 3: 'kB', 0: 'bytes'})[power]}"
 
 
 class _Rows(Dataset):

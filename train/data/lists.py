@@ -4,8 +4,10 @@ import csv
 import hashlib
 import json
 import os
+import pickle
 import sys
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +39,42 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 class ListDataset(Source):
     """A list of `{"image": path}` or `{"image": path, "caption": text or list of texts}`.
 
+    Items are kept in one block of bytes: an object for each would take several times the memory, and a copy in each
+    process of a data loader.
+
     Args:
         root: The folder that the paths lie in.
     """
 
-    def __init__(self, items: Sequence[dict[str, Any]], root: str | os.PathLike = "."):
-        self.items, self.root = items, root
-        self.has_captions = bool(items) and "caption" in items[0]
+    def __init__(self, items: Iterable[dict[str, Any]], root: str | os.PathLike = "."):
+        self._data, ends = bytearray(), array("q")
+        for item in items:
+            self._data += pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+            ends.append(len(self._data))
+        self._ends, self.root = np.array(ends, dtype=np.int64), root
+        self.has_captions = len(self) > 0 and "caption" in self[0]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.items[number]
+        end = int(self._ends[number])
+        start = int(self._ends[number - 1]) if number % len(self) else 0
+        return pickle.loads(memoryview(self._data)[start:end])
 
     def name(self, number: int) -> str:
-        return self.items[number]["image"]
+        return self[number]["image"]
 
     def count_captions(self) -> np.ndarray:
-        return np.array([count_alternatives(item.get("caption")) for item in self.items], dtype=np.int32)
+        return np.fromiter((count_alternatives(item.get("caption")) for item in self), np.int32, len(self))
 
     def fingerprint(self) -> str:
         """A hash of names, sizes and captions, which does not depend on where the folder lies."""
         digest = hashlib.sha256()
-        for item in self.items:
+        for item in self:
             if "caption" in item and not alternatives(item["caption"]):
                 continue  # left out
             name, size = os.path.relpath(item["image"], self.root), os.stat(item["image"]).st_size
@@ -68,21 +82,21 @@ class ListDataset(Source):
         return digest.hexdigest()
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> Iterator[Path]:
     """The images of a folder. Says what is left out.
 
     Raises:
         ValueError: If there is none.
     """
-    images = []
+    found = False
     for path, problem in walk_images(folder):
         if problem is None:
-            images.append(path)
+            found = True
+            yield path
         else:
             logger.warning(f"{path} is left out: {problem}")
-    if not images:
+    if not found:
         raise ValueError(f"no images in {folder}; looked in all its folders for files that Pillow can read")
-    return images
 
 
 def lists_of_a_folder(folder: Path) -> list[Path]:

@@ -17,12 +17,13 @@ from .lists import LIST_SUFFIXES, ListDataset, image_files, lists_of_a_folder, r
 from .mixture import TrainingDataset
 from .shards import TarSource
 from .source import Source
-from .streaming import StreamingDataset
+from .streaming import StreamingDataset, StreamSource
 from .tables import ColumnDataset, ParquetSource, has_keys, parquet_columns, read_keys, require_datasets
 
 logger = logging.get_logger(__name__)
 
 KINDS = "a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a data set of the Hub such as org/name"
+STREAMED_SUFFIXES = (".parquet", ".tar", ".zip")
 Weighted = tuple[str, float]
 
 
@@ -35,8 +36,9 @@ def load_images(source: Any, *, split: str = "train", image_column: str = IMAGE_
             `datasets.load_dataset` finds.
         split: Split of a data set.
         image_column: Column of a table. Without a column of the default name, other usual names are looked for.
-        options: `image_root`, `streaming` (True for a [`StreamingDataset`]), `eval_share` (that share of each source's
-            rows, drawn by seed, is in `held_back` instead), and options of [`TrainingDataset`].
+        options: `image_root`, `streaming` (True for a [`StreamingDataset`], for which weights are shares of the
+            samples), `eval_share` (that share of each source's rows, drawn by seed, is in `held_back` instead), and
+            options of [`TrainingDataset`].
 
     Raises:
         ImportError: If reading `source` needs the library `datasets` and it is not installed.
@@ -109,10 +111,11 @@ def _open_stream(
     on_bad_caption: str = "skip",
     **options,
 ) -> StreamingDataset:
-    """Raises `ValueError` for what a stream cannot do."""
-    source, weight = named[0]
-    if len(named) > 1 or weight != 1:
-        raise ValueError("streaming reads one source, without a weight")
+    """Streams, mixed with sources that are lists, globs, single files or folders of images.
+
+    Raises:
+        ValueError: For what a stream cannot do, or if no source is a stream.
+    """
     if image_root is not None:
         raise ValueError("image_root is not possible with streaming; give it without --streaming")
     if on_bad_caption != "skip":
@@ -120,16 +123,33 @@ def _open_stream(
             "on_bad_caption 'error' is not possible with streaming, which reads captions while training; "
             "--max_bad_share 0 stops the run at the first"
         )
-    is_file = Path(source).suffix.lower() in (*LIST_SUFFIXES, ".tar", ".parquet") or os.path.isfile(source)
-    if _matching(source) != [source] or (is_file and not os.path.isdir(source)):
+    if not any(_can_stream(source) for source, _ in named):
+        which = f"{named[0][0]} cannot be" if len(named) == 1 else "none of the sources can be"
         raise ValueError(
-            f"{source} cannot be read with streaming, which takes a data set of the Hub such as org/name, or a folder "
-            "of parquet or tar files; list, parquet and tar files given by name are read without --streaming"
+            f"{which} read with streaming, which takes a data set of the Hub such as org/name, or a folder "
+            "of parquet or tar files; list, parquet and tar files given by name are read without --streaming, and so "
+            "are folders of images"
         )
-    stream = find_dataset(source, split, streaming=True)
+    sources: list[StreamSource | Source] = []
+    for source, _ in named:
+        if not _can_stream(source):
+            lines = options.get("caption_lines", "first")
+            sources.append(open_source(source, split, image_column, caption_column, None, lines))
+            continue
+        stream = find_dataset(source, split, streaming=True)
+        place = {"folder": source} if os.path.isdir(source) else {"repository": source}
+        sources.append(StreamSource(stream, source, image_column, caption_column, **place))
+    names, weights = zip(*named, strict=True)
+    return StreamingDataset(sources, weights, names=names, **options)
+
+
+def _can_stream(source: str) -> bool:
+    """Whether a source is a data set of the Hub, or a folder with files that `datasets` streams."""
     if os.path.isdir(source):
-        return StreamingDataset(stream, source, image_column, caption_column, folder=source, **options)
-    return StreamingDataset(stream, source, image_column, caption_column, repository=source, **options)
+        folder = Path(source)
+        return not _is_saved_dataset(folder) and any(_files(folder, suffix) for suffix in STREAMED_SUFFIXES)
+    is_file = Path(source).suffix.lower() in (*LIST_SUFFIXES, *STREAMED_SUFFIXES) or os.path.isfile(source)
+    return _matching(source) == [source] and not is_file
 
 
 def parse_sources(value: Any) -> list[Weighted]:
@@ -214,7 +234,7 @@ def _matching(source: str) -> list[str]:
 def _open_folder(
     folder: Path, image_column: str, caption_column: str | None, root: str | os.PathLike | None, caption_lines: str
 ) -> Source:
-    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+    if _is_saved_dataset(folder):
         return ColumnDataset(_saved_dataset(folder), image_column, caption_column, root)
     tars, parquets = _files(folder, ".tar"), _files(folder, ".parquet")
     if parquets and not tars and _is_metadata(parquets[0], image_column, folder):
@@ -227,14 +247,14 @@ def _open_folder(
     if parquets:
         return _parquet(parquets, image_column, caption_column, root)
     if caption_column is None:
-        return ListDataset([{"image": str(path)} for path in image_files(folder)], folder)
+        return ListDataset(({"image": str(path)} for path in image_files(folder)), folder)
     lists = lists_of_a_folder(folder)
     if lists:
         try:
             return _list(lists, image_column, caption_column, root, str(folder))
         except _EmptyLists as error:
             raise ValueError(f"{error}; fill it, or remove it to read .txt files beside the images") from error
-    return ListDataset(list(read_folder(folder, caption_lines)), folder)
+    return ListDataset(read_folder(folder, caption_lines), folder)
 
 
 class _EmptyLists(ValueError):
@@ -244,10 +264,11 @@ class _EmptyLists(ValueError):
 def _list(
     files: Sequence[str | Path], image_column: str, caption_column: str | None, root: Any, source: str
 ) -> Source:
-    items = [item for file in files for item in read_list(Path(file), image_column, caption_column, root)]
-    if not items:
+    items = (item for file in files for item in read_list(Path(file), image_column, caption_column, root))
+    dataset = ListDataset(items, root or (source if os.path.isdir(source) else os.path.dirname(source) or "."))
+    if not len(dataset):
         raise _EmptyLists(f"no {'pairs' if caption_column else 'images'} in {', '.join(map(str, files))}")
-    return ListDataset(items, root or (source if os.path.isdir(source) else os.path.dirname(source) or "."))
+    return dataset
 
 
 def _files(folder: Path, suffix: str) -> list[str]:
@@ -266,6 +287,10 @@ def _is_metadata(file: str, image_column: str, folder: Path) -> bool:
     return not any(name in names for name in wanted) and any(problem is None for _, problem in walk_images(folder))
 
 
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
 def _saved_dataset(folder: Path) -> Any:
     """A data set that `Dataset.save_to_disk` wrote."""
     require_datasets()
@@ -279,7 +304,7 @@ def _parquet(
 ) -> Source:
     require_datasets()
     if image_column == IMAGE_COLUMN and all(map(has_keys, files)):
-        items = [item for file in files for item in read_keys(file, caption_column)]
+        items = (item for file in files for item in read_keys(file, caption_column))
         return ListDataset(items, os.path.dirname(files[0]) or ".")
     return ParquetSource(files, image_column, caption_column, root)
 

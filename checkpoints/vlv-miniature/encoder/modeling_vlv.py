@@ -485,9 +485,22 @@ class VLVModel(VLVPreTrainedModel):
         dtype = self.image_encoder.multi_modal_projector.image_proj_norm.weight.dtype
         return self.image_encoder.get_image_features(pixel_values.to(dtype=dtype), **kwargs)
 
-    def get_caption_embeds(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Caption embeddings `z` of shape `(B, Q, d_text)` of images `(B, 3, height, width)`."""
-        tokens: Any = self.get_image_features(pixel_values).pooler_output  # (B, image tokens, d_model)
+    def get_caption_embeds(
+        self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Caption embeddings `z` of shape `(B, Q, d_text)` of images, or of their features (see `forward`)."""
+        tokens: Any  # (B, image tokens, d_model)
+        if image_features is None:
+            tokens = self.get_image_features(pixel_values).pooler_output
+        else:
+            project: Any = self.image_encoder.multi_modal_projector
+            tokens = image_features.to(project.image_proj_norm.weight.dtype)
+            tokens = project(tokens) if tokens.ndim == 4 else tokens
+            if tokens.ndim != 3 or tokens.shape[2] != self.query_tokens.shape[2]:
+                raise ValueError(
+                    f"image_features must be (batch, image tokens, {self.query_tokens.shape[2]}), got "
+                    f"{tuple(tokens.shape)}; get_image_features gives them as pooler_output"
+                )
         transformer = self.image_encoder.language_model
         if self.config.task_prompt_ids:
             prompt = torch.tensor([self.config.task_prompt_ids], device=tokens.device)
@@ -569,6 +582,7 @@ class VLVModel(VLVPreTrainedModel):
         caption_embeds: torch.Tensor | None = None,
         input_ids: torch.Tensor | Sequence[torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVModelOutput:
         """Caption embeddings and their conditioning.
@@ -582,15 +596,17 @@ class VLVModel(VLVPreTrainedModel):
                 Words in the text encoder's vocabulary, for prompts, negative prompts and the unconditional context.
                 The output has no caption embeddings.
             attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): Of `input_ids`.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)` or `(B, channels, h, w)`):
+                What `get_image_features` gives, `pooler_output` or `last_hidden_state`. The vision tower does not run.
             kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
         Raises:
-            ValueError: Unless exactly one of the first three is given.
+            ValueError: Unless exactly one of pixel_values, caption_embeds, input_ids and image_features is given.
             TypeError: For an argument that has no effect.
         """
         self._refuse_unused(kwargs)
-        if sum(given is not None for given in (pixel_values, caption_embeds, input_ids)) != 1:
-            raise ValueError("pass exactly one of pixel_values, caption_embeds and input_ids")
+        if sum(given is not None for given in (pixel_values, caption_embeds, input_ids, image_features)) != 1:
+            raise ValueError("pass exactly one of pixel_values, caption_embeds, input_ids and image_features")
         if attention_mask is not None and input_ids is None:
             raise ValueError("attention_mask belongs to input_ids; leave it out")
         if input_ids is not None:
@@ -601,7 +617,7 @@ class VLVModel(VLVPreTrainedModel):
             masked = {} if attention_mask is None else {"attention_mask": attention_mask}
             states, pooled = self._encode_text([{"input_ids": own, **masked} for own in ids])
             return VLVModelOutput(conditioning=states, pooled_conditioning=pooled)
-        z: Any = self.get_caption_embeds(pixel_values) if pixel_values is not None else caption_embeds
+        z: Any = self.get_caption_embeds(pixel_values, image_features) if caption_embeds is None else caption_embeds
         states, pooled = self._encode_text(self._parts_of(z))
         return VLVModelOutput(caption_embeds=z, conditioning=states, pooled_conditioning=pooled)
 

@@ -1,0 +1,71 @@
+"""Language models in 4 bits (NF4 of bitsandbytes), for training by LoRA: QLoRA (arXiv 2305.14314)."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel
+from vlv.language_model import load_language_model
+
+
+def load_in_4_bits(language_model: str, gguf_file: str | None = None) -> Any:
+    """A causal language model whose linear layers, besides its head, are stored in 4 bits; the rest is float32.
+
+    Raises:
+        ImportError: If the library `bitsandbytes` is not installed.
+        ValueError: If it is a GGUF file, or a model that is quantised already.
+    """
+    if not is_bitsandbytes_available():
+        raise ImportError("load_in_4bit needs the extra vlv[quantization] (pip install bitsandbytes)")
+    if gguf_file is not None or language_model.lower().endswith(".gguf"):
+        raise ValueError(
+            f"load_in_4bit is set, but {gguf_file or language_model} is a GGUF file, whose weights are dequantised; "
+            "leave load_in_4bit out, or name the model's own folder or repository"
+        )
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
+    return load_language_model(language_model, dtype=torch.float32, quantization_config=quantisation)
+
+
+def add_quantised(encoder: VLVModel, language_model: Any) -> VLVForConditionalGeneration:
+    """A captioner of an encoder and a quantised language model, which it holds as it is. The projection is new.
+
+    The configuration is that of the model with dequantised weights, which is what a training saves.
+
+    Raises:
+        ImportError: If the library `peft` is not installed.
+    """
+    try:
+        from peft import prepare_model_for_kbit_training
+    except ImportError as error:
+        raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
+    text_config = copy.deepcopy(language_model.config)
+    del text_config.quantization_config
+    fields = {name: value for name, value in encoder.config.to_dict().items() if name in _ENCODER_FIELDS}
+    config = VLVConfig(
+        image_encoder_config=copy.deepcopy(encoder.config.image_encoder_config),
+        text_encoder_config=copy.deepcopy(encoder.config.text_encoder_config),
+        text_config=text_config,
+        **fields,
+    )
+    with torch.device("meta"):
+        model = VLVForConditionalGeneration(config)
+    model.model = encoder
+    model.language_model = prepare_model_for_kbit_training(language_model, use_gradient_checkpointing=False)
+    model.language_projection.to_empty(device="cpu")
+    for module in model.language_projection.modules():
+        model._init_weights(module)
+    model.generation_config = copy.deepcopy(language_model.generation_config)
+    return model.eval()
+
+
+_ENCODER_FIELDS = (
+    *("num_query_tokens", "task_prompt_ids", "attend_all_queries", "query_initializer_range", "initializer_range"),
+)
