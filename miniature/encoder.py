@@ -160,6 +160,7 @@ def train_encoder(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     num_query_tokens: int = NUM_QUERY_TOKENS,
+    min_timestep: int = MIN_TIMESTEP,
     seed: int = 0,
     **arguments,
 ) -> None:
@@ -168,6 +169,7 @@ def train_encoder(
     Args:
         images: Number of training images.
         batch_size: Of all processes together.
+        min_timestep: Lowest training timestep. `MIN_TIMESTEP` is for the first recipe's teacher.
         arguments: Further settings of `Stage1Config`, such as `tail_drop`.
     """
     family = family_of(teacher_dir)
@@ -193,7 +195,7 @@ def train_encoder(
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
         warmup_steps=300,
         timestep_sampling="stratified",
-        min_timestep=MIN_TIMESTEP,
+        min_timestep=min_timestep,
         logging_steps=25,
         save_steps=250,
         validation_steps=500,

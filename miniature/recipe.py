@@ -172,6 +172,9 @@ VARIANTS = [
 # The second recipe: other runs of the same parts, with an MMDiT for a teacher.
 MMDIT_TEACHER = {**AUTOENCODER, "first_teacher": "teacher-3", "latents_dir": "latents"}
 
+# Below, a wrong caption adds at most a third as much loss as at the highest timesteps (README, "A second recipe").
+MMDIT_MIN_TIMESTEP = 200
+
 MMDIT_PARTS = [
     Run(
         "latents",
@@ -209,7 +212,7 @@ MMDIT_PARTS = [
         minutes=45,
         done="mmdit-encoder/preprocessor_config.json",
         inputs={"teacher_dir": "mmdit-teacher-2", "scene_classifier_path": SCENE_CLASSIFIER_FILE},
-        settings={"images": 128_000},
+        settings={"images": 128_000, "min_timestep": MMDIT_MIN_TIMESTEP},
         parallel=True,
     ),
     Run(
