@@ -2,22 +2,22 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedTokenizerBase
+from transformers import CLIPTextConfig
 
-from vlv import VLVConfig, VLVImageProcessor, VLVModel
-from vlv.diffusion_decoder import StableDiffusionDecoder
-from vlv.pipelines import VLVReconstructionPipeline
+from vlv import VLVConfig, VLVImageProcessor, VLVModel, hub
+from vlv.diffusion_decoder import family_of
+from vlv.pipelines import build_reconstruction
 from vlv.train import Stage1Config, Stage1Trainer, ValidationCallback, freeze_for_stage1, last_checkpoint
 
 from .data import SceneDataset, evaluation_items
 from .evaluation import reconstruct_images
+from .folding import fold_empty_positions
 from .scene_classifier import SceneClassifier
 from .scoring import score_scenes
-from .teacher import build_scheduler
 from .training import CPU_ARGUMENTS, per_process_batch_size
 
 NUM_QUERY_TOKENS = 24
@@ -29,10 +29,15 @@ POSITION_STD = 3.0  # the standard deviation of the vision tower's features
 BRANCH_SCALE = 0.1
 
 
-def build_encoder_config(text_encoder_config: CLIPTextConfig, num_query_tokens: int = NUM_QUERY_TOKENS) -> VLVConfig:
+def build_encoder_config(
+    text_encoder_config: CLIPTextConfig, num_query_tokens: int = NUM_QUERY_TOKENS, **fields: Any
+) -> VLVConfig:
     """A vision tower with 8 x 8 positions and one mean token, three encoder and two decoder layers of width 128.
 
     There is no dropout. `patch_stride` differs from Florence-2's, which would give 2 x 2 positions at 64 x 64 pixels.
+
+    Args:
+        fields: Further fields of `VLVConfig`, such as those of a second text encoder.
     """
     width = 128
     return VLVConfig(
@@ -76,6 +81,7 @@ def build_encoder_config(text_encoder_config: CLIPTextConfig, num_query_tokens: 
         text_encoder_config=text_encoder_config,
         num_query_tokens=num_query_tokens,
         initializer_range=0.04,
+        **fields,
     )
 
 
@@ -128,20 +134,16 @@ def print_reconstruction_scores(
     step: int,
     folder: Path,
     *,
-    diffusion_decoder: StableDiffusionDecoder,
-    tokenizer: PreTrainedTokenizerBase,
+    components: dict[str, Any],
     scene_classifier: SceneClassifier,
     n: int = 48,
 ) -> None:
-    """Prints the scores of reconstructions of `n` unseen scenes of each split. For `ValidationCallback`."""
-    pipeline = VLVReconstructionPipeline(
-        encoder=model,
-        image_processor=build_image_processor(),
-        vae=diffusion_decoder.vae,
-        unet=diffusion_decoder.unet,
-        scheduler=build_scheduler(),
-        tokenizer=tokenizer,
-    )
+    """Prints the scores of reconstructions of `n` unseen scenes of each split. For `ValidationCallback`.
+
+    Args:
+        components: Of the teacher, as `vlv.hub.load_diffusion_components` returns them.
+    """
+    pipeline = build_reconstruction(model, build_image_processor(), components)
     pipeline.set_progress_bar_config(disable=True)
     for split in ("test", "combo"):
         pixels, scenes = evaluation_items(split, n)
@@ -158,6 +160,7 @@ def train_encoder(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     num_query_tokens: int = NUM_QUERY_TOKENS,
+    min_timestep: int = MIN_TIMESTEP,
     seed: int = 0,
     **arguments,
 ) -> None:
@@ -166,12 +169,19 @@ def train_encoder(
     Args:
         images: Number of training images.
         batch_size: Of all processes together.
+        min_timestep: Lowest training timestep. `MIN_TIMESTEP` is for the first recipe's teacher.
         arguments: Further settings of `Stage1Config`, such as `tail_drop`.
     """
-    teacher = StableDiffusionPipeline.from_pretrained(teacher_dir, safety_checker=None)
+    family = family_of(teacher_dir)
+    text_encoders = family.load_text_encoders(str(teacher_dir))
+    first, *others = [encoder.config for encoder in text_encoders]
+    fields = {f"text_encoder_{number}_config": config for number, config in enumerate(others, start=2)}
     torch.manual_seed(seed)
-    model = VLVModel(build_encoder_config(teacher.text_encoder.config, num_query_tokens))
-    model.text_encoder.load_state_dict(teacher.text_encoder.state_dict())
+    model = VLVModel(
+        build_encoder_config(first, num_query_tokens, **fields, **family.text_settings(len(text_encoders)))
+    )
+    for own, trained in zip(model.text_encoders, text_encoders, strict=True):
+        own.load_state_dict(trained.state_dict())
     initialize_encoder(model)
     freeze_for_stage1(model, "all")
     config = Stage1Config(
@@ -185,7 +195,7 @@ def train_encoder(
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
         warmup_steps=300,
         timestep_sampling="stratified",
-        min_timestep=MIN_TIMESTEP,
+        min_timestep=min_timestep,
         logging_steps=25,
         save_steps=250,
         validation_steps=500,
@@ -194,22 +204,26 @@ def train_encoder(
         **CPU_ARGUMENTS,
         **arguments,
     )
-    diffusion_decoder = StableDiffusionDecoder(
-        teacher.vae, teacher.unet, teacher.scheduler.config, config.timestep_sampling, config.min_timestep
+    diffusion_decoder = family.from_pretrained(
+        str(teacher_dir), timestep_sampling=config.timestep_sampling, min_timestep=config.min_timestep
     )
+    components = hub.load_diffusion_components(teacher_dir)
+    scheduler = components["scheduler"]
+    components |= diffusion_decoder.pipeline_components() | {"scheduler": scheduler}
+    if "transformer" in components:
+        fold_empty_positions(components["transformer"])
     trainer = Stage1Trainer(
         model,
         diffusion_decoder,
         config,
         ImagesOnly(images, seed=seed + 2),
         build_image_processor(),
-        {"tokenizer": teacher.tokenizer},
+        {name: components[name] for name in family.tokenizers if name in components},
         validation_dataset=ImagesOnly(16, split="test", seed=31),
     )
     validate = partial(
         print_reconstruction_scores,
-        diffusion_decoder=diffusion_decoder,
-        tokenizer=teacher.tokenizer,
+        components=components,
         scene_classifier=SceneClassifier.load(scene_classifier_path),
     )
     trainer.add_callback(ValidationCallback(validate, every=500))

@@ -5,13 +5,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from vlv import VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.pipelines import VLVReconstructionPipeline, generate_captions, generate_images, load_reconstruction
+from vlv.pipelines import (
+    ReconstructionPipeline,
+    VLVReconstructionPipeline,
+    generate_captions,
+    generate_images,
+    load_reconstruction,
+)
 
 from .autoencoder import measure_psnr, reconstruct_pixels
 from .data import evaluation_items
+from .folding import fold_empty_positions
 from .grammar import parse_caption
 from .instructions import INSTRUCTIONS, NONE, score_obedience
 from .scene_classifier import SceneClassifier, measure_scene_classifier
@@ -41,6 +48,8 @@ def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n
     scene_classifier = SceneClassifier.load(Path(folder) / SCENE_CLASSIFIER_FILE)
     reconstruction = load_reconstruction(folder)
     reconstruction.set_progress_bar_config(disable=True)
+    if not isinstance(reconstruction, VLVReconstructionPipeline) and reconstruction.transformer is not None:
+        fold_empty_positions(reconstruction.transformer)
     teacher = teacher_pipeline(reconstruction)
     captioner, processor = hub.load_captioner(folder)
     record("settings", {"scenes of each split": n, "denoising steps": steps})
@@ -97,22 +106,27 @@ def measure_captions(
         record(f'"{instruction.text}", {split}', score_obedience(instruction, texts, scenes))
 
 
-def teacher_pipeline(pipeline: VLVReconstructionPipeline) -> StableDiffusionPipeline:
+def teacher_pipeline(pipeline: ReconstructionPipeline) -> DiffusionPipeline:
     """The teacher as a text-to-image pipeline, from the components of a reconstruction pipeline."""
-    return assemble_pipeline(
-        pipeline.vae, pipeline.encoder.text_encoder, pipeline.unet, pipeline.tokenizer, pipeline.scheduler
-    )
+    if isinstance(pipeline, VLVReconstructionPipeline):
+        return assemble_pipeline(
+            pipeline.vae, pipeline.encoder.text_encoder, pipeline.unet, pipeline.tokenizer, pipeline.scheduler
+        )
+    teacher = pipeline.text_to_image
+    encoders = pipeline.encoder.text_encoders
+    teacher.register_modules(text_encoder=encoders[0], text_encoder_2=encoders[1])
+    return teacher
 
 
 def reconstruct_images(
-    pipeline: VLVReconstructionPipeline, pixels: torch.Tensor, guidance_scale: float, steps: int, batch_size: int = 64
+    pipeline: ReconstructionPipeline, pixels: torch.Tensor, guidance_scale: float, steps: int, batch_size: int = 64
 ) -> torch.Tensor:
     """Reconstructions of images, both `(N, 3, 64, 64)` uint8. Image `i` has noise of the seed `i`."""
     return generate_in_batches(pipeline, "image", pixels, guidance_scale, steps, batch_size)
 
 
 def generate_in_batches(
-    pipeline: VLVReconstructionPipeline,
+    pipeline: ReconstructionPipeline,
     argument: Literal["image", "caption_embeds"],
     inputs: torch.Tensor,
     guidance_scale: float,

@@ -6,11 +6,12 @@ frozen.
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import nn
@@ -149,7 +150,10 @@ class TeacherLoss(nn.Module):
 
 
 class CaptionCollator:
-    """Makes `pixels` `(B, 3, 64, 64)` and `input_ids` `(B, 48)`; a caption is empty with probability `dropout`."""
+    """Makes `pixels` `(B, 3, 64, 64)`, or `latents` where items have them, and `input_ids` `(B, 48)`.
+
+    A caption is empty with probability `dropout`.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dropout: float = 0.0):
         self.tokenizer, self.dropout = tokenizer, dropout
@@ -157,7 +161,8 @@ class CaptionCollator:
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         captions = ["" if random.random() < self.dropout else item["caption"] for item in items]
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return {"pixels": torch.stack([item["pixels"] for item in items]), "input_ids": ids}
+        name = "latents" if "latents" in items[0] else "pixels"
+        return {name: torch.stack([item[name] for item in items]), "input_ids": ids}
 
 
 def assemble_pipeline(
@@ -183,7 +188,7 @@ def assemble_pipeline(
 
 
 def measure_prompt_alignment(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     scene_classifier: SceneClassifier,
     split: str = "test",
     n: int = 500,
@@ -225,33 +230,30 @@ class PromptAlignmentCallback(TrainerCallback):
     """Every `every` steps, prints the scores of `measure_prompt_alignment` and saves a grid of images to `folder`.
 
     Args:
-        averaged: Has the submodules `text_encoder` and `unet`.
+        build_pipeline: Returns the teacher with the averaged weights of that moment.
+        n: Number of prompts.
+        steps: Number of denoising steps.
     """
 
     def __init__(
         self,
-        averaged: nn.Module,
-        autoencoder: AutoencoderKL,
+        build_pipeline: Callable[[], DiffusionPipeline],
         scene_classifier: SceneClassifier,
         every: int,
         folder: Path,
+        n: int = 64,
+        steps: int = 25,
     ):
-        self.averaged, self.autoencoder, self.scene_classifier = averaged, autoencoder, scene_classifier
-        self.every, self.folder = every, folder
+        self.build_pipeline, self.scene_classifier = build_pipeline, scene_classifier
+        self.every, self.folder, self.n, self.steps = every, folder, n, steps
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every or not state.is_world_process_zero:
             return
-        parts = dict(self.averaged.named_children())
         random_state = torch.get_rng_state()
-        pipeline = assemble_pipeline(
-            self.autoencoder,
-            parts["text_encoder"],
-            parts["unet"],
-            build_tokenizer(for_text_encoder=True),
-            build_scheduler(),
+        scores, images = measure_prompt_alignment(
+            self.build_pipeline(), self.scene_classifier, n=self.n, num_inference_steps=self.steps
         )
-        scores, images = measure_prompt_alignment(pipeline, self.scene_classifier, n=64)
         torch.set_rng_state(random_state)
         print(f"step {state.global_step}: {scores}", flush=True)
         grid = make_image_grid([Image.fromarray(image) for image in images[:32]], rows=4, cols=8)
@@ -291,8 +293,10 @@ def train_teacher(
     trained = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     Path(work_dir).mkdir(parents=True, exist_ok=True)
     averaging = MovingAverageCallback(trained, decay=0.998)
+    average = dict(averaging.average.named_children())
+    teacher = assemble_pipeline(autoencoder, average["text_encoder"], average["unet"], tokenizer, build_scheduler())
     validation = PromptAlignmentCallback(
-        averaging.average, autoencoder, SceneClassifier.load(scene_classifier_path), 300, Path(work_dir)
+        lambda: teacher, SceneClassifier.load(scene_classifier_path), 300, Path(work_dir)
     )
     train_module(
         module,
@@ -308,6 +312,4 @@ def train_teacher(
     )
     if int(os.environ.get("RANK", "0")):
         return
-    average = dict(averaging.average.named_children())
-    teacher = assemble_pipeline(autoencoder, average["text_encoder"], average["unet"], tokenizer, build_scheduler())
     teacher.save_pretrained(output_dir)

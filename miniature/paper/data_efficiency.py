@@ -37,7 +37,10 @@ class CachedConditioning(nn.Module):
     """Takes the place of a frozen encoder and returns its conditioning, computed before and given as embeddings."""
 
     def forward(
-        self, pixel_values: torch.Tensor | None = None, caption_embeds: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> VLVModelOutput:
         return VLVModelOutput(caption_embeds=caption_embeds, conditioning=caption_embeds)
 

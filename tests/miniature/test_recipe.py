@@ -124,7 +124,8 @@ def test_the_plan_alone_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(tmp_path / "runs"), "--plan"])
     recipe.main()
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in [*recipe.RUNS, "tables", "in all"])
+    runs = [run.name for run in [*recipe.PARTS, *recipe.VARIANTS]]
+    assert all(f"  {name} " in printed for name in [*runs, "tables", "in all"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -133,7 +134,7 @@ def test_runs_are_in_order_and_the_tables_come_last(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "_run_command", lambda command, root, name: started.append((name, command)))
     monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(tmp_path)])
     recipe.main()
-    assert [name for name, _ in started] == [*recipe.RUNS, "tables"]
+    assert [name for name, _ in started] == [*[run.name for run in [*recipe.PARTS, *recipe.VARIANTS]], "tables"]
     page = ["--root", str(tmp_path), "--report", str(tmp_path / "paper_in_miniature.md")]
     assert started[-1][1][1:] == ["-m", "vlv.miniature.paper", *page]
     finished: set[str] = set()
