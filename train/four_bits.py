@@ -51,6 +51,7 @@ def add_quantised(encoder: VLVModel, language_model: Any) -> VLVForConditionalGe
     fields = {name: value for name, value in encoder.config.to_dict().items() if name in _ENCODER_FIELDS}
     config = VLVConfig(
         image_encoder_config=copy.deepcopy(encoder.config.image_encoder_config),
+        query_decoder_config=copy.deepcopy(encoder.config.query_decoder_config),
         text_encoder_config=copy.deepcopy(encoder.config.text_encoder_config),
         text_config=text_config,
         **fields,
