@@ -40,7 +40,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.bart.modeling_bart import BartDecoder
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
 from transformers.models.florence2.modeling_florence2 import Florence2MultiModalProjector
-from transformers.utils import ModelOutput, cached_file, can_return_tuple
+from transformers.utils import ModelOutput, cached_file, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 # Florence-2's processor replaces the task token <MORE_DETAILED_CAPTION> by "Describe with a paragraph what is shown in
@@ -843,9 +843,14 @@ def load_image_encoder(source: str) -> Any:
         used = set(model.state_dict())
     else:
         used = examine_backbone(config)[1]
-        model, report = AutoModel.from_pretrained(
-            source, config=config, output_loading_info=True, trust_remote_code=False
-        )
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # the weights of a model's text part, which are not used, are a long list
+        try:
+            model, report = AutoModel.from_pretrained(
+                source, config=config, output_loading_info=True, trust_remote_code=False
+            )
+        finally:
+            logging.set_verbosity(verbosity)
     missing = sorted(used & set(report["missing_keys"])) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise ValueError(f"{len(missing)} weights of {source} are missing or of another shape, such as {missing[0]}")
@@ -864,9 +869,9 @@ def image_encoder_config(source: str) -> Any:
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"image_encoder {source} could not be loaded: {str(error).strip()}\nGive the folder or the repo id of a "
-            "Florence-2 or of a vision backbone; accept the terms of a gated repository on its page, and log in (hf "
-            "auth login)"
+            f"image_encoder {source} could not be loaded: {' '.join(str(error).split())}; give the folder or the repo "
+            "id of a Florence-2 or of a vision backbone, and for a gated repository log in (hf auth login) after "
+            "accepting its terms"
         ) from error
     if not isinstance(config, Florence2Config):
         try:
