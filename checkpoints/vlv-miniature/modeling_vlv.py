@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.bart.modeling_bart import BartDecoder
@@ -334,10 +335,9 @@ class VLVProjector(nn.Module):
 
 
 class VLVImageProjection(Florence2MultiModalProjector):
-    """Features of patches to image tokens: as Florence-2's, after a norm, because backbones differ in scale.
+    """Features of patches `(B, channels, h, w)` to image tokens `(B, 1 + h * w, d_model)`, their mean first.
 
-    `(B, channels, h, w)` to `(B, 1 + h * w, d_model)`: a learned embedding of row and column is added, the mean is put
-    first, and a linear layer with a norm follows.
+    It is Florence-2's, with learned embeddings of rows and columns, after a norm, because backbones differ in scale.
     """
 
     def __init__(self, input_width: int, output_width: int):
@@ -390,8 +390,8 @@ def _patch_features(backbone: Any, pixel_values: torch.Tensor, **kwargs) -> Base
     Class and register tokens, which come before the patches, are left out.
     """
     config, (height, width) = backbone.config, pixel_values.shape[2:]
-    is_own_size = _pair(getattr(config, "image_size", None)) == (height, width)
-    if not is_own_size and "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
+    is_own = _pair(getattr(config, "image_size", None)) == (height, width)
+    if not is_own and "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
         kwargs["interpolate_pos_encoding"] = True
     output = backbone(pixel_values, **kwargs)
     states = output.last_hidden_state
@@ -406,11 +406,8 @@ def _patch_features(backbone: Any, pixel_values: torch.Tensor, **kwargs) -> Base
                 f"{h} x {w} patches, and at most a class token and register tokens before them"
             )
         states = states[:, others:].transpose(1, 2).unflatten(2, (h, w))
-    return BaseModelOutputWithPooling(
-        last_hidden_state=states,
-        hidden_states=getattr(output, "hidden_states", None),
-        attentions=getattr(output, "attentions", None),
-    )
+    recorded = {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
+    return BaseModelOutputWithPooling(last_hidden_state=states, **recorded)
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -422,10 +419,8 @@ def examine_backbone(
 ) -> tuple[tuple[int, int, int], set[str]]:
     """The shape `(channels, h, w)` of a vision backbone's features, and the parameters that they depend on, by name.
 
-    Computed on the meta device. Poolers and heads, which many backbones have, are not among the parameters.
-
-    Args:
-        height, width: Of the image, in pixels; by default the backbone's own.
+    Computed on the meta device, for an image of `height` x `width` pixels or else of the backbone's own size. Poolers
+    and heads, which many backbones have, are not among the parameters.
 
     Raises:
         ValueError: If the backbone gives no features of patches, or none for images of this size.
@@ -438,10 +433,8 @@ def examine_backbone(
         try:
             features = _patch_features(backbone, pixels).last_hidden_state
         except Exception as error:  # of many models
-            raise ValueError(
-                f"{type(backbone).__name__} gives no features of patches for images of {height} x {width} pixels, its "
-                f"own size is {own[0]} x {own[1]}: {error}"
-            ) from error
+            size = f"{height} x {width} pixels, its own size is {own[0]} x {own[1]}"
+            raise ValueError(f"{type(backbone).__name__} gives no features of patches for {size}: {error}") from error
         features.sum().backward()
     used = {name for name, parameter in backbone.named_parameters() if parameter.grad is not None}
     return (features.shape[1], features.shape[2], features.shape[3]), used
@@ -566,6 +559,10 @@ class VLVModel(VLVPreTrainedModel):
         if config.query_decoder_config is None:
             self.image_encoder: Any = Florence2Model._from_config(config.image_encoder_config)
         else:
+            if config.image_encoder_config.model_type == "dinov3_vit":
+                # The library's dot, unescaped, also renames the layer_scale of a layer that has its name already.
+                names = [WeightRenaming(r"(?<!model\.)layer\.", r"model.layer.")]
+                register_checkpoint_conversion_mapping("dinov3_vit", names, overwrite=True)
             self.image_encoder = AutoModel.from_config(config.image_encoder_config, trust_remote_code=False)
             self.multi_modal_projector = VLVImageProjection(_backbone_width(config.image_encoder_config), d_model)
             self.query_decoder = BartDecoder._from_config(config.query_decoder_config)

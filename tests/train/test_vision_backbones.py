@@ -1,6 +1,7 @@
 """Training with a vision backbone: what each setting trains, stage 1 from a folder to a captioner, and estimates."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -141,7 +142,9 @@ def test_stage_1_starts_from_a_folder_and_what_it_saves_loads_everywhere(
     assert_close_to_scale(found, model(pixels).conditioning)
     assert captioner.generate(pixel_values=pixels, max_new_tokens=2).shape[0] == 1
     folder = hub.export(tmp_path / "exported", encoder=model, image_processor=processor, diffusion_model=decoder)
-    done = run_python(WITHOUT_PACKAGE + REMOTE, [str(folder)], cwd=tmp_path)
+    done = run_python(
+        WITHOUT_PACKAGE + REMOTE, [str(folder)], cwd=tmp_path, env=dict(os.environ, HF_HOME=str(tmp_path))
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     remote = json.loads(done.stdout.splitlines()[-1])
     assert remote == pytest.approx(found.double().square().sum().item(), rel=1e-5)
