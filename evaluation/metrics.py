@@ -131,7 +131,7 @@ class EncoderFeatures(nn.Module):
     def __init__(self, encoder: Any, image_processor: Any):
         super().__init__()
         self.encoder, self.image_processor = encoder, image_processor
-        self.num_features = encoder.config.image_encoder_config.vision_config.projection_dim
+        self.num_features = encoder.config.query_token_dim
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:

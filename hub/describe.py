@@ -49,6 +49,8 @@ PARTS = (  # prefixes of weight names here
     ("text_encoder_2.", "text encoder 2"),
     ("text_encoder_3.", "text encoder 3"),
     ("image_encoder.", "image encoder"),
+    ("multi_modal_projector.", "query decoder"),
+    ("query_decoder.", "query decoder"),
 )
 
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "float64": 8, "int32": 4, "uint8": 1}  # bytes

@@ -3,8 +3,8 @@
 The file is self-contained, because diffusers downloads one code file beside a pipeline component's weights. The
 captioner is in `modeling_vlv_captioner.py`.
 
-Shapes in comments: B images, Q query tokens, d_model the width of Florence-2, d_text the width of a caption embedding
-(of the text encoder, or of several together), d_cond the width of the conditioning.
+Shapes in comments: B images, Q query tokens, d_model the width of image and query tokens, d_text the width of a
+caption embedding (of the text encoder, or of several together), d_cond the width of the conditioning.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
+    BartConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Florence2Config,
@@ -34,24 +35,35 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
+from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.bart.modeling_bart import BartDecoder
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer
-from transformers.utils import ModelOutput, cached_file, can_return_tuple
+from transformers.models.florence2.modeling_florence2 import Florence2MultiModalProjector
+from transformers.utils import ModelOutput, cached_file, can_return_tuple, logging
 from transformers.utils.output_capturing import capture_outputs
 
 # Florence-2's processor replaces the task token <MORE_DETAILED_CAPTION> by "Describe with a paragraph what is shown in
 # the image.", here between <s> and </s>. The authors' code always uses it (train/VLV_stage1.py of the original).
 FLORENCE_TASK_PROMPT_IDS = [0, 47066, 21700, 19, 10, 17818, 99, 16, 2343, 11, 5, 2274, 4, 2]
 
-MODEL_CODE = ("modeling_vlv", "modeling_vlv_captioner")
-"""Modules with this file, and with the captioner, which imports it."""
-RENAMED_CONFIG_FIELDS = {
+QUERY_DECODER: dict[str, Any] = {
+    **{"d_model": 768, "decoder_layers": 6, "decoder_attention_heads": 12, "decoder_ffn_dim": 3072, "dropout": 0.1},
+    # Of BART's configuration, what the decoder does not use: words, and the encoder's layers.
+    **{"vocab_size": 1, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
+    **{"decoder_start_token_id": None, "forced_eos_token_id": None, "encoder_layers": 0},
+}
+"""The query decoder of a vision backbone by default: the shape of Florence-2-base's decoder."""
+MAX_PATCHES_PER_SIDE = 128
+"""Of a vision backbone's images: rows and columns that have a position embedding."""
+
+MODEL_CODE = ("modeling_vlv", "modeling_vlv_captioner")  # this file, and the captioner, which imports it
+RENAMED_CONFIG_FIELDS = {  # field names of version 0.1 and the names that replace them
     "encoder_config": "image_encoder_config",
     "decoder_config": "text_config",
     "num_queries": "num_query_tokens",
 }
-"""Field names of version 0.1 and the names that replace them."""
 
 
 class VLVConfig(PreTrainedConfig):
@@ -59,8 +71,13 @@ class VLVConfig(PreTrainedConfig):
     Configuration of [`VLVModel`] and [`VLVForConditionalGeneration`].
 
     Args:
-        image_encoder_config (`Florence2Config` or `dict`, *optional*):
-            The image encoder: the vision tower and the sequence-to-sequence transformer of Florence-2.
+        image_encoder_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `Florence2Config`):
+            The image encoder: the vision tower and the sequence-to-sequence transformer of Florence-2, or any vision
+            model of `AutoModel` that gives features of patches (SigLIP, CLIP, DINOv2, DINOv3, ViT, ConvNeXt, ...). Of
+            a model of images and text, such as CLIP, the vision part is taken.
+        query_decoder_config (`BartConfig` or `dict`, *optional*):
+            For an image encoder other than Florence-2: the decoder in which query tokens attend to each other and to
+            the image. Fields that a `dict` lacks are those of `QUERY_DECODER`.
         text_encoder_config, text_encoder_2_config, text_encoder_3_config (`PreTrainedConfig` or `dict`, *optional*):
             The frozen text encoders of the text-to-image model, by the names that diffusers gives them: one CLIP text
             model, as in Stable Diffusion, or up to three models of any kind that take `inputs_embeds`. A caption
@@ -80,7 +97,7 @@ class VLVConfig(PreTrainedConfig):
             most the number of positions of the text encoder.
         task_prompt_ids (`list[int]`, *optional*, defaults to `[]`):
             Token ids, in the image encoder's vocabulary, that follow the image tokens. `FLORENCE_TASK_PROMPT_IDS`
-            is Florence-2's own task prompt.
+            is Florence-2's own task prompt. Other image encoders have no words.
         attend_all_queries (`bool`, *optional*, defaults to `False`):
             Whether query tokens attend to each other in both directions. The paper's attention is causal.
         query_initializer_range (`float`, *optional*, defaults to 1.0):
@@ -92,13 +109,14 @@ class VLVConfig(PreTrainedConfig):
 
     Raises:
         ValueError: If `num_query_tokens` is below 1 or above the number of positions of a text encoder, if
-            `conditioning_layers` or `pooled_conditioning` do not fit the text encoders, or if a field has a name of
-            version 0.1.
+            `conditioning_layers` or `pooled_conditioning` do not fit the text encoders, if `query_decoder_config` or
+            `task_prompt_ids` do not fit the image encoder, or if a field has a name of version 0.1.
     """
 
     model_type = "vlv"
     sub_configs_defaults = {  # noqa: RUF012 (transformers reads it from the class)
-        "image_encoder_config": Florence2Config,
+        "image_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="florence2"),
+        "query_decoder_config": SubConfigSpec(config_class=BartConfig, optional=True),
         "text_encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model"),
         "text_encoder_2_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model", optional=True),
         "text_encoder_3_config": SubConfigSpec(config_class=AutoConfig, model_type="t5", optional=True),
@@ -106,6 +124,7 @@ class VLVConfig(PreTrainedConfig):
     }
 
     image_encoder_config: Any = None
+    query_decoder_config: Any = None
     text_encoder_config: Any = None
     text_encoder_2_config: Any = None
     text_encoder_3_config: Any = None
@@ -126,8 +145,12 @@ class VLVConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         refuse_renamed_fields(kwargs)
+        if isinstance(self.query_decoder_config, dict):
+            default = QUERY_DECODER | {"max_position_embeddings": self.num_query_tokens}
+            self.query_decoder_config = default | self.query_decoder_config
         super().__post_init__(**kwargs)
         self.task_prompt_ids = list(self.task_prompt_ids)
+        self._complete_image_encoder()
         encoders = self.text_encoder_configs
         if self.conditioning_layers is None:
             self.conditioning_layers = [[-1] for _ in encoders]
@@ -156,6 +179,33 @@ class VLVConfig(PreTrainedConfig):
                 f"choose 1 to {positions}"
             )
 
+    def _complete_image_encoder(self) -> None:
+        """Takes the vision part of a model of images and text, and sets the default query decoder."""
+        if isinstance(self.image_encoder_config, Florence2Config):
+            if self.query_decoder_config is not None:
+                raise ValueError("query_decoder_config is set, but Florence-2 has a decoder of its own; leave it out")
+            return
+        self.image_encoder_config = vision_part(self.image_encoder_config)
+        if self.query_decoder_config is None:
+            self.query_decoder_config = BartConfig(**QUERY_DECODER, max_position_embeddings=self.num_query_tokens)
+        if self.task_prompt_ids:
+            raise ValueError(
+                f"task_prompt_ids is {self.task_prompt_ids}, but the image encoder is a "
+                f"{self.image_encoder_config.model_type!r}, which reads no words; leave it out"
+            )
+        positions = self.query_decoder_config.max_position_embeddings
+        if positions < self.num_query_tokens:
+            raise ValueError(
+                f"num_query_tokens is {self.num_query_tokens}, but query_decoder_config has {positions} positions "
+                "(max_position_embeddings)"
+            )
+
+    @property
+    def query_token_dim(self) -> int:
+        """Width of query tokens and image tokens."""
+        own = self.query_decoder_config
+        return self.image_encoder_config.text_config.d_model if own is None else own.d_model
+
     @property
     def text_encoder_configs(self) -> list[PreTrainedConfig]:
         """The configurations of the text encoders, in order."""
@@ -183,8 +233,7 @@ class VLVConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Writes the configuration, and the code that it names, into a folder or a Hub repository.
 
-        A pipeline whose code cannot be found is left out of the configuration, unless it lies in a Hub repository.
-        """
+        A pipeline whose code is not found is left out of the configuration, unless it lies in a Hub repository."""
         folder = Path(save_directory)
         auto_map = getattr(self, "auto_map", None) or {}
         for name, reference in auto_map.items():
@@ -288,6 +337,117 @@ class VLVProjector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(hidden_states)))
 
 
+class VLVImageProjection(Florence2MultiModalProjector):
+    """Features of patches `(B, channels, h, w)` to image tokens `(B, 1 + h * w, d_model)`, their mean first.
+
+    It is Florence-2's, with learned embeddings of rows and columns, after a norm, because backbones differ in scale.
+    """
+
+    def __init__(self, input_width: int, output_width: int):
+        vision = {"embed_dim": [input_width], "projection_dim": output_width}
+        vision["max_position_embeddings"] = MAX_PATCHES_PER_SIDE
+        super().__init__(Florence2Config(vision_config=vision, text_config=BartConfig()))
+        self.patch_norm = nn.LayerNorm(input_width)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        h, w = image_features.shape[2:]
+        if max(h, w) > MAX_PATCHES_PER_SIDE:
+            raise ValueError(
+                f"the image has {h} x {w} patches, but at most {MAX_PATCHES_PER_SIDE} a side have a position; make "
+                "images smaller (the image processor's size, --encoder_image_size in training)"
+            )
+        return super().forward(self.patch_norm(image_features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def vision_part(config: PreTrainedConfig) -> Any:
+    """The configuration of a vision backbone: `config` itself, or its vision part.
+
+    Raises:
+        ValueError: If the model does not read images alone, or its last hidden state is not of patches.
+    """
+    config = getattr(config, "vision_config", None) or config
+    name = getattr(config, "model_type", type(config).__name__)
+    wanted = "expected a vision backbone of transformers' AutoModel, such as SigLIP, CLIP, DINOv2, DINOv3 or ViT"
+    if type(config) not in AutoModel._model_mapping:
+        raise ValueError(f"image_encoder_config has the model type {name!r}, which AutoModel does not know; {wanted}")
+    model_class: Any = AutoModel._model_mapping[type(config)]
+    if getattr(model_class, "main_input_name", "") != "pixel_values":
+        raise ValueError(f"image_encoder_config has the model type {name!r}, which does not read images; {wanted}")
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "num_queries", None):
+        raise ValueError(
+            f"image_encoder_config has the model type {name!r}, whose last hidden state is not of patches; {wanted}"
+        )
+    parameters = inspect.signature(model_class.forward).parameters
+    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if needed := [name for name in needed if name not in ("self", "pixel_values")]:
+        raise ValueError(
+            f"image_encoder_config has the model type {name!r}, which needs {' and '.join(needed)} beside pixel values"
+            f"; {wanted} (of SigLIP 2 one of a fixed size, such as google/siglip2-base-patch16-256)"
+        )
+    return config
+
+
+def _patch_features(backbone: Any, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    """A vision backbone's output, with its last hidden state as `(B, channels, h, w)`.
+
+    Class and register tokens, which come before the patches, are left out.
+    """
+    config, (height, width) = backbone.config, pixel_values.shape[2:]
+    is_own = _pair(getattr(config, "image_size", None)) == (height, width)
+    if not is_own and "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
+        kwargs["interpolate_pos_encoding"] = True
+    output = backbone(pixel_values, **kwargs)
+    states = output.last_hidden_state
+    if states.ndim == 3:
+        patch = _pair(getattr(config, "patch_size", None) or 4)
+        reduction = 2 ** (len(getattr(config, "depths", None) or [0]) - 1)  # of hierarchical models, such as Swin
+        h, w = height // (patch[0] * reduction), width // (patch[1] * reduction)
+        others = states.shape[1] - h * w
+        if others not in (0, 1, 1 + (getattr(config, "num_register_tokens", 0) or 0)):
+            raise ValueError(
+                f"{type(backbone).__name__} gives {states.shape[1]} tokens for {height} x {width} pixels; expected "
+                f"{h} x {w} patches, and at most a class token and register tokens before them"
+            )
+        states = states[:, others:].transpose(1, 2).unflatten(2, (h, w))
+    recorded = {name: getattr(output, name, None) for name in ("hidden_states", "attentions")}
+    return BaseModelOutputWithPooling(last_hidden_state=states, **recorded)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
+def examine_backbone(
+    config: PreTrainedConfig, height: int | None = None, width: int | None = None
+) -> tuple[tuple[int, int, int], set[str]]:
+    """The shape `(channels, h, w)` of a vision backbone's features, and the parameters that they depend on, by name.
+
+    Computed on the meta device, for an image of `height` x `width` pixels or else of the backbone's own size. Poolers
+    and heads, which many backbones have, are not among the parameters.
+
+    Raises:
+        ValueError: If the backbone gives no features of patches, or none for images of this size.
+    """
+    own = _pair(getattr(config, "image_size", None) or 224)
+    height, width = height or own[0], width or own[1]
+    with torch.device("meta"), torch.enable_grad():
+        backbone: Any = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False).eval()
+        pixels = torch.empty(1, getattr(config, "num_channels", 3), height, width, dtype=backbone.dtype)
+        try:
+            features = _patch_features(backbone, pixels).last_hidden_state
+        except Exception as error:  # of many models
+            size = f"{height} x {width} pixels, its own size is {own[0]} x {own[1]}"
+            raise ValueError(f"{type(backbone).__name__} gives no features of patches for {size}: {error}") from error
+        features.sum().backward()
+    used = {name for name, parameter in backbone.named_parameters() if parameter.grad is not None}
+    return (features.shape[1], features.shape[2], features.shape[3]), used
+
+
+def _backbone_width(config: PreTrainedConfig) -> int:
+    width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [0])[-1]
+    return width or examine_backbone(config)[0][0]
+
+
 class VLVPreTrainedModel(PreTrainedModel):
     config_class = VLVConfig
     base_model_prefix = "model"
@@ -318,12 +478,13 @@ class VLVPreTrainedModel(PreTrainedModel):
             init.normal_(module.query_tokens, mean=0.0, std=self.config.query_initializer_range)
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """The image encoder; with `modality="image"` its vision tower."""
+        """The image encoder; with `modality="image"` its vision tower, which a vision backbone is itself."""
         encoder = self.base_model.image_encoder
-        return encoder if modality is None else encoder.get_encoder(modality)
+        is_backbone = self.config.query_decoder_config is not None and modality == "image"
+        return encoder if modality is None or is_backbone else encoder.get_encoder(modality)
 
     def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
-        if modality is None:
+        if modality is None or (modality == "image" and self.config.query_decoder_config is not None):
             self.base_model.image_encoder = encoder
         else:
             self.base_model.image_encoder.set_encoder(encoder, modality)
@@ -387,6 +548,8 @@ def _build_text_encoder(config: PreTrainedConfig, with_projection: bool) -> Any:
 class VLVModel(VLVPreTrainedModel):
     """Image to caption embeddings: Florence-2, learnable query tokens, a projector, and the text encoder `T`.
 
+    In place of Florence-2 there may be a vision backbone, `multi_modal_projector` and `query_decoder`.
+
     Stage 1 trains this model, and reconstruction uses it. The text encoder belongs to it and is stored once, here; in
     training it is frozen (`vlv.train.freeze_for_stage1`).
     """
@@ -395,8 +558,18 @@ class VLVModel(VLVPreTrainedModel):
 
     def __init__(self, config: VLVConfig):
         super().__init__(config)
-        d_model = config.image_encoder_config.text_config.d_model
-        self.image_encoder = Florence2Model._from_config(config.image_encoder_config)
+        d_model = config.query_token_dim
+        if config.query_decoder_config is None:
+            self.image_encoder: Any = Florence2Model._from_config(config.image_encoder_config)
+        else:
+            if config.image_encoder_config.model_type == "dinov3_vit":
+                # The library's dot, unescaped, also renames the layer_scale of a layer that has its name already.
+                names = [WeightRenaming(r"(?<!model\.)layer\.", r"model.layer.")]
+                register_checkpoint_conversion_mapping("dinov3_vit", names, overwrite=True)
+            self.image_encoder = AutoModel.from_config(config.image_encoder_config, trust_remote_code=False)
+            self.multi_modal_projector = VLVImageProjection(_backbone_width(config.image_encoder_config), d_model)
+            self.query_decoder = BartDecoder._from_config(config.query_decoder_config)
+            self.query_decoder.embed_tokens = None  # the queries are no words
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, d_model))  # (1, Q, d_model)
         self.projector = VLVProjector(d_model, config.caption_embed_dim)
         for number, encoder_config in enumerate(config.text_encoder_configs):
@@ -409,6 +582,15 @@ class VLVModel(VLVPreTrainedModel):
         """The text encoders, in order."""
         return [getattr(self, name) for name in TEXT_ENCODERS[: len(self.config.text_encoder_configs)]]
 
+    def get_image_projection(self) -> Any:
+        """The module that makes image tokens `(B, P, d_model)` of features `(B, channels, h, w)`."""
+        return (self.image_encoder if self.config.query_decoder_config is None else self).multi_modal_projector
+
+    def get_query_decoder(self) -> Any:
+        """The decoder whose input are the query tokens."""
+        own = self.config.query_decoder_config is not None
+        return self.query_decoder if own else self.image_encoder.language_model.decoder
+
     @classmethod
     def from_vision_text_pretrained(
         cls,
@@ -419,11 +601,13 @@ class VLVModel(VLVPreTrainedModel):
         dtype: torch.dtype = torch.float32,
         **config_kwargs,
     ) -> VLVModel:
-        """Starts stage 1 from a pretrained Florence-2 and the text encoder of a diffusion model.
+        """Starts stage 1 from a pretrained image encoder and the text encoder of a diffusion model.
 
         Args:
             image_encoder (`str`):
-                Folder or repo id of a Florence-2 in transformers' format, e.g. `florence-community/Florence-2-large`.
+                Folder or repo id of a Florence-2 in transformers' format, e.g. `florence-community/Florence-2-large`,
+                or of a vision backbone, e.g. `google/siglip2-base-patch16-256`, whose query decoder is new. Of a model
+                of images and text the vision part is loaded.
             text_encoder (`str` or `Sequence[PreTrainedModel]`):
                 Folder or repo id of a diffusers pipeline (with `text_encoder_subfolder=None`, of a CLIP text model),
                 or the text encoders themselves.
@@ -436,15 +620,11 @@ class VLVModel(VLVPreTrainedModel):
                 Florence-2's.
 
         Raises:
-            ValueError: If `image_encoder` is a Florence-2 in Microsoft's own format.
+            OSError: If `image_encoder` could not be loaded.
+            ValueError: If `image_encoder` is a Florence-2 in Microsoft's own format, gives no features of patches, or
+                lacks weights.
         """
-        vision = Florence2Config.from_pretrained(image_encoder).vision_config
-        if hasattr(vision, "dim_embed"):
-            raise ValueError(
-                f"{image_encoder} is a Florence-2 in Microsoft's own format; use florence-community/Florence-2-large "
-                "or -base, or convert it: vlv convert --florence DIR --output NEW_DIR"
-            )
-        florence = Florence2Model.from_pretrained(image_encoder)
+        vision = load_image_encoder(image_encoder)
         if isinstance(text_encoder, str):
             subfolder = {"subfolder": text_encoder_subfolder} if text_encoder_subfolder else {}
             text_encoder = [CLIPTextModel.from_pretrained(text_encoder, **subfolder)]
@@ -453,11 +633,12 @@ class VLVModel(VLVPreTrainedModel):
         }
         positions = VLVConfig(**copy.deepcopy(text_configs), num_query_tokens=1).num_text_positions
         config_kwargs.setdefault("num_query_tokens", min(positions, 77))
-        if florence.config.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS):
+        is_florence = isinstance(vision.config, Florence2Config)
+        if is_florence and vision.config.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS):
             config_kwargs.setdefault("task_prompt_ids", FLORENCE_TASK_PROMPT_IDS)
-        sub_configs = {"image_encoder_config": florence.config, **text_configs}
+        sub_configs = {"image_encoder_config": vision.config, **text_configs}
         model = from_sub_configs(cls, sub_configs, dtype, **config_kwargs)
-        model.image_encoder.load_state_dict(florence.state_dict())
+        model.image_encoder.load_state_dict(vision.state_dict())
         for own, loaded in zip(model.text_encoders, text_encoder, strict=True):
             own.load_state_dict(loaded.state_dict())
         return model.eval()
@@ -478,18 +659,26 @@ class VLVModel(VLVPreTrainedModel):
 
         Returns:
             `pooler_output`, the projected image tokens `(B, 1 + h * w, d_model)`: their mean first, then the grid. And
-            `last_hidden_state`, and on request `hidden_states` and `attentions`, of the vision tower.
+            `last_hidden_state` `(B, channels, h, w)`, and on request `hidden_states` and `attentions`, of the vision
+            tower. Class and register tokens of a backbone are left out.
         """
         self._refuse_unused(kwargs)
-        expected = self.config.image_encoder_config.vision_config.in_channels
+        own, is_florence = self.config.image_encoder_config, self.config.query_decoder_config is None
+        expected = own.vision_config.in_channels if is_florence else getattr(own, "num_channels", 3)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != expected:
             raise ValueError(
                 f"pixel_values must be (batch, {expected}, height, width), got {tuple(pixel_values.shape)}; "
                 "VLVProcessor prepares them from images"
             )
         # The dtype of a norm, because quantisation leaves norms alone.
-        dtype = self.image_encoder.multi_modal_projector.image_proj_norm.weight.dtype
-        return self.image_encoder.get_image_features(pixel_values.to(dtype=dtype), **kwargs)
+        project = self.get_image_projection()
+        pixel_values = pixel_values.to(dtype=project.image_proj_norm.weight.dtype)
+        if is_florence:
+            return self.image_encoder.get_image_features(pixel_values, **kwargs)
+        recorded = {name: value for name, value in kwargs.items() if name in RECORDING_ARGUMENTS and value}
+        output = _patch_features(self.image_encoder, pixel_values, **recorded)
+        output.pooler_output = project(output.last_hidden_state)
+        return output
 
     def get_caption_embeds(
         self, pixel_values: torch.Tensor | None = None, image_features: torch.Tensor | None = None
@@ -499,7 +688,7 @@ class VLVModel(VLVPreTrainedModel):
         if image_features is None:
             tokens = self.get_image_features(pixel_values).pooler_output
         else:
-            project: Any = self.image_encoder.multi_modal_projector
+            project = self.get_image_projection()
             tokens = image_features.to(project.image_proj_norm.weight.dtype)
             tokens = project(tokens) if tokens.ndim == 4 else tokens
             if tokens.ndim != 3 or tokens.shape[2] != self.query_tokens.shape[2]:
@@ -507,6 +696,19 @@ class VLVModel(VLVPreTrainedModel):
                     f"image_features must be (batch, image tokens, {self.query_tokens.shape[2]}), got "
                     f"{tuple(tokens.shape)}; get_image_features gives them as pooler_output"
                 )
+        memory = self._encode_with_prompt(tokens) if self.config.query_decoder_config is None else tokens
+        queries = self.query_tokens.to(memory).expand(len(memory), -1, -1)  # (B, Q, d_model)
+        mask: torch.Tensor | None = None
+        if self.config.attend_all_queries:
+            shape = (len(memory), 1, self.config.num_query_tokens, self.config.num_query_tokens)
+            mask = memory.new_zeros(shape)  # masks nothing; without a mask the decoder is causal
+        states = self.get_query_decoder()(
+            inputs_embeds=queries, attention_mask=mask, encoder_hidden_states=memory, use_cache=False
+        ).last_hidden_state
+        return self.projector(states)
+
+    def _encode_with_prompt(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Image tokens `(B, P, d_model)`, and the task prompt after them, through Florence-2's transformer encoder."""
         transformer = self.image_encoder.language_model
         if self.config.task_prompt_ids:
             prompt = torch.tensor([self.config.task_prompt_ids], device=tokens.device)
@@ -518,16 +720,7 @@ class VLVModel(VLVPreTrainedModel):
                 f"the image (with the task prompt) gives {tokens.shape[1]} tokens, but the encoder has {positions} "
                 "positions; make images smaller (the image processor's size, --encoder_image_size in training)"
             )
-        memory = transformer.encoder(inputs_embeds=tokens, use_cache=False).last_hidden_state
-        queries = self.query_tokens.to(memory).expand(len(memory), -1, -1)  # (B, Q, d_model)
-        mask: torch.Tensor | None = None
-        if self.config.attend_all_queries:
-            shape = (len(memory), 1, self.config.num_query_tokens, self.config.num_query_tokens)
-            mask = memory.new_zeros(shape)  # masks nothing; without a mask the decoder is causal
-        states = transformer.decoder(
-            inputs_embeds=queries, attention_mask=mask, encoder_hidden_states=memory, use_cache=False
-        ).last_hidden_state
-        return self.projector(states)
+        return transformer.encoder(inputs_embeds=tokens, use_cache=False).last_hidden_state
 
     def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
         """`T(z)`, `(B, N, d_cond)`: caption embeddings `(B, N, d_text)` through the text encoders, without BOS or EOS.
@@ -549,8 +742,8 @@ class VLVModel(VLVPreTrainedModel):
                 f"caption_embeds must be (batch, 1 to {positions}, {width}), got {tuple(caption_embeds.shape)}; "
                 "are they from another model?"
             )
-        widths = [config.hidden_size for config in self.config.text_encoder_configs]
-        return [{"inputs_embeds": part} for part in caption_embeds.split(widths, dim=2)]
+        parts = caption_embeds.split([config.hidden_size for config in self.config.text_encoder_configs], dim=2)
+        return [{"inputs_embeds": part} for part in parts]
 
     def _encode_text(self, inputs: Sequence[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Conditioning `(B, N, d_cond)` and pooled conditioning `(B, d_pooled)`.
@@ -635,6 +828,62 @@ def _final_states(states: torch.Tensor, clip: CLIPTextModel, input_ids: torch.Te
     is_end = input_ids == clip.eos_token_id
     places = input_ids.argmax(dim=1) if clip.eos_token_id == 2 else is_end.int().argmax(dim=1)  # as in CLIPTextModel
     return states[torch.arange(len(states), device=states.device), places]
+
+
+def load_image_encoder(source: str) -> Any:
+    """A pretrained Florence-2 or vision backbone. No code of a repository runs.
+
+    Raises:
+        OSError: If it could not be loaded.
+        ValueError: If it is a Florence-2 in Microsoft's own format, gives no features of patches, or lacks weights.
+    """
+    config = image_encoder_config(source)
+    if isinstance(config, Florence2Config):
+        model, report = Florence2Model.from_pretrained(source, output_loading_info=True)
+        used = set(model.state_dict())
+    else:
+        used = examine_backbone(config)[1]
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # the weights of a model's text part, which are not used, are a long list
+        try:
+            model, report = AutoModel.from_pretrained(
+                source, config=config, output_loading_info=True, trust_remote_code=False
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+    missing = sorted(used & set(report["missing_keys"])) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights of {source} are missing or of another shape, such as {missing[0]}")
+    return model
+
+
+def image_encoder_config(source: str) -> Any:
+    """The configuration of a Florence-2, or of the vision backbone of a model, in a folder or Hub repository.
+
+    Raises:
+        OSError: If there is no such folder or repository.
+        ValueError: If it is a Florence-2 in Microsoft's own format, or no vision backbone.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"image_encoder {source} could not be loaded: {' '.join(str(error).split())}; give the folder or the repo "
+            "id of a Florence-2 or of a vision backbone, and for a gated repository log in (hf auth login) after "
+            "accepting its terms"
+        ) from error
+    if not isinstance(config, Florence2Config):
+        try:
+            return vision_part(config)
+        except ValueError as error:
+            raise ValueError(f"image_encoder {source} does not fit: {error}") from error
+    if hasattr(config.vision_config, "dim_embed"):
+        raise ValueError(
+            f"{source} is a Florence-2 in Microsoft's own format; use florence-community/Florence-2-large "
+            "or -base, or convert it: vlv convert --florence DIR --output NEW_DIR"
+        )
+    return config
 
 
 def from_sub_configs(

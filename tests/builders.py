@@ -1,6 +1,7 @@
 """Builders of small, untrained components, and assertions that several tests share."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -14,9 +15,16 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     Qwen2Config,
+    SiglipVisionConfig,
     T5Config,
     T5EncoderModel,
+    ViTConfig,
 )
 
 from vlv import VLVConfig, VLVModel
@@ -222,3 +230,22 @@ def assert_close_to_scale(got: torch.Tensor, expected: torch.Tensor, tolerance: 
     scale = expected.abs().max().item()
     worst = (got - expected).abs().max().item()
     assert worst <= tolerance * scale, f"differs by {worst:.3g}; {tolerance:g} x {scale:.3g} is allowed"
+
+
+def backbone_configs() -> dict[str, Any]:
+    """Small vision backbones by family, for images of 32 x 32 pixels with 4 x 4 patches."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    shape["initializer_range"] = WEIGHT_SCALE
+    feed_forward = {"intermediate_size": 48}
+    return {
+        "siglip": SiglipVisionConfig(**shape, **feed_forward),
+        "clip": CLIPVisionConfig(**shape, **feed_forward, initializer_factor=WEIGHT_SCALE / 0.02),
+        "vit": ViTConfig(**shape, **feed_forward),
+        "dinov2": Dinov2Config(**shape, mlp_ratio=2),
+        "dinov2_with_registers": Dinov2WithRegistersConfig(**shape, mlp_ratio=2, num_register_tokens=3),
+        "dinov3": DINOv3ViTConfig(**shape, **feed_forward, num_register_tokens=4),
+        "convnext": ConvNextConfig(num_stages=2, depths=[1, 1], hidden_sizes=[8, 16], image_size=32),
+    }
+
+
+QUERY_DECODER_CONFIG = {"d_model": 24, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}

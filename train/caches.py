@@ -1,7 +1,7 @@
 """The caches of a training: of each image what a frozen part computes, once.
 
 * Moments (stage 1): the mean and log-variance of its latents, which the autoencoder gives.
-* Vision features (both stages): the image tokens, which Florence-2's vision tower and their projection give.
+* Vision features (both stages): the image tokens, which the vision tower and their projection give.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from torch import nn
 
 from vlv import VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import DiffusionDecoder
+from vlv.modeling_vlv import examine_backbone
 
 from .checkpoints import say
 from .data import TrainingDataset
@@ -83,7 +84,7 @@ def open_vision_features(
 ) -> FeatureCache | None:
     """The cache of `cache_vision_features`, with all images of some data sets; None where that is not set.
 
-    Features are the image tokens `(P, d_model)` that enter Florence-2's transformer, or, where their projection is
+    Features are the image tokens `(P, d_model)` that the transformer reads, or, where their projection is
     trained, the vision tower's output `(channels, h, w)`. They have the precision of the training, as the matrix
     products that read them.
 
@@ -98,7 +99,8 @@ def open_vision_features(
         return None
     pixels = _encoder_pixels([Image.new("RGB", (1, 1))], image_processor)
     shape, projected = vision_features(args, encoder, *pixels.shape[-2:])
-    tower, projection = encoder.image_encoder.vision_tower, encoder.image_encoder.multi_modal_projector
+    tower: Any = encoder.get_encoder("image")
+    projection = encoder.get_image_projection()
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
     preprocessing = json.loads(image_processor.to_json_string())
     made_of = {
@@ -123,17 +125,21 @@ def vision_features(args: Any, encoder: VLVModel, height: int, width: int) -> tu
     Raises:
         ValueError: If the vision tower is trained.
     """
-    if _is_trained(encoder.image_encoder.vision_tower):
+    if _is_trained(encoder.get_encoder("image")):
         by = f"unfreeze {args.unfreeze!r}" if args.unfreeze is not None else f"trainable {args.trainable!r}"
         by += " with encoder_lora_rank" if getattr(args, "encoder_lora_rank", 0) else ""
         raise ValueError(
             f"cache_vision_features does not work with {by}, which trains the vision tower: its features change in "
             f"each step; choose one of {args.TRAINABLE[:-1]}, or leave it out"
         )
-    config = encoder.config.image_encoder_config.vision_config
-    h, w = (_positions(side, config) for side in (height, width))
-    projected = not _is_trained(encoder.image_encoder.multi_modal_projector)
-    return ((1 + h * w, config.projection_dim) if projected else (config.embed_dim[-1], h, w)), projected
+    config = encoder.config.image_encoder_config
+    if encoder.config.query_decoder_config is None:
+        h, w = (_positions(side, config.vision_config) for side in (height, width))
+        channels = config.vision_config.embed_dim[-1]
+    else:
+        (channels, h, w), _ = examine_backbone(config, height, width)
+    projected = not _is_trained(encoder.get_image_projection())
+    return ((1 + h * w, encoder.config.query_token_dim) if projected else (channels, h, w)), projected
 
 
 def _fill(
@@ -185,8 +191,7 @@ class _VisionTower:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        florence = self.encoder.image_encoder
-        for part in (florence.vision_tower, florence.multi_modal_projector):
+        for part in (self.encoder.get_encoder("image"), self.encoder.get_image_projection()):
             part.to(self.device).eval()
         with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
             output = self.encoder.get_image_features(pixels.to(self.device))

@@ -1,4 +1,4 @@
-"""LoRA layers in Florence-2's parts, for stage 1."""
+"""LoRA layers in the image encoder, for stage 1."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +16,14 @@ PREFIX = "image_encoder."
 
 
 def add_encoder_lora(model: VLVModel, rank: int) -> None:
-    """Adds trainable LoRA layers to the trainable linear layers of Florence-2, and freezes its parameters.
+    """Adds trainable LoRA layers to the trainable linear layers of the image encoder, and freezes its parameters.
 
-    Query tokens and projector stay trainable. The names of the parameters change, and the model stays a `VLVModel`.
+    The image encoder is Florence-2 or a vision backbone. Query tokens and projector, and a backbone's query decoder,
+    stay trainable. The names of the parameters change, and the model stays a `VLVModel`.
 
     Raises:
         ImportError: If the library `peft` is not installed.
-        ValueError: If no linear layer of Florence-2 is trainable.
+        ValueError: If no linear layer of the image encoder is trainable.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -34,6 +35,11 @@ def add_encoder_lora(model: VLVModel, rank: int) -> None:
         if isinstance(module, nn.Linear) and module.weight.requires_grad
     ]
     if not targets:
+        if model.config.query_decoder_config is not None:
+            raise ValueError(
+                "encoder_lora_rank is for the vision backbone, which is frozen, and the query decoder is trained in "
+                "full: set trainable all, or leave encoder_lora_rank out"
+            )
         raise ValueError(
             "encoder_lora_rank needs a trainable part of Florence-2: trainable query_decoder, transformer or all"
         )
@@ -43,12 +49,12 @@ def add_encoder_lora(model: VLVModel, rank: int) -> None:
 
 
 def has_encoder_lora(model: Any) -> bool:
-    """Whether Florence-2's parts of a model have LoRA layers."""
+    """Whether the image encoder of a model has LoRA layers."""
     return isinstance(model, VLVModel) and hasattr(model.image_encoder, "peft_config")
 
 
 def merge_encoder_lora(model: VLVModel) -> None:
-    """Merges the LoRA layers into Florence-2, which is a plain one afterwards."""
+    """Merges the LoRA layers into the image encoder, which is a plain one afterwards."""
     for name, layer in _lora_layers(model).items():
         layer.merge()
         owner, _, last = name.rpartition(".")
@@ -79,7 +85,7 @@ def _lora_layers(model: VLVModel) -> dict[str, Any]:
 
 
 def save_encoder_adapter(model: VLVModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes the LoRA layers in peft's format, for `peft.PeftModel.from_pretrained(florence, folder)`."""
+    """Writes the LoRA layers in peft's format, for `peft.PeftModel.from_pretrained(image_encoder, folder)`."""
     folder.mkdir(parents=True, exist_ok=True)
     adapter = {
         PEFT_PREFIX + name.removeprefix(PREFIX).replace(f".{ADAPTER}.weight", ".weight"): tensor.detach().cpu()
@@ -96,7 +102,7 @@ def save_encoder_adapter(model: VLVModel, weights: Mapping[str, torch.Tensor], f
 def adapted_weights(
     weights: Mapping[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The weights to load into a model with LoRA layers: Florence-2's own are frozen, and stay as they are.
+    """The weights to load into a model with LoRA layers: the image encoder's own are frozen, and stay as they are.
 
     Args:
         weights: Of the plain, merged model.

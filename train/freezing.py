@@ -3,6 +3,7 @@
 from torch import nn
 
 from vlv import VLVForConditionalGeneration, VLVModel
+from vlv.modeling_vlv import examine_backbone
 
 
 def freeze_for_stage1(model: VLVModel, trainable: str) -> None:
@@ -46,14 +47,25 @@ def trainable_names(model: nn.Module) -> set[str]:
 
 
 def _unfreeze_query_decoder(model: VLVModel) -> None:
-    """Florence-2's decoder, without the word embeddings that it shares with the encoder."""
-    transformer = model.image_encoder.language_model
-    transformer.decoder.requires_grad_(True)
-    transformer.shared.requires_grad_(False)
+    """Florence-2's decoder, without the word embeddings that it shares with the encoder.
+
+    With a vision backbone: the query decoder, and the projection of the features that it reads.
+    """
+    model.get_query_decoder().requires_grad_(True)
+    if model.config.query_decoder_config is None:
+        model.image_encoder.language_model.shared.requires_grad_(False)
+    else:
+        model.get_image_projection().requires_grad_(True)
 
 
 def _unfreeze_transformer(model: VLVModel) -> None:
-    """Florence-2's encoder and decoder. Without a task prompt its word embeddings get no gradient and stay frozen."""
+    """Florence-2's encoder and decoder. Without a task prompt its word embeddings get no gradient and stay frozen.
+
+    With a vision backbone there is the query decoder alone.
+    """
+    if model.config.query_decoder_config is not None:
+        _unfreeze_query_decoder(model)
+        return
     transformer = model.image_encoder.language_model
     transformer.requires_grad_(True)
     if not model.config.task_prompt_ids:
@@ -61,6 +73,11 @@ def _unfreeze_transformer(model: VLVModel) -> None:
 
 
 def _unfreeze_vision(model: VLVModel) -> None:
-    """Florence-2's vision tower and the projection of its features."""
-    model.image_encoder.vision_tower.requires_grad_(True)
-    model.image_encoder.multi_modal_projector.requires_grad_(True)
+    """The vision tower and the projection of its features. Poolers and heads, which get no gradient, stay frozen."""
+    model.get_image_projection().requires_grad_(True)
+    tower = model.get_encoder("image")
+    tower.requires_grad_(True)
+    if model.config.query_decoder_config is not None:
+        _, used = examine_backbone(model.config.image_encoder_config)
+        for name, parameter in tower.named_parameters():
+            parameter.requires_grad_(name in used)

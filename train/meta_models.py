@@ -23,7 +23,7 @@ from .freezing import freeze_for_stage1, freeze_for_stage2
 from .lora import add_lora
 from .memory import enable_activation_checkpointing
 from .modes import set_train_mode
-from .stage1_trainer import Stage1Config
+from .stage1_trainer import FLORENCE_IMAGE_SIZE, Stage1Config
 from .stage2_trainer import LANGUAGE_MODEL, Stage2Config
 
 FLORENCES = {f"florence-community/Florence-2-{size}": size for size in reference.FLORENCE}
@@ -174,12 +174,12 @@ def _stage2(
 
 
 def _encoder_parts(model: VLVModel) -> dict[str, nn.Module]:
-    florence = model.image_encoder
+    is_florence = model.config.query_decoder_config is None
     return {
-        "vision_tower": florence.vision_tower,
-        "image_projection": florence.multi_modal_projector,
-        "transformer_encoder": florence.language_model.encoder,
-        "transformer_decoder": florence.language_model.decoder,
+        "vision_tower": model.get_encoder("image"),
+        "image_projection": model.get_image_projection(),
+        **({"transformer_encoder": model.image_encoder.language_model.encoder} if is_florence else {}),
+        "transformer_decoder" if is_florence else "query_decoder": model.get_query_decoder(),
         "projector": model.projector,
         **{name: _computing(encoder) for name, encoder in zip(TEXT_ENCODERS, model.text_encoders, strict=False)},
     }
@@ -204,23 +204,30 @@ def encoder_of(config: Stage1Config) -> tuple[VLVConfig, int, int | None]:
         return vlv_config, processor.size["height"], processor.pre_crop_size or None
     assert config.image_encoder is not None and config.diffusion_model is not None
     if config.image_encoder in FLORENCES:
-        florence = reference.florence_config(FLORENCES[config.image_encoder])
+        vision: Any = reference.florence_config(FLORENCES[config.image_encoder])
     else:
-        florence = _local(Florence2Config, config.image_encoder, "image_encoder", FLORENCES)
+        vision = _local(AutoConfig, config.image_encoder, "image_encoder", FLORENCES, trust_remote_code=False)
     family, configs = text_to_image_configs(config.diffusion_model, with_optional=config.t5_text_encoder)
     names = [*family.text_encoders, *(family.optional_text_encoders if config.t5_text_encoder else ())]
     text_configs = {f"{name}_config": configs[name] for name in names}
     positions = VLVConfig(**copy.deepcopy(text_configs), num_query_tokens=1).num_text_positions
-    prompt = FLORENCE_TASK_PROMPT_IDS if florence.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS) else []
+    own: dict[str, Any] = {"query_decoder_config": config.query_decoder()}
+    own_size = getattr(getattr(vision, "vision_config", vision), "image_size", None)
+    if isinstance(vision, Florence2Config):
+        has_words = vision.text_config.vocab_size > max(FLORENCE_TASK_PROMPT_IDS)
+        own, own_size = {"task_prompt_ids": FLORENCE_TASK_PROMPT_IDS if has_words else []}, FLORENCE_IMAGE_SIZE
+    size = config.encoder_image_size or own_size
+    if not isinstance(size, int):
+        raise ValueError(f"encoder_image_size is not set, and image_encoder {config.image_encoder} names no size")
     vlv_config = VLVConfig(
-        image_encoder_config=florence,
+        image_encoder_config=vision,
         **text_configs,
         **family.text_settings(len(names)),
         num_query_tokens=config.num_query_tokens or min(positions, 77),
-        task_prompt_ids=prompt,
         attend_all_queries=config.attend_all_queries,
+        **own,
     )
-    return vlv_config, config.encoder_image_size, config.pre_crop_size
+    return vlv_config, size, config.pre_crop_size
 
 
 def text_to_image_configs(
@@ -314,7 +321,7 @@ def _local(kind: Any, source: str, setting: str, known: dict, method: str = "fro
             return getattr(kind, method)(source, local_files_only=True, **kwargs)
     except (OSError, ValueError) as error:
         file = {DiffusionPipeline: "model_index.json", DDPMScheduler: "scheduler_config.json"}.get(kind, "config.json")
-        inside = f"{kwargs['subfolder']}/{file}" if kwargs else file
+        inside = f"{kwargs['subfolder']}/{file}" if "subfolder" in kwargs else file
         raise ValueError(
             f"{setting} {source} is not known: it is neither a folder with {inside} nor in the cache of downloads; "
             f"give such a folder, or one of {', '.join(known)}"

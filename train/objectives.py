@@ -46,14 +46,13 @@ class QueryNoise:
     """Adds Gaussian noise to the query tokens of each image while the model is in training mode.
 
     Args:
-        model: Its query tokens are the input of Florence-2's decoder, where the noise is added.
+        model: Its query tokens are the input of the query decoder, where the noise is added.
         share: Standard deviation of the noise, as a share of the query tokens' root mean square.
     """
 
     def __init__(self, model: VLVModel, share: float):
         self.model, self.share = model, share
-        decoder = model.image_encoder.language_model.decoder
-        self.handle = decoder.register_forward_pre_hook(self._add, with_kwargs=True)
+        self.handle = model.get_query_decoder().register_forward_pre_hook(self._add, with_kwargs=True)
 
     def _add(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if not self.model.training:

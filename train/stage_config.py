@@ -102,7 +102,7 @@ class StageConfig(TrainingArguments):
     )
     encoder_activation_checkpointing: bool = field(
         default=False,
-        metadata={"help": "Recompute the activations of Florence-2 and the text encoder to save memory."},
+        metadata={"help": "Recompute the activations of the image encoder and the text encoder to save memory."},
     )
     compile_blocks: bool = field(
         default=False,
