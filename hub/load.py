@@ -83,7 +83,7 @@ def resolve(
                 revision=revision,
                 token=token,
                 allow_patterns=allow_patterns,
-                ignore_patterns=[*PICKLES, "*.fp16*"],
+                ignore_patterns=[*PICKLES, "*.fp16*", "*.msgpack", "*.onnx*", "openvino_*"],
                 local_files_only=local_files_only,
             )
         )

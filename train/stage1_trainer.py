@@ -184,8 +184,8 @@ class Stage1Config(StageConfig):
     embedding_dropout: float = field(
         default=0.0,
         metadata={
-            "help": "Share of images, 0 to 1, whose conditioning is replaced by that of the empty prompt, which "
-            "guidance steers away from. The denoiser is frozen, so these images train nothing."
+            "help": "Share of images, 0 to 1, whose conditioning is replaced by what guidance steers away from: the "
+            "empty prompt, or zeros in Stable Diffusion XL. The denoiser is frozen, so these images train nothing."
         },
     )
     query_noise: float = field(

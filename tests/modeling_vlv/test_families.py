@@ -1,5 +1,6 @@
 """Each family of text-to-image models computes what diffusers' own pipeline computes, from real words' embeddings."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from diffusers import (
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch.nn import functional as F
 
-from vlv import VLVConfig, VLVModel
+from vlv import VLVConfig, VLVImageProcessor, VLVModel, hub
 from vlv.diffusion_decoder import (
     Conditioning,
     DiffusionDecoder,
@@ -29,7 +30,14 @@ from vlv.diffusion_decoder import (
     sd3,
 )
 from vlv.modeling_vlv import TEXT_ENCODERS
-from vlv.pipelines import VLVPooledReconstructionPipeline, build_reconstruction, pipeline_vlv_pooled_reconstruction
+from vlv.pipelines import (
+    VLVPooledReconstructionPipeline,
+    VLVReconstructionPipeline,
+    build_reconstruction,
+    load_reconstruction,
+    pipeline_vlv_pooled_reconstruction,
+)
+from vlv.train import freeze_for_stage1
 from vlv.train.objectives import drop_embeddings
 
 from ..builders import (
@@ -270,13 +278,36 @@ def test_rows_with_fewer_embeddings_are_computed_without_the_others_places(decod
 
 
 def test_gradients_reach_the_encoder_and_nothing_frozen_changes(case, model, decoder, batch):
+    trained = copy.deepcopy(model)
+    freeze_for_stage1(trained, "all")
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    frozen = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
     pixels = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    batch["conditioning"] = Conditioning.of(model(pixel_values=pixels))
+    batch["conditioning"] = Conditioning.of(trained(pixel_values=pixels))
     decoder.denoising_loss(**batch).backward()
-    parts = model.projector.linear_2.weight.grad.split(case.widths)  # of each text encoder
+    parts = trained.projector.linear_2.weight.grad.split(case.widths)  # of each text encoder
     assert all(part.abs().sum() > 0 for part in parts)
-    assert all(parameter.grad is None for parameter in decoder.parameters())
-    model.zero_grad()
+    torch.optim.SGD([*trained.parameters(), *decoder.parameters()], lr=0.1).step()
+    changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "projector.linear_2.weight" in changed and not any(name.startswith("text_encoder") for name in changed)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in decoder.state_dict().items())
+
+
+@pytest.mark.parametrize("case", ["sdxl"], indirect=True)
+def test_zeros_for_the_empty_prompt_are_a_setting_that_is_kept(case, model, decoder, diffusers_pipeline, tmp_path):
+    tokenizers = {name: getattr(diffusers_pipeline, name) for name in case.family.tokenizers}
+    nothing = decoder.unconditional(model, tokenizers)
+    assert nothing.hidden_states.shape == (1, 8, sum(case.widths)) and not nothing.hidden_states.any()
+    assert nothing.pooled.shape[1] == model.text_encoder_2.config.projection_dim and not nothing.pooled.any()
+    decoder.force_zeros_for_empty_prompt = False
+    empty = decoder.unconditional(model, tokenizers)
+    assert empty.hidden_states.any() and empty.hidden_states.shape == nothing.hidden_states.shape
+    processor = VLVImageProcessor(size={"height": 64, "width": 64})
+    parts = {**decoder.pipeline_components(), **tokenizers}
+    hub.export(tmp_path, encoder=model, image_processor=processor, diffusion_model=parts)
+    assert load_reconstruction(tmp_path).config.force_zeros_for_empty_prompt is False
+    with pytest.raises(ValueError, match=r"load it with VLVPooledReconstructionPipeline\.from_pretrained"):
+        VLVReconstructionPipeline.from_pretrained(tmp_path)
 
 
 def test_the_pooled_state_alone_has_a_gradient(decoder, batch):
