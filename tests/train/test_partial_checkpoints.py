@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
 from vlv.cli.main import main
-from vlv.train import stage1, stage2
+from vlv.train import Stage2Config, stage1, stage2
+from vlv.train.checkpoints import check_settings
 
 STEPS, SAVED = 4, 2
 
@@ -93,6 +94,19 @@ def test_another_start_model_is_refused_even_where_changes_are_accepted(run, bro
         SystemExit, match=r"(?s)needs the models that the run started from.*  model: .*model.* -> .*other"
     ):
         stage1.main(arguments(output_dir=broken_off, **changed))
+
+
+@pytest.mark.parametrize(
+    ("setting", "other"), [("gguf_file", "other.gguf"), ("load_in_4bit", True), ("replace_language_model", True)]
+)
+def test_other_weights_of_the_start_models_are_refused_even_where_changes_are_accepted(tmp_path, setting, other):
+    settings = {"pairs": "a", "gguf_file": "one.gguf", "load_in_4bit": False, "replace_language_model": False}
+    (tmp_path / "run.json").write_text(json.dumps({"steps": 1, "settings": settings}))
+    assert set(settings) - {"pairs"} <= set(Stage2Config(use_cpu=True).result_settings())
+    with pytest.raises(ValueError, match=rf"needs the models that the run started from(?s:.*)  {setting}: "):
+        check_settings(tmp_path, settings | {setting: other}, accept_changes=True, other_settings={})
+    (tmp_path / "config.json").write_text("{}")  # a complete model
+    check_settings(tmp_path, settings | {setting: other}, accept_changes=True, other_settings={})
 
 
 def test_a_checkpoint_without_a_trained_tensor_is_refused(run, broken_off, inputs):
