@@ -20,7 +20,7 @@ MODEL_FOLDERS = {"encoder", "image_processor", ADAPTER_FOLDER, *PIPELINE_PARTS}
 LOCK_FILE = ".run.lock"
 FREE_SETTINGS = ("max_steps", "num_train_epochs")
 """Settings of the record that a run may change when it goes on."""
-START_MODELS = (*("model", "image_encoder", "language_model", "gguf_file", "load_in_4bit", "replace_language_model"),)
+START_MODELS = ("model", "image_encoder", "language_model", "gguf_file", "load_in_4bit", "replace_language_model")
 """Settings that say which weights a run starts from. The text encoder may come from `diffusion_model`."""
 
 
