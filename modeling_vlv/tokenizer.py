@@ -48,9 +48,10 @@ def load_tokenizer(source: str | os.PathLike, gguf_file: str | None = None, **kw
 def fit_tokenizer(tokenizer: Any, language_model: Any) -> Any:
     """Gives a tokenizer the EOS and padding tokens that it lacks, out of its own vocabulary, which does not grow.
 
-    EOS is that of the language model's configuration. Padding is that of the configuration, too, or else EOS:
-    labels are masked where padding was added, not where its token is, so that EOS is learnt in any case. BOS is not
-    needed, because the caption embeddings begin the sequence.
+    EOS is that of the language model's configuration. Padding is that of the configuration, too, if it is a special
+    token already: an ordinary word would become one, and captions would lose it. Otherwise padding is EOS: labels are
+    masked where padding was added, not where its token is, so that EOS is learnt in any case. BOS is not needed,
+    because the caption embeddings begin the sequence.
 
     Args:
         language_model: The model, or its configuration.
@@ -71,7 +72,8 @@ def fit_tokenizer(tokenizer: Any, language_model: Any) -> Any:
         tokenizer.eos_token = word
     if tokenizer.pad_token_id is None:
         padding = getattr(_text_config(language_model), "pad_token_id", None)
-        tokenizer.pad_token = words.get(padding, tokenizer.eos_token)
+        added = tokenizer.added_tokens_decoder.get(padding)
+        tokenizer.pad_token = added.content if added is not None and added.special else tokenizer.eos_token
     return tokenizer
 
 

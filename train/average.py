@@ -32,6 +32,7 @@ class AverageCallback(TrainerCallback):
         self.decay = decay
         self.names: list[str] = []
         self.ema: Any = None
+        self._scratch: dict[Any, torch.Tensor] = {}
 
     def start(self, model: nn.Module, checkpoint: str | None) -> None:
         """Starts with the parameters of a model, or goes on from a checkpoint that has an average."""
@@ -49,6 +50,15 @@ class AverageCallback(TrainerCallback):
                     if isinstance(average, DTensor):
                         whole = distribute_tensor(whole, average.device_mesh, average.placements)
                     average.copy_(whole)
+        self._allocate_scratch()
+
+    def _allocate_scratch(self) -> None:
+        """Allocates what an exchange needs, so that none can run out of memory: the largest tensor of each kind."""
+        sizes: dict[Any, int] = {}
+        for average in map(_local, self.ema.shadow_params):
+            kind = average.device, average.dtype
+            sizes[kind] = max(sizes.get(kind, 0), average.numel())
+        self._scratch = {kind: torch.empty(size, device=kind[0], dtype=kind[1]) for kind, size in sizes.items()}
 
     def save(self, folder: str | Path, is_main_process: bool) -> None:
         """Writes the average into a checkpoint. All processes call this, because they may hold shards of it."""
@@ -71,7 +81,10 @@ class AverageCallback(TrainerCallback):
 
     @contextlib.contextmanager
     def borrowed(self, model: nn.Module) -> Iterator[None]:
-        """Puts the average in the place of the parameters, and the parameters back afterwards, bit by bit."""
+        """Puts the average in the place of the parameters, and the parameters back afterwards, bit by bit.
+
+        An exchange that fails is undone before its error goes on, so that weights and average are never mixed.
+        """
         if self.ema is None:  # the training has not begun
             yield
             return
@@ -86,11 +99,28 @@ class AverageCallback(TrainerCallback):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # a layer may still be gathered after a forward pass
-        for parameter, average in zip(self._parameters(model), self.ema.shadow_params, strict=True):
-            weights = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(weights)
+        pairs = list(zip(map(_local, self._parameters(model)), map(_local, self.ema.shadow_params), strict=True))
+        exchanged = 0
+        try:
+            for parameter, average in pairs:
+                self._exchange(parameter, average)
+                exchanged += 1
+        except BaseException:
+            for parameter, average in pairs[:exchanged]:
+                self._exchange(parameter, average)
+            raise
+
+    def _exchange(self, parameter: torch.Tensor, average: torch.Tensor) -> None:
+        scratch = self._scratch[average.device, average.dtype][: average.numel()].view(average.shape)
+        scratch.copy_(parameter)
+        parameter.copy_(average)
+        average.copy_(scratch)
 
     def _parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
         parameters = dict(model.named_parameters())
         return (parameters[name] for name in self.names)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

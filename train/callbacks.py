@@ -4,6 +4,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,18 @@ class ValidationCallback(TrainerCallback):
         every: Number of steps between validations; 0 turns validation off.
         on_all_processes: All processes compute the same, as models need whose weights are sharded over them. By
             default the first one alone does. The first one alone writes to `OUTPUT_DIR/samples`.
+        weights: Called with the model; its context has the weights that are validated. Its errors end the training,
+            because weights that could not be put back would be trained on.
     """
 
-    def __init__(self, validate: Callable[[Any, int, Path], None], every: int, on_all_processes: bool = False):
-        self.validate, self.every, self.on_all_processes = validate, every, on_all_processes
+    def __init__(
+        self,
+        validate: Callable[[Any, int, Path], None],
+        every: int,
+        on_all_processes: bool = False,
+        weights: Callable[[Any], AbstractContextManager] = nullcontext,
+    ):
+        self.validate, self.every, self.on_all_processes, self.weights = validate, every, on_all_processes, weights
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every <= 0 or state.global_step % self.every:
@@ -93,7 +102,8 @@ class ValidationCallback(TrainerCallback):
             if failure is not None:
                 logger.warning(f"the validation at step {state.global_step} failed: {failure}")
             else:
-                self._validate(model, state.global_step, samples)
+                with self.weights(model):
+                    self._validate(model, state.global_step, samples)
 
     def _validate(self, model: Any, step: int, folder: Path) -> None:
         was_training, random_state = model.training, torch.get_rng_state()

@@ -20,8 +20,8 @@ MODEL_FOLDERS = {"encoder", "image_processor", ADAPTER_FOLDER, *PIPELINE_PARTS}
 LOCK_FILE = ".run.lock"
 FREE_SETTINGS = ("max_steps", "num_train_epochs")
 """Settings of the record that a run may change when it goes on."""
-START_MODELS = ("model", "image_encoder", "language_model")
-"""Settings that name models whose weights a run starts from. The text encoder may come from `diffusion_model`."""
+START_MODELS = ("model", "image_encoder", "language_model", "gguf_file", "load_in_4bit", "replace_language_model")
+"""Settings that say which weights a run starts from. The text encoder may come from `diffusion_model`."""
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -126,7 +126,7 @@ def check_settings(
 
     Raises:
         ValueError: If settings differ, with a table of old and new values. Of a checkpoint that is no complete model,
-            those that name models have to be the same in any case.
+            those that say which models it starts from have to be the same in any case.
     """
     record = Path(checkpoint) / RECORD_FILE
     if not record.is_file():

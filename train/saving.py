@@ -57,9 +57,10 @@ class Provenance:
 
 @contextlib.contextmanager
 def loading_whole_models() -> Iterator[None]:
-    """Models that one process loads are whole.
+    """Models that are loaded are whole.
 
-    Under ZeRO-3, transformers shards each model while it is loaded, which waits for all processes.
+    Under ZeRO-3, transformers shards each model while it is loaded, which waits for all processes and leaves
+    parameters of no elements. DeepSpeed shards whole models by itself, when the training begins.
     """
     reference = deepspeed._hf_deepspeed_config_weak_ref
     config = None if reference is None else reference()

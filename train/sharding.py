@@ -1,7 +1,7 @@
 """What FSDP2 needs: which modules are sharded, complete weights in checkpoints, weights read back into shards."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +90,33 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         ValueError: If a weight of the model is not there, or the folder has weights that the model has not.
     """
     if not isinstance(model, FSDPModule):
-        missing, unexpected = model.load_state_dict(read_weights(folder, model), strict=False)
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        # Of parts with LoRA layers, checkpoints have the merged weights, and the model's own are frozen.
-        parts = [LANGUAGE_MODEL] * has_lora(model) + [FLORENCE] * has_encoder_lora(model)
-        frozen = [name for name in missing if name.startswith(tuple(parts)) and ".lora_" not in name]
-        if holds_only_trained(Path(folder)):
-            frozen += [name for name in missing if name not in trainable_names(model)]
-        missing = sorted(set(missing) - set(tied) - set(frozen))
-        if missing or unexpected:
-            raise ValueError(f"the weights of {folder} are not those of this model: {[*missing, *unexpected][:3]}")
+        weights = read_weights(folder, model)
+        _check_names(weights, model, folder)
+        model.load_state_dict(weights, strict=False)
         return
-    weights: dict[str, Any] = read_weights(folder, model) if torch.distributed.get_rank() == 0 else {}
+    sharded: dict[str, Any] = {}
+    if torch.distributed.get_rank() == 0:
+        sharded = read_weights(folder, model)
+        _check_names(sharded, model, folder)
     # Not strict: tied weights are stored under one of their names.
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    set_model_state_dict(model, weights, options=options)
+    set_model_state_dict(model, sharded, options=options)
+
+
+def _check_names(weights: Mapping[str, torch.Tensor], model: nn.Module, folder: str | Path) -> None:
+    """Raises `ValueError` if a weight that a model needs is not there, or there are weights that it has not."""
+    needed = set(model.state_dict())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # Of parts with LoRA layers, checkpoints have the merged weights, and the model's own are frozen.
+    parts = [LANGUAGE_MODEL] * has_lora(model) + [FLORENCE] * has_encoder_lora(model)
+    missing = needed - set(weights) - set(tied)
+    missing -= {name for name in missing if name.startswith(tuple(parts)) and ".lora_" not in name}
+    if holds_only_trained(Path(folder)):
+        missing &= trainable_names(model)
+    unexpected = set(weights) - needed
+    if missing or unexpected:
+        wrong = [*sorted(missing), *sorted(unexpected)][:3]
+        raise ValueError(f"the weights of {folder} are not those of this model: {wrong}")
 
 
 def check_optimiser_state(folder: str | Path, fsdp: bool) -> None:

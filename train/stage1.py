@@ -30,6 +30,7 @@ from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
+from .saving import loading_whole_models
 from .stage1_trainer import FLORENCE_IMAGE_SIZE, Stage1Config, Stage1Trainer
 
 PROGRAM = "vlv train stage1"
@@ -57,29 +58,33 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             )
         dataset = load_images(config.images, **config.data_options())
         diffusion_model, folder = find_diffusion_model(config)
-        family = family_of(folder)
-        diffusion_decoder = family.from_pretrained(
-            str(folder),
-            dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
-            vae_dtype=getattr(torch, config.vae_dtype),
-            **config.decoder_options(),
-        )
-        config.timestep_sampling = diffusion_decoder.timestep_sampling
-        model, image_processor = load_model(config, folder, family)
-        family.check_model(
-            diffusion_decoder.denoiser, model.config, config.model or "the model", diffusion_model.source
-        )
-        if config.model is not None and config.diffusion_model is not None:
-            hub.check_text_encoders(model, folder, config.model, diffusion_model.source)
-        freeze_for_stage1(model, config.trainable)
-        if config.encoder_lora_rank:
-            add_encoder_lora(model, config.encoder_lora_rank)
-        tokenizers = {
-            name: load_tokenizer(folder / name) for name in family.tokenizers[: len(model.config.text_encoder_configs)]
-        }
-        family.check_tokenizers(tokenizers, model.config, config.model or "the model", diffusion_model.source)
-        evaluation = find_evaluation_set(config, dataset, load_images)
-        all_data = [dataset] if evaluation is None else [dataset, evaluation]
+        with loading_whole_models():
+            family = family_of(folder)
+            diffusion_decoder = family.from_pretrained(
+                str(folder),
+                dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32,
+                vae_dtype=getattr(torch, config.vae_dtype),
+                **config.decoder_options(),
+            )
+            config.timestep_sampling = diffusion_decoder.timestep_sampling
+            model, image_processor = load_model(config, folder, family)
+            family.check_model(
+                diffusion_decoder.denoiser, model.config, config.model or "the model", diffusion_model.source
+            )
+            if config.model is not None and config.diffusion_model is not None:
+                hub.check_text_encoders(model, folder, config.model, diffusion_model.source)
+            freeze_for_stage1(model, config.trainable)
+            if config.encoder_lora_rank:
+                add_encoder_lora(model, config.encoder_lora_rank)
+            tokenizers = {
+                name: load_tokenizer(folder / name)
+                for name in family.tokenizers[: len(model.config.text_encoder_configs)]
+            }
+            family.check_tokenizers(tokenizers, model.config, config.model or "the model", diffusion_model.source)
+            evaluation = find_evaluation_set(config, dataset, load_images)
+            all_data = [dataset] if evaluation is None else [dataset, evaluation]
+            moments = open_moments(config, all_data, image_processor, diffusion_decoder)
+            features = open_vision_features(config, all_data, image_processor, model)
         trainer = Stage1Trainer(
             model,
             diffusion_decoder,
@@ -88,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             image_processor,
             tokenizers,
             eval_dataset=evaluation,
-            moments=open_moments(config, all_data, image_processor, diffusion_decoder),
-            features=open_vision_features(config, all_data, image_processor, model),
+            moments=moments,
+            features=features,
         )
         start = "image_encoder" if config.model is None else "model"
         sources = {

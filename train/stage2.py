@@ -28,6 +28,7 @@ from .instructions import count_instructions, record_instructions
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
+from .saving import loading_whole_models
 from .stage2_trainer import LANGUAGE_MODEL, Stage2Config, Stage2Trainer
 
 PROGRAM = "vlv train stage2"
@@ -61,33 +62,34 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         }
         dataset = load_pairs(config.pairs, **columns, **config.data_options())
         evaluation = find_evaluation_set(config, dataset, load_pairs, **columns)
-        is_captioner = VLVConfig.from_pretrained(config.model).text_config is not None
-        new_language_model = config.replace_language_model or not is_captioner
-        if new_language_model:
-            config.language_model = config.language_model or LANGUAGE_MODEL
-            encoder, image_processor = hub.load_encoder(config.model)
-            model = add_language_model(encoder, config.language_model, config.gguf_file, config.load_in_4bit)
-            tokenizer = load_tokenizer(config.language_model, config.gguf_file)
-            processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
-            model.config.instructions = None  # a captioner's own are those of its former language model
-        elif config.language_model is not None:
-            raise ValueError(
-                f"language_model is {config.language_model}, but {config.model} is a captioner, which has its own; "
-                "leave it out, start from the stage-1 model, or pass --replace_language_model"
-            )
-        elif config.load_in_4bit:
-            raise ValueError(
-                f"load_in_4bit is set, but the language model of {config.model} is part of a captioner; it is for "
-                "language_model, with a stage-1 model or with --replace_language_model"
-            )
-        else:
-            model, processor = hub.load_captioner(config.model)
-        record_instructions(model.config, count_instructions(sample_prompts(dataset, config.seed)))
-        freeze_for_stage2(model, config.trainable)
-        if config.lora_rank:
-            add_lora(model, config.lora_rank)
-        all_data = [dataset] if evaluation is None else [dataset, evaluation]
-        features = open_vision_features(config, all_data, processor.image_processor, model.model)
+        with loading_whole_models():
+            is_captioner = VLVConfig.from_pretrained(config.model).text_config is not None
+            new_language_model = config.replace_language_model or not is_captioner
+            if new_language_model:
+                config.language_model = config.language_model or LANGUAGE_MODEL
+                encoder, image_processor = hub.load_encoder(config.model)
+                model = add_language_model(encoder, config.language_model, config.gguf_file, config.load_in_4bit)
+                tokenizer = load_tokenizer(config.language_model, config.gguf_file)
+                processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
+                model.config.instructions = None  # a captioner's own are those of its former language model
+            elif config.language_model is not None:
+                raise ValueError(
+                    f"language_model is {config.language_model}, but {config.model} is a captioner, which has its "
+                    "own; leave it out, start from the stage-1 model, or pass --replace_language_model"
+                )
+            elif config.load_in_4bit:
+                raise ValueError(
+                    f"load_in_4bit is set, but the language model of {config.model} is part of a captioner; it is for "
+                    "language_model, with a stage-1 model or with --replace_language_model"
+                )
+            else:
+                model, processor = hub.load_captioner(config.model)
+            record_instructions(model.config, count_instructions(sample_prompts(dataset, config.seed)))
+            freeze_for_stage2(model, config.trainable)
+            if config.lora_rank:
+                add_lora(model, config.lora_rank)
+            all_data = [dataset] if evaluation is None else [dataset, evaluation]
+            features = open_vision_features(config, all_data, processor.image_processor, model.model)
         trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation, features=features)
         sources = {
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},

@@ -186,6 +186,11 @@ class StageConfig(TrainingArguments):
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
         if self.per_device_eval_batch_size is None:
             self.per_device_eval_batch_size = settings.per_device_train_batch_size
+        if settings.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end does not work here: the end of a run saves its last weights; leave it out, "
+                "evaluate the checkpoints, and name the best one as --model"
+            )
         self._set_evaluation()
         super().__post_init__()
         check_trackers(settings.report_to)
@@ -281,12 +286,21 @@ class StageConfig(TrainingArguments):
             for name in vars(base)["__annotations__"]
         }
         names = (own - {"TRAINABLE"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(SETTINGS_OF_TRAINING_ARGUMENTS)
-        return self._values(names)
+        values = self._values(names)
+        if self._features_are_rounded():
+            values["cache_vision_features"] = self.cache_vision_features is not None
+        return values
 
     def other_settings(self) -> dict[str, Any]:
         """Settings that a run may change at any time without another result, as JSON values."""
         names = SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT - {"accept_changes", "overwrite_output_dir", "output_dir"}
+        if self._features_are_rounded():
+            names = names - {"cache_vision_features"}
         return self._values(name for name in names if hasattr(self, name))
+
+    def _features_are_rounded(self) -> bool:
+        """Whether a cache of vision features changes the result: it stores them in the precision of the training."""
+        return bool(getattr(self, "bf16") or getattr(self, "fp16"))  # noqa: B009 (of TrainingArguments)
 
     def _values(self, names: Iterable[str]) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in sorted(names)}

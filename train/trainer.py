@@ -123,11 +123,12 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
     def add_validation(self, validate: Callable[[Any, int, Path], None]) -> None:
         """Calls `validate` every `validation_steps` with the averaged weights, see `ValidationCallback`."""
 
-        def validate_average(model: Any, step: int, folder: Path) -> None:
-            with self.autocast(), self.averaged_weights(model):
+        def validate_in_precision(model: Any, step: int, folder: Path) -> None:
+            with self.autocast():
                 validate(model, step, folder)
 
-        self.add_callback(ValidationCallback(validate_average, self.args.validation_steps, self.is_sharded))
+        every, on_all_processes = self.args.validation_steps, self.is_sharded
+        self.add_callback(ValidationCallback(validate_in_precision, every, on_all_processes, self.averaged_weights))
 
     def train_to_end(self) -> bool:
         """Trains to the last step, from the newest checkpoint of `output_dir` if there is one.

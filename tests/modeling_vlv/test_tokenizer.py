@@ -30,7 +30,8 @@ def config_with(**fields):
     ("special", "fields", "eos", "pad"),
     [
         ({"eos_token": END, "pad_token": PAD}, {"eos_token_id": 7, "pad_token_id": 8}, END, PAD),  # its own come first
-        ({"eos_token": END}, {"pad_token_id": 0}, END, WORDS[0]),
+        ({"eos_token": END, "bos_token": PAD}, {"pad_token_id": WORDS.index(PAD)}, END, PAD),
+        ({"eos_token": END}, {"pad_token_id": WORDS.index("dog")}, END, END),  # an ordinary word
         ({"eos_token": END}, {}, END, END),
         ({"eos_token": END}, {"pad_token_id": 10_000}, END, END),
         ({}, {}, WORDS[3], WORDS[3]),
@@ -41,8 +42,15 @@ def test_special_tokens_that_are_missing_come_from_the_vocabulary(special, field
     tokenizer = tokenizer_with(**special)
     size = len(tokenizer)
     fit_tokenizer(tokenizer, config_with(**fields))
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (eos, pad, None)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (eos, pad)
+    assert tokenizer.bos_token == special.get("bos_token")
     assert len(tokenizer) == size
+
+
+def test_an_ordinary_word_with_the_padding_id_of_the_configuration_stays_in_captions():
+    tokenizer = fit_tokenizer(tokenizer_with(eos_token=END), config_with(pad_token_id=WORDS.index("dog")))
+    ids = [*tokenizer("a small dog", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a small dog"
 
 
 def test_a_tokenizer_without_an_eos_token_anywhere_is_an_error():

@@ -14,6 +14,8 @@ from vlv.train import Stage1Config, load_images, stage1
 from vlv.train.data import feature_cache
 from vlv.train.data.feature_cache import FeatureCache
 
+from .data_files import write_tar
+
 
 @pytest.fixture(scope="module")
 def settings(stage1_checkpoint, stable_diffusion, image_folder):
@@ -133,6 +135,31 @@ def test_an_interrupted_building_goes_on_with_the_next_file(build, different_ima
     cache, computed = build(tmp_path / "cache", tmp_path / "data")
     assert computed == 10 and len(cache) == 16
     assert [cache.get(image, "image")[0].item() for image in different_images] == [*range(16)]
+
+
+def test_what_a_killed_process_leaves_is_not_read(build, different_images, tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / ".cache.json.0a1b").write_text("{")
+    build(folder, tmp_path / "data")
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.with_name(f".{path.name}.0a1b.safetensors").write_bytes(path.read_bytes()[:100])
+    path.unlink()
+    cache, computed = build(folder, tmp_path / "data")
+    assert computed == 6 and len(cache) == 16
+
+
+def test_images_whose_shard_cannot_be_opened_are_left_out(build, tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / "data" / f"{number}.tar", range(2 * number, 2 * number + 2))
+
+    def lose_shard(*arguments) -> None:
+        shard = tmp_path / "data" / "1.tar"
+        shard.unlink()
+        shard.mkdir()
+
+    cache, computed = build(tmp_path / "cache", tmp_path / "data", say=lose_shard)
+    assert computed == 2 and len(cache) == 2
 
 
 def test_processes_share_the_work(build, different_images, tmp_path):

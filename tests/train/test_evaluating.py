@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlv.train import Stage2Collator, load_images, load_pairs, stage1, stage1_trainer, stage2
+from vlv.train import Stage1Config, Stage2Collator, load_images, load_pairs, stage1, stage1_trainer, stage2
 from vlv.train.caption_score import token_f1
 from vlv.train.data.held_back import SelectedRows
 from vlv.train.evaluating import seeded_generators, spread_timesteps
@@ -176,6 +176,11 @@ def test_selected_rows_keep_shards_and_counts():
 
     rows = SelectedRows(Shards(), np.array([0, 3, 7, 9]))
     assert rows.shard_sizes() == [2, 2] and rows.count_captions().tolist() == [0, 3, 7, 9]
+
+
+def test_the_best_checkpoint_is_not_loaded_at_the_end():
+    with pytest.raises(ValueError, match=r"load_best_model_at_end does not work .* the best one as --model"):
+        Stage1Config(use_cpu=True, load_best_model_at_end=True, eval_strategy="steps", save_steps=10, eval_steps=10)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import trainer_optimizer
+from torch import nn
+from transformers import TrainerCallback, trainer_optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlv.diffusion_decoder import StableDiffusionDecoder
 from vlv.train import Stage1Config, Stage2Config, freeze_for_stage2, set_train_mode, stage1
-from vlv.train.average import AVERAGE_FILE
+from vlv.train.average import AVERAGE_FILE, AverageCallback
+from vlv.train.evaluating import EvaluationSet
 from vlv.train.memory import check_compiler, compile_layers, enable_activation_checkpointing
 from vlv.train.optimisers import OPTIMISER_PACKAGES
 
@@ -221,6 +223,66 @@ def test_the_average_is_that_of_the_formula_and_survives_a_resumption(tmp_path):
     resumed = trainer_of(1, tmp_path / "resumed", ema_decay=decay, **NOISE)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert torch.equal(resumed.model.projector.linear_1.weight, trainer.model.projector.linear_1.weight)
+
+
+@pytest.fixture
+def average_of_a_layer() -> tuple[AverageCallback, nn.Module]:
+    layer, average = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), AverageCallback(0.9)
+    average.start(layer, None)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    return average, layer
+
+
+def test_an_exchange_with_the_average_that_fails_leaves_both_as_they_were(average_of_a_layer):
+    average, layer = average_of_a_layer
+    average.ema.shadow_params[2] = average.ema.shadow_params[2][:1, :3]  # of another shape
+    before = [tensor.clone() for tensor in (*layer.parameters(), *average.ema.shadow_params)]
+    with pytest.raises(RuntimeError, match="size"), average.borrowed(layer):
+        pass
+    after = [*layer.parameters(), *average.ema.shadow_params]
+    assert all(torch.equal(tensor, earlier) for tensor, earlier in zip(after, before, strict=True))
+
+
+def test_an_exchange_with_the_average_allocates_nothing_as_large_as_a_weight(average_of_a_layer):
+    average, layer = average_of_a_layer
+    with torch.profiler.profile(profile_memory=True) as profile, average.borrowed(layer):
+        pass
+    assert sum(event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 0) < 2 * 5 * 4
+
+
+@pytest.mark.slow
+def test_a_validation_and_an_evaluation_that_fail_leave_the_weights_without_average(tmp_path):
+    trainer = trainer_of(1, tmp_path / "run", ema_decay=0.9, max_steps=2, save_strategy="no", **NOISE)
+    seen: list[torch.Tensor] = []
+
+    def look(*arguments) -> None:
+        parameters = [p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad]
+        seen.append(torch.cat(parameters))
+
+    def fail(*arguments) -> None:
+        look()
+        raise RuntimeError("out of memory")
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            look()
+
+    trainer.args.validation_steps = 1
+    trainer.add_callback(Look())
+    trainer.add_validation(fail)
+    trainer.add_callback(Look())
+    trainer.train()
+    before, borrowed, after = seen[-3:]
+    assert len(seen) == 6 and torch.equal(before, after) and not torch.equal(before, borrowed)
+    trainer.evaluate_batch = fail
+    trainer.model.projector.linear_1.bias.data.add_(1)  # the training has left the average as weights
+    look()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.evaluate(EvaluationSet(trainer.train_dataset))
+    look()
+    assert torch.equal(seen[-1], seen[-3]) and not torch.equal(seen[-1], seen[-2])
 
 
 def test_without_a_setting_there_is_no_average(tmp_path):

@@ -6,10 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from vlv import VLVForConditionalGeneration, VLVModel, hub
 from vlv.cli.main import main
-from vlv.train import stage1, stage2
+from vlv.train import Stage2Config, freeze_for_stage1, stage1, stage2
+from vlv.train.checkpoints import check_settings
+from vlv.train.sharding import load_weights
 
 STEPS, SAVED = 4, 2
 
@@ -95,6 +99,19 @@ def test_another_start_model_is_refused_even_where_changes_are_accepted(run, bro
         stage1.main(arguments(output_dir=broken_off, **changed))
 
 
+@pytest.mark.parametrize(
+    ("setting", "other"), [("gguf_file", "other.gguf"), ("load_in_4bit", True), ("replace_language_model", True)]
+)
+def test_other_weights_of_the_start_models_are_refused_even_where_changes_are_accepted(tmp_path, setting, other):
+    settings = {"pairs": "a", "gguf_file": "one.gguf", "load_in_4bit": False, "replace_language_model": False}
+    (tmp_path / "run.json").write_text(json.dumps({"steps": 1, "settings": settings}))
+    assert set(settings) - {"pairs"} <= set(Stage2Config(use_cpu=True).result_settings())
+    with pytest.raises(ValueError, match=rf"needs the models that the run started from(?s:.*)  {setting}: "):
+        check_settings(tmp_path, settings | {setting: other}, accept_changes=True, other_settings={})
+    (tmp_path / "config.json").write_text("{}")  # a complete model
+    check_settings(tmp_path, settings | {setting: other}, accept_changes=True, other_settings={})
+
+
 def test_a_checkpoint_without_a_trained_tensor_is_refused(run, broken_off, inputs):
     path = broken_off / f"checkpoint-{SAVED}" / "model.safetensors"
     weights = load_file(path)
@@ -104,6 +121,27 @@ def test_a_checkpoint_without_a_trained_tensor_is_refused(run, broken_off, input
     record.write_text(json.dumps(json.loads(record.read_text()) | {"files": {}}))
     with pytest.raises(SystemExit, match=r"are not those of this model: \['query_tokens'\]"):
         stage1.main(arguments(output_dir=broken_off, **inputs))
+
+
+@pytest.fixture
+def one_process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_are_not_read_from_a_checkpoint_without_a_trained_tensor(one_process_group, encoder, tmp_path):
+    freeze_for_stage1(encoder, "projector")
+    trained = {name: p.detach() + 1 for name, p in encoder.named_parameters() if p.requires_grad}
+    sharded = fully_shard(encoder, mesh=init_device_mesh("cpu", (1,)))
+    contents = {"format": "pt", "tensors": "trained"}
+    save_file(trained, tmp_path / "model.safetensors", metadata=contents)
+    load_weights(sharded, tmp_path)
+    assert all(sharded.get_parameter(name).full_tensor().equal(tensor) for name, tensor in trained.items())
+    del trained["query_tokens"]
+    save_file(trained, tmp_path / "model.safetensors", metadata=contents)
+    with pytest.raises(ValueError, match=r"are not those of this model: \['query_tokens'\]"):
+        load_weights(sharded, tmp_path)
 
 
 @pytest.mark.slow

@@ -143,6 +143,14 @@ def test_a_vision_tower_that_is_trained_is_refused(stage, changes, words, settin
     assert not (tmp_path / "features").exists()
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_in_half_precision_records_whether_features_are_rounded_and_not_where_they_lie(half, tmp_path):
+    runs = [Stage1Config(use_cpu=True, bf16=half, cache_vision_features=folder) for folder in (None, "a", "b")]
+    counted = [config.result_settings().get("cache_vision_features") for config in runs]
+    assert counted == ([False, True, True] if half else [None, None, None])
+    assert ["cache_vision_features" in config.other_settings() for config in runs] == [not half] * 3
+
+
 @pytest.mark.parametrize("name", ["random_crop", "horizontal_flip", "streaming"])
 def test_changing_images_and_a_cache_are_refused_together(name, tmp_path):
     with pytest.raises(ValueError, match=f"cache_vision_features does not work with {name}"):

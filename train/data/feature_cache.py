@@ -63,7 +63,7 @@ class FeatureCache:
         self._handles: dict[int, Any] = {}
         if (self.folder / MANIFEST).is_file():
             self._refuse_stale(read_json(self.folder / MANIFEST, "made_of")["made_of"])
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(map(_is_visible, self.folder.iterdir())):
             raise ValueError(f"{self.folder} is not empty and holds no {MANIFEST}; name a new folder for the cache")
         self._open()
 
@@ -83,7 +83,7 @@ class FeatureCache:
             ValueError: If a file is damaged.
         """
         self._handles = {}
-        self.files = sorted(self.folder.glob("*.safetensors"))
+        self.files = sorted(filter(_is_visible, self.folder.glob("*.safetensors")))
         keys, places = [np.zeros((0, KEY), np.uint64)], [np.zeros((0, 2), np.int64)]
         for number, path in enumerate(self.files):
             if set(read_header(path)) != {"keys", "features"}:
@@ -232,6 +232,11 @@ class FeatureCache:
         write_atomically(path, write)
 
 
+def _is_visible(path: Path) -> bool:
+    """Whether a file has its own name; a process that is killed while it writes leaves a hidden one."""
+    return not path.name.startswith(".")
+
+
 def _format_bytes(count: int) -> str:
     """Such as `1.18 MB`."""
     power = next(power for power in (12, 9, 6, 3, 0) if count >= 10**power or not power)
@@ -261,7 +266,7 @@ class _Rows(Dataset):
         row = number - int(self.ends[which] - len(source))
         try:
             return load_item({"image": source[row]["image"]}, self.image_processor)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             logger.warning(f"skipped an image: {source.name(row)}: {error}")
             return None
 
