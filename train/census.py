@@ -15,6 +15,7 @@ from .data import StreamingDataset, TrainingDataset
 from .data.captions import count_alternatives
 from .data.streaming import IndexedPart, StreamPart
 from .instructions import MOST_RECORDED, count_instructions
+from .lora import is_in_4_bits
 
 CENSUS_FILE = "census.json"
 SAMPLE = 10_000
@@ -179,8 +180,10 @@ def take_census(trainer: Any) -> dict[str, Any]:
     return census
 
 
-def whole_size(parameter: torch.nn.Parameter) -> int:
-    """How many numbers a parameter has, also where ZeRO-3 has left this process none of them."""
+def whole_size(parameter: Any) -> int:
+    """How many numbers a parameter has, also where ZeRO-3 has left this process none of them, or in 4 bits."""
+    if is_in_4_bits(parameter):  # two in a byte
+        return parameter.quant_state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())
 
 

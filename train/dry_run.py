@@ -17,6 +17,7 @@ from .census import find_part, format_census, format_time, take_census, whole_si
 from .checkpoints import is_main_process, say
 from .estimate import estimate
 from .hardware import GPUS
+from .lora import is_in_4_bits
 
 STEPS = 2
 REPLACED = {
@@ -74,7 +75,7 @@ class DryRun:
         checkpoint = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         model = sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
         if not any(self.folder.glob("checkpoint-*/config.json")):  # the checkpoint is no complete model
-            model = sum(parameter.nbytes for parameter in trainer.model.parameters())
+            model = sum(map(_saved_bytes, trainer.model.parameters()))
         self.restore()
         say(self.plan(trainer, stopwatch.seconds, checkpoint, model))
 
@@ -106,6 +107,11 @@ class DryRun:
             + ("; this is not enough, save_total_limit keeps fewer checkpoints" if needed > free else "")
         )
         return "\n".join(lines)
+
+
+def _saved_bytes(parameter: torch.nn.Parameter) -> int:
+    """The size of a parameter in a complete model, which has weights in 4 bits dequantised to float32."""
+    return 4 * whole_size(parameter) if is_in_4_bits(parameter) else parameter.nbytes
 
 
 @contextmanager

@@ -11,8 +11,13 @@ from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.language_model import load_language_model
 
 
-def load_in_4_bits(language_model: str, gguf_file: str | None = None) -> Any:
+def load_in_4_bits(
+    language_model: str, gguf_file: str | None = None, compute_dtype: torch.dtype = torch.float32
+) -> Any:
     """A causal language model whose linear layers, besides its head, are stored in 4 bits; the rest is float32.
+
+    Args:
+        compute_dtype: The precision in which its linear layers compute.
 
     Raises:
         ImportError: If the library `bitsandbytes` is not installed.
@@ -29,7 +34,7 @@ def load_in_4_bits(language_model: str, gguf_file: str | None = None) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
     return load_language_model(language_model, dtype=torch.float32, quantization_config=quantisation)
 

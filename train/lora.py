@@ -34,7 +34,12 @@ def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
 
 def is_4bit(model: Any) -> bool:
     """Whether the weights of the language model of a model are stored in 4 bits."""
-    return any(type(p).__name__ == "Params4bit" for p in getattr(model, "language_model", model).parameters())
+    return any(map(is_in_4_bits, getattr(model, "language_model", model).parameters()))
+
+
+def is_in_4_bits(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter is stored in 4 bits by bitsandbytes."""
+    return type(parameter).__name__ == "Params4bit"
 
 
 def dequantised_weights(
@@ -49,7 +54,7 @@ def dequantised_weights(
 
     plain = dict(weights)
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "Params4bit":
+        if is_in_4_bits(parameter):
             plain = {key: tensor for key, tensor in plain.items() if not key.startswith(f"{name}.")}
             plain[name] = dequantize_4bit(parameter.data, parameter.quant_state)
     return plain

@@ -98,7 +98,9 @@ class Stage1Config(StageConfig):
     )
     num_query_tokens: int | None = field(
         default=None,
-        metadata={"help": "Caption embeddings per image; by default the text encoder's positions (77)."},
+        metadata={
+            "help": "Caption embeddings per image; by default 77, or the text encoder's positions if it has fewer."
+        },
     )
     attend_all_queries: bool = field(
         default=False,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, VLVProcessor, hub
@@ -68,7 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             if new_language_model:
                 config.language_model = config.language_model or LANGUAGE_MODEL
                 encoder, image_processor = hub.load_encoder(config.model)
-                model = add_language_model(encoder, config.language_model, config.gguf_file, config.load_in_4bit)
+                model = add_language_model(
+                    encoder,
+                    config.language_model,
+                    config.gguf_file,
+                    config.load_in_4bit,
+                    compute_dtype=torch.bfloat16 if config.bf16 or config.fp16 else torch.float32,
+                )
                 tokenizer = load_tokenizer(config.language_model, config.gguf_file)
                 processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
                 model.config.instructions = None  # a captioner's own are those of its former language model
@@ -113,12 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
 
 
 def add_language_model(
-    encoder: VLVModel, language_model: str, gguf_file: str | None = None, load_in_4bit: bool = False
+    encoder: VLVModel,
+    language_model: str,
+    gguf_file: str | None = None,
+    load_in_4bit: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> VLVForConditionalGeneration:
     """A captioner of an encoder and a language model: a folder, repo id or GGUF file.
 
     Args:
         load_in_4bit: Stores the linear layers of the language model in 4 bits.
+        compute_dtype: The precision in which those compute.
 
     Raises:
         ImportError: If a library for 4 bits or GGUF is not installed.
@@ -126,7 +138,7 @@ def add_language_model(
     """
     try:
         if load_in_4bit:
-            return add_quantised(encoder, load_in_4_bits(language_model, gguf_file))
+            return add_quantised(encoder, load_in_4_bits(language_model, gguf_file, compute_dtype))
         loaded = load_language_model(language_model, gguf_file)
         return VLVForConditionalGeneration.from_vlv_text_pretrained(encoder, loaded)
     except ValueError as error:

@@ -27,7 +27,7 @@ from .data_loading import DataLoadingMixin
 from .divergence import DivergenceCallback
 from .evaluating import EvaluationMixin, EvaluationSet
 from .freezing import trainable_names
-from .lora import has_lora
+from .lora import has_lora, is_4bit
 from .memory import compile_layers, enable_activation_checkpointing
 from .meters import QUARTILES, Means, Speedometer, TimedIterator
 from .modes import set_train_mode
@@ -61,6 +61,11 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
         if kwargs.get("eval_dataset") is not None:
             kwargs["eval_dataset"] = EvaluationSet(kwargs["eval_dataset"])
         super().__init__(model, args, *more, **kwargs)
+        if is_4bit(model) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"load_in_4bit does not work with {'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}, which would "
+                "shard weights in 4 bits; launch with DDP (ddp_8gpu.yaml) or one process, or leave load_in_4bit out"
+            )
         if self.is_fsdp_enabled:
             configure_fsdp(self.accelerator.state.fsdp_plugin, self.model, self._fsdp_dtype())
         if isinstance(args, StageConfig) and args.compile_blocks:

@@ -50,10 +50,10 @@ def test_paths_bytes_and_caption_embeds_are_images_too(pipe, captioner, processo
 
 
 def test_each_image_has_num_return_sequences_captions_of_beam_search(pipe, captioner, processor, images):
-    settings = {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 3}
-    rows = pipe(images[:2], batch_size=2, max_new_tokens=3, generate_kwargs=settings)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 5}
+    rows = pipe(images[:2], batch_size=2, max_new_tokens=5, generate_kwargs=settings)
     pixel_values = processor(images=images[:2]).pixel_values
-    expected = generate_captions(captioner, processor, pixel_values=pixel_values, max_new_tokens=3, **settings)
+    expected = generate_captions(captioner, processor, pixel_values=pixel_values, max_new_tokens=5, **settings)
     assert captions(rows) == [expected[:2], expected[2:]]
     assert len(set(expected)) == 4  # or their order could be wrong
 

@@ -4,14 +4,19 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import is_gguf_available
 
 from vlv import VLVForConditionalGeneration, hub
 from vlv.cli.main import main
 from vlv.language_model import load_language_model
-from vlv.train import Stage2Config, stage2
+from vlv.train import Stage2Config, Stage2Trainer, stage2
+from vlv.train.census import whole_size
 from vlv.train.four_bits import load_in_4_bits
+from vlv.train.lora import add_lora
 
 from ..builders import assert_close_to_scale
 from ..gguf_files import END, build_model, write_gguf
@@ -106,6 +111,40 @@ def test_weights_in_4_bits_are_trained_by_lora_resumed_and_saved_dequantised(
     capsys.readouterr()
     assert main(["info", str(tmp_path / "run")]) == 0
     assert f"{language_model}, trained by LoRA of rank 2 on weights in 4 bits\n" in capsys.readouterr().out
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("half", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_weights_in_4_bits_compute_in_the_precision_of_the_training(
+    tmp_path, settings, language_model, monkeypatch, half, dtype
+):
+    loaded = {}
+
+    def load(*arguments) -> None:
+        loaded["model"] = load_in_4_bits(*arguments)
+        raise ValueError("enough is known")
+
+    monkeypatch.setattr(stage2, "load_in_4_bits", load)
+    with pytest.raises(SystemExit):
+        stage2.main(
+            [*settings, f"--language_model={language_model}", "--load_in_4bit", "--lora_rank=2", f"--bf16={half}"]
+        )
+    layer = loaded["model"].model.layers[0].mlp.up_proj
+    assert layer.compute_dtype == dtype and whole_size(layer.weight) == layer.in_features * layer.out_features
+
+
+@needs_bitsandbytes
+def test_4_bits_are_refused_where_weights_are_sharded(tmp_path, encoder, processor, language_model, monkeypatch):
+    model = stage2.add_language_model(encoder, str(language_model), load_in_4bit=True)
+    add_lora(model, 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = Stage2Config(output_dir=str(tmp_path), use_cpu=True, load_in_4bit=True, lora_rank=2)
+    assert config.device.type == "cpu"  # the state of accelerate exists from here on
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_GPU)
+    with pytest.raises(ValueError, match=r"load_in_4bit does not work with FSDP, .* launch with DDP"):
+        Stage2Trainer(model, config, [], processor)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_4_bits_that_cannot_be_trained_are_errors(tmp_path, settings, captioner, processor):

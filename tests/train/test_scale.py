@@ -55,9 +55,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, Any]:
-    results = json.loads((folder / "results.json").read_text())
-    ended = (folder / "stderr").stat().st_mtime
-    return results | {"seconds": ended - results["before_the_failure"]}
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +123,7 @@ def test_sharded_lora_layers_are_saved_as_one_adapter_and_merged(folder, alone):
 
 
 @pytest.mark.slow
-def test_a_failure_of_one_process_ends_the_others_with_a_line_that_names_it(folder, results):
+def test_a_failure_of_one_process_ends_the_others_with_a_line_that_names_it(folder):
     said = [line for line in (folder / "stderr").read_text().splitlines() if line.startswith("vlv train stage2: ")]
     reason = "6 bytes is not an image in a format that can be read"
     assert sorted(said) == [
@@ -133,7 +131,6 @@ def test_a_failure_of_one_process_ends_the_others_with_a_line_that_names_it(fold
         f"vlv train stage2: process 1 (of 2, from 0 on) has failed: {reason}; this process ends, too",
     ]
     assert "Traceback" not in (folder / "stderr").read_text()
-    assert results["seconds"] < 100  # torch's own limit is minutes
 
 
 @pytest.mark.slow

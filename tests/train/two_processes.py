@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -240,7 +239,7 @@ def main(folder: Path) -> None:
             results[engine] = trainings(folder / engine, engine == "fsdp2")
             gc.collect()
         if rank == 0:
-            (folder / "results.json").write_text(json.dumps(results | {"before_the_failure": time.time()}))
+            (folder / "results.json").write_text(json.dumps(results))
         fail(folder / "failed", rank)
     except SystemExit as ending:
         code = int(ending.code or 0)
