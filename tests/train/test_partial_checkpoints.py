@@ -90,7 +90,7 @@ def test_a_run_that_is_ended_at_its_checkpoint_leaves_the_complete_model(broken_
 def test_another_start_model_is_refused_even_where_changes_are_accepted(run, broken_off, inputs, tmp_path):
     other = shutil.copytree(inputs["model"], tmp_path / "other")
     weights = load_file(other / "model.safetensors")
-    weights["text_encoder.final_layer_norm.bias"] += 1
+    weights["projector.linear_1.bias"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     changed = inputs | {"model": other, "accept_changes": True}
     with pytest.raises(
@@ -160,6 +160,7 @@ def test_a_command_that_is_given_a_checkpoint_says_what_it_is(command, run, inpu
     options = {
         "info": [checkpoint],
         "push": [checkpoint, "org/name", "--output", tmp_path / "repository"],
+        "caption": [tmp_path / "image.png", "--model", checkpoint, "--output", tmp_path / "captions.json"],
     }.get(command, [tmp_path / "image.png", "--model", checkpoint])
     assert main([command, *map(str, options)]) != 0
     assert words in capsys.readouterr().err
