@@ -163,7 +163,7 @@ def test_held_back_rows_are_never_trained_on_and_depend_on_the_seed_alone(image_
 
 def test_selected_rows_keep_shards_and_counts():
     class Shards:
-        has_captions, num_streams = True, 8
+        has_captions, has_prompts, num_streams = True, False, 8
 
         def __len__(self):
             return 10
