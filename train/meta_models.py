@@ -286,11 +286,21 @@ def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VL
         language_model = config.language_model or LANGUAGE_MODEL
         if language_model in QWENS:
             vlv_config.text_config = reference.qwen_config(QWENS[language_model])
-        elif (gguf := find_gguf(language_model, config.gguf_file)) is not None:
-            vlv_config.text_config = AutoConfig.from_pretrained(**gguf, local_files_only=True)
         else:
-            vlv_config.text_config = _local(AutoConfig, language_model, "language_model", QWENS)
+            vlv_config.text_config = _gguf_config(language_model, config.gguf_file) or _local(
+                AutoConfig, language_model, "language_model", QWENS
+            )
     return vlv_config, size
+
+
+def _gguf_config(source: str, gguf_file: str | None) -> Any:
+    """The configuration in a GGUF file; None if `source` is none. Raises `ValueError` if it cannot be read."""
+    try:
+        gguf = find_gguf(source, gguf_file)
+        return None if gguf is None else AutoConfig.from_pretrained(**gguf, local_files_only=True)
+    except Exception as error:  # damaged files raise any class
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the GGUF file of language_model {source} cannot be read: {reason}") from error
 
 
 def _local_vlv(source: str) -> tuple[VLVConfig, VLVImageProcessor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from vlv.train import Stage1Config, Stage2Config
+from vlv.train import Stage1Config, Stage2Config, utilisation
 from vlv.train.estimate import count_training_step
 from vlv.train.hardware import GPUS, gpu_of_device
 from vlv.train.meters import QUARTILES, Means, Speedometer, TimedIterator
@@ -65,6 +65,16 @@ def test_the_device_of_a_run_is_found_among_the_known_cards():
     other = ("NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     assert [gpu_of_device(name) for name in other] == [None] * 3
     assert count_flops(Stage1Config(output_dir="unused", use_cpu=True)) == (None, None)
+
+
+def test_models_that_cannot_be_counted_leave_the_training_without_a_share(stage1_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(utilisation, "peak_of", lambda args: 1e15)
+    (tmp_path / "damaged.gguf").write_bytes(b"GGUF")
+    for file in ("absent.gguf", "damaged.gguf"):
+        config = Stage2Config(use_cpu=True, model=str(stage1_checkpoint), language_model=str(tmp_path / file))
+        assert count_flops(config) == (None, None)
+        with pytest.raises(ValueError, match=rf"\Athe GGUF file of language_model .*{file} cannot be read: .*\Z"):
+            flops_by_input(config)
 
 
 @pytest.mark.slow
