@@ -10,7 +10,7 @@ from torch import nn
 
 from vlv import VLVModel
 
-from .lora import ADAPTER, ADAPTER_FILE, PEFT_PREFIX
+from .lora import ADAPTER, ADAPTER_FILE, PEFT_PREFIX, require_peft
 
 PREFIX = "image_encoder."
 
@@ -25,10 +25,9 @@ def add_encoder_lora(model: VLVModel, rank: int) -> None:
         ImportError: If the library `peft` is not installed.
         ValueError: If no linear layer of the image encoder is trainable.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     targets = [
         name
         for name, module in model.image_encoder.named_modules()

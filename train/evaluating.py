@@ -13,9 +13,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .data import TrainingDataset
+from .data.streaming import GOLDEN_RATIO
 from .meters import QUARTILES, Means
-
-GOLDEN_RATIO = 0.6180339887498949
 
 
 class EvaluationSet(Dataset):

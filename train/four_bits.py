@@ -10,6 +10,8 @@ from transformers.utils import is_bitsandbytes_available
 from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.language_model import load_language_model
 
+from .lora import require_peft
+
 
 def load_in_4_bits(
     language_model: str, gguf_file: str | None = None, compute_dtype: torch.dtype = torch.float32
@@ -47,10 +49,9 @@ def add_quantised(encoder: VLVModel, language_model: Any) -> VLVForConditionalGe
     Raises:
         ImportError: If the library `peft` is not installed.
     """
-    try:
-        from peft import prepare_model_for_kbit_training
-    except ImportError as error:
-        raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
+    require_peft()
+    from peft import prepare_model_for_kbit_training
+
     config = copy.deepcopy(encoder.config)
     config.text_config = copy.deepcopy(language_model.config)
     del config.text_config.quantization_config

@@ -16,16 +16,23 @@ LANGUAGE_MODEL_PREFIX = "language_model."
 PEFT_PREFIX = "base_model.model."  # of the names in peft's file
 
 
+def require_peft() -> None:
+    """Raises `ImportError`, with what to install, if the library `peft` is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
+
+
 def add_lora(model: VLVForConditionalGeneration, rank: int) -> None:
     """Adds trainable LoRA layers to all linear layers of the language model, and freezes its other parameters.
 
     Raises:
         ImportError: If the library `peft` is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("LoRA needs the extra vlv[train] (pip install '.[train]' in its source folder)") from error
+    require_peft()
+    from peft import LoraConfig, get_peft_model
+
     lora_config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():  # peft still reads a property that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
