@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --output benchmarks/gpu.md        # a CUDA machine; also writes gpu.json
     python benchmarks/gpu.py --size small                      # the miniature's shapes, also on a CPU, in seconds
+    python benchmarks/gpu.py --parts inference --output ...    # a part; the others stay as the file has them
 
 Florence-2-large, Stable Diffusion 2.1 and Qwen2.5-3B with random weights (their values change neither speed nor
 memory). Training steps run in the trainers of `vlv train`, each row with the settings of the rows above it; a row that
@@ -17,7 +18,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ LADDERS: dict[int, list[Row]] = {
 }
 """The measures in their order, by stage. Settings are those of `Stage1Config` and `Stage2Config`."""
 
+PARTS = ("stage 1", "stage 2", "inference")
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
@@ -280,12 +282,11 @@ def guarded(run: Callable[[], Row], device: str) -> Row:
     return row
 
 
-def climb(stage: int, size: Size, device: str, steps: int, ladder: list[Row] | None = None) -> list[Row]:
+def climb(stage: int, size: Size, device: str, steps: int, ladder: list[Row] | None = None) -> Iterator[Row]:
     """The rows of a ladder. A row keeps the settings of those before it that worked."""
     peak = peak_of(device)
     flops: dict[str, int] = {}
     settings: dict[str, Any] = {}
-    rows = []
     for step in LADDERS[stage] if ladder is None else ladder:
         tried = {**settings, **step["settings"]}
         row = guarded(lambda tried=tried: measure_training(stage, size, tried, device, steps), device)
@@ -296,9 +297,9 @@ def climb(stage: int, size: Size, device: str, steps: int, ladder: list[Row] | N
                 flops[str(trained)] = model_flops(stage, size, trained)
             row["tflops"] = flops[str(trained)] / row["seconds"] / TERA
             row["utilization"] = None if peak is None else row["tflops"] * TERA / peak
-        rows.append({"name": step["name"], "settings": step["settings"], **row})
-        print(f"stage {stage}: {rows[-1]}", flush=True)
-    return rows
+        row = {"name": step["name"], "settings": step["settings"], **row}
+        print(f"stage {stage}: {row}", flush=True)
+        yield row
 
 
 def peak_of(device: str) -> float | None:
@@ -368,21 +369,41 @@ def machine(device: str) -> dict[str, str]:
     return found
 
 
-def measure(size_name: str, device: str, steps: int) -> dict[str, Any]:
-    """Everything, as JSON values."""
+def measure(
+    size_name: str, device: str, steps: int, parts: Sequence[str] = PARTS, known: dict[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """What is measured so far, as JSON values, after each measurement.
+
+    Args:
+        parts: Of `PARTS`.
+        known: An earlier result, which keeps the parts that are not measured.
+
+    Raises:
+        ValueError: If the earlier result is of another machine or size.
+    """
     size = SIZES[size_name]()
-    return {
+    found: dict[str, Any] = {
         "machine": machine(device),
         "size": size_name,
         "batches": {"stage 1": size.batches[1], "stage 2": size.batches[2], "inference": size.inference_batch},
         "caption_tokens": size.caption_tokens,
         "inference_steps": size.inference_steps,
-        "training": {f"stage {stage}": climb(stage, size, device, steps) for stage in (1, 2)},
-        "inference": {
-            "caption": guarded(lambda: measure_caption(size, device), device),
-            "reconstruction": guarded(lambda: measure_reconstruction(size, device), device),
-        },
     }
+    if known is not None and (other := [name for name, value in found.items() if known[name] != value]):
+        raise ValueError(
+            f"the earlier result has another {' and '.join(other)}; delete it, or choose another --output"
+        )
+    found |= {name: dict((known or {}).get(name, {})) for name in ("training", "inference")}
+    for stage in (1, 2):
+        if f"stage {stage}" in parts:
+            rows = found["training"][f"stage {stage}"] = []
+            for row in climb(stage, size, device, steps):
+                rows.append(row)
+                yield found
+    if "inference" in parts:
+        for name, task in (("caption", measure_caption), ("reconstruction", measure_reconstruction)):
+            found["inference"][name] = guarded(lambda task=task: task(size, device), device)
+            yield found
 
 
 def as_markdown(found: dict[str, Any]) -> str:
@@ -397,7 +418,7 @@ def as_markdown(found: dict[str, Any]) -> str:
         "Each row has the settings of those above it that worked. FLOPs are the model's, without recomputation. Their",
         "share is of the card's peak in bfloat16.",
     ]
-    for stage, rows in found["training"].items():
+    for stage, rows in sorted(found["training"].items()):
         batch = found["batches"][stage]
         lines += ["", f"## Training, {stage}, {batch} images a step", ""]
         lines += ["| measure | images/s | TFLOP/s | of the peak | peak memory, GB |", "|---|---|---|---|---|"]
@@ -409,14 +430,17 @@ def as_markdown(found: dict[str, Any]) -> str:
             lines.append(
                 f"| {row['name']} | {row['images_per_second']:.1f} | {row['tflops']:.3g} | {share} | {_memory(row)} |"
             )
-    lines += ["", f"## Inference, bfloat16, {found['batches']['inference']} images at a time", ""]
-    lines += ["| task | images/s | tokens/s | peak memory, GB |", "|---|---|---|---|"]
+    if found["inference"]:
+        lines += ["", f"## Inference, bfloat16, {found['batches']['inference']} images at a time", ""]
+        lines += ["| task | images/s | tokens/s | peak memory, GB |", "|---|---|---|---|"]
     tasks = {
         "caption": f"caption of {found['caption_tokens']} tokens, greedy",
         "reconstruction": f"reconstruction, {found['inference_steps']} steps, guidance 2",
     }
     for name, task in tasks.items():
-        row = found["inference"][name]
+        row = found["inference"].get(name)
+        if row is None:
+            continue
         if "problem" in row:
             lines.append(f"| {task} | {row['problem']} | | |")
             continue
@@ -431,20 +455,26 @@ def _memory(row: Row) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the tables here, and the figures beside it as .json")
+    parser.add_argument(
+        "--output", type=Path, help="write the tables here after each row, the figures beside as .json"
+    )
     parser.add_argument("--size", choices=SIZES, default="full", help="default: full")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of a row (default: 10)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     options = parser.parse_args(arguments)
     diffusers_logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.size == "full" and device == "cpu":
         parser.error("the full size needs a CUDA device; --size small runs everywhere")
-    found = measure(options.size, device, options.steps)
-    text = as_markdown(found)
+    figures = options.output and options.output.with_suffix(".json")
+    known = json.loads(figures.read_text()) if figures and figures.exists() and options.parts != PARTS else None
+    text = ""
+    for found in measure(options.size, device, options.steps, options.parts, known):
+        text = as_markdown(found)
+        if figures:
+            options.output.write_text(text, encoding="utf-8")
+            figures.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(text)
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
-        options.output.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

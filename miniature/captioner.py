@@ -9,7 +9,7 @@ from vlv.tokenizer import load_tokenizer
 from vlv.train import Stage2Config, Stage2Trainer, freeze_for_stage2, last_checkpoint
 
 from .data import SceneDataset
-from .training import CPU_ARGUMENTS, per_process_batch_size
+from .training import hardware_arguments, per_process_batch_size
 
 
 class ImageCaptionPairs(SceneDataset):
@@ -56,7 +56,7 @@ def train_captioner(
         save_steps=200,
         validation_steps=200,
         seed=seed,
-        **CPU_ARGUMENTS,
+        **hardware_arguments(),
     )
     trainer = Stage2Trainer(
         model,

@@ -18,7 +18,7 @@ from .evaluation import reconstruct_images
 from .folding import fold_empty_positions
 from .scene_classifier import SceneClassifier
 from .scoring import score_scenes
-from .training import CPU_ARGUMENTS, per_process_batch_size
+from .training import hardware_arguments, per_process_batch_size
 
 NUM_QUERY_TOKENS = 24
 GRID = 8  # the vision tower's output has 8 x 8 positions
@@ -201,7 +201,7 @@ def train_encoder(
         validation_steps=500,
         num_validation_images=16,
         seed=seed,
-        **CPU_ARGUMENTS,
+        **hardware_arguments(),
         **arguments,
     )
     diffusion_decoder = family.from_pretrained(

@@ -30,7 +30,7 @@ from .training import MovingAverageCallback, train_module
 
 SECOND_TEXT_WIDTH = 64
 WIDTH, LAYERS, HEADS = 160, 5, 5
-EVALUATION_IMAGES = 8_000  # between two evaluations
+EVALUATION_IMAGES = 32_000  # between two evaluations
 SHIFT = 2.0  # more of the timesteps have much noise, where the conditioning matters
 
 
@@ -166,9 +166,10 @@ class MMDiTTeacherLoss(nn.Module):
             encoder.text_model.embeddings.token_embedding.register_forward_hook(partial(_mix, share=embedding_mixing))
 
     def forward(self, latents: torch.Tensor, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        config = self._decoder[0].vae.config
+        decoder, config = self._decoder[0], self._decoder[0].vae.config
+        decoder.sigmas = decoder.sigmas.to(latents.device)
         latents = (latents.float() - (config.shift_factor or 0.0)) * config.scaling_factor  # (B, C, 8, 8)
-        return {"loss": self._decoder[0].denoising_loss(latents, self.encode(self._cut(input_ids)))}
+        return {"loss": decoder.denoising_loss(latents, self.encode(self._cut(input_ids)))}
 
     def encode(self, input_ids: torch.Tensor) -> Conditioning:
         """The conditioning of captions `(B, N)`, as diffusers' pipeline forms it."""
@@ -230,8 +231,8 @@ def train_mmdit_teacher(
     first_teacher: str | Path,
     scene_classifier_path: str | Path,
     latents_dir: str | Path,
-    images: int = 32_000,
-    batch_size: int = 16,
+    images: int = 128_000,
+    batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
     partial_captions: float = 0.0,

@@ -34,6 +34,7 @@ from .paper.measurements import ENCODER_VARIANTS, LARGE_LANGUAGE_MODEL, SMALL_LA
 from .paper.runner import minutes_left
 from .scene_classifier import train_scene_classifier
 from .teacher import assemble_pipeline, train_teacher
+from .training import DEVICES, use_device
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ MMDIT_PARTS = [
     Run(
         "mmdit-teacher",
         train_mmdit_teacher,
-        minutes=8,
+        minutes=75,
         done="mmdit-teacher/model_index.json",
         inputs=MMDIT_TEACHER,
         parallel=True,
@@ -203,11 +204,11 @@ MMDIT_PARTS = [
     Run(  # half of its captions are partial, with embedding mixing in half of them
         "mmdit-teacher-2",
         train_mmdit_teacher,
-        minutes=12,
+        minutes=120,
         done="mmdit-teacher-2/model_index.json",
         inputs={**MMDIT_TEACHER, "initial_teacher": "mmdit-teacher"},
         settings={
-            "images": 51_200,
+            "images": 204_800,
             "learning_rate": 8e-4,
             "seed": 10,
             "partial_captions": 0.5,
@@ -218,10 +219,10 @@ MMDIT_PARTS = [
     Run(
         "mmdit-encoder",
         train_encoder,
-        minutes=45,
+        minutes=90,
         done="mmdit-encoder/preprocessor_config.json",
         inputs={"teacher_dir": "mmdit-teacher-2", "scene_classifier_path": SCENE_CLASSIFIER_FILE},
-        settings={"images": 128_000, "min_timestep": MMDIT_MIN_TIMESTEP},
+        settings={"images": 256_000, "min_timestep": MMDIT_MIN_TIMESTEP},
         parallel=True,
     ),
     Run(
@@ -323,6 +324,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/miniature"), help="folder of parts and checkpoints")
     parser.add_argument("--output", type=Path, help="assemble the trained miniature in this folder")
     parser.add_argument("--processes", type=int, default=2, help="number of processes, one thread each (default: 2)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--recipe", choices=RECIPES, default="unet", help="the text-to-image model (default: unet)")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="take the parts of a finished miniature")
     parser.add_argument("--only", choices=RUNS, metavar="NAME", help="train this part only (--plan lists the names)")
@@ -332,25 +334,27 @@ def main() -> None:
     )
     parser.add_argument("--worker", choices=RUNS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda" and options.recipe != "mmdit" and not options.worker:
+        parser.error("the recipe 'unet' trains on the CPU; --device cuda is for --recipe mmdit")
     if options.worker:
-        torch.set_num_threads(1)
+        use_device(options.device)
         RUNS[options.worker](options.root)
         return
     if options.start_from and not options.plan:
         take_parts(options.start_from, options.root)
     if options.only:
-        _train([RUNS[options.only]], options.root, options.processes)
+        _train([RUNS[options.only]], options.root, options.processes, options.device)
         return
     with_tables = options.recipe == "unet" and not options.without_tables
     print(plan(options.root, with_tables, options.recipe), flush=True)
     if options.plan:
         return
-    _train(needed_runs(RECIPES[options.recipe].parts, options.root), options.root, options.processes)
+    _train(needed_runs(RECIPES[options.recipe].parts, options.root), options.root, options.processes, options.device)
     if options.output:
         assemble(options.root, options.output, options.recipe)
         print(f"assembled in {options.output}")
     if with_tables:
-        _train(VARIANTS, options.root, options.processes)
+        _train(VARIANTS, options.root, options.processes, options.device)
         page = str(options.root / "paper_in_miniature.md")
         command = [sys.executable, "-m", "vlv.miniature.paper", "--root", str(options.root), "--report", page]
         _run_command(command, options.root, "tables")
@@ -368,17 +372,17 @@ def plan(root: Path, with_tables: bool = True, recipe: str = "unet") -> str:
     return "\n".join([f"plan, in {root}:", *lines, f"  {'in all':<26} about {total // 60} h {total % 60} min"])
 
 
-def _train(runs: list[Run], root: Path, processes: int) -> None:
+def _train(runs: list[Run], root: Path, processes: int, device: str) -> None:
     for run in runs:
         if (root / run.done).exists():
             print(f"{run.name}: done")
             continue
         print(f"{run.name}: training, log in {root / f'{run.name}.log'}", flush=True)
-        _start_worker(run.name, root, processes if run.parallel else 1)
+        _start_worker(run.name, root, processes if run.parallel else 1, device)
 
 
-def _start_worker(name: str, root: Path, processes: int) -> None:
-    worker = ["-m", "vlv.miniature", "--root", str(root), "--worker", name]
+def _start_worker(name: str, root: Path, processes: int, device: str) -> None:
+    worker = ["-m", "vlv.miniature", "--root", str(root), "--worker", name, "--device", device]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *launcher, *worker]

@@ -56,7 +56,8 @@ class SceneClassifier(nn.Module):
         """The predicted scene of each of `(B, 3, 64, 64)` uint8 images."""
         was_training, _ = self.training, self.eval()
         scenes = []
-        for chunk in pixels.split(256):
+        device = next(self.parameters()).device
+        for chunk in pixels.to(device).split(256):
             objects, sizes, backgrounds = (logits.argmax(-1).tolist() for logits in self(chunk))
             for names, extents, background in zip(objects, sizes, backgrounds, strict=True):
                 found = [

@@ -95,7 +95,9 @@ def mix_embeddings(input_ids: torch.Tensor, embedding_table: torch.Tensor, share
     shape = input_ids.shape
     rate = torch.rand(shape[0], 1) * (torch.rand(shape[0], 1) < share)
     weight = torch.where(torch.rand(shape) < rate, torch.rand(shape), torch.ones(shape))[..., None]
-    other = embedding_table[torch.randint(len(embedding_table), shape)] * (torch.rand(shape) < 0.5)[..., None]
+    others, kept = torch.randint(len(embedding_table), shape), (torch.rand(shape) < 0.5)[..., None]
+    weight, others, kept = (tensor.to(embeds.device) for tensor in (weight, others, kept))
+    other = embedding_table[others] * kept
     return weight * embeds + (1 - weight) * other
 
 

@@ -16,18 +16,40 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from vlv.train import PerProcessSeedCallback, last_checkpoint
 
-CPU_ARGUMENTS: dict[str, Any] = {  # arguments of every trainer: processes with one thread each, no accelerator
-    "use_cpu": True,
-    "dataloader_num_workers": 0,
-    "dataloader_drop_last": True,
-    "ddp_find_unused_parameters": False,
-    "disable_tqdm": True,
-    "save_total_limit": 1,
-}
+DEVICES = ("cpu", "cuda")
+_device = "cpu"
+
+
+def use_device(device: str) -> None:
+    """Chooses where the trainers of this process compute. On the CPU, a process has one thread.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    global _device
+    if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device is {device!r}; expected 'cpu', or 'cuda' on a machine where PyTorch finds a GPU")
+    _device = device
+    torch.set_num_threads(1 if device == "cpu" else os.cpu_count() or 1)
+
+
+def hardware_arguments() -> dict[str, Any]:
+    """Arguments of every trainer, for the device of `use_device`: by default the CPU."""
+    return {
+        "use_cpu": _device == "cpu",
+        "dataloader_num_workers": 0 if _device == "cpu" else min(12, os.cpu_count() or 1),
+        "dataloader_drop_last": True,
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True,
+        "save_total_limit": 1,
+    }
 
 
 class MovingAverageCallback(TrainerCallback):
-    """Keeps an exponential moving average of a module's weights in `average`, and saves it in each checkpoint."""
+    """Keeps an exponential moving average of a module's weights in `average`, and saves it in each checkpoint.
+
+    The average stays where the module was at first, also if a trainer then moves the module to a GPU.
+    """
 
     def __init__(self, module: nn.Module, decay: float = 0.999, warmup: int = 20):
         self.module, self.decay, self.warmup = module, decay, warmup
@@ -43,7 +65,7 @@ class MovingAverageCallback(TrainerCallback):
         decay = min(self.decay, (1 + state.global_step) / (self.warmup + state.global_step))
         averages = dict(self.average.named_parameters())
         for name, parameter in self.module.named_parameters():
-            averages[name].lerp_(parameter.float(), 1 - decay)
+            averages[name].lerp_(parameter.float().to(averages[name].device), 1 - decay)
         for name, buffer in self.module.named_buffers():
             self.average.get_buffer(name).copy_(buffer)
 
@@ -80,7 +102,7 @@ def train_module(
         arguments: Arguments of `TrainingArguments`. They replace the defaults below.
     """
     set_seed(seed)
-    settings = CPU_ARGUMENTS | {
+    settings = hardware_arguments() | {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": per_process_batch_size(batch_size),
         "learning_rate": learning_rate,

@@ -37,7 +37,7 @@ def test_a_step_that_fails_says_why_and_the_next_one_starts_without_it(gpu, stag
         {"name": "fails", "settings": {"trainable": "nothing"}},
         {"name": "works", "settings": {"trainable": "projector"}},
     ]
-    rows = gpu.climb(stage, gpu.small_size(), "cpu", 1, ladder)
+    rows = list(gpu.climb(stage, gpu.small_size(), "cpu", 1, ladder))
     assert "trainable is 'nothing'" in rows[0]["problem"]
     assert "problem" not in rows[1] and rows[1]["images_per_second"] > 0 and rows[1]["tflops"] > 0
 

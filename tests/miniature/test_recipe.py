@@ -116,7 +116,8 @@ def test_runs_that_are_done_are_skipped(trained, monkeypatch):
     monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(trained), "--without-tables", "--processes", "2"])
     recipe.main()
     ((name, command),) = started
-    assert name == "teacher-2" and command[-3:] == [str(trained), "--worker", "teacher-2"]
+    assert name == "teacher-2" and command[-5:-2] == [str(trained), "--worker", "teacher-2"]
+    assert command[-2:] == ["--device", "cpu"]
     assert "torch.distributed.run" in command and "--nproc_per_node=2" in command
 
 
@@ -191,3 +192,10 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     state = json.loads((tmp_path / "stopped" / "checkpoint-8" / "trainer_state.json").read_text())
     assert [line["step"] for line in state["log_history"] if "loss" in line] == list(range(1, 9))
+
+
+def test_the_first_recipe_has_no_device_but_the_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(tmp_path), "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "--device cuda is for --recipe mmdit" in capsys.readouterr().err

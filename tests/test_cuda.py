@@ -1,0 +1,202 @@
+"""On a GPU, everything gives what it gives on the CPU, and the settings that only a GPU has work.
+
+Skipped where PyTorch finds no GPU. cuDNN may compute convolutions in TF32, so they differ by about 1e-3.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from transformers import pipeline
+
+from vlv import hub
+from vlv.checkpoints import MINIATURE
+from vlv.cli.main import main
+from vlv.diffusion_decoder import Conditioning, family_of
+from vlv.train import stage1, stage2
+
+from .train.two_processes import losses
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA GPU"),
+    pytest.mark.slow,
+]
+EXAMPLES = Path(__file__).parents[1] / "examples" / "images"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def captions(folder: Path, *options: str) -> list[str]:
+    output = folder / "captions.json"
+    assert main(["caption", str(EXAMPLES), "--output", str(output), "--overwrite", *options]) == 0
+    return [row["caption"] for row in json.loads(output.read_text())]
+
+
+@pytest.fixture(scope="module")
+def captions_of_the_cpu(tmp_path_factory) -> list[str]:
+    return captions(tmp_path_factory.mktemp("cpu"), "--device", "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_captions_are_those_of_the_cpu(tmp_path, captions_of_the_cpu, dtype):
+    """In half precision, of all images but one or two."""
+    found = captions(tmp_path, "--device", "cuda", "--dtype", dtype)
+    different = sum(own != other for own, other in zip(found, captions_of_the_cpu, strict=True))
+    assert different <= (0 if dtype == "float32" else 2)
+
+
+def test_the_pipelines_of_both_libraries_work_on_a_gpu(captions_of_the_cpu):
+    image = sorted(EXAMPLES.iterdir())[0]
+    captioner = pipeline("image-to-text", str(MINIATURE), trust_remote_code=True, device="cuda")
+    assert captioner(str(image))[0]["generated_text"] == captions_of_the_cpu[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reconstructions_are_those_of_the_cpu(dtype):
+    """Noise is drawn on the CPU, so that it is the same."""
+    from PIL import Image
+
+    image = Image.open(sorted(EXAMPLES.iterdir())[0])
+    found = {}
+    for device in ("cpu", "cuda"):
+        precision = getattr(torch, dtype) if device == "cuda" else torch.float32
+        pipe = DiffusionPipeline.from_pretrained(str(MINIATURE), trust_remote_code=True, torch_dtype=precision)
+        pipe.to(device).set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(image, num_inference_steps=20, generator=generator, output_type="pt").images
+        found[device] = images.float().cpu()
+    assert (found["cuda"] - found["cpu"]).abs().mean() < (0.01 if dtype == "float32" else 0.06)
+
+
+def test_offloading_moves_every_part_to_the_gpu_and_back():
+    from PIL import Image
+
+    pipe = DiffusionPipeline.from_pretrained(str(MINIATURE), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_model_cpu_offload()
+    images = pipe(Image.open(sorted(EXAMPLES.iterdir())[0]), num_inference_steps=2, output_type="pt").images
+    assert images.isfinite().all()
+    assert pipe.unet.device.type == "cpu"
+
+
+@pytest.mark.parametrize("model", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"])
+def test_the_loss_of_each_family_and_its_gradient_are_those_of_the_cpu(request, model):
+    folder = str(request.getfixturevalue(model))
+    family = family_of(folder)
+    encoders = family.load_text_encoders(folder)
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    random = torch.Generator().manual_seed(0)
+    found = {}
+    states = torch.randn(3, 8, width, generator=random)
+    pooled = None
+    if family.pooled_conditioning:
+        names = [encoders[number] for number in family.pooled_conditioning]
+        pooled = torch.randn(3, sum(encoder.config.projection_dim for encoder in names), generator=random)
+    pixels = torch.rand(3, 3, 32, 32, generator=random) * 2 - 1
+    noise = None
+    for device in ("cpu", "cuda"):
+        decoder = family.from_pretrained(folder).to(device)
+        latents = decoder.sample_latents(decoder.encode_moments(pixels.to(device)).cpu(), random.manual_seed(1))
+        noise = torch.randn(latents.shape, generator=random.manual_seed(2))
+        own = states.to(device).requires_grad_()
+        conditioning = Conditioning(own, None if pooled is None else pooled.to(device))
+        loss = decoder.denoising_loss(latents.to(device), conditioning, noise.to(device), torch.tensor([5, 400, 900]))
+        loss.backward()
+        found[device] = (loss.detach().cpu(), own.grad.cpu())
+    (loss, gradient), (loss_of_cpu, gradient_of_cpu) = found["cuda"], found["cpu"]
+    torch.testing.assert_close(loss, loss_of_cpu, rtol=1e-2, atol=0)
+    assert (gradient - gradient_of_cpu).norm() < 0.05 * gradient_of_cpu.norm()
+
+
+COMMON = {
+    "max_steps": 4,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "dataloader_num_workers": 0,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="module")
+def settings(stage1_checkpoint, stable_diffusion, language_model, image_folder) -> dict:
+    common = COMMON | {"model": stage1_checkpoint, "validation_steps": 0, "trainable": "all"}
+    own = {"diffusion_model": stable_diffusion, "images": image_folder, "noise_by_sample": True}
+    pairs = {"language_model": language_model, "pairs": image_folder, "trainable": "all+vision"}
+    return {1: common | own, 2: common | pairs}
+
+
+def train(settings: dict, stage: int, output: Path, **changes):
+    arguments = [f"--{name}={value}" for name, value in (settings[stage] | changes).items()]
+    return (stage1 if stage == 1 else stage2).main([*arguments, f"--output_dir={output}"])
+
+
+@pytest.fixture(scope="module")
+def losses_of_the_gpu(settings, tmp_path_factory) -> dict[int, list[float]]:
+    return {stage: losses(train(settings, stage, tmp_path_factory.mktemp("gpu"))) for stage in (1, 2)}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_has_the_losses_of_the_cpu(tmp_path, settings, losses_of_the_gpu, stage):
+    """As far as dropout lets them: of the first step, before any update, without it."""
+    florence = {"query_noise": 0.0} if stage == 1 else {}
+    cpu = losses(train(settings, stage, tmp_path, use_cpu=True, **florence))
+    assert losses_of_the_gpu[stage] == pytest.approx(cpu, rel=0.1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_training_repeats_the_unbroken_one(tmp_path, settings, losses_of_the_gpu, stage):
+    train(settings, stage, tmp_path, max_steps=2)
+    resumed = losses(train(settings, stage, tmp_path, accept_changes=True))
+    assert len(resumed) == 4
+    assert all(torch.isfinite(torch.tensor(resumed)))
+
+
+LADDER = {
+    "autocast": {"bf16": True},
+    "half precision": {"fp16": True},
+    "fused": {"bf16": True, "optim": "adamw_torch_fused"},
+    "recomputation": {"bf16": True, "encoder_activation_checkpointing": True},
+    "compiled": {"bf16": True, "compile_blocks": True},
+    "8-bit optimiser": {"bf16": True, "optim": "adamw_torch_8bit"},
+    "workers": {"bf16": True, "dataloader_num_workers": 2},
+    "averaged": {"bf16": True, "ema_decay": 0.9},
+}
+OF_STAGE_1 = {
+    "denoiser": {"bf16": True, "channels_last": True, "vae_dtype": "bfloat16"},
+    "denoiser recomputed": {"bf16": True, "diffusion_gradient_checkpointing": True},
+    "validation": {"bf16": True, "validation_steps": 2, "num_validation_images": 2},
+}
+OF_STAGE_2 = {
+    "LoRA": {"bf16": True, "lora_rank": 2, "trainable": "projector+lm"},
+    "validation": {"bf16": True, "validation_steps": 2, "num_validation_images": 2},
+}
+CASES = [(stage, name) for stage, own in ((1, OF_STAGE_1), (2, OF_STAGE_2)) for name in (*LADDER, *own)]
+
+
+@pytest.mark.parametrize(("stage", "name"), CASES, ids=[f"stage {stage}: {name}" for stage, name in CASES])
+def test_each_setting_of_speed_and_memory_trains_as_float32_does(tmp_path, settings, losses_of_the_gpu, stage, name):
+    chosen = (LADDER | (OF_STAGE_1 if stage == 1 else OF_STAGE_2))[name]
+    if "8bit" in chosen.get("optim", ""):
+        pytest.importorskip("torchao", reason="adamw_torch_8bit needs torchao")
+    trainer = train(settings, stage, tmp_path, **chosen)
+    assert trainer.args.device.type == "cuda"
+    assert losses(trainer) == pytest.approx(losses_of_the_gpu[stage], rel=0.25)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cached_moments_and_features_train_as_pixels_do(tmp_path, settings, losses_of_the_gpu, stage):
+    caches = {"cache_vision_features": tmp_path / "features", "trainable": "transformer" if stage == 1 else "all"}
+    if stage == 1:
+        caches["cache_moments"] = tmp_path / "moments"
+    plain = {"trainable": caches["trainable"]}
+    expected = losses(train(settings, stage, tmp_path / "plain", **plain))
+    assert losses(train(settings, stage, tmp_path / "cached", **caches)) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_model_trained_on_a_gpu_is_used_on_the_cpu(tmp_path, settings):
+    train(settings, 2, tmp_path, bf16=True)
+    model, _ = hub.load_captioner(tmp_path)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
