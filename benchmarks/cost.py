@@ -6,20 +6,25 @@ Counts full-size models without weights (`vlv.train.estimate`). Takes about thre
 """
 
 import argparse
+import functools
+import json
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
+from gpu import build_config, full_size
 
 from vlv import reference_configs
 from vlv.train import Stage1Config, Stage2Config, configs
 from vlv.train.counting import count_step
 from vlv.train.estimate import PRICE, UTILIZATION, Estimate, count_training_step, estimate, recipe_beside
-from vlv.train.hardware import GPUS, UNET_TRAINING_SPEEDS
+from vlv.train.hardware import GPUS, UNET_TRAINING_SPEEDS, gpu_of_device
 from vlv.train.parsing import parse_config
 
+MEASURED = Path(__file__).with_name("gpu.json")
 RECIPES = Path(configs.__file__).parent
 CARDS = 8
 PAPER_CARD, PAPER_HOURS, PAPER_BUDGET = "RTX 6000 Ada", 8 * 4 * 24, 1000
@@ -63,6 +68,49 @@ def anchors() -> list[str]:
         for name, speed in UNET_TRAINING_SPEEDS.items()
     ]
     return table(["card", "images/s", "TFLOP an image", "TFLOP/s", "peak, bf16", "share of the peak"], rows)
+
+
+@functools.cache
+def measured_rows() -> list[dict[str, Any]]:
+    """The rows of benchmarks/gpu.json, with estimates for the same settings: `share` of the peak, `bound` in GB."""
+    found = json.loads(MEASURED.read_text())
+    card = gpu_of_device(found["machine"]["device"])
+    assert card is not None, f"{MEASURED} is of a card whose peak train/hardware.py does not have"
+    size, rows = full_size(), []
+    for stage in (1, 2):
+        settings: dict[str, Any] = {}
+        for row in found["training"][f"stage {stage}"]:
+            if "problem" in row:
+                continue
+            settings |= row["settings"]
+            counted = {name: value for name, value in settings.items() if name not in ("optim", "compile_blocks")}
+            with tempfile.TemporaryDirectory() as folder:
+                config = build_config(stage, size, counted, "cpu", folder, 1)
+            key = stage, tuple(counted.items())
+            if key not in COUNTED:
+                COUNTED[key] = count_training_step(config)
+            config.optim = settings["optim"]
+            expected = estimate(config, card, 1, counted=COUNTED[key])
+            share = UTILIZATION * sum(expected.seconds.values()) / row["seconds"]
+            rows.append(
+                {
+                    "stage": stage,
+                    "bf16": settings.get("bf16", False),
+                    "share": share,
+                    "bound": expected.memory.total() / 1e9,
+                    **row,
+                }
+            )
+    return rows
+
+
+def measured() -> list[str]:
+    rows = [
+        [f"{row['stage']}", row["name"], f"{row['images_per_second']:.1f}", f"{row['share']:.0%}"]
+        + [f"{row['memory_gb']:.1f}", f"{row['bound']:.1f}"]
+        for row in measured_rows()
+    ]
+    return table(["stage", "settings", "images/s", "share of the peak", "memory, GB", "estimate, at most"], rows)
 
 
 def paper() -> list[str]:
@@ -246,6 +294,14 @@ A plain stack reaches less: published training of a ControlNet on an A100 went f
 fused attention, channels-last memory, compilation and a larger batch. `--utilization` sets the share,
 also of one part alone.
 
+This project's own steps at full size reach less than that, too ([`benchmarks/gpu.md`](../benchmarks/gpu.md), one
+{card}, {batches} images a step; each row has the settings of those above it). Here the share is of the peak of each
+operation's own precision, as in all estimates. Memory is beside the bound that `vlv estimate` gives:
+
+{measured}
+
+With the largest share of stage 1 in bfloat16 in place of {share:.0%}, what is above costs {factor:.1f} times as much.
+
 ## What is counted, and what is not
 
 * FLOPs: `torch.utils.flop_counter` on the meta device, in a real forward and backward pass: what is frozen has no
@@ -262,8 +318,12 @@ also of one part alone.
 
 def page() -> str:
     """The page, with every table computed."""
-    blocks = (paper, shares, ladder, second_stage, cheap, other_cards, anchors)
+    blocks = (paper, shares, ladder, second_stage, cheap, other_cards, anchors, measured)
+    found = json.loads(MEASURED.read_text())
     return PAGE.format(
+        card=found["machine"]["device"],
+        batches=" and ".join(str(found["batches"][f"stage {stage}"]) for stage in (1, 2)),
+        factor=UTILIZATION / max(row["share"] for row in measured_rows() if row["stage"] == 1 and row["bf16"]),
         price=PRICE,
         share=UTILIZATION,
         passes=read("stage1").max_steps * 512 / 40e6,

@@ -231,7 +231,10 @@ def build_trainer(stage: int, size: Size, config: Any, device: str) -> Any:
         if config.lora_rank:
             add_lora(model, config.lora_rank)
         inputs["labels"] = torch.randint(4, 50, (batch, size.caption_tokens))
-        processor = VLVProcessor(VLVImageProcessor(), build_tokenizer(for_text_encoder=False))
+        tokenizer = build_tokenizer(for_text_encoder=False)  # of few words: batches have token ids, not words
+        for config_of_end in (model.language_model.config, model.language_model.generation_config):
+            config_of_end.eos_token_id = tokenizer.eos_token_id
+        processor = VLVProcessor(VLVImageProcessor(), tokenizer)
         trainer = Stage2Trainer(model, config, data, processor)
     trainer.data_collator = lambda items: dict(inputs)
     return trainer

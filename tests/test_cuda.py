@@ -4,17 +4,21 @@ Skipped where PyTorch finds no GPU. cuDNN may compute convolutions in TF32, so t
 """
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from transformers import pipeline
 
 from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 from vlv.diffusion_decoder import Conditioning, family_of
+from vlv.miniature.grammar import parse_caption
 from vlv.train import stage1, stage2
 
 from .train.two_processes import losses
@@ -24,13 +28,14 @@ pytestmark = [
     pytest.mark.slow,
 ]
 EXAMPLES = Path(__file__).parents[1] / "examples" / "images"
+IMAGE = min(EXAMPLES.glob("*.png"))
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def captions(folder: Path, *options: str) -> list[str]:
     output = folder / "captions.json"
     assert main(["caption", str(EXAMPLES), "--output", str(output), "--overwrite", *options]) == 0
-    return [row["caption"] for row in json.loads(output.read_text())]
+    return list(json.loads(output.read_text()).values())
 
 
 @pytest.fixture(scope="module")
@@ -40,24 +45,23 @@ def captions_of_the_cpu(tmp_path_factory) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_captions_are_those_of_the_cpu(tmp_path, captions_of_the_cpu, dtype):
-    """In half precision, of all images but one or two."""
+    """In half precision, in other words for some images, but of the same scene for all but one."""
     found = captions(tmp_path, "--device", "cuda", "--dtype", dtype)
-    different = sum(own != other for own, other in zip(found, captions_of_the_cpu, strict=True))
-    assert different <= (0 if dtype == "float32" else 2)
+    if dtype == "float32":
+        assert found == captions_of_the_cpu
+    scenes, expected = ([parse_caption(caption) for caption in own] for own in (found, captions_of_the_cpu))
+    assert sum(own != other for own, other in zip(scenes, expected, strict=True)) <= 1
 
 
 def test_the_pipelines_of_both_libraries_work_on_a_gpu(captions_of_the_cpu):
-    image = sorted(EXAMPLES.iterdir())[0]
     captioner = pipeline("image-to-text", str(MINIATURE), trust_remote_code=True, device="cuda")
-    assert captioner(str(image))[0]["generated_text"] == captions_of_the_cpu[0]
+    assert captioner(str(IMAGE))[0]["generated_text"] == captions_of_the_cpu[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reconstructions_are_those_of_the_cpu(dtype):
     """Noise is drawn on the CPU, so that it is the same."""
-    from PIL import Image
-
-    image = Image.open(sorted(EXAMPLES.iterdir())[0])
+    image = Image.open(IMAGE)
     found = {}
     for device in ("cpu", "cuda"):
         precision = getattr(torch, dtype) if device == "cuda" else torch.float32
@@ -70,12 +74,10 @@ def test_reconstructions_are_those_of_the_cpu(dtype):
 
 
 def test_offloading_moves_every_part_to_the_gpu_and_back():
-    from PIL import Image
-
     pipe = DiffusionPipeline.from_pretrained(str(MINIATURE), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_model_cpu_offload()
-    images = pipe(Image.open(sorted(EXAMPLES.iterdir())[0]), num_inference_steps=2, output_type="pt").images
+    images = pipe(Image.open(IMAGE), num_inference_steps=2, output_type="pt").images
     assert images.isfinite().all()
     assert pipe.unet.device.type == "cpu"
 
@@ -94,12 +96,11 @@ def test_the_loss_of_each_family_and_its_gradient_are_those_of_the_cpu(request, 
         names = [encoders[number] for number in family.pooled_conditioning]
         pooled = torch.randn(3, sum(encoder.config.projection_dim for encoder in names), generator=random)
     pixels = torch.rand(3, 3, 32, 32, generator=random) * 2 - 1
-    noise = None
     for device in ("cpu", "cuda"):
         decoder = family.from_pretrained(folder).to(device)
         latents = decoder.sample_latents(decoder.encode_moments(pixels.to(device)).cpu(), random.manual_seed(1))
         noise = torch.randn(latents.shape, generator=random.manual_seed(2))
-        own = states.to(device).requires_grad_()
+        own = states.clone().to(device).requires_grad_()
         conditioning = Conditioning(own, None if pooled is None else pooled.to(device))
         loss = decoder.denoising_loss(latents.to(device), conditioning, noise.to(device), torch.tensor([5, 400, 900]))
         loss.backward()
@@ -134,24 +135,28 @@ def train(settings: dict, stage: int, output: Path, **changes):
 
 
 @pytest.fixture(scope="module")
-def losses_of_the_gpu(settings, tmp_path_factory) -> dict[int, list[float]]:
-    return {stage: losses(train(settings, stage, tmp_path_factory.mktemp("gpu"))) for stage in (1, 2)}
+def unbroken(tmp_path_factory) -> dict[int, Path]:
+    """Folders of a training of each stage on the GPU."""
+    return {stage: tmp_path_factory.mktemp(f"stage{stage}") for stage in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def losses_of_the_gpu(settings, unbroken) -> dict[int, list[float]]:
+    return {stage: losses(train(settings, stage, folder)) for stage, folder in unbroken.items()}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_training_has_the_losses_of_the_cpu(tmp_path, settings, losses_of_the_gpu, stage):
-    """As far as dropout lets them: of the first step, before any update, without it."""
-    florence = {"query_noise": 0.0} if stage == 1 else {}
-    cpu = losses(train(settings, stage, tmp_path, use_cpu=True, **florence))
+    """As far as dropout, which each device draws in its own way, lets them."""
+    cpu = losses(train(settings, stage, tmp_path, use_cpu=True))
     assert losses_of_the_gpu[stage] == pytest.approx(cpu, rel=0.1)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_resumed_training_repeats_the_unbroken_one(tmp_path, settings, losses_of_the_gpu, stage):
-    train(settings, stage, tmp_path, max_steps=2)
-    resumed = losses(train(settings, stage, tmp_path, accept_changes=True))
-    assert len(resumed) == 4
-    assert all(torch.isfinite(torch.tensor(resumed)))
+def test_a_resumed_training_repeats_the_unbroken_one(tmp_path, settings, unbroken, losses_of_the_gpu, stage):
+    shutil.copytree(unbroken[stage] / "checkpoint-2", tmp_path / "checkpoint-2")
+    resumed = losses(train(settings, stage, tmp_path))
+    assert resumed == pytest.approx(losses_of_the_gpu[stage], rel=1e-2)
 
 
 LADDER = {
@@ -183,7 +188,10 @@ def test_each_setting_of_speed_and_memory_trains_as_float32_does(tmp_path, setti
         pytest.importorskip("torchao", reason="adamw_torch_8bit needs torchao")
     trainer = train(settings, stage, tmp_path, **chosen)
     assert trainer.args.device.type == "cuda"
-    assert losses(trainer) == pytest.approx(losses_of_the_gpu[stage], rel=0.25)
+    found = losses(trainer)
+    assert len(found) == COMMON["max_steps"] and all(math.isfinite(loss) for loss in found)
+    compared = 1 if chosen.get("fp16") else None  # its loss scaling leaves out the first updates
+    assert found[:compared] == pytest.approx(losses_of_the_gpu[stage][:compared], rel=0.25)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
