@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; a test that needs a hub starts one
 
+import gc
 import json
 import shutil
 import tempfile
@@ -43,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests run first, so that parallel workers end at about the same time."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)  # stable: each file keeps its order
+
+
+def pytest_collection_finish() -> None:
+    """No garbage collection visits the hundreds of thousands of objects of the imported libraries again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-READ_AT_IMPORT = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|DATASETS|ACCELERATE|FSDP|USE|XDG)_(?!TOKEN$)|HOME$")
+READ_AT_IMPORT = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|DATASETS|ACCELERATE|USE|XDG)_(?!TOKEN$)|HOME$")
 """Names of the variables that libraries read when they are imported. Each combination of values has a server."""
 # The first process imports torch alone. It forks the servers, which import the other libraries.
 SERVER = """
