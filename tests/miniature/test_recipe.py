@@ -33,7 +33,9 @@ def trained(tmp_path_factory):
     work = root / "work"
     small = {"images": 8, "batch_size": 4}
     train_scene_classifier(scene_classifier, work / "scene-classifier", images=128, evaluation_images=8)
-    train_autoencoder(root / "autoencoder", work / "autoencoder", **small, evaluation_images=4, scaling_images=4)
+    train_autoencoder(
+        root / "autoencoder", work / "autoencoder", images=2, batch_size=1, evaluation_images=2, scaling_images=2
+    )
     train_teacher(root / "teacher", work / "teacher", root / "autoencoder", scene_classifier, **small)
     train_teacher(
         root / "teacher-3",
