@@ -20,7 +20,10 @@ READ_AT_IMPORT = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|DATASETS|AC
 """Names of the variables that libraries read when they are imported. Each combination of values has a server."""
 # The first process imports torch alone. It forks the servers, which import the other libraries.
 SERVER = """
-import gc, json, os, signal, sys, traceback
+import gc, importlib, json, os, signal, sys, traceback
+from contextlib import suppress
+WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a process that has started CUDA cannot fork one that uses it
+os.environ.update(WITHOUT_CUDA)
 import torch, torch._dynamo, torch.distributed.tensor  # all that transformers imports of torch
 
 servers = {}  # of each combination of variables: a pipe to it, and a pipe from it
@@ -29,7 +32,10 @@ parents = {}  # of each running child: the pipes of the server that has started 
 def import_libraries():
     shown = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print when they are imported
-    import datasets, peft, transformers.modeling_utils, transformers.trainer
+    for name in ("datasets", "peft"):
+        with suppress(ImportError):  # they are extras
+            importlib.import_module(name)
+    import transformers.modeling_utils, transformers.trainer
     from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
     from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextModel, HfArgumentParser, pipeline
     from transformers import Florence2ForConditionalGeneration, Qwen2ForCausalLM, T5EncoderModel
@@ -48,7 +54,7 @@ def start_server(environment):
         servers.clear()
         parents.clear()
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(environment | WITHOUT_CUDA)
         import_libraries()
         serve(os.fdopen(from_parent), os.fdopen(to_parent, "w"))
         os._exit(0)
