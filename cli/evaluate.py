@@ -27,6 +27,9 @@ def add_parser(commands) -> None:
     miniature.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     miniature.add_argument("--scenes", type=positive, default=500, help="scenes of each split (default: 500)")
     miniature.add_argument(
+        "--num-inference-steps", type=positive, default=25, help="denoising steps of each image (default: 25)"
+    )
+    miniature.add_argument(
         "--captions-only", action="store_true", help="measure captions and instructions alone, in about two minutes"
     )
     miniature.set_defaults(run=run_miniature)
@@ -48,8 +51,10 @@ def run_miniature(arguments: argparse.Namespace) -> int:
         found[part] = metrics
         write_json(output, found)
 
-    evaluate = evaluate_captions if arguments.captions_only else evaluate_miniature
-    evaluate(folder, record, n=arguments.scenes)
+    if arguments.captions_only:
+        evaluate_captions(folder, record, n=arguments.scenes)
+    else:
+        evaluate_miniature(folder, record, n=arguments.scenes, steps=arguments.num_inference_steps)
     tables = [scores_table(found), goals_table(found), instructions_table(found)]
     print("\n\n".join([*filter(None, tables), f"written to {output}"]))
     return 0

@@ -65,7 +65,7 @@ def measure_scaling_factor(autoencoder: AutoencoderKL, n: int = 512) -> float:
     data = SceneDataset(n, seed=7)
     latents = [
         autoencoder.encode(
-            torch.stack([data[i]["pixels"] for i in range(start, start + 64)]) / 127.5 - 1
+            torch.stack([data[i]["pixels"] for i in range(start, min(start + 64, n))]) / 127.5 - 1
         ).latent_dist.mean
         for start in range(0, n, 64)
     ]
@@ -99,9 +99,15 @@ def train_autoencoder(
     learning_rate: float = 2e-3,
     latent_channels: int = LATENT_CHANNELS,
     evaluation_images: int = 256,
+    scaling_images: int = 512,
     seed: int = 0,
 ) -> None:
-    """Trains the autoencoder on rendered scenes of `train` and saves it to `output_dir` in diffusers' format."""
+    """Trains the autoencoder on rendered scenes of `train` and saves it to `output_dir` in diffusers' format.
+
+    Args:
+        evaluation_images: Number of unseen images whose reconstructions are measured at the end.
+        scaling_images: Number of images whose latents give the `scaling_factor`.
+    """
     torch.manual_seed(seed)
     module = AutoencoderLoss(build_autoencoder(latent_channels))
     averaging = MovingAverageCallback(module.autoencoder, decay=0.995)
@@ -120,6 +126,6 @@ def train_autoencoder(
         return
     average: AutoencoderKL = averaging.average
     remove_posterior_variance(average)
-    average.register_to_config(scaling_factor=measure_scaling_factor(average))
+    average.register_to_config(scaling_factor=measure_scaling_factor(average, scaling_images))
     average.save_pretrained(output_dir)
     print(f"autoencoder: {measure_psnr(average, n=evaluation_images):.2f} dB on unseen scenes")

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; a test that needs a hub starts one
 
+import gc
 import json
 import shutil
 import tempfile
@@ -36,13 +37,22 @@ from .builders import (
 )
 
 torch.set_num_threads(1)
+LONG_FILES = ("train/test_scale.py", "hub/test_push_and_load.py", "train/test_families.py", "hub/test_saved_parts.py")
 NOBODY = 65534  # the user without privileges
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests run first, so that parallel workers end at about the same time."""
+    """Long files run first, then those with slow tests, so that parallel workers end at about the same time."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow_files)  # stable: each file keeps its order
+    first = {Path(__file__).parent / name: number for number, name in enumerate(LONG_FILES)}
+    # Stable: each file keeps its order.
+    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in slow_files))
+
+
+def pytest_collection_finish() -> None:
+    """No garbage collection visits the hundreds of thousands of objects of the imported libraries again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
-"""Fresh Python processes without the seconds that importing torch takes: children of a process that has imported it.
+"""Fresh Python processes without the seconds that imports take: children of a process that has imported libraries.
 
-A child has its own environment, folder, arguments and output, as a new process has. Only torch and what belongs to it
-are imported already. Libraries that read the environment when they are imported, such as huggingface_hub, are not.
+A child has its own environment, folder, arguments and output, as a new process has. torch and, unless a caller wants
+torch alone, the libraries that `vlv` imports are imported already, with the child's variables of `READ_AT_IMPORT`.
+`vlv` is not imported.
 """
 
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +16,76 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+READ_AT_IMPORT = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|DATASETS|ACCELERATE|USE|XDG)_(?!TOKEN$)|HOME$")
+"""Names of the variables that libraries read when they are imported. Each combination of values has a server."""
+# The first process imports torch alone. It forks the servers, which import the other libraries.
 SERVER = """
-import json, os, signal, sys, traceback
+import gc, importlib, json, os, signal, sys, traceback
+from contextlib import suppress
+WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a process that has started CUDA cannot fork one that uses it
+os.environ.update(WITHOUT_CUDA)
 import torch, torch._dynamo, torch.distributed.tensor  # all that transformers imports of torch
+
+servers = {}  # of each combination of variables: a pipe to it, and a pipe from it
+parents = {}  # of each running child: the pipes of the server that has started it, or None
+
+def import_libraries():
+    shown = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print when they are imported
+    for name in ("datasets", "peft"):
+        with suppress(ImportError):  # they are extras
+            importlib.import_module(name)
+    import transformers.modeling_utils, transformers.trainer
+    from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+    from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextModel, HfArgumentParser, pipeline
+    from transformers import Florence2ForConditionalGeneration, Qwen2ForCausalLM, T5EncoderModel
+    os.dup2(shown, 2)
+    os.close(shown)
+
+def start_server(environment):
+    from_parent, to_server = os.pipe()
+    from_server, to_parent = os.pipe()
+    if not os.fork():
+        for files in servers.values():
+            for file in files:
+                file.close()
+        os.close(to_server)
+        os.close(from_server)
+        servers.clear()
+        parents.clear()
+        os.environ.clear()
+        os.environ.update(environment | WITHOUT_CUDA)
+        import_libraries()
+        serve(os.fdopen(from_parent), os.fdopen(to_parent, "w"))
+        os._exit(0)
+    os.close(from_parent)
+    os.close(to_parent)
+    return os.fdopen(to_server, "w"), os.fdopen(from_server)
+
+def serve(requests, answers):
+    gc.collect()
+    gc.freeze()  # a child does not visit the many objects of the libraries again and again
+    for line in requests:
+        request = json.loads(line)
+        key = request.pop("key", None)
+        if key is not None and key not in servers:
+            servers[key] = start_server(request["env"])
+        server = servers[key] if key is not None else parents.get(request.get("pid"))
+        if server is not None:
+            server[0].write(json.dumps(request) + "\\n")
+            server[0].flush()
+            answer = json.loads(server[1].readline())
+        elif "code" in request:
+            answer = os.fork()
+            if not answer:
+                run(request)
+        else:
+            answer = os.waitid(os.P_PID, request["pid"], os.WEXITED | request["options"])
+            answer = answer and (answer.si_status if answer.si_code == os.CLD_EXITED else -answer.si_status)
+        if "code" in request:
+            parents[answer] = server
+        answers.write(json.dumps(answer) + "\\n")
+        answers.flush()
 
 def run(request):
     os.setsid()
@@ -51,17 +120,7 @@ def run(request):
     sys.stderr.flush()
     os._exit(code)
 
-for line in sys.stdin:
-    request = json.loads(line)
-    if "code" in request:
-        answer = os.fork()
-        if not answer:
-            run(request)
-    else:
-        answer = os.waitid(os.P_PID, request["pid"], os.WEXITED | request["options"])
-        answer = answer and (answer.si_status if answer.si_code == os.CLD_EXITED else -answer.si_status)
-    sys.stdout.write(json.dumps(answer) + "\\n")
-    sys.stdout.flush()
+serve(sys.stdin, sys.stdout)
 """
 MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 """Code for `run_python` that runs the module in its first argument, as `python -m` does."""
@@ -76,6 +135,7 @@ class PythonProcess:
         code, arguments: As on the command line. `MODULE` as code runs a module.
         cwd, env: Working folder and environment.
         stdout, stderr: Files, or a terminal's device, that its output is appended to.
+        with_libraries: False if it imports all libraries but torch itself, with the warnings that they print then.
     """
 
     def __init__(
@@ -87,11 +147,15 @@ class PythonProcess:
         stderr: str | Path,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        with_libraries: bool = True,
     ):
         self.code, self.stderr = code, stderr
         self.returncode: int | None = None
         request = {"code": code, "arguments": list(arguments), "stdout": str(stdout), "stderr": str(stderr)}
-        request |= {"cwd": str(cwd or Path.cwd()), "env": dict(os.environ if env is None else env)}
+        environment = dict(os.environ if env is None else env)
+        request |= {"cwd": str(cwd or Path.cwd()), "env": environment}
+        if with_libraries:
+            request["key"] = json.dumps(sorted(item for item in environment.items() if READ_AT_IMPORT.match(item[0])))
         self.pid = _ask(request | {"timeout": TIMEOUT})
 
     def poll(self) -> int | None:
@@ -123,7 +187,7 @@ class PythonProcess:
 
 
 def run_python(
-    code: str, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]
+    code: str, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], with_libraries: bool = True
 ) -> subprocess.CompletedProcess:
     """Runs `python -c code arguments...` and returns its exit code and output, as `subprocess.run` does.
 
@@ -132,7 +196,9 @@ def run_python(
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = PythonProcess(code, arguments, cwd=cwd, env=env, stdout=outputs[0], stderr=outputs[1])
+        process = PythonProcess(
+            code, arguments, cwd=cwd, env=env, stdout=outputs[0], stderr=outputs[1], with_libraries=with_libraries
+        )
         returncode = process.wait()
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in outputs]
     return subprocess.CompletedProcess([sys.executable, "-c", code, *arguments], returncode, *texts)

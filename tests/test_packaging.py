@@ -50,11 +50,20 @@ def add_libraries(python: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_imports_outside_the_checkout(installed, tmp_path):
-    code = "import importlib, sys; print([importlib.import_module(n).__file__ for n in sys.argv[1:]])"
-    files = run(str(installed), "-c", code, *PACKAGES, cwd=tmp_path)
+def test_the_wheel_imports_outside_the_checkout_and_has_the_command(installed, tmp_path):
+    code = """
+import importlib, runpy, sys
+command, *packages = sys.argv[1:]
+print([importlib.import_module(name).__file__ for name in packages])
+sys.argv = [command, "--help"]
+runpy.run_path(command, run_name="__main__")
+"""
+    command = installed.parent / "vlv"
+    files, _, shown = run(str(installed), "-c", code, str(command), *PACKAGES, cwd=tmp_path).partition("\n")
     assert str(ROOT) not in files
     assert files.count("site-packages/vlv") == len(PACKAGES)
+    assert "caption" in shown
+    assert os.access(command, os.X_OK) and command.read_text().startswith(f"#!{installed}\n")
 
 
 @pytest.mark.slow
@@ -71,8 +80,7 @@ def test_an_editable_clone_named_vlv_works_beside_itself(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_has_the_command_and_the_data(installed, tmp_path):
-    assert "caption" in run(str(installed.parent / "vlv"), "--help", cwd=tmp_path)
+def test_the_wheel_has_the_data(installed):
     (package,) = installed.parent.parent.glob("lib/python*/site-packages/vlv")
     for name in ("stage1.yaml", "stage2.yaml", "accelerate/fsdp2_8gpu.yaml"):
         assert (package / "train" / "configs" / name).is_file()
@@ -82,23 +90,12 @@ def test_the_wheel_has_the_command_and_the_data(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_editable_install_imports_outside_the_checkout_without_the_network(tmp_path):
-    code = """
-import importlib, socket, sys
+def test_the_editable_install_imports_without_the_network_and_light_uses_load_no_heavy_library(tmp_path):
+    code = f"""
+import contextlib, importlib, socket, sys
 def refuse(*arguments, **settings):
     raise AssertionError("an import used the network")
 socket.socket.connect = socket.getaddrinfo = refuse
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-"""
-    done = run_python(code, PACKAGES, cwd=tmp_path, env=os.environ)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_importing_vlv_and_the_help_of_a_command_load_no_heavy_library(tmp_path):
-    code = f"""
-import contextlib, sys
 import vlv, vlv.pipelines
 heavy = {NOT_FOR_LIGHT_USES} & set(sys.modules)
 assert not heavy, f"import vlv loads {{heavy}}"
@@ -107,6 +104,8 @@ with contextlib.suppress(SystemExit):
     main(["caption", "--help"])
 heavy = {NOT_FOR_LIGHT_USES} & set(sys.modules)
 assert not heavy, f"vlv caption --help loads {{heavy}}"
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 """
-    done = run_python(code, [], cwd=tmp_path, env=os.environ)
+    done = run_python(code, PACKAGES, cwd=tmp_path, env=os.environ, with_libraries=False)
     assert done.returncode == 0, done.stderr[-2000:]

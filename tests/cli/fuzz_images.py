@@ -7,15 +7,16 @@ code 1 if a file is missing from both. The files depend on the seed alone.
 import argparse
 import io
 import json
+import os
 import random
 import re
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image
+
+from ..interpreter import MODULE, run_python
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images" / "test-1.png"
 FORMATS = {"jpg": "JPEG", "png": "PNG", "gif": "GIF", "webp": "WEBP", "tif": "TIFF", "avif": "AVIF", "bmp": "BMP"}
@@ -101,8 +102,9 @@ def check(count: int, seed: int, folder: Path) -> Counter[str]:
     inputs, output = folder / "in", folder / "captions.json"
     inputs.mkdir()
     names = write_files(inputs, count, seed)
-    command = [sys.executable, "-m", "vlv.cli.main", "caption", str(inputs), "--output", str(output)]
-    done = subprocess.run([*command, "--max-new-tokens", "1", "--device", "cpu"], capture_output=True, text=True)
+    command = ["vlv.cli.main", "caption", str(inputs), "--output", str(output)]
+    command += ["--max-new-tokens", "1", "--device", "cpu"]
+    done = run_python(MODULE, command, cwd=Path.cwd(), env=os.environ)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     assert done.returncode in (0, 1), f"exit code {done.returncode}: {done.stderr[-3000:]}"
     captioned = set(json.loads(output.read_text()))

@@ -3,9 +3,14 @@
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 from ..interpreter import run_python
+
+NOWHERE = "http://127.0.0.1:9"
+"""An endpoint where nothing answers."""
+_links = tempfile.TemporaryDirectory(prefix="vlv-hf-home-")
 
 # Makes `import vlv` fail, as where this package is not installed.
 WITHOUT_PACKAGE = """
@@ -19,14 +24,17 @@ sys.meta_path.insert(0, Absent())
 
 
 class Machine:
-    """Runs Python in a working folder and with a Hub cache of its own."""
+    """Runs Python in a working folder and with a Hub cache of its own, `hf`.
+
+    `HF_HOME` is a link to it, the same one for each machine: processes with equal variables share imported libraries.
+    """
 
     def __init__(self, folder: Path, endpoint: str):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hf").mkdir(parents=True, exist_ok=True)
         self.environment = os.environ | {
             "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(folder / "hf"),
+            "HF_HOME": str(Path(_links.name, "hf")),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -37,6 +45,9 @@ class Machine:
 
     def python(self, script: str, *arguments, **environment) -> subprocess.CompletedProcess:
         """Runs a script in a fresh process."""
+        link = Path(self.environment["HF_HOME"])
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.folder.absolute() / "hf")
         return run_python(script, [*map(str, arguments)], cwd=self.folder, env=self.environment | environment)
 
     def without_package(self, script: str, *arguments, **environment):

@@ -7,6 +7,7 @@ write to the organisation of that name and to read its private repositories.
 import base64
 import hashlib
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -395,19 +396,29 @@ class Hub:
         return recorded  # type: ignore[return-value]
 
 
+_ports: list[int] = []  # of servers that have ended: processes with the same address share imported libraries
+
+
 @contextmanager
 def serve(hub: Hub) -> Iterator[str]:
     """Runs the hub on a free port of the loopback; yields its address, for `HF_ENDPOINT`."""
-    server = uvicorn.Server(uvicorn.Config(hub.application(), host="127.0.0.1", port=0, log_level="error"))
-    thread = Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the test's Hub server did not start")
-        sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(timeout=5)
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(("127.0.0.1", _ports.pop() if _ports else 0))
+        except OSError:  # another process has taken it
+            listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(hub.application(), log_level="error"))
+        thread = Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the test's Hub server did not start")
+            sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=5)
+    _ports.append(port)

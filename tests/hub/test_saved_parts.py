@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .machine import Machine
+from .machine import NOWHERE, Machine
 from .server import Hub, serve
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def check_code_is_there(folder: Path) -> None:
 
 @pytest.fixture
 def offline(tmp_path) -> Machine:
-    return Machine(tmp_path / "reader", "http://127.0.0.1:9")
+    return Machine(tmp_path / "reader", NOWHERE)
 
 
 def check_captions(found: dict, names: tuple[str, ...]) -> None:

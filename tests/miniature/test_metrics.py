@@ -65,9 +65,10 @@ def test_captions_alone_can_be_measured(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_command_prints_both_tables_and_writes_the_scores(tmp_path, capsys):
     output = tmp_path / "scores.json"
-    assert main(["evaluate", "miniature", "--scenes", "2", "--output", str(output)]) == 0
+    small = ["--scenes", "2", "--num-inference-steps", "2"]
+    assert main(["evaluate", "miniature", *small, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     scores = json.loads(output.read_text())
-    assert scores["settings"]["scenes of each split"] == 2
+    assert scores["settings"] == {"scenes of each split": 2, "denoising steps": 2}
     assert scores_table(scores) in printed and goals_table(scores) in printed
     assert "| scene classifier on clean images, object + place F1 | 1.000 |" in printed

@@ -31,35 +31,35 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("miniature")
     scene_classifier = root / SCENE_CLASSIFIER_FILE
     work = root / "work"
+    small = {"images": 8, "batch_size": 4}
     train_scene_classifier(scene_classifier, work / "scene-classifier", images=128, evaluation_images=8)
-    train_autoencoder(root / "autoencoder", work / "autoencoder", images=8, batch_size=4, evaluation_images=8)
-    train_teacher(root / "teacher", work / "teacher", root / "autoencoder", scene_classifier, images=32, batch_size=16)
+    train_autoencoder(
+        root / "autoencoder", work / "autoencoder", images=2, batch_size=1, evaluation_images=2, scaling_images=2
+    )
+    train_teacher(root / "teacher", work / "teacher", root / "autoencoder", scene_classifier, **small)
     train_teacher(
         root / "teacher-3",
         work / "teacher-3",
         root / "autoencoder",
         scene_classifier,
-        images=32,
-        batch_size=16,
+        **small,
         partial_captions=0.5,
         embedding_mixing=0.5,
         initial_teacher=root / "teacher",
     )
-    train_encoder(root / "encoder", work / "encoder", root / "teacher-3", scene_classifier, images=32, batch_size=16)
-    train_language_model(root / "language-model", work / "language-model", captions=32, batch_size=16)
+    train_encoder(root / "encoder", work / "encoder", root / "teacher-3", scene_classifier, **small)
+    train_language_model(root / "language-model", work / "language-model", captions=8, batch_size=4)
     train_captioner(
         root / "captioner",
         work / "captioner",
         root / "encoder",
         root / "language-model",
-        pairs=32,
+        pairs=8,
         epochs=1,
-        batch_size=16,
+        batch_size=4,
     )
     instructed = root / "instructed-captioner"
-    train_instructed_captioner(
-        instructed, work / instructed.name, root / "captioner", pairs=32, epochs=1, batch_size=16
-    )
+    train_instructed_captioner(instructed, work / instructed.name, root / "captioner", pairs=8, epochs=1, batch_size=4)
     return root
 
 

@@ -13,10 +13,9 @@ from vlv.miniature.tokenizer import build_tokenizer
 from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
 from ..builders import assert_close_to_scale, stable_diffusion_parts, text_encoder_config, vlv_config
-from ..hub.machine import Machine
+from ..hub.machine import NOWHERE, Machine
 from ..hub.server import Hub, serve
 
-NOWHERE = "http://127.0.0.1:9"
 FORMS = {  # arguments of save_pretrained, and of from_pretrained
     "whole": ({}, {}),
     "shards": ({"max_shard_size": "20KB"}, {}),

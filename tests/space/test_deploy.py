@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from vlv.cli.main import main
 from vlv.space.deploy import write_space
 
 from ..hub.server import Hub, serve
+from ..interpreter import run_python
 
 HERE = Path(__file__).parents[2] / "space"
 
@@ -43,13 +42,7 @@ caption = list(demo.caption(app.EXAMPLES[0], 30, "greedy", 1.0, 4))[-1]
 modules = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "vlv" and getattr(m, "__file__", None)]
 print(json.dumps([caption, modules, len(app.build(demo).fns)]))
 """
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script, str(MINIATURE)],
-        cwd=space,
-        env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(script, [str(MINIATURE)], cwd=space, env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"})
     assert done.returncode == 0, done.stderr[-3000:]
     caption, modules, functions = json.loads(done.stdout.splitlines()[-1])
     assert " background" in caption and functions >= 3

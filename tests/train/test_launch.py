@@ -1,8 +1,8 @@
 """Several processes share the batches. Each has its own random numbers."""
 
 import json
-import subprocess
-import sys
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +10,9 @@ import torch
 from vlv.hub import TRAINING_FILE
 from vlv.train import Stage2Config, Stage2Trainer, freeze_for_stage2
 
-ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
+from ..interpreter import MODULE, run_python
+
+ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]
 
 
@@ -32,8 +34,8 @@ def test_accelerate_launches_a_training(tmp_path, image_folder, stable_diffusion
     }
     config = tmp_path / "stage1.yaml"
     config.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
-    command = [sys.executable, *ACCELERATE, "-m", "vlv.train.stage1", str(config), "--learning_rate=1e-3"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [*ACCELERATE, "-m", "vlv.train.stage1", str(config), "--learning_rate=1e-3"]
+    done = run_python(MODULE, command, cwd=Path.cwd(), env=os.environ)
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
     assert state["global_step"] == 2

@@ -1,7 +1,6 @@
 """Training with a vision backbone: what each setting trains, stage 1 from a folder to a captioner, and estimates."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from vlv.train.encoder_lora import add_encoder_lora, merge_encoder_lora
 from vlv.train.freezing import trainable_names
 
 from ..builders import QUERY_DECODER_CONFIG, assert_close_to_scale, backbone_configs, language_model_config, vlv_config
-from ..hub.machine import WITHOUT_PACKAGE
-from ..interpreter import run_python
+from ..hub.machine import NOWHERE, Machine
 
 FAMILIES = list(backbone_configs())
 START = {"query_tokens", "projector"}
@@ -142,11 +140,7 @@ def test_stage_1_starts_from_a_folder_and_what_it_saves_loads_everywhere(
     assert_close_to_scale(found, model(pixels).conditioning)
     assert captioner.generate(pixel_values=pixels, max_new_tokens=2).shape[0] == 1
     folder = hub.export(tmp_path / "exported", encoder=model, image_processor=processor, diffusion_model=decoder)
-    done = run_python(
-        WITHOUT_PACKAGE + REMOTE, [str(folder)], cwd=tmp_path, env=dict(os.environ, HF_HOME=str(tmp_path))
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    remote = json.loads(done.stdout.splitlines()[-1])
+    remote = Machine(tmp_path / "machine", NOWHERE).without_package(REMOTE, folder)
     assert remote == pytest.approx(found.double().square().sum().item(), rel=1e-5)
     assert trainer.state.global_step == 2
 
