@@ -210,14 +210,16 @@ class DiffusionDecoder(nn.Module, ABC):
         own = cls.text_settings(len(config.text_encoder_configs))
         given = {"conditioning_layers": config.conditioning_layers, "pooled_conditioning": config.pooled_conditioning}
         widths = [encoder.hidden_size for encoder in config.text_encoder_configs]
-        if own != given or not cls.reads(denoiser, widths):
+        pooled = sum(config.text_encoder_configs[number].projection_dim for number in config.pooled_conditioning)
+        if own != given or not cls.reads(denoiser, widths) or pooled != cls.pooled_width(denoiser):
             raise ValueError(
                 f"{model} and {source} do not fit together: {source} is a {cls.title}, whose denoiser reads "
-                f"{cls.describe_conditioning(denoiser)}, but {model} has "
+                f"{cls.describe_conditioning(denoiser)} and pooled states of width {cls.pooled_width(denoiser)}, but "
+                f"{model} has "
                 f"{'one text encoder' if len(widths) == 1 else f'{len(widths)} text encoders'} of width "
                 f"{' and '.join(map(str, widths))}, for conditioning_layers {config.conditioning_layers} and "
-                f"pooled_conditioning {config.pooled_conditioning}; give the text-to-image model that {model} was "
-                "trained with"
+                f"pooled_conditioning {config.pooled_conditioning} (width {pooled}); give the text-to-image "
+                f"model that {model} was trained with"
             )
 
     @classmethod
@@ -259,6 +261,11 @@ class DiffusionDecoder(nn.Module, ABC):
     @abstractmethod
     def reads(cls, denoiser: Any, widths: Sequence[int]) -> bool:
         """Whether the denoiser can be conditioned on text encoders of these widths."""
+
+    @classmethod
+    def pooled_width(cls, denoiser: Any) -> int:
+        """The width of the pooled states that the denoiser reads, side by side; 0 where it reads none."""
+        return 0
 
     @classmethod
     @abstractmethod

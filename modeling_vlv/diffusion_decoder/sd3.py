@@ -119,6 +119,10 @@ class StableDiffusion3Decoder(DiffusionDecoder):
         return len(widths) in (2, 3) and sum(widths[:2]) <= joint and all(width == joint for width in widths[2:])
 
     @classmethod
+    def pooled_width(cls, denoiser: Any) -> int:
+        return denoiser.config.pooled_projection_dim
+
+    @classmethod
     def describe_conditioning(cls, denoiser: Any) -> str:
         joint = denoiser.config.joint_attention_dim
         return f"two text encoders, together at most {joint} wide, and a third one, T5, of width {joint} or none"

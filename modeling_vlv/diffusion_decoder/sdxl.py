@@ -44,6 +44,11 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
         decoder.force_zeros_for_empty_prompt = DiffusionPipeline.load_config(model).get(ZEROS, True)
         return decoder
 
+    @classmethod
+    def pooled_width(cls, denoiser: Any) -> int:
+        sizes = denoiser.config
+        return sizes.projection_class_embeddings_input_dim - 6 * sizes.addition_time_embed_dim  # 6 sizes and crop ids
+
     def unconditional(
         self, model: nn.Module, tokenizers: Mapping[str, Any], device: torch.device | str = "cpu"
     ) -> Conditioning:

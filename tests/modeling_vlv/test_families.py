@@ -378,6 +378,16 @@ def test_a_model_of_another_family_is_an_error_that_names_both(case, encoder, de
         case.family.check_model(decoder.denoiser, encoder.config, "runs/a", "org/b")
 
 
+@pytest.mark.parametrize("case", ["sdxl", "sd3"], indirect=True)
+def test_a_pooled_state_of_another_width_is_an_error(case, model, decoder):
+    case.family.check_model(decoder.denoiser, model.config, "runs/a", "org/b")
+    config = copy.deepcopy(model.config)
+    config.text_encoder_2_config.projection_dim += 4
+    both = f"reads .* pooled states of width {case.pooled_width}, but .*width {case.pooled_width + 4}"
+    with pytest.raises(ValueError, match=both):
+        case.family.check_model(decoder.denoiser, config, "runs/a", "org/b")
+
+
 @pytest.mark.parametrize("case", ["sd3"], indirect=True)
 def test_settings_that_flow_matching_cannot_use_are_errors(decoder):
     parts = (decoder.vae, decoder.transformer)
