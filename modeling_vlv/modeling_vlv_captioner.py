@@ -7,6 +7,7 @@ sequence, d_text the width of a caption embedding, d_lm the width of the languag
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    AutoProcessor,
     Cache,
     GenerationConfig,
     GenerationMixin,
@@ -25,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .generation_vlv import (
+    Backbone,
     PromptStreamer,
     after_prompt,
     check_generation_arguments,
@@ -112,6 +115,26 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if language_model.generation_config is not None:
             model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
         return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a captioner. Of one that is stored without `image_token_id`, the processor beside it tells the id."""
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.image_token_id is None and pretrained_model_name_or_path is not None:
+            names = ("cache_dir", "local_files_only", "token", "revision")
+            hub = {name: kwargs[name] for name in names if name in kwargs}
+            with suppress(Exception):  # no processor, or none that loads without code of the repository
+                processor = AutoProcessor.from_pretrained(
+                    pretrained_model_name_or_path, trust_remote_code=False, **hub
+                )
+                model.config.image_token_id = processor.image_token_id
+        return loaded
+
+    @property
+    def base_model(self) -> Any:
+        """The encoder's attributes; called, the captioner without the language model's output layer."""
+        return Backbone(self)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -319,8 +342,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             for name in ("output_hidden_states", "output_attentions")
         }
         images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
-        if past_key_values is not None or self._holds_image_tokens(input_ids):
-            if inputs_embeds is not None or input_ids is None:
+        if input_ids is not None and (past_key_values is not None or self._holds_image_tokens(input_ids)):
+            if inputs_embeds is not None:
                 raise ValueError("pass a sequence with image tokens as input_ids, not as inputs_embeds")
             sequence, positions, caption_embeds = self._read_sequence(
                 input_ids, attention_mask, position_ids, past_key_values, images
@@ -332,8 +355,12 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             )
             output.caption_embeds = caption_embeds
             return output
-        if position_ids is not None or not isinstance(logits_to_keep, int) or logits_to_keep:
-            raise ValueError("position_ids and logits_to_keep belong to input_ids with image tokens; leave them out")
+        unused = {"position_ids": position_ids, "past_key_values": past_key_values}
+        unused["logits_to_keep"] = None if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep
+        if wrong := [name for name, value in unused.items() if value is not None]:
+            raise TypeError(
+                f"{wrong[0]!r} belongs to input_ids with image tokens, and has no effect here; leave it out"
+            )
         sequence, mask, caption_embeds = self.get_prefix(
             pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds, image_features
         )

@@ -1,4 +1,4 @@
-"""What VLV's `generate` does around the language model's own: it checks arguments, and puts the prompt before new ids.
+"""Parts of the captioner without weights: what `generate` does around the language model's own, and the backbone.
 
 Shapes in comments: B sequences, L tokens.
 """
@@ -41,6 +41,37 @@ def after_prompt(prompt: torch.Tensor, result: Any) -> Any:
     return result
 
 
+class Backbone:
+    """The captioner without the language model's output layer.
+
+    Tools that compute logits themselves, such as TRL's trainers, call it as `model.base_model`. Of a captioner that is
+    the encoder, whose attributes it has.
+    """
+
+    def __init__(self, captioner: Any):
+        self._captioner = captioner
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> Any:
+        """The language model's last hidden state `(B, L, d_lm)` of sequences with image tokens."""
+        images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
+        sequence, positions, _ = self._captioner._read_sequence(input_ids, attention_mask, position_ids, None, images)
+        decoder = self._captioner.get_decoder()
+        return decoder(inputs_embeds=sequence, use_cache=bool(use_cache), return_dict=True, **positions, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._captioner.model, name)
+
+
 class PromptStreamer(BaseStreamer):
     """Gives a streamer the prompt first, as `generate` of a model that reads no embeddings does."""
 
@@ -76,4 +107,11 @@ def check_generation_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"{name} does not work with VLV's generate: {advice}")
 
 
-__all__ = ["PromptStreamer", "after_prompt", "check_generation_arguments", "count_new_tokens", "padding_first"]
+__all__ = [
+    "Backbone",
+    "PromptStreamer",
+    "after_prompt",
+    "check_generation_arguments",
+    "count_new_tokens",
+    "padding_first",
+]
