@@ -49,7 +49,7 @@ class Backbone:
     """
 
     def __init__(self, captioner: Any):
-        self._captioner = captioner
+        object.__setattr__(self, "_captioner", captioner)
 
     def __call__(
         self,
@@ -70,6 +70,9 @@ class Backbone:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._captioner.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._captioner.model, name, value)
 
 
 class PromptStreamer(BaseStreamer):

@@ -479,15 +479,15 @@ class VLVPreTrainedModel(PreTrainedModel):
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         """The image encoder; with `modality="image"` its vision tower, which a vision backbone is itself."""
-        encoder = getattr(self, "model", self).image_encoder  # of a captioner's encoder, or of this one
+        encoder = self.base_model.image_encoder
         is_backbone = self.config.query_decoder_config is not None and modality == "image"
         return encoder if modality is None or is_backbone else encoder.get_encoder(modality)
 
     def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
         if modality is None or (modality == "image" and self.config.query_decoder_config is not None):
-            getattr(self, "model", self).image_encoder = encoder
+            self.base_model.image_encoder = encoder
         else:
-            getattr(self, "model", self).image_encoder.set_encoder(encoder, modality)
+            self.base_model.image_encoder.set_encoder(encoder, modality)
 
     def _refuse_unused(self, kwargs: dict[str, Any]) -> None:
         """Raises `TypeError` for an argument of `forward` that has no effect; the message gives the nearest name.

@@ -158,7 +158,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         without: it never looks the embedding up. Tools that score every token of a prompt, such as TRL's trainers
         where no mask leaves the prompt out, need its logit. `generate` does not write it.
         """
-        if image_token_id >= self.get_input_embeddings().weight.shape[0]:
+        if image_token_id >= self._num_embeddings():
             self.resize_token_embeddings(image_token_id + 1)
             suppressed = self.generation_config.suppress_tokens or []
             self.generation_config.suppress_tokens = [*suppressed, image_token_id]
@@ -228,6 +228,11 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         projected = self.language_projection(conditioning.to(self.language_projection.linear_1.bias.dtype))
         return projected.to(self.get_input_embeddings().weight.dtype)
 
+    def _num_embeddings(self) -> int:
+        """Tokens that have an embedding; 0 where other processes hold them."""
+        weight: Any = self.get_input_embeddings().weight
+        return weight.shape[0]
+
     def _holds_image_tokens(self, input_ids: torch.Tensor | None) -> bool:
         """Whether `input_ids` are the second form of input, with image tokens among the words."""
         token = self.config.image_token_id
@@ -235,7 +240,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
 
     def _refuse_unknown_ids(self, input_ids: torch.Tensor) -> None:
         """Raises `ValueError` for a token without embedding, such as an image token that the model does not know."""
-        rows = self.get_input_embeddings().weight.shape[0]  # 0 where another process holds them
+        rows = self._num_embeddings()
         if torch.compiler.is_compiling() or not rows or not input_ids.numel() or (top := int(input_ids.max())) < rows:
             return
         raise ValueError(
