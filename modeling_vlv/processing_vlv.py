@@ -387,11 +387,13 @@ def write_code(parts: list[Any], folder: Path) -> None:
             )
             if (module, class_name) == ("processing_vlv", "VLVProcessor"):  # its place in version 0.2.0
                 module = "processing_vlv_captioner"
-            if module in PROCESSOR_CODE:
+            codes = PROCESSOR_CODE[: PROCESSOR_CODE.index(module) + 1] if module in PROCESSOR_CODE else ()
+            sources = [Path(__file__).with_name(f"{code}.py") for code in codes]
+            if sources and all(source.exists() for source in sources):  # beside an image processor, the last may lack
                 auto_map[name] = f"{module}.{class_name}"
                 folder.mkdir(parents=True, exist_ok=True)
-                for code in PROCESSOR_CODE[: PROCESSOR_CODE.index(module) + 1]:
-                    source, target = Path(__file__).with_name(f"{code}.py"), folder / f"{code}.py"
+                for source in sources:
+                    target = folder / source.name
                     if not (target.exists() and target.samefile(source)):
                         shutil.copyfile(source, target)
 

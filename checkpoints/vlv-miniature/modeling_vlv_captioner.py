@@ -233,10 +233,11 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         weight: Any = self.get_input_embeddings().weight
         return weight.shape[0]
 
-    def _holds_image_tokens(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether `input_ids` are the second form of input, with image tokens among the words."""
-        token = self.config.image_token_id
-        return token is not None and input_ids is not None and bool((input_ids == token).any())
+    def _are_image_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(B, L)` bool: the tokens `config.image_token_id`; where it is not set, those beyond the embeddings."""
+        token, rows = self.config.image_token_id, self._num_embeddings()
+        beyond = rows if token is None and rows else torch.iinfo(torch.long).max
+        return input_ids >= beyond if token is None else input_ids == token
 
     def _refuse_unknown_ids(self, input_ids: torch.Tensor) -> None:
         """Raises `ValueError` for a token without embedding, such as an image token that the model does not know."""
@@ -267,7 +268,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         """
         output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds, image_features=image_features)
         images = self._project(output.conditioning)  # (N, Q, d_lm)
-        is_image = input_ids == self.config.image_token_id  # (B, L)
+        is_image = self._are_image_tokens(input_ids)  # (B, L)
         if not torch.compiler.is_compiling() and int(is_image.sum()) != images.shape[0] * images.shape[1]:
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, features: "
@@ -347,7 +348,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             for name in ("output_hidden_states", "output_attentions")
         }
         images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
-        if input_ids is not None and (past_key_values is not None or self._holds_image_tokens(input_ids)):
+        if input_ids is not None and (past_key_values is not None or self._are_image_tokens(input_ids).any()):
             if inputs_embeds is not None:
                 raise ValueError("pass a sequence with image tokens as input_ids, not as inputs_embeds")
             sequence, positions, caption_embeds = self._read_sequence(
@@ -470,7 +471,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 )
             if not isinstance(keep, int) or keep:
                 raise ValueError("labels need the logits of all positions; leave logits_to_keep out")
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            labels = labels.masked_fill(self._are_image_tokens(labels), -100)
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, L): what each position predicts
             if return_logits is False:
                 keep = labels != -100
@@ -549,7 +550,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
         explicit = {} if generation_config is None else generation_config.to_diff_dict()
         prompt: torch.Tensor | None = None
-        if input_ids is not None and self._holds_image_tokens(input_ids):
+        if input_ids is not None and self._are_image_tokens(input_ids).any():
             prompt = input_ids
             mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
             sequence, _, _ = self._read_sequence(prompt, mask, None, None, images)
