@@ -4,11 +4,13 @@ import base64
 import errno
 import importlib
 import io
+import json
 import os
 import shutil
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -20,6 +22,7 @@ from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import cached_file
 
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 # Beyond this ratio of the sides, resizing before the crop would make an image many times the size of the crop.
@@ -321,9 +324,22 @@ class VLVImageProcessor(WithoutInheritedCode, PilBackend):
     valid_kwargs = VLVImageProcessorKwargs
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
+    _origin = ""  # where it was loaded from: a folder or a repo id
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if isinstance(loaded, cls):
+            loaded._origin = os.fspath(pretrained_model_name_or_path)
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "_origin"}
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """Writes the configuration, and the code that it names, into a folder or a Hub repository."""
-        write_code([self], Path(save_directory))
+        write_code([self], Path(save_directory), self._origin)
+        write_code_of_tokenizer(Path(save_directory), self._origin)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def load(self, image: Any) -> Image.Image:
@@ -374,11 +390,41 @@ class VLVImageProcessor(WithoutInheritedCode, PilBackend):
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
+def write_code_of_tokenizer(folder: Path, origin: str) -> None:
+    """Copies the code that `tokenizer_config.json` in `folder` names; a tokenizer's own `save_pretrained` does not.
+
+    transformers' pipelines save tokenizer and image processor, and no processor.
+    """
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and (auto_map := (content := json.loads(path.read_text(encoding="utf-8"))).get("auto_map")):
+        named = SimpleNamespace(auto_map=dict(auto_map))
+        write_code([named], folder, origin)
+        if named.auto_map != auto_map:
+            text = json.dumps({**content, "auto_map": named.auto_map}, indent=2, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
+
+
 PROCESSOR_CODE = ("processing_vlv", "processing_vlv_captioner")  # this file, and the captioner's, which imports it
 
 
-def write_code(parts: list[Any], folder: Path) -> None:
-    """Copies the code that a part's `auto_map` names into `folder`, and makes the names local ones."""
+def _find_code(code: str, origin: str) -> Path | None:
+    """The file of a module: beside this file, or in `origin`, a folder or cached repo."""
+    path = Path(__file__).with_name(f"{code}.py")
+    if path.exists():
+        return path
+    try:
+        found = cached_file(origin, path.name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such folder or repository
+        return None
+    return Path(found) if found else None
+
+
+def write_code(parts: list[Any], folder: Path, origin: str = "") -> None:
+    """Copies the code that a part's `auto_map` names into `folder`, and makes the names local ones.
+
+    Args:
+        origin: The folder or repository that the parts are from. An image processor's module is loaded alone there.
+    """
     for part in parts:
         auto_map = getattr(part, "auto_map", None) or {}
         for name, reference in auto_map.items():
@@ -388,8 +434,8 @@ def write_code(parts: list[Any], folder: Path) -> None:
             if (module, class_name) == ("processing_vlv", "VLVProcessor"):  # its place in version 0.2.0
                 module = "processing_vlv_captioner"
             codes = PROCESSOR_CODE[: PROCESSOR_CODE.index(module) + 1] if module in PROCESSOR_CODE else ()
-            sources = [Path(__file__).with_name(f"{code}.py") for code in codes]
-            if sources and all(source.exists() for source in sources):  # beside an image processor, the last may lack
+            sources: list[Any] = [_find_code(code, origin) for code in codes]
+            if sources and all(sources):
                 auto_map[name] = f"{module}.{class_name}"
                 folder.mkdir(parents=True, exist_ok=True)
                 for source in sources:

@@ -185,7 +185,7 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """Writes the configurations, and the code that they name, into a folder or a Hub repository."""
-        write_code([self, self.image_processor], Path(save_directory))
+        write_code([self, self.image_processor], Path(save_directory), getattr(self.image_processor, "_origin", ""))
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __call__(
