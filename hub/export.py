@@ -18,7 +18,8 @@ from vlv.diffusion_decoder import family_of_components
 from vlv.files import is_variant, require_space, set_default_permissions, write_json
 from vlv.modeling_vlv import VLVConfig, VLVModel
 from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
-from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
+from vlv.processing_vlv import VLVImageProcessor
+from vlv.processing_vlv_captioner import VLVProcessor
 
 from .compatibility import check_compatible
 from .decoder import DiffusionModel, has_own_diffusion_model, refer_to
@@ -184,6 +185,8 @@ def _export_captioner(
         _save(own_encoder, root / CAPTIONER_ENCODER_FILE)
         files.append(CAPTIONER_ENCODER_FILE)
     write_json(root / INDEX_FILE, _index(root, files))
+    if captioner.config.image_token_id is None:
+        captioner.config.image_token_id = processor.image_token_id
     _write_config(captioner.config, "VLVForConditionalGeneration", root / "config.json")
     captioner.generation_config.save_pretrained(root)
     processor.save_pretrained(root)

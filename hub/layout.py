@@ -50,6 +50,8 @@ CAPTIONER_ONLY = (  # files that a stage-1 model does not have
     "tokenizer_config.json",
     "chat_template.jinja",
     "modeling_vlv_captioner.py",
+    "generation_vlv.py",
+    "processing_vlv_captioner.py",
     "pipeline_vlv_captioning.py",
 )
 ENCODER_FILES = ["*.json", "encoder/*"]

@@ -22,7 +22,8 @@ from vlv.diffusion_decoder.components import load_components
 from vlv.files import read_header, read_json, refuse_damaged
 from vlv.modeling_vlv import TEXT_ENCODERS, VLVConfig, VLVModel, refuse_renamed_fields
 from vlv.modeling_vlv_captioner import VLVForConditionalGeneration
-from vlv.processing_vlv import VLVImageProcessor, VLVProcessor
+from vlv.processing_vlv import VLVImageProcessor
+from vlv.processing_vlv_captioner import VLVProcessor
 from vlv.reference_configs import replacement_hint
 from vlv.tokenizer import check_tokenizer, fit_tokenizer, load_tokenizer
 
@@ -161,7 +162,10 @@ def load_captioner(
     model = _load_strictly(VLVForConditionalGeneration, folder, dtype)
     tokenizer = fit_tokenizer(load_tokenizer(folder), model)
     check_tokenizer(tokenizer, model, str(folder))
-    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), tokenizer)
+    image_seq_length = model.config.num_query_tokens
+    processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), tokenizer, image_seq_length=image_seq_length)
+    if model.config.image_token_id is None:  # of version 0.2
+        model.config.image_token_id = processor.image_token_id
     return model.to(device).eval(), processor
 
 

@@ -13,7 +13,10 @@ from typing import Any
 from vlv.files import read_json, write_json
 
 MODEL_CODE, PROCESSOR_CODE = "modeling_vlv.py", "processing_vlv.py"
-CAPTIONER_CODE, CAPTIONING_CODE = "modeling_vlv_captioner.py", "pipeline_vlv_captioning.py"
+CAPTIONER_CODE = (
+    *("modeling_vlv_captioner.py", "generation_vlv.py", "processing_vlv_captioner.py"),
+    "pipeline_vlv_captioning.py",
+)
 
 CONFIG_MAP = {"AutoConfig": "modeling_vlv.VLVConfig"}
 # AutoModel is the encoder in a captioner's folder, too: transformers keeps one class for it and each config class.
@@ -24,7 +27,7 @@ CAPTIONER_MAP = ENCODER_MAP | {
     "AutoModelForMultimodalLM": CAPTIONER_CLASS,
 }
 IMAGE_PROCESSOR_MAP = {"AutoImageProcessor": "processing_vlv.VLVImageProcessor"}
-PROCESSOR_MAP = IMAGE_PROCESSOR_MAP | {"AutoProcessor": "processing_vlv.VLVProcessor"}
+PROCESSOR_MAP = IMAGE_PROCESSOR_MAP | {"AutoProcessor": "processing_vlv_captioner.VLVProcessor"}
 # transformers looks here before it redirects the removed task "image-to-text" to "image-text-to-text".
 CUSTOM_PIPELINES = {
     "image-to-text": {
@@ -60,7 +63,7 @@ def add_code(root: Path) -> None:
     _add(root / "image_processor" / "preprocessor_config.json", auto_map=IMAGE_PROCESSOR_MAP)
     _add(root / "preprocessor_config.json", auto_map=PROCESSOR_MAP if captions else IMAGE_PROCESSOR_MAP)
     if captions:
-        for name in (CAPTIONER_CODE, CAPTIONING_CODE):
+        for name in CAPTIONER_CODE:
             shutil.copyfile(code_file(name), root / name)
         _add(root / "config.json", auto_map=CAPTIONER_MAP, custom_pipelines=CUSTOM_PIPELINES)
         _add(root / "processor_config.json", auto_map=PROCESSOR_MAP)

@@ -11,7 +11,8 @@ from transformers import (
 
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVModel, VLVModelOutput
 from .modeling_vlv_captioner import VLVForConditionalGeneration
-from .processing_vlv import VLVImageProcessor, VLVProcessor
+from .processing_vlv import VLVImageProcessor
+from .processing_vlv_captioner import VLVProcessor
 from .version import __version__
 
 AutoConfig.register("vlv", VLVConfig, exist_ok=True)

@@ -35,7 +35,8 @@ from .files import read_json
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVModel
 from .modeling_vlv_captioner import VLVForConditionalGeneration
 from .original_checkpoint import read_weights
-from .processing_vlv import VLVImageProcessor, VLVProcessor
+from .processing_vlv import VLVImageProcessor
+from .processing_vlv_captioner import VLVProcessor
 from .tokenizer import load_tokenizer
 
 IMAGE_SIZE = 384  # pixels: the authors' default of --image_size
@@ -135,7 +136,9 @@ def convert_checkpoints(
         stage2_folder = Path(stage2) if Path(stage2).is_dir() else Path(stage2).parent
         has_tokenizer = (stage2_folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(stage2_folder if has_tokenizer else language_model_folder)
-        parts |= {"captioner": captioner, "processor": VLVProcessor(image_processor, tokenizer)}
+        processor = VLVProcessor(image_processor, tokenizer, image_seq_length=captioner.config.num_query_tokens)
+        captioner.config.image_token_id = processor.image_token_id
+        parts |= {"captioner": captioner, "processor": processor}
     return ConvertedCheckpoints(parts, dropped)
 
 

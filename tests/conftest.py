@@ -27,6 +27,8 @@ from vlv.miniature.tokenizer import build_tokenizer
 from .builders import (
     GOLDEN,
     POSITIONS,
+    QUERIES,
+    VOCABULARY,
     language_model_config,
     stable_diffusion_3_parts,
     stable_diffusion_parts,
@@ -85,6 +87,7 @@ def captioner() -> VLVForConditionalGeneration:
     torch.manual_seed(0)
     model = VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
     with_text_encoder(model.model)
+    model.config.image_token_id = VOCABULARY  # of the processor's tokenizer
     return model
 
 
@@ -95,7 +98,7 @@ def image_processor() -> VLVImageProcessor:
 
 @pytest.fixture(scope="session")
 def processor(image_processor) -> VLVProcessor:
-    return VLVProcessor(image_processor, build_tokenizer(for_text_encoder=False))
+    return VLVProcessor(image_processor, build_tokenizer(for_text_encoder=False), image_seq_length=QUERIES)
 
 
 @pytest.fixture(scope="session")

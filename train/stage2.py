@@ -77,7 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
                     compute_dtype=torch.bfloat16 if config.bf16 or config.fp16 else torch.float32,
                 )
                 tokenizer = load_tokenizer(config.language_model, config.gguf_file)
-                processor = VLVProcessor(image_processor, fit_tokenizer(tokenizer, model.language_model))
+                processor = VLVProcessor(
+                    image_processor,
+                    fit_tokenizer(tokenizer, model.language_model),
+                    image_seq_length=model.config.num_query_tokens,
+                )
+                model.config.image_token_id = processor.image_token_id
                 model.config.instructions = None  # a captioner's own are those of its former language model
             elif config.language_model is not None:
                 raise ValueError(

@@ -127,8 +127,9 @@ def test_keys_and_values_are_returned_on_request(captioner, pixels):
         ({"imput_ids": WORDS}, r"forward does not use the argument 'imput_ids'; did you mean 'input_ids'\?"),
         ({"label": LABELS}, r"'label'; did you mean 'labels'\?"),
         ({"output_hidden_state": True}, r"did you mean 'output_hidden_states'\?"),
-        ({"past_key_values": object()}, "'past_key_values'; expected pixel_values, caption_embeds"),
-        ({"position_ids": WORDS}, "'position_ids'"),
+        ({"past_key_values": object()}, "'past_key_values' belongs to input_ids with image tokens"),
+        ({"position_ids": WORDS}, "'position_ids' belongs to input_ids with image tokens"),
+        ({"logits_to_keep": 1}, "'logits_to_keep' belongs to input_ids with image tokens"),
     ],
 )
 def test_an_argument_that_has_no_effect_is_refused(captioner, pixels, arguments, message):

@@ -7,6 +7,11 @@ import pytest
 import torch
 from transformers import pipeline
 
+from vlv import VLVProcessor
+from vlv.miniature.tokenizer import build_tokenizer
+
+from ..builders import QUERIES
+
 GENERATION = {"max_new_tokens": 4, "return_full_text": False}
 
 
@@ -38,7 +43,7 @@ def user(image, *words: str) -> list[dict]:
 
 def texts(results: list) -> list[str]:
     flat = [result for item in results for result in (item if isinstance(item, list) else [item])]
-    return [result["generated_text"] for result in flat]
+    return [result["generated_text"].strip() for result in flat]  # words that go on begin with a space
 
 
 def data_uri(image) -> str:
@@ -103,12 +108,9 @@ def test_several_images_with_a_text_each_make_a_batch(caption, images, expected)
 
 
 def test_a_message_of_padding_alone_is_no_text(captioner, processor, images):
-    chat = processor.apply_chat_template(user(images[0]), tokenize=True, return_dict=True)
-    assert chat["input_ids"].shape == (1, 1) and chat["attention_mask"].tolist() == [[0]]
-    got, expected = captioner(**chat).logits, captioner(**processor(images=images[0])).logits
-    assert torch.equal(got, expected)
-    lists = processor.apply_chat_template(user(images[0]), tokenize=True, return_dict=True, return_tensors=None)
-    assert lists["input_ids"] == [[]]
+    inputs = processor(images=images[0])
+    padding = {"input_ids": torch.tensor([[0]]), "attention_mask": torch.tensor([[0]])}
+    assert torch.equal(captioner(**inputs, **padding).logits, captioner(**inputs).logits)
 
 
 @pytest.mark.parametrize("given", [True, None])
@@ -116,23 +118,59 @@ def test_a_last_message_by_the_assistant_is_continued(caption, image, expected, 
     chat = [*user(image), {"role": "assistant", "content": [{"type": "text", "text": "a large"}]}]
     assert texts(caption(text=chat, continue_final_message=given, **GENERATION)) == [expected(image, "a large")]
     full = caption(text=chat, max_new_tokens=4)[0]["generated_text"]
-    assert full[-1]["content"][-1]["text"] == "a large" + expected(image, "a large")
+    assert full[-1]["content"][-1]["text"] == "a large " + expected(image, "a large")
 
 
-def test_earlier_messages_by_the_assistant_are_left_out(caption, image, expected):
-    chat = [*user(image), {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "a large"}]
-    assert texts(caption(text=chat, **GENERATION)) == [expected(image, "a large")]
+def several_images(images) -> list[dict]:
+    chat = user(images[0], "a")
+    chat[0]["content"] += user(images[1], "dog")[0]["content"]
+    return chat
 
 
-def test_a_chat_of_several_images_is_refused(caption, processor, images):
-    both = user(images[0])
-    both[0]["content"] += user(images[1])[0]["content"]
-    turns = [*user(images[0]), {"role": "assistant", "content": "a dog"}, *user(images[1], "a")]
-    for chat in (both, turns):
-        with pytest.raises(ValueError, match="a chat has one image, this one has 2"):
-            caption(text=chat, **GENERATION)
-        with pytest.raises(ValueError, match="this one has 2"):
-            processor.apply_chat_template([user(images[0]), chat], tokenize=True, return_dict=True)
+def several_turns(images) -> list[dict]:
+    return [*user(images[0]), {"role": "assistant", "content": "a dog"}, *user(images[1], "a")]
+
+
+@pytest.mark.parametrize("build", [several_images, several_turns])
+def test_several_images_and_turns_are_refused_where_the_language_model_knows_no_dialogue(
+    caption, processor, images, build
+):
+    message = "this one has 2 images and . messages .* the language model of this VLV has no chat template"
+    with pytest.raises(ValueError, match=message):
+        caption(text=build(images), **GENERATION)
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template([user(images[0]), build(images)], tokenize=True, return_dict=True)
+
+
+CHATML = (
+    "{% for message in messages %}<s> {{ message['role'] }} {{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %} at{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (several_images, "<s> user <image>a<image>dog at"),
+        (several_turns, "<s> user <image><s> assistant a dog<s> user <image>a at"),
+        (lambda images: user(images[0], "a"), "<image>a"),  # as without dialogue
+    ],
+)
+def test_several_images_and_turns_are_rendered_by_the_language_models_own_template(
+    captioner, image_processor, images, build, expected, tmp_path
+):
+    tokenizer = build_tokenizer(for_text_encoder=False)
+    tokenizer.chat_template = CHATML
+    own = VLVProcessor(image_processor, tokenizer, image_seq_length=QUERIES)
+    own.save_pretrained(tmp_path)
+    chat = build(images)
+    for processor in (own, VLVProcessor.from_pretrained(tmp_path)):
+        assert processor.apply_chat_template(chat, add_generation_prompt=True) == expected
+        caption = pipeline("image-text-to-text", model=captioner, processor=processor)
+        inputs = processor(images=images[: expected.count("<image>")], text=expected)
+        ids = captioner.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+        written = processor.decode(ids, skip_special_tokens=True)
+        assert texts(caption(text=chat, **GENERATION)) == [written]
 
 
 def test_a_chat_without_an_image_is_refused(caption):

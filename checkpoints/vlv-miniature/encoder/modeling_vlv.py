@@ -58,7 +58,7 @@ QUERY_DECODER: dict[str, Any] = {
 MAX_PATCHES_PER_SIDE = 128
 """Of a vision backbone's images: rows and columns that have a position embedding."""
 
-MODEL_CODE = ("modeling_vlv", "modeling_vlv_captioner")  # this file, and the captioner, which imports it
+MODEL_CODE = ("modeling_vlv", "modeling_vlv_captioner", "generation_vlv")  # the captioner imports both others
 RENAMED_CONFIG_FIELDS = {  # field names of version 0.1 and the names that replace them
     "encoder_config": "image_encoder_config",
     "decoder_config": "text_config",
@@ -106,6 +106,7 @@ class VLVConfig(PreTrainedConfig):
             Standard deviation of untrained projector weights.
         instructions (`list[str]`, *optional*):
             What the captioner was trained to follow as a text prefix, such as "briefly", for programs that offer it.
+        image_token_id (`int`, *optional*): The token in the captioner's `input_ids` that a caption embedding replaces.
 
     Raises:
         ValueError: If `num_query_tokens` is below 1 or above the number of positions of a text encoder, if
@@ -137,6 +138,7 @@ class VLVConfig(PreTrainedConfig):
     query_initializer_range: float = 1.0
     initializer_range: float = 0.02
     instructions: list[str] | None = None
+    image_token_id: int | None = None
     tie_word_embeddings: bool = False
 
     def __init_subclass__(cls, **kwargs):
@@ -203,8 +205,7 @@ class VLVConfig(PreTrainedConfig):
     @property
     def query_token_dim(self) -> int:
         """Width of query tokens and image tokens."""
-        own = self.query_decoder_config
-        return self.image_encoder_config.text_config.d_model if own is None else own.d_model
+        return (self.query_decoder_config or self.image_encoder_config.text_config).d_model
 
     @property
     def text_encoder_configs(self) -> list[PreTrainedConfig]:
@@ -215,8 +216,7 @@ class VLVConfig(PreTrainedConfig):
     @property
     def num_text_positions(self) -> int:
         """The largest number of caption embeddings that every text encoder takes; 512 where none has a limit (T5)."""
-        limits = [getattr(config, "max_position_embeddings", None) or 512 for config in self.text_encoder_configs]
-        return min(limits)
+        return min(getattr(config, "max_position_embeddings", None) or 512 for config in self.text_encoder_configs)
 
     @property
     def caption_embed_dim(self) -> int:
@@ -231,21 +231,21 @@ class VLVConfig(PreTrainedConfig):
         return sum(config.hidden_size * len(layers) for config, layers in pairs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """Writes the configuration, and the code that it names, into a folder or a Hub repository.
-
-        A pipeline whose code is not found is left out of the configuration, unless it lies in a Hub repository."""
+        """Writes the configuration, and the code that it names, into a folder or a Hub repository. A pipeline whose
+        code is not found is left out of the configuration, unless it lies in a Hub repository."""
         folder = Path(save_directory)
         auto_map = getattr(self, "auto_map", None) or {}
         for name, reference in auto_map.items():
             local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
             module, _, class_name = local.partition(".")
             if (module, class_name) == ("modeling_vlv", "VLVForConditionalGeneration"):  # its place in version 0.2.0
-                module = "modeling_vlv_captioner"
-                local = f"{module}.{class_name}"
-            if module in MODEL_CODE and (source := _find_code(module, self.name_or_path)):
+                module, local = "modeling_vlv_captioner", f"modeling_vlv_captioner.{class_name}"
+            codes = {"modeling_vlv": MODEL_CODE[:1], "modeling_vlv_captioner": MODEL_CODE}.get(module, ())
+            sources: list[Any] = [_find_code(code, self.name_or_path) for code in codes]
+            if sources and all(sources):
                 auto_map[name] = local
-                _copy(source, folder)
-                _copy(Path(__file__), folder)
+                for source in sources:
+                    _copy(source, folder)
         pipelines = {}
         for task, pipeline in (getattr(self, "custom_pipelines", None) or {}).items():
             repository, _, local = pipeline["impl"].rpartition("--")
@@ -588,8 +588,8 @@ class VLVModel(VLVPreTrainedModel):
 
     def get_query_decoder(self) -> Any:
         """The decoder whose input are the query tokens."""
-        own = self.config.query_decoder_config is not None
-        return self.query_decoder if own else self.image_encoder.language_model.decoder
+        own = self.config.query_decoder_config
+        return self.image_encoder.language_model.decoder if own is None else self.query_decoder
 
     @classmethod
     def from_vision_text_pretrained(

@@ -1,15 +1,16 @@
-"""VLV's processors: the one place where images become pixel values and text becomes token ids."""
+"""VLV's image processor: the one place where images become pixel values."""
 
 import base64
-import difflib
 import errno
 import importlib
 import io
+import json
 import os
 import shutil
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from huggingface_hub import get_session
 from PIL import ExifTags, Image, UnidentifiedImageError
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ChannelDimension
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import cached_file
 
 WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 # Beyond this ratio of the sides, resizing before the crop would make an image many times the size of the crop.
@@ -278,7 +280,7 @@ class VLVImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-a
     pre_crop_size: int | None
 
 
-class _WithoutInheritedCode:
+class WithoutInheritedCode:
     """A subclass in a user's module is not saved as remote code, unless the user registers it, too."""
 
     _auto_class: Any = None
@@ -288,7 +290,7 @@ class _WithoutInheritedCode:
         cls._auto_class = vars(cls).get("_auto_class")
 
 
-class VLVImageProcessor(_WithoutInheritedCode, PilBackend):
+class VLVImageProcessor(WithoutInheritedCode, PilBackend):
     r"""
     Converts images of any mode, size and orientation to `pixel_values`. Uses Pillow, not torchvision.
 
@@ -322,9 +324,22 @@ class VLVImageProcessor(_WithoutInheritedCode, PilBackend):
     valid_kwargs = VLVImageProcessorKwargs
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
+    _origin = ""  # where it was loaded from: a folder or a repo id
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if isinstance(loaded, cls):
+            loaded._origin = os.fspath(pretrained_model_name_or_path)
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "_origin"}
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """Writes the configuration, and the code that it names, into a folder or a Hub repository."""
-        _write_code([self], Path(save_directory))
+        write_code([self], Path(save_directory), self._origin)
+        write_code_of_tokenizer(Path(save_directory), self._origin)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def load(self, image: Any) -> Image.Image:
@@ -375,225 +390,58 @@ class VLVImageProcessor(_WithoutInheritedCode, PilBackend):
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def _write_code(parts: list[Any], folder: Path) -> None:
-    """Copies this file into `folder` where a part's `auto_map` names it, and makes the names local ones."""
+def write_code_of_tokenizer(folder: Path, origin: str) -> None:
+    """Copies the code that `tokenizer_config.json` in `folder` names; a tokenizer's own `save_pretrained` does not.
+
+    transformers' pipelines save tokenizer and image processor, and no processor.
+    """
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and (auto_map := (content := json.loads(path.read_text(encoding="utf-8"))).get("auto_map")):
+        named = SimpleNamespace(auto_map=dict(auto_map))
+        write_code([named], folder, origin)
+        if named.auto_map != auto_map:
+            text = json.dumps({**content, "auto_map": named.auto_map}, indent=2, ensure_ascii=False)
+            path.write_text(text + "\n", encoding="utf-8")
+
+
+PROCESSOR_CODE = ("processing_vlv", "processing_vlv_captioner")  # this file, and the captioner's, which imports it
+
+
+def _find_code(code: str, origin: str) -> Path | None:
+    """The file of a module: beside this file, or in `origin`, a folder or cached repo."""
+    path = Path(__file__).with_name(f"{code}.py")
+    if path.exists():
+        return path
+    try:
+        found = cached_file(origin, path.name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such folder or repository
+        return None
+    return Path(found) if found else None
+
+
+def write_code(parts: list[Any], folder: Path, origin: str = "") -> None:
+    """Copies the code that a part's `auto_map` names into `folder`, and makes the names local ones.
+
+    Args:
+        origin: The folder or repository that the parts are from. An image processor's module is loaded alone there.
+    """
     for part in parts:
         auto_map = getattr(part, "auto_map", None) or {}
         for name, reference in auto_map.items():
-            local = reference.rpartition("--")[2] if isinstance(reference, str) else ""
-            if local.partition(".")[0] == Path(__file__).stem:
-                auto_map[name] = local
+            module, _, class_name = (
+                (reference if isinstance(reference, str) else "").rpartition("--")[2].partition(".")
+            )
+            if (module, class_name) == ("processing_vlv", "VLVProcessor"):  # its place in version 0.2.0
+                module = "processing_vlv_captioner"
+            codes = PROCESSOR_CODE[: PROCESSOR_CODE.index(module) + 1] if module in PROCESSOR_CODE else ()
+            sources: list[Any] = [_find_code(code, origin) for code in codes]
+            if sources and all(sources):
+                auto_map[name] = f"{module}.{class_name}"
                 folder.mkdir(parents=True, exist_ok=True)
-                target = folder / Path(__file__).name
-                if not (target.exists() and target.samefile(__file__)):
-                    shutil.copyfile(__file__, target)
+                for source in sources:
+                    target = folder / source.name
+                    if not (target.exists() and target.samefile(source)):
+                        shutil.copyfile(source, target)
 
 
-# The text of user messages, and of a last message by the assistant, one after the other. Nothing separates it from the
-# caption, which continues it: the model knows no dialogue.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' or (message['role'] == 'assistant' and loop.last) %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{% endif %}{% endfor %}"
-)
-
-
-class VLVProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """
-    append_eos (`bool`): Whether a suffix ends with EOS.
-    pad_to_max_length (`bool`): Whether labels are padded to `max_length`.
-    """
-
-    images_kwargs: VLVImageProcessorKwargs
-    append_eos: bool
-    pad_to_max_length: bool
-
-
-class VLVProcessor(_WithoutInheritedCode, ProcessorMixin):
-    r"""
-    Images to `pixel_values`, a text prefix to `input_ids`, captions to `labels`.
-
-    Args:
-        image_processor ([`VLVImageProcessor`]): Prepares the images.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The language model's own. It needs an EOS token. One without a padding token pads with EOS.
-        chat_template (`str`, *optional*):
-            By default the text of the user's messages, which may be empty, and of a last message by the assistant.
-
-    Raises:
-        ValueError: If the tokenizer has no EOS token.
-    """
-
-    valid_processor_kwargs = VLVProcessorKwargs
-    model_input_names = ["pixel_values", "input_ids", "attention_mask"]  # noqa: RUF012
-    # A text prefix is padded on the left, because the caption follows it, and has no BOS or EOS.
-    text_kwargs = {  # noqa: RUF012
-        "add_special_tokens": False,
-        "padding": True,
-        "padding_side": "left",
-        "return_attention_mask": True,
-        "return_token_type_ids": False,
-        "return_tensors": "pt",
-    }
-    images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
-    append_eos = True
-    pad_to_max_length = False
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        if tokenizer is not None:
-            if tokenizer.eos_token_id is None:
-                raise ValueError("the tokenizer has no EOS token, so no caption would end; set tokenizer.eos_token")
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Writes the configurations, and the code that they name, into a folder or a Hub repository."""
-        _write_code([self, self.image_processor], Path(save_directory))
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    def __call__(
-        self,
-        images: Any = None,
-        text: str | list[str] | None = None,
-        suffix: str | list[str] | None = None,
-        videos: None = None,
-        audio: None = None,
-        **kwargs,
-    ) -> BatchFeature:
-        """Prepares a batch.
-
-        Args:
-            images: One image or several, of any kind that [`VLVImageProcessor`] takes.
-            text (`str` or `list[str]`, *optional*):
-                A text prefix between image and caption: an instruction that the model was trained to follow, or words
-                that the caption continues; may be empty. One for all images, or one for each. It has no EOS and is
-                padded on the left.
-            suffix (`str` or `list[str]`, *optional*):
-                Captions to train on, one for each image. They end with EOS, which is a label, too, and are padded on
-                the right with -100 to the longest of the batch.
-            max_length (`int`, *optional*):
-                Largest number of tokens of a suffix, EOS included. A longer one is cut and has no EOS. For `text` it
-                counts with `truncation=True` or `padding="max_length"`.
-            append_eos (`bool`, *optional*, defaults to `True`):
-                Whether suffixes end with EOS. The authors' code adds none, so that its captions never learn to end.
-            pad_to_max_length (`bool`, *optional*, defaults to `False`):
-                Pads labels to `max_length`, as the authors' code does, instead of to the longest of the batch.
-            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"` or None for lists.
-            kwargs: Arguments of transformers' image processors (`size`, `do_normalize`, ...) and tokenizers
-                (`padding`, `truncation`, ...), also as `images_kwargs` and `text_kwargs`.
-
-        Returns:
-            `pixel_values` (B, 3, height, width), `input_ids` and `attention_mask` (B, P), `labels` (B, L): those that
-            the arguments ask for.
-
-        Raises:
-            ValueError: If nothing is given, numbers of images and texts differ, or an image cannot be read; the
-                message gives the index of the image.
-            TypeError: For an unknown argument; the message gives the nearest name.
-        """
-        if videos is not None or audio is not None:
-            raise ValueError("VLV takes images and text, not videos or audio")
-        if images is None and text is None and suffix is None:
-            raise ValueError("give images, text or suffix")
-        self._refuse_unknown(kwargs)
-        merged = self._merge_kwargs(VLVProcessorKwargs, **kwargs)
-        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
-        data: dict[str, Any] = {}
-        count = None
-        if images is not None:
-            data.update(self.image_processor(images, **merged["images_kwargs"]))
-            count = len(data["pixel_values"])
-        if text is not None:
-            texts = [text] * (count or 1) if isinstance(text, str) else list(text)
-            if count is not None and len(texts) != count:
-                raise ValueError(f"{len(texts)} texts for {count} images; give one for all, or one for each")
-            data.update(self._encode_prefix(texts, return_tensors, merged["text_kwargs"]))
-        if suffix is not None:
-            captions = [suffix] if isinstance(suffix, str) else list(suffix)
-            if count is not None and len(captions) != count:
-                raise ValueError(f"{len(captions)} captions for {count} images; give one for each")
-            max_length = merged["text_kwargs"].get("max_length")
-            labels = self._labels(captions, max_length, merged["append_eos"], merged["pad_to_max_length"])
-            data["labels"] = _convert(labels, return_tensors)
-        return BatchFeature(data)
-
-    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
-        """The beginning of the caption in a chat, or in several; with `tokenize=True` their images, too.
-
-        A chat without words has one token of padding, so that chats with and without words make a batch.
-
-        Raises:
-            ValueError: If a chat has more than one image.
-        """
-        chats, _ = self._normalize_conversations(conversation)
-        for chat in chats:
-            contents = [message["content"] for message in chat if isinstance(message.get("content"), list)]
-            count = sum(part.get("type") == "image" for content in contents for part in content)
-            if count > 1:
-                raise ValueError(f"a chat has one image, this one has {count}; make one chat of each image")
-        result = super().apply_chat_template(conversation, *args, **kwargs)
-        ids = result.get("input_ids") if isinstance(result, BatchFeature) else None
-        if isinstance(ids, np.ndarray | torch.Tensor) and ids.shape[1] == 0:
-            kind = "pt" if isinstance(ids, torch.Tensor) else "np"
-            padding = {"input_ids": [[self.tokenizer.pad_token_id]] * len(ids), "attention_mask": [[0]] * len(ids)}
-            result.update({name: _convert(rows, kind) for name, rows in padding.items()})
-        return result
-
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        """Raises `TypeError` for a name that neither processor, image processor nor tokenizer knows."""
-        images, text = set(VLVImageProcessorKwargs.__annotations__), set(TextKwargs.__annotations__)
-        known = images | text | set(VLVProcessorKwargs.__annotations__) | {"common_kwargs"}
-        nested = {"images_kwargs": images, "text_kwargs": text, "common_kwargs": images | text}
-        unknown = [(name, known) for name in kwargs if name not in known]
-        for group, names in nested.items():
-            unknown += [(name, names) for name in kwargs.get(group) or {} if name not in names]
-        for name, names in unknown:
-            near = difflib.get_close_matches(name, [*names, "suffix", "images", "text"], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"VLVProcessor got an unknown argument {name!r}{hint}")
-
-    def _encode_prefix(self, texts: list[str], return_tensors: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        _require_strings(texts, "texts")
-        if not kwargs.get("truncation") and kwargs.get("padding") != "max_length":
-            kwargs = {name: value for name, value in kwargs.items() if name != "max_length"}
-        encoded = self.tokenizer(texts, **kwargs)
-        return {name: _convert(rows, return_tensors) for name, rows in encoded.items()}
-
-    def _labels(
-        self, captions: list[str], max_length: int | None, append_eos: bool, pad_to_max_length: bool
-    ) -> list[list[int]]:
-        _require_strings(captions, "captions")
-        if pad_to_max_length and max_length is None:
-            raise ValueError("pad_to_max_length needs max_length")
-        end = [self.tokenizer.eos_token_id] if append_eos else []
-        rows = [(ids + end)[:max_length] for ids in self.tokenizer(captions, add_special_tokens=False).input_ids]
-        padded = self.tokenizer.pad(
-            {"input_ids": rows},
-            padding="max_length" if pad_to_max_length else "longest",
-            max_length=max_length,
-            padding_side="right",
-            return_attention_mask=True,
-        )
-        return [
-            [token if counted else -100 for token, counted in zip(ids, mask, strict=True)]
-            for ids, mask in zip(padded["input_ids"], padded["attention_mask"], strict=True)
-        ]
-
-
-def _require_strings(values: list[Any], what: str) -> None:
-    if wrong := [value for value in values if not isinstance(value, str)]:
-        raise ValueError(f"{what} must be strings, got {type(wrong[0]).__name__}")
-
-
-def _convert(rows: list[list[int]], return_tensors: str | None) -> Any:
-    """Rows of equal length as int64, also where that length is 0, which the libraries would make float."""
-    if return_tensors is None:
-        return rows
-    values = np.asarray(rows, dtype=np.int64)
-    return torch.from_numpy(values) if return_tensors == "pt" else values
-
-
-__all__ = ["VLVImageProcessor", "VLVProcessor"]
+__all__ = ["VLVImageProcessor"]

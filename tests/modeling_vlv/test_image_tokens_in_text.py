@@ -1,0 +1,148 @@
+"""The processor makes sequences with image tokens, as other vision-language processors do."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vlv import VLVProcessor, hub
+from vlv.miniature.tokenizer import build_tokenizer
+from vlv.processing_vlv_captioner import IMAGE_TOKENS, LEGACY_CHAT_TEMPLATE
+
+from ..builders import QUERIES, VOCABULARY
+
+
+def chat(image, *words: str) -> list[dict]:
+    parts = [{"type": "image", "image": image}, *({"type": "text", "text": text} for text in words)]
+    return [{"role": "user", "content": parts}]
+
+
+def test_an_image_token_becomes_as_many_as_an_image_needs(processor, images):
+    inputs = processor(images=images[:3], text=["<image>a large", "a<image><image>"])
+    image, pad = [VOCABULARY] * QUERIES, processor.tokenizer.pad_token_id
+    words = processor.tokenizer("a large").input_ids
+    assert inputs["input_ids"].tolist() == [[pad] * (QUERIES - 1) + image + words, [words[0], *image, *image]]
+    assert inputs["attention_mask"].sum(dim=1).tolist() == [QUERIES + 2, 2 * QUERIES + 1]
+    assert len(inputs["pixel_values"]) == 3
+    assert processor.decode(inputs["input_ids"][0], skip_special_tokens=True) == "a large"
+    types = processor(images=images[0], text="<image>a", return_mm_token_type_ids=True)["mm_token_type_ids"]
+    assert types.tolist() == [[1] * QUERIES + [0]]
+
+
+def test_the_processor_tells_what_other_tools_ask(processor):
+    assert (processor.image_token, processor.image_token_id) == ("<image>", VOCABULARY)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == VOCABULARY
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(64, 64), (20, 30)])
+    assert counts.num_image_tokens == [QUERIES] * 2 and counts.num_image_patches == [1, 1]
+
+
+def test_captions_after_sequences_are_labels_as_long_as_the_input(processor, captioner, images):
+    """And the loss is that of a text prefix with captions alone."""
+    captions = ["a small dog", "a"]
+    inputs = processor(images=images[:2], text=["<image>a", "<image>"], suffix=captions)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    counted = labels != -100
+    assert labels.shape == ids.shape and torch.equal(labels[counted], ids[counted])
+    assert [processor.decode(row[row != -100]) for row in labels] == ["a small dog </s>", "a </s>"]
+    prefix = processor(images=images[:2], text=["a", ""], suffix=captions)
+    with torch.no_grad():
+        assert captioner(**inputs).loss.item() == pytest.approx(captioner(**prefix).loss.item(), rel=1e-5)
+    cut = processor(images=images[:1], text="<image>", suffix=captions[:1], max_length=2, append_eos=False)
+    assert cut["labels"][0, QUERIES:].tolist() == processor.tokenizer("a small").input_ids
+    padded = processor(images=images[:1], text="<image>", suffix="a", max_length=6, pad_to_max_length=True)
+    assert padded["labels"].shape == padded["input_ids"].shape == (1, QUERIES + 6)
+
+
+@pytest.mark.parametrize(
+    ("count", "text", "message"),
+    [
+        (1, "<image><image>", r"2 image tokens \(<image>\) for 1 images"),
+        (3, ["<image>", "a"], "1 image tokens .* for 3 images"),
+        (0, "<image>", "1 image tokens .* for 0 images"),
+    ],
+)
+def test_numbers_of_images_and_image_tokens_that_differ_are_an_error(processor, images, count, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=images[:count] or None, text=text)
+
+
+def test_a_processor_that_does_not_know_the_number_of_tokens_says_how_to_set_it(image_processor, images):
+    processor = VLVProcessor(image_processor, build_tokenizer(for_text_encoder=False))
+    with pytest.raises(ValueError, match=r"set processor.image_seq_length = model.config.num_query_tokens"):
+        processor(images=images[0], text="<image>")
+
+
+@pytest.mark.parametrize("token", IMAGE_TOKENS)
+def test_a_placeholder_that_the_vocabulary_has_is_the_image_token(image_processor, token):
+    tokenizer = build_tokenizer(for_text_encoder=False)
+    tokenizer.add_tokens(["<other>", token, "<more>"], special_tokens=True)
+    processor = VLVProcessor(image_processor, tokenizer, image_seq_length=2)
+    assert (processor.image_token, processor.image_token_id) == (token, VOCABULARY + 1)
+    assert len(tokenizer) == VOCABULARY + 3
+    assert processor.apply_chat_template(chat(None, "a")) == token + "a"
+
+
+def test_ids_of_chats_are_lists_without_padding_unless_tensors_are_asked_for(processor, images):
+    """GRPO in TRL pads them itself, and counts every id as a word."""
+    chats = [chat(images[0], "a large"), chat(images[1])]
+    settings = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    lists = processor.apply_chat_template(chats, **settings)
+    assert list(map(len, lists["input_ids"])) == [QUERIES + 2, QUERIES] == list(map(sum, lists["attention_mask"]))
+    tensors = processor.apply_chat_template(chats, **settings, return_tensors="pt")
+    assert tensors["input_ids"].shape == (2, QUERIES + 2)
+    assert tensors["attention_mask"].tolist()[1][:3] == [0, 0, 1]
+    right = processor.apply_chat_template(
+        chats, **settings, return_tensors="pt", processor_kwargs={"padding": True, "padding_side": "right"}
+    )
+    assert right["attention_mask"].tolist()[1][-3:] == [1, 0, 0]
+
+
+def test_the_assistants_words_and_their_end_are_what_is_learnt(processor, images):
+    answered = [*chat(images[0], "a"), {"role": "assistant", "content": "a small dog"}]
+    inputs = processor.apply_chat_template(
+        answered, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = [i for i, learnt in zip(inputs["input_ids"][0], inputs["assistant_masks"][0], strict=True) if learnt]
+    assert processor.decode(ids) == "a small dog </s>"
+    prompt = processor.apply_chat_template(answered[:1], add_generation_prompt=True)
+    assert processor.apply_chat_template(answered) == prompt + " a small dog</s>"
+
+
+@pytest.fixture
+def older(captioner, processor, tmp_path):
+    """A captioner as version 0.2.0 saved it, without a word on image tokens."""
+    captioner.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    build_tokenizer(for_text_encoder=False).save_pretrained(tmp_path)
+    for name, field in (("config.json", "image_token_id"), ("processor_config.json", "image_seq_length")):
+        content = json.loads((tmp_path / name).read_text())
+        del content[field]
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "chat_template.jinja").write_text(LEGACY_CHAT_TEMPLATE)
+    return tmp_path
+
+
+@pytest.mark.parametrize("loader", ["hub", "transformers"])
+def test_a_captioner_of_an_older_version_takes_chats_and_writes_the_same(older, captioner, images, loader):
+    if loader == "hub":
+        model, processor = hub.load_captioner(older)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(older).eval()
+        processor = AutoProcessor.from_pretrained(older)
+    assert model.config.image_token_id == processor.image_token_id == VOCABULARY
+    assert processor.image_seq_length == QUERIES
+    assert len(model.get_input_embeddings().weight) == VOCABULARY  # no new weight
+    expected = captioner.generate(**processor(images=images[:1], text="a"), max_new_tokens=5)
+    inputs = processor.apply_chat_template(
+        chat(images[0], "a"), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    written = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(written[:, inputs["input_ids"].shape[1] :], expected)
+
+
+def test_without_a_configured_token_ids_beyond_the_embeddings_are_image_tokens(captioner, processor, images):
+    inputs = processor(images=images[:1], text="<image>a")
+    expected = captioner.generate(**inputs, max_new_tokens=5)
+    captioner.config.image_token_id = None
+    assert torch.equal(captioner.generate(**inputs, max_new_tokens=5), expected)
