@@ -1,0 +1,120 @@
+"""Parts of the captioner without weights: what `generate` does around the language model's own, and the backbone.
+
+Shapes in comments: B sequences, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+def padding_first(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings `(B, L, d)` and their mask `(B, L)`, with padding moved to the front; the order is kept."""
+    order = (mask != 0).long().argsort(dim=1, stable=True)
+    return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
+
+
+def count_new_tokens(length: int, explicit: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` in which `max_length` and `min_length`, of `length` and new tokens, are of new ones."""
+    counted = dict(arguments)
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = counted.pop(total, explicit.pop(total, None))
+        if value is None or counted.get(new, explicit.get(new)) is not None:
+            continue
+        if total == "max_length" and value <= length:
+            raise ValueError(f"max_length is {value}, but input_ids have {length} tokens already; make it larger")
+        counted[new] = max(value - length, 0)
+    return counted
+
+
+def after_prompt(prompt: torch.Tensor, result: Any) -> Any:
+    """What `generate` returned, with the prompt `(B, L)` before the new ids."""
+    new = result if isinstance(result, torch.Tensor) else result.sequences
+    sequences = torch.cat([prompt.to(new).repeat_interleave(len(new) // len(prompt), dim=0), new], dim=1)
+    if isinstance(result, torch.Tensor):
+        return sequences
+    result.sequences = sequences
+    return result
+
+
+class Backbone:
+    """The captioner without the language model's output layer.
+
+    Tools that compute logits themselves, such as TRL's trainers, call it as `model.base_model`. Of a captioner that is
+    the encoder, whose attributes it has.
+    """
+
+    def __init__(self, captioner: Any):
+        object.__setattr__(self, "_captioner", captioner)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> Any:
+        """The language model's last hidden state `(B, L, d_lm)` of sequences with image tokens."""
+        images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
+        sequence, positions, _ = self._captioner._read_sequence(input_ids, attention_mask, position_ids, None, images)
+        decoder = self._captioner.get_decoder()
+        return decoder(inputs_embeds=sequence, use_cache=bool(use_cache), return_dict=True, **positions, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._captioner.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._captioner.model, name, value)
+
+
+class PromptStreamer(BaseStreamer):
+    """Gives a streamer the prompt first, as `generate` of a model that reads no embeddings does."""
+
+    def __init__(self, streamer: Any, prompt: torch.Tensor):
+        self.streamer, self.prompt = streamer, prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(value if self.prompt is None else self.prompt.cpu())
+        self.prompt = None  # type: ignore[assignment]
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+REFUSED_GENERATION_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "assistant_model": (lambda v: v is not None, "an assistant cannot read the image prefix; leave it out"),
+    "prompt_lookup_num_tokens": (lambda v: v is not None, "the prefix is not text to look up in; leave it out"),
+    "guidance_scale": (
+        lambda v: v not in (None, 1, 1.0),
+        "there is no unconditional prefix for the language model; leave it out "
+        "(guidance belongs to VLVReconstructionPipeline)",
+    ),
+    "max_length": (lambda v: v is not None, "the prefix has no words to count; use max_new_tokens"),
+    "min_length": (lambda v: v not in (None, 0), "the prefix has no words to count; use min_new_tokens"),
+    "prefill_chunk_size": (lambda v: v is not None, "the prefix has no words to cut; leave it out"),
+    "inputs_embeds": (lambda v: v is not None, "pass pixel_values or caption_embeds, and words as input_ids"),
+}
+
+
+def check_generation_arguments(arguments: dict[str, Any]) -> None:
+    for name, (is_set, advice) in REFUSED_GENERATION_ARGUMENTS.items():
+        if name in arguments and is_set(arguments[name]):
+            raise ValueError(f"{name} does not work with VLV's generate: {advice}")
+
+
+__all__ = [
+    "Backbone",
+    "PromptStreamer",
+    "after_prompt",
+    "check_generation_arguments",
+    "count_new_tokens",
+    "padding_first",
+]

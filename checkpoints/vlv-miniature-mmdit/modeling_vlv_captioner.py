@@ -1,0 +1,597 @@
+"""VLV's captioner: a language model decodes the conditioning of caption embeddings into a caption.
+
+Shapes in comments: B sequences, N images, Q query tokens, P tokens of a text prefix, L tokens of a caption or of a
+sequence, d_text the width of a caption embedding, d_lm the width of the language model.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .generation_vlv import (
+    Backbone,
+    PromptStreamer,
+    after_prompt,
+    check_generation_arguments,
+    count_new_tokens,
+    padding_first,
+)
+from .modeling_vlv import VLVConfig, VLVModel, VLVPreTrainedModel, VLVProjector, from_sub_configs
+
+
+@dataclass
+class VLVCausalLMOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor` of shape `()`, returned when `labels` are given):
+            Next-token cross-entropy over the labels that are not -100.
+        logits (`torch.Tensor`):
+            `(B, L, vocab)` with labels: `logits[:, i]` predicts `labels[:, i]`. `(B, 1, vocab)` without labels: the
+            next token. `(B, Q + P + L, vocab)` with `full_logits=True`. None in training, unless asked for.
+        caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
+            The caption embeddings that the language model read.
+        hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
+            Of the language model, as it returns them: its embeddings and the output of each layer, each
+            `(B, Q + P + L, d_lm)`, prefix included.
+        attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
+            Attention weights of each layer of the language model, `(B, heads, Q + P + L, Q + P + L)`.
+        past_key_values (`Cache`, returned with `use_cache=True`):
+            Keys and values of the language model, over the same positions.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    caption_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Cache | None = None
+
+
+class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
+    """The captioner: a [`VLVModel`], a projection, and a causal language model that reads the conditioning.
+
+    Raises:
+        ValueError: If the configuration is a stage-1 model's, which has no language model.
+    """
+
+    def __init__(self, config: VLVConfig):
+        if config.text_config is None:
+            raise ValueError(
+                "this is a stage-1 checkpoint: it has no language model, so it reconstructs images but writes no "
+                "captions. Load it as VLVModel, or start stage 2 with "
+                "VLVForConditionalGeneration.from_vlv_text_pretrained(this_checkpoint, a_language_model)"
+            )
+        super().__init__(config)
+        self.model = VLVModel._from_config(config)
+        text_config = config.text_config.get_text_config()
+        d_lm = getattr(text_config, "word_embed_proj_dim", None) or text_config.hidden_size  # the first is OPT's
+        self.language_projection = VLVProjector(config.conditioning_dim, d_lm)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
+        self.loss_type = "ForMaskedLM"  # cross-entropy without a shift: logits[:, i] predicts labels[:, i]
+        self.post_init()
+        self.generation_config = GenerationConfig.from_model_config(config.text_config)
+
+    @classmethod
+    def from_vlv_text_pretrained(
+        cls, vlv: str | VLVModel, language_model: str | PreTrainedModel, *, dtype: torch.dtype = torch.float32
+    ) -> VLVForConditionalGeneration:
+        """Starts stage 2 from a stage-1 model and a pretrained causal language model. The projection is new.
+
+        Args:
+            vlv (`str` or `VLVModel`): Folder or repo id of a stage-1 model, or the model.
+            language_model (`str` or `PreTrainedModel`):
+                Folder or repo id of a causal language model, e.g. `Qwen/Qwen2.5-3B`, or the model.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Precision of all parts, whatever they are stored in. Training in mixed precision needs full weights.
+        """
+        encoder: Any = VLVModel.from_pretrained(vlv) if isinstance(vlv, str) else vlv
+        if isinstance(language_model, str):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+        own = {item.name: getattr(encoder.config, item.name) for item in fields(VLVConfig) if item.init}
+        own = {name: value for name, value in own.items() if name not in PreTrainedConfig.__dataclass_fields__}
+        sub_configs = {name: own.pop(name) for name in VLVConfig.sub_configs_defaults}
+        sub_configs = {name: config for name, config in sub_configs.items() if config is not None}
+        model = from_sub_configs(cls, {**sub_configs, "text_config": language_model.config}, dtype, **own)
+        model.model.load_state_dict(encoder.state_dict())
+        model.language_model.load_state_dict(language_model.state_dict())
+        if language_model.generation_config is not None:
+            model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Loads a captioner. Of one that is stored without `image_token_id`, the processor beside it tells the id."""
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.image_token_id is None and pretrained_model_name_or_path is not None:
+            names = ("cache_dir", "local_files_only", "token", "revision")
+            hub = {name: kwargs[name] for name in names if name in kwargs}
+            with suppress(Exception):  # no processor, or none that loads without code of the repository
+                processor = AutoProcessor.from_pretrained(
+                    pretrained_model_name_or_path, trust_remote_code=False, **hub
+                )
+                model.config.image_token_id = processor.image_token_id
+        return loaded
+
+    @property
+    def base_model(self) -> Any:
+        """The encoder's attributes; called, the captioner without the language model's output layer."""
+        return Backbone(self)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self, modality: str | None = None):
+        return self.language_model.get_decoder()
+
+    def set_image_token(self, image_token_id: int) -> None:
+        """Names the token that stands for images in `input_ids`: `VLVProcessor.image_token_id`.
+
+        Where it has no embedding, it gets one, and the tied weights of the language model stay tied. This model works
+        without: it never looks the embedding up. Tools that score every token of a prompt, such as TRL's trainers
+        where no mask leaves the prompt out, need its logit. `generate` does not write it.
+        """
+        if image_token_id >= self._num_embeddings():
+            self.resize_token_embeddings(image_token_id + 1)
+            suppressed = self.generation_config.suppress_tokens or []
+            self.generation_config.suppress_tokens = [*suppressed, image_token_id]
+        self.config.image_token_id = image_token_id
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """As [`VLVModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_prefix(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
+
+        Returns:
+            Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and the caption embeddings `(B, Q, d_text)`.
+            Padding of a text prefix is moved to the front, so that the last position always precedes the caption.
+
+        Raises:
+            ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
+                belongs to nothing, `inputs_embeds` are given beside `input_ids`, or the prefix is longer than the
+                language model can read.
+        """
+        if pixel_values is None and caption_embeds is None and image_features is None:
+            raise ValueError(
+                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values, "
+                "caption_embeds and image_features"
+            )
+        if input_ids is not None:
+            self._refuse_unknown_ids(input_ids)
+        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds, image_features=image_features)
+        token_embeddings = self.get_input_embeddings()
+        prefix = self._project(output.conditioning)  # (B, Q, d_lm)
+        mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
+        if input_ids is not None and inputs_embeds is not None:
+            raise ValueError("pass the text prefix as input_ids or as inputs_embeds, not as both")
+        text = inputs_embeds if input_ids is None else input_ids
+        if text is None and attention_mask is not None:
+            raise ValueError("attention_mask belongs to a text prefix; pass input_ids, too, or leave it out")
+        if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any():
+            text = None  # padding alone
+        if text is not None and text.shape[1]:
+            name = "inputs_embeds" if input_ids is None else "input_ids"
+            if len(text) != len(prefix):
+                raise ValueError(f"{len(text)} rows of {name} for {len(prefix)} images; give one row an image")
+            if attention_mask is None:
+                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+            if attention_mask.shape != text.shape[:2]:
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}, but {name} are {tuple(text.shape)}"
+                )
+            words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
+            prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
+            mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
+            self._refuse_long_prefix(mask)
+            prefix, mask = padding_first(prefix, mask)
+        return prefix, mask, output.caption_embeds
+
+    def _project(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """Conditioning `(N, Q, d_cond)` as embeddings of the language model `(N, Q, d_lm)`."""
+        projected = self.language_projection(conditioning.to(self.language_projection.linear_1.bias.dtype))
+        return projected.to(self.get_input_embeddings().weight.dtype)
+
+    def _num_embeddings(self) -> int:
+        """Tokens that have an embedding; 0 where other processes hold them."""
+        weight: Any = self.get_input_embeddings().weight
+        return weight.shape[0]
+
+    def _are_image_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(B, L)` bool: the tokens `config.image_token_id`; where it is not set, those beyond the embeddings."""
+        token, rows = self.config.image_token_id, self._num_embeddings()
+        beyond = rows if token is None and rows else torch.iinfo(torch.long).max
+        return input_ids >= beyond if token is None else input_ids == token
+
+    def _refuse_unknown_ids(self, input_ids: torch.Tensor) -> None:
+        """Raises `ValueError` for a token without embedding, such as an image token that the model does not know."""
+        rows = self._num_embeddings()
+        if torch.compiler.is_compiling() or not rows or not input_ids.numel() or (top := int(input_ids.max())) < rows:
+            return
+        raise ValueError(
+            f"input_ids hold the id {top}, but the language model has embeddings of {rows} tokens; if it is the image "
+            "token of the processor, call model.set_image_token(processor.image_token_id) first"
+        )
+
+    def get_prompt_embeds(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of words and, in place of the image tokens, of images: Q image tokens for each of the N images.
+
+        Images are taken in the order of the image tokens, row by row. A row has any number of images.
+
+        Returns:
+            Embeddings `(B, L, d_lm)`, and the caption embeddings `(N, Q, d_text)`.
+
+        Raises:
+            ValueError: If image tokens and caption embeddings differ in number.
+        """
+        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds, image_features=image_features)
+        images = self._project(output.conditioning)  # (N, Q, d_lm)
+        is_image = self._are_image_tokens(input_ids)  # (B, L)
+        if not torch.compiler.is_compiling() and int(is_image.sum()) != images.shape[0] * images.shape[1]:
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, features: "
+                f"{len(images)} images x {images.shape[1]}; VLVProcessor repeats an image token as often as needed"
+            )
+        # The image token may lie beyond the embeddings: it is never looked up.
+        words = input_ids.masked_fill(is_image, 0)
+        self._refuse_unknown_ids(words)
+        embeds = self.get_input_embeddings()(words)  # (B, L, d_lm)
+        return embeds.masked_scatter(is_image[..., None], images.to(embeds)), output.caption_embeds
+
+    def _refuse_long_prefix(self, mask: torch.Tensor) -> None:
+        """Raises `ValueError` if a prefix of this mask `(B, Q + P)` leaves the language model no position."""
+        positions = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if positions is None or mask.shape[1] < positions or torch.compiler.is_compiling():
+            return
+        if (length := int(mask.sum(dim=1).max())) >= positions:
+            raise ValueError(
+                f"the image and the text before the caption have {length} tokens, and the language model has "
+                f"{positions} positions, which leaves none for the caption; shorten the text"
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_logits: bool | None = None,
+        full_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        image_features: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> VLVCausalLMOutput:
+        """Next-token loss and logits of captions, given their images, in one of two forms.
+
+        If `input_ids` hold `config.image_token_id`, they are a whole sequence, as other vision-language models take
+        it: `(B, L)` words, and Q image tokens for each image, which caption embeddings replace. `attention_mask` and
+        `labels` are `(B, L)`, too (image tokens and -100 are no label, and `labels[:, i + 1]` is predicted at `i`);
+        `logits` are those of every position, or of `logits_to_keep`. A call with `past_key_values` goes on after the
+        positions in it, and has images only where `input_ids` hold image tokens.
+
+        Otherwise images come first, and the following holds:
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
+            caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*): A text prefix, also of length 0, without loss.
+            attention_mask (`torch.Tensor` of shape `(B, P)`, *optional*): Of the text prefix, padded on either side.
+            labels (`torch.Tensor` of shape `(B, L)`, *optional*):
+                The caption alone, its EOS included, padded on the right with -100.
+            return_logits (`bool`, *optional*):
+                By default logits are returned, except in training with labels. There they are computed only at the
+                positions that predict a label.
+            full_logits (`bool`, *optional*, defaults to `False`): Returns logits of every position, prefix included.
+            num_items_in_batch (`int`, *optional*): Divisor of the summed loss, for gradient accumulation.
+            inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
+            use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in [`VLVModel`]. In place of images.
+            position_ids, past_key_values, logits_to_keep: Of the form with image tokens, as in other models.
+            kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
+
+        Raises:
+            ValueError: If labels and images differ in number, or the labels repeat `input_ids`.
+            TypeError: For an argument that has no effect.
+        """
+        self._refuse_unused(kwargs)
+        recorded = {
+            name: getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
+            for name in ("output_hidden_states", "output_attentions")
+        }
+        images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
+        if input_ids is not None and (past_key_values is not None or self._are_image_tokens(input_ids).any()):
+            if inputs_embeds is not None:
+                raise ValueError("pass a sequence with image tokens as input_ids, not as inputs_embeds")
+            sequence, positions, caption_embeds = self._read_sequence(
+                input_ids, attention_mask, position_ids, past_key_values, images
+            )
+            output = self._score_sequence(
+                *(sequence, positions | recorded, labels, logits_to_keep, return_logits, num_items_in_batch),
+                past_key_values=past_key_values,
+                use_cache=bool(use_cache) or (use_cache is None and past_key_values is not None),
+            )
+            output.caption_embeds = caption_embeds
+            return output
+        unused = {"position_ids": position_ids, "past_key_values": past_key_values}
+        unused["logits_to_keep"] = None if isinstance(logits_to_keep, int) and not logits_to_keep else logits_to_keep
+        if wrong := [name for name, value in unused.items() if value is not None]:
+            raise TypeError(
+                f"{wrong[0]!r} belongs to input_ids with image tokens, and has no effect here; leave it out"
+            )
+        sequence, mask, caption_embeds = self.get_prefix(
+            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds, image_features
+        )
+        with_text = sequence.shape[1] > caption_embeds.shape[1]
+        start = sequence.shape[1] - 1  # the position that predicts the first label
+        length = 1
+        if labels is not None:
+            if labels.ndim != 2 or len(labels) != len(sequence):
+                raise ValueError(f"labels must be ({len(sequence)}, length), got {tuple(labels.shape)}")
+            _refuse_labels_of_the_prefix(labels, input_ids, attention_mask)
+            length = labels.shape[1]
+            label_embeds = self.get_input_embeddings()(labels.clamp(min=0)).to(sequence)  # (B, L, d_lm)
+            sequence = torch.cat([sequence, label_embeds], dim=1)
+            mask = torch.cat([mask, (labels != -100).to(mask)], dim=1)
+        positions = {}
+        if with_text:  # otherwise no padding precedes a word
+            positions = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+        with_logits = full_logits or labels is None or (not self.training if return_logits is None else return_logits)
+        keep: Any = 0 if full_logits else sequence.shape[1] - start  # the last so many positions; 0 keeps all
+        if labels is not None and not with_logits:
+            keep = F.pad(labels != -100, (start, 1))  # (B, Q + P + L) bool: the positions that predict a label
+        output = self.language_model(
+            inputs_embeds=sequence,
+            use_cache=bool(use_cache),
+            logits_to_keep=keep,
+            return_dict=True,
+            **positions,
+            **recorded,
+        )
+        logits = output.logits  # (B, positions, vocab), or with a mask (number of labels, vocab)
+        self._require_kept((logits.shape[1] == (keep or sequence.shape[1])) if with_logits else logits.ndim == 2)
+        if not full_logits and with_logits:
+            logits = logits[:, :length]
+
+        loss: torch.Tensor | None = None
+        if labels is not None:
+            counted = labels != -100  # (B, L)
+            predictions = logits  # (number of labels, vocab)
+            if with_logits:
+                predictions = (logits[:, start : start + length] if full_logits else logits)[counted]
+            loss = self.loss_function(
+                logits=predictions,
+                labels=labels[counted],
+                vocab_size=predictions.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        return VLVCausalLMOutput(
+            loss=loss,
+            logits=logits if with_logits else None,
+            caption_embeds=caption_embeds,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            past_key_values=output.past_key_values if use_cache else None,
+        )
+
+    def _read_sequence(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        images: dict[str, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, dict[str, Any], torch.Tensor | None]:
+        """Embeddings `(B, L, d_lm)`, the language model's mask and positions, and the images' caption embeddings."""
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        caption_embeds = None
+        if any(given is not None for given in images.values()):
+            sequence, caption_embeds = self.get_prompt_embeds(input_ids, **images)
+        elif past:
+            sequence = self.get_input_embeddings()(input_ids)
+        else:
+            raise ValueError("input_ids hold image tokens, but their images are missing; pass pixel_values, too")
+        positions: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if attention_mask is not None:
+            expected = (len(input_ids), past + input_ids.shape[1])
+            if attention_mask.ndim == 2 and attention_mask.shape != expected:
+                raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but the sequences are {expected}")
+            if attention_mask.ndim == 2 and position_ids is None:
+                counted = attention_mask.long().cumsum(-1) - 1
+                positions["position_ids"] = counted.clamp(min=0)[:, past:]
+            positions["attention_mask"] = attention_mask
+        return sequence, positions, caption_embeds
+
+    def _score_sequence(
+        self,
+        sequence: torch.Tensor,
+        inputs: dict[str, Any],
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        return_logits: bool | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        **cache,
+    ) -> VLVCausalLMOutput:
+        """The loss and the logits of embeddings `(B, L, d_lm)`, with labels `(B, L)` at the same positions."""
+        keep: Any = logits_to_keep
+        if labels is not None:
+            if labels.shape != sequence.shape[:2]:
+                raise ValueError(
+                    f"labels are {tuple(labels.shape)}, but input_ids are {tuple(sequence.shape[:2])}; beside image "
+                    "tokens, labels are as long as input_ids, with -100 at what is not learnt"
+                )
+            if not isinstance(keep, int) or keep:
+                raise ValueError("labels need the logits of all positions; leave logits_to_keep out")
+            labels = labels.masked_fill(self._are_image_tokens(labels), -100)
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, L): what each position predicts
+            if return_logits is False:
+                keep = labels != -100
+        output = self.language_model(inputs_embeds=sequence, logits_to_keep=keep, return_dict=True, **inputs, **cache)
+        logits = output.logits  # (B, positions, vocab), or with a mask (number of labels, vocab)
+        loss: torch.Tensor | None = None
+        if labels is not None:
+            counted = labels != -100
+            self._require_kept(logits.ndim == 3 if return_logits is not False else logits.ndim == 2)
+            predictions = logits[counted] if logits.ndim == 3 else logits
+            loss = self.loss_function(
+                logits=predictions,
+                labels=labels[counted],
+                vocab_size=predictions.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        return VLVCausalLMOutput(
+            loss=loss,
+            logits=None if labels is not None and return_logits is False else logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            past_key_values=output.past_key_values if cache["use_cache"] else None,
+        )
+
+    def _require_kept(self, kept: bool) -> None:
+        """Raises `TypeError` unless the language model gave the logits that it was asked for."""
+        if not kept:
+            raise TypeError(
+                f"{type(self.language_model).__name__} ignores logits_to_keep, so VLV cannot use it; choose a causal "
+                "language model that supports it"
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        caption_embeds: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        prefix_dtype: torch.dtype | None = None,
+        inputs: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
+
+        Greedy search, beams, sampling, `max_new_tokens`, `min_new_tokens`, `num_return_sequences`, stopping criteria,
+        a streamer (for one image), `cache_implementation="static"`. Keyword arguments override `generation_config`,
+        which overrides the model's own.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
+            caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`): Caption embeddings that exist already.
+            input_ids (`torch.Tensor` of shape `(B, P)`, *optional*):
+                An instruction that the model was trained to follow, or words that the caption continues. Or `(B, L)`
+                words with image tokens among them, as in `forward`; then `max_length` and `min_length` count them.
+            prefix_dtype (`torch.dtype`, *optional*):
+                Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
+                of the model, which can change the result of beam search.
+            inputs (`torch.Tensor`): Another name of `pixel_values` or, of two dimensions, of `input_ids`.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in `forward`.
+
+        Returns:
+            `(B * num_return_sequences, length)` new token ids, without the prefix. After `input_ids` with image tokens
+            these come first, and the new ones follow.
+
+        Raises:
+            ValueError: For `assistant_model`, `prompt_lookup_num_tokens`, `guidance_scale`, `max_length`, `min_length`
+                and `inputs_embeds`. The message names the argument to use instead.
+        """
+        if inputs is not None:
+            if (input_ids if inputs.ndim == 2 else pixel_values) is not None:
+                raise ValueError("inputs is another name of pixel_values; pass one of them")
+            input_ids, pixel_values = (inputs, pixel_values) if inputs.ndim == 2 else (input_ids, inputs)
+        images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
+        explicit = {} if generation_config is None else generation_config.to_diff_dict()
+        prompt: torch.Tensor | None = None
+        if input_ids is not None and self._are_image_tokens(input_ids).any():
+            prompt = input_ids
+            mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
+            sequence, _, _ = self._read_sequence(prompt, mask, None, None, images)
+            prefix, mask = padding_first(sequence, mask)
+            kwargs = count_new_tokens(prompt.shape[1], explicit, kwargs)
+            if (streamer := kwargs.get("streamer")) is not None:
+                kwargs["streamer"] = PromptStreamer(streamer, prompt)
+        else:
+            prefix, mask, _ = self.get_prefix(input_ids=input_ids, attention_mask=attention_mask, **images)
+        check_generation_arguments(explicit)
+        check_generation_arguments(kwargs)
+        if prefix_dtype is not None:
+            prefix = prefix.to(prefix_dtype)
+        own = self.generation_config.to_dict()
+        # Lengths in a language model's own settings count its prompt. A VLV's prefix is not part of that prompt.
+        own = {name: value for name, value in own.items() if name not in ("max_length", "min_length")}
+        settings = copy.deepcopy(generation_config or self.generation_config)
+        settings.max_length = settings.min_length = None
+        settings.update(**{name: value for name, value in own.items() if value is not None}, defaults_only=True)
+        not_settings = settings.update(**kwargs)  # a streamer, stopping criteria, ...
+        result = self.language_model.generate(
+            inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **not_settings
+        )
+        return result if prompt is None else after_prompt(prompt, result)
+
+
+def _refuse_labels_of_the_prefix(
+    labels: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> None:
+    """Raises `ValueError` for labels aligned with `input_ids`, as the collators of other models make them."""
+    if input_ids is None or labels.shape != input_ids.shape or torch.compiler.is_compiling():
+        return
+    counted = labels != -100
+    repeated = counted & (labels == input_ids)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        repeated &= attention_mask != 0
+    if counted.any() and torch.equal(repeated, counted):
+        raise ValueError(
+            "labels repeat input_ids, so the model would learn to write its text prefix twice; labels are the caption "
+            "alone, which follows input_ids: pass it to VLVProcessor as suffix=, and leave input_ids out"
+        )
+
+
+__all__ = ["VLVForConditionalGeneration"]
