@@ -417,7 +417,7 @@ def as_markdown(found: dict[str, Any]) -> str:
         "# The system on a GPU" if full else "# The system at small size",
         "",
         f"{named}. {models}; random weights; batches in memory. Printed by `python benchmarks/gpu.py --size "
-        f"{found['size']} --output ...`.",
+        f"{found['size']} --output FILE`.",
         "Each row has the settings of those above it that worked. FLOPs are the model's, without recomputation. Their",
         "share is of the card's peak in bfloat16.",
     ]
@@ -470,7 +470,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.size == "full" and device == "cpu":
         parser.error("the full size needs a CUDA device; --size small runs everywhere")
     figures = options.output and options.output.with_suffix(".json")
-    known = json.loads(figures.read_text()) if figures and figures.exists() and options.parts != PARTS else None
+    known = None
+    if figures and figures.exists() and set(options.parts) != set(PARTS):
+        known = json.loads(figures.read_text())
     text = ""
     for found in measure(options.size, device, options.steps, options.parts, known):
         text = as_markdown(found)

@@ -32,6 +32,13 @@ parents = {}  # of each running child: the pipes of the server that has started 
 def import_libraries():
     shown = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print when they are imported
+    try:
+        import_each()
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+
+def import_each():
     for name in ("datasets", "peft"):
         with suppress(ImportError):  # they are extras
             importlib.import_module(name)
@@ -39,8 +46,6 @@ def import_libraries():
     from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
     from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPTextModel, HfArgumentParser, pipeline
     from transformers import Florence2ForConditionalGeneration, Qwen2ForCausalLM, T5EncoderModel
-    os.dup2(shown, 2)
-    os.close(shown)
 
 def start_server(environment):
     from_parent, to_server = os.pipe()
@@ -215,4 +220,7 @@ def _ask(request: dict) -> int | None:
     assert _server.stdin is not None and _server.stdout is not None
     _server.stdin.write(json.dumps(request) + "\n")
     _server.stdin.flush()
-    return json.loads(_server.stdout.readline())
+    answer = _server.stdout.readline()
+    if not answer:
+        raise RuntimeError("the process that starts the tests' processes has ended; the reason is in its stderr")
+    return json.loads(answer)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import pipeline
 
 from vlv import hub
@@ -182,12 +183,19 @@ CASES = [(stage, name) for stage, own in ((1, OF_STAGE_1), (2, OF_STAGE_2)) for 
 
 
 @pytest.mark.parametrize(("stage", "name"), CASES, ids=[f"stage {stage}: {name}" for stage, name in CASES])
-def test_each_setting_of_speed_and_memory_trains_as_float32_does(tmp_path, settings, losses_of_the_gpu, stage, name):
+def test_each_setting_of_speed_and_memory_trains_as_float32_does(
+    tmp_path, settings, losses_of_the_gpu, stage1_checkpoint, stage, name
+):
     chosen = (LADDER | (OF_STAGE_1 if stage == 1 else OF_STAGE_2))[name]
     if "8bit" in chosen.get("optim", ""):
         pytest.importorskip("torchao", reason="adamw_torch_8bit needs torchao")
     trainer = train(settings, stage, tmp_path, **chosen)
     assert trainer.args.device.type == "cuda"
+    start = load_file(stage1_checkpoint / "model.safetensors")
+    trained = {n: p.detach().float().cpu() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    encoder = {n.removeprefix("model."): p for n, p in trained.items() if n.removeprefix("model.") in start}
+    assert encoder or chosen.get("lora_rank")
+    assert all(not torch.equal(p, start[n]) for n, p in encoder.items() if "query_tokens" in n)
     found = losses(trainer)
     assert len(found) == COMMON["max_steps"] and all(math.isfinite(loss) for loss in found)
     compared = 1 if chosen.get("fp16") else None  # its loss scaling leaves out the first updates

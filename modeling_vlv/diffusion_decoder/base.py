@@ -211,15 +211,18 @@ class DiffusionDecoder(nn.Module, ABC):
         given = {"conditioning_layers": config.conditioning_layers, "pooled_conditioning": config.pooled_conditioning}
         widths = [encoder.hidden_size for encoder in config.text_encoder_configs]
         pooled = sum(config.text_encoder_configs[number].projection_dim for number in config.pooled_conditioning)
+
+        def describe(width: int) -> str:
+            return f" and pooled states of width {width}" if width else ""
+
         if own != given or not cls.reads(denoiser, widths) or pooled != cls.pooled_width(denoiser):
             raise ValueError(
                 f"{model} and {source} do not fit together: {source} is a {cls.title}, whose denoiser reads "
-                f"{cls.describe_conditioning(denoiser)} and pooled states of width {cls.pooled_width(denoiser)}, but "
-                f"{model} has "
+                f"{cls.describe_conditioning(denoiser)}{describe(cls.pooled_width(denoiser))}, but {model} has "
                 f"{'one text encoder' if len(widths) == 1 else f'{len(widths)} text encoders'} of width "
                 f"{' and '.join(map(str, widths))}, for conditioning_layers {config.conditioning_layers} and "
-                f"pooled_conditioning {config.pooled_conditioning} (width {pooled}); give the text-to-image "
-                f"model that {model} was trained with"
+                f"pooled_conditioning {config.pooled_conditioning}{describe(pooled)}; give the text-to-image model "
+                f"that {model} was trained with"
             )
 
     @classmethod
