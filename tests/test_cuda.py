@@ -198,7 +198,8 @@ def test_each_setting_of_speed_and_memory_trains_as_float32_does(
     assert all(not torch.equal(p, start[n]) for n, p in encoder.items() if "query_tokens" in n)
     found = losses(trainer)
     assert len(found) == COMMON["max_steps"] and all(math.isfinite(loss) for loss in found)
-    compared = 1 if chosen.get("fp16") else None  # its loss scaling leaves out the first updates
+    # The loss scaling of float16 leaves out the first updates, and LoRA trains other weights.
+    compared = 1 if chosen.get("fp16") or chosen.get("lora_rank") else None
     assert found[:compared] == pytest.approx(losses_of_the_gpu[stage][:compared], rel=0.25)
 
 
