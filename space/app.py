@@ -296,7 +296,7 @@ class Demo:
             for setting, count in zip(self.count_settings, (first_count, second_count), strict=True)
         ]
         images = [self.load(first, "the first image"), self.load(second, "the second image")]
-        caption_embeds = self.pipeline.encode_image(images)
+        caption_embeds = self.pipeline.get_caption_embeds(images)
         try:
             mixed = self.pipeline.mix_caption_embeds(list(caption_embeds), counts)
         except ValueError as error:
