@@ -25,7 +25,9 @@ STEPS = {"num_inference_steps": 3, "output_type": "pt"}
 
 @pytest.fixture
 def pipe(reconstruction) -> VLVReconstructionPipeline:
-    reconstruction.scheduler = DDIMScheduler.from_config(reconstruction.scheduler.config)
+    # steps_offset 1: diffusers' Stable Diffusion pipelines set it.
+    reconstruction.scheduler = DDIMScheduler.from_config(reconstruction.scheduler.config, steps_offset=1)
+    reconstruction.tokenizer.model_max_length = POSITIONS
     return reconstruction
 
 
@@ -174,7 +176,16 @@ def test_the_miniature_is_an_image_prompt_for_diffusers():
     pipe.set_progress_bar_config(disable=True)
     words, image = {"prompt": "a large sun at the top right"}, "examples/images/test-1.png"
     expected = pipe(image, **words, latents=noise(pipe, 1), **STEPS).images
-    inpaint = of_diffusers(pipe, StableDiffusionInpaintPipeline)
     settings = {"latents": noise(pipe, 1), "guidance_scale": 2.0, "height": 64, "width": 64, **STEPS}
-    settings |= {"image": Image.new("RGB", (64, 64)), "mask_image": Image.new("L", (64, 64), 255)}
-    assert_close_to_scale(inpaint(**pipe.encode_image(image, **words), **settings).images, expected, 1e-4)
+    text_to_image = of_diffusers(pipe, StableDiffusionPipeline)
+    assert_close_to_scale(text_to_image(**pipe.encode_image(image, **words), **settings).images, expected, 1e-4)
+    image_to_image = of_diffusers(pipe, StableDiffusionImg2ImgPipeline)
+    canvas = Image.open(image).convert("RGB")
+    settings = {"image": canvas, "strength": 0.7, "guidance_scale": 2.0, **STEPS}
+    results = [
+        image_to_image(
+            **pipe.encode_image(image, **given), **settings, generator=torch.Generator().manual_seed(1)
+        ).images
+        for given in ({}, words)
+    ]
+    assert (results[0] - results[1]).abs().max() > 0.1
