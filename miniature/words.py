@@ -23,7 +23,7 @@ from .scene_classifier import SceneClassifier
 from .scoring import ASPECTS, score_scenes
 from .world import CORNERS, OBJECTS, SIZES, Scene, SceneObject, sample_scenes
 
-HEADER = ("embeddings kept", "image's objects shown", "words' object shown", "F1, image", "F1, words")
+HEADER = ("embeddings kept", "image's objects shown", "words' object shown", "F1, image", "F1, words", "background")
 SEED = 23
 
 
@@ -57,10 +57,11 @@ def measure(
     steps: int,
     prompt_first: bool = False,
     guidance_scale: float = 2.0,
-) -> Iterator[tuple[int, float, float, float, float]]:
+) -> Iterator[tuple[int, float, float, float, float, float]]:
     """Scores for each number of embeddings that are kept, as in `HEADER`.
 
-    F1 is that of objects with their place, of the scene classifier's scenes of the generated images.
+    The scene classifier's scenes of the generated images are compared with the image's and the words'. F1 is that of
+    objects with their place; the background is the share of images with the background of the image.
     """
     pixels, scenes, words = zip(*scenes_with_words(count), strict=True)
     caption_embeds = pipeline.get_caption_embeds(torch.stack(pixels))
@@ -69,8 +70,9 @@ def measure(
         rows = pipeline.add_prompt(caption_embeds, prompts, kept, prompt_first)
         images = generate_in_batches(pipeline, "caption_embeds", rows, guidance_scale, steps, batch_size=24)
         predicted = scene_classifier.predict_scenes(images)
-        scores = [score_scenes(predicted, true)["object_place_f1"] for true in (scenes, words)]
-        yield kept, share_shown(predicted, scenes), share_shown(predicted, words), scores[0], scores[1]
+        of_image, of_words = score_scenes(predicted, scenes), score_scenes(predicted, words)
+        shown = share_shown(predicted, scenes), share_shown(predicted, words)
+        yield kept, *shown, of_image["object_place_f1"], of_words["object_place_f1"], of_image["background"]
 
 
 def main() -> None:

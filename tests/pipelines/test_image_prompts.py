@@ -179,8 +179,12 @@ def test_the_miniature_is_an_image_prompt_for_diffusers():
     settings = {"latents": noise(pipe, 1), "guidance_scale": 2.0, "height": 64, "width": 64, **STEPS}
     text_to_image = of_diffusers(pipe, StableDiffusionPipeline)
     assert_close_to_scale(text_to_image(**pipe.encode_image(image, **words), **settings).images, expected, 1e-4)
-    image_to_image = of_diffusers(pipe, StableDiffusionImg2ImgPipeline)
     canvas = Image.open(image).convert("RGB")
+    controlnet = ControlNetModel.from_unet(pipe.unet)
+    controlled = of_diffusers(pipe, StableDiffusionControlNetPipeline, controlnet=controlnet)
+    got = controlled(**pipe.encode_image(image, **words), image=canvas, **settings).images
+    assert_close_to_scale(got, expected, 1e-4)
+    image_to_image = of_diffusers(pipe, StableDiffusionImg2ImgPipeline)
     settings = {"image": canvas, "strength": 0.7, "guidance_scale": 2.0, **STEPS}
     results = [
         image_to_image(
