@@ -188,8 +188,8 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
     """Settings as metrics.json records them."""
-    names = ("guidance_scale", "num_inference_steps", "seed", "prompt", "image_tokens", "negative_prompt")
-    names = (*names, "revision", "dtype")
+    names = ["guidance_scale", "num_inference_steps", "seed", "prompt", "image_tokens", "negative_prompt"]
+    names += ["revision", "dtype"]
     model = "embedded miniature" if arguments.model is None else source
     return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
 

@@ -510,7 +510,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
 
         # 4. Prepare timesteps
-        custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
+        custom: dict[str, Any] = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
         self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
         schedule = self.scheduler.timesteps  # more than the steps, where a step evaluates the denoiser more than once
         num_inference_steps = len(schedule) if custom else num_inference_steps
