@@ -57,6 +57,7 @@ def add_parser(commands) -> None:
         "--image-size", type=positive, help="width and height in pixels (default: the size used in training)"
     )
     parser.add_argument("--prompt", help="words beside the images, after their embeddings, such as 'a red car'")
+    parser.add_argument("--prompt-first", action="store_true", help="place --prompt before the embeddings")
     parser.add_argument(
         "--image-tokens",
         type=int,
@@ -145,7 +146,7 @@ def add_words(
     Raises:
         ValueError: If they do not fit the model.
     """
-    return pipeline.add_prompt(caption_embeds, arguments.prompt, arguments.image_tokens)
+    return pipeline.add_prompt(caption_embeds, arguments.prompt, arguments.image_tokens, arguments.prompt_first)
 
 
 def reconstruct(
@@ -188,8 +189,8 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
     """Settings as metrics.json records them."""
-    names = ["guidance_scale", "num_inference_steps", "seed", "prompt", "image_tokens", "negative_prompt"]
-    names += ["revision", "dtype"]
+    names = ["guidance_scale", "num_inference_steps", "seed", "prompt", "prompt_first", "image_tokens"]
+    names += ["negative_prompt", "revision", "dtype"]
     model = "embedded miniature" if arguments.model is None else source
     return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
 

@@ -192,9 +192,8 @@ def test_words_are_beside_the_images_that_are_reconstructed(model_folder, mixed_
         assert reconstruct(model_folder, tmp_path / name, image, *arguments) == 0
         return Image.open(tmp_path / name / "reconstructions" / "good.png.png").tobytes()
 
-    whole, words = generate("whole"), generate("words", "--prompt", "a frog")
-    assert len({whole, words, generate("some", "--prompt", "a frog", "--image-tokens", 3)}) == 3
-    assert generate("all", "--image-tokens", 8) == whole
+    words, first = generate("words", "--prompt", "a frog"), generate("first", "--prompt", "a frog", "--prompt-first")
+    assert len({words, first, generate("some", "--prompt", "a frog", "--image-tokens", 3)}) == 3
     settings = json.loads((tmp_path / "words" / "metrics.json").read_text())["settings"]
     assert settings["prompt"] == "a frog" and settings["image_tokens"] is None
     assert reconstruct(model_folder, tmp_path / "e", image, "--image-tokens", 9) == 2
