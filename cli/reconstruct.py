@@ -17,7 +17,7 @@ from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_i
 from vlv.files import write_atomically
 from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstruction
 
-from .batches import Batch, read_batches
+from .batches import read_batches
 from .encode import encode
 from .errors import UserError
 from .inputs import collect_images, load_embeddings, positive
@@ -56,6 +56,14 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--image-size", type=positive, help="width and height in pixels (default: the size used in training)"
     )
+    parser.add_argument("--prompt", help="words beside the images, after their embeddings, such as 'a red car'")
+    parser.add_argument("--prompt-first", action="store_true", help="place --prompt before the embeddings")
+    parser.add_argument(
+        "--image-tokens",
+        type=int,
+        metavar="N",
+        help="keep the first N caption embeddings of each image; 0 for the words of --prompt alone (default: all)",
+    )
     parser.add_argument("--negative-prompt", help="text that the reconstructions are steered away from")
     parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
     add_model_arguments(parser)
@@ -87,6 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.embeddings:
         width = pipeline.encoder.config.caption_embed_dim
         inputs = load_embeddings(arguments.embeddings, width, "reconstruct")
+    else:
+        config = pipeline.encoder.config
+        try:
+            add_words(pipeline, torch.zeros(1, config.num_query_tokens, config.caption_embed_dim), arguments)
+        except ValueError as error:
+            raise UserError(f"--prompt and --image-tokens do not fit the model: {error}") from error
     size = arguments.image_size or pipeline.default_size
     if size % pipeline.size_multiple:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.size_multiple}")
@@ -96,7 +110,13 @@ def run(arguments: argparse.Namespace) -> int:
     with GrowingJson(folder / "metrics.json", head={"settings": _settings(arguments, source, size)}) as report:
         for batch in read_batches(inputs, pipeline.image_processor, arguments.batch_size, summary, size):
             metrics: dict[str, dict[str, float]] = {}
-            reconstructions = reconstruct(pipeline, batch, size, arguments, summary)
+            try:
+                caption_embeds = add_words(pipeline, encode(pipeline.encoder, batch), arguments)
+            except ValueError as error:  # embeddings of a file may be of any number
+                for name in batch.names:
+                    summary.fail(name, str(error), "reconstruct")
+                continue
+            reconstructions = reconstruct(pipeline, caption_embeds, size, arguments, summary)
             for name, original, reconstruction in zip(batch.names, batch.originals, reconstructions, strict=True):
                 try:
                     metrics[name] = _write(folder, name, original, reconstruction)
@@ -118,11 +138,30 @@ def run(arguments: argparse.Namespace) -> int:
     return summary.close("reconstructed", str(folder))
 
 
+def add_words(
+    pipeline: ReconstructionPipeline, caption_embeds: torch.Tensor, arguments: argparse.Namespace
+) -> torch.Tensor:
+    """Caption embeddings `(B, N, d_text)` with the words of `--prompt`, of which `--image-tokens` are kept.
+
+    Raises:
+        ValueError: If they do not fit the model.
+    """
+    return pipeline.add_prompt(caption_embeds, arguments.prompt, arguments.image_tokens, arguments.prompt_first)
+
+
 def reconstruct(
-    pipeline: ReconstructionPipeline, batch: Batch, size: int, arguments: argparse.Namespace, summary: Summary
+    pipeline: ReconstructionPipeline,
+    caption_embeds: torch.Tensor,
+    size: int,
+    arguments: argparse.Namespace,
+    summary: Summary,
 ) -> list[Image.Image]:
-    """Reconstructions of one batch, `size` pixels wide and high. `summary` shows the progress."""
-    count = len(batch.names)
+    """Images of one batch, `size` pixels wide and high. `summary` shows the progress.
+
+    Args:
+        caption_embeds: `(B, N, d_text)`, with the words beside them.
+    """
+    count = len(caption_embeds)
 
     def advance(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
         summary.advance(count / len(pipeline.scheduler.timesteps))
@@ -130,7 +169,7 @@ def reconstruct(
 
     images = generate_images(
         pipeline,
-        caption_embeds=encode(pipeline.encoder, batch),
+        caption_embeds=caption_embeds,
         seeds=[arguments.seed] * count,
         height=size,
         width=size,
@@ -150,7 +189,8 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
     """Settings as metrics.json records them."""
-    names = ("guidance_scale", "num_inference_steps", "seed", "negative_prompt", "revision", "dtype")
+    names = ["guidance_scale", "num_inference_steps", "seed", "prompt", "prompt_first", "image_tokens"]
+    names += ["negative_prompt", "revision", "dtype"]
     model = "embedded miniature" if arguments.model is None else source
     return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
 

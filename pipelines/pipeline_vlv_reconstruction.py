@@ -10,15 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import diffusers
 import torch
-from diffusers import (
-    AsymmetricAutoencoderKL,
-    AutoencoderKL,
-    AutoencoderTiny,
-    ConsistencyDecoderVAE,
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -27,63 +19,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PIPELINES = {"VLVReconstructionPipeline", "VLVPooledReconstructionPipeline"}
+Autoencoder: TypeAlias = (
+    AutoencoderKL | diffusers.AsymmetricAutoencoderKL | diffusers.AutoencoderTiny | diffusers.ConsistencyDecoderVAE
+)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 StepEndCallback: TypeAlias = Callable[..., dict[str, Any] | None] | PipelineCallback | MultiPipelineCallbacks
-
-
-# These two are diffusers' own. Importing them from its Stable Diffusion pipeline warns about torchvision.
-def rescale_noise_cfg(
-    noise_cfg: torch.Tensor, noise_pred_text: torch.Tensor, guidance_rescale: float = 0.0
-) -> torch.Tensor:
-    """The prediction with guidance, with its standard deviation moved towards that of the conditional one.
-
-    Section 3.4 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
-
-    Args:
-        noise_cfg, noise_pred_text: Predictions with guidance, and under the condition alone, `(B, C, h, w)`.
-        guidance_rescale: 0 (no change) to 1 (the standard deviation of `noise_pred_text`).
-    """
-    std_text = noise_pred_text.std(dim=list(range(1, noise_pred_text.ndim)), keepdim=True)
-    std_cfg = noise_cfg.std(dim=list(range(1, noise_cfg.ndim)), keepdim=True)
-    noise_pred_rescaled = noise_cfg * (std_text / std_cfg)
-    return guidance_rescale * noise_pred_rescaled + (1 - guidance_rescale) * noise_cfg
-
-
-def retrieve_timesteps(
-    scheduler: Any,
-    num_inference_steps: int,
-    device: torch.device,
-    timesteps: list[int] | None = None,
-    sigmas: list[float] | None = None,
-) -> tuple[torch.Tensor, int]:
-    """Sets the scheduler's timesteps.
-
-    Args:
-        num_inference_steps: Number of denoising steps; ignored where `timesteps` or `sigmas` are given.
-        timesteps: Custom timesteps in descending order.
-        sigmas: Custom noise levels in descending order.
-
-    Returns:
-        The scheduler's timesteps, and the number of denoising steps. The two differ for schedulers that evaluate the
-        model more than once in a step.
-
-    Raises:
-        ValueError: If both are given, or the scheduler does not take the one that is given.
-    """
-    if timesteps is not None and sigmas is not None:
-        raise ValueError("pass either timesteps or sigmas, not both")
-    for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
-        if values is None:
-            continue
-        if name not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(
-                f"{type(scheduler).__name__} does not take custom {name}; leave {name} out, or use a scheduler whose "
-                f"set_timesteps has an argument {name}"
-            )
-        scheduler.set_timesteps(**{name: values}, device=device)
-        return scheduler.timesteps, len(scheduler.timesteps)
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    return scheduler.timesteps, num_inference_steps
 
 
 class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
@@ -116,7 +56,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         self,
         encoder: PreTrainedModel,
         image_processor: Any,
-        vae: AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | ConsistencyDecoderVAE | None = None,
+        vae: Autoencoder | None = None,
         unet: UNet2DConditionModel | None = None,
         scheduler: KarrasDiffusionSchedulers | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -158,16 +98,14 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         folder = Path(save_directory)
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        pipeline_code = Path(inspect.getfile(type(self)))
-        index["_class_name"] = [pipeline_code.stem, type(self).__name__]
-        _copy(pipeline_code, folder)
-        for name in ("encoder", "image_processor"):
-            component = getattr(self, name)
+        for name, component in ((None, self), ("encoder", self.encoder), ("image_processor", self.image_processor)):
             if component is not None:
                 component_class = type(getattr(component, "_orig_mod", component))  # of a compiled model
                 code = Path(inspect.getfile(component_class))
-                index[name] = [code.stem, component_class.__name__]
-                _copy(code, folder / name)
+                index[name or "_class_name"] = [code.stem, component_class.__name__]
+                copy = folder / (name or "") / code.name
+                if code.resolve() != copy.resolve():
+                    shutil.copyfile(code, copy)
         index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @property
@@ -226,9 +164,16 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             raise ValueError(f"height and width must be divisible by {self.vae_scale_factor}, got {height} x {width}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("pass either timesteps or sigmas, not both")
         for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
             if values is not None and len(values) == 0:
                 raise ValueError(f"{name} is empty; give at least one value, or leave it out")
+            if values is not None and name not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"{type(self.scheduler).__name__} does not take custom {name}; leave {name} out, or use a "
+                    f"scheduler whose set_timesteps has an argument {name}"
+                )
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if output_type not in OUTPUT_TYPES:
@@ -246,11 +191,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         negative_prompt: str | Sequence[str] | None,
     ) -> None:
-        """Raises a `ValueError` if the number of generators or negative prompts does not fit the images.
-
-        Args:
-            batch_size: Number of images, or of caption embeddings, that are reconstructed.
-        """
+        """Raises a `ValueError` if the number of generators or negative prompts does not fit `batch_size` images."""
         count = batch_size * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} images; give one, or one for each image")
@@ -260,27 +201,96 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             )
 
     @torch.no_grad()
-    def encode_image(self, image: Any) -> torch.Tensor:
-        """Caption embeddings `(B, Q, d_text)` of images.
-
-        The argument is one image or a list, of any kind that `VLVImageProcessor` takes.
-        """
+    def get_caption_embeds(self, image: Any) -> torch.Tensor:
+        """Caption embeddings `(B, Q, d_text)` of one image or a list, of any kind that `VLVImageProcessor` takes."""
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
         return self.encoder(pixel_values=pixel_values.to(self._execution_device, self.encoder.dtype)).caption_embeds
 
-    @torch.no_grad()
-    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
-        """Prompt embeddings `(B, positions, d_text)` of texts, padded or truncated to the text encoder's positions.
+    def encode_image(
+        self, image: Any = None, caption_embeds: torch.Tensor | None = None, negative_prompt: str = "", **words: Any
+    ) -> dict[str, torch.Tensor]:
+        """What a pipeline of diffusers for the same text-to-image model takes in place of a prompt.
 
         Args:
-            prompt: One text or a list.
+            image: One image or a list. Or give `caption_embeds` `(B, N, d_text)`.
+            negative_prompt: Padded or truncated to as many positions as the image and its words have.
+            words: `prompt`, `image_tokens` and `prompt_first` of `add_prompt`.
+
+        Returns:
+            `prompt_embeds` and `negative_prompt_embeds`, both `(B, N, d_text)`.
         """
+        if (image is None) == (caption_embeds is None):
+            raise ValueError("pass either image or caption_embeds, and not both")
+        embeds = self.get_caption_embeds(image) if caption_embeds is None else caption_embeds
+        embeds = self.encode_caption_embeds(self.add_prompt(embeds, **words))
+        negative = self.encode_prompt(negative_prompt, embeds.shape[1]).expand(len(embeds), -1, -1)
+        return {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+
+    @torch.no_grad()
+    def add_prompt(
+        self,
+        caption_embeds: torch.Tensor,
+        prompt: str | Sequence[str] | None = None,
+        image_tokens: int | None = None,
+        prompt_first: bool = False,
+    ) -> torch.Tensor:
+        """Leading caption embeddings, and words beside them, for the text encoder's input.
+
+        Args:
+            caption_embeds: `(B, Q, d_text)`.
+            prompt: One text, or one for each image.
+            image_tokens: How many caption embeddings are kept, from the front: 0 for the words alone. Default: all.
+            prompt_first: Whether the words come before the caption embeddings, not after them.
+
+        Returns:
+            `(B, image_tokens, d_text)`; with words `(B, positions, d_text)`, padded as a prompt is.
+
+        Raises:
+            ValueError: If a number does not fit, the words have no room, or the pipeline has no tokenizer.
+        """
+        if not isinstance(caption_embeds, torch.Tensor):
+            raise ValueError(
+                f"caption_embeds must be a tensor of get_caption_embeds, got {type(caption_embeds).__name__}"
+            )
+        count, available = caption_embeds.shape[:2]
+        kept = available if image_tokens is None else image_tokens
+        if not (prompt is None) <= kept <= available:
+            raise ValueError(
+                f"image_tokens is {kept}; expected {int(prompt is None)} to {available} (0 needs a prompt)"
+            )
+        if prompt is None:
+            return caption_embeds[:, :kept]
+        if self.tokenizer is None:
+            raise ValueError("a prompt needs the text encoder's tokenizer, and this pipeline has none; pass tokenizer")
+        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != count:
+            raise ValueError(f"{len(prompts)} prompts for {count} images; give one, or one for each image")
+        positions = self.encoder.config.text_encoder_config.max_position_embeddings
+        lengths = [len(ids) for ids in self.tokenizer(prompts).input_ids]  # with BOS and EOS
+        if kept + max(lengths) > positions:
+            raise ValueError(
+                f"{kept} caption embeddings and {max(lengths)} tokens of the prompt do not fit the text encoder's "
+                f"{positions} positions; shorten the prompt, or keep fewer embeddings (image_tokens)"
+            )
+        ids = self.tokenizer(prompts, padding="max_length", max_length=positions, return_tensors="pt").input_ids
+        table = self.encoder.text_encoder.get_input_embeddings()
+        words = table(ids.to(table.weight.device)).to(caption_embeds)  # (B, positions, d_text)
+        rows = []
+        for row, z, length in zip(words, caption_embeds[:, :kept], lengths, strict=True):
+            # The words have no BOS after the image; before it, their EOS follows the image.
+            before, after = (row[: length - 1], row[length - 1 :]) if prompt_first else (row[:0], row[min(kept, 1) :])
+            rows.append(torch.cat([before, z, after])[:positions])
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str], max_length: int | None = None) -> torch.Tensor:
+        """Prompt embeddings `(B, positions, d_text)` of texts, padded or truncated; the first `max_length` of them."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         positions = self.encoder.config.text_encoder_config.max_position_embeddings
         input_ids = self.tokenizer(
             prompts, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.encoder(input_ids=input_ids.to(self._execution_device)).conditioning
+        return self.encoder(input_ids=input_ids[:, :max_length].to(self._execution_device)).conditioning
 
     @torch.no_grad()
     def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
@@ -384,7 +394,11 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             noise_pred_text = predict(latents, prompt_embeds)
         noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
         if self.guidance_rescale > 0.0:
-            noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale=self.guidance_rescale)
+            # The conditional prediction's standard deviation (section 3.4 of arXiv 2305.08891).
+            axes = list(range(1, noise_pred.ndim))
+            std_text, std_cfg = (noise.std(dim=axes, keepdim=True) for noise in (noise_pred_text, noise_pred))
+            rescaled = noise_pred * (std_text / std_cfg)
+            noise_pred = self.guidance_rescale * rescaled + (1 - self.guidance_rescale) * noise_pred
         return noise_pred
 
     @torch.no_grad()
@@ -408,52 +422,44 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        prompt: str | Sequence[str] | None = None,
+        image_tokens: int | None = None,
+        prompt_first: bool = False,
     ) -> Any:
         r"""
         Reconstructs images.
 
         Args:
-            image:
-                One image or a list, of any kind that `VLVImageProcessor` takes: PIL, path, URL, bytes, or array.
+            image: One image or a list, of any kind that `VLVImageProcessor` takes: PIL, path, URL, bytes, or array.
                 Either this or `caption_embeds` is given.
-            caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`):
-                Caption embeddings, as `encode_image` and `mix_caption_embeds` return them. They are not diffusers'
-                `prompt_embeds`: the pipeline passes them through the text encoder.
-            height, width (`int`, *optional*, default to `default_size`):
-                Size of the images in pixels.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Number of denoising steps. The default is the authors' code's.
-            timesteps (`list[int]`, *optional*):
-                Custom timesteps in descending order instead of `num_inference_steps`, for schedulers that take them.
-            sigmas (`list[float]`, *optional*):
-                Custom noise levels in descending order instead of `num_inference_steps`, as `timesteps`.
-            guidance_scale (`float`, *optional*, defaults to 2.0):
-                Scale of classifier-free guidance; 1 turns it off. The default is the authors' code's.
-            guidance_rescale (`float`, *optional*, defaults to 0.0):
-                0 to 1; reduces over-exposure at high guidance (arXiv 2305.08891).
-            negative_prompt (`str` or `list[str]`, *optional*, defaults to the empty prompt):
-                What guidance steers away from: one text, or one for each image. Ignored without guidance.
-            num_images_per_prompt (`int`, *optional*, defaults to 1):
-                Number of reconstructions of each image. They are next to each other in the output.
-            eta (`float`, *optional*, defaults to 0.0):
-                DDIM's eta; other schedulers ignore it.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Makes the noise reproducible. With one generator for each generated image, an image does not depend on
-                the others in its batch.
-            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*):
-                The initial noise instead of noise from `generator`.
-            output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"` (`(B, H, W, 3)` in 0..1), `"pt"` (`(B, 3, H, W)` in 0..1) or `"latent"`.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return an [`~pipelines.ImagePipelineOutput`] or a tuple of one element.
-            callback_on_step_end (`Callable`, `PipelineCallback`, `MultiPipelineCallbacks`, *optional*):
-                Called as `callback(pipeline, step, timestep, callback_kwargs)` at the end of each step. The tensors
-                that it returns replace the pipeline's. It may set `pipeline._interrupt = True`, which skips the
-                remaining steps, and `pipeline._guidance_scale`.
-            callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`):
-                Names of the tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"` `(B, N, d_text)` or
+            caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`): Caption embeddings, as `get_caption_embeds` and
+                `mix_caption_embeds` return them. They are not diffusers' `prompt_embeds`: the pipeline passes them
+                through the text encoder.
+            height, width (`int`, *optional*, default to `default_size`): Size of the images in pixels.
+            num_inference_steps (`int`, *optional*, defaults to 50): Denoising steps; the default is the authors'.
+            timesteps (`list[int]`, *optional*): Custom timesteps, descending, for schedulers that take them.
+            sigmas (`list[float]`, *optional*): Custom noise levels, descending, for schedulers that take them.
+            guidance_scale (`float`, *optional*, defaults to 2.0, the authors'): Guidance; 1 turns it off.
+            guidance_rescale (`float`, *optional*, defaults to 0.0): 0 to 1, against over-exposure (arXiv 2305.08891).
+            negative_prompt (`str` or `list[str]`, *optional*, defaults to the empty prompt): What guidance steers away
+                from: one text, or one for each image. Ignored without guidance.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): Images of each image, next to each other.
+            eta (`float`, *optional*, defaults to 0.0): DDIM's eta; other schedulers ignore it.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Makes the noise reproducible. With
+                one generator for each generated image, an image does not depend on the others in its batch.
+            latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): Initial noise instead of `generator`'s.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` (`(B, H, W, 3)` in 0..1), `"pt"`
+                (`(B, 3, H, W)` in 0..1) or `"latent"`.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return `ImagePipelineOutput` or a tuple.
+            callback_on_step_end (`Callable`, `PipelineCallback`, `MultiPipelineCallbacks`, *optional*): Called as
+                `callback(pipeline, step, timestep, callback_kwargs)` at the end of each step. The tensors that it
+                returns replace the pipeline's. It may set `pipeline._interrupt = True`, which skips the remaining
+                steps, and `pipeline._guidance_scale`.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`): Names of the
+                tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"` `(B, N, d_text)` or
                 `"negative_prompt_embeds"` (`(B, M, d_text)`, None without guidance). The two embeddings are separate,
                 not concatenated, because `M` and `N` may differ. A `PipelineCallback` names its own.
+            prompt, image_tokens, prompt_first (*optional*): Words beside the image, as in `add_prompt`.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple`: The images.
@@ -487,7 +493,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
         # 2. Encode the images
         if caption_embeds is None:
-            caption_embeds = self.encode_image(image)  # (B, Q, d_text)
+            caption_embeds = self.get_caption_embeds(image)  # (B, Q, d_text)
+        caption_embeds = self.add_prompt(caption_embeds, prompt, image_tokens, prompt_first)  # (B, N, d_text)
         batch_size = len(caption_embeds)
         self.check_batch_sizes(batch_size, num_images_per_prompt, generator, negative_prompt)
         count = batch_size * num_images_per_prompt
@@ -503,9 +510,10 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeats, dim=0)
 
         # 4. Prepare timesteps
-        schedule, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
+        custom: dict[str, Any] = {k: v for k, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
+        self.scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+        schedule = self.scheduler.timesteps  # more than the steps, where a step evaluates the denoiser more than once
+        num_inference_steps = len(schedule) if custom else num_inference_steps
 
         # 5. Prepare latents
         latents = self.prepare_latents(count, height, width, dtype, device, generator, latents)
@@ -524,11 +532,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {
-                        "latents": latents,
-                        "prompt_embeds": prompt_embeds,
-                        "negative_prompt_embeds": negative_prompt_embeds,
-                    }
+                    values = (latents, prompt_embeds, negative_prompt_embeds)
+                    tensors = dict(zip(VLVReconstructionPipeline._callback_tensor_inputs, values, strict=True))
                     callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
                     latents = outputs.get("latents", latents)
@@ -593,8 +598,3 @@ def _load_parts(names: Sequence[str], source: str, revision: str | None, dtype: 
         settings = {"torch_dtype": dtype, "use_safetensors": True} if is_model else {}
         parts[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
     return parts
-
-
-def _copy(code: Path, folder: Path) -> None:
-    if code.resolve() != (folder / code.name).resolve():
-        shutil.copyfile(code, folder / code.name)

@@ -165,6 +165,7 @@ class Demo:
                 )
         self.instructions: list[str] = (self.captioner.config.instructions or []) if self.captioner is not None else []
         self.num_query_tokens = count = encoder.config.num_query_tokens
+        self.kept_setting = Setting("Embeddings kept", 0, count)
         self.count_settings = [Setting(f"Embeddings of the {which} image", 0, count) for which in ("first", "second")]
         self.image_processor = image_processor
         self.pipeline: Any = None
@@ -261,16 +262,30 @@ class Demo:
 
     @explained()
     def reconstruct(
-        self, path: str | None, seed: float, steps: float, guidance: float, progress: Any = PROGRESS
+        self,
+        path: str | None,
+        seed: float,
+        steps: float,
+        guidance: float,
+        prompt: str | None = None,
+        image_tokens: float | None = None,
+        progress: Any = PROGRESS,
     ) -> tuple[Image.Image, Image.Image]:
         """The image at the size of its reconstruction, and the reconstruction.
+
+        With a `prompt`, words are beside the image. `image_tokens` of its embeddings are kept, by default all.
 
         Raises:
             gradio.Error: If the image or a setting cannot be used, or the generation fails.
         """
         settings = generation_settings(seed, steps, guidance)
+        kept = self.num_query_tokens if image_tokens is None else self.kept_setting.check(image_tokens)
         original = self.load(path)
-        generated = self.generate({"image": original}, settings, progress)
+        try:
+            embeds = self.pipeline.add_prompt(self.pipeline.get_caption_embeds(original), prompt or None, kept)
+        except (TypeError, ValueError) as error:
+            raise refusal(f"These words and embeddings cannot be used: {error}.") from error
+        generated = self.generate({"caption_embeds": embeds}, settings, progress)
         return original.resize(generated.size), generated
 
     @explained()
@@ -296,7 +311,7 @@ class Demo:
             for setting, count in zip(self.count_settings, (first_count, second_count), strict=True)
         ]
         images = [self.load(first, "the first image"), self.load(second, "the second image")]
-        caption_embeds = self.pipeline.encode_image(images)
+        caption_embeds = self.pipeline.get_caption_embeds(images)
         try:
             mixed = self.pipeline.mix_caption_embeds(list(caption_embeds), counts)
         except ValueError as error:
@@ -410,7 +425,10 @@ def _reconstruct_tab(demo: Demo, steps: int, one_at_a_time: dict[str, Any]) -> N
         original = gr.Image(label="Original, resized", interactive=False, height=260, elem_classes="result")
         generated = gr.Image(label="Reconstruction", interactive=False, height=260, elem_classes="result")
     gr.Markdown(demo.limits("Reconstructions"), elem_classes="limits")
-    inputs = [image, *_generation_controls(steps)]
+    with gr.Row():
+        words = unchecked(gr.Textbox(label="Words"))
+        kept = demo.kept_setting.slider(demo.num_query_tokens)
+    inputs = [image, *_generation_controls(steps), words, kept]
     run = gr.Button("Reconstruct", variant="primary")
     gr.Examples(EXAMPLES, image)
     run.click(demo.reconstruct, inputs, [original, generated], api_name="reconstruct", **one_at_a_time)

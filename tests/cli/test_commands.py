@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlv.cli.main import main
 from vlv.pipelines import generate_captions
@@ -182,3 +182,29 @@ def test_training_names_the_missing_setting(tmp_path, capsys):
         main(["train", "stage2", "--use_cpu", f"--output_dir={tmp_path}"])
     assert main(["train"]) == 2 and main(["train", "--help"]) == 0
     assert "stage1,stage2" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_words_are_beside_the_images_that_are_reconstructed(model_folder, mixed_folder, tmp_path, capsys):
+    image = mixed_folder / "good.png"
+
+    def generate(name, *arguments):
+        assert reconstruct(model_folder, tmp_path / name, image, *arguments) == 0
+        return Image.open(tmp_path / name / "reconstructions" / "good.png.png").tobytes()
+
+    words, first = generate("words", "--prompt", "a frog"), generate("first", "--prompt", "a frog", "--prompt-first")
+    assert len({words, first, generate("some", "--prompt", "a frog", "--image-tokens", 3)}) == 3
+    settings = json.loads((tmp_path / "words" / "metrics.json").read_text())["settings"]
+    assert settings["prompt"] == "a frog" and settings["image_tokens"] is None
+    assert reconstruct(model_folder, tmp_path / "e", image, "--image-tokens", 9) == 2
+    assert "image_tokens is 9; expected 1 to 8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_embeddings_that_are_fewer_than_those_to_keep_are_named(model_folder, mixed_folder, tmp_path):
+    z = tmp_path / "z.safetensors"
+    main(["encode", str(mixed_folder / "good.png"), "--model", str(model_folder), "--output", str(z)])
+    save_file({name: rows[:3] for name, rows in load_file(z).items()}, z)
+    assert reconstruct(model_folder, tmp_path, "--embeddings", z, "--image-tokens", 5) == 1
+    failed = json.loads((tmp_path / "metrics.json").read_text())["failed"]
+    assert "image_tokens is 5; expected 1 to 3" in failed["good.png"]

@@ -12,7 +12,9 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
@@ -429,3 +431,39 @@ def test_a_causal_language_model_can_be_the_text_encoder():
     conditioning = model(caption_embeds=embeds).conditioning
     assert torch.equal(conditioning, torch.cat([states[1], states[2], states[3]], dim=2))
     assert config.conditioning_dim == 96 and json.loads(config.to_json_string())["conditioning_layers"] == [[1, 2, -2]]
+
+
+IMAGE_TO_IMAGE = {
+    StableDiffusionXLPipeline: StableDiffusionXLImg2ImgPipeline,
+    StableDiffusion3Pipeline: StableDiffusion3Img2ImgPipeline,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt_first", [False, True])
+def test_the_words_alone_are_the_prompt_of_diffusers(case, pipeline, diffusers_pipeline, prompt_first):
+    z = torch.randn(2, 8, sum(case.widths), generator=torch.Generator().manual_seed(2))
+    words = {"prompt": [WORDS[0], "a dog"], "image_tokens": 0, "prompt_first": prompt_first}
+    got = pipeline.encode_image(caption_embeds=z, negative_prompt="a large apple", **words)
+    expected = diffusers_pipeline.encode_prompt(
+        words["prompt"], negative_prompt=["a large apple"] * 2, **case.text_options
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    for name, value in zip(names, expected, strict=True):
+        assert_close_to_scale(got[name], value)
+
+
+@torch.no_grad()
+def test_embeddings_and_words_are_a_prompt_of_image_to_image(case, pipeline, diffusers_pipeline, images):
+    image_to_image = IMAGE_TO_IMAGE[case.pipeline](**diffusers_pipeline.components)
+    image_to_image.set_progress_bar_config(disable=True)
+    settings = {"image": images[1].resize((32, 32)), "strength": 1.0, "num_inference_steps": 2, "output_type": "np"}
+    results = []
+    for words in ({}, {"image_tokens": 3}, {"prompt": "a dog"}):
+        embeds = pipeline.encode_image(images[0], **words)
+        assert embeds["prompt_embeds"].shape == embeds["negative_prompt_embeds"].shape
+        results.append(image_to_image(**embeds, **settings, generator=torch.Generator().manual_seed(1)).images)
+        assert pipeline(images[0], **words, num_inference_steps=1, height=32, width=32).images[0].size == (32, 32)
+    assert not (results[0] == results[1]).all() and not (results[0] == results[2]).all()
+    with pytest.raises(ValueError, match="8 caption embeddings and 5 tokens"):
+        pipeline(images[0], prompt="a small dog")

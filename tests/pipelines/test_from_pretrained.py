@@ -206,7 +206,7 @@ def test_components_are_passed_by_keyword(repository, pipe, image_file):
 def test_components_can_be_left_out(repository, pipe, image_file):
     loaded = VLVReconstructionPipeline.from_pretrained(repository, vae=None, unet=None)
     assert loaded.vae is None and loaded.unet is None
-    assert torch.equal(loaded.encode_image(str(image_file)), pipe.encode_image(str(image_file)))
+    assert torch.equal(loaded.get_caption_embeds(str(image_file)), pipe.get_caption_embeds(str(image_file)))
 
 
 def test_a_stable_diffusion_folder_loads_with_an_encoder_and_an_image_processor(

@@ -30,7 +30,7 @@ def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(reconstruction, i
     together = generate_images(reconstruction, image=images[:2], seeds=(1, 2), num_inference_steps=2)
     assert together.shape == (2, 3, 32, 32) and together.dtype == torch.float32
     for position, seed in enumerate((1, 2)):
-        z = reconstruction.encode_image(images[position])
+        z = reconstruction.get_caption_embeds(images[position])
         alone = generate_images(reconstruction, caption_embeds=z, seeds=(seed,), num_inference_steps=2)
         assert_close_to_scale(alone[0], together[position], 1e-4)
     other = generate_images(reconstruction, image=images[:2], seeds=(1, 3), num_inference_steps=2)
@@ -41,5 +41,5 @@ def test_an_image_depends_on_its_own_seed_and_not_on_its_batch(reconstruction, i
 def test_an_image_and_embeddings_together_are_refused(reconstruction, images):
     with pytest.raises(ValueError, match="not both"):
         generate_images(
-            reconstruction, image=images[:1], caption_embeds=reconstruction.encode_image(images[:1]), seeds=(1,)
+            reconstruction, image=images[:1], caption_embeds=reconstruction.get_caption_embeds(images[:1]), seeds=(1,)
         )

@@ -55,7 +55,7 @@ def test_with_a_generator_each_an_image_does_not_depend_on_its_batch(pipe, image
 
 
 def test_an_image_and_its_embeddings_give_the_same_reconstruction(pipe, images):
-    z = pipe.encode_image(images[:2])
+    z = pipe.get_caption_embeds(images[:2])
     assert z.shape == (2, QUERIES, TEXT_WIDTH)
     from_embeds = generate(pipe, caption_embeds=z, generator=seed())
     assert np.array_equal(from_embeds, generate(pipe, images[:2], generator=seed()))
@@ -65,7 +65,7 @@ def test_one_step_equals_the_formula_of_guidance(pipe, images):
     """Guidance 2 as in the authors' code: the unconditional prediction plus twice the difference."""
     latents = torch.randn(1, 4, 8, 8, generator=seed())
     got = pipe(images[0], latents=latents, num_inference_steps=1, output_type="latent", generator=seed(5)).images
-    prompt_embeds = pipe.encoder.encode_caption_embeds(pipe.encode_image(images[0]))
+    prompt_embeds = pipe.encoder.encode_caption_embeds(pipe.get_caption_embeds(images[0]))
     ids = pipe.tokenizer("", padding="max_length", max_length=POSITIONS, return_tensors="pt").input_ids
     negative_prompt_embeds = pipe.encoder.text_encoder(ids).last_hidden_state
     pipe.scheduler.set_timesteps(1)
@@ -205,7 +205,7 @@ def count_unet_rows(pipe) -> list[int]:
 
 def embeddings(pipe, images, tokens: int, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt embeddings and negative prompt embeddings of images with `tokens` caption embeddings."""
-    z = pipe.encode_image(images)
+    z = pipe.get_caption_embeds(images)
     z = torch.cat([z, z], dim=1)[:, :tokens]
     prompt_embeds = pipe.encode_caption_embeds(z).repeat_interleave(copies, dim=0)
     return prompt_embeds, pipe.encode_prompt("").expand(len(prompt_embeds), -1, -1)
@@ -250,7 +250,7 @@ def test_after_a_guidance_cutoff_each_image_is_denoised_without_guidance(
     pipe, images, callback, image_count, copies, tokens
 ):
     use(pipe, DDIMScheduler)
-    z = pipe.encode_image(images[:image_count])
+    z = pipe.get_caption_embeds(images[:image_count])
     prompt_embeds, negative_prompt_embeds = embeddings(pipe, images[:image_count], tokens, copies)
     count = image_count * copies
     latents = torch.randn(count, 4, 8, 8, generator=seed())
@@ -383,7 +383,7 @@ def test_a_callback_may_not_turn_guidance_on_without_negative_embeddings(pipe, i
 
 
 def test_mixing_keeps_the_leading_embeddings_of_each_image(pipe, images):
-    z = pipe.encode_image(images[:2])
+    z = pipe.get_caption_embeds(images[:2])
     mixed = pipe.mix_caption_embeds([z[0], z[1]], [5, 3])
     assert torch.equal(mixed, torch.cat([z[0, :5], z[1, :3]])[None])
     assert generate(pipe, caption_embeds=mixed).shape == (1, 32, 32, 3)
@@ -429,4 +429,4 @@ def test_timesteps_are_refused_by_a_scheduler_that_does_not_take_them(pipe, imag
 
 def test_an_image_and_embeddings_together_are_refused(pipe, images):
     with pytest.raises(ValueError, match="not both"):
-        generate(pipe, images[0], caption_embeds=pipe.encode_image(images[0]))
+        generate(pipe, images[0], caption_embeds=pipe.get_caption_embeds(images[0]))

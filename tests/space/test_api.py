@@ -34,6 +34,8 @@ class Api:
 
     def call(self, name: str, *data) -> tuple[str, list | dict | None]:
         """The last event of a function, "complete" or "error", with its data."""
+        if name == "reconstruct":
+            data = (*data, *("", 24)[len(data) - 4 :])  # no words, all embeddings
         body = json.dumps({"data": data})  # json knows NaN, which httpx refuses to write
         event = httpx.post(f"{self.url}/call/{name}", content=body, headers={"content-type": "application/json"})
         stream, deadline = "", time.monotonic() + 60
@@ -114,6 +116,19 @@ def test_a_setting_that_cannot_be_used_is_named(seed, steps, guidance, message, 
 )
 def test_a_setting_of_captions_that_cannot_be_used_is_named(settings, message, api, image):
     assert message in api.refused("caption", image, *settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("", 0), "image_tokens is 0; expected 1 to 24"),
+        (("a sun", 30), "Embeddings kept must be a whole number from 0 to 24; got 30."),
+        ((["a sun", 3], 24), "cannot be used"),
+        (("a sun " * 20, 24), "24 caption embeddings and 42 tokens of the prompt do not fit"),
+    ],
+)
+def test_words_that_cannot_be_used_are_named(words, message, api, image):
+    assert message in api.refused("reconstruct", image, 1, 1, 2.0, *words)
 
 
 def test_settings_of_another_decoding_are_ignored(api, image):

@@ -100,10 +100,23 @@ def test_images_come_with_progress_and_follow_the_seed(demo):
     def progress(at, **settings):
         reported.append(at)
 
-    original, first = demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)
+    original, first = demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress=progress)
     assert reported == [(1, 3), (2, 3), (3, 3)] and original.size == first.size == (64, 64)
-    assert demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1].tobytes() == first.tobytes()
-    assert demo.reconstruct(EXAMPLES[0], 2, 3, 2.0, progress)[1].tobytes() != first.tobytes()
+    assert demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress=progress)[1].tobytes() == first.tobytes()
+    assert demo.reconstruct(EXAMPLES[0], 2, 3, 2.0, progress=progress)[1].tobytes() != first.tobytes()
+
+
+def test_words_stand_beside_the_image_and_some_embeddings_are_kept(demo):
+    def generate(*words):
+        return demo.reconstruct(EXAMPLES[0], 1, 2, 2.0, *words, progress=lambda *a, **k: None)[1].tobytes()
+
+    whole = generate()
+    assert generate("", demo.num_query_tokens) == whole
+    assert len({whole, generate("a large sun"), generate("a large sun", 0), generate("", 4)}) == 4
+    with pytest.raises(gr.Error, match="These words and embeddings cannot be used: image_tokens is 0"):
+        generate("", 0)
+    with pytest.raises(gr.Error, match="Embeddings kept must be a whole number from 0 to 24; got 25"):
+        generate("a sun", 25)
 
 
 def test_composing_refuses_numbers_that_do_not_fit(demo):
@@ -111,7 +124,7 @@ def test_composing_refuses_numbers_that_do_not_fit(demo):
         pass
 
     first_alone = demo.compose(EXAMPLES[0], EXAMPLES[1], demo.num_query_tokens, 0, 1, 3, 2.0, progress)
-    reconstruction = demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress)[1]
+    reconstruction = demo.reconstruct(EXAMPLES[0], 1, 3, 2.0, progress=progress)[1]
     difference = np.asarray(first_alone).astype(int) - np.asarray(reconstruction)
     assert np.abs(difference).max() <= 1  # grey levels: two images are encoded in one batch, one alone
     with pytest.raises(gr.Error, match="text encoder has places"):
@@ -133,7 +146,7 @@ def test_it_runs_in_half_precision():
     half = Demo(str(MINIATURE), dtype=torch.bfloat16)
     assert half.captioner.dtype == half.pipeline.unet.dtype == torch.bfloat16
     assert list(half.caption(EXAMPLES[0], 40, "greedy", 1.0, 2))[-1]
-    assert half.reconstruct(EXAMPLES[0], 1, 2, 2.0, lambda *a, **k: None)[1].size == (64, 64)
+    assert half.reconstruct(EXAMPLES[0], 1, 2, 2.0, progress=lambda *a, **k: None)[1].size == (64, 64)
 
 
 @pytest.mark.slow

@@ -266,7 +266,7 @@ def test_t5_is_part_of_the_model_on_request(with_t5, image_file, capsys):
     assert f"8 x {width}" in (printed := capsys.readouterr().out) and "text encoder 3" in printed
     pipeline = load_reconstruction(with_t5)
     pipeline.set_progress_bar_config(disable=True)
-    z = pipeline.encode_image(str(image_file))
+    z = pipeline.get_caption_embeds(str(image_file))
     images = [
         pipeline(
             caption_embeds=embeds,
