@@ -152,14 +152,146 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         return (size if isinstance(size, int) else size[0]) * self.vae_scale_factor
 
     @torch.no_grad()
-    def encode_image(self, image: Any) -> torch.Tensor:
-        """Caption embeddings `(B, Q, d_text)` of images.
-
-        Args:
-            image: One image or a list, of any kind that `VLVImageProcessor` takes.
-        """
+    def get_caption_embeds(self, image: Any) -> torch.Tensor:
+        """Caption embeddings `(B, Q, d_text)` of one image or a list, of any kind that `VLVImageProcessor` takes."""
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
         return self.encoder(pixel_values=pixel_values.to(self._execution_device, self.encoder.dtype)).caption_embeds
+
+    @torch.no_grad()
+    def encode_image(
+        self,
+        image: Any = None,
+        caption_embeds: torch.Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        **words: Any,
+    ) -> dict[str, torch.Tensor]:
+        """What a pipeline of diffusers for the same text-to-image model takes in place of a prompt.
+
+        Args:
+            image: One image or a list. Or give `caption_embeds` `(B, N, d_text)`.
+            negative_prompt: One text or one for each image, padded or truncated to as many positions as the image and
+                its words have. Without one it is the empty prompt, or zeros, as in the call.
+            do_classifier_free_guidance: Whether the negative embeddings are computed.
+            words: `prompt`, `image_tokens` and `prompt_first` of `add_prompt`.
+
+        Returns:
+            `prompt_embeds` `(B, N, d_cond)` and `pooled_prompt_embeds` `(B, d_pooled)`, and with guidance
+            `negative_prompt_embeds` and `negative_pooled_prompt_embeds` of the same shapes.
+        """
+        if (image is None) == (caption_embeds is None):
+            raise ValueError("pass either image or caption_embeds, and not both")
+        embeds = self.get_caption_embeds(image) if caption_embeds is None else caption_embeds
+        rows = self.add_prompt(embeds, **words)  # (B, N, d_text)
+        prompt_embeds, pooled = self.encode_caption_embeds(rows)
+        if words.get("prompt") is not None:
+            pooled = self._pool_words(rows, embeds.shape[1], **words)
+        encoded = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+        if do_classifier_free_guidance:
+            if negative_prompt is None and self.transformer is None and self.config.force_zeros_for_empty_prompt:
+                negative = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled)
+            else:
+                negative = self.encode_prompt(negative_prompt or "", rows.shape[1])
+            for name, values in zip(list(encoded), negative, strict=True):
+                encoded[f"negative_{name}"] = values.repeat_interleave(len(rows) // len(values), dim=0)
+        return encoded
+
+    @torch.no_grad()
+    def add_prompt(
+        self,
+        caption_embeds: torch.Tensor,
+        prompt: str | Sequence[str] | None = None,
+        image_tokens: int | None = None,
+        prompt_first: bool = False,
+    ) -> torch.Tensor:
+        """Leading caption embeddings, and words beside them, for the text encoders' input.
+
+        Args:
+            caption_embeds: `(B, Q, d_text)`.
+            prompt: One text, or one for each image.
+            image_tokens: How many caption embeddings are kept, from the front: 0 for the words alone. Default: all.
+            prompt_first: Whether the words come before the caption embeddings, not after them.
+
+        Returns:
+            `(B, image_tokens, d_text)`; with words `(B, positions, d_text)`, padded as a prompt is.
+
+        Raises:
+            ValueError: If a number does not fit, the words have no room, or the pipeline lacks a tokenizer.
+        """
+        if not isinstance(caption_embeds, torch.Tensor):
+            raise ValueError(
+                f"caption_embeds must be a tensor of get_caption_embeds, got {type(caption_embeds).__name__}"
+            )
+        count, available = caption_embeds.shape[:2]
+        kept = available if image_tokens is None else image_tokens
+        if not (prompt is None) <= kept <= available:
+            raise ValueError(
+                f"image_tokens is {kept}; expected {int(prompt is None)} to {available} (0 needs a prompt)"
+            )
+        if prompt is None:
+            return caption_embeds[:, :kept]
+        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != count:
+            raise ValueError(f"{len(prompts)} prompts for {count} images; give one, or one for each image")
+        widths = [config.hidden_size for config in self.encoder.config.text_encoder_configs]
+        parts = caption_embeds[:, :kept].split(widths, dim=2)  # of each text encoder
+        encoders = zip(TOKENIZERS, self.encoder.text_encoders, parts, strict=False)
+        return torch.cat([self._add_words(prompts, *encoder, prompt_first) for encoder in encoders], dim=2)
+
+    def _add_words(
+        self, prompts: Sequence[str], name: str, text_encoder: Any, caption_embeds: torch.Tensor, prompt_first: bool
+    ) -> torch.Tensor:
+        """The input `(B, positions, width)` of one text encoder.
+
+        Args:
+            name: Of its tokenizer.
+            caption_embeds: Its part of those that are kept, `(B, image_tokens, width)`.
+        """
+        tokenizer, kept, positions = (
+            getattr(self, name),
+            caption_embeds.shape[1],
+            self.encoder.config.num_text_positions,
+        )
+        if tokenizer is None:
+            raise ValueError(f"a prompt needs the tokenizers of all text encoders, and this pipeline has no {name}")
+        lengths = [len(ids) for ids in tokenizer(prompts).input_ids]  # with BOS and EOS
+        if kept + max(lengths) > positions:
+            raise ValueError(
+                f"{kept} caption embeddings and {max(lengths)} tokens of the prompt do not fit the text encoders' "
+                f"{positions} positions; shorten the prompt, or keep fewer embeddings (image_tokens)"
+            )
+        ids = tokenizer(prompts, padding="max_length", max_length=positions, return_tensors="pt").input_ids
+        table = text_encoder.get_input_embeddings()
+        words = table(ids.to(table.weight.device)).to(caption_embeds)  # (B, positions, width)
+        has_bos = bool((ids[:, 0] == tokenizer.bos_token_id).all()) if tokenizer.bos_token_id is not None else False
+        start = int(has_bos and kept > 0)
+        rows = []
+        for row, z, length in zip(words, caption_embeds, lengths, strict=True):
+            # The words have no BOS after the image; before it, their EOS follows the image.
+            before, after = (row[: length - 1], row[length - 1 :]) if prompt_first else (row[:0], row[start:])
+            rows.append(torch.cat([before, z, after])[:positions])
+        return torch.stack(rows)
+
+    def _pool_words(
+        self,
+        rows: torch.Tensor,
+        available: int,
+        prompt: str | Sequence[str],
+        image_tokens: int | None = None,
+        prompt_first: bool = False,
+    ) -> torch.Tensor:
+        """Pooled states `(B, d_pooled)` of caption embeddings with words: those at EOS, not at the last padding.
+
+        Args:
+            rows: What `add_prompt` returned for `available` caption embeddings of each image, `(B, N, d_text)`.
+        """
+        kept = available if image_tokens is None else image_tokens
+        prompts = [prompt] * len(rows) if isinstance(prompt, str) else prompt
+        without_bos = kept > 0 and not prompt_first
+        ends = [kept + len(self.tokenizer(text).input_ids) - without_bos for text in prompts]
+        # Attention is causal, so that the last state of the text up to EOS is that at EOS in the whole text.
+        outputs = [self.encoder(caption_embeds=row[None, :end]) for row, end in zip(rows, ends, strict=True)]
+        return torch.cat([output.pooled_conditioning for output in outputs])
 
     @torch.no_grad()
     def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,6 +375,9 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        prompt: str | Sequence[str] | None = None,
+        image_tokens: int | None = None,
+        prompt_first: bool = False,
         **kwargs: Any,
     ) -> Any:
         r"""
@@ -253,7 +388,7 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
                 One image or a list, of any kind that `VLVImageProcessor` takes: PIL, path, URL, bytes, or array.
                 Either this or `caption_embeds` is given.
             caption_embeds (`torch.Tensor` of shape `(B, N, d_text)`):
-                Caption embeddings, as `encode_image` and `mix_caption_embeds` return them.
+                Caption embeddings, as `get_caption_embeds` and `mix_caption_embeds` return them.
             height, width (`int`, *optional*, default to `default_size`):
                 Size of the images in pixels.
             num_inference_steps (`int`, *optional*, defaults to 50):
@@ -266,6 +401,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
                 guidance.
             num_images_per_prompt (`int`, *optional*, defaults to 1):
                 Number of reconstructions of each image. They are next to each other in the output.
+            prompt, image_tokens, prompt_first (*optional*):
+                Words beside the image, and how many of its embeddings are kept: those of `add_prompt`.
             generator, latents, output_type, return_dict, kwargs:
                 As in the call of `text_to_image`, such as `sigmas` and `callback_on_step_end`.
 
@@ -284,23 +421,14 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         if caption_embeds is None:
-            caption_embeds = self.encode_image(image)  # (B, Q, d_text)
+            caption_embeds = self.get_caption_embeds(image)  # (B, Q, d_text)
         batch_size = len(caption_embeds)
         if not isinstance(negative_prompt, str | None) and len(negative_prompt) not in (1, batch_size):
             raise ValueError(
                 f"{len(negative_prompt)} negative prompts for {batch_size} images; give one, or one for each image"
             )
-        prompt_embeds, pooled = self.encode_caption_embeds(caption_embeds)
-        embeds = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
-        if guidance_scale > 1:
-            zeros = self.transformer is None and self.config.force_zeros_for_empty_prompt
-            if negative_prompt is None and zeros:
-                negative = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled)
-            else:
-                negative = self.encode_prompt(negative_prompt or "", caption_embeds.shape[1])
-            names = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
-            for name, rows in zip(names, negative, strict=True):
-                embeds[name] = rows.repeat_interleave(batch_size // len(rows), dim=0)
+        words = {"prompt": prompt, "image_tokens": image_tokens, "prompt_first": prompt_first}
+        embeds = self.encode_image(None, caption_embeds, negative_prompt, guidance_scale > 1, **words)
         decoded_apart = output_type != "latent" and self.vae.dtype != self.denoiser.dtype
         images = self.text_to_image(
             **{name: rows.to(self.denoiser.dtype) for name, rows in embeds.items()},
