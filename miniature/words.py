@@ -1,6 +1,6 @@
 """Words beside an image: how much of either appears when an image is generated from both.
 
-`python -m vlv.miniature.words` prints the table of docs/image_prompts.md. Each scene has two objects; the words ask
+`python -m vlv.miniature.words MODEL` prints the table of docs/image_prompts.md. Each scene has two objects; the words ask
 for a third one, at a place that is empty.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from vlv.checkpoints import MINIATURE
 from vlv.evaluation import markdown_table
 from vlv.pipelines import ReconstructionPipeline, load_reconstruction
 
@@ -77,7 +76,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.words", description=__doc__)
-    parser.add_argument("--model", default=str(MINIATURE), metavar="DIR", help="a miniature with its scene classifier")
+    parser.add_argument("model", help="folder of a miniature with its scene classifier")
     parser.add_argument("--count", type=int, default=48, help="scenes (default: 48)")
     parser.add_argument("--steps", type=int, default=15, help="denoising steps (default: 15)")
     parser.add_argument(
