@@ -1,7 +1,7 @@
 """Words beside an image: how much of either appears when an image is generated from both.
 
-`python -m vlv.miniature.words MODEL` prints the table of docs/image_prompts.md. Each scene has two objects; the words ask
-for a third one, at a place that is empty.
+`python -m vlv.miniature.words MODEL` prints the table of docs/image_prompts.md. Each scene has two objects; the words
+ask for a third one, at a place that is empty.
 """
 
 import argparse
