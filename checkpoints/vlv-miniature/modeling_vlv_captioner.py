@@ -95,6 +95,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
     ) -> VLVForConditionalGeneration:
         """Starts stage 2 from a stage-1 model and a pretrained causal language model. The projection is new.
 
+        Set `model.config.image_token_id = processor.image_token_id` before `input_ids` hold image tokens.
+
         Args:
             vlv (`str` or `VLVModel`): Folder or repo id of a stage-1 model, or the model.
             language_model (`str` or `PreTrainedModel`):
@@ -106,7 +108,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
         own = {item.name: getattr(encoder.config, item.name) for item in fields(VLVConfig) if item.init}
-        own = {name: value for name, value in own.items() if name not in PreTrainedConfig.__dataclass_fields__}
+        not_own = {"image_token_id", *PreTrainedConfig.__dataclass_fields__}  # the id of another tokenizer
+        own = {name: value for name, value in own.items() if name not in not_own}
         sub_configs = {name: own.pop(name) for name in VLVConfig.sub_configs_defaults}
         sub_configs = {name: config for name, config in sub_configs.items() if config is not None}
         model = from_sub_configs(cls, {**sub_configs, "text_config": language_model.config}, dtype, **own)
@@ -122,13 +125,13 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.image_token_id is None and pretrained_model_name_or_path is not None:
-            names = ("cache_dir", "local_files_only", "token", "revision")
+            names = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
             hub = {name: kwargs[name] for name in names if name in kwargs}
-            with suppress(Exception):  # no processor, or none that loads without code of the repository
+            with suppress(OSError, ValueError):  # no processor, or none that loads without code of the repository
                 processor = AutoProcessor.from_pretrained(
                     pretrained_model_name_or_path, trust_remote_code=False, **hub
                 )
-                model.config.image_token_id = processor.image_token_id
+                model.config.image_token_id = getattr(processor, "image_token_id", None)
         return loaded
 
     @property

@@ -4,6 +4,7 @@ Shapes in comments: B texts, N images, P tokens of a text prefix, L tokens of a 
 """
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,9 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
         if processor.image_seq_length is None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             hub = {name: kwargs[name] for name in names if name in kwargs}
-            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-            processor.image_seq_length = config.get("num_query_tokens")
+            with suppress(OSError):  # no model beside it: replace_image_token says how to set the number
+                config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+                processor.image_seq_length = config.get("num_query_tokens")
         return processor
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:

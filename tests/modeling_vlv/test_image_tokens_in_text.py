@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from vlv import VLVProcessor, hub
+from vlv import VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.miniature.tokenizer import build_tokenizer
 from vlv.processing_vlv_captioner import IMAGE_TOKENS, LEGACY_CHAT_TEMPLATE
 
-from ..builders import QUERIES, VOCABULARY
+from ..builders import QUERIES, VOCABULARY, language_model_config
 
 
 def chat(image, *words: str) -> list[dict]:
@@ -146,3 +146,42 @@ def test_without_a_configured_token_ids_beyond_the_embeddings_are_image_tokens(c
     expected = captioner.generate(**inputs, max_new_tokens=5)
     captioner.config.image_token_id = None
     assert torch.equal(captioner.generate(**inputs, max_new_tokens=5), expected)
+
+
+def test_a_new_language_model_has_no_image_token_of_the_former_one(captioner, tmp_path):
+    captioner.save_pretrained(tmp_path)
+    language_model = AutoModelForCausalLM.from_config(language_model_config())
+    model = VLVForConditionalGeneration.from_vlv_text_pretrained(str(tmp_path), language_model)
+    assert captioner.config.image_token_id == VOCABULARY and model.config.image_token_id is None
+
+
+def test_a_captioner_in_a_subfolder_finds_the_image_token_there(older, captioner, tmp_path):
+    captioner.config.image_token_id = None
+    captioner.save_pretrained(tmp_path / "part")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).rename(tmp_path / "part" / name)
+    model = VLVForConditionalGeneration.from_pretrained(tmp_path, subfolder="part")
+    assert model.config.image_token_id == VOCABULARY
+
+
+def test_a_captioner_without_a_processor_loads_and_a_damaged_processor_is_an_error(older):
+    for path in older.glob("token*"):
+        path.unlink()
+    assert VLVForConditionalGeneration.from_pretrained(older).config.image_token_id is None
+    (older / "processor_config.json").write_text("[]")
+    with pytest.raises(AttributeError):
+        VLVForConditionalGeneration.from_pretrained(older)
+
+
+@pytest.mark.parametrize("loader", [VLVProcessor, AutoProcessor])
+@pytest.mark.parametrize("count", [QUERIES, None])
+def test_a_processor_without_a_model_beside_it_loads(image_processor, images, tmp_path, loader, count):
+    """Without the number of image tokens, too, until it has to write some."""
+    tokenizer = build_tokenizer(for_text_encoder=False)
+    VLVProcessor(image_processor, tokenizer, image_seq_length=count).save_pretrained(tmp_path)
+    processor = loader.from_pretrained(tmp_path)
+    assert processor.image_seq_length == count
+    assert processor(images=images[0], text="a").input_ids.shape == (1, 1)
+    if count is None:
+        with pytest.raises(ValueError, match=r"set processor.image_seq_length = model.config.num_query_tokens"):
+            processor(images=images[0], text="<image>a")
