@@ -1,5 +1,6 @@
 """Exports encoder, captioner and diffusion model into one folder in the Hub layout."""
 
+import copy
 import json
 import os
 import shutil
@@ -185,9 +186,10 @@ def _export_captioner(
         _save(own_encoder, root / CAPTIONER_ENCODER_FILE)
         files.append(CAPTIONER_ENCODER_FILE)
     write_json(root / INDEX_FILE, _index(root, files))
-    if captioner.config.image_token_id is None:
-        captioner.config.image_token_id = processor.image_token_id
-    _write_config(captioner.config, "VLVForConditionalGeneration", root / "config.json")
+    config = copy.deepcopy(captioner.config)
+    if config.image_token_id is None:
+        config.image_token_id = processor.image_token_id
+    _write_config(config, "VLVForConditionalGeneration", root / "config.json")
     captioner.generation_config.save_pretrained(root)
     processor.save_pretrained(root)
     processor.image_processor.save_pretrained(root)

@@ -154,8 +154,8 @@ def load_captioner(
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no VLV model.
-        ValueError: If it is a stage-1 checkpoint, which has no language model; if a file is damaged; or if a weight is
-            missing, unexpected, or of another shape.
+        ValueError: If it is a stage-1 checkpoint, which has no language model; if a file is damaged; if a weight is
+            missing, unexpected, or of another shape; or if model and tokenizer name different image tokens.
     """
     folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
     require(folder, "config.json")
@@ -166,6 +166,11 @@ def load_captioner(
     processor = VLVProcessor(VLVImageProcessor.from_pretrained(folder), tokenizer, image_seq_length=image_seq_length)
     if model.config.image_token_id is None:  # of version 0.2
         model.config.image_token_id = processor.image_token_id
+    elif model.config.image_token_id != processor.image_token_id:
+        raise ValueError(
+            f"{folder}: config.json has image_token_id {model.config.image_token_id}, but the image token of the "
+            f"tokenizer, {processor.image_token}, has the id {processor.image_token_id}; make them equal"
+        )
     return model.to(device).eval(), processor
 
 

@@ -53,6 +53,7 @@ def add_quantised(encoder: VLVModel, language_model: Any) -> VLVForConditionalGe
     from peft import prepare_model_for_kbit_training
 
     config = copy.deepcopy(encoder.config)
+    config.image_token_id = None  # of another tokenizer
     config.text_config = copy.deepcopy(language_model.config)
     del config.text_config.quantization_config
     with torch.device("meta"):

@@ -186,7 +186,8 @@ class Stage2Trainer(VLVTrainer):
     """Trains a `VLVForConditionalGeneration` by the next-token loss of captions.
 
     Args:
-        model: The captioner, frozen in part by `freeze_for_stage2`.
+        model: The captioner, frozen in part by `freeze_for_stage2`. One without `config.image_token_id` is given the
+            processor's.
         args: The configuration.
         train_dataset: Items with `image` and `caption`.
         processor: Prepares both in the data loader's workers; saved with every checkpoint.
@@ -206,6 +207,8 @@ class Stage2Trainer(VLVTrainer):
         **kwargs,
     ):
         check_tokenizer(processor.tokenizer, model.language_model)
+        if model.config.image_token_id is None:
+            model.config.image_token_id = processor.image_token_id
         super().__init__(
             model=model,
             args=args,

@@ -18,6 +18,23 @@ def padding_first(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tenso
     return embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
 
 
+def mask_and_positions(
+    sequence: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past: int
+) -> dict[str, torch.Tensor]:
+    """What a language model reads beside embeddings `(B, L, d)`, which follow `past` positions."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(sequence.device)
+        expected = (len(sequence), past + sequence.shape[1])
+        if attention_mask.ndim == 2 and attention_mask.shape != expected:
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but the sequences are {expected}")
+        if attention_mask.ndim == 2 and position_ids is None:
+            counted = attention_mask.long().cumsum(-1) - 1
+            positions["position_ids"] = counted.clamp(min=0)[:, past:]
+        positions["attention_mask"] = attention_mask
+    return positions
+
+
 def count_new_tokens(length: int, explicit: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `generate` in which `max_length` and `min_length`, of `length` and new tokens, are of new ones."""
     counted = dict(arguments)
@@ -41,6 +58,37 @@ def after_prompt(prompt: torch.Tensor, result: Any) -> Any:
     return result
 
 
+def refuse_labels_of_the_prefix(
+    labels: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> None:
+    """Raises `ValueError` for labels aligned with `input_ids`, as the collators of other models make them."""
+    if input_ids is None or labels.shape != input_ids.shape or torch.compiler.is_compiling():
+        return
+    counted = labels != -100
+    repeated = counted & (labels == input_ids)
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        repeated &= attention_mask != 0
+    if counted.any() and torch.equal(repeated, counted):
+        raise ValueError(
+            "labels repeat input_ids, so the model would learn to write its text prefix twice; labels are the caption "
+            "alone, which follows input_ids: pass it to VLVProcessor as suffix=, and leave input_ids out"
+        )
+
+
+def refuse_long_prefix(config: Any, mask: torch.Tensor, new_tokens: int = 1) -> None:
+    """Raises `ValueError` if a prefix of this mask `(B, L)` leaves fewer positions than `new_tokens`."""
+    positions = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or mask.shape[1] + new_tokens <= positions or torch.compiler.is_compiling():
+        return
+    if (length := int(mask.sum(dim=1).max())) + new_tokens > positions:
+        raise ValueError(
+            f"the image and the text before the caption have {length} tokens, and the language model has "
+            f"{positions} positions, which leaves none for the caption; shorten the text"
+            if new_tokens
+            else f"input_ids have {length} tokens, but the language model has {positions} positions; shorten them"
+        )
+
+
 class Backbone:
     """The captioner without the language model's output layer.
 
@@ -60,6 +108,7 @@ class Backbone:
         pixel_values: torch.Tensor | None = None,
         caption_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> Any:
         """The language model's last hidden state `(B, L, d_lm)` of sequences with image tokens."""
@@ -116,5 +165,8 @@ __all__ = [
     "after_prompt",
     "check_generation_arguments",
     "count_new_tokens",
+    "mask_and_positions",
     "padding_first",
+    "refuse_labels_of_the_prefix",
+    "refuse_long_prefix",
 ]

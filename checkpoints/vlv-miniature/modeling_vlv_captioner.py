@@ -32,7 +32,10 @@ from .generation_vlv import (
     after_prompt,
     check_generation_arguments,
     count_new_tokens,
+    mask_and_positions,
     padding_first,
+    refuse_labels_of_the_prefix,
+    refuse_long_prefix,
 )
 from .modeling_vlv import VLVConfig, VLVModel, VLVPreTrainedModel, VLVProjector, from_sub_configs
 
@@ -95,6 +98,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
     ) -> VLVForConditionalGeneration:
         """Starts stage 2 from a stage-1 model and a pretrained causal language model. The projection is new.
 
+        Set `model.config.image_token_id = processor.image_token_id` before `input_ids` hold image tokens.
+
         Args:
             vlv (`str` or `VLVModel`): Folder or repo id of a stage-1 model, or the model.
             language_model (`str` or `PreTrainedModel`):
@@ -106,7 +111,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
         own = {item.name: getattr(encoder.config, item.name) for item in fields(VLVConfig) if item.init}
-        own = {name: value for name, value in own.items() if name not in PreTrainedConfig.__dataclass_fields__}
+        not_own = {"image_token_id", *PreTrainedConfig.__dataclass_fields__}  # the id of another tokenizer
+        own = {name: value for name, value in own.items() if name not in not_own}
         sub_configs = {name: own.pop(name) for name in VLVConfig.sub_configs_defaults}
         sub_configs = {name: config for name, config in sub_configs.items() if config is not None}
         model = from_sub_configs(cls, {**sub_configs, "text_config": language_model.config}, dtype, **own)
@@ -122,13 +128,13 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.image_token_id is None and pretrained_model_name_or_path is not None:
-            names = ("cache_dir", "local_files_only", "token", "revision")
+            names = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
             hub = {name: kwargs[name] for name in names if name in kwargs}
-            with suppress(Exception):  # no processor, or none that loads without code of the repository
+            with suppress(OSError, ValueError):  # no processor, or none that loads without code of the repository
                 processor = AutoProcessor.from_pretrained(
                     pretrained_model_name_or_path, trust_remote_code=False, **hub
                 )
-                model.config.image_token_id = processor.image_token_id
+                model.config.image_token_id = getattr(processor, "image_token_id", None)
         return loaded
 
     @property
@@ -160,8 +166,9 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         """
         if image_token_id >= self._num_embeddings():
             self.resize_token_embeddings(image_token_id + 1)
-            suppressed = self.generation_config.suppress_tokens or []
-            self.generation_config.suppress_tokens = [*suppressed, image_token_id]
+        former = (self.config.image_token_id, image_token_id)
+        suppressed = [token for token in self.generation_config.suppress_tokens or [] if token not in former]
+        self.generation_config.suppress_tokens = [*suppressed, image_token_id]
         self.config.image_token_id = image_token_id
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -219,7 +226,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
             prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
-            self._refuse_long_prefix(mask)
+            refuse_long_prefix(self.config, mask)
             prefix, mask = padding_first(prefix, mask)
         return prefix, mask, output.caption_embeds
 
@@ -238,6 +245,20 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         token, rows = self.config.image_token_id, self._num_embeddings()
         beyond = rows if token is None and rows else torch.iinfo(torch.long).max
         return input_ids >= beyond if token is None else input_ids == token
+
+    def _is_sequence(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None, past_key_values: Cache | None
+    ) -> bool:
+        """Whether `input_ids` are a sequence with image tokens, and not a text prefix."""
+        if past_key_values is not None:
+            return True
+        if not torch.compiler.is_compiling():
+            return bool(self._are_image_tokens(input_ids).any())
+        if labels is not None and labels.shape == input_ids.shape and labels.shape[1] >= self.config.num_query_tokens:
+            return True
+        message = "compiled: image tokens need labels as long as input_ids"
+        torch._assert_async(~self._are_image_tokens(input_ids).any(), message)
+        return False
 
     def _refuse_unknown_ids(self, input_ids: torch.Tensor) -> None:
         """Raises `ValueError` for a token without embedding, such as an image token that the model does not know."""
@@ -269,7 +290,10 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds, image_features=image_features)
         images = self._project(output.conditioning)  # (N, Q, d_lm)
         is_image = self._are_image_tokens(input_ids)  # (B, L)
-        if not torch.compiler.is_compiling() and int(is_image.sum()) != images.shape[0] * images.shape[1]:
+        if torch.compiler.is_compiling():
+            message = "compiled: labels as long as input_ids, but not one image token for each caption embedding"
+            torch._assert_async(is_image.sum() == images.shape[0] * images.shape[1], message)
+        elif int(is_image.sum()) != images.shape[0] * images.shape[1]:
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {int(is_image.sum())}, features: "
                 f"{len(images)} images x {images.shape[1]}; VLVProcessor repeats an image token as often as needed"
@@ -278,18 +302,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         words = input_ids.masked_fill(is_image, 0)
         self._refuse_unknown_ids(words)
         embeds = self.get_input_embeddings()(words)  # (B, L, d_lm)
-        return embeds.masked_scatter(is_image[..., None], images.to(embeds)), output.caption_embeds
-
-    def _refuse_long_prefix(self, mask: torch.Tensor) -> None:
-        """Raises `ValueError` if a prefix of this mask `(B, Q + P)` leaves the language model no position."""
-        positions = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
-        if positions is None or mask.shape[1] < positions or torch.compiler.is_compiling():
-            return
-        if (length := int(mask.sum(dim=1).max())) >= positions:
-            raise ValueError(
-                f"the image and the text before the caption have {length} tokens, and the language model has "
-                f"{positions} positions, which leaves none for the caption; shorten the text"
-            )
+        return embeds.masked_scatter(is_image[..., None].to(embeds.device), images.to(embeds)), output.caption_embeds
 
     @can_return_tuple
     def forward(
@@ -308,6 +321,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVCausalLMOutput:
         """Next-token loss and logits of captions, given their images, in one of two forms.
@@ -317,6 +331,9 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         `labels` are `(B, L)`, too (image tokens and -100 are no label, and `labels[:, i + 1]` is predicted at `i`);
         `logits` are those of every position, or of `logits_to_keep`. A call with `past_key_values` goes on after the
         positions in it, and has images only where `input_ids` hold image tokens.
+
+        A compiled call does not read values to choose a form: it has a sequence where `past_key_values` are given, or
+        `labels` are as long as `input_ids` and these have room for an image. A wrong choice fails an assertion.
 
         Otherwise images come first, and the following holds:
 
@@ -331,11 +348,14 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 By default logits are returned, except in training with labels. There they are computed only at the
                 positions that predict a label.
             full_logits (`bool`, *optional*, defaults to `False`): Returns logits of every position, prefix included.
-            num_items_in_batch (`int`, *optional*): Divisor of the summed loss, for gradient accumulation.
+            num_items_in_batch (`int`, *optional*):
+                Divisor of the summed loss, for gradient accumulation: the number of labels that are neither -100 nor
+                image tokens.
             inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
             use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
             image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in [`VLVModel`]. In place of images.
             position_ids, past_key_values, logits_to_keep: Of the form with image tokens, as in other models.
+            mm_token_type_ids: Of the processor. Without effect: `input_ids` tell where images are.
             kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
         Raises:
@@ -348,7 +368,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             for name in ("output_hidden_states", "output_attentions")
         }
         images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
-        if input_ids is not None and (past_key_values is not None or self._are_image_tokens(input_ids).any()):
+        if input_ids is not None and self._is_sequence(input_ids, labels, past_key_values):
             if inputs_embeds is not None:
                 raise ValueError("pass a sequence with image tokens as input_ids, not as inputs_embeds")
             sequence, positions, caption_embeds = self._read_sequence(
@@ -376,7 +396,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if labels is not None:
             if labels.ndim != 2 or len(labels) != len(sequence):
                 raise ValueError(f"labels must be ({len(sequence)}, length), got {tuple(labels.shape)}")
-            _refuse_labels_of_the_prefix(labels, input_ids, attention_mask)
+            refuse_labels_of_the_prefix(labels, input_ids, attention_mask)
             length = labels.shape[1]
             label_embeds = self.get_input_embeddings()(labels.clamp(min=0)).to(sequence)  # (B, L, d_lm)
             sequence = torch.cat([sequence, label_embeds], dim=1)
@@ -438,17 +458,13 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             sequence, caption_embeds = self.get_prompt_embeds(input_ids, **images)
         elif past:
             sequence = self.get_input_embeddings()(input_ids)
-        else:
+        elif self._are_image_tokens(input_ids).any():
             raise ValueError("input_ids hold image tokens, but their images are missing; pass pixel_values, too")
-        positions: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
-        if attention_mask is not None:
-            expected = (len(input_ids), past + input_ids.shape[1])
-            if attention_mask.ndim == 2 and attention_mask.shape != expected:
-                raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but the sequences are {expected}")
-            if attention_mask.ndim == 2 and position_ids is None:
-                counted = attention_mask.long().cumsum(-1) - 1
-                positions["position_ids"] = counted.clamp(min=0)[:, past:]
-            positions["attention_mask"] = attention_mask
+        else:
+            raise ValueError("an image to caption is missing, and past_key_values are empty; pass pixel_values, too")
+        positions = mask_and_positions(sequence, attention_mask, position_ids, past)
+        if not past and (mask := positions.get("attention_mask", torch.ones(sequence.shape[:2]))).ndim == 2:
+            refuse_long_prefix(self.config, mask, new_tokens=0)
         return sequence, positions, caption_embeds
 
     def _score_sequence(
@@ -515,6 +531,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         prefix_dtype: torch.dtype | None = None,
         inputs: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ):
         """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
@@ -533,7 +550,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 Rounds the prefix to this precision first. The authors' code rounds to bfloat16 whatever the precision
                 of the model, which can change the result of beam search.
             inputs (`torch.Tensor`): Another name of `pixel_values` or, of two dimensions, of `input_ids`.
-            image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in `forward`.
+            image_features (`torch.Tensor` of shape `(B, P, d_model)`), mm_token_type_ids: As in `forward`.
 
         Returns:
             `(B * num_return_sequences, length)` new token ids, without the prefix. After `input_ids` with image tokens
@@ -545,7 +562,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         """
         if inputs is not None:
             if (input_ids if inputs.ndim == 2 else pixel_values) is not None:
-                raise ValueError("inputs is another name of pixel_values; pass one of them")
+                name = "input_ids" if inputs.ndim == 2 else "pixel_values"
+                raise ValueError(f"inputs of {inputs.ndim} dimensions are another name of {name}; pass one of them")
             input_ids, pixel_values = (inputs, pixel_values) if inputs.ndim == 2 else (input_ids, inputs)
         images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
         explicit = {} if generation_config is None else generation_config.to_diff_dict()
@@ -554,7 +572,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             prompt = input_ids
             mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
             sequence, _, _ = self._read_sequence(prompt, mask, None, None, images)
-            prefix, mask = padding_first(sequence, mask)
+            refuse_long_prefix(self.config, mask)
+            prefix, mask = padding_first(sequence, mask.to(sequence.device))
             kwargs = count_new_tokens(prompt.shape[1], explicit, kwargs)
             if (streamer := kwargs.get("streamer")) is not None:
                 kwargs["streamer"] = PromptStreamer(streamer, prompt)
@@ -575,23 +594,6 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **not_settings
         )
         return result if prompt is None else after_prompt(prompt, result)
-
-
-def _refuse_labels_of_the_prefix(
-    labels: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
-) -> None:
-    """Raises `ValueError` for labels aligned with `input_ids`, as the collators of other models make them."""
-    if input_ids is None or labels.shape != input_ids.shape or torch.compiler.is_compiling():
-        return
-    counted = labels != -100
-    repeated = counted & (labels == input_ids)
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
-        repeated &= attention_mask != 0
-    if counted.any() and torch.equal(repeated, counted):
-        raise ValueError(
-            "labels repeat input_ids, so the model would learn to write its text prefix twice; labels are the caption "
-            "alone, which follows input_ids: pass it to VLVProcessor as suffix=, and leave input_ids out"
-        )
 
 
 __all__ = ["VLVForConditionalGeneration"]

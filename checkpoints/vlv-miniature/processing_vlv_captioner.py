@@ -4,6 +4,7 @@ Shapes in comments: B texts, N images, P tokens of a text prefix, L tokens of a 
 """
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,9 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
         if processor.image_seq_length is None:
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             hub = {name: kwargs[name] for name in names if name in kwargs}
-            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
-            processor.image_seq_length = config.get("num_query_tokens")
+            with suppress(OSError):  # no model beside it: replace_image_token says how to set the number
+                config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+                processor.image_seq_length = config.get("num_query_tokens")
         return processor
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
@@ -200,7 +202,7 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
         """Prepares a batch.
 
         Args:
-            images: One image or several, of any kind that [`VLVImageProcessor`] takes.
+            images: One image or several, of any kind that [`VLVImageProcessor`] takes; or lists, one for each text.
             text (`str` or `list[str]`, *optional*):
                 A text prefix between image and caption: an instruction that the model was trained to follow, or words
                 that the caption continues; may be empty. One for all images, or one for each. It has no EOS and is
@@ -218,15 +220,16 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
                 Pads labels to `max_length`, as the authors' code does, instead of to the longest of the batch.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"`, `"np"` or None for lists.
             kwargs: Arguments of transformers' image processors (`size`, `do_normalize`, ...) and tokenizers
-                (`padding`, `truncation`, ...), also as `images_kwargs` and `text_kwargs`.
+                (`padding`, `truncation`, ...), also as `images_kwargs` and `text_kwargs`. Those of tokenizers do not
+                work with a suffix after image tokens.
 
         Returns:
             `pixel_values` (N, 3, height, width), `input_ids` and `attention_mask` (B, P), `labels` (B, L): those that
             the arguments ask for. With `return_mm_token_type_ids=True` also `mm_token_type_ids`, 1 at image tokens.
 
         Raises:
-            ValueError: If nothing is given, numbers of images, image tokens and texts differ, or an image cannot be
-                read; the message gives the index of the image.
+            ValueError: If nothing is given, numbers of images, image tokens and texts differ, an argument does not
+                work with a suffix, or an image cannot be read; the message gives the index of the image.
             TypeError: For an unknown argument; the message gives the nearest name.
         """
         if videos is not None or audio is not None:
@@ -234,6 +237,7 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
         if images is None and text is None and suffix is None:
             raise ValueError("give images, text or suffix")
         self._refuse_unknown(kwargs)
+        given = {**kwargs, **(kwargs.get("common_kwargs") or {}), **(kwargs.get("text_kwargs") or {})}
         merged = self._merge_kwargs(VLVProcessorKwargs, **kwargs)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
         data: dict[str, Any] = {}
@@ -246,6 +250,9 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
         captions = None if suffix is None else [suffix] if isinstance(suffix, str) else list(suffix)
         options = (merged["append_eos"], merged["pad_to_max_length"])
         if any(self.image_token in words for words in texts):
+            if captions is not None:
+                _refuse_text_arguments(given)
+            _require_images_of_each(texts, images, self.image_token)
             data.update(self._encode_sequences(texts, count, captions, *options, return_tensors, merged))
             return BatchFeature(data)
         if text is not None:
@@ -402,6 +409,36 @@ class VLVProcessor(WithoutInheritedCode, ProcessorMixin):
 def _require_strings(values: list[Any], what: str) -> None:
     if wrong := [value for value in values if not isinstance(value, str)]:
         raise ValueError(f"{what} must be strings, got {type(wrong[0]).__name__}")
+
+
+def _refuse_text_arguments(given: dict[str, Any]) -> None:
+    """Raises `ValueError` for an argument of tokenizers that sequences with captions do not follow."""
+    followed: dict[str, tuple] = {
+        "padding": (None, True, "longest"),
+        "padding_side": (None, "right"),
+        "return_attention_mask": (None, True),
+    }
+    for name in (name for name in given if name in TextKwargs.__annotations__):
+        if name not in ("max_length", "return_tensors") and given[name] not in followed.get(name, (None, False)):
+            raise ValueError(
+                f"{name}={given[name]!r} does not work with suffix after image tokens: sequences are padded on the "
+                "right to the longest, and max_length cuts suffixes alone; leave it out"
+            )
+
+
+def _require_images_of_each(texts: list[str], images: Any, image_token: str) -> None:
+    """Raises `ValueError` if images in lists, one for each text, are not as many as the image tokens of that text."""
+    if not isinstance(images, (list, tuple)) or not all(isinstance(own, (list, tuple)) for own in images):
+        return
+    if any(isinstance(item, (int, float, list, tuple)) for own in images for item in own):
+        return  # an image as nested lists
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} lists of images for {len(texts)} texts; give each text its list")
+    for index, (text, own) in enumerate(zip(texts, images, strict=True)):
+        if (tokens := text.count(image_token)) != len(own):
+            raise ValueError(
+                f"text {index} has {tokens} image tokens ({image_token}), but its list has {len(own)} images"
+            )
 
 
 def _convert(rows: list[list[int]], return_tensors: str | None) -> Any:

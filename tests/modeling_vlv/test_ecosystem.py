@@ -150,7 +150,17 @@ def test_the_encoder_can_be_exported(tmp_path):
 @pytest.mark.slow
 def test_the_language_model_is_one_graph_with_a_static_cache(captioner, inputs):
     expected = captioner.generate(**inputs, max_new_tokens=6)
-    forward = captioner.language_model.forward
-    captioner.language_model.forward = torch.compile(forward, fullgraph=True, backend="eager")
+    forward, runs = captioner.language_model.forward, []
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: list):
+        def run(*arguments):
+            runs.append(graph)
+            return graph.forward(*arguments)
+
+        return run
+
+    captioner.language_model.forward = torch.compile(forward, fullgraph=True, backend=backend)
     written = captioner.generate(**inputs, max_new_tokens=6, use_cache=True, cache_implementation="static")
     assert torch.equal(written, expected)
+    new = written.shape[1] - inputs["input_ids"].shape[1]
+    assert len(runs) == new > len(set(map(id, runs)))  # the prompt, and then a graph that is used again

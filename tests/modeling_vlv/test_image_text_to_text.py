@@ -43,7 +43,7 @@ def user(image, *words: str) -> list[dict]:
 
 def texts(results: list) -> list[str]:
     flat = [result for item in results for result in (item if isinstance(item, list) else [item])]
-    return [result["generated_text"].strip() for result in flat]  # words that go on begin with a space
+    return [result["generated_text"] for result in flat]
 
 
 def data_uri(image) -> str:
@@ -54,27 +54,33 @@ def data_uri(image) -> str:
 
 @pytest.mark.parametrize("words", ["", "a large"])
 @pytest.mark.parametrize(
-    "form",
+    ("form", "is_chat"),
     [
-        lambda image, words: {"images": image, "text": words},
-        lambda image, words: {"images": [image], "text": [words]},
-        lambda image, words: {"images": {"images": image, "text": words}},
-        lambda image, words: {"text": user(image, words)},
-        lambda image, words: {"images": user(image, words)},
-        lambda image, words: {"text": [user(image, words)]},
-        lambda image, words: {"text": [{"role": "system", "content": "Describe the image."}, *user(image, words)]},
-        lambda image, words: {"text": user(image, words[:2], words[2:])},
-        lambda image, words: {
-            "text": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image_url", "image_url": {"url": data_uri(image)}},
-                        {"type": "text", "text": words},
-                    ],
-                }
-            ]
-        },
+        (lambda image, words: {"images": image, "text": words}, False),
+        (lambda image, words: {"images": [image], "text": [words]}, False),
+        (lambda image, words: {"images": {"images": image, "text": words}}, False),
+        (lambda image, words: {"text": user(image, words)}, True),
+        (lambda image, words: {"images": user(image, words)}, True),
+        (lambda image, words: {"text": [user(image, words)]}, True),
+        (
+            lambda image, words: {"text": [{"role": "system", "content": "Describe the image."}, *user(image, words)]},
+            True,
+        ),
+        (lambda image, words: {"text": user(image, words[:2], words[2:])}, True),
+        (
+            lambda image, words: {
+                "text": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image_url", "image_url": {"url": data_uri(image)}},
+                            {"type": "text", "text": words},
+                        ],
+                    }
+                ]
+            },
+            True,
+        ),
     ],
     ids=[
         "images and text",
@@ -88,8 +94,10 @@ def data_uri(image) -> str:
         "OpenAI",
     ],
 )
-def test_every_documented_form_is_captioned(caption, image, expected, form, words):
-    assert texts(caption(**form(image, words), **GENERATION)) == [expected(image, words)]
+def test_every_documented_form_is_captioned(caption, image, expected, form, is_chat, words):
+    """After the words of a chat, as a part of the text that goes on, the new ones begin with a space."""
+    gap = " " if is_chat and words else ""
+    assert texts(caption(**form(image, words), **GENERATION)) == [gap + expected(image, words)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -97,7 +105,9 @@ def test_chats_with_and_without_words_make_a_batch(caption, images, expected, ba
     words = [None, "a large", "a"]
     chats = [user(image, *([text] if text else [])) for image, text in zip(images, words, strict=False)]
     results = texts(caption(text=chats, batch_size=batch_size, **GENERATION))
-    assert results == [expected(image, text) for image, text in zip(images, words, strict=False)]
+    assert results == [
+        (" " if text else "") + expected(image, text) for image, text in zip(images, words, strict=False)
+    ]
     assert len(set(results)) == 3  # else no comparison could fail
 
 
@@ -116,7 +126,7 @@ def test_a_message_of_padding_alone_is_no_text(captioner, processor, images):
 @pytest.mark.parametrize("given", [True, None])
 def test_a_last_message_by_the_assistant_is_continued(caption, image, expected, given):
     chat = [*user(image), {"role": "assistant", "content": [{"type": "text", "text": "a large"}]}]
-    assert texts(caption(text=chat, continue_final_message=given, **GENERATION)) == [expected(image, "a large")]
+    assert texts(caption(text=chat, continue_final_message=given, **GENERATION)) == [" " + expected(image, "a large")]
     full = caption(text=chat, max_new_tokens=4)[0]["generated_text"]
     assert full[-1]["content"][-1]["text"] == "a large " + expected(image, "a large")
 
@@ -170,7 +180,7 @@ def test_several_images_and_turns_are_rendered_by_the_language_models_own_templa
         inputs = processor(images=images[: expected.count("<image>")], text=expected)
         ids = captioner.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
         written = processor.decode(ids, skip_special_tokens=True)
-        assert texts(caption(text=chat, **GENERATION)) == [written]
+        assert texts(caption(text=chat, **GENERATION)) == [" " + written]
 
 
 def test_a_chat_without_an_image_is_refused(caption):

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, TextStreamer
+from transformers import AutoConfig, DynamicCache, TextStreamer
 
 from vlv import VLVForConditionalGeneration
+from vlv.generation_vlv import mask_and_positions
 
 from ..builders import QUERIES, VOCABULARY, assert_close_to_scale, vlv_config
 from .test_language_models import OWN_SIZES, SIZES
@@ -85,10 +86,11 @@ def test_ids_loss_and_gradients_are_those_of_the_prefix(kind, prefix, pixels):
     counted = CAPTIONS != -100
     assert_close_to_scale(logits[1][:, length - 1 : -1][counted], logits[0][counted])
     assert gradients[0].keys() == gradients[1].keys()
-    scale = max(gradient.abs().max() for gradient in gradients[0].values())
+    largest = max(gradient.abs().max() for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
-        assert (gradients[1][name] - gradient).abs().max() <= 1e-5 * scale, name
-    assert gradients[0]["language_projection.linear_1.weight"].abs().max() > 1e-3 * scale
+        allowed = 1e-5 * gradient.abs().max() + 1e-7 * largest  # of its own scale, and rounding of sums that cancel
+        assert (gradients[1][name] - gradient).abs().max() <= allowed, name
+    assert gradients[0]["language_projection.linear_1.weight"].abs().max() > 1e-3 * largest
 
 
 def test_in_training_logits_are_returned_unless_they_are_refused(model, pixels):
@@ -102,6 +104,8 @@ def test_in_training_logits_are_returned_unless_they_are_refused(model, pixels):
     assert_close_to_scale(model(**inputs, logits_to_keep=1).logits, full.logits[:, -1:])
     image_labels = labels.masked_fill(inputs["input_ids"] == IMAGE, IMAGE)
     assert torch.equal(model(**inputs, labels=image_labels).loss, full.loss)
+    learnt = int((labels != -100).sum())
+    assert_close_to_scale(model(**inputs, labels=image_labels, num_items_in_batch=learnt).loss, full.loss)
     doubled = model(**inputs, labels=labels, num_items_in_batch=2 * int((labels != -100).sum())).loss
     assert_close_to_scale(2 * doubled, full.loss)
 
@@ -175,6 +179,16 @@ def test_lengths_count_the_prompt_and_a_streamer_is_given_it(model, processor, p
         assert capsys.readouterr().out.split() == processor.decode(ids, skip_special_tokens=True).split()
 
 
+def test_beams_are_returned_in_a_dictionary_after_their_prompt(model, pixels):
+    ids, mask = pad([[*image(), 11, 12], image(), [*image(), 14]])
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    settings = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2}
+    result = model.generate(**inputs, **settings, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(result.sequences, model.generate(**inputs, **settings))
+    assert torch.equal(result.sequences[:, : ids.shape[1]], ids.repeat_interleave(2, dim=0))
+    assert result.sequences_scores.shape == (6,) and len(set(map(tuple, result.sequences.tolist()))) == 6
+
+
 def test_caption_embeddings_stand_in_for_images(model, pixels):
     prompt = torch.tensor([image()] * 3)
     embeds = model.model(pixels).caption_embeds
@@ -201,6 +215,17 @@ def test_a_language_model_without_the_token_gets_one_embedding_and_stays_tied(ki
         assert own.generation_config.suppress_tokens == [rows]
 
 
+def test_the_image_token_is_never_written_whether_or_not_it_has_an_embedding(pixels):
+    model = build("qwen2")
+    written = model.generate(pixels[:1], max_new_tokens=1, min_new_tokens=1)
+    token = int(written[0, -1])
+    model.generation_config.suppress_tokens = [7]
+    for _ in range(2):
+        model.set_image_token(token)
+        assert model.generation_config.suppress_tokens == [7, token]
+    assert token not in model.generate(pixels[:1], max_new_tokens=1, min_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
@@ -220,6 +245,72 @@ def test_a_sequence_that_does_not_fit_its_images_is_an_error(model, pixels, inpu
         model(pixel_values=pixels, **inputs)
 
 
-def test_image_tokens_without_images_are_an_error(model):
+def test_a_first_call_without_images_is_an_error(model):
     with pytest.raises(ValueError, match="their images are missing; pass pixel_values"):
         model(input_ids=torch.tensor([image()]))
+    with pytest.raises(ValueError, match="an image to caption is missing, and past_key_values are empty"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=DynamicCache())
+
+
+def test_arguments_given_under_two_names_are_an_error(model, pixels):
+    ids = torch.tensor([image()])
+    with pytest.raises(ValueError, match="inputs of 2 dimensions are another name of input_ids"):
+        model.generate(inputs=ids, input_ids=ids, pixel_values=pixels)
+    with pytest.raises(ValueError, match="inputs of 4 dimensions are another name of pixel_values"):
+        model.generate(pixels, inputs=pixels)
+
+
+def test_a_sequence_longer_than_the_positions_is_an_error(model, pixels):
+    """One that fills them has logits, and leaves no position to write at."""
+    positions = model.config.text_config.max_position_embeddings
+    full = torch.tensor([[*image(), *[11] * (positions - QUERIES)]])
+    inputs = {"pixel_values": pixels[:1], "attention_mask": None}
+    with torch.no_grad():
+        assert model(input_ids=full, **inputs).logits.shape[1] == positions
+        longer = torch.cat([full, full[:, -1:]], dim=1)
+        message = f"input_ids have {positions + 1} tokens, but the language model has {positions} positions"
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=longer, **inputs)
+        padded = torch.ones_like(longer)
+        padded[0, -1] = 0
+        assert model(input_ids=longer, pixel_values=pixels[:1], attention_mask=padded).logits is not None
+    with pytest.raises(ValueError, match=f"have {positions} tokens, .* leaves none for the caption"):
+        model.generate(input_ids=full, pixel_values=pixels[:1], max_new_tokens=1)
+
+
+def test_ids_may_lie_on_another_device_than_the_embeddings(pixels):
+    """A hook of the embeddings moves ids, as with accelerate's `device_map`."""
+    model = build("qwen2")
+    captions = model.model(pixels).caption_embeds.to("meta")
+    model.to("meta").get_input_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].to("meta"),))
+    ids = torch.tensor([image()] * 3)
+    embeds, _ = model.get_prompt_embeds(ids, caption_embeds=captions)
+    inputs = mask_and_positions(embeds, torch.ones_like(ids), None, 0)
+    assert embeds.is_meta and inputs["attention_mask"].is_meta and inputs["position_ids"].is_meta
+
+
+@pytest.mark.slow
+def test_both_forms_with_labels_compile_as_one_graph(model, pixels):
+    """And the form that a compiled call cannot recognise fails an assertion."""
+    whole = sequence(PREFIX, CAPTIONS)
+    with torch.no_grad():
+        embeds = model.model(pixels).caption_embeds
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for inputs in ({"input_ids": PREFIX, "labels": CAPTIONS}, whole):
+            got, expected = (call(caption_embeds=embeds, **inputs).loss for call in (compiled, model))
+            assert torch.equal(got, expected)
+        with pytest.raises(RuntimeError, match="compiled: labels as long as input_ids, but not one image token"):
+            compiled(caption_embeds=embeds, **{**whole, "input_ids": whole["input_ids"].clamp(max=5)})
+    with pytest.raises(RuntimeError, match="compiled: image tokens need labels as long as input_ids"):
+        torch.compile(model._is_sequence, fullgraph=True, backend="eager")(whole["input_ids"], None, None)
+
+
+def test_token_types_of_a_processor_change_nothing(model, pixels):
+    ids = torch.tensor([image()] * 3)
+    inputs = {"input_ids": ids, "pixel_values": pixels}
+    types = {"mm_token_type_ids": torch.ones_like(ids)}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, **types).logits, model(**inputs).logits)
+        assert model.base_model(**inputs, **types).last_hidden_state is not None
+    written = model.generate(**inputs, max_new_tokens=2)
+    assert torch.equal(model.generate(**inputs, **types, max_new_tokens=2), written)

@@ -66,6 +66,12 @@ def pairs(images) -> list[dict]:
     return [{"image": p, "caption": c} for p, c in zip(images, captions, strict=True)]
 
 
+def test_stage_2_gives_a_captioner_the_image_token_of_its_processor(tmp_path, captioner, processor, pairs):
+    captioner.config.image_token_id = None
+    stage2_trainer(tmp_path, captioner, processor, pairs)
+    assert captioner.config.image_token_id == processor.image_token_id
+
+
 @pytest.mark.slow
 def test_gradient_accumulation_gives_the_loss_of_the_complete_batch(tmp_path, captioner, processor, pairs):
     losses = []
