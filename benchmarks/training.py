@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ TOLERANCE = 0.25
 WARM_UP = 2  # steps that are not measured
 CACHES = {"1, cached moments": ("moments",), "1, cached moments and features": ("moments", "vision_features")}
 STAGES = (1, *CACHES, 2)
+SCHEDULE = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False)
 
 
 def medium_config() -> VLVConfig:
@@ -145,6 +147,8 @@ def write_inputs(folder: Path) -> None:
     VLVImageProcessor(size={"height": 128, "width": 128}, pre_crop_size=128).save_pretrained(medium)
     for name, part in zip(("vae", "unet"), medium_diffusion_parts(), strict=True):
         part.save_config(medium / name)
+    SCHEDULE.save_config(medium / "scheduler")
+    shutil.copy(MINIATURE / "model_index.json", medium)
 
 
 def build_config(stage: int, size: str, folder: Path, workers: int, steps: int, cached: Sequence[str] = ()) -> Any:
@@ -179,8 +183,7 @@ def build_trainer(config: Any, size: str, folder: Path) -> Any:
             decoder = load_diffusion_decoder(str(MINIATURE))
         else:
             model, processor = VLVModel(medium_config()), VLVImageProcessor.from_pretrained(folder / "medium")
-            schedule = DDPMScheduler(beta_schedule="scaled_linear", clip_sample=False)
-            decoder = StableDiffusionDecoder(*medium_diffusion_parts(), dict(schedule.config))
+            decoder = StableDiffusionDecoder(*medium_diffusion_parts(), dict(SCHEDULE.config))
         freeze_for_stage1(model, config.trainable)
         dataset = load_images(images)
         moments = open_moments(config, [dataset], processor, decoder)

@@ -12,7 +12,9 @@ from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.miniature import smollm2
 from vlv.miniature.caption_scenes import main as caption_scenes
+from vlv.miniature.caption_scenes import without_names
 from vlv.miniature.captioner import ImageCaptionPairs
+from vlv.miniature.grammar import parse_caption
 from vlv.miniature.pairs import main as write_pairs
 from vlv.miniature.smollm2 import find_smollm2
 from vlv.train import Stage2Config, load_pairs, stage2
@@ -37,8 +39,15 @@ def test_captions_of_unseen_scenes_are_printed_with_their_scores(capsys):
     caption_scenes([str(MINIATURE), "--count", "2", "--split", "combo"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.rpartition("| ")[2] for line in lines[2:4]] == ["yes |", "yes |"]
-    assert lines[-3].startswith("| 2 scenes of combo | background | object F1 |")
-    assert lines[-1] == "| captions |" + " 1.000 |" * 5
+    assert lines[-4].startswith("| 2 scenes of combo | background | object F1 |")
+    assert lines[-2:] == [f"| {row} |" + " 1.000 |" * 5 for row in ("captions", "all objects taken for one")]
+
+
+def test_without_names_places_and_sizes_alone_are_compared():
+    scene, renamed, moved = map(
+        parse_caption, ("a small cat at the centre", "a small dog at the centre", "a small cat at the top left")
+    )
+    assert without_names(scene) == without_names(renamed) != without_names(moved)
 
 
 def test_the_recipe_can_be_parsed():
