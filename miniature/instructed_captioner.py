@@ -90,7 +90,12 @@ def train_instructed_captioner(
     scenes = SceneDataset(pairs, seed=seed + 4, fields=("pixels", "scene"))
     embeds = encode_scenes(model, processor, scenes, Path(work_dir) / "caption-embeds")
     scenes.fields = ("scene",)
-    processor = VLVProcessor(processor.image_processor, build_tokenizer(for_text_encoder=False, instructions=True))
+    processor = VLVProcessor(
+        processor.image_processor,
+        build_tokenizer(for_text_encoder=False, instructions=True),
+        image_seq_length=model.config.num_query_tokens,
+    )
+    model.config.image_token_id = processor.image_token_id
     model.language_model.resize_token_embeddings(len(processor.tokenizer))
     model.config.text_config.vocab_size = len(processor.tokenizer)
     model.config.instructions = [instruction.text for instruction in INSTRUCTIONS]
