@@ -238,7 +238,8 @@ Every number on this page is printed by `python benchmarks/cost.py --output docs
 estimate CONFIG.yaml --gpu H100 --count 8` prints the same for any configuration, with the FLOPs and the time of each
 part and the memory of one card. Dollars are at ${price:.2f} for a card and an hour, and speeds at {share:.0%} of the
 card's peak, unless a table says otherwise. None of these trainings has been run at full size here.
-[`benchmarks/training.md`](../benchmarks/training.md) has the estimate beside measured steps of smaller models.
+[`training.md`](../benchmarks/training.md) and [`training_medium.md`](../benchmarks/training_medium.md) have the
+estimate beside measured steps of smaller models.
 
 ## Is the paper's price plausible?
 

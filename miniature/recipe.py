@@ -336,6 +336,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and options.recipe != "mmdit" and not options.worker:
         parser.error("the recipe 'unet' trains on the CPU; --device cuda is for --recipe mmdit")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but PyTorch finds no GPU here; leave it out to train on the CPU")
     if options.worker:
         use_device(options.device)
         RUNS[options.worker](options.root)

@@ -199,3 +199,12 @@ def test_the_first_recipe_has_no_device_but_the_cpu(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         recipe.main()
     assert "--device cuda is for --recipe mmdit" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "runs"
+    monkeypatch.setattr("sys.argv", ["vlv.miniature", "--root", str(root), "--recipe", "mmdit", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "PyTorch finds no GPU here; leave it out" in capsys.readouterr().err and not root.exists()
