@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -63,7 +63,7 @@ class ServerLimits:
     max_waiting: int = 512
     timeout: float = 300.0
     max_body_bytes: int = 64 * 2**20
-    images: ImageLimits = ImageLimits()
+    images: ImageLimits = field(default_factory=ImageLimits)
     api_keys: tuple[str, ...] = ()
     max_steps: int = 100
 

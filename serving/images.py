@@ -72,15 +72,15 @@ def decode_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
     if len(data) > limits.max_bytes:
         raise _too_large(param, limits)
     add_formats()
-    with suppress(Exception):  # a file that Pillow does not open has its reason below
-        with Image.open(io.BytesIO(data)) as image:
-            size = image.size
-        if size[0] * size[1] > limits.max_pixels:
-            raise RequestError(
-                f"the image has {size[0]} x {size[1]} pixels, and this server reads at most {limits.max_pixels:,}; "
-                "make it smaller",
-                param,
-            )
+    width = height = 0
+    with suppress(Exception), Image.open(io.BytesIO(data)) as image:  # what is not an image has its reason below
+        width, height = image.size
+    if width * height > limits.max_pixels:
+        raise RequestError(
+            f"the image has {width} x {height} pixels, and this server reads at most {limits.max_pixels:,}; make it "
+            "smaller",
+            param,
+        )
     try:
         return to_rgb(data)
     except ValueError as error:

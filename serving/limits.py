@@ -50,7 +50,8 @@ class Limits:
             return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = key.strip() if scheme.lower() == b"bearer" else b""
-        if not any([hmac.compare_digest(given, own.encode()) for own in self.api_keys]):
+        matches = [hmac.compare_digest(given, own.encode()) for own in self.api_keys]  # all, in equal time
+        if not any(matches):
             raise RequestError(
                 "this server needs its API key, as the header Authorization: Bearer KEY",
                 status=401,

@@ -23,8 +23,8 @@ class Settings:
         temperature: 0 takes the most probable token; other values divide the logits before one is drawn.
         top_p: Only the most probable tokens of this total probability are drawn from.
         seed: Of the random numbers. Captions of equal seeds are equal, whatever else is in the batch.
-        frequency_penalty, presence_penalty: Subtracted from the logit of a token for each time, or once if, the caption
-            has it already.
+        frequency_penalty, presence_penalty: Subtracted from the logit of a token that the caption has already: for
+            each time, and once.
         stop: Strings that end the caption before them.
     """
 
@@ -138,10 +138,10 @@ class RowStopping(StoppingCriteria):
 
 def _settled_length(text: str, stop: tuple[str, ...]) -> int:
     """How much of a growing text stays as it is: neither white space at its end nor the beginning of a stop string."""
-    length = len(text.rstrip(UNFINISHED_CHARACTER).rstrip())
+    length = len(text.rstrip(UNFINISHED_CHARACTER))
     for string in stop:
         for size in range(min(len(string) - 1, len(text)), 0, -1):
             if text.endswith(string[:size]):
                 length = min(length, len(text) - size)
                 break
-    return length
+    return len(text[:length].rstrip())

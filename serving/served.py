@@ -111,6 +111,7 @@ class ServedModel:
         ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
         try:
             text = self.processor.apply_chat_template(messages, tokenize=False, **ending)
+            text.encode()  # raises for half of a surrogate pair, which JSON can hold
             inputs = self.processor(images=list(images), text=[text])
         except ValueError as error:
             raise RequestError(str(error), "messages") from error
