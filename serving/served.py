@@ -1,5 +1,6 @@
 """The model that a server answers with: chats, images and caption embeddings as batches for it."""
 
+import logging
 import secrets
 import time
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from .batching import Delta, Finished, Job, Result
 from .protocol import MAX_IMAGES, ChatRequest, Message, RequestError
 from .rows import Row, RowSampling, RowStopping, Settings
 
-UNKNOWN_TEXTS = ("read", "ignore", "refuse")
+MAX_WARNINGS = 20  # different texts that the log has, whatever clients send
+log = logging.getLogger("vlv.serving")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class ServedModel:
         self.name = name or (source if "/" in source and not Path(source).exists() else folder.name)
         self.created = int(time.time())
         self.max_new_tokens, self.unknown_text = max_new_tokens, unknown_text
+        self._warned: set[str] = set()
         self.model, self.processor = hub.load_captioner(folder, device=device, dtype=dtype)
         self.pipeline: Any = None
         self.variations_share_embeddings = not hub.has_two_encoders(folder)
@@ -144,10 +147,18 @@ class ServedModel:
                 content = [*images, {"type": "text", "text": words.strip()}]
             elif self.unknown_text == "ignore":
                 content = images
-            elif self.unknown_text == "refuse":
+            else:
                 follows = ", ".join(map(repr, known)) if known else "no instructions"
-                raise RequestError(f"the model follows {follows}; it was not trained to follow {words!r}", "messages")
+                reason = f"the model follows {follows}; it was not trained to follow {words!r}"
+                if self.unknown_text == "refuse":
+                    raise RequestError(reason, "messages")
+                self._warn_once(f"{reason[:300]}, which it reads as the beginning of the caption (--unknown-text)")
         return {"role": "system" if message.role == "developer" else message.role, "content": content}
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned and len(self._warned) < MAX_WARNINGS:
+            self._warned.add(message)
+            log.warning(message)
 
     def _settings(self, request: ChatRequest, room: int) -> list[Settings]:
         """One for each choice. `room` is the number of positions left."""

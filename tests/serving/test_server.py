@@ -26,7 +26,7 @@ from vlv.pipelines import load_reconstruction
 from vlv.serving.app import ServerLimits, build_app
 from vlv.serving.served import ServedModel
 
-from .conftest import KEY, MODEL, start_server
+from .process import KEY, MODEL, start_server
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.png"))
 
@@ -298,6 +298,16 @@ def test_a_full_queue_refuses_and_sigterm_answers_what_it_has(tmp_path, expected
     assert "4 requests wait already" in str(busy[0]) and busy[0].response.headers["retry-after"] == "1"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
+
+
+def test_the_program_of_the_documentation_prints_what_it_says(server, monkeypatch, capsys):
+    root = Path(__file__).parents[2]
+    program, printed = re.search(
+        r"```python\n(.*?)```\n\n```\n(.*?)```", (root / "docs/serving.md").read_text(), re.S
+    ).groups()
+    monkeypatch.chdir(root)
+    exec(program.replace("http://127.0.0.1:8000", server.url).replace('"KEY"', repr(KEY)), {})
+    assert capsys.readouterr().out == printed
 
 
 @pytest.fixture(scope="module")
