@@ -1,0 +1,251 @@
+"""A vision model as judge of captions: scores of 0 to 6, and comparisons of two captions in both orders.
+
+The scale is that of the paper's captioner arena (arXiv 2507.07104, appendix D), in words of this project: coverage of
+what the image shows, nothing invented, and a layout that agrees with the image.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .endpoint import Answer, Endpoint, Question, image_part
+
+SCORES = range(7)
+SCORE_PROMPT = """\
+You judge how well a caption describes the image. Look at three things: how much of what the image shows the caption \
+mentions; whether it mentions anything that the image does not show; and whether it says correctly where things are, \
+relative to each other and in the image. A relation that is wrong, invented or guessed counts as invented content. An \
+obvious relation that is left out counts as missing content.
+
+6: everything that matters is mentioned, the layout is right, nothing is invented.
+5: nearly everything is mentioned, with small gaps; nothing is invented.
+4: the main content is mentioned, several things are missing; nothing is invented.
+3: little is mentioned, hardly any layout; nothing is invented.
+2: a good part is mentioned, but at least one thing is invented or wrong.
+1: little is mentioned, and at least one thing is invented or wrong.
+0: nothing useful is mentioned, or several things are invented.
+
+Caption:
+{caption}
+
+Explain in one or two sentences, then end with a line of the form
+Score: N"""
+COMPARISON_PROMPT = """\
+Two captions describe the same image. Decide which describes it better: it mentions more of what the image shows, \
+says more correctly where things are, and invents less. A caption is not better because it is longer.
+
+Caption 1:
+{first}
+
+Caption 2:
+{second}
+
+Explain in one or two sentences, then end with one line of the form
+Better: 1
+or
+Better: 2
+or
+Better: equal"""
+_SCORE = re.compile(
+    r"\bscore\b[^\w-]{0,6}(?:is|of|would be)?[^\w-]{0,4}(-?\d+(?:\.\d+)?)(?!\s*(?:-|–|to)\s*\d)", re.IGNORECASE
+)
+_NUMBER_ALONE = re.compile(r"^\W*(-?\d+(?:\.\d+)?)(?:\s*/\s*6)?\W*$")
+_OUT_OF_SIX = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:/|out of)\s*6\b")
+_BETTER = re.compile(
+    r"\b(?:better|winner|best|prefer(?:red)?|answer|verdict)\b\W{0,6}(?:is|one is|caption is)?\W{0,4}"
+    r"(?:caption\s*)?(1|2|one|two|first|second|equal|tie|both|neither)\b",
+    re.IGNORECASE,
+)
+_CHOICES = {"1": 1, "one": 1, "first": 1, "2": 2, "two": 2, "second": 2}
+
+
+def parse_score(text: str) -> int | None:
+    """The score in a judge's answer, or None if it gives no whole number from 0 to 6.
+
+    Reads a last line `Score: 4`, `**Score:** 4/6`, `4 out of 6`, JSON with a field `score`, and a number alone. The
+    last one counts, because judges repeat the scale first.
+    """
+    for found in (_json_field(text, "score"), *_last(_SCORE, text), *_last(_OUT_OF_SIX, text), *_last_line(text)):
+        with suppress(TypeError, ValueError):
+            value = float(found)
+            if value in SCORES:
+                return int(value)
+            return None
+    return None
+
+
+def parse_comparison(text: str) -> int | None:
+    """1 or 2 for the better caption, 0 for none, or None if a judge's answer does not say.
+
+    Reads a last line `Better: 2`, `**Better:** caption 2`, JSON with a field `better`, and `1`, `2` or `equal` alone.
+    """
+    field = _json_field(text, "better")
+    lines = text.strip().splitlines()
+    alone = re.fullmatch(r"\W*(?:caption\s*)?(1|2|equal|tie)\W*", lines[-1], re.IGNORECASE) if lines else None
+    candidates = [str(field)] if field is not None else []
+    candidates += [*_last(_BETTER, text), *([alone.group(1)] if alone else [])]
+    for found in candidates:
+        return _CHOICES.get(found.lower().removeprefix("caption").strip(), 0)
+    return None
+
+
+def _last(pattern: re.Pattern, text: str) -> list[str]:
+    """The last match of a pattern outside of Markdown's marks."""
+    found = pattern.findall(re.sub(r"[*_`#]", "", text))
+    return found[-1:]
+
+
+def _last_line(text: str) -> list[str]:
+    lines = text.strip().splitlines()
+    found = _NUMBER_ALONE.match(re.sub(r"[*_`#]", "", lines[-1])) if lines else None
+    return [found.group(1)] if found else []
+
+
+def _json_field(text: str, name: str) -> Any:
+    """A field of the last JSON object in a text, or None."""
+    for candidate in reversed(re.findall(r"\{[^{}]*\}", text)):
+        with suppress(ValueError, AttributeError):
+            fields = {key.lower(): value for key, value in json.loads(candidate).items()}
+            if name in fields:
+                return fields[name]
+    return None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one image.
+
+    Attributes:
+        name: Of the image.
+        value: A score, or the share of the two orders that the first captioner wins (0, 0.5 or 1; ties count half).
+        orders_agree: Of comparisons: whether both orders have the same winner.
+    """
+
+    name: str
+    value: float
+    orders_agree: bool | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """All verdicts, and the images without one, each with the reason."""
+
+    verdicts: list[Verdict]
+    failed: dict[str, str]
+
+
+def score_captions(
+    endpoint: Endpoint,
+    captions: Mapping[str, str],
+    read_image: Callable[[str], bytes],
+    advance: Callable[[int], None] = lambda done: None,
+) -> Judgement:
+    """A score of 0 to 6 for each caption.
+
+    Args:
+        captions: By name of the image.
+        read_image: The bytes of the file of an image.
+
+    Raises:
+        EndpointError, PriceReached: As [`Endpoint.ask`].
+    """
+    questions = (
+        Question(f"score/{name}", _messages(read_image(name), SCORE_PROMPT.format(caption=caption)))
+        for name, caption in captions.items()
+    )
+    verdicts, failed = [], {}
+    for name, answer in zip(captions, endpoint.ask(questions, advance), strict=True):
+        value = None if answer.text is None else parse_score(answer.text)
+        if value is None:
+            failed[name] = _reason(answer, "score from 0 to 6")
+        else:
+            verdicts.append(Verdict(name, value))
+    return Judgement(verdicts, failed)
+
+
+def compare_captions(
+    endpoint: Endpoint,
+    first: Mapping[str, str],
+    second: Mapping[str, str],
+    read_image: Callable[[str], bytes],
+    advance: Callable[[int], None] = lambda done: None,
+) -> Judgement:
+    """Which of two captions of each image is better, asked in both orders, since judges prefer positions.
+
+    Args:
+        first, second: Captions of two captioners, by name of the image. Images of one alone are left out.
+    """
+    names = [name for name in first if name in second]
+    questions = (
+        Question(f"{order}/{name}", _messages(read_image(name), COMPARISON_PROMPT.format(first=one, second=other)))
+        for name in names
+        for order, one, other in (
+            ("first-second", first[name], second[name]),
+            ("second-first", second[name], first[name]),
+        )
+    )
+    answers = endpoint.ask(questions, advance)
+    verdicts, failed = [], {}
+    for name, there, back in zip(names, answers[::2], answers[1::2], strict=True):
+        choices = [None if own.text is None else parse_comparison(own.text) for own in (there, back)]
+        if None in choices:
+            failed[name] = _reason([there, back][choices.index(None)], "better caption")
+            continue
+        wins = [{1: 1.0, 2: 0.0, 0: 0.5}[choices[0]], {1: 0.0, 2: 1.0, 0: 0.5}[choices[1]]]  # type: ignore[index]
+        verdicts.append(Verdict(name, sum(wins) / 2, orders_agree=wins[0] == wins[1]))
+    return Judgement(verdicts, failed)
+
+
+def _messages(image: bytes, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [image_part(image), {"type": "text", "text": text}]}]
+
+
+def _reason(answer: Answer, expected: str) -> str:
+    if answer.error is not None:
+        return answer.error
+    cut = "; it was cut, raise max_tokens" if answer.finish_reason == "length" else ""
+    return f"the answer gives no {expected}: {str(answer.text)[-80:]!r}{cut}"
+
+
+def bootstrap_mean(values: Sequence[float], samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean, and the 95% interval of the mean over resampled values."""
+    if not values:
+        raise ValueError("there are no values to average")
+    generator = random.Random(seed)
+    means = sorted(sum(generator.choices(values, k=len(values))) / len(values) for _ in range(samples))
+    return sum(values) / len(values), means[int(0.025 * samples)], means[int(0.975 * samples) - 1]
+
+
+def weighted_kappa(first: Sequence[int], second: Sequence[int], values: Sequence[int] = SCORES) -> float:
+    """Agreement of two judges beyond chance: Cohen's kappa with squared weights (Cohen 1968). 1 is full agreement."""
+    if len(first) != len(second) or not first:
+        raise ValueError(f"two judges of the same captions are needed, got {len(first)} and {len(second)} scores")
+    pairs, ones, others = Counter(zip(first, second, strict=True)), Counter(first), Counter(second)
+    span = (max(values) - min(values)) ** 2
+    observed = sum(count * (one - other) ** 2 / span for (one, other), count in pairs.items()) / len(first)
+    expected = (
+        sum(ones[one] * others[other] * (one - other) ** 2 / span for one in ones for other in others)
+        / len(first) ** 2
+    )
+    return 1.0 if expected == 0 else 1 - observed / expected
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """The JSON that `vlv caption` writes.
+
+    Raises:
+        ValueError: If it is not an object of captions by name.
+    """
+    try:
+        captions = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(captions, dict) or not all(isinstance(own, str) for own in captions.values()):
+        raise ValueError(f"{path} holds no captions: expected {{image: caption}}, as vlv caption writes it")
+    return captions

@@ -1,0 +1,109 @@
+"""Questions to an OpenAI-compatible endpoint that fails in every way."""
+
+import json
+
+import pytest
+
+from vlv.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings, PriceReached, Question
+
+from .openai_server import Reply, scripted_endpoint
+
+FAST = {"Retry-After": "0"}
+
+
+def ask(text: str) -> Question:
+    return Question(text, [{"role": "user", "content": text}])
+
+
+def build(url: str, folder, **settings) -> Endpoint:
+    defaults = {"max_retries": 2, "timeout": 0.5, "concurrency": 4}
+    return Endpoint(EndpointSettings("judge", url, **(defaults | settings)), folder / "answers.jsonl")
+
+
+def test_faults_that_pass_are_asked_again_and_others_fail_by_name(tmp_path):
+    replies = {
+        "once 429": [Reply(status=429, headers=FAST, body=b"{}"), Reply("a")],
+        "once 500": [Reply(status=500, headers=FAST, body=b"oops"), Reply("b")],
+        "once late": [Reply("late", delay=1.0), Reply("c")],
+        "always 500": [Reply(status=500, headers=FAST, body=b"oops")],
+        "no JSON": [Reply(body=b"<html>")],
+        "no choices": [Reply(body=b'{"choices": []}')],
+        "empty": [Reply("  ")],
+        "refused": [Reply(body=b'{"choices": [{"message": {"content": null, "refusal": "I will not"}}]}')],
+        "bad request": [Reply(status=400, body=b'{"error": {"message": "too long"}}')],
+        "right": [Reply("d")],
+    }
+
+    def answer(words: str, before: int) -> Reply:
+        return replies[words][min(before, len(replies[words]) - 1)]
+
+    with scripted_endpoint(answer) as script:
+        endpoint = build(script.url, tmp_path)
+        answers = {own.name: own for own in endpoint.ask(map(ask, replies))}
+    assert list(answers) == list(replies)
+    assert {name: own.text for name, own in answers.items() if own.error is None} == {
+        "once 429": "a",
+        "once 500": "b",
+        "once late": "c",
+        "right": "d",
+    }
+    errors = {name: own.error for name, own in answers.items() if own.error is not None}
+    assert "status 500" in errors["always 500"] and "too long" in errors["bad request"]
+    assert errors["refused"] == "refused: I will not" and errors["empty"] == "the answer is empty"
+    assert "no choices" in errors["no choices"] and errors["no JSON"]
+    assert (endpoint.totals.answered, endpoint.totals.failed) == (4, 6)
+
+
+def test_a_run_goes_on_with_the_answers_in_its_log(tmp_path):
+    with scripted_endpoint(lambda words, before: Reply(words.upper())) as script:
+        build(script.url, tmp_path).ask([ask("a"), ask("b")])
+        log = tmp_path / "answers.jsonl"
+        log.write_text(log.read_text() + '{"hash": "cut by a kill')
+        endpoint = build(script.url, tmp_path)
+        answers = endpoint.ask([ask("a"), ask("c"), ask("b")])
+        assert [own.text for own in answers] == ["A", "C", "B"]
+        assert (endpoint.totals.kept, endpoint.totals.answered, len(script.requests)) == (2, 1, 3)
+        assert build(script.url, tmp_path).ask([ask("c")])[0].text == "C" and len(script.requests) == 3
+        build(script.url, tmp_path, temperature=1.0).ask([ask("c")])
+        assert len(script.requests) == 4  # another setting is another answer
+
+
+def test_failed_questions_are_asked_again(tmp_path):
+    with scripted_endpoint(lambda words, before: Reply("" if before == 0 else "b")) as script:
+        assert build(script.url, tmp_path).ask([ask("a")])[0].error
+        assert build(script.url, tmp_path).ask([ask("a")])[0].text == "b"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_an_endpoint_that_refuses_ends_the_run_at_once(tmp_path, status):
+    body = json.dumps({"error": {"message": "no such key"}}).encode()
+    with scripted_endpoint(lambda words, before: Reply(status=status, body=body)) as script:
+        with pytest.raises(EndpointError, match=f"{status}.*no such key"):
+            build(script.url, tmp_path, concurrency=1).ask(ask(str(number)) for number in range(50))
+        assert len(script.requests) < 5
+
+
+def test_a_run_stops_before_the_price_is_exceeded(tmp_path):
+    with scripted_endpoint(lambda words, before: Reply("a")) as script:
+        prices = {"price_in": 1000.0, "price_out": 10_000.0, "max_price": 1.1}  # an answer costs 0.2
+        endpoint = build(script.url, tmp_path, **prices)
+        with pytest.raises(PriceReached, match="max_price 1.1"):
+            endpoint.ask(ask(str(number)) for number in range(50))
+        assert 0.2 <= endpoint.totals.price <= 1.1 + 1e-9
+        kept = endpoint.totals.answered
+        more = build(script.url, tmp_path, **prices | {"max_price": 99.0})
+        assert len(more.ask(ask(str(number)) for number in range(10))) == 10
+        assert more.totals.kept == kept
+
+
+def test_a_price_limit_needs_prices_and_openai_needs_a_key(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="max_price needs price_in and price_out"):
+        EndpointSettings("judge", max_price=1.0)
+    with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
+        Endpoint(EndpointSettings("judge"), tmp_path / "log")
+
+
+def test_two_questions_of_one_name_are_an_error(tmp_path):
+    with scripted_endpoint(lambda words, before: Reply("a")) as script, pytest.raises(ValueError, match="named 'a'"):
+        build(script.url, tmp_path).ask([ask("a"), ask("a")])
