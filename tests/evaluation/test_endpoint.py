@@ -87,7 +87,7 @@ def test_a_run_stops_before_the_price_is_exceeded(tmp_path):
     with scripted_endpoint(lambda words, before: Reply("a")) as script:
         prices = {"price_in": 1000.0, "price_out": 10_000.0, "max_price": 1.1}  # an answer costs 0.2
         endpoint = build(script.url, tmp_path, **prices)
-        with pytest.raises(PriceReached, match="max_price 1.1"):
+        with pytest.raises(PriceReached, match=r"max_price 1\.1"):
             endpoint.ask(ask(str(number)) for number in range(50))
         assert 0.2 <= endpoint.totals.price <= 1.1 + 1e-9
         kept = endpoint.totals.answered

@@ -93,10 +93,7 @@ def test_scores_are_averaged_and_captions_without_one_are_named(files):
     assert "| 2 | 1 | 4.50 | 3.00 to 6.00 | 5.18 |" in table
     results = json.loads((files / "run" / "results.json").read_text())
     assert results["figures"]["verdicts"] == {"a.png": 6, "b.png": 3}
-    assert (
-        "gives no a score" in results["figures"]["failed"]["c.png"]
-        or "I refuse." in results["figures"]["failed"]["c.png"]
-    )
+    assert results["figures"]["failed"]["c.png"] == "the answer gives no score from 0 to 6: 'I refuse.'"
 
 
 @pytest.mark.parametrize(
