@@ -44,8 +44,10 @@ PUBLISHED_ARENA = 5.18
 class EndpointConfig:
     """A model behind an OpenAI-compatible endpoint."""
 
-    output_dir: str = field(metadata={"help": "folder of answers and results; a run goes on with the answers in it"})
-    endpoint_model: str = field(metadata={"help": "the model's name at the endpoint"})
+    output_dir: str = field(
+        default="", metadata={"help": "folder of answers and results; a run goes on with the answers in it"}
+    )
+    endpoint_model: str = field(default="", metadata={"help": "the model's name at the endpoint"})
     base_url: str | None = field(default=None, metadata={"help": "address, such as http://127.0.0.1:8000/v1"})
     key_variable: str = field(default="OPENAI_API_KEY", metadata={"help": "environment variable with the key"})
     concurrency: int = field(default=8, metadata={"help": "requests at once"})
@@ -60,6 +62,12 @@ class EndpointConfig:
     dry_run: bool = field(
         default=False, metadata={"help": "read everything, print the plan and one prompt, ask nothing"}
     )
+
+    def require(self, *names: str) -> None:
+        """Raises `ValueError` for a setting that is not given."""
+        for name in names:
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: {self.__dataclass_fields__[name].metadata['help']}")
 
     def endpoint(self) -> EndpointSettings:
         names = set(EndpointSettings.__dataclass_fields__) - {"model"}
@@ -84,8 +92,7 @@ class VQAConfig(EndpointConfig):
     seed: int = field(default=0, metadata={"help": "of the examples that are drawn"})
 
     def __post_init__(self):
-        if not self.questions:
-            raise ValueError("questions is missing: the file of questions")
+        self.require("output_dir", "endpoint_model", "questions")
         if self.benchmark not in (None, *PUBLISHED_VQA):
             raise ValueError(f"benchmark is {self.benchmark!r}; expected one of {', '.join(PUBLISHED_VQA)}")
         if any(self.shots) and not self.support_questions:
@@ -101,9 +108,7 @@ class JudgeConfig(EndpointConfig):
     against: str | None = field(default=None, metadata={"help": "captions of another captioner, to compare with"})
 
     def __post_init__(self):
-        for name in ("images", "captions"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: {self.__dataclass_fields__[name].metadata['help']}")
+        self.require("output_dir", "endpoint_model", "images", "captions")
         if not Path(self.images).is_dir():
             raise ValueError(f"images: {self.images} is not a folder")
 
