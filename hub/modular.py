@@ -64,8 +64,7 @@ def _index(folder: Path, repo: str, family: type[DiffusionDecoder], index: dict[
         "vlv_image_processor": _entry("transformers", "AutoImageProcessor", repo, "image_processor"),
         **{name: _entry("transformers", "AutoTokenizer", source, name, revision) for name in family.tokenizers},
         **{
-            name: _entry("diffusers", index[name][1], source, name, revision)
-            for name in (*family.models, "scheduler")
+            name: _entry("diffusers", index[name][1], source, name, revision) for name in (*family.models, "scheduler")
         },
         **{name: index.get(name, default) for name, default in family.pipeline_settings.items()},
     }

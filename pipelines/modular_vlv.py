@@ -46,14 +46,16 @@ class VLVImageEncoderBase(ModularPipelineBlocks):
     def inputs(self) -> list[InputParam]:
         return [
             InputParam(
-                "image_prompt", required=True, description="One image or a list: PIL images, paths, URLs, bytes or arrays."
+                "image_prompt",
+                required=True,
+                description="One image or a list: PIL images, paths, URLs, bytes or arrays.",
             ),
             InputParam("prompt", type_hint=str | list[str], description="Words: one text, or one for each image."),
             InputParam(
                 "image_tokens",
                 type_hint=int,
-                description="How many caption embeddings of each image are kept, from the front: 0 for the words alone, "
-                "by default all.",
+                description="How many caption embeddings of each image are kept, from the front: 0 for the words "
+                "alone, by default all.",
             ),
             InputParam(
                 "prompt_first",
@@ -66,9 +68,7 @@ class VLVImageEncoderBase(ModularPipelineBlocks):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam(name, type_hint=torch.Tensor, kwargs_type="denoiser_input_fields") for name in self.embeds
-        ]
+        return [OutputParam(name, type_hint=torch.Tensor, kwargs_type="denoiser_input_fields") for name in self.embeds]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
@@ -152,9 +152,9 @@ class VLVImageSize(ModularPipelineBlocks):
 
 
 def require_loaded(components: Any, *names: str) -> None:
-    """Raises a `ValueError` that names the components that are not loaded. diffusers only warns where loading fails."""
+    """Raises a `ValueError` that names components that are not loaded. diffusers only warns where loading fails."""
     if missing := [name for name in names if getattr(components, name, None) is None]:
         raise ValueError(
-            f"{', '.join(missing)} of the pipeline are not loaded; call load_components(trust_remote_code=True), whose "
-            "warnings name the reason where one could not be loaded"
+            f"{', '.join(missing)} of the pipeline are not loaded; call load_components(trust_remote_code=True), "
+            "whose warnings name the reason where one could not be loaded"
         )

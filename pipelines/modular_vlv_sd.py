@@ -1,6 +1,6 @@
 """Blocks for Modular Diffusers: image prompts for Stable Diffusion 1 and 2.
 
-diffusers has no modular pipeline for these. The denoising blocks of its Stable Diffusion XL run their UNets, too: such a
+diffusers has no modular pipeline for these. Its denoising blocks for Stable Diffusion XL run their UNets, too: such a
 UNet does not read the pooled state and the sizes that they pass.
 """
 

@@ -1,4 +1,4 @@
-"""Blocks for Modular Diffusers: image prompts for Stable Diffusion XL, with all that diffusers' own blocks for it do."""
+"""Blocks for Modular Diffusers: image prompts for Stable Diffusion XL, and all that diffusers' own blocks for it do."""
 
 from typing import Any
 
@@ -26,7 +26,9 @@ class VLVImageEncoder(VLVImageEncoderBase):
 
     @property
     def expected_configs(self) -> list[ConfigSpec]:
-        description = "Whether guidance steers away from zeros, not the empty prompt, where there is no negative prompt"
+        description = (
+            "Whether guidance steers away from zeros, not the empty prompt, where there is no negative prompt"
+        )
         return [ConfigSpec(FORCE_ZEROS, True, description)]
 
     def settings(self, components: Any) -> dict[str, Any]:

@@ -87,8 +87,9 @@ print(json.dumps(found))
 
 # What diffusers downloads from the top of a repository.
 RECONSTRUCTION_FILES = (
-    "chat_template.jinja config.json generation_config.json model_index.json pipeline_vlv_reconstruction.py "
-    "preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json"
+    "chat_template.jinja config.json generation_config.json model_index.json modular_config.json "
+    "modular_model_index.json pipeline_vlv_reconstruction.py preprocessor_config.json processor_config.json "
+    "tokenizer.json tokenizer_config.json"
 )
 
 
