@@ -1,4 +1,4 @@
-"""Blocks for Modular Diffusers: image prompts for Stable Diffusion XL, and all that diffusers' own blocks for it do."""
+"""Blocks for Modular Diffusers: image prompts for Stable Diffusion XL, and all that diffusers' blocks for it do."""
 
 from typing import Any
 

@@ -140,11 +140,12 @@ def test_the_documented_code_loads_a_folder_in_place_of_the_repository_that_it_n
     )
     results: dict = {}
     for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
-        exec(code.replace('"org/vlv"', repr(str(folder))).replace("outputs/", f"{tmp_path}/"), results)
+        code = code.replace('"org/vlv"', repr(str(folder))).replace("outputs/", f"{tmp_path}/")
+        exec(code.replace("image_tokens=12", "image_tokens=12, num_inference_steps=4"), results)
     reconstruction = load_reconstruction(MINIATURE)
     reconstruction.set_progress_bar_config(disable=True)
     image, seed = "examples/images/test-1.png", torch.Generator().manual_seed(0)
-    words = {"prompt": "a large frog at the bottom left", "image_tokens": 12}
+    words = {"prompt": "a large frog at the bottom left", "image_tokens": 12, "num_inference_steps": 4}
     expected = reconstruction(image, guidance_scale=3.0, generator=seed, output_type="np", **words).images[0]
     assert np.abs(np.asarray(Image.open(tmp_path / "modular.png")) / 255 - expected).max() < 0.01
     for name, rows in reconstruction.encode_image(image).items():
