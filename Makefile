@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/.ready: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed; pass PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --constraint constraints.txt --editable '.[train,gguf,eval,formats,miniature,space,dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[train,gguf,eval,formats,miniature,space,serve,dev]'
 	$(LIST_OF_FILES) > $(READY)
 	touch $@
 

@@ -326,7 +326,7 @@ def number_of(stage: int | str) -> list[str]:
     return ["1", "--cached", *CACHES[stage]] if isinstance(stage, str) else [str(stage)]
 
 
-def report(sizes: list[str], steps: int, repeats: int) -> tuple[str, list[str]]:
+def report(sizes: list[str], steps: int, repeats: int, output: str) -> tuple[str, list[str]]:
     """All tables, as Markdown, and the cases whose estimate is too far from the measurement."""
     cases = [(size, stage) for size in sizes for stage in STAGES]
     kinds = {"one": (1, 0), "two": (2, 0), "workers": (1, 1)}  # processes, workers of the data loader
@@ -361,7 +361,7 @@ def report(sizes: list[str], steps: int, repeats: int) -> tuple[str, list[str]]:
         "",
         f"torch {torch.__version__}, {platform.machine()}, one thread a process, float32. Printed by",
         f"`python benchmarks/training.py --sizes {' '.join(sizes)} --steps {steps} --repeats {repeats}",
-        "--output benchmarks/training.md`. Medians of interleaved runs; images/s of the fastest step.",
+        f"--output {output}`. Medians of interleaved runs; images/s of the fastest step.",
         "",
         "## Throughput, and time outside the model",
         "",
@@ -432,7 +432,7 @@ def main() -> None:
         if int(os.environ.get("RANK", 0)) == 0:
             (folder / "result.json").write_text(json.dumps(row))
         return
-    text, wrong = report(options.sizes, options.steps, options.repeats)
+    text, wrong = report(options.sizes, options.steps, options.repeats, str(options.output or "FILE"))
     print(text)
     if options.output:
         options.output.write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.push_space or arguments.write_space:
         return _deploy(arguments)
-    _check_address(arguments.host, arguments.port)
+    check_address(arguments.host, arguments.port)
     try:
         return _serve(arguments)
     except KeyboardInterrupt:
@@ -57,7 +57,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_address(host: str, port: int) -> None:
+def check_address(host: str, port: int) -> None:
     """Raises a `UserError` if the page cannot listen there, before the model is loaded."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port} is not a port; pass a number from 0 to 65535")

@@ -13,7 +13,7 @@ from .interpreter import run_python
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["vlv", "vlv.hub", "vlv.diffusion_decoder", "vlv.pipelines", "vlv.train", "vlv.evaluation", "vlv.miniature"]
-PACKAGES += ["vlv.miniature.paper", "vlv.space", "vlv.cli", "vlv.checkpoints"]
+PACKAGES += ["vlv.miniature.paper", "vlv.space", "vlv.serving", "vlv.cli", "vlv.checkpoints"]
 NOT_PACKAGED = shutil.ignore_patterns(".*", "build", "dist", "outputs", "runs", "tests", "__pycache__", "*.egg-info")
 NOT_FOR_LIGHT_USES = "{'datasets', 'gradio', 'matplotlib', 'torchvision', 'torchmetrics'}"
 

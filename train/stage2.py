@@ -83,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
                     image_seq_length=model.config.num_query_tokens,
                 )
                 model.config.image_token_id = processor.image_token_id
-                model.config.instructions = None  # a captioner's own are those of its former language model
             elif config.language_model is not None:
                 raise ValueError(
                     f"language_model is {config.language_model}, but {config.model} is a captioner, which has its "

@@ -111,7 +111,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model)
         own = {item.name: getattr(encoder.config, item.name) for item in fields(VLVConfig) if item.init}
-        not_own = {"image_token_id", *PreTrainedConfig.__dataclass_fields__}  # the id of another tokenizer
+        not_own = {"image_token_id", "instructions", *PreTrainedConfig.__dataclass_fields__}  # another captioner's
         own = {name: value for name, value in own.items() if name not in not_own}
         sub_configs = {name: own.pop(name) for name in VLVConfig.sub_configs_defaults}
         sub_configs = {name: config for name, config in sub_configs.items() if config is not None}

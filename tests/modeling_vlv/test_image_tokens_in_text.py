@@ -204,11 +204,13 @@ def test_without_a_configured_token_ids_beyond_the_embeddings_are_image_tokens(c
     assert torch.equal(captioner.generate(**inputs, max_new_tokens=5), expected)
 
 
-def test_a_new_language_model_has_no_image_token_of_the_former_one(captioner, tmp_path):
+def test_a_new_language_model_has_no_image_token_and_no_instructions_of_the_former_one(captioner, tmp_path):
+    captioner.config.instructions = ["briefly"]
     captioner.save_pretrained(tmp_path)
     language_model = AutoModelForCausalLM.from_config(language_model_config())
     model = VLVForConditionalGeneration.from_vlv_text_pretrained(str(tmp_path), language_model)
     assert captioner.config.image_token_id == VOCABULARY and model.config.image_token_id is None
+    assert model.config.instructions is None
 
 
 def test_a_captioner_in_a_subfolder_finds_the_image_token_there(older, captioner, tmp_path):
