@@ -59,7 +59,7 @@ def _index(folder: Path, repo: str, family: type[DiffusionDecoder], index: dict[
     source, revision = (repo, None) if referred is None else (referred.source, referred.revision)
     return {
         "_blocks_class_name": BLOCKS_CLASS,
-        "_class_name": "StableDiffusionXLModularPipeline",
+        "_class_name": "StableDiffusionXLModularPipeline",  # whose blocks generate the images of either family
         "encoder": _entry("transformers", "AutoModel", repo, "encoder"),
         "vlv_image_processor": _entry("transformers", "AutoImageProcessor", repo, "image_processor"),
         **{name: _entry("transformers", "AutoTokenizer", source, name, revision) for name in family.tokenizers},

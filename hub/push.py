@@ -103,7 +103,10 @@ def push(
         UploadError: If the Hub refuses the repository or the upload, or does not answer.
     """
     card = card or Card()
-    read_config(resolve(source, token=token))
+    root = resolve(source, token=token)
+    read_config(root)
+    if by_reference:
+        _reference(root, source, diffusion_model, token)
     with upload_errors(repo):
         _create_repository(repo, private, revision, token)
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:

@@ -201,10 +201,12 @@ def test_components_that_are_not_loaded_are_named(model, image_file):
 
 
 @pytest.mark.slow
-def test_the_guider_that_is_off_needs_no_negative_embeddings(model, image_file):
-    pipeline = modular(modular_vlv_sd, model, guider=ClassifierFreeGuidance(guidance_scale=1.0))
+def test_a_denoiser_of_another_precision_and_a_guider_that_is_off(model, image_file):
+    half = load_diffusion_components(model, dtype=torch.bfloat16)
+    pipeline = modular(modular_vlv_sd, model, guider=ClassifierFreeGuidance(guidance_scale=1.0), **half)
     state = pipeline(image_prompt=str(image_file), num_inference_steps=1, height=16, width=16)
-    assert state.negative_prompt_embeds is None and state.images[0].size == (16, 16)
+    assert state.prompt_embeds.dtype == torch.bfloat16 and state.negative_prompt_embeds is None
+    assert state.images[0].size == (16, 16)
 
 
 @pytest.mark.slow
