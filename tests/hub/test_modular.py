@@ -210,6 +210,15 @@ def test_a_denoiser_of_another_precision_and_a_guider_that_is_off(model, image_f
 
 
 @pytest.mark.slow
+def test_images_have_the_size_that_the_model_reconstructs_or_a_given_one(model, image_file):
+    pipeline = modular(modular_vlv_sd, model, guider=ClassifierFreeGuidance(guidance_scale=1.0))
+    pipeline.vlv_image_processor.pre_crop_size = 16  # the UNet was trained on 32
+    settings = {"image_prompt": str(image_file), "num_inference_steps": 1, "output": "images"}
+    assert pipeline(**settings)[0].size == (16, 16)
+    assert pipeline(**settings, height=24)[0].size == (16, 24)
+
+
+@pytest.mark.slow
 def test_image_to_image_of_stable_diffusion_xl_takes_an_image_prompt(xl_model, image_file, images):
     pipeline = modular(modular_vlv_sdxl, xl_model)
     settings = {"strength": 0.5, "num_inference_steps": 4, "output_type": "pt"}
