@@ -29,6 +29,12 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--diffusion-model", metavar="DIR_OR_REPO", help="the text-to-image model, if SRC does not hold one"
     )
+    parser.add_argument(
+        "--by-reference",
+        action="store_true",
+        help="leave the text-to-image model in its own repository of the Hub, which the uploaded one names with its "
+        "commit, in place of copying it",
+    )
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--revision", help="branch to upload to; created if it does not exist (default: main)")
     parser.add_argument("--token", help="Hub token; by default HF_TOKEN or the one that `hf auth login` stored")
@@ -58,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_repo_id(arguments.repo)
     shared: dict[str, Any] = {
         "diffusion_model": arguments.diffusion_model,
+        "by_reference": arguments.by_reference,
         "token": arguments.token,
         "dtype": DTYPES[arguments.dtype] if arguments.dtype else None,
         "half_variant": arguments.half_variant,

@@ -9,6 +9,7 @@ It serves transformers and diffusers, and stores each weight once:
     (or the components of another family of text-to-image models)
     encoder/config.json, encoder/model.safetensors                                                   shared by both
     *.py, encoder/*.py, image_processor/*.py                                                         code of vlv
+    modular_config.json, modular_model_index.json, encoder/preprocessor_config.json                  Modular Diffusers
 """
 
 from pathlib import PurePosixPath

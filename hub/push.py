@@ -16,6 +16,7 @@ from vlv.files import read_json, stored_dtype, write_json
 
 from .card import DIFFUSION_LABELS, Card, change_card, is_as_pushed, stamp, without_local_paths, write_card
 from .compatibility import check_compatible
+from .decoder import DiffusionModel, find_diffusion_model, referred_diffusion_model
 from .export import export
 from .folders import new_folder
 from .layout import CARD_FILE, ENCODER_FILE, MODEL_INDEX_FILE, OWNED, PICKLES, TRAINING_FILE
@@ -27,6 +28,7 @@ from .load import (
     read_config,
     resolve,
 )
+from .modular import add_modular_files
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ def push(
     repo: str,
     *,
     diffusion_model: str | os.PathLike | None = None,
+    by_reference: bool = False,
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -78,6 +81,8 @@ def push(
         source: A folder in the Hub layout, a stage-1 or stage-2 checkpoint, or a repo id.
         repo: The repository, as `org/name`. It is created if it does not exist.
         diffusion_model: Diffusers folder or repo id of the text-to-image model. Not needed where `source` has one.
+        by_reference: Whether the repository refers to the text-to-image model, which then has to be on the Hub, in
+            place of holding a copy.
         private: Whether a new repository is private.
         revision: A branch. It is created if it does not exist.
         token: Of an account that may write to `org`; by default the one that `hf auth login` stored.
@@ -94,11 +99,14 @@ def push(
     Raises:
         FileNotFoundError: If there is no model at `source`.
         ValueError: If it is not a VLV model, or holds pickles, or `diffusion_model` does not fit it
-            (`check_compatible`).
+            (`check_compatible`), or is not a repository that can be referred to.
         UploadError: If the Hub refuses the repository or the upload, or does not answer.
     """
     card = card or Card()
-    read_config(resolve(source, token=token))
+    root = resolve(source, token=token)
+    read_config(root)
+    if by_reference:
+        _reference(root, source, diffusion_model, token)
     with upload_errors(repo):
         _create_repository(repo, private, revision, token)
     with tempfile.TemporaryDirectory(prefix="vlv-push-") as folder:
@@ -106,6 +114,7 @@ def push(
             source,
             folder,
             diffusion_model=diffusion_model,
+            by_reference=by_reference,
             token=token,
             dtype=dtype,
             half_variant=half_variant,
@@ -162,6 +171,7 @@ def write_repository(
     folder: str | os.PathLike,
     *,
     diffusion_model: str | os.PathLike | None = None,
+    by_reference: bool = False,
     token: str | None = None,
     dtype: torch.dtype | None = None,
     half_variant: bool = False,
@@ -184,7 +194,9 @@ def write_repository(
     if model_folder == target or model_folder in target.parents or target in model_folder.parents:
         raise ValueError(f"{folder} overlaps with the model's own folder {source}; write to another folder")
     with new_folder(folder) as written:
-        _export_again(root, source, written, diffusion_model, token, dtype, half_variant)
+        reference = _reference(root, source, diffusion_model, token) if by_reference else None
+        _export_again(root, source, written, diffusion_model, reference, token, dtype, half_variant)
+        add_modular_files(written, repo, token)
         if (root / TRAINING_FILE).is_file():
             write_json(written / TRAINING_FILE, without_local_paths(read_json(root / TRAINING_FILE)))
         _write_card(root, written, repo, card or Card())
@@ -196,6 +208,7 @@ def _export_again(
     source: str | os.PathLike,
     folder: Path,
     diffusion_model: str | os.PathLike | None,
+    reference: DiffusionModel | None,
     token: str | None,
     dtype: torch.dtype | None,
     half_variant: bool,
@@ -204,6 +217,7 @@ def _export_again(
 
     Args:
         source: Its name, for messages.
+        reference: The text-to-image model that the export refers to in place of holding a copy.
     """
     own = root if any((root / name).exists() for name in (MODEL_INDEX_FILE, *DIFFUSION_LABELS)) else None
     components = None
@@ -223,7 +237,31 @@ def _export_again(
             encoder = parts["encoder"] = load_encoder(root, dtype=encoder_dtype)[0]
     if diffusion_model is not None and components is not None:
         check_compatible(encoder, components, os.fspath(source), diffusion_model, token=token)
-    export(folder, **parts, diffusion_model=components, half_variant=half_variant)
+    export(folder, **parts, diffusion_model=reference or components, half_variant=half_variant)
+
+
+def _reference(
+    root: Path, source: str | os.PathLike, diffusion_model: str | os.PathLike | None, token: str | None
+) -> DiffusionModel:
+    """The repository of a text-to-image model, at its present commit: `diffusion_model`, or what `root` refers to.
+
+    Raises:
+        FileNotFoundError: If the repository could not be loaded.
+        ValueError: If it is a folder, or neither names one.
+    """
+    read_from = diffusion_model
+    if read_from is None and (referred := referred_diffusion_model(root)) is not None:
+        if referred.revision is not None:
+            return referred
+        read_from = referred.source
+    if read_from is None or Path(read_from).is_dir() or os.path.isabs(read_from):
+        found = f"{source} holds a copy" if read_from is None else f"{read_from} is a folder"
+        raise ValueError(
+            f"by_reference (--by-reference) needs a text-to-image model that is a repository of the Hub, and {found}; "
+            "name one with diffusion_model (--diffusion-model ORG/NAME), or push without by_reference, which copies it"
+        )
+    folder = resolve(read_from, token=token, allow_patterns=[MODEL_INDEX_FILE], pickles_allowed=True)
+    return referred_diffusion_model(folder) or find_diffusion_model(read_from)
 
 
 def _write_card(root: Path, folder: Path, repo: str, card: Card) -> None:

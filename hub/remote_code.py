@@ -43,7 +43,7 @@ def code_file(name: str) -> Path:
     Raises:
         FileNotFoundError: If the installation is incomplete.
     """
-    package = "vlv.pipelines" if name.startswith("pipeline_") else "vlv"
+    package = "vlv.pipelines" if name.startswith(("pipeline_", "modular_")) else "vlv"
     spec = importlib.util.find_spec(package)
     for folder in spec.submodule_search_locations or [] if spec else []:
         if (Path(folder) / name).is_file():

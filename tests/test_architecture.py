@@ -14,6 +14,7 @@ SHIPPED_TO_THE_HUB = [
     *("modeling_vlv/modeling_vlv.py", "modeling_vlv/modeling_vlv_captioner.py", "modeling_vlv/generation_vlv.py"),
     *("modeling_vlv/processing_vlv.py", "modeling_vlv/processing_vlv_captioner.py"),
     *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "pipelines").glob("pipeline_*.py"))),
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "pipelines").glob("modular_*.py"))),
 ]
 FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 NOT_PACKAGES = {"tests", "build", "dist", "outputs", "runs"}
@@ -163,8 +164,10 @@ def test_files_for_the_hub_stand_alone(name):
     for level, module, _ in imports(ast.walk(parse(ROOT / name))):
         own = {"modeling_vlv_captioner.py": ("modeling_vlv", "generation_vlv")}
         own["processing_vlv_captioner.py"] = ("processing_vlv",)
+        own["modular_vlv_sd.py"] = ("modular_vlv", "pipeline_vlv_reconstruction")
+        own["modular_vlv_sdxl.py"] = ("modular_vlv", "pipeline_vlv_pooled_reconstruction")
         if level == 1 and module in own.get(Path(name).name, ()):
-            continue  # transformers, which alone loads captioners, downloads it as well
+            continue  # transformers, which alone loads captioners, and Modular Diffusers download it as well
         assert level == 0 and module.split(".")[0] != "vlv"
 
 

@@ -103,6 +103,8 @@ class DiffusionDecoder(nn.Module, ABC):
     """How timesteps are drawn; the class attribute is the family's default."""
     reconstruction_pipeline: ClassVar[tuple[str, str]]
     """Module and class of the pipeline that reconstructs images, in `vlv.pipelines`."""
+    modular_blocks: ClassVar[str | None] = None
+    """Module of its blocks for Modular Diffusers, in `vlv.pipelines`."""
 
     image_size: int
     """Height and width in pixels that the model was trained on."""

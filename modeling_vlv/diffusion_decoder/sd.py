@@ -33,6 +33,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
     models: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     text_encoders: ClassVar = {"text_encoder": CLIPTextModel}
     reconstruction_pipeline = ("pipeline_vlv_reconstruction", "VLVReconstructionPipeline")
+    modular_blocks: ClassVar = "modular_vlv_sd"
 
     def __init__(
         self,

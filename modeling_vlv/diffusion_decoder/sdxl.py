@@ -34,6 +34,7 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
     pooled_conditioning = (1,)
     pipeline_settings: ClassVar = {ZEROS: True}
     reconstruction_pipeline = ("pipeline_vlv_pooled_reconstruction", "VLVPooledReconstructionPipeline")
+    modular_blocks = "modular_vlv_sdxl"
 
     force_zeros_for_empty_prompt = True
 
