@@ -1,1 +1,1 @@
-"""Commands: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | estimate | train`."""
+"""Commands: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | serve | estimate | train`."""

@@ -1,7 +1,6 @@
 """`vlv evaluate judge`, `vqa` and `agreement`: protocols that ask a model behind an endpoint."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,14 @@ def run_protocol(arguments: argparse.Namespace) -> int:
     from vlv.evaluation.protocols import JudgeConfig, VQAConfig, run_judge, run_vqa
     from vlv.train.parsing import parse_config
 
-    config_class, run = {"judge": (JudgeConfig, run_judge), "vqa": (VQAConfig, run_vqa)}[arguments.protocol]
+    program = f"vlv evaluate {arguments.protocol}"
     try:
-        config: Any = parse_config(config_class, arguments.settings, f"vlv evaluate {arguments.protocol}")
-        protocol: Callable[..., str] = run
         with tqdm(unit="answer", disable=None) as bar:
-            print(protocol(config, bar.update))
+            if arguments.protocol == "judge":
+                table = run_judge(parse_config(JudgeConfig, arguments.settings, program), bar.update)
+            else:
+                table = run_vqa(parse_config(VQAConfig, arguments.settings, program), bar.update)
+        print(table)
     except (ValueError, EndpointError, PriceReached) as error:
         raise UserError(str(error)) from error
     return 0

@@ -276,7 +276,7 @@ class Endpoint:
 def _read_response(name: str, response: Any) -> Answer:
     """The text of a response. Endpoints differ in what they leave out."""
     usage = getattr(response, "usage", None)
-    counts = {key: getattr(usage, key, None) or 0 for key in ("prompt_tokens", "completion_tokens")}
+    counts: dict[str, Any] = {key: getattr(usage, key, None) or 0 for key in ("prompt_tokens", "completion_tokens")}
     choices = getattr(response, "choices", None)
     if not choices:
         return Answer(name, None, "the answer has no choices", **counts)
