@@ -1,0 +1,10 @@
+"""ROUGE-L (F1) of captions with their best reference, 0 to 1."""
+
+from vlv.evaluation import caption_metrics, modules
+
+
+class ROUGEL(modules.CaptionsWithReferences):
+    citation = "Lin, ROUGE, 2004"
+
+    def scores(self, captions, references):
+        return caption_metrics.rouge_l(captions, references)
