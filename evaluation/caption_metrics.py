@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from .features import AutoModelFeatures, require
 
@@ -142,27 +143,64 @@ def meteor_name() -> str:
     return "METEOR (words and stems)" if isinstance(_wordnet(), _NoSynonyms) else "METEOR (words, stems, synonyms)"
 
 
+@torch.no_grad()
 def bert_score(
-    captions: Sequence[str], references: References, model: str, num_layers: int | None = None
+    captions: Sequence[str],
+    references: References,
+    model: str,
+    num_layers: int | None = None,
+    batch_size: int = 64,
 ) -> list[float]:
-    """BERTScore F1 of each caption with its best reference, by torchmetrics, not rescaled.
+    """BERTScore F1 of each caption with its best reference, as the package bert-score computes it without rescaling.
+
+    torchmetrics 1.9 has a BERTScore, too. It compares captions with references of other captions if their lengths
+    differ.
 
     Args:
         model: Folder or Hub repo id of a text encoder, such as roberta-large.
         num_layers: The layer whose states are compared (17 of roberta-large); by default the last.
+
+    Raises:
+        OSError: If the model cannot be loaded.
+        ValueError: If it has fewer layers.
     """
     _check(captions, references)
-    score = require("torchmetrics.functional.text").bert_score
-    pairs = [(caption, text) for caption, texts in zip(captions, references, strict=True) for text in texts]
-    f1 = score(
-        [caption for caption, _ in pairs],
-        [text for _, text in pairs],
-        model_name_or_path=model,
-        num_layers=num_layers,
-        truncation=True,
-    )["f1"]
-    values = iter(torch.as_tensor(f1).reshape(-1).tolist())
-    return [max(next(values) for _ in texts) for texts in references]
+    encoder, tokenizer = AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    layers = encoder.config.num_hidden_layers
+    if num_layers is not None and not 0 < num_layers <= layers:
+        raise ValueError(f"{model} has {layers} layers, so there is no layer {num_layers}")
+    texts = list(dict.fromkeys([*captions, *(text for one in references for text in one)]))
+    states: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        inputs = tokenizer(batch, padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
+        special = inputs.pop("special_tokens_mask")  # (B, T): also of padding
+        hidden = encoder(**inputs, output_hidden_states=True).hidden_states[
+            layers if num_layers is None else num_layers
+        ]
+        for text, state, mask, weights in zip(batch, hidden, inputs.attention_mask.bool(), 1 - special, strict=True):
+            states[text] = state[mask], weights[mask].float()
+    return [
+        max(greedy_match(*states[caption], *states[text]) for text in one)
+        for caption, one in zip(captions, references, strict=True)
+    ]
+
+
+def greedy_match(
+    caption: torch.Tensor, caption_weights: torch.Tensor, reference: torch.Tensor, reference_weights: torch.Tensor
+) -> float:
+    """F1 of the cosines of each token with the most similar token of the other text.
+
+    Args:
+        caption: States `(T, width)`.
+        caption_weights: `(T,)`: how much each token counts.
+        reference: States `(S, width)`.
+        reference_weights: `(S,)`.
+    """
+    cosines = torch.nn.functional.normalize(caption, dim=-1) @ torch.nn.functional.normalize(reference, dim=-1).T
+    precision = (cosines.max(1).values * caption_weights).sum() / caption_weights.sum().clamp_min(1)
+    recall = (cosines.max(0).values * reference_weights).sum() / reference_weights.sum().clamp_min(1)
+    return (2 * precision * recall / (precision + recall)).nan_to_num().item()
 
 
 def clip_scores(

@@ -1,5 +1,6 @@
 """Distances between two sets of features (Fréchet, kernel MMD), and intervals by the bootstrap."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -150,6 +151,7 @@ def distance_interval(
     value: float,
     samples: int,
     max_images: int | None = None,
+    minimum: float = -math.inf,
     seed: int = 0,
 ) -> list[float]:
     """The 95% interval of a distance of two sets: the value ± 1.96 standard errors, by resampling both sets.
@@ -163,6 +165,7 @@ def distance_interval(
         samples: Number of resamplings.
         max_images: The most images of a resampled set. The standard error of fewer images than there are is scaled by
             the root of their share.
+        minimum: The least value that the distance can have, where the interval ends.
     """
     generator = torch.Generator().manual_seed(seed)
     limit = max_images or max(len(first), len(second))
@@ -172,4 +175,4 @@ def distance_interval(
         sets = [f[torch.randint(len(f), (min(len(f), limit),), generator=generator)] for f in (first, second)]
         draws.append(distance(*sets))
     error = 1.96 * torch.tensor(draws, dtype=torch.float64).std().item() * share**0.5
-    return [value - error, value + error]
+    return [max(value - error, minimum), value + error]

@@ -168,7 +168,7 @@ class InceptionFeatures:
         device: str | torch.device = "cpu",
         weights: str | Path | None = None,
     ):
-        require("torch_fidelity", "pip install torch-fidelity")
+        require("torch_fidelity", "pip install torch-fidelity torchvision, or choose the features of another model")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         path = Path(weights) if weights is not None else next(_inception_weights(), None)

@@ -1,5 +1,6 @@
 """Compares a set of generated images with a set of reference images: by their features, and pair by pair."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -101,12 +102,12 @@ def compare_sets(
         return {"frechet_distance": figure(labels[0], frechet)}, notes
     pair = generated.features, reference.features
     found = {}
-    for name, label, distance, value, limit in (
-        ("frechet_distance", labels[0], _frechet_of_features, frechet, None),
-        ("kernel_distance", labels[1], kernel_distance, kernel_distance(*pair), SUBSET_SIZE),
-        ("gaussian_mmd", labels[2], gaussian_mmd, gaussian_mmd(*pair), SUBSET_SIZE),
+    for name, label, distance, value, limit, minimum in (
+        ("frechet_distance", labels[0], _frechet_of_features, frechet, None, 0.0),
+        ("kernel_distance", labels[1], kernel_distance, kernel_distance(*pair), SUBSET_SIZE, -math.inf),
+        ("gaussian_mmd", labels[2], gaussian_mmd, gaussian_mmd(*pair), SUBSET_SIZE, 0.0),
     ):
-        interval = distance_interval(distance, *pair, value, samples, limit) if samples > 1 else None
+        interval = distance_interval(distance, *pair, value, samples, limit, minimum) if samples > 1 else None
         found[name] = figure(label, value, interval)
     return found, notes
 
