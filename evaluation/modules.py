@@ -93,13 +93,14 @@ class ImagePairs(Module):
 
 
 class CaptionsWithReferences(Module):
-    """A metric of captions against references by people."""
+    """A metric of captions against references by people.
+
+    Attributes:
+        scores: Maps captions and lists of references to one value for each caption.
+    """
 
     predictions, references = TEXT, TEXTS
-
-    def scores(self, captions: Sequence[str], references: Sequence[Sequence[str]], **settings: Any) -> list[float]:
-        """One value for each caption."""
-        raise NotImplementedError
+    scores: Callable[..., list[float]]
 
     def _compute(self, predictions: Any, references: Any, **settings: Any) -> dict[str, Any]:  # type: ignore[override]
         """Args:

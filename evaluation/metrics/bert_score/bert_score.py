@@ -6,5 +6,4 @@ from vlv.evaluation import caption_metrics, modules
 class BERTScore(modules.CaptionsWithReferences):
     citation = "Zhang et al., BERTScore, 2020, arXiv:1904.09675"
 
-    def scores(self, captions, references, model, num_layers=None):
-        return caption_metrics.bert_score(captions, references, model, num_layers)
+    scores = staticmethod(caption_metrics.bert_score)

@@ -6,5 +6,4 @@ from vlv.evaluation import caption_metrics, modules
 class CIDErD(modules.CaptionsWithReferences):
     citation = "Vedantam et al., CIDEr, 2015, arXiv:1411.5726"
 
-    def scores(self, captions, references):
-        return caption_metrics.cider_d(captions, references)
+    scores = staticmethod(caption_metrics.cider_d)

@@ -6,5 +6,4 @@ from vlv.evaluation import caption_metrics, modules
 class METEOR(modules.CaptionsWithReferences):
     citation = "Banerjee and Lavie, METEOR, 2005"
 
-    def scores(self, captions, references):
-        return caption_metrics.meteor(captions, references)
+    scores = staticmethod(caption_metrics.meteor)

@@ -6,5 +6,4 @@ from vlv.evaluation import caption_metrics, modules
 class ROUGEL(modules.CaptionsWithReferences):
     citation = "Lin, ROUGE, 2004"
 
-    def scores(self, captions, references):
-        return caption_metrics.rouge_l(captions, references)
+    scores = staticmethod(caption_metrics.rouge_l)
