@@ -1,7 +1,7 @@
 """Features of images: Inception's, those of any vision backbone of transformers, and CLIP's of images and texts."""
 
 import hashlib
-import importlib.util
+import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -229,7 +229,11 @@ def _inception_weights() -> Iterator[Path]:
 
 def inception_is_available() -> bool:
     """Whether torch-fidelity and its Inception weights are installed, so that nothing has to be downloaded."""
-    return importlib.util.find_spec("torch_fidelity") is not None and next(_inception_weights(), None) is not None
+    try:
+        importlib.import_module("torch_fidelity")
+    except ImportError:  # of itself, or of torchvision, which it needs
+        return False
+    return next(_inception_weights(), None) is not None
 
 
 def fingerprint_images(paths: Sequence[Path]) -> str:

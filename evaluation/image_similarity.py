@@ -92,10 +92,12 @@ class SetMeter:
             the name of the extractor.
 
     Raises:
-        ImportError: If the default is chosen and Inception is not installed.
+        ImportError: If the extra vlv[eval] is not installed, which the metrics of each image need as well, or Inception
+            is not, where it is chosen.
     """
 
     def __init__(self, features: FeatureExtractor | None = None, features_name: str = ""):
+        require("torchmetrics")
         self.extractor = InceptionFeatures() if features is None else features
         self.features = features_name or self.extractor.name
         self.images, self.originals = FeatureStatistics(), FeatureStatistics()
