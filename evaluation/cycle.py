@@ -13,7 +13,7 @@ import torch
 
 from vlv.files import write_atomically, write_json
 
-from .features import FeatureExtractor
+from .features import FeatureExtractor, fingerprint_images
 from .image_sets import (
     PAIR_METRICS,
     cached_statistics,
@@ -167,7 +167,8 @@ def run_cycle(
     """
     folder = Path(config.output_dir)
     store = ImageStore(generation_folder(config, model_fingerprint), config)
-    digest = hashlib.blake2b(extractor.fingerprint.encode(), digest_size=6).hexdigest()
+    compared = extractor.fingerprint + fingerprint_images(originals)
+    digest = hashlib.blake2b(compared.encode(), digest_size=6).hexdigest()
     reference = cached_statistics(originals, extractor, folder / f"reference-{digest}.safetensors")
     results: dict[str, Any] = {
         "metrics": {},

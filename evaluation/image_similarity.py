@@ -92,8 +92,8 @@ class SetMeter:
             the name of the extractor.
 
     Raises:
-        ImportError: If the extra vlv[eval] is not installed, which the metrics of each image need as well, or Inception
-            is not, where it is chosen.
+        ImportError: If the extra vlv[eval] is not installed, which the metrics of each image need as well, or
+            Inception is not, where it is chosen.
     """
 
     def __init__(self, features: FeatureExtractor | None = None, features_name: str = ""):

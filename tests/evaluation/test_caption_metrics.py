@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, BertModel
 
 from vlv.evaluation import caption_metrics as cm
 from vlv.evaluation.caption_sets import CaptionSet, entries_of, evaluate_captions, read_captions, read_lists
@@ -62,6 +63,14 @@ def test_bert_score_of_a_caption_does_not_depend_on_the_others(bert_model):
     alone = [cm.bert_score([c], [r], str(bert_model))[0] for c, r in zip(captions, references, strict=True)]
     assert together == pytest.approx(alone, abs=1e-6)
     assert together[0] == pytest.approx(1, abs=1e-5) and max(together[1:]) < 0.999
+    tokenizer, model = AutoTokenizer.from_pretrained(bert_model), BertModel.from_pretrained(bert_model)
+    with torch.no_grad():
+        states = [
+            model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in ("a cat", "a large apple")
+        ]
+    weights = [torch.tensor([0.0, *[1.0] * (len(state) - 2), 0.0]) for state in states]  # words count, the ends do not
+    expected = cm.greedy_match(states[0], weights[0], states[1], weights[1])
+    assert together[1] == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ValueError, match="has 2 layers, so there is no layer 3"):
         cm.bert_score(captions, references, str(bert_model), num_layers=3)
 
@@ -76,6 +85,7 @@ def test_chair_counts_objects_that_are_not_in_the_image():
     assert chair.mentions("Two puppies eat hot dogs by buses in cities, a Coach") == [
         "dog", "hot dog", "bus", "city", "bus"
     ]  # fmt: skip
+    assert cm.Chair({"bus": [], "bus stop": []}).mentions("a bus at a bus stop") == ["bus", "bus stop"]
     counts = chair.count(["a puppy and a bus", "a hot dog"], [["dog", "city"], ["hot dog"]])
     assert counts.tolist() == [[2, 1, 2, 1], [1, 0, 1, 1]]
     assert cm.chair_scores(counts) == pytest.approx({"chair_i": 1 / 3, "chair_s": 1 / 2, "chair_recall": 2 / 3})

@@ -59,6 +59,10 @@ def test_a_cycle_measures_each_guidance_and_goes_on_where_it_ended(config, tmp_p
     assert generated(config) == first  # the removed image is generated again, alone in its batch
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert json.loads((tmp_path / "cycle" / "results.json").read_text()) == results
+    captions = json.loads(Path(config["captions"]).read_text())
+    Path(config["captions"]).write_text(json.dumps(dict(list(captions.items())[:2])))
+    assert run(config, tmp_path) == 0  # of fewer images
+    assert json.loads((tmp_path / "cycle" / "results.json").read_text())["num_images"] == 2
 
 
 def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_path):
