@@ -219,13 +219,15 @@ def run_images(arguments: argparse.Namespace) -> int:
         if not is_main:
             return 0
         samples = arguments.bootstrap
+        matches = image_sets.match_pairs(generated, reference)
         figures, notes = image_sets.compare_sets(
             statistics["generated"],
             statistics["reference"],
             extractor,
             image_sets.DISTANCE_SAMPLES if samples is None else samples,
+            paired=matches == list(zip(generated, reference, strict=False)) and len(generated) == len(reference),
         )
-        pairs = image_sets.match_pairs(generated, reference) if arguments.pair_metrics else []
+        pairs = matches if arguments.pair_metrics else []
         if reference and arguments.pair_metrics and len(pairs) < len(generated):
             notes.append(f"{len(generated) - len(pairs)} generated images have no reference of their name")
         if pairs:

@@ -182,7 +182,7 @@ def run_cycle(
     for guidance in config.guidance:
         files = generate_missing(load_pipeline, captions, guidance, store, config, advance)
         generated = extract_statistics(files, extractor)
-        figures, notes = compare_sets(generated, reference, extractor, config.bootstrap)
+        figures, notes = compare_sets(generated, reference, extractor, config.bootstrap, paired=True)
         values = {}
         if "cosine" in config.pair_metrics:
             values["cosine"] = cosine_similarities(generated.features, reference.features)

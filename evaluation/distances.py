@@ -152,6 +152,7 @@ def distance_interval(
     samples: int,
     max_images: int | None = None,
     minimum: float = -math.inf,
+    paired: bool = False,
     seed: int = 0,
 ) -> list[float]:
     """The 95% interval of a distance of two sets: the value ± 1.96 standard errors, by resampling both sets.
@@ -166,13 +167,14 @@ def distance_interval(
         max_images: The most images of a resampled set. The standard error of fewer images than there are is scaled by
             the root of their share.
         minimum: The least value that the distance can have, where the interval ends.
+        paired: Whether row `i` of both sets belongs to one input. Both sets are then resampled alike.
     """
     generator = torch.Generator().manual_seed(seed)
     limit = max_images or max(len(first), len(second))
     share = min(1.0, limit / min(len(first), len(second)))
     draws = []
     for _ in range(samples):
-        sets = [f[torch.randint(len(f), (min(len(f), limit),), generator=generator)] for f in (first, second)]
-        draws.append(distance(*sets))
+        rows = [torch.randint(len(f), (min(len(f), limit),), generator=generator) for f in (first, second)]
+        draws.append(distance(first[rows[0]], second[rows[0] if paired else rows[1]]))
     error = 1.96 * torch.tensor(draws, dtype=torch.float64).std().item() * share**0.5
     return [max(value - error, minimum), value + error]

@@ -80,11 +80,13 @@ def compare_sets(
     reference: FeatureStatistics,
     extractor: FeatureExtractor,
     samples: int = DISTANCE_SAMPLES,
+    paired: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Figures of the distance between two sets, and notes on how far they can be trusted.
 
     Args:
         samples: Resamplings for the intervals; 0 for none.
+        paired: Whether image `i` of both sets belongs to one input, see `distance_interval`.
 
     Returns:
         `frechet_distance`, `kernel_distance` and `gaussian_mmd`; the first alone if a set has no features.
@@ -107,7 +109,7 @@ def compare_sets(
         ("kernel_distance", labels[1], kernel_distance, kernel_distance(*pair), SUBSET_SIZE, -math.inf),
         ("gaussian_mmd", labels[2], gaussian_mmd, gaussian_mmd(*pair), SUBSET_SIZE, 0.0),
     ):
-        interval = distance_interval(distance, *pair, value, samples, limit, minimum) if samples > 1 else None
+        interval = distance_interval(distance, *pair, value, samples, limit, minimum, paired) if samples > 1 else None
         found[name] = figure(label, value, interval)
     return found, notes
 

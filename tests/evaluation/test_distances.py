@@ -105,3 +105,6 @@ def test_the_interval_of_a_distance_contains_it_and_ends_at_the_least_value():
     fewer = distance_interval(distance, first, second, value, samples=50, max_images=100)
     assert fewer[1] - fewer[0] == pytest.approx(high - low, rel=0.5)  # scaled to the standard error of all images
     assert distance_interval(distance, first, first, 0.0, samples=5, minimum=0.0)[0] == 0.0
+    shifted = first + 1  # of the same inputs: the difference of the means does not vary
+    low, high = distance_interval(distance, first, shifted, 16.0, samples=20, paired=True)
+    assert [low, high] == pytest.approx([16, 16]) and distance_interval(distance, first, shifted, 16.0, 20)[1] > 17
