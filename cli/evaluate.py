@@ -414,9 +414,10 @@ def _join_processes() -> bool:
     """Joins the processes that `accelerate launch` or `torchrun` started; whether this is the one that prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
+    import torch
     from accelerate import PartialState
 
-    return PartialState().is_main_process
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
 
 
 def _finish(
