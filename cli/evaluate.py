@@ -1,19 +1,30 @@
-"""`vlv evaluate`: metrics of a model, printed and written as JSON."""
+"""`vlv evaluate`: metrics of a model, of images or of captions, printed and written as JSON."""
 
 import argparse
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from vlv.checkpoints import MINIATURE
 from vlv.files import write_json
 
-from .inputs import positive
-from .models import choose_model
-from .output import output_path, refuse_existing
+from .errors import UserError
+from .inputs import collect_images, positive
+from .models import DTYPES, choose_device, choose_model, loading
+from .output import output_path, refuse_existing, require_writable
+
+SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
+PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim")
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("evaluate", help="measure a model", description="Measures a model.")
+    parser = commands.add_parser("evaluate", help="measure a model, images or captions", description="Measures.")
     subjects = parser.add_subparsers(title="what to evaluate", metavar="WHAT", required=True)
     miniature = subjects.add_parser(
         "miniature",
@@ -33,6 +44,126 @@ def add_parser(commands) -> None:
         "--captions-only", action="store_true", help="measure captions and instructions alone, in about two minutes"
     )
     miniature.set_defaults(run=run_miniature)
+    _add_images_parser(subjects)
+    _add_captions_parser(subjects)
+    cycle = subjects.add_parser(
+        "cycle",
+        help="captions by the images that a text-to-image model generates from them",
+        usage="vlv evaluate cycle CONFIG.yaml [--name value ...]",
+        description="Turns captions into images and compares these with the captioned images, over guidance scales "
+        "(Table 1 of the paper). A run that was ended goes on with the same command. `vlv evaluate cycle CONFIG.yaml "
+        "--help` is this text; docs/evaluation_metrics.md lists the settings.",
+    )
+    cycle.add_argument("config", metavar="CONFIG.yaml", help="the settings")
+    cycle.set_defaults(run=run_cycle, takes_settings=True)
+
+
+def _add_images_parser(subjects) -> None:
+    images = subjects.add_parser(
+        "images",
+        help="a folder of generated images against reference images",
+        description="Measures how far a set of generated images is from a set of reference images (Fréchet distance, "
+        "kernel distance, Gaussian MMD of their features) and, where both folders have images of the same names, how "
+        "similar each is to its original. docs/evaluation_metrics.md defines each metric.",
+    )
+    images.add_argument("--generated", required=True, metavar="DIR", help="folder of generated images")
+    images.add_argument("--reference", metavar="DIR", help="folder of reference images")
+    images.add_argument(
+        "--features",
+        default=INCEPTION,
+        metavar="MODEL",
+        help="what is compared: inception (FID, KID; the default), scene-classifier (the miniature's), or the folder "
+        "or Hub repo id of a vision model of transformers, such as facebook/dinov2-large or "
+        "openai/clip-vit-large-patch14",
+    )
+    images.add_argument(
+        "--resize",
+        choices=("pytorch-fid", "clean-fid", "torch-fidelity"),
+        default="pytorch-fid",
+        help="how images are resized for Inception (default: pytorch-fid); FID differs between them",
+    )
+    images.add_argument(
+        "--pair-metrics",
+        nargs="*",
+        choices=PAIR_METRICS,
+        metavar="NAME",
+        default=["psnr", "ssim", "cosine"],
+        help="metrics of each image and its original: psnr, ssim, cosine (of the features), lpips, dreamsim (default: "
+        "the first three); none without a name",
+    )
+    for kind in ("generated", "reference"):
+        images.add_argument(
+            f"--{kind}-statistics",
+            metavar="FILE",
+            help=f"statistics of the features of the {kind} images, a .safetensors file: read if it exists and is of "
+            "these images and features, else written"
+            + (" (without --reference, also a .npz file of pytorch-fid)" if kind == "reference" else ""),
+        )
+    images.add_argument("--batch-size", type=positive, default=32, help="images in a batch (default: 32)")
+    images.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
+    _add_result_arguments(images, "image_metrics.json", "default: 1000 for means, 100 for distances of sets")
+    images.set_defaults(run=run_images)
+
+
+def _add_captions_parser(subjects) -> None:
+    captions = subjects.add_parser(
+        "captions",
+        help="a file of captions against references, images or objects",
+        description="Measures captions: against references (CIDEr-D, BLEU, ROUGE-L, METEOR, BERTScore), images "
+        "(CLIPScore) and objects (CHAIR), and by themselves (length, repetition, distinct-n). What is given decides "
+        "what is measured. docs/evaluation_metrics.md defines each metric.",
+    )
+    captions.add_argument(
+        "--captions", required=True, metavar="FILE", help="JSON: {image: caption}, as `vlv caption` writes it"
+    )
+    captions.add_argument(
+        "--references", metavar="FILE", help="JSON: {image: [caption, ...]}, or COCO's caption annotations"
+    )
+    captions.add_argument("--images", metavar="DIR", help="folder of the images, for CLIPScore")
+    captions.add_argument("--clip", metavar="MODEL", help="folder or Hub repo id of a CLIP model, for CLIPScore")
+    captions.add_argument("--bert", metavar="MODEL", help="folder or Hub repo id of a text encoder, for BERTScore")
+    captions.add_argument(
+        "--bert-layer", type=positive, metavar="N", help="the layer of --bert to compare (default: the last)"
+    )
+    captions.add_argument(
+        "--vocabulary", metavar="FILE", help="JSON: {object: [synonym, ...]}, the objects that CHAIR looks for"
+    )
+    captions.add_argument(
+        "--objects",
+        metavar="FILE",
+        help="JSON: {image: [object, ...]}, what the images show, for CHAIR (default: what the references mention)",
+    )
+    captions.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="folder or Hub repo id of the tokenizer that the captions were written with, for the share that ended by "
+        "themselves",
+    )
+    captions.add_argument(
+        "--max-new-tokens", type=positive, default=300, help="the limit that they were written with (default: 300)"
+    )
+    captions.add_argument("--batch-size", type=positive, default=32, help="images in a batch (default: 32)")
+    captions.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
+    _add_result_arguments(captions, "caption_metrics.json", "default: 1000")
+    captions.set_defaults(run=run_captions)
+
+
+def _add_result_arguments(parser: argparse.ArgumentParser, output: str, samples: str) -> None:
+    parser.add_argument(
+        "--bootstrap",
+        type=_not_negative,
+        metavar="N",
+        help=f"resamplings of the images for the 95%% intervals, 0 for none ({samples})",
+    )
+    parser.add_argument("--output", default=output, help=f"the JSON file (default: {output})")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
 
 
 def run_miniature(arguments: argparse.Namespace) -> int:
@@ -57,4 +188,250 @@ def run_miniature(arguments: argparse.Namespace) -> int:
         evaluate_miniature(folder, record, n=arguments.scenes, steps=arguments.num_inference_steps)
     tables = [scores_table(found), goals_table(found), instructions_table(found)]
     print("\n\n".join([*filter(None, tables), f"written to {output}"]))
+    return 0
+
+
+def run_images(arguments: argparse.Namespace) -> int:
+    from vlv.evaluation import image_sets
+    from vlv.evaluation.results import BOOTSTRAP_SAMPLES
+
+    output = _output(arguments)
+    generated = _images(arguments.generated, "--generated")
+    reference = _images(arguments.reference, "--reference") if arguments.reference else {}
+    if not reference and not arguments.reference_statistics:
+        raise UserError("pass --reference DIR, or --reference-statistics FILE that an earlier run wrote")
+    files = {}
+    for kind in ("generated", "reference"):
+        text = getattr(arguments, f"{kind}_statistics")
+        own = kind == "generated" or reference
+        files[kind] = (
+            output_path(text, ".safetensors", f"--{kind}-statistics") if text and own else text and Path(text)
+        )
+    is_main = _join_processes()
+    extractor = choose_features(arguments.features, arguments.resize, choose_device(arguments))
+    statistics = {}
+    with _as_user_errors():
+        for kind, images in (("generated", generated), ("reference", reference)):
+            with _progress(len(images), f"features of {kind} images", is_main) as advance:
+                statistics[kind] = image_sets.cached_statistics(
+                    list(images.values()), extractor, files[kind], batch_size=arguments.batch_size, advance=advance
+                )
+        if not is_main:
+            return 0
+        samples = arguments.bootstrap
+        matches = image_sets.match_pairs(generated, reference)
+        figures, notes = image_sets.compare_sets(
+            statistics["generated"],
+            statistics["reference"],
+            extractor,
+            image_sets.DISTANCE_SAMPLES if samples is None else samples,
+            paired=matches == list(zip(generated, reference, strict=False)) and len(generated) == len(reference),
+        )
+        pairs = matches if arguments.pair_metrics else []
+        if reference and arguments.pair_metrics and len(pairs) < len(generated):
+            notes.append(f"{len(generated) - len(pairs)} generated images have no reference of their name")
+        if pairs:
+            values = {}
+            if "cosine" in arguments.pair_metrics:
+                rows = [{name: row for row, name in enumerate(images)} for images in (generated, reference)]
+                values["cosine"] = image_sets.cosine_similarities(
+                    statistics["generated"].features[[rows[0][name] for name, _ in pairs]],
+                    statistics["reference"].features[[rows[1][name] for _, name in pairs]],
+                )
+            others = [name for name in arguments.pair_metrics if name != "cosine"]
+            if others:
+                paths = [(generated[name], reference[original]) for name, original in pairs]
+                with _progress(len(paths), "pairs", is_main) as advance:
+                    values |= image_sets.compare_pairs(paths, others, choose_device(arguments), advance)
+            found, more = image_sets.pair_figures(values, BOOTSTRAP_SAMPLES if samples is None else samples)
+            figures, notes = figures | found, notes + more
+    counts = {f"num_{kind}": one.count for kind, one in statistics.items()}
+    return _finish(arguments, output, figures, notes, {"features": extractor.name, **counts, "num_pairs": len(pairs)})
+
+
+def run_captions(arguments: argparse.Namespace) -> int:
+    from vlv.evaluation import caption_sets
+    from vlv.evaluation.results import BOOTSTRAP_SAMPLES
+
+    output = _output(arguments)
+    if bool(arguments.clip) != bool(arguments.images):
+        raise UserError("CLIPScore needs both --clip MODEL and --images DIR")
+    if arguments.objects and not arguments.vocabulary:
+        raise UserError("--objects needs --vocabulary FILE, the objects that CHAIR looks for")
+    if arguments.vocabulary and not (arguments.objects or arguments.references):
+        raise UserError("--vocabulary needs --objects FILE, or --references that mention the objects")
+    if arguments.bert and not arguments.references:
+        raise UserError("BERTScore compares captions with references; pass --references FILE with --bert")
+    with _as_user_errors():
+        captions = caption_sets.read_captions(arguments.captions)
+        names = list(captions)
+        given = caption_sets.CaptionSet(names, list(captions.values()))
+        for option in ("references", "objects"):
+            if path := getattr(arguments, option):
+                entries = caption_sets.entries_of(names, caption_sets.read_lists(path), f"--{option} {path}")
+                setattr(given, option, entries)
+        if arguments.vocabulary:
+            given.vocabulary = caption_sets.read_lists(arguments.vocabulary)
+        clip = tokenizer = None
+        if arguments.clip:
+            from vlv.evaluation.image_sets import extract_statistics
+
+            clip = choose_features(arguments.clip, "", choose_device(arguments))
+            paths = caption_sets.entries_of(
+                names, _images(arguments.images, "--images"), f"--images {arguments.images}"
+            )
+            with _progress(len(paths), "features of images", True) as advance:
+                given.images = extract_statistics(paths, clip, arguments.batch_size, advance=advance).features
+        if arguments.tokenizer:
+            from transformers import AutoTokenizer
+
+            with loading(arguments.tokenizer):
+                tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        figures, notes = caption_sets.evaluate_captions(
+            given,
+            clip,
+            arguments.bert,
+            arguments.bert_layer,
+            tokenizer,
+            arguments.max_new_tokens,
+            BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap,
+        )
+    return _finish(arguments, output, figures, notes, {"num_captions": len(names)})
+
+
+def run_cycle(arguments: argparse.Namespace) -> int:
+    from vlv import hub
+    from vlv.evaluation import caption_sets
+    from vlv.evaluation.cycle import CycleConfig, cycle_table
+    from vlv.evaluation.cycle import run_cycle as run
+    from vlv.train.parsing import parse_config
+
+    config = parse_config(CycleConfig, [arguments.config, *arguments.settings], "vlv evaluate cycle")
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype is one of {', '.join(DTYPES)}, not {config.dtype!r}")
+    device = choose_device(argparse.Namespace(device=config.device))
+    source = str(MINIATURE) if config.text_to_image == "miniature" else config.text_to_image
+    output = Path(config.output_dir)
+    require_writable(output, "output_dir", config.output_dir)
+    with _as_user_errors():
+        captions = caption_sets.read_captions(config.captions)
+        originals = caption_sets.entries_of(
+            list(captions), _images(config.images, "images"), f"images {config.images}"
+        )
+        extractor = choose_features(config.features, config.resize, device)
+        load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device))
+        if not Path(source).is_dir():
+            load()  # downloads the repository, which then has a fingerprint
+        fingerprint = hub.fingerprint(source)
+        total = len(captions) * len(config.guidance)
+        with _progress(total, "generated images", True) as advance:
+            results = run(config, captions, originals, load, fingerprint, extractor, device, advance)
+    lines = [cycle_table(results), *(f"note: {note}" for note in results["notes"]), f"written to {output}"]
+    print("\n\n".join(lines))
+    return 0
+
+
+def load_text_to_image(source: str, dtype: Any, device: str) -> Any:
+    """A text-to-image pipeline: of diffusers, or the frozen text-to-image model of a VLV.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    import inspect
+
+    from diffusers import DiffusionPipeline
+
+    from vlv.miniature.evaluation import teacher_pipeline
+    from vlv.pipelines import load_reconstruction
+
+    with loading(source):
+        if "VLV" in str(DiffusionPipeline.load_config(source)["_class_name"]):
+            pipeline = teacher_pipeline(load_reconstruction(source, dtype=dtype, device=device))
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise UserError(f"text_to_image {source} is a {type(pipeline).__name__}, which takes no prompt")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def choose_features(name: str, resize: str, device: str) -> Any:
+    """The feature extractor of `--features`.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    from vlv.evaluation.features import AutoModelFeatures, InceptionFeatures
+    from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE
+    from vlv.miniature.scene_classifier import SceneClassifierFeatures
+
+    with loading(f"the features {name}"):
+        if name == SCENE_CLASSIFIER:
+            return SceneClassifierFeatures(MINIATURE / SCENE_CLASSIFIER_FILE)
+        if name == INCEPTION:
+            return InceptionFeatures(resize, device)  # type: ignore[arg-type]
+        return AutoModelFeatures(name, device)
+
+
+def _output(arguments: argparse.Namespace) -> Path:
+    output = output_path(arguments.output, ".json")
+    if not arguments.overwrite:
+        refuse_existing(output, "--output")
+    return output
+
+
+def _images(folder: str, option: str) -> dict[str, Path]:
+    """The images of a folder by name.
+
+    Raises:
+        UserError: If it is not a folder, has no images, or one that cannot be read: figures of the others would be
+            those of another set.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{option} {folder} is not a folder")
+    found = collect_images([folder])
+    for item in found:
+        if item.problem is not None:
+            raise UserError(f"{item.path}: {item.problem}; remove it, or repair it")
+    return {item.name: item.path for item in found}
+
+
+@contextmanager
+def _as_user_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+@contextmanager
+def _progress(total: int, title: str, is_main: bool) -> Iterator[Any]:
+    with tqdm(total=total, desc=title, unit=" images", disable=None if is_main else True) as bar:
+        yield bar.update
+
+
+def _join_processes() -> bool:
+    """Joins the processes that `accelerate launch` or `torchrun` started; whether this is the one that prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+def _finish(
+    arguments: argparse.Namespace,
+    output: Path,
+    figures: Mapping[str, Any],
+    notes: Sequence[str],
+    facts: Mapping[str, Any],
+) -> int:
+    """Writes the JSON file and prints the table."""
+    from vlv.evaluation.results import figures_table, package_versions
+
+    config = {name: value for name, value in vars(arguments).items() if name not in ("run", "settings")}
+    write_json(output, {"metrics": figures, "notes": notes, **facts, "config": config, "versions": package_versions()})
+    lines = [figures_table(figures), *(f"note: {note}" for note in notes), f"written to {output}"]
+    print("\n\n".join(lines))
     return 0

@@ -4,12 +4,15 @@ It is independent of the system that it scores: it is trained on rendered scenes
 trained on scenes of every split. Its own accuracy on `test` and `combo` is reported beside the scores.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+
+from vlv import hub
 
 from .data import SceneDataset, evaluation_items
 from .scoring import score_scenes
@@ -45,11 +48,15 @@ class SceneClassifier(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`(B, 3, 64, 64)` uint8 to logits `(B, 5, 17)`, `(B, 5, 2)` and `(B, 8)`."""
-        features = self.features(pixels.float() / 127.5 - 1).flatten(1)  # (B, width * 64)
-        hidden = F.relu(self.hidden(features))  # (B, 256)
+        hidden = self.embed(pixels)
         objects = self.objects(hidden).unflatten(1, (len(PLACES), -1))
         sizes = self.sizes(hidden).unflatten(1, (len(PLACES), -1))
         return objects, sizes, self.background(hidden)
+
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features `(B, 256)` of `(B, 3, 64, 64)` uint8, which the predictions are made from."""
+        features = self.features(pixels.float() / 127.5 - 1).flatten(1)  # (B, width * 64)
+        return F.relu(self.hidden(features))
 
     @torch.no_grad()
     def predict_scenes(self, pixels: torch.Tensor) -> list[Scene]:
@@ -85,6 +92,34 @@ class SceneClassifier(nn.Module):
         model = cls()
         model.load_state_dict({n: t.float() if t.is_floating_point() else t for n, t in load_file(path).items()})
         return model.eval()
+
+
+class SceneClassifierFeatures:
+    """The classifier's features of images of any size, as a `vlv.evaluation.features.FeatureExtractor`.
+
+    Args:
+        path: The weights.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+
+    name = "scene classifier, 256 features"
+
+    def __init__(self, path: str | Path):
+        self.scene_classifier = SceneClassifier.load(path)
+        self.fingerprint = hub.fingerprint(path)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Features `(N, 256)` of images `(3, H, W)` uint8, resized to 64 x 64 pixels where they differ."""
+        pixels = [image if image.shape[1:] == (64, 64) else _resize(image) for image in images]
+        return self.scene_classifier.embed(torch.stack(pixels))
+
+
+def _resize(image: torch.Tensor) -> torch.Tensor:
+    pixels = F.interpolate(image[None].float(), (64, 64), mode="bilinear", antialias=True)[0]
+    return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 class SceneClassifierLoss(nn.Module):

@@ -16,7 +16,13 @@ SHIPPED_TO_THE_HUB = [
     *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "pipelines").glob("pipeline_*.py"))),
     *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "pipelines").glob("modular_*.py"))),
 ]
-FILES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+LOADED_BY_PATH = ROOT / "evaluation" / "metrics"  # scripts of the library `evaluate`, which copies each one
+FILES = [
+    path
+    for layer in LAYERS
+    for path in sorted((ROOT / layer).rglob("*.py"))
+    if not path.is_relative_to(LOADED_BY_PATH)
+]
 NOT_PACKAGES = {"tests", "build", "dist", "outputs", "runs"}
 
 

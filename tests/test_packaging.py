@@ -86,6 +86,7 @@ def test_the_wheel_has_the_data(installed):
         assert (package / "train" / "configs" / name).is_file()
     assert (package / "checkpoints" / "vlv-miniature" / "config.json").is_file()
     assert (package / "hub" / "model_card_template.md").is_file()
+    assert (package / "evaluation" / "metrics" / "fid" / "fid.py").is_file()
     assert len(list((package / "space" / "examples").glob("*.png"))) > 3
 
 

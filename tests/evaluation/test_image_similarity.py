@@ -10,10 +10,10 @@ from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics
 class Means(nn.Module):
     """Six features of an image: the mean of each colour in its upper and lower half."""
 
-    num_features = 6
+    name, fingerprint = "Means", ""
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        upper, lower = images.float().div(255).chunk(2, dim=2)
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        upper, lower = torch.stack(images).float().div(255).chunk(2, dim=2)
         return torch.cat([upper.mean((2, 3)), lower.mean((2, 3))], dim=1)
 
 
@@ -65,7 +65,7 @@ def test_computing_keeps_the_random_state():
 
 def test_features_of_an_encoder_are_named_in_the_result(encoder, image_processor):
     features = EncoderFeatures(encoder, image_processor)
-    assert features(noise(3, 0)).shape == (3, features.num_features)
+    assert features(list(noise(3, 0))).shape == (3, features.num_features)
     meter = SetMeter(features, "mean image token")
     meter.update(noise(3, 0), noise(3, 1))
     assert meter.compute().features == "mean image token"

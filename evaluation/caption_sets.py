@@ -1,0 +1,187 @@
+"""Evaluates a file of captions: against references, images and objects where they are given, and by itself."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import caption_metrics as cm
+from .features import AutoModelFeatures
+from .results import BOOTSTRAP_SAMPLES, corpus_figure, figure, mean_figure
+
+
+@dataclass
+class CaptionSet:
+    """Captions with what they are measured against.
+
+    Attributes:
+        names: Of the images.
+        captions: One for each name.
+        references: One list of texts for each name.
+        objects: The objects of each image, for CHAIR.
+        vocabulary: CHAIR's objects with their synonyms.
+        images: CLIP's features of the images, `(N, width)`.
+    """
+
+    names: list[str]
+    captions: list[str]
+    references: list[list[str]] | None = None
+    objects: list[list[str]] | None = None
+    vocabulary: dict[str, list[str]] | None = None
+    images: torch.Tensor | None = None
+
+
+def evaluate_captions(
+    given: CaptionSet,
+    clip: AutoModelFeatures | None = None,
+    bert_model: str | None = None,
+    bert_layers: int | None = None,
+    tokenizer: Any = None,
+    max_new_tokens: int = 300,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> tuple[dict[str, Any], list[str]]:
+    """All figures that can be computed from what is given, and notes.
+
+    Args:
+        clip: The model of `given.images`, for CLIPScore.
+        bert_model: For BERTScore, with `bert_layers`, see `caption_metrics.bert_score`.
+        tokenizer: Of the model that wrote the captions, with at most `max_new_tokens`, for the share that ended.
+        samples: Resamplings for the intervals; 0 for none.
+
+    Raises:
+        ImportError: If the extra vlv[eval] is not installed.
+        ValueError: If there are no captions.
+    """
+    if not given.captions:
+        raise ValueError("there are no captions to evaluate")
+    captions, notes, count = given.captions, [], len(given.captions)
+    means: dict[str, tuple[str, Sequence[float]]] = {}
+    figures: dict[str, Any] = {}
+    if given.references is not None:
+        means["cider_d"] = "CIDEr-D", cm.cider_d(captions, given.references)
+        bleu = cm.Bleu(captions, given.references)
+        for order in range(1, 5):
+            figures[f"bleu_{order}"] = corpus_figure(f"BLEU-{order}", partial(bleu.score, order), count, samples)
+        means["rouge_l"] = "ROUGE-L", cm.rouge_l(captions, given.references)
+        means["meteor"] = cm.meteor_name(), cm.meteor(captions, given.references)
+        if bert_model:
+            label = f"BERTScore F1 ({bert_model}, layer {bert_layers or 'last'})"
+            means["bert_score"] = label, cm.bert_score(captions, given.references, bert_model, bert_layers)
+        if count == 1:
+            notes.append("CIDEr-D of one image is 0: its words are weighted by how few images have them")
+    if clip is not None and given.images is not None:
+        found = cm.clip_scores(clip, captions, given.images, given.references)
+        means["clip_score"] = f"CLIPScore ({clip.source})", found["clip_score"]
+        if "ref_clip_score" in found:
+            means["ref_clip_score"] = f"RefCLIPScore ({clip.source})", found["ref_clip_score"]
+        if found["cut"]:
+            notes.append(
+                f"CLIPScore reads only the beginning of {found['cut']} of {count} captions: they are too long"
+            )
+    if given.vocabulary is not None:
+        truth = given.objects
+        chair = cm.Chair(given.vocabulary)
+        if truth is None and given.references is not None:
+            truth = [sorted({name for text in texts for name in chair.mentions(text)}) for texts in given.references]
+            notes.append("CHAIR takes the objects that the references mention for the objects of the images")
+        if truth is None:
+            raise ValueError("CHAIR needs the objects of the images, or references that mention them")
+        mentions = chair.count(captions, truth)
+        for key, label in (("chair_i", "CHAIR-i"), ("chair_s", "CHAIR-s"), ("chair_recall", "recall of objects")):
+            figures[key] = corpus_figure(label, partial(_chair_score, mentions, key), count, samples)
+    means["words"] = "words", cm.lengths(captions)
+    means["repetition_4"] = "repetition of 4 words", cm.repetition(captions)
+    if tokenizer is not None:
+        means["ended"] = f"end within {max_new_tokens} tokens", cm.ended(captions, tokenizer, max_new_tokens)
+    for key, (label, values) in means.items():
+        figures[key] = mean_figure(label, values, samples)
+    for order in (1, 2):
+        figures[f"distinct_{order}"] = figure(f"distinct-{order}", cm.distinct(captions, order))
+    return figures, notes
+
+
+def _chair_score(mentions: torch.Tensor, key: str, rows: torch.Tensor) -> float:
+    return cm.chair_scores(mentions[rows])[key]
+
+
+def read_captions(path: str | os.PathLike) -> dict[str, str]:
+    """The captions of a file as `vlv caption` writes it: `{name: caption}`, or `{name: {"caption": ...}}`.
+
+    Raises:
+        ValueError: If it is another file; the message names it.
+    """
+    content = _read(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object {{image: caption}}, as `vlv caption` writes it")
+    captions = {}
+    for name, entry in content.items():
+        text = entry.get("caption") if isinstance(entry, dict) else entry
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: the caption of {name!r} is not text: {text!r}")
+        captions[name] = text
+    return captions
+
+
+def read_lists(path: str | os.PathLike) -> dict[str, list[str]]:
+    """One or more texts for each name: references of images, objects of images, or synonyms of objects.
+
+    The file is `{name: text or [text, ...]}`, or a file of COCO's caption annotations.
+
+    Raises:
+        ValueError: If it is another file; the message names it.
+    """
+    content = _read(path)
+    if isinstance(content, dict) and {"images", "annotations"} <= set(content):
+        try:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            found: dict[str, list[str]] = {}
+            for annotation in content["annotations"]:
+                found.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of COCO's caption annotations: it lacks {error}") from error
+        return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object {{name: [text, ...]}}, or COCO's caption annotations")
+    lists = {name: [entry] if isinstance(entry, str) else entry for name, entry in content.items()}
+    for name, entry in lists.items():
+        if not isinstance(entry, list) or not all(isinstance(text, str) for text in entry):
+            raise ValueError(f"{path}: the entry {name!r} is not a text or a list of texts: {entry!r}")
+    return lists
+
+
+def _read(path: str | os.PathLike) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def entries_of(names: Sequence[str], entries: Mapping[str, Any], source: str) -> list[Any]:
+    """The entry of each image, by its name, or by its name without folders and suffix.
+
+    Raises:
+        ValueError: If an image has none, or two have the same short name.
+    """
+    short: dict[str, list[str]] = {}
+    for name in entries:
+        short.setdefault(Path(name).stem, []).append(name)
+    found, missing = [], []
+    for name in names:
+        candidates = [name] if name in entries else short.get(Path(name).stem, [])
+        if len(candidates) > 1:
+            raise ValueError(f"{source}: {name!r} could be {candidates[0]!r} or {candidates[1]!r}; use the same names")
+        if candidates:
+            found.append(entries[candidates[0]])
+        else:
+            missing.append(name)
+    if missing:
+        shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(f"{source} has no entry for {len(missing)} of {len(names)} images: {shown}")
+    return found

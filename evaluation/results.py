@@ -1,0 +1,57 @@
+"""Results of an evaluation: figures with intervals, the versions that made them, and their table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from .distances import bootstrap_interval, mean_interval
+from .markdown import markdown_table
+
+PACKAGES = ("vlv", "torch", "transformers", "diffusers", "torchmetrics", "nltk", "torch-fidelity", "lpips", "dreamsim")
+BOOTSTRAP_SAMPLES = 1000
+
+
+def package_versions() -> dict[str, str]:
+    """The installed versions of the packages that compute figures."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def figure(label: str, value: float, interval: Sequence[float] | None = None, **facts: Any) -> dict[str, Any]:
+    """One figure of a result: `label`, `value`, the 95% `interval` if there is one, and further facts."""
+    ends = {} if interval is None else {"interval": [round(end, 6) for end in interval]}
+    return {"label": label, "value": round(value, 6), **ends, **facts}
+
+
+def mean_figure(label: str, values: Sequence[float], samples: int, **facts: Any) -> dict[str, Any]:
+    """The mean of one value for each image, with its bootstrap interval if `samples` is not 0."""
+    tensor = torch.as_tensor(values, dtype=torch.float64)
+    return figure(label, tensor.mean().item(), mean_interval(tensor, samples) if samples else None, **facts)
+
+
+def corpus_figure(
+    label: str, statistic: Callable[[torch.Tensor], float], num_images: int, samples: int, **facts: Any
+) -> dict[str, Any]:
+    """A statistic of all images that is not a mean, with its bootstrap interval if `samples` is not 0.
+
+    Args:
+        statistic: Maps the indices of images to a value.
+    """
+    interval = bootstrap_interval(num_images, statistic, samples) if samples else None
+    return figure(label, statistic(torch.arange(num_images)), interval, **facts)
+
+
+def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures as a Markdown table with one row for each."""
+    rows = []
+    for one in figures.values():
+        ends = one.get("interval")
+        rows.append((one["label"], f"{one['value']:.4g}", f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""))
+    return markdown_table(("metric", "value", "95% interval"), rows)

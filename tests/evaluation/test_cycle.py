@@ -1,0 +1,111 @@
+"""`vlv evaluate cycle`: captions to images to figures with a small text-to-image model; an ended run goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlv.cli.main import main
+from vlv.evaluation.cycle import CycleConfig, ImageStore, cycle_table
+
+
+@pytest.fixture
+def config(tmp_path, images, stable_diffusion, dinov2_model) -> dict:
+    folder = tmp_path / "originals"
+    folder.mkdir()
+    for number, image in enumerate(images[:3]):
+        image.save(folder / f"{number}.jpg")
+    captions = {"0.png": "a small dog", "1.png": "a large apple", "2.png": "a cat"}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    return {
+        "captions": str(tmp_path / "captions.json"),
+        "images": str(folder),
+        "text_to_image": str(stable_diffusion),
+        "output_dir": str(tmp_path / "cycle"),
+        "features": str(dinov2_model),
+        "guidance": [1, 4],
+        "num_inference_steps": 2,
+        "batch_size": 2,
+        "bootstrap": 5,
+        "pair_metrics": ["cosine"],
+    }
+
+
+def run(config: dict, folder: Path, *options: str) -> int:
+    (folder / "cycle.yaml").write_text(yaml.safe_dump(config))
+    return main(["evaluate", "cycle", str(folder / "cycle.yaml"), *options])
+
+
+def generated(config: dict) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(config["output_dir"]).rglob("*.png")}
+
+
+@pytest.mark.slow
+def test_a_cycle_measures_each_guidance_and_goes_on_where_it_ended(config, tmp_path, capsys):
+    assert run(config, tmp_path) == 0
+    results = json.loads((tmp_path / "cycle" / "results.json").read_text())
+    assert set(results["metrics"]) == {"1", "4"} and results["num_images"] == 3
+    assert {"frechet_distance", "gaussian_mmd", "cosine"} <= set(results["metrics"]["1"])
+    assert results["metrics"]["1"] != results["metrics"]["4"] and results["config"]["seed"] == 42
+    table = (tmp_path / "cycle" / "results.md").read_text()
+    assert table.startswith("| metric | guidance 1 | guidance 4 |") and table.strip() in capsys.readouterr().out
+    first = generated(config)
+    assert len(first) == 6
+    removed = next(iter(first))
+    kept = {path: path.stat().st_mtime_ns for path in first if path != removed}
+    removed.unlink()
+    assert run(config, tmp_path) == 0
+    assert generated(config) == first  # the removed image is generated again, alone in its batch
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert json.loads((tmp_path / "cycle" / "results.json").read_text()) == results
+    captions = json.loads(Path(config["captions"]).read_text())
+    Path(config["captions"]).write_text(json.dumps(dict(list(captions.items())[:2])))
+    assert run(config, tmp_path) == 0  # of fewer images
+    assert json.loads((tmp_path / "cycle" / "results.json").read_text())["num_images"] == 2
+
+
+def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_path):
+    store = ImageStore(tmp_path, CycleConfig(**config))
+    other = ImageStore(tmp_path, CycleConfig(**config, seed=7))
+    paths = {
+        store.path("a.png", "a dog", 1),
+        store.path("a.png", "a cat", 1),
+        store.path("x/a.png", "a dog", 1),
+        store.path("a.png", "a dog", 2),
+        other.path("a.png", "a dog", 1),
+    }
+    assert len(paths) == 5
+    assert store.noise_seed("a.png") == store.noise_seed("a.png") != store.noise_seed("b.png")
+    assert store.noise_seed("a.png") != other.noise_seed("a.png")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"captions": ""}, "captions is missing"),
+        ({"guidance": []}, "guidance must be one or more scales"),
+        ({"pair_metrics": ["fid"]}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_named(config, changed, message):
+    with pytest.raises(ValueError, match=message):
+        CycleConfig(**{**config, **changed})
+
+
+def test_an_unknown_setting_or_a_missing_original_is_named(config, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run({**config, "guidanse": [1]}, tmp_path)
+    assert "guidanse" in capsys.readouterr().err
+    (tmp_path / "originals" / "0.jpg").unlink()
+    assert run(config, tmp_path) == 2
+    assert "has no entry for 1 of 3 images: '0.png'" in capsys.readouterr().err
+
+
+def test_the_papers_fid_is_beside_ours_only_for_inceptions_features():
+    figures = {"1": {"frechet_distance": {"label": "FID", "value": 12.0}}, "1.5": {}}
+    lines = cycle_table({"metrics": figures}).splitlines()
+    assert lines[2:] == ["| FID | 12 |  |", "| FID of VLV in the paper | 11.47 |  |"]
+    figures["1"]["frechet_distance"]["label"] = "Fréchet distance"
+    assert "paper" not in cycle_table({"metrics": figures})
