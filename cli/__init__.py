@@ -1,1 +1,4 @@
-"""Commands: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | serve | estimate | train`."""
+"""The commands of the package.
+
+`vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | serve | estimate | train`.
+"""

@@ -15,6 +15,7 @@ from vlv.checkpoints import MINIATURE
 from vlv.files import write_json
 
 from .errors import UserError
+from .evaluate_endpoint import add_endpoint_parsers
 from .inputs import collect_images, positive
 from .models import DTYPES, choose_device, choose_model, loading
 from .output import output_path, refuse_existing, require_writable
@@ -56,6 +57,7 @@ def add_parser(commands) -> None:
     )
     cycle.add_argument("config", metavar="CONFIG.yaml", help="the settings")
     cycle.set_defaults(run=run_cycle, takes_settings=True)
+    add_endpoint_parsers(subjects)
 
 
 def _add_images_parser(subjects) -> None:

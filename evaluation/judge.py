@@ -5,13 +5,11 @@ what the image shows, nothing invented, and a layout that agrees with the image.
 """
 
 import json
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .endpoint import Answer, Endpoint, Question, image_part
@@ -213,15 +211,6 @@ def _reason(answer: Answer, expected: str) -> str:
     return f"the answer gives no {expected}: {str(answer.text)[-80:]!r}{cut}"
 
 
-def bootstrap_mean(values: Sequence[float], samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean, and the 95% interval of the mean over resampled values."""
-    if not values:
-        raise ValueError("there are no values to average")
-    generator = random.Random(seed)
-    means = sorted(sum(generator.choices(values, k=len(values))) / len(values) for _ in range(samples))
-    return sum(values) / len(values), means[int(0.025 * samples)], means[int(0.975 * samples) - 1]
-
-
 def weighted_kappa(first: Sequence[int], second: Sequence[int], values: Sequence[int] = SCORES) -> float:
     """Agreement of two judges beyond chance: Cohen's kappa with squared weights (Cohen 1968). 1 is full agreement."""
     if len(first) != len(second) or not first:
@@ -234,18 +223,3 @@ def weighted_kappa(first: Sequence[int], second: Sequence[int], values: Sequence
         / len(first) ** 2
     )
     return 1.0 if expected == 0 else 1 - observed / expected
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """The JSON that `vlv caption` writes.
-
-    Raises:
-        ValueError: If it is not an object of captions by name.
-    """
-    try:
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(captions, dict) or not all(isinstance(own, str) for own in captions.values()):
-        raise ValueError(f"{path} holds no captions: expected {{image: caption}}, as vlv caption writes it")
-    return captions

@@ -5,31 +5,27 @@ writes into its `output_dir` the answers (`answers.jsonl`), the figures (`result
 """
 
 import json
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
-
 from vlv.files import write_json
-from vlv.version import __version__
 
+from .caption_sets import read_captions
+from .distances import mean_interval
 from .endpoint import Endpoint, EndpointSettings, Totals
 from .judge import (
     COMPARISON_PROMPT,
     SCORE_PROMPT,
     Judgement,
-    bootstrap_mean,
     compare_captions,
-    read_captions,
     score_captions,
     weighted_kappa,
 )
 from .markdown import markdown_table
+from .results import package_versions
 from .vqa import VQAResult, answer_from_captions, read_vqa, write_prompt
 
 # Of the paper (arXiv 2507.07104 v2): Table 3 by benchmark and shots, and the mean of the arena's two judges (Table 2).
@@ -213,10 +209,9 @@ class _Run:
 
     def finish(self, figures: Mapping[str, Any], table: str) -> str:
         totals = asdict(self.endpoint.totals)
-        versions = {"vlv": __version__, "transformers": transformers.__version__, "python": platform.python_version()}
         write_json(
             self.folder / "results.json",
-            {"figures": figures, "config": asdict(self.config), "totals": totals, "versions": versions},
+            {"figures": figures, "config": asdict(self.config), "totals": totals, "versions": package_versions()},
         )
         (self.folder / "results.md").write_text(table + "\n", encoding="utf-8")
         return table
@@ -248,9 +243,8 @@ def _vqa_figures(result: VQAResult) -> dict[str, Any]:
         "without_caption": result.without_caption,
     }
     for name, values in (("accuracy", result.soft), ("exact_match", result.exact)):
-        with suppress(ValueError):  # nothing was answered
-            mean, low, high = bootstrap_mean(values)
-            figures[name] = {"mean": mean, "low": low, "high": high}
+        if values:
+            figures[name] = _mean(values)
     return figures
 
 
@@ -269,12 +263,17 @@ def _judge_figures(judgement: Judgement) -> dict[str, Any]:
     if not values:
         reasons = list(judgement.failed.values())
         raise ValueError(f"the judge gave no verdict; the first reason: {reasons[0] if reasons else 'no captions'}")
-    mean, low, high = bootstrap_mean(values)
-    figures: dict[str, Any] = {"value": {"mean": mean, "low": low, "high": high}, "failed": judgement.failed}
+    figures: dict[str, Any] = {"value": _mean(values), "failed": judgement.failed}
     agreements = [own.orders_agree for own in judgement.verdicts if own.orders_agree is not None]
     if agreements:
         figures["orders_agree"] = sum(agreements) / len(agreements)
     return figures
+
+
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    """Mean, and the ends of its 95% bootstrap interval."""
+    low, high = mean_interval(values)
+    return {"mean": sum(values) / len(values), "low": low, "high": high}
 
 
 def _interval(value: Mapping[str, float]) -> list[str]:

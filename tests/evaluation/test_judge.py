@@ -6,7 +6,7 @@ import re
 import pytest
 from PIL import Image
 
-from vlv.evaluation.judge import bootstrap_mean, parse_comparison, parse_score, weighted_kappa
+from vlv.evaluation.judge import parse_comparison, parse_score, weighted_kappa
 from vlv.evaluation.protocols import JudgeConfig, describe_agreement, run_judge
 
 from .openai_server import Reply, scripted_endpoint
@@ -131,13 +131,6 @@ def test_agreement_beyond_chance():
     assert weighted_kappa([0, 0, 6, 6], [0, 6, 0, 6]) == 0
     # By hand: disagreement 2 * (1/6)^2 / 4; by chance each score meets each other one: 8 * (1/6)^2 / 16.
     assert weighted_kappa([1, 1, 2, 2], [1, 2, 1, 2]) == pytest.approx(1 - (2 / 4) / (8 / 16))
-
-
-def test_an_interval_of_a_mean():
-    mean, low, high = bootstrap_mean([0.0, 1.0] * 200)
-    assert mean == 0.5 and 0.44 < low < 0.46 and 0.54 < high < 0.56
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_mean([])
 
 
 def test_a_plan_asks_nothing(files):
