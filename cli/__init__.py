@@ -1,1 +1,4 @@
-"""Commands: `vlv caption | reconstruct | encode | evaluate | convert | info | push | demo | estimate | train`."""
+"""The commands of the package.
+
+`vlv caption | reconstruct | encode | score | evaluate | convert | info | push | demo | estimate | train`.
+"""
