@@ -1,6 +1,7 @@
 """`vlv caption --num-captions`, `--best-by` and `--confidence`: several captions of an image, and their scores."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def complete_choice_arguments(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option} needs {needed}")
     if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature:g}; expected a number above 0, such as 1.0")
+    if arguments.min_score is not None and math.isnan(arguments.min_score):
+        raise UserError("--min-score is nan; expected a number, such as 0.1")
     if arguments.seed is not None and arguments.seed < 0:
         raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     if several and (arguments.as_original or arguments.num_beams > 1):
@@ -100,8 +103,9 @@ def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
     )
     for entry in read_results(output, "--resume").values():
         if not isinstance(entry, form):
+            there = next((name for kind, name in forms.items() if isinstance(entry, kind)), "other values")
             raise UserError(
-                f"--resume: {output} has {next((name for kind, name in forms.items() if isinstance(entry, kind)), 'other values')}, and this run writes {forms[form]}; "
+                f"--resume: {output} has {there}, and this run writes {forms[form]}; "
                 "give the options of then, pass another --output, or --overwrite to replace it"
             )
 

@@ -23,8 +23,8 @@ def add_parser(commands) -> None:
         description="Writes the diffusion score of captions as JSON: {path relative to the argument: score}, with a "
         "list where an image has several captions. The score is the denoising loss of the image under no words, less "
         "that under the caption's words, by the frozen text-to-image model: above 0, the words explain something of "
-        "the image. No image is generated. Scores of different models cannot be compared. An image that cannot be read or "
-        "has no caption is named on standard error, the others are scored, and the exit code is 1.",
+        "the image. No image is generated. Scores of different models cannot be compared. An image that cannot be "
+        "read or has no caption is named on standard error, the others are scored, and the exit code is 1.",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image files and folders")
     parser.add_argument(
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     inputs = collect_images(arguments.paths)
     entries = read_results(arguments.captions, "--captions")
     inputs, texts = match_captions(inputs, entries, arguments.captions)
-    if unused := len(entries) - len(texts):
-        print(f"note: {unused} entries of {arguments.captions} are of no image here", file=sys.stderr)
+    if unused := entries.keys() - {item.name for item in inputs}:
+        print(f"note: {len(unused)} of the entries of {arguments.captions} are of other images", file=sys.stderr)
     scorer = BatchScorer(choose_model(arguments), arguments)
     summary = Summary(len(inputs))
     found: list[float] = []

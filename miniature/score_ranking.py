@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from vlv.pipelines import (
     generate_images,
     load_reconstruction,
 )
+from vlv.pipelines.diffusion_score import NUM_PAIRS
 
 from .data import evaluation_items
 from .evaluation import MAX_NEW_TOKENS, caption_images
@@ -144,10 +146,65 @@ def measure_best_of(
 def measure_seconds(
     pipeline: ReconstructionPipeline, scorer: DiffusionScorer, pixels: torch.Tensor, captions: Sequence[str]
 ) -> dict[str, float]:
-    """Seconds for an image: a score of one caption, and a reconstruction with guidance 2."""
-    started = time.perf_counter()
+    """CPU seconds for an image: a score of one caption, and a reconstruction with guidance 2."""
+    started = time.process_time()
     scorer.score(pixels, [[caption] for caption in captions])
-    scored = time.perf_counter()
+    scored = time.process_time()
     generate_images(pipeline, image=list(pixels), seeds=range(len(pixels)), num_inference_steps=RECONSTRUCTION_STEPS)
-    ended = time.perf_counter()
+    ended = time.process_time()
     return {"score": (scored - started) / len(pixels), "reconstruction": (ended - scored) / len(pixels)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlv.miniature.score_ranking", description=__doc__)
+    parser.add_argument("model", help="folder of a miniature")
+    parser.add_argument("--scenes", type=int, default=100, help="scenes of combo by number of pairs (default: 100)")
+    parser.add_argument("--fewer-scenes", type=int, default=40, help="scenes of the other tables (default: 40)")
+    parser.add_argument("--num-captions", type=int, default=8, help="samples of a caption (default: 8)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
+    arguments = parser.parse_args()
+    pipeline, scorer = load_scorer(arguments.model)
+    captioner, processor = hub.load_captioner(arguments.model)
+    pixels, scenes = evaluation_items("combo", arguments.scenes)
+    captions, allowed = captions_with_a_change(scenes)
+
+    def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        print(markdown_table(header, rows) + "\n", flush=True)
+
+    rows = []
+    for num_pairs in PAIRS:
+        counted = DiffusionScorer.from_pipeline(pipeline, num_pairs=num_pairs)
+        rows.append([str(num_pairs), *_three_digits(measure_ranking(counted, pixels, captions, allowed))])
+    show(("K", *CHANGES, "above all of them"), rows)
+
+    few = slice(arguments.fewer_scenes)
+    rows = []
+    for share in SHARES:
+        counted = DiffusionScorer.from_pipeline(pipeline, num_pairs=1, timestep_range=(share, share))
+        found = measure_ranking(counted, pixels[few], captions[few], allowed[few])
+        rows.append([f"{share:.2f}", *_three_digits(found)])
+    show(("timestep, share of the schedule", *CHANGES, "above all of them"), rows)
+
+    rows = [[str(int(row[0])), *_three_digits(row[1:])] for row in measure_agreement(scorer, pixels[few], scenes[few])]
+    show(("wrong facts", "mean score", "below one fewer"), rows)
+
+    sampling = (arguments.num_captions, arguments.temperature)
+    found_best = dict(measure_best_of(scorer, captioner, processor, pixels[few], scenes[few], *sampling))
+    names = ("background", "object_f1", "object_place_f1", "exact")
+    rows = [[which, *_three_digits([scores[name] for name in names])] for which, scores in found_best.items()]
+    show(("captions", "background", "object F1", "object + place F1", "exact scene"), rows)
+
+    seconds = measure_seconds(pipeline, scorer, pixels[:BATCH_SIZE], [own[0] for own in captions[:BATCH_SIZE]])
+    ratio = seconds["reconstruction"] / seconds["score"]
+    print(
+        f"{seconds['score']:.3f} CPU seconds for the score of a caption (K = {NUM_PAIRS}), {seconds['reconstruction']:.3f} "
+        f"for a reconstruction in {RECONSTRUCTION_STEPS} steps with guidance: {ratio:.0f} times as long"
+    )
+
+
+def _three_digits(values: Sequence[float]) -> list[str]:
+    return ["" if math.isnan(value) else f"{value:.3f}" for value in values]
+
+
+if __name__ == "__main__":
+    main()

@@ -195,10 +195,15 @@ class DiffusionScorer:
             )
         return result
 
+    def sample_noise(self, shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        """The noise `(N, K, C, h, w)` of images with these seeds, whose latents have the shape `(C, h, w)`."""
+        shape = (len(self.timesteps), *shape)
+        return torch.stack([randn_tensor(shape, own, self.device) for own in self._generators(seeds, NOISE)])
+
     def fits(self, text: str) -> bool:
         """Whether every text encoder has positions for all tokens of a text."""
         positions = self.model.config.num_text_positions
-        return all(len(tokenizer(text).input_ids) <= positions for tokenizer in self.tokenizers.values())
+        return all(len(tokenizer(text, verbose=False).input_ids) <= positions for tokenizer in self.tokenizers.values())
 
     def split_caption(self, caption: str) -> list[str]:
         """The texts that a caption is scored as: itself where it fits, otherwise its sentences."""
@@ -212,12 +217,7 @@ class DiffusionScorer:
         """The mean loss of each image under each of its texts."""
         count = len(self.timesteps)
         latents = latents.to(self.device, torch.float32)
-        noise = torch.stack(
-            [
-                randn_tensor((count, *latents.shape[1:]), generator, self.device)
-                for generator in self._generators(seeds, NOISE)
-            ]
-        )  # (N, K, C, h, w)
+        noise = self.sample_noise(latents.shape[1:], seeds)  # (N, K, C, h, w)
         rows = [(image, text, pair) for image, own in enumerate(texts) for text in own for pair in range(count)]
         found: list[torch.Tensor] = []
         for chunk in _chunks(rows, self.batch_size):
