@@ -149,11 +149,8 @@ def generate_groups(
         content = (item.identity or {}).get("blake2b") or item.name  # of a pipe, the name
         digest = hashlib.blake2b(f"{arguments.seed}/{content}".encode(), digest_size=8).digest()
         tensors = {name: rows[place : place + 1] for name, rows in batch.tensors.items()}
-        with torch.random.fork_rng():
-            torch.manual_seed(int.from_bytes(digest))
-            groups.append(
-                generate_captions(model, processor, **tensors, text=arguments.prompt, **settings, **sampling)
-            )
+        torch.manual_seed(int.from_bytes(digest))
+        groups.append(generate_captions(model, processor, **tensors, text=arguments.prompt, **settings, **sampling))
     return groups
 
 

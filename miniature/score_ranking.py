@@ -197,8 +197,9 @@ def main() -> None:
     seconds = measure_seconds(pipeline, scorer, pixels[:BATCH_SIZE], [own[0] for own in captions[:BATCH_SIZE]])
     ratio = seconds["reconstruction"] / seconds["score"]
     print(
-        f"{seconds['score']:.3f} CPU seconds for the score of a caption (K = {NUM_PAIRS}), {seconds['reconstruction']:.3f} "
-        f"for a reconstruction in {RECONSTRUCTION_STEPS} steps with guidance: {ratio:.0f} times as long"
+        f"CPU seconds: {seconds['score']:.3f} for the score of a caption (K = {NUM_PAIRS}), "
+        f"{seconds['reconstruction']:.3f} for a reconstruction in {RECONSTRUCTION_STEPS} steps with guidance, "
+        f"{ratio:.0f} times as long"
     )
 
 

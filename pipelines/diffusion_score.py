@@ -60,9 +60,9 @@ class DiffusionScorer:
         diffusion_decoder: The text-to-image model that `model` was trained with.
         tokenizers: Those of the text encoders, by the names of the diffusion model's components.
         num_pairs: Pairs of timestep and noise.
-        timestep_range: Lowest and highest timestep, as shares of the schedule. At lower noise the image itself says
-            nearly everything, and at higher noise next to nothing of it is left: captions hardly change the loss there
-            (docs/evaluation.md has the ranking by timestep).
+        timestep_range: Lowest and highest timestep, as shares of the schedule. At lower noise the noised image says
+            nearly all that words could (docs/evaluation.md has the ranking by timestep); at higher noise a model that
+            predicts the noise can read it off its input, whatever the words.
         seed: Of the noise.
         batch_size: Most passes of the denoiser at once.
 
@@ -203,7 +203,9 @@ class DiffusionScorer:
     def fits(self, text: str) -> bool:
         """Whether every text encoder has positions for all tokens of a text."""
         positions = self.model.config.num_text_positions
-        return all(len(tokenizer(text, verbose=False).input_ids) <= positions for tokenizer in self.tokenizers.values())
+        return all(
+            len(tokenizer(text, verbose=False).input_ids) <= positions for tokenizer in self.tokenizers.values()
+        )
 
     def split_caption(self, caption: str) -> list[str]:
         """The texts that a caption is scored as: itself where it fits, otherwise its sentences."""
@@ -225,8 +227,8 @@ class DiffusionScorer:
             denoised = self.diffusion_decoder.denoise(
                 latents[images], self._conditioning(words), noise[images, pairs], self.timesteps[pairs]
             )
-            found.append(denoised.losses.double())
-        means = iter(torch.cat(found).unflatten(0, (-1, count)).mean(dim=1).tolist())
+            found.append(denoised.losses)
+        means = iter(torch.cat(found).cpu().double().unflatten(0, (-1, count)).mean(dim=1).tolist())
         return [[next(means) for _ in own] for own in texts]
 
     def _conditioning(self, texts: Sequence[str | None]) -> Conditioning:
