@@ -97,7 +97,11 @@ def recorded_choice(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
     """Raises `UserError` if the results in a file to go on with have another form than this run's."""
-    forms = {str: "one caption of each image", list: "several captions of each image", dict: "captions with scores"}
+    forms: dict[type, str] = {
+        str: "one caption of each image",
+        list: "several captions of each image",
+        dict: "captions with scores",
+    }
     form: type = (
         dict if arguments.confidence else list if arguments.num_captions > 1 and not arguments.best_by else str
     )

@@ -7,8 +7,9 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ SHARES = tuple(place / 100 for place in range(5, 100, 10))  # of the schedule
 MOST_WRONG_FACTS = 3
 RECONSTRUCTION_STEPS = 50
 BATCH_SIZE = 8  # images at once
+TABLES = ("pairs", "timesteps", "facts", "samples", "seconds")
 
 
 def load_scorer(model: str | Path, **settings) -> tuple[ReconstructionPipeline, DiffusionScorer]:
@@ -158,49 +160,60 @@ def measure_seconds(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.score_ranking", description=__doc__)
     parser.add_argument("model", help="folder of a miniature")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES, help="which (default: all)")
+    parser.add_argument("--pairs", nargs="+", type=int, default=PAIRS, metavar="K", help="(default: 1 2 4 8 16)")
     parser.add_argument("--scenes", type=int, default=100, help="scenes of combo by number of pairs (default: 100)")
     parser.add_argument("--fewer-scenes", type=int, default=40, help="scenes of the other tables (default: 40)")
     parser.add_argument("--num-captions", type=int, default=8, help="samples of a caption (default: 8)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
     arguments = parser.parse_args()
     pipeline, scorer = load_scorer(arguments.model)
-    captioner, processor = hub.load_captioner(arguments.model)
-    pixels, scenes = evaluation_items("combo", arguments.scenes)
-    captions, allowed = captions_with_a_change(scenes)
+    for table in arguments.tables:
+        count = arguments.scenes if table == "pairs" else arguments.fewer_scenes
+        pixels, scenes = evaluation_items("combo", count)
+        captions, allowed = captions_with_a_change(scenes)
+        if table == "pairs":
+            settings = {f"{number}": {"num_pairs": number} for number in arguments.pairs}
+            print(_ranking_table("K", pipeline, settings, pixels, captions, allowed))
+        elif table == "timesteps":
+            settings = {f"{share:.2f}": {"num_pairs": 1, "timestep_range": (share, share)} for share in SHARES}
+            print(_ranking_table("timestep", pipeline, settings, pixels, captions, allowed))
+        elif table == "facts":
+            rows = [[f"{row[0]:.0f}", *_three_digits(row[1:])] for row in measure_agreement(scorer, pixels, scenes)]
+            print(markdown_table(("wrong facts", "mean score", "below one fewer"), rows))
+        elif table == "samples":
+            captioner, processor = hub.load_captioner(arguments.model)
+            sampling = arguments.num_captions, arguments.temperature
+            found = measure_best_of(scorer, captioner, processor, pixels, scenes, *sampling)
+            names = ("background", "object_f1", "object_place_f1", "exact")
+            rows = [[which, *_three_digits([scores[name] for name in names])] for which, scores in found]
+            print(markdown_table(("captions", "background", "object F1", "object + place F1", "exact scene"), rows))
+        else:
+            true = [own[0] for own in captions[:BATCH_SIZE]]
+            seconds = measure_seconds(pipeline, scorer, pixels[:BATCH_SIZE], true)
+            ratio = seconds["reconstruction"] / seconds["score"]
+            print(
+                f"CPU seconds: {seconds['score']:.3f} for the score of a caption (K = {NUM_PAIRS}), "
+                f"{seconds['reconstruction']:.3f} for a reconstruction in {RECONSTRUCTION_STEPS} steps with guidance, "
+                f"{ratio:.0f} times as long"
+            )
+        print(flush=True)
 
-    def show(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        print(markdown_table(header, rows) + "\n", flush=True)
 
+def _ranking_table(
+    title: str,
+    pipeline: ReconstructionPipeline,
+    settings: Mapping[str, dict[str, Any]],
+    pixels: torch.Tensor,
+    captions: Sequence[Sequence[str]],
+    allowed: torch.Tensor,
+) -> str:
+    """The table of `measure_ranking`, with a row for each name of `settings`, arguments of `DiffusionScorer`."""
     rows = []
-    for num_pairs in PAIRS:
-        counted = DiffusionScorer.from_pipeline(pipeline, num_pairs=num_pairs)
-        rows.append([str(num_pairs), *_three_digits(measure_ranking(counted, pixels, captions, allowed))])
-    show(("K", *CHANGES, "above all of them"), rows)
-
-    few = slice(arguments.fewer_scenes)
-    rows = []
-    for share in SHARES:
-        counted = DiffusionScorer.from_pipeline(pipeline, num_pairs=1, timestep_range=(share, share))
-        found = measure_ranking(counted, pixels[few], captions[few], allowed[few])
-        rows.append([f"{share:.2f}", *_three_digits(found)])
-    show(("timestep, share of the schedule", *CHANGES, "above all of them"), rows)
-
-    rows = [[str(int(row[0])), *_three_digits(row[1:])] for row in measure_agreement(scorer, pixels[few], scenes[few])]
-    show(("wrong facts", "mean score", "below one fewer"), rows)
-
-    sampling = (arguments.num_captions, arguments.temperature)
-    found_best = dict(measure_best_of(scorer, captioner, processor, pixels[few], scenes[few], *sampling))
-    names = ("background", "object_f1", "object_place_f1", "exact")
-    rows = [[which, *_three_digits([scores[name] for name in names])] for which, scores in found_best.items()]
-    show(("captions", "background", "object F1", "object + place F1", "exact scene"), rows)
-
-    seconds = measure_seconds(pipeline, scorer, pixels[:BATCH_SIZE], [own[0] for own in captions[:BATCH_SIZE]])
-    ratio = seconds["reconstruction"] / seconds["score"]
-    print(
-        f"CPU seconds: {seconds['score']:.3f} for the score of a caption (K = {NUM_PAIRS}), "
-        f"{seconds['reconstruction']:.3f} for a reconstruction in {RECONSTRUCTION_STEPS} steps with guidance, "
-        f"{ratio:.0f} times as long"
-    )
+    for name, own in settings.items():
+        scorer = DiffusionScorer.from_pipeline(pipeline, **own)
+        rows.append([name, *_three_digits(measure_ranking(scorer, pixels, captions, allowed))])
+    return markdown_table((title, *CHANGES, "above all of them"), rows)
 
 
 def _three_digits(values: Sequence[float]) -> list[str]:
