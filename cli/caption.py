@@ -1,6 +1,7 @@
 """`vlv caption`: captions of images, or of their caption embeddings."""
 
 import argparse
+import hashlib
 import sys
 from typing import Any
 
@@ -9,12 +10,21 @@ import torch
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.pipelines import generate_captions, trim_caption
 
-from .batches import read_batches
+from .batches import Batch, read_batches
+from .choosing import (
+    add_choice_arguments,
+    choose_captions,
+    complete_choice_arguments,
+    recorded_choice,
+    refuse_other_form,
+    uses_scores,
+)
 from .errors import UserError
 from .inputs import collect_images, load_embeddings, positive
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
 from .output import Summary, output_path, refuse_existing
 from .resume import ResumableResults, record_path
+from .scoring import BatchScorer
 
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
@@ -56,6 +66,7 @@ def add_parser(commands) -> None:
         help="settings of the authors' Caption_inference.py: 4 beams, at most 300 tokens, the prefix rounded to "
         "bfloat16, --trim (docs/from_the_original.md)",
     )
+    add_choice_arguments(parser)
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -63,6 +74,7 @@ def add_parser(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
+    complete_choice_arguments(arguments)
     output = output_path(arguments.output, ".json")
     if record_path(output).is_dir():
         raise UserError(f"{record_path(output)} is a folder; pass another --output")
@@ -83,9 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
     recorded = {name: str(value) for name, value in settings.items()} | {"trim": trim, "dtype": arguments.dtype}
     if arguments.prompt:
         recorded["prompt"] = arguments.prompt
+    recorded |= recorded_choice(arguments)
     results = ResumableResults(output, (source, fingerprint), recorded)
     total, kept = len(inputs), None
     if arguments.resume and output.exists():
+        refuse_other_form(output, arguments)
         inputs = results.resume(inputs)
         kept = total - len(inputs)
         for note in results.notes():
@@ -94,16 +108,50 @@ def run(arguments: argparse.Namespace) -> int:
         model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
     if arguments.prompt:
         check_prompt(arguments.prompt, source, model, processor)
+    scorer = BatchScorer(source, arguments) if uses_scores(arguments) else None
+    size = None if scorer is None else scorer.image_size
     summary = Summary(len(inputs))
     with results:
-        for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary, identify=True):
-            captions = generate_captions(model, processor, **batch.tensors, text=arguments.prompt, **settings)
+        for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary, size, True):
+            groups = generate_groups(model, processor, batch, arguments, settings)
             if trim:
-                captions = [trim_caption(caption) for caption in captions]
-            results.add(batch.inputs, captions)
-            summary.done += len(captions)
-            summary.advance(len(captions))
+                groups = [[trim_caption(caption) for caption in own] for own in groups]
+            done, entries = choose_captions(groups, batch, scorer, arguments, summary)
+            results.add(done, entries)
+            summary.done += len(done)
+            summary.advance(len(batch.inputs))
+    if scorer is not None:
+        scorer.print_notes()
     return summary.close("captioned", str(output), kept)
+
+
+def generate_groups(
+    model: VLVForConditionalGeneration,
+    processor: VLVProcessor,
+    batch: Batch,
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+) -> list[list[str]]:
+    """The captions of each input of a batch: one, or `--num-captions` samples.
+
+    The samples depend on the content of the input and on `--seed`, and not on the batch.
+    """
+    if arguments.num_captions == 1:
+        captions = generate_captions(model, processor, **batch.tensors, text=arguments.prompt, **settings)
+        return [[caption] for caption in captions]
+    sampling = {
+        "do_sample": True,
+        "temperature": arguments.temperature,
+        "num_return_sequences": arguments.num_captions,
+    }
+    groups = []
+    for place, item in enumerate(batch.inputs):
+        content = (item.identity or {}).get("blake2b") or item.name  # of a pipe, the name
+        digest = hashlib.blake2b(f"{arguments.seed}/{content}".encode(), digest_size=8).digest()
+        tensors = {name: rows[place : place + 1] for name, rows in batch.tensors.items()}
+        torch.manual_seed(int.from_bytes(digest))
+        groups.append(generate_captions(model, processor, **tensors, text=arguments.prompt, **settings, **sampling))
+    return groups
 
 
 def check_prompt(prompt: str, source: str, model: VLVForConditionalGeneration, processor: VLVProcessor) -> None:

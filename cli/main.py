@@ -89,7 +89,7 @@ def _run(arguments: list[str]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands but `vlv train`."""
-    from . import caption, convert, demo, encode, estimate, evaluate, info, push, reconstruct, serve
+    from . import caption, convert, demo, encode, estimate, evaluate, info, push, reconstruct, score, serve
 
     parser = Parser(
         prog="vlv",
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vlv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, reconstruct, encode, evaluate, convert, info, push, demo, serve, estimate):
+    for module in (caption, reconstruct, encode, score, evaluate, convert, info, push, demo, serve, estimate):
         module.add_parser(commands)
     commands.add_parser("train", help="train stage 1 (images alone) or stage 2 (image-caption pairs)", add_help=False)
     return parser

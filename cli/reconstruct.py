@@ -18,12 +18,12 @@ from vlv.files import write_atomically
 from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstruction
 
 from .batches import read_batches
+from .captions import read_one_text
 from .encode import encode
 from .errors import UserError
 from .inputs import collect_images, load_embeddings, positive
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
 from .output import GrowingJson, Summary, output_path, refuse_existing, require_writable
-from .resume import read_results
 from .sheet import Pair, contact_sheet
 
 # Errors of one output name. Others, such as a full disk, concern the whole run.
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         if sheet is not None:
             refuse_existing(sheet, "--sheet")
     inputs = collect_images(arguments.paths) if arguments.paths else []
-    captions = read_results(arguments.captions, "--captions") if arguments.captions else {}
+    captions = read_one_text(arguments.captions, "--captions") if arguments.captions else {}
     source = choose_model(arguments)
     with loading(source):
         pipeline = load_reconstruction(

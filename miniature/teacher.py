@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, TrainerCallback
 
-from vlv.diffusion_decoder.base import stratified_timesteps
+from vlv.diffusion_decoder.timesteps import stratified_timesteps
 from vlv.modeling_vlv import encode_text_embeds
 
 from .data import SceneDataset

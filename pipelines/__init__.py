@@ -1,6 +1,7 @@
-"""Captioning (a pipeline of transformers) and reconstruction (a pipeline of diffusers)."""
+"""Captioning (a pipeline of transformers), reconstruction (a pipeline of diffusers), and scores of captions."""
 
 from . import components  # noqa: F401 (from_pretrained loads them)
+from .diffusion_score import CaptionScores, DiffusionScorer, to_pixels
 from .generation import generate_captions, generate_images
 from .loading import ReconstructionPipeline, build_reconstruction, load_reconstruction
 from .pipeline_vlv_captioning import VLVCaptioningPipeline, trim_caption
@@ -8,6 +9,8 @@ from .pipeline_vlv_pooled_reconstruction import VLVPooledReconstructionPipeline
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
 
 __all__ = [
+    "CaptionScores",
+    "DiffusionScorer",
     "ReconstructionPipeline",
     "VLVCaptioningPipeline",
     "VLVPooledReconstructionPipeline",
@@ -16,5 +19,6 @@ __all__ = [
     "generate_captions",
     "generate_images",
     "load_reconstruction",
+    "to_pixels",
     "trim_caption",
 ]

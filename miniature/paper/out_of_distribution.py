@@ -30,16 +30,20 @@ FONT_SIZE = 109  # the only size in this font
 
 
 @functools.cache
-def noto_artwork(name: str) -> Image.Image:
+def noto_artwork(name: str, font_file: Path | None = None) -> Image.Image:
     """Noto's artwork of an object, in the form of `render.openmoji_artwork`: RGBA, premultiplied alpha, cropped.
+
+    Args:
+        font_file: The font; by default where Debian's package has it.
 
     Raises:
         FileNotFoundError: If the font is not installed.
     """
-    if not FONT.is_file():
-        raise FileNotFoundError(f"the font {FONT} is not installed; install Debian's package fonts-noto-color-emoji")
+    file = font_file or FONT
+    if not file.is_file():
+        raise FileNotFoundError(f"the font {file} is not installed; install Debian's package fonts-noto-color-emoji")
     image = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
-    font = ImageFont.truetype(str(FONT), FONT_SIZE)
+    font = ImageFont.truetype(str(file), FONT_SIZE)
     ImageDraw.Draw(image).text((12, 12), chr(int(CODEPOINTS[name], 16)), font=font, embedded_color=True)
     # Pillow blends the edges with black. Without the blended pixels the edges are still smooth, because four to six
     # pixels become one in a scene.
@@ -47,9 +51,10 @@ def noto_artwork(name: str) -> Image.Image:
     return crop_and_premultiply(image)
 
 
-def render_in_noto(scenes: list[Scene]) -> torch.Tensor:
-    """Images `(N, 3, 64, 64)` uint8 of scenes, with Noto's artwork."""
-    images = [render(scene, random.Random(f"{EVALUATION_SEED}/{i}"), noto_artwork) for i, scene in enumerate(scenes)]
+def render_in_noto(scenes: list[Scene], font_file: Path | None = None) -> torch.Tensor:
+    """Images `(N, 3, 64, 64)` uint8 of scenes, with Noto's artwork, from the font of `noto_artwork`."""
+    artwork = functools.partial(noto_artwork, font_file=font_file)
+    images = [render(scene, random.Random(f"{EVALUATION_SEED}/{i}"), artwork) for i, scene in enumerate(scenes)]
     return torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image in images])
 
 

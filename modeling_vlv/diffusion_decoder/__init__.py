@@ -26,6 +26,7 @@ __all__ = [
     "StableDiffusion3Decoder",
     "StableDiffusionDecoder",
     "StableDiffusionXLDecoder",
+    "build_diffusion_decoder",
     "family_of",
     "family_of_components",
     "find_family",
@@ -66,6 +67,33 @@ def family_of_components(components: Mapping[str, Any], source: str | os.PathLik
     """
     entries = {name: ("", _library_class(part)) for name, part in components.items() if part is not None}
     return find_family(entries, source)
+
+
+def build_diffusion_decoder(
+    components: Mapping[str, Any], source: str | os.PathLike = "the text-to-image model", **kwargs: Any
+) -> DiffusionDecoder:
+    """The frozen diffusion model that the components of a pipeline make; it has their weights, not copies.
+
+    Args:
+        components: By their names in diffusers, with the settings that `pipeline_settings` of the family names.
+        source: Where they are from, for messages.
+        kwargs: Arguments of the family.
+
+    Raises:
+        ValueError: If no family fits, or the autoencoder is not of the family's class.
+    """
+    family = family_of_components(components, source)
+    denoiser, vae_class = components[family.denoiser_name()], family.models["vae"]
+    vae = components["vae"]
+    if not isinstance(getattr(vae, "_orig_mod", vae), vae_class):
+        raise ValueError(
+            f"the autoencoder of {source} is a {_library_class(vae)}; expected {vae_class.__name__}, which encodes "
+            "images as the denoiser was trained to read them"
+        )
+    decoder = family(vae, denoiser, components["scheduler"].config, **kwargs)  # type: ignore[call-arg, arg-type]
+    for name, default in family.pipeline_settings.items():
+        setattr(decoder, name, components.get(name, default))
+    return decoder
 
 
 def _library_class(part: Any) -> str:

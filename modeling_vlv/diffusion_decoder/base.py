@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from ..modeling_vlv import VLVConfig, VLVModelOutput
 from .components import load_part
+from .timesteps import TIMESTEP_SAMPLINGS, logit_normal_timesteps, stratified_timesteps
 
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
-TIMESTEP_SAMPLINGS = ("uniform", "stratified", "logit_normal")
 
 
 @dataclass
@@ -278,28 +278,54 @@ class DiffusionDecoder(nn.Module, ABC):
         """What the denoiser reads, for a message, such as `"conditioning of width 1024"`."""
 
     @torch.no_grad()
-    def unconditional(
-        self, model: nn.Module, tokenizers: Mapping[str, Any], device: torch.device | str = "cpu"
+    def encode_texts(
+        self,
+        model: nn.Module,
+        tokenizers: Mapping[str, Any],
+        texts: Sequence[str],
+        device: torch.device | str = "cpu",
+        num_positions: int | None = None,
     ) -> Conditioning:
-        """What guidance steers away from, as the reconstruction pipeline forms it: by default the empty prompt.
+        """The conditioning of texts, as diffusers' text-to-image pipeline forms it: padded or cut to all positions.
 
         Args:
             model: A `VLVModel`, or what wraps it.
             tokenizers: One for each text encoder, by the names in `tokenizers` of the class.
+            texts: `B` texts.
+            num_positions: How many of the positions are kept, from the front; by default all.
 
         Returns:
-            Of one row, `(1, N, d_cond)`. `N` are all positions of the text encoder; in families with a pooled state,
-            whose pipeline needs equal lengths, the number of caption embeddings.
+            Of `B` rows, `(B, N, d_cond)`, with `N` the positions of the text encoder, or `num_positions`.
         """
         config: Any = getattr(model, "module", model).config
         settings = {"padding": "max_length", "max_length": config.num_text_positions, "truncation": True}
         ids = [
-            tokenizers[name]("", return_tensors="pt", **settings).input_ids.to(device)
+            tokenizers[name](list(texts), return_tensors="pt", **settings).input_ids[:, :num_positions].to(device)
             for name in self.tokenizers[: len(config.text_encoder_configs)]
         ]
-        if self.pooled_conditioning:
-            ids = [own[:, : config.num_query_tokens] for own in ids]
         return Conditioning.of(model(input_ids=ids))
+
+    def unconditional(
+        self,
+        model: nn.Module,
+        tokenizers: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+        num_positions: int | None = None,
+    ) -> Conditioning:
+        """What guidance steers away from, as the reconstruction pipeline forms it: by default the empty prompt.
+
+        Args:
+            model, tokenizers: As in `encode_texts`.
+            num_positions: `N` of the result; by default all positions of the text encoder, and in families with a
+                pooled state, whose pipeline needs equal lengths, the number of caption embeddings.
+
+        Returns:
+            Of one row, `(1, N, d_cond)`.
+        """
+        config: Any = getattr(model, "module", model).config
+        if num_positions is None and self.pooled_conditioning:
+            num_positions = config.num_query_tokens
+        return self.encode_texts(model, tokenizers, [""], device, num_positions)
 
     @property
     def timestep_range(self) -> tuple[int, int]:
@@ -442,52 +468,3 @@ class DiffusionDecoder(nn.Module, ABC):
     @abstractmethod
     def pipeline_components(self) -> dict[str, Any]:
         """The components of the reconstruction pipeline that this model provides: `models` and `scheduler`."""
-
-
-def stratified_timesteps(
-    batch_size: int, first: int, last: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """One random timestep from each of `batch_size` equal parts of the range `first` to `last`, both included.
-
-    A batch then covers the complete range: the expectation is that of independent uniform timesteps, the variance is
-    lower.
-
-    Returns:
-        `(B,)`, int64, on the CPU, in ascending order.
-    """
-    strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size  # (B,) in 0..1
-    return (first + strata * (last + 1 - first)).long().clamp(max=last)
-
-
-def logit_normal_timesteps(
-    batch_size: int, first: int, last: int, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Random timesteps from `first` to `last`, both included, mostly from the middle of that range.
-
-    The place in the range is the sigmoid of a standard normal number (Esser et al., 2024, arXiv 2403.03206, sec. 3.1).
-
-    Returns:
-        `(B,)`, int64, on the CPU.
-    """
-    places = torch.randn(batch_size, generator=generator).sigmoid()  # (B,) in 0..1
-    return (first + places * (last + 1 - first)).long().clamp(max=last)
-
-
-def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """The weights of Min-SNR for the squared error of a prediction (Hang et al., 2023, arXiv 2303.09556, sec. 3.4).
-
-    They are `min(snr, gamma)` for a prediction of the image, that divided by `snr` for one of the noise, and that
-    divided by `snr + 1` for one of the velocity.
-
-    Args:
-        snr: Signal-to-noise ratios, 0 or above, of any shape.
-        gamma: Above 0; the paper has 5.
-        prediction_type: `"sample"`, `"epsilon"` or `"v_prediction"`.
-
-    Returns:
-        The shape of `snr`. The weight of a noise prediction is 1 where `snr` is 0, the limit.
-    """
-    if prediction_type == "epsilon":
-        return (gamma / snr).clamp(max=1)
-    weights = snr.clamp(max=gamma)
-    return weights / (snr + 1) if prediction_type == "v_prediction" else weights

@@ -7,8 +7,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from .base import Conditioning, DiffusionDecoder, min_snr_weights
+from .base import Conditioning, DiffusionDecoder
 from .components import load_part
+from .timesteps import min_snr_weights
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -51,13 +51,18 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
         return sizes.projection_class_embeddings_input_dim - 6 * sizes.addition_time_embed_dim  # 6 sizes and crop ids
 
     def unconditional(
-        self, model: nn.Module, tokenizers: Mapping[str, Any], device: torch.device | str = "cpu"
+        self,
+        model: nn.Module,
+        tokenizers: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+        num_positions: int | None = None,
     ) -> Conditioning:
         if not self.force_zeros_for_empty_prompt:
-            return super().unconditional(model, tokenizers, device)
+            return super().unconditional(model, tokenizers, device, num_positions)
         config: Any = getattr(model, "module", model).config
         pooled_width = sum(config.text_encoder_configs[number].projection_dim for number in config.pooled_conditioning)
-        states = torch.zeros(1, config.num_query_tokens, config.conditioning_dim, device=device)
+        num_positions = num_positions or config.num_query_tokens
+        states = torch.zeros(1, num_positions, config.conditioning_dim, device=device)
         return Conditioning(states, torch.zeros(1, pooled_width, device=device))
 
     def added_conditions(self, noisy: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:

@@ -64,6 +64,9 @@ WRITERS = {
     "metadata.csv": lambda path: write_csv(path, rows("file_name", "text"), ","),
     "list.tsv": lambda path: write_csv(path, rows("image_path", "caption"), "\t"),
     "captions.json": lambda path: path.write_text(json.dumps(dict(zip(NAMES, CAPTIONS, strict=True)))),
+    "scored.json": lambda path: path.write_text(
+        json.dumps({name: {"caption": own, "score": 0.2} for name, own in zip(NAMES, CAPTIONS, strict=True)})
+    ),
     "rows.json": lambda path: path.write_text(json.dumps(rows("image", "caption"))),
     "coco.json": lambda path: path.write_text(json.dumps(coco())),
     "list.parquet": lambda path: parquet.write_table(pa.Table.from_pylist(rows("file_name", "text")), path),

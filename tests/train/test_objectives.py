@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from vlv import VLVModel
 from vlv.diffusion_decoder import Conditioning, StableDiffusionDecoder
-from vlv.diffusion_decoder.base import logit_normal_timesteps, min_snr_weights
+from vlv.diffusion_decoder.timesteps import logit_normal_timesteps, min_snr_weights
 from vlv.pipelines import VLVReconstructionPipeline
 from vlv.tokenizer import load_tokenizer
 from vlv.train import Stage1Config, freeze_for_stage1, stage1

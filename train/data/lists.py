@@ -233,7 +233,8 @@ def _json_rows(path: Path) -> Rows:
             yield f"{path}, image {number}", row
     elif isinstance(content, dict):
         for name, caption in content.items():
-            yield f"{path}, {name!r}", {"file_name": name, "caption": caption}
+            row = caption if isinstance(caption, dict) else {"caption": caption}  # with a score, or without
+            yield f"{path}, {name!r}", row | {"file_name": name}
     else:
         raise ValueError(f"{path}: expected {{name: caption}} or a list of objects, got a {type(content).__name__}")
 

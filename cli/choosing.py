@@ -1,0 +1,140 @@
+"""`vlv caption --num-captions`, `--best-by` and `--confidence`: several captions of an image, and their scores."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .batches import Batch
+from .errors import UserError
+from .inputs import Input, positive
+from .output import Summary
+from .resume import read_results
+from .scoring import MIN_SCORE, NUM_PAIRS, BatchScorer, add_num_pairs
+
+DEFAULTS = {"temperature": 1.0, "seed": 0, "num_pairs": NUM_PAIRS, "min_score": MIN_SCORE}
+
+
+def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of several captions and of scores."""
+    parser.add_argument(
+        "--num-captions",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="sample N captions of each image; without --best-by the output has lists (default: 1, not sampled)",
+    )
+    parser.add_argument("--temperature", type=float, help="of the samples of --num-captions (default: 1.0)")
+    parser.add_argument("--seed", type=int, help="of the samples of --num-captions (default: 0)")
+    parser.add_argument(
+        "--best-by", choices=["score"], help="keep the caption of --num-captions with the highest score (`vlv score`)"
+    )
+    parser.add_argument(
+        "--confidence",
+        action="store_true",
+        help='write {"caption": ..., "score": ..., "confident": true or false}: whether the score of `vlv score` is '
+        "at least --min-score",
+    )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        metavar="X",
+        help=f"lowest score of a confident caption (default: {MIN_SCORE:g}, measured for the miniature; "
+        "docs/evaluation.md says how to measure it for another model)",
+    )
+    add_num_pairs(parser, default=None)
+
+
+def complete_choice_arguments(arguments: argparse.Namespace) -> None:
+    """Sets the defaults of the options that the others make usable; raises `UserError` for contradictions."""
+    several, scored = arguments.num_captions > 1, uses_scores(arguments)
+    for option, value, usable, needed in (
+        ("--best-by", arguments.best_by, several, "--num-captions 2 or more"),
+        ("--temperature", arguments.temperature, several, "--num-captions 2 or more"),
+        ("--seed", arguments.seed, several, "--num-captions 2 or more"),
+        ("--min-score", arguments.min_score, arguments.confidence, "--confidence"),
+        ("--num-pairs", arguments.num_pairs, scored, "--best-by score or --confidence"),
+    ):
+        if value is not None and not usable:
+            raise UserError(f"{option} needs {needed}")
+    if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
+        raise UserError(f"--temperature is {arguments.temperature:g}; expected a number above 0, such as 1.0")
+    if arguments.min_score is not None and math.isnan(arguments.min_score):
+        raise UserError("--min-score is nan; expected a number, such as 0.1")
+    if arguments.seed is not None and arguments.seed < 0:
+        raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
+    if several and (arguments.as_original or arguments.num_beams > 1):
+        raise UserError(
+            "--num-captions samples captions; leave out --num-beams and --as-original, which search for one"
+        )
+    if several and arguments.confidence and not arguments.best_by:
+        raise UserError(
+            "--confidence is of one caption of each image; add --best-by score, or leave out --num-captions"
+        )
+    if scored and arguments.embeddings:
+        raise UserError("scores are of images, and --embeddings has none; give image paths")
+    for name, default in DEFAULTS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
+def uses_scores(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.best_by or arguments.confidence)
+
+
+def recorded_choice(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that change results, for `--resume`; empty for one caption without a score."""
+    names: list[str] = []
+    if arguments.num_captions > 1:
+        names += ["num_captions", "best_by", "temperature", "seed"]
+    if uses_scores(arguments):
+        names += ["num_pairs"]
+    if arguments.confidence:
+        names += ["confidence", "min_score"]
+    return {name: getattr(arguments, name) for name in names}
+
+
+def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
+    """Raises `UserError` if the results in a file to go on with have another form than this run's."""
+    forms: dict[type, str] = {
+        str: "one caption of each image",
+        list: "several captions of each image",
+        dict: "captions with scores",
+    }
+    form: type = (
+        dict if arguments.confidence else list if arguments.num_captions > 1 and not arguments.best_by else str
+    )
+    for entry in read_results(output, "--resume").values():
+        if not isinstance(entry, form):
+            there = next((name for kind, name in forms.items() if isinstance(entry, kind)), "other values")
+            raise UserError(
+                f"--resume: {output} has {there}, and this run writes {forms[form]}; "
+                "give the options of then, pass another --output, or --overwrite to replace it"
+            )
+
+
+def choose_captions(
+    groups: Sequence[Sequence[str]],
+    batch: Batch,
+    scorer: BatchScorer | None,
+    arguments: argparse.Namespace,
+    summary: Summary,
+) -> tuple[list[Input], list[Any]]:
+    """What the output has for the images of a batch, and those images: without those whose scores failed.
+
+    Args:
+        groups: The captions of each image.
+        scorer: None where no score is asked for.
+    """
+    if scorer is None:
+        return batch.inputs, [own[0] if arguments.num_captions == 1 else list(own) for own in groups]
+    inputs, results = [], []
+    for item, own, scores in zip(batch.inputs, groups, scorer.score(batch, groups, summary), strict=True):
+        if scores is None:
+            continue
+        best = max(range(len(own)), key=scores.__getitem__)
+        entry = {"caption": own[best], "score": scores[best], "confident": scores[best] >= arguments.min_score}
+        inputs.append(item)
+        results.append(entry if arguments.confidence else own[best])
+    return inputs, results
