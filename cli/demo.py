@@ -1,12 +1,11 @@
 """`vlv demo`: the Gradio page, on this machine or as a Space."""
 
 import argparse
-import errno
-import socket
 from pathlib import Path
 
 from vlv.space.deploy import push_space, write_space
 
+from .address import check_address, port_in_use
 from .errors import UserError
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
 from .push import check_repo_id, talking_to_the_hub
@@ -53,27 +52,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         launch(demo, server_name=arguments.host, server_port=arguments.port or None)
     except OSError as error:  # something took the port while the model was loaded
-        raise _port_in_use(arguments.port) from error
+        raise port_in_use(arguments.port) from error
     return 0
-
-
-def check_address(host: str, port: int) -> None:
-    """Raises a `UserError` if the page cannot listen there, before the model is loaded."""
-    if not 0 <= port <= 65535:
-        raise UserError(f"--port {port} is not a port; pass a number from 0 to 65535")
-    try:
-        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address, family=family).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise _port_in_use(port) from error
-        raise UserError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}") from error
-
-
-def _port_in_use(port: int) -> UserError:
-    return UserError(
-        f"port {port} is in use; pass --port" if port else "no port from 7860 to 7959 is free; pass --port"
-    )
 
 
 def _deploy(arguments: argparse.Namespace) -> int:

@@ -4,12 +4,13 @@ import argparse
 import os
 from typing import Any
 
-from .demo import check_address
+from .address import check_address
 from .errors import UserError
 from .inputs import positive
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
 
 API_KEY_VARIABLE = "VLV_API_KEY"
+MIN_CONNECTIONS = 256
 
 
 def add_parser(commands) -> None:
@@ -40,10 +41,14 @@ def add_parser(commands) -> None:
         "--unknown-text",
         choices=("read", "ignore", "refuse"),
         default="read",
-        help="what a user's words are that the model was not trained to follow, such as a program's own 'Describe "
-        "this image': read as the beginning of the caption, ignored, or refused (default: read, as vlv caption does)",
+        help="what becomes of words that the model was not trained to follow, such as 'Describe this image' of many "
+        "programs: they are read as the beginning of the caption, ignored, or refused (default: read, as by vlv "
+        "caption --prompt)",
     )
     limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-tokens", type=positive, default=1024, help="most tokens, whatever a request says (default: 1024)"
+    )
     limits.add_argument("--max-batch", type=positive, default=16, help="most captions of a batch (default: 16)")
     limits.add_argument(
         "--max-waiting", type=positive, default=512, help="most requests that wait; others get 429 (default: 512)"
@@ -103,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=precision(arguments),
             reconstruct=not arguments.no_variations,
             max_new_tokens=arguments.max_new_tokens,
+            max_tokens_limit=arguments.max_tokens,
             unknown_text=arguments.unknown_text,
         )
 
@@ -110,7 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         routes = "captions, embeddings" + ("" if model.pipeline is None else ", variations")
         print(f"serving {model.name} at {address}/v1 ({routes}); Ctrl-C ends it", flush=True)
 
-    serve(build_app(model, limits), arguments.host, arguments.port, announce)
+    connections = max(2 * arguments.max_waiting, MIN_CONNECTIONS)
+    serve(build_app(model, limits), arguments.host, arguments.port, connections, announce)
     return 0
 
 

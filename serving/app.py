@@ -24,13 +24,12 @@ from vlv.version import __version__
 
 from .batching import Batcher, Closed, Delta, Failed, Finished, Full, Job, Result
 from .images import ImageLimits, decode_image, read_image
-from .limits import Limits
+from .limits import DEADLINE, Limits
 from .protocol import (
     MAX_IMAGES,
     UNSUPPORTED_CHAT_FIELDS,
     ChatRequest,
     EmbeddingRequest,
-    Part,
     RequestError,
     choice,
     chunk_choice,
@@ -43,6 +42,7 @@ from .served import Chat, ServedModel, Variation
 log = logging.getLogger("vlv.serving")
 RETRY_AFTER = "1"  # seconds, in answers 429
 MAX_VARIATIONS = 10
+IMAGES_AT_ONCE = 8  # of all requests, that are fetched and decoded
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ class Server:
     def __init__(self, model: ServedModel, limits: ServerLimits):
         self.model, self.limits = model, limits
         self.batcher: Batcher
+        self.reading = asyncio.Semaphore(IMAGES_AT_ONCE)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -139,13 +140,14 @@ class Server:
         if (count := request.n or 1) > self.limits.max_batch:
             raise RequestError(f"n is {count}, and this server writes at most {self.limits.max_batch}", "n")
         self._refuse_if_full()
-        async with asyncio.timeout(self.limits.timeout) as clock:
-            images = [await read_image(part.url(), self.limits.images, param) for part, param in _images_of(request)]
-            chat = await asyncio.to_thread(self.model.prepare_chat, request, images)
+        deadline = http.scope[DEADLINE]
+        async with asyncio.timeout_at(deadline):
+            pixel_values = [await self._read(url, param) for url, param in _images_of(request)]
+            chat = await asyncio.to_thread(self.model.prepare_chat, request, pixel_values)
             job = self._submit("chat", count, chat)
             if request.stream:
                 options = request.stream_options
-                stream = self._stream(job, chat, clock.when(), bool(options and options.include_usage))
+                stream = self._stream(job, chat, deadline, bool(options and options.include_usage))
                 return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
             choices: dict[int, Finished] = {}
             async with _while_connected(http, job):
@@ -198,16 +200,16 @@ class Server:
         sources = request.sources()
         if len(sources) > MAX_IMAGES:
             raise RequestError(f"input has {len(sources)} images; this server takes {MAX_IMAGES} at once", "input")
-        async with asyncio.timeout(self.limits.timeout):
-            images = [
-                await read_image(own, self.limits.images, f"input[{index}]") for index, own in enumerate(sources)
-            ]
-            pixel_values = await asyncio.to_thread(lambda: torch.cat([self.model.preprocess(own) for own in images]))
-            embeds = await self._result("embeddings", len(images), pixel_values, http)
+        async with asyncio.timeout_at(http.scope[DEADLINE]):
+            rows = [await self._read(own, f"input[{index}]") for index, own in enumerate(sources)]
+            embeds = await self._result("embeddings", len(rows), torch.cat(rows), http)
+        data = await asyncio.to_thread(
+            lambda: [_embedding(index, own, request.encoding_format) for index, own in enumerate(embeds)]
+        )
         return {
             "object": "list",
             "model": self.model.name,
-            "data": [_embedding(index, own, request.encoding_format) for index, own in enumerate(embeds)],
+            "data": data,
             "usage": {"prompt_tokens": embeds.shape[0] * embeds.shape[1], "total_tokens": embeds[..., 0].numel()},
         }
 
@@ -236,32 +238,41 @@ class Server:
         response_format = form.get("response_format") or "url"
         if response_format not in ("url", "b64_json"):
             raise RequestError(f"response_format is {response_format!r}; expected url or b64_json", "response_format")
-        async with asyncio.timeout(self.limits.timeout):
-            image = await asyncio.to_thread(decode_image, await upload.read(), self.limits.images, "image")
-            pixel_values = await asyncio.to_thread(self.model.preprocess, image)
+        async with asyncio.timeout_at(http.scope[DEADLINE]):
+            async with self.reading:
+                image = await asyncio.to_thread(decode_image, await upload.read(), self.limits.images, "image")
+                pixel_values = await asyncio.to_thread(self.model.preprocess, image)
             seeds = [seed + index for index in range(count)]
             variation = Variation(pixel_values, seeds, guidance, steps)
             images = await self._result(("variation", guidance, steps), count, variation, http)
-        encoded = [_png(own) for own in images]
+        encoded = await asyncio.to_thread(lambda: [_png(own) for own in images])
         data = [
             {"b64_json": own} if response_format == "b64_json" else {"url": f"data:image/png;base64,{own}"}
             for own in encoded
         ]
         return {"created": completion_head("", "")["created"], "data": data}
 
+    async def _read(self, url: str, param: str) -> torch.Tensor:
+        """Pixel values `(1, 3, height, width)` of the image at a URL. Few images are at full size at once."""
+        async with self.reading:
+            image = await read_image(url, self.limits.images, param)
+            return await asyncio.to_thread(self.model.preprocess, image)
+
     def _refuse_if_full(self) -> None:
         if self.batcher.waiting >= self.limits.max_waiting:
-            raise RequestError(
-                f"{self.limits.max_waiting} requests wait already; try again later", status=429, code="overloaded"
-            )
+            raise self._full()
+
+    def _full(self) -> RequestError:
+        return RequestError(
+            f"{self.limits.max_waiting} requests wait already; try again later", status=429, code="overloaded"
+        )
 
     def _submit(self, key: Any, rows: int, payload: Any) -> Job:
         job = Job(key, rows, payload)
         try:
             self.batcher.submit(job)
-        except Full:
-            self._refuse_if_full()
-            raise
+        except Full as error:
+            raise self._full() from error
         except Closed as error:
             raise RequestError("the server stops", status=503, code="stopping") from error
         return job
@@ -314,12 +325,12 @@ async def _events(job: Job, until: float | None = None) -> AsyncIterator[Any]:
         yield event
 
 
-def _images_of(request: ChatRequest) -> list[tuple[Part, str]]:
-    """The parts of a request that are images, and the field that each stands in."""
+def _images_of(request: ChatRequest) -> list[tuple[str, str]]:
+    """The URLs of the images of a request, and the field that each stands in."""
     found = [
-        (part, f"messages[{index}].content[{position}].image_url")
+        (part.image_url.url, f"messages[{index}].content[{position}].image_url")
         for index, message in enumerate(request.messages)
-        for position, part in enumerate(message.content if isinstance(message.content, list) else [])
+        for position, part in enumerate(message.parts())
         if part.type == "image_url"
     ]
     if len(found) > MAX_IMAGES:
@@ -378,8 +389,9 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "function-after")]
+    first = max(error.errors(), key=lambda own: len(own["loc"]))  # the most specific of a union's
+    names = [str(part) for part in first["loc"] if part not in ("body", "str") and "[" not in str(part)]
+    path = [name for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
     param = ".".join(path) or None
     message = f"{param}: {first['msg']}" if param else f"the body is not valid: {first['msg']}"
     if first["type"] == "json_invalid":

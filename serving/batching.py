@@ -121,8 +121,9 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Number of jobs that no batch has taken."""
-        return len(self._waiting)
+        """Number of jobs that no batch has taken and that somebody waits for."""
+        with self._changed:
+            return sum(not job.is_cancelled() for job in self._waiting)
 
     def close(self) -> None:
         """Computes what waits, then ends the thread."""

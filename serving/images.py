@@ -6,18 +6,20 @@ import binascii
 import io
 import ipaddress
 import socket
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import httpx
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vlv.processing_vlv import add_formats, to_rgb
 
 from .protocol import RequestError
 
 MAX_REDIRECTS = 5
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF", "JXL")
+NOT_PUBLIC = [ipaddress.ip_network(own) for own in ("::/96", "64:ff9b:1::/48")]  # RFC 4291, 8215: IPv4 within IPv6
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ async def read_image(source: str, limits: ImageLimits, param: str) -> Image.Imag
     """
     scheme = source[:8].partition(":")[0].lower()
     if scheme == "data":
-        data = _decode(source, limits, param)
+        data = await asyncio.to_thread(_decode, source, limits, param)
     elif scheme in ("http", "https"):
         data = await _fetch(source, limits, param)
     else:
@@ -71,10 +73,17 @@ def decode_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
     """
     if len(data) > limits.max_bytes:
         raise _too_large(param, limits)
-    add_formats()
     width = height = 0
-    with suppress(Exception), Image.open(io.BytesIO(data)) as image:  # what is not an image has its reason below
-        width, height = image.size
+    if data:
+        try:
+            with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+                width, height = image.size
+        except UnidentifiedImageError as error:
+            raise RequestError(
+                f"this is not an image in a format that this server reads ({', '.join(readable_formats())})", param
+            ) from error
+        except Exception:  # to_rgb below has the reason
+            width = height = 0
     if width * height > limits.max_pixels:
         raise RequestError(
             f"the image has {width} x {height} pixels, and this server reads at most {limits.max_pixels:,}; make it "
@@ -85,6 +94,17 @@ def decode_image(data: bytes, limits: ImageLimits, param: str) -> Image.Image:
         return to_rgb(data)
     except ValueError as error:
         raise RequestError(f"the image cannot be read: {error}", param) from error
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats of `FORMATS` that are read here.
+
+    Others are left out: Pillow runs another program for some (EPS), and decodes some before their size is known (ICO).
+    """
+    add_formats()
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _decode(uri: str, limits: ImageLimits, param: str) -> bytes:
@@ -146,7 +166,7 @@ async def _fetch_once(
     request = client.build_request("GET", pinned, headers=headers, extensions={"sni_hostname": host})
     response = await client.send(request, stream=True)
     try:
-        if response.is_redirect:
+        if response.has_redirect_location:
             return urljoin(url, response.headers["location"]), None
         if response.status_code != 200:
             raise RequestError(f"{_short(url)} answers with status {response.status_code}", param)
@@ -190,6 +210,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if ip.is_site_local or any(ip in network for network in NOT_PUBLIC):
+            return False
     return ip.is_global and not ip.is_multicast
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from .protocol import RequestError
 
 OPEN_PATHS = ("/health",)
+DEADLINE = "vlv.deadline"
 
 
 class Limits:
@@ -17,27 +18,39 @@ class Limits:
         app: The application.
         api_keys: Keys of which a request needs one, as `Authorization: Bearer KEY`; none lets everybody in.
         max_body_bytes: Largest body.
-        body_timeout: Longest time in seconds that a body may take to arrive.
+        timeout: Longest time in seconds from the arrival of a request to the end of its answer. `scope[DEADLINE]` is
+            its end, in the time of the event loop.
+        max_buffered_bytes: Most bytes of all bodies that have arrived in part.
     """
 
-    def __init__(self, app: Any, api_keys: tuple[str, ...], max_body_bytes: int, body_timeout: float):
-        self.app, self.api_keys = app, api_keys
-        self.max_body_bytes, self.body_timeout = max_body_bytes, body_timeout
+    def __init__(
+        self,
+        app: Any,
+        api_keys: tuple[str, ...],
+        max_body_bytes: int,
+        timeout: float,
+        max_buffered_bytes: int = 2**30,
+    ):
+        self.app, self.api_keys, self.timeout = app, api_keys, timeout
+        self.max_body_bytes, self.max_buffered_bytes = max_body_bytes, max_buffered_bytes
+        self._buffered = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        deadline = asyncio.get_running_loop().time() + self.timeout
         try:
             headers = {name.lower(): value for name, value in scope["headers"]}
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
-            body = await self._read(headers, receive)
+            body = await self._read(headers, receive, deadline)
         except RequestError as error:
             await _answer(send, error)
             return
         if body is None:  # the client has gone
             return
+        scope = {**scope, DEADLINE: deadline}
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Any:
@@ -58,7 +71,8 @@ class Limits:
                 code="invalid_api_key",
             )
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+    async def _read(self, headers: dict[bytes, bytes], receive: Any, deadline: float) -> bytes | None:
+        """The body, or None if the client has gone. Raises `RequestError` for one beyond a limit."""
         too_large = RequestError(
             f"the request has more than {self.max_body_bytes / 2**20:g} MiB, the most that this server takes; make "
             "its images smaller",
@@ -70,20 +84,30 @@ class Limits:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(self.body_timeout):
+            async with asyncio.timeout_at(deadline):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
+                    part = message.get("body", b"")
+                    body += part
+                    self._buffered += len(part)
                     if len(body) > self.max_body_bytes:
                         raise too_large
+                    if self._buffered > self.max_buffered_bytes:
+                        raise RequestError(
+                            "the requests that arrive now are too large together; try again later",
+                            status=429,
+                            code="overloaded",
+                        )
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError as error:
             raise RequestError(
-                f"the request did not arrive within {self.body_timeout:g} s", status=408, code="timeout"
+                f"the request did not arrive within {self.timeout:g} s", status=408, code="timeout"
             ) from error
+        finally:
+            self._buffered -= len(body)
 
 
 async def _answer(send: Any, error: RequestError) -> None:

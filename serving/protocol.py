@@ -1,4 +1,4 @@
-"""Requests and answers of OpenAI's API, as far as a captioner has them (https://platform.openai.com/docs/api-reference).
+"""Requests and answers of the parts of OpenAI's API that fit a captioner (https://platform.openai.com/docs/api-reference).
 
 Fields that change nothing here, such as `user`, are ignored. Fields that would change the answer and are not supported
 are errors.
@@ -8,10 +8,11 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 MAX_IMAGES = 16
 MAX_MESSAGES = 64
+MAX_STOP_STRINGS = 16
 
 
 class RequestError(Exception):
@@ -42,27 +43,30 @@ class ImageURL(_Request):
     url: str
 
 
-class Part(_Request):
-    """A part of a message: a text or an image."""
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
 
-    type: Literal["text", "image_url"]
-    text: str | None = None
-    image_url: ImageURL | str | None = None
 
-    @model_validator(mode="after")
-    def _has_its_content(self) -> "Part":
-        if getattr(self, self.type) is None:
-            raise ValueError(f"a part of type {self.type!r} needs the field {self.type!r}")
-        return self
+class ImagePart(_Request):
+    type: Literal["image_url"]
+    image_url: ImageURL
 
-    def url(self) -> str:
-        """The URL of a part that is an image."""
-        return self.image_url.url if isinstance(self.image_url, ImageURL) else str(self.image_url)
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _accept_plain_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
 
 
 class Message(_Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] | None = None
+
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content as parts."""
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content or []
 
 
 class StreamOptions(_Request):
@@ -85,12 +89,14 @@ class ChatRequest(_Request):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopString | list[StopString] | None = None
+    stop: list[StopString] | None = Field(None, max_length=MAX_STOP_STRINGS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _accept_one_string(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class EmbeddingRequest(_Request):

@@ -9,11 +9,12 @@ import uvicorn
 GRACE = 30  # seconds that requests have to end after SIGTERM
 
 
-def serve(app: Any, host: str, port: int, announce: Callable[[str], None]) -> None:
+def serve(app: Any, host: str, port: int, max_connections: int, announce: Callable[[str], None]) -> None:
     """Serves until a signal ends it: no new connections are taken, and the requests that are there are answered.
 
     Args:
         port: 0 takes a free one.
+        max_connections: Further ones are answered with 503.
         announce: Called with `http://host:port` when the server listens.
 
     Raises:
@@ -25,6 +26,7 @@ def serve(app: Any, host: str, port: int, announce: Callable[[str], None]) -> No
         port=port,
         log_level="warning",
         access_log=False,
+        limit_concurrency=max_connections,
         timeout_graceful_shutdown=GRACE,
         lifespan="on",
     )

@@ -20,6 +20,7 @@ from .protocol import MAX_IMAGES, ChatRequest, Message, RequestError
 from .rows import Row, RowSampling, RowStopping, Settings
 
 MAX_WARNINGS = 20  # different texts that the log has, whatever clients send
+MAX_CHARACTERS_PER_POSITION, MAX_POSITIONS_OF_TEXT = 20, 100_000  # longer texts are not tokenized
 log = logging.getLogger("vlv.serving")
 
 
@@ -58,8 +59,9 @@ class ServedModel:
         device, dtype: Where and in which precision it runs.
         reconstruct: Whether to load the text-to-image model.
         max_new_tokens: Most new tokens of a caption where a request does not say.
-        unknown_text: What a user's words that the model was not trained to follow are: `"read"` as the beginning of
-            the caption, `"ignore"`d, or `"refuse"`d.
+        max_tokens_limit: Most new tokens of a caption whatever a request says.
+        unknown_text: What becomes of words that the model was not trained to follow: `"read"` takes them as the
+            beginning of the caption, `"ignore"` leaves them out, `"refuse"` answers with an error.
 
     Raises:
         FileNotFoundError: If there is no such model.
@@ -75,15 +77,19 @@ class ServedModel:
         dtype: torch.dtype = torch.float32,
         reconstruct: bool = True,
         max_new_tokens: int = 300,
+        max_tokens_limit: int = 1024,
         unknown_text: str = "read",
     ):
         patterns = [*hub.CAPTIONER_FILES, *(hub.PIPELINE_FILES if reconstruct else [])]
         folder = hub.resolve(source, revision=revision, allow_patterns=patterns)
-        self.name = name or (source if "/" in source and not Path(source).exists() else folder.name)
+        self.name = name or (source if "/" in source and not Path(source).exists() else folder.resolve().name)
         self.created = int(time.time())
-        self.max_new_tokens, self.unknown_text = max_new_tokens, unknown_text
+        self.max_new_tokens, self.max_tokens_limit = max_new_tokens, max_tokens_limit
+        self.unknown_text = unknown_text
         self._warned: set[str] = set()
         self.model, self.processor = hub.load_captioner(folder, device=device, dtype=dtype)
+        text_config = self.model.config.text_config.get_text_config()
+        self.positions = getattr(text_config, "max_position_embeddings", None) or 2**31
         self.pipeline: Any = None
         self.variations_share_embeddings = not hub.has_two_encoders(folder)
         if reconstruct and (folder / "model_index.json").is_file():
@@ -100,45 +106,55 @@ class ServedModel:
         """Pixel values `(1, 3, height, width)`."""
         return self.processor.image_processor(image, return_tensors="pt").pixel_values
 
-    def prepare_chat(self, request: ChatRequest, images: Sequence[Image.Image]) -> Chat:
-        """A request and its images, in the order of its messages, as tensors.
+    def prepare_chat(self, request: ChatRequest, pixel_values: Sequence[torch.Tensor]) -> Chat:
+        """A request, with the pixel values `(1, 3, height, width)` of its images in the order of its messages.
 
         Raises:
             RequestError: 400 if there is no image, the language model allows no such chat, its words are refused, or
                 it is longer than the language model's positions.
         """
-        if not images:
+        if not pixel_values:
             raise RequestError("an image is missing: give a message a part of type 'image_url'", "messages")
+        characters = sum(len(part.text) for own in request.messages for part in own.parts() if part.type == "text")
+        if characters > MAX_CHARACTERS_PER_POSITION * min(self.positions, MAX_POSITIONS_OF_TEXT):
+            raise self._too_long(f"{characters} characters")
         messages = [self._plain_message(message) for message in request.messages]
         unfinished = request.messages[-1].role == "assistant"  # a beginning of the answer, which goes on
         ending = {"continue_final_message": True} if unfinished else {"add_generation_prompt": True}
         try:
             text = self.processor.apply_chat_template(messages, tokenize=False, **ending)
-            text.encode()  # raises for half of a surrogate pair, which JSON can hold
-            inputs = self.processor(images=list(images), text=[text])
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
+            raise RequestError(f"the messages are not valid Unicode: {error.reason}", "messages") from error
         except ValueError as error:
             raise RequestError(str(error), "messages") from error
-        input_ids = inputs["input_ids"][0]
-        config = self.model.config.text_config.get_text_config()
-        room = (getattr(config, "max_position_embeddings", None) or 2**31) - len(input_ids)
-        if room < 1:
+        token = self.processor.image_token
+        if text.count(token) != len(pixel_values):
             raise RequestError(
-                f"the messages have {len(input_ids)} tokens, those of images included, which leaves none of the "
-                "language model's positions for the answer; shorten them",
+                f"the messages have {text.count(token)} image tokens ({token}) for {len(pixel_values)} images; leave "
+                "the token out of the texts",
                 "messages",
-                code="context_length_exceeded",
             )
-        return Chat(input_ids, inputs["pixel_values"], self._settings(request, room))
+        text = text.replace(token, self.processor.replace_image_token({}, 0))
+        input_ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        if (room := self.positions - len(input_ids)) < 1:
+            raise self._too_long(f"{len(input_ids)} tokens, those of images included")
+        return Chat(input_ids, torch.cat(list(pixel_values)), self._settings(request, room))
+
+    def _too_long(self, length: str) -> RequestError:
+        return RequestError(
+            f"the messages have {length}, which leaves none of the language model's {self.positions} positions for "
+            "the answer; shorten them",
+            "messages",
+            code="context_length_exceeded",
+        )
 
     def _plain_message(self, message: Message) -> dict[str, Any]:
         """A message as chat templates read it. Words of users that the model was not trained to follow are checked."""
-        parts = message.content if isinstance(message.content, list) else []
         content: list[dict[str, str]] = [
-            {"type": "image"} if part.type == "image_url" else {"type": "text", "text": str(part.text)}
-            for part in parts
+            {"type": "image"} if part.type == "image_url" else {"type": "text", "text": part.text}
+            for part in message.parts()
         ]
-        if isinstance(message.content, str):
-            content = [{"type": "text", "text": message.content}]
         words = "".join(part.get("text", "") for part in content)
         if message.role == "user" and words.strip():
             images = [part for part in content if part["type"] == "image"]
@@ -166,13 +182,13 @@ class ServedModel:
         seed = secrets.randbits(62) if request.seed is None else request.seed % 2**63
         return [
             Settings(
-                max_tokens=min(longest, room),
+                max_tokens=min(longest, self.max_tokens_limit, room),
                 temperature=request.temperature or 0.0,
                 top_p=1.0 if request.top_p is None else request.top_p,
                 seed=seed + index,
                 frequency_penalty=request.frequency_penalty or 0.0,
                 presence_penalty=request.presence_penalty or 0.0,
-                stop=request.stop_strings(),
+                stop=tuple(request.stop or ()),
             )
             for index in range(request.n or 1)
         ]
@@ -182,7 +198,8 @@ class ServedModel:
         """Computes jobs of one kind, whose `payload` is a `Chat`, a tensor of pixel values, or a `Variation`."""
         kind = type(jobs[0].payload)
         if kind is Chat:
-            self._write_captions(jobs)
+            for group in self._fitting_groups(jobs):
+                self._write_captions(group)
         elif kind is Variation:
             self._reconstruct(jobs)
         else:
@@ -196,6 +213,19 @@ class ServedModel:
         joined = torch.cat(list(pixel_values)).to(self.model.device, self.model.dtype)
         embeds = [self.model.model.get_caption_embeds(part) for part in joined.split(MAX_IMAGES)]
         return list(torch.cat(embeds).split(sizes))
+
+    def _fitting_groups(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Chats that can be written together: captions that have ended grow on with their batch, within positions."""
+        groups: list[list[Job]] = []
+        for job in jobs:
+            together = [own.payload for own in (*groups[-1], job)] if groups else []
+            prompt = max((len(chat.input_ids) for chat in together), default=0)
+            new = max((own.max_tokens for chat in together for own in chat.settings), default=0)
+            if groups and prompt + new <= self.positions:
+                groups[-1].append(job)
+            else:
+                groups.append([job])
+        return groups
 
     def _write_captions(self, jobs: Sequence[Job]) -> None:
         chats: list[Chat] = [job.payload for job in jobs]
@@ -231,12 +261,18 @@ class ServedModel:
         encoder = self.pipeline.encoder
         embeds = encoder.get_caption_embeds(pixel_values.to(encoder.device, encoder.dtype))
         counts = [len(own.seeds) for own in variations]
+
+        def stop_if_cancelled(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipeline._interrupt = all(job.is_cancelled() for job in jobs)
+            return tensors
+
         images = generate_images(
             self.pipeline,
             caption_embeds=embeds.repeat_interleave(torch.tensor(counts, device=embeds.device), dim=0),
             seeds=[seed for own in variations for seed in own.seeds],
             guidance_scale=variations[0].guidance_scale,
             num_inference_steps=variations[0].steps,
+            callback_on_step_end=stop_if_cancelled,
         )
         for job, own in zip(jobs, images.split(counts), strict=True):
             job.send(Result(own))

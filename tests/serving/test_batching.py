@@ -78,7 +78,9 @@ def test_no_more_jobs_wait_than_may_wait_and_cancelled_ones_do_not_count():
             batcher.submit(job)
         with pytest.raises(Full):
             batcher.submit(Job("a", 1, 3))
+        assert batcher.waiting == 2
         waiting[0].cancel()
+        assert batcher.waiting == 1
         last = Job("a", 1, 4)
         batcher.submit(last)
         gate.set()

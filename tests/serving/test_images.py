@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", self.path.removeprefix("/to/").replace("PORT", str(port)))
             self.end_headers()
             return
-        self.send_response(404 if self.path == "/none.png" else 200)
+        self.send_response({"/none.png": 404, "/unchanged.png": 304}.get(self.path, 200))
         self.end_headers()
         self.wfile.write(bytes(30_000) if self.path == "/large.png" else png(20, 10))
 
@@ -67,7 +67,8 @@ def test_a_url_is_fetched_also_after_redirects(site, path):
         ("/none.png", "status 404"),
         ("/large.png", "more than 0.0190735 MiB"),
         ("/slow.png", "did not answer within 0.5 s"),
-        ("/to//to//to//to//to//to//to/image.png", "redirects more than 5 times|status"),
+        ("/to//to//to//to//to//to//to/image.png", "redirects more than 5 times"),
+        ("/unchanged.png", "status 304"),
         ("/to/file:///etc/passwd", "not an http"),
     ],
 )
@@ -105,10 +106,21 @@ def test_a_private_address_is_refused_also_behind_a_name_or_a_redirect(site, mon
         ("::ffff:10.0.0.1", False),
         ("64:ff9b::a00:1", False),
         ("2002:a00:1::", False),
+        ("fec0::1", False),
+        ("::7f00:1", False),
+        ("64:ff9b:1::7f00:1", False),
     ],
 )
 def test_public_addresses(address, public):
     assert is_public(address) is public
+
+
+@pytest.mark.parametrize("kind", ["ICO", "EPS", "PPM"])
+def test_a_format_of_which_decoding_is_not_safe_or_not_usual_is_refused(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, format=kind)
+    with pytest.raises(RequestError, match="not an image in a format that this server reads"):
+        read(data_uri(file.getvalue()))
 
 
 def test_urls_can_be_turned_off(site):
@@ -127,7 +139,7 @@ def test_a_data_uri_is_read_with_line_breaks_and_without_padding():
     [
         ("data:image/png;base64", "has no comma"),
         ("data:image/png;base64,%%%", "base64 of the data URI is damaged"),
-        ("data:image/png;base64,aGVsbG8=", "not an image in a format that can be read"),
+        ("data:image/png;base64,aGVsbG8=", "not an image in a format that this server reads \\(PNG, JPEG"),
         ("data:image/png;base64,", "is empty"),
         (data_uri(png(200, 100)), r"200 x 100 pixels, and this server reads at most 10,000"),
         (data_uri(png(20, 10)[:45]), "cannot be read"),

@@ -24,7 +24,8 @@ from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 from vlv.pipelines import load_reconstruction
 from vlv.serving.app import ServerLimits, build_app
-from vlv.serving.served import ServedModel
+from vlv.serving.rows import Settings
+from vlv.serving.served import Chat, ServedModel
 
 from .process import KEY, MODEL, start_server
 
@@ -137,7 +138,7 @@ def test_the_beginning_of_an_answer_goes_on(client, expected):
     full = expected[""][EXAMPLES[0].name]
     messages = [*chat_about(uri(EXAMPLES[0])), {"role": "assistant", "content": full.partition(",")[0]}]
     answer = client.chat.completions.create(model=MODEL, messages=messages)
-    assert answer.choices[0].message.content.strip(", ")
+    assert answer.choices[0].message.content == full.removeprefix(full.partition(",")[0])
 
 
 def test_the_models_are_listed(client):
@@ -216,12 +217,24 @@ SMALL = chat_about(uri(EXAMPLES[0]))
         (json.dumps(CHAT | {"messages": SMALL, "tools": [{}]}), 400, "tools is not supported"),
         (json.dumps(CHAT | {"messages": SMALL, "logprobs": True}), 400, "logprobs is not supported"),
         (json.dumps(CHAT | {"messages": SMALL, "user": "me", "store": False}), 200, ""),
-        (json.dumps(CHAT | {"messages": chat_about(uri(EXAMPLES[0]), text="\ud800")}), 400, ""),
+        (json.dumps(CHAT | {"messages": chat_about(uri(EXAMPLES[0]), text="\ud800")}), 400, "not valid Unicode"),
+        (json.dumps(CHAT | {"messages": SMALL, "stop": ["a"] * 17}), 400, "stop: .*at most 16"),
+        (
+            json.dumps(CHAT | {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}),
+            400,
+            "input_audio",
+        ),
+        (
+            json.dumps(CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            400,
+            r"content.0.image_url: Field required",
+        ),
+        (json.dumps(CHAT | {"messages": chat_about(uri(EXAMPLES[0]), text="w " * 10**6)}), 400, "2000000 characters"),
         (json.dumps(CHAT | {"messages": chat_about(uri(EXAMPLES[0]), text="word " * 5000)}), 400, "positions"),
         (json.dumps(CHAT | {"messages": chat_about(uri(EXAMPLES[0]), text="<image>")}), 400, "image tokens"),
         (b"x" * (3 * 2**20), 413, "more than 2 MiB"),
     ],
-    ids=range(26),
+    ids=range(30),
 )
 def test_what_cannot_be_answered_is_an_error_that_says_why(post, body, status, message):
     response = post(body)
@@ -243,7 +256,7 @@ def test_forms_that_cannot_be_answered_are_errors_that_say_why(server):
     assert "an image is missing" in send(data={"n": "1"})
     assert "n is 'many'; expected a whole number from 1 to 10" in send(files=image, data={"n": "many"})
     assert "expected url or b64_json" in send(files=image, data={"response_format": "tiff"})
-    assert "not an image in a format that can be read" in send(files={"image": b"hello"})
+    assert "not an image in a format that this server reads" in send(files={"image": b"hello"})
 
 
 def test_an_unknown_address_names_those_that_exist(server):
@@ -253,19 +266,28 @@ def test_an_unknown_address_names_those_that_exist(server):
 
 @pytest.mark.slow
 def test_clients_that_hang_up_leave_nothing_behind(server, client, expected):
-    body = json.dumps({"model": MODEL, "messages": SMALL, "n": 16, "temperature": 2, "stream": True}).encode()
+    """Without that, twenty batches of sixteen long captions and a reconstruction of a hundred steps come first."""
+    long = {"n": 16, "temperature": 2, "frequency_penalty": -2, "max_tokens": 1000, "stream": True}
+    body = json.dumps({"model": MODEL, "messages": SMALL, **long}).encode()
     parts = urlsplit(server.url)
-    for _ in range(20):
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    for sent in [*[head.encode() + body] * 20, head.encode() + body[:10]]:  # the last promises more than comes
         connection = socket.create_connection((parts.hostname, parts.port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+        connection.sendall(sent)
         connection.close()
-    half = socket.create_connection((parts.hostname, parts.port))  # promises a body that never comes
-    half.sendall(head.encode() + body[:10])
-    half.close()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/images/variations",
+            headers={"Authorization": f"Bearer {KEY}"},
+            files={"image": EXAMPLES[0].read_bytes()},
+            data={"n": "10", "num_inference_steps": "100"},
+            timeout=httpx.Timeout(10, read=0.5),
+        )
+    start = time.monotonic()
     answer = client.chat.completions.create(model=MODEL, messages=SMALL)
     assert answer.choices[0].message.content == expected[""][EXAMPLES[0].name]
+    assert time.monotonic() - start < 30  # of minutes
     assert httpx.get(f"{server.url}/health").json()["waiting"] == 0
 
 
@@ -340,6 +362,31 @@ def test_words_that_the_model_was_not_trained_to_follow(served, expected, unknow
         return
     caption = response.json()["choices"][0]["message"]["content"]
     assert (caption == expected[""][EXAMPLES[0].name]) is (unknown_text == "ignore")
+
+
+def test_chats_that_would_exceed_the_positions_together_are_written_apart(served):
+    class OfTokens:
+        def __init__(self, prompt: int, new: int):
+            pixel_values = torch.zeros(1, 3, 64, 64)
+            self.payload = Chat(torch.zeros(prompt), pixel_values, [Settings(new)])
+
+    jobs = [OfTokens(100, 8), OfTokens(20, 60), OfTokens(20, 60), OfTokens(100, 4)]
+    served.positions, before = 110, served.positions
+    try:
+        assert served._fitting_groups(jobs) == [jobs[:1], jobs[1:3], jobs[3:]]
+    finally:
+        served.positions = before
+
+
+def test_no_caption_is_longer_than_the_server_allows(served):
+    served.max_tokens_limit, before = 3, served.max_tokens_limit
+    try:
+        with TestClient(build_app(served, ServerLimits())) as client:
+            body = {"model": MODEL, "messages": SMALL, "max_tokens": 5000}
+            answer = client.post("/v1/chat/completions", json=body).json()
+    finally:
+        served.max_tokens_limit = before
+    assert answer["usage"]["completion_tokens"] == 3 and answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_model_without_variations_says_so(served):
