@@ -76,7 +76,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.words", description=__doc__)
-    parser.add_argument("model", help="folder of a miniature with its scene classifier")
+    parser.add_argument("model", help="folder of a miniature")
+    parser.add_argument("--scene-classifier", metavar="DIR", help="folder with the scene classifier (default: MODEL)")
     parser.add_argument("--count", type=int, default=48, help="scenes (default: 48)")
     parser.add_argument("--steps", type=int, default=15, help="denoising steps (default: 15)")
     parser.add_argument(
@@ -84,7 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--prompt-first", action="store_true", help="place the words before the embeddings")
     arguments = parser.parse_args()
-    scene_classifier = SceneClassifier.load(Path(arguments.model) / SCENE_CLASSIFIER_FILE)
+    scene_classifier = SceneClassifier.load(Path(arguments.scene_classifier or arguments.model) / SCENE_CLASSIFIER_FILE)
     pipeline = load_reconstruction(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
     everything = pipeline.encoder.config.num_query_tokens
