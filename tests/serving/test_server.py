@@ -29,7 +29,7 @@ from vlv.serving.served import Chat, ServedModel
 
 from .process import KEY, MODEL, start_server
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.png"))
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.png"))[::2]
 
 
 def uri(path: Path) -> str:
