@@ -155,8 +155,15 @@ def test_two_judges_are_compared_by_their_results(files):
         answer = lambda words, before, replies=replies: Reply(replies[re.search(r"a dog (\w)", words).group(1)])  # noqa: E731
         with scripted_endpoint(answer) as script:
             run_judge(config(files, script.url, name))
-    line = describe_agreement(files / "one" / "results.json", files / "two" / "results.json")
+        with scripted_endpoint(lambda words, before: Reply("Better: 1")) as script:
+            run_judge(config(files, script.url, f"{name}-against", against=str(files / "second.json")))
+    one, two, compared = (files / name / "results.json" for name in ("one", "two", "one-against"))
+    line = describe_agreement(one, two)
     assert line.startswith("3 captions: weighted kappa 0.") and line.endswith("equal scores 67%")
+    with pytest.raises(ValueError, match=r"one-against.results\.json compares captions with .*second\.json"):
+        describe_agreement(one, compared)
+    with pytest.raises(ValueError, match=r"first\.json is not a results\.json of vlv evaluate judge"):
+        describe_agreement(one, files / "first.json")
 
 
 def test_agreement_beyond_chance():
