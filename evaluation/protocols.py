@@ -53,7 +53,9 @@ class EndpointConfig:
     temperature: float = field(default=0.0, metadata={"help": "of sampling"})
     price_in: float = field(default=0.0, metadata={"help": "price of a million tokens of requests"})
     price_out: float = field(default=0.0, metadata={"help": "price of a million tokens of answers"})
-    max_price: float | None = field(default=None, metadata={"help": "what may be spent; the run stops before it"})
+    max_price: float | None = field(
+        default=None, metadata={"help": "what all runs of output_dir may spend; a run stops before it"}
+    )
     limit: int | None = field(default=None, metadata={"help": "images or questions to take, from the beginning"})
     dry_run: bool = field(
         default=False, metadata={"help": "read everything, print the plan and one prompt, ask nothing"}

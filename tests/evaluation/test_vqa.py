@@ -70,9 +70,8 @@ def test_accuracy_is_the_mean_over_annotators_left_out():
     ],
 )
 def test_an_image_is_found_by_its_name_and_then_by_its_number(image, names):
-    right, wrong = names
     for order in (names, names[::-1]):
-        assert CaptionIndex({name: name for name in order}).find(image) == right
+        assert CaptionIndex({name: name for name in order}).find(image) == names[0]
 
 
 @pytest.mark.parametrize(
