@@ -149,6 +149,7 @@ def test_captions_are_compared_in_both_orders(files, judge, share, agree):
     assert f"| 3 | 0 | {share} |" in table and table.endswith(f"| {agree} |")
 
 
+@pytest.mark.slow
 def test_two_judges_are_compared_by_their_results(files):
     for name, scores in (("one", "665"), ("two", "664")):
         replies = dict(zip("abc", scores, strict=True))
