@@ -56,6 +56,6 @@ def run_agreement(arguments: argparse.Namespace) -> int:
 
     try:
         print(describe_agreement(*arguments.results))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"these are not results of vlv evaluate judge: {error}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return 0

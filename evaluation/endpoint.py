@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +18,11 @@ from PIL import Image
 KEY_VARIABLE = "OPENAI_API_KEY"
 FATAL_STATUS = (401, 403, 404)  # wrong key, no right, no such model: no other request can succeed
 INSTALL = "pip install '.[eval]'"
+GRACE = 5.0  # seconds that a run which ends early waits for requests under way
+NO_USAGE = (
+    "so what is spent is not known and max_price cannot be kept; leave max_price out, or use an endpoint that reports "
+    "usage, with another output_dir"
+)
 
 
 class EndpointError(Exception):
@@ -43,7 +48,11 @@ class EndpointSettings:
         max_tokens: Most tokens of an answer.
         temperature: Of sampling.
         price_in, price_out: Price of a million tokens of requests and of answers.
-        max_price: What may be spent in all; needs the prices.
+        max_price: What may be spent in all, the answers in the log included; above 0, needs the prices. The next
+            answers are taken to cost as much as the most expensive one so far, and the first is asked alone.
+
+    Raises:
+        ValueError: For `max_price` without prices, or not above 0.
     """
 
     model: str
@@ -61,6 +70,8 @@ class EndpointSettings:
     def __post_init__(self):
         if self.max_price is not None and not (self.price_in or self.price_out):
             raise ValueError("max_price needs price_in and price_out, the prices of a million tokens")
+        if self.max_price is not None and self.max_price <= 0:
+            raise ValueError(f"max_price is {self.max_price:g}; it must be above 0")
 
     def price(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self.price_in + completion_tokens * self.price_out) / 1e6
@@ -98,7 +109,15 @@ class Answer:
 
 @dataclass
 class Totals:
-    """Numbers of a run."""
+    """Numbers of a run and of its log.
+
+    Attributes:
+        answered, failed: Questions that this run has asked, by how they ended.
+        kept: Questions of this run whose answers the log held.
+        prompt_tokens, completion_tokens, price: Of every answer in the log, failed ones and those of earlier runs
+            included, at the prices of this run. Repeats within a request (`max_retries`) are not counted.
+        problems: The errors of `failed`.
+    """
 
     answered: int = 0
     kept: int = 0
@@ -117,7 +136,8 @@ class Endpoint:
 
     Raises:
         ImportError: Without the package `openai`.
-        EndpointError: If the key's variable is not set and the endpoint is OpenAI's own.
+        EndpointError: If the key's variable is not set and the endpoint is OpenAI's own, or `max_price` is set and the
+            log has answers without tokens.
     """
 
     def __init__(self, settings: EndpointSettings, log: Path):
@@ -142,8 +162,15 @@ class Endpoint:
         )
         self._lock = threading.Lock()
         _end_last_line(log)
-        self._known = {entry["hash"]: entry for entry in _read_log(log) if entry["error"] is None}
-        self._largest = 0.0  # price of the dearest answer so far
+        self._known: dict[str, dict[str, Any]] = {}
+        self._highest = 0.0  # price of the most expensive answer so far; 0 if none is known
+        for entry in _read_log(log):
+            answer = Answer(**{name: entry[name] for name in Answer.__dataclass_fields__})
+            self._count(answer)
+            if answer.error is None:
+                self._known[entry["hash"]] = entry
+            if self._lacks_price(answer):
+                raise EndpointError(f"{log} has answers without their tokens, {NO_USAGE}")
 
     def ask(self, questions: Iterable[Question], advance: Callable[[int], None] = lambda done: None) -> list[Answer]:
         """Answers in the order of the questions; those that failed have an `error`.
@@ -152,43 +179,36 @@ class Endpoint:
             advance: Called with 1 after each.
 
         Raises:
-            EndpointError: If the endpoint refuses the key or does not have the model. Nothing more is asked then.
-            PriceReached: If the next answers could exceed `max_price`.
+            EndpointError: If the endpoint refuses the key, does not have the model, or `max_price` is set and it does
+                not report usage. Nothing more is asked then.
+            PriceReached: If the next answer could exceed `max_price`.
         """
-        answers: dict[str, Answer] = {}
-        order: list[str] = []
+        answers: dict[str, Answer | None] = {}  # None: asked, or to be asked
         running: dict[Future, Question] = {}
-        waiting = iter(questions)
-        with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            try:
-                for question in self._unknown(waiting, order, answers, advance):
-                    self._require_price(len(running) + 1)
-                    running[pool.submit(self._ask_one, question)] = question
-                    if len(running) >= self.settings.concurrency:
-                        self._collect(running, answers, advance)
-                while running:
+        try:
+            for question in self._unknown(questions, answers, advance):
+                self._require_price(running, answers, advance)
+                running[self._start(question)] = question
+                if len(running) >= self.settings.concurrency:
                     self._collect(running, answers, advance)
-            except BaseException:
-                for future in running:
-                    future.cancel()
-                with suppress(EndpointError):  # those under way are paid for
-                    while running := {future: own for future, own in running.items() if not future.cancelled()}:
-                        self._collect(running, answers, advance)
-                raise
-        return [answers[name] for name in order]
+            while running:
+                self._collect(running, answers, advance)
+        except BaseException:
+            wait(running, GRACE)  # they are paid for; each writes its answer into the log
+            raise
+        return [answer for answer in answers.values() if answer is not None]
 
     def _unknown(
         self,
-        questions: Iterator[Question],
-        order: list[str],
-        answers: dict[str, Answer],
+        questions: Iterable[Question],
+        answers: dict[str, Answer | None],
         advance: Callable[[int], None],
     ) -> Iterator[Question]:
         """The questions that the log has no answer to; the others are answered."""
         for question in questions:
-            if question.name in answers or question.name in order:
+            if question.name in answers:
                 raise ValueError(f"two questions are named {question.name!r}")
-            order.append(question.name)
+            answers[question.name] = None
             entry = self._known.get(self._hash(question))
             if entry is None:
                 yield question
@@ -200,7 +220,7 @@ class Endpoint:
             advance(1)
 
     def _collect(
-        self, running: dict[Future, Question], answers: dict[str, Answer], advance: Callable[[int], None]
+        self, running: dict[Future, Question], answers: dict[str, Answer | None], advance: Callable[[int], None]
     ) -> None:
         """Takes the answers that have come; waits for one."""
         done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -208,6 +228,19 @@ class Endpoint:
             question = running.pop(future)
             answers[question.name] = future.result()
             advance(1)
+
+    def _start(self, question: Question) -> Future:
+        """Asks in a thread of its own, which does not keep an interrupted program from ending."""
+        future: Future = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self._ask_one(question))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
 
     def _ask_one(self, question: Question) -> Answer:
         openai, settings = self._openai, self.settings
@@ -227,7 +260,10 @@ class Endpoint:
             return self._record(question, Answer(question.name, None, f"{error} ({type(reason).__name__})"))
         except (openai.OpenAIError, ValueError) as error:  # an answer that is not JSON
             return self._record(question, Answer(question.name, None, f"the answer cannot be read: {error}"))
-        return self._record(question, _read_response(question.name, response))
+        answer = self._record(question, _read_response(question.name, response))
+        if self._lacks_price(answer):
+            raise EndpointError(f"the endpoint does not report usage, the tokens of an answer, {NO_USAGE}")
+        return answer
 
     def _record(self, question: Question, answer: Answer) -> Answer:
         """Counts an answer and writes it into the log."""
@@ -238,32 +274,55 @@ class Endpoint:
             else:
                 totals.failed += 1
                 totals.problems.append(f"{answer.name}: {answer.error}")
-            price = self.settings.price(answer.prompt_tokens, answer.completion_tokens)
-            self._largest = max(self._largest, price)
-            totals.prompt_tokens += answer.prompt_tokens
-            totals.completion_tokens += answer.completion_tokens
-            totals.price += price
+            self._count(answer)
             entry = {"hash": self._hash(question), **asdict(answer)}
             with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json.dumps(entry) + "\n")
         return answer
 
-    def _require_price(self, pending: int) -> None:
-        """Raises `PriceReached` if `pending` answers at the price of the dearest could exceed the limit."""
+    def _count(self, answer: Answer) -> None:
+        """Adds the tokens and the price of an answer."""
+        price = self.settings.price(answer.prompt_tokens, answer.completion_tokens)
+        self._highest = max(self._highest, price)
+        self.totals.prompt_tokens += answer.prompt_tokens
+        self.totals.completion_tokens += answer.completion_tokens
+        self.totals.price += price
+
+    def _lacks_price(self, answer: Answer) -> bool:
+        """Whether an answer has no price although `max_price` needs it."""
+        price = self.settings.price(answer.prompt_tokens, answer.completion_tokens)
+        return self.settings.max_price is not None and answer.error is None and price == 0
+
+    def _require_price(
+        self, running: dict[Future, Question], answers: dict[str, Answer | None], advance: Callable[[int], None]
+    ) -> None:
+        """Waits for running requests until one more cannot exceed the limit.
+
+        Raises:
+            PriceReached: If it could, and no request runs.
+        """
+        while not self._allows(len(running) + 1):
+            if not running:
+                raise PriceReached(
+                    f"the answers in {self.log} cost {self.totals.price:.4f}, and the next could exceed max_price "
+                    f"{self.settings.max_price:g}; raise it to go on"
+                )
+            self._collect(running, answers, advance)
+
+    def _allows(self, pending: int) -> bool:
+        """Whether `pending` requests at the highest price so far keep the limit; one alone while no price is known."""
         limit = self.settings.max_price
         if limit is None:
-            return
+            return True
         with self._lock:
-            expected = self.totals.price + pending * self._largest
-        if expected > limit:
-            raise PriceReached(
-                f"{self.totals.answered} answers cost {self.totals.price:.4f}, and the next could exceed max_price "
-                f"{limit:g}; raise it to go on"
-            )
+            if self._highest == 0:
+                return pending == 1
+            return self.totals.price + pending * self._highest <= limit
 
     def _hash(self, question: Question) -> str:
         """Of what the answer depends on."""
         asked = {
+            "base_url": self.settings.base_url and self.settings.base_url.rstrip("/"),
             "model": self.settings.model,
             "max_tokens": self.settings.max_tokens,
             "temperature": self.settings.temperature,
@@ -312,4 +371,6 @@ def image_part(data: bytes) -> dict[str, Any]:
     kind = "png"
     with suppress(OSError), Image.open(io.BytesIO(data)) as image:
         kind = (image.format or kind).lower()
+    if kind == "mpo":  # a JPEG file with more pictures, such as phones write; its first is an ordinary JPEG
+        kind = "jpeg"
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}

@@ -50,31 +50,46 @@ or
 Better: 2
 or
 Better: equal"""
-_SCORE = re.compile(
-    r"\bscore\b[^\w-]{0,6}(?:is|of|would be)?[^\w-]{0,4}(-?\d+(?:\.\d+)?)(?!\s*(?:-|–|to)\s*\d)", re.IGNORECASE
-)
-_NUMBER_ALONE = re.compile(r"^\W*(-?\d+(?:\.\d+)?)(?:\s*/\s*6)?\W*$")
-_OUT_OF_SIX = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:/|out of)\s*6\b")
+_NUMBER = r"-?\d+(?:[.,]\d+)?"
+# A number with all that belongs to it: 4, 4/6, 5 out of 10, 3 to 4, 80%.
+_RATING = rf"{_NUMBER}(?:\s*(?:/|(?:out\s+)?of\b|[-–—]|to\b|or\b)\s*{_NUMBER})*\s?%?"
+_SCORE = re.compile(rf"\bscore\b[^\w-]{{0,6}}(?:is|of|would be)?[^\w-]{{0,4}}(?P<verdict>{_RATING}\w*)", re.IGNORECASE)
+_RATING_ANYWHERE = re.compile(rf"(?<![\w.,/-])(?P<verdict>{_RATING}\w*)", re.IGNORECASE)
+_RATING_ALONE = re.compile(rf"^[^\w-]*(?:-\s+)?(?P<verdict>{_RATING})\W*\Z", re.IGNORECASE | re.MULTILINE)
+_OUT_OF_SIX = re.compile(rf"({_NUMBER})\s*(?:/|out\s+of)\s*6(?:\.0+)?", re.IGNORECASE)
+_SCALE = re.compile(r"0\s*(?:[-–—]|to)\s*6", re.IGNORECASE)
+_CHOICE = r"(?:caption\s*(?:1|2|one|two)|1|2|first|second|equal|tie|both|neither)\b"
+# A choice with all that belongs to it: 2, caption 1, 1 or 2.
+_CHOSEN = rf"{_CHOICE}(?:\.\d+|\s*(?:/|[-–—]|or\b|and\b|to\b)\s*{_CHOICE})*"
 _BETTER = re.compile(
-    r"\b(?:better|winner|best|prefer(?:red)?|answer|verdict)\b\W{0,6}(?:is|one is|caption is)?\W{0,4}"
-    r"(?:caption\s*)?(1|2|one|two|first|second|equal|tie|both|neither)\b",
+    r"\b(?:better|winner|best|prefer(?:red)?|answer|verdict)\b[^\w.!?;]{0,6}(?:is|one is|caption is)?[^\w.!?;]{0,4}"
+    rf"(?:the\s+)?(?P<verdict>{_CHOSEN})",
     re.IGNORECASE,
 )
-_CHOICES = {"1": 1, "one": 1, "first": 1, "2": 2, "two": 2, "second": 2}
+_CHOICE_ALONE = re.compile(rf"^\W*(?P<verdict>{_CHOSEN})\W*\Z", re.IGNORECASE | re.MULTILINE)
+_CHOICE_OF_FIELD = re.compile(rf"\W*(?:the\s+)?({_CHOSEN})\s*(?:[(:,.;-].*)?", re.IGNORECASE | re.DOTALL)
+_CHOICES = {"1": 1, "one": 1, "first": 1, "2": 2, "two": 2, "second": 2, "equal": 0, "tie": 0, "both": 0, "neither": 0}
 
 
 def parse_score(text: str) -> int | None:
     """The score in a judge's answer, or None if it gives no whole number from 0 to 6.
 
     Reads a last line `Score: 4`, `**Score:** 4/6`, `4 out of 6`, JSON with a field `score`, and a number alone. The
-    last one counts, because judges repeat the scale first.
+    last of them counts, because judges repeat the scale first. It gives no score if it is a range, or out of another
+    number than 6.
     """
-    for found in (_json_field(text, "score"), *_last(_SCORE, text), *_last(_OUT_OF_SIX, text), *_last_line(text)):
-        with suppress(TypeError, ValueError):
-            value = float(found)
-            if value in SCORES:
-                return int(value)
-            return None
+    found, text = _take_json_fields(text, "score")
+    found += [match for pattern in (_SCORE, _RATING_ALONE) for match in _matches(pattern, text)]
+    found += [match for match in _matches(_RATING_ANYWHERE, text) if _OUT_OF_SIX.fullmatch(match[1])]
+    given = [(position, str(value).strip()) for position, value in found]
+    given = [(position, value) for position, value in given if not _SCALE.fullmatch(value)]
+    if not given:
+        return None
+    last = max(given)[1]
+    out_of_six = _OUT_OF_SIX.fullmatch(last)
+    with suppress(ValueError):
+        value = float(out_of_six.group(1) if out_of_six else last)
+        return int(value) if value in SCORES else None
     return None
 
 
@@ -82,37 +97,48 @@ def parse_comparison(text: str) -> int | None:
     """1 or 2 for the better caption, 0 for none, or None if a judge's answer does not say.
 
     Reads a last line `Better: 2`, `**Better:** caption 2`, JSON with a field `better`, and `1`, `2` or `equal` alone.
+    The last of them counts. It gives no choice if it names several, such as `1 or 2`.
     """
-    field = _json_field(text, "better")
-    lines = text.strip().splitlines()
-    alone = re.fullmatch(r"\W*(?:caption\s*)?(1|2|equal|tie)\W*", lines[-1], re.IGNORECASE) if lines else None
-    candidates = [str(field)] if field is not None else []
-    candidates += [*_last(_BETTER, text), *([alone.group(1)] if alone else [])]
-    for found in candidates:
-        return _CHOICES.get(found.lower().removeprefix("caption").strip(), 0)
-    return None
+    fields, text = _take_json_fields(text, "better")
+    given = [(position, _choice_of_field(value)) for position, value in fields]
+    given += [match for pattern in (_BETTER, _CHOICE_ALONE) for match in _matches(pattern, text)]
+    if not given:
+        return None
+    return _CHOICES.get(max(given)[1].lower().removeprefix("caption").strip())
 
 
-def _last(pattern: re.Pattern, text: str) -> list[str]:
-    """The last match of a pattern outside of Markdown's marks."""
-    found = pattern.findall(re.sub(r"[*_`#]", "", text))
-    return found[-1:]
+def _choice_of_field(value: Any) -> str:
+    """The choice that a field's value begins with, as in `Caption 2 (more detail)`; else an empty text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    found = _CHOICE_OF_FIELD.fullmatch(str(value))
+    return found.group(1) if found else ""
 
 
-def _last_line(text: str) -> list[str]:
-    lines = text.strip().splitlines()
-    found = _NUMBER_ALONE.match(re.sub(r"[*_`#]", "", lines[-1])) if lines else None
-    return [found.group(1)] if found else []
+def _matches(pattern: re.Pattern, text: str) -> list[tuple[int, str]]:
+    """Position and text of each verdict that a pattern finds."""
+    return [(match.start("verdict"), match.group("verdict")) for match in pattern.finditer(text)]
 
 
-def _json_field(text: str, name: str) -> Any:
-    """A field of the last JSON object in a text, or None."""
-    for candidate in reversed(re.findall(r"\{[^{}]*\}", text)):
-        with suppress(ValueError, AttributeError):
-            fields = {key.lower(): value for key, value in json.loads(candidate).items()}
-            if name in fields:
-                return fields[name]
-    return None
+def _take_json_fields(text: str, name: str) -> tuple[list[tuple[int, Any]], str]:
+    """Position and value of a field in each JSON object that has it, and the text without these objects.
+
+    The text is of the same length, without Markdown's marks.
+    """
+    found, position = [], 0
+    while (position := text.find("{", position)) >= 0:
+        try:
+            content, end = json.JSONDecoder().raw_decode(text, position)
+        except (ValueError, RecursionError):
+            content, end = {}, position
+        fields = {key.lower(): value for key, value in content.items()}
+        if name not in fields:
+            position += 1
+            continue
+        found.append((position, fields[name]))
+        text = text[:position] + " " * (end - position) + text[end:]
+        position = end
+    return found, re.sub(r"[*_`#]", " ", text)
 
 
 @dataclass(frozen=True)

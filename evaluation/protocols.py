@@ -26,7 +26,7 @@ from .judge import (
 )
 from .markdown import markdown_table
 from .results import package_versions
-from .vqa import VQAResult, answer_from_captions, read_vqa, write_prompt
+from .vqa import VQAResult, answer_from_captions, plan_pass, read_vqa
 
 # Of the paper (arXiv 2507.07104 v2): Table 3 by benchmark and shots, and the mean of the arena's two judges (Table 2).
 PUBLISHED_VQA = {
@@ -53,11 +53,18 @@ class EndpointConfig:
     temperature: float = field(default=0.0, metadata={"help": "of sampling"})
     price_in: float = field(default=0.0, metadata={"help": "price of a million tokens of requests"})
     price_out: float = field(default=0.0, metadata={"help": "price of a million tokens of answers"})
-    max_price: float | None = field(default=None, metadata={"help": "what may be spent; the run stops before it"})
+    max_price: float | None = field(
+        default=None, metadata={"help": "what all runs of output_dir may spend; a run stops before it"}
+    )
     limit: int | None = field(default=None, metadata={"help": "images or questions to take, from the beginning"})
     dry_run: bool = field(
         default=False, metadata={"help": "read everything, print the plan and one prompt, ask nothing"}
     )
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1")
+        self.endpoint()  # checks the prices
 
     def require(self, *names: str) -> None:
         """Raises `ValueError` for a setting that is not given."""
@@ -88,7 +95,10 @@ class VQAConfig(EndpointConfig):
     seed: int = field(default=0, metadata={"help": "of the examples that are drawn"})
 
     def __post_init__(self):
+        super().__post_init__()
         self.require("output_dir", "endpoint_model", "questions")
+        if not self.shots or min(self.shots) < 0:
+            raise ValueError(f"shots is {self.shots}; expected one or more numbers, each 0 or above")
         if self.benchmark not in (None, *PUBLISHED_VQA):
             raise ValueError(f"benchmark is {self.benchmark!r}; expected one of {', '.join(PUBLISHED_VQA)}")
         if any(self.shots) and not self.support_questions:
@@ -104,16 +114,18 @@ class JudgeConfig(EndpointConfig):
     against: str | None = field(default=None, metadata={"help": "captions of another captioner, to compare with"})
 
     def __post_init__(self):
+        super().__post_init__()
         self.require("output_dir", "endpoint_model", "images", "captions")
         if not Path(self.images).is_dir():
             raise ValueError(f"images: {self.images} is not a folder")
 
 
 def run_vqa(config: VQAConfig, advance: Callable[[int], None] = lambda done: None) -> str:
-    """Asks the questions with each number of shots. Returns the table.
+    """Asks the questions with each number of shots. Returns the table, or the plan of a dry run.
 
     Raises:
-        ValueError, OSError: For a file that cannot be read or has another form.
+        ValueError, OSError: For a file that cannot be read or has another form, and for too few examples, before
+            anything is asked.
         EndpointError, PriceReached: As [`Endpoint.ask`]; the answers so far are kept.
     """
     items = read_vqa(Path(config.questions), _optional(config.annotations))[: config.limit]
@@ -125,21 +137,23 @@ def run_vqa(config: VQAConfig, advance: Callable[[int], None] = lambda done: Non
     )
     support_captions = None if config.support_captions is None else read_captions(Path(config.support_captions))
     contexts = [*([captions] if captions is not None else []), *([None] if config.blind or captions is None else [])]
+    passes = [
+        plan_pass(items, context, shots, support, support_captions, config.seed)
+        for shots in config.shots
+        for context in contexts
+    ]
     if config.dry_run:
-        prompt = write_prompt(items[0], None, [], blind=captions is None)
-        return f"{len(items) * len(contexts) * len(config.shots)} requests; the first question:\n\n{prompt}"
+        _, prompt = next(passes[0].prompts())
+        return f"{sum(len(own.asked) for own in passes)} requests; the first question:\n\n{prompt}"
     run = _Run(config)
     rows, figures = [], {}
-    for shots in config.shots:
-        for context in contexts:
-            with run.keeping():
-                result = answer_from_captions(
-                    run.endpoint, items, context, shots, support, support_captions, config.seed, advance
-                )
-            name = f"{shots} shots, {'blind' if context is None else 'captions'}"
-            figures[name] = _vqa_figures(result)
-            published = PUBLISHED_VQA.get(config.benchmark or "", {}).get(shots) if context is not None else None
-            rows.append([name, *_vqa_row(figures[name]), "" if published is None else f"{published:.2f}"])
+    for planned in passes:
+        with run.keeping():
+            result = answer_from_captions(run.endpoint, planned, advance)
+        name = f"{planned.shots} shots, {'blind' if planned.blind else 'captions'}"
+        figures[name] = _vqa_figures(result)
+        published = None if planned.blind else PUBLISHED_VQA.get(config.benchmark or "", {}).get(planned.shots)
+        rows.append([name, *_vqa_row(figures[name]), "" if published is None else f"{published:.2f}"])
     head = [
         "prompt",
         "questions",
@@ -154,7 +168,7 @@ def run_vqa(config: VQAConfig, advance: Callable[[int], None] = lambda done: Non
 
 
 def run_judge(config: JudgeConfig, advance: Callable[[int], None] = lambda done: None) -> str:
-    """Scores captions, or compares them. Returns the table.
+    """Scores captions, or compares them. Returns the table, or the plan of a dry run.
 
     Raises:
         ValueError, OSError: For a file that cannot be read or has another form.
@@ -162,6 +176,8 @@ def run_judge(config: JudgeConfig, advance: Callable[[int], None] = lambda done:
     """
     captions = read_captions(Path(config.captions))
     captions = dict(list(captions.items())[: config.limit])
+    if not captions:
+        raise ValueError(f"{config.captions} has no captions")
     missing = [name for name in captions if not (Path(config.images) / name).is_file()]
     if missing:
         raise ValueError(f"{len(missing)} captions have no image in {config.images}, such as {missing[0]!r}")
@@ -288,13 +304,30 @@ def describe_agreement(first: Path, second: Path) -> str:
     """Agreement of the scores of two judges: their `results.json` files. One line.
 
     Raises:
-        ValueError: If they scored no captions in common.
+        ValueError: If a file has no scores, such as one of comparisons (`against`), or no caption is scored in both.
     """
-    one, other = (json.loads(path.read_text(encoding="utf-8"))["figures"]["verdicts"] for path in (first, second))
-    names: Sequence[str] = [name for name in one if name in other]
+    one, other = _read_scores(first), _read_scores(second)
+    names = [name for name in one if name in other]
     if not names:
         raise ValueError(f"{first} and {second} scored no caption in common")
-    scores = [[int(own[name]) for name in names] for own in (one, other)]
+    scores = [[own[name] for name in names] for own in (one, other)]
     kappa = weighted_kappa(*scores)
     equal = sum(a == b for a, b in zip(*scores, strict=True)) / len(names)
     return f"{len(names)} captions: weighted kappa {kappa:.2f}, equal scores {equal:.0%}"
+
+
+def _read_scores(path: Path) -> dict[str, int]:
+    """The scores of a judge by name of the image.
+
+    Raises:
+        ValueError: If the file has none; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: int(value) for name, value in content["figures"]["verdicts"].items()}
+        against = content["config"]["against"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results.json of vlv evaluate judge: {error!r}") from error
+    if against is not None:
+        raise ValueError(f"{path} compares captions with {against}; agreement is of results without against")
+    return scores

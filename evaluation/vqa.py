@@ -9,7 +9,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,9 @@ class VQAItem:
 
     Attributes:
         name: Its id.
-        image: Id of the image, as captions are found by it.
+        image: Name or id of the image.
         question: The words.
-        answers: Of the annotators.
+        answers: Of the annotators; one or more.
         choices: The answers to choose from, or none.
     """
 
@@ -107,14 +107,51 @@ class VQAItem:
     choices: tuple[str, ...] = ()
 
 
-def image_key(name: str) -> str:
-    """What files and data sets call an image alike: the number at the end of a file's name, else the name itself.
+class CaptionIndex:
+    """Finds the caption of an image, which data sets and files may call by other names.
 
-    `COCO_val2014_000000262148.jpg` and the id 262148 are the same image.
+    An image is looked up by its name, then by the name without suffix, then without folders and suffix, and at last by
+    the number at the end, where one of the two names is a number alone: `COCO_val2014_000000262148.jpg` and the id
+    262148 are the same image, `kitchen_1.jpg` and `garden_1.jpg` are not.
     """
-    stem = Path(str(name)).stem if "." in str(name) else str(name)
-    found = re.search(r"(\d+)$", stem)
-    return str(int(found.group(1))) if found else stem
+
+    def __init__(self, captions: Mapping[str, str]):
+        self._captions = captions
+        self._names: list[dict[str, list[str]]] = [{}, {}, {}]  # by the name without suffix, stem, number at the end
+        for name in captions:
+            for found, key in zip(self._names, _name_keys(name), strict=True):
+                if key is not None:
+                    found.setdefault(key, []).append(name)
+
+    def find(self, image: str) -> str | None:
+        """The caption of an image, or None.
+
+        Raises:
+            ValueError: If two captions can be meant; the message names both.
+        """
+        if image in self._captions:
+            return self._captions[image]
+        short, stem, number = _name_keys(image)
+        numbered = [] if number is None else self._names[2].get(number, [])
+        if not stem.isdecimal():
+            numbered = [name for name in numbered if _name_keys(name)[1].isdecimal()]
+        for names in (self._names[0].get(short, []), self._names[1].get(stem, []), numbered):
+            if len(names) > 1:
+                raise ValueError(
+                    f"the caption of image {image!r} could be that of {names[0]!r} or of {names[1]!r}; name the "
+                    "images in the captions as the questions do"
+                )
+            if names:
+                return self._captions[names[0]]
+        return None
+
+
+def _name_keys(name: str) -> tuple[str, str, str | None]:
+    """A name without suffix, without folders and suffix, and the number at its end, if it has one."""
+    short = Path(name).with_suffix("").as_posix() if Path(name).name else name
+    stem = Path(short).name
+    number = re.search(r"[0-9]+$", stem)
+    return short, stem, None if number is None else str(int(number.group()))
 
 
 def read_vqa(questions: Path, annotations: Path | None = None) -> list[VQAItem]:
@@ -124,11 +161,24 @@ def read_vqa(questions: Path, annotations: Path | None = None) -> list[VQAItem]:
     its index or its letter.
 
     Raises:
-        ValueError: If a file has another form, or a question no annotation; the message names the file.
+        ValueError: If a file has another form or no questions, or a question no annotation, no answers or the id of
+            another; the message names the file.
     """
     data = _read_json(questions)
-    if annotations is None:
-        return _read_choices(data, questions)
+    items = _read_choices(data, questions) if annotations is None else _read_annotated(data, questions, annotations)
+    if not items:
+        raise ValueError(f"{questions} has no questions")
+    names: set[str] = set()
+    for item in items:
+        if item.name in names:
+            raise ValueError(f"{questions} has two questions of the id {item.name}")
+        names.add(item.name)
+        if not item.answers:
+            raise ValueError(f"{annotations}: question {item.name} has no answers")
+    return items
+
+
+def _read_annotated(data: Any, questions: Path, annotations: Path) -> list[VQAItem]:
     found = _read_json(annotations)
     try:
         references = {
@@ -138,7 +188,7 @@ def read_vqa(questions: Path, annotations: Path | None = None) -> list[VQAItem]:
         return [
             VQAItem(
                 str(own["question_id"]),
-                image_key(own["image_id"]),
+                str(own["image_id"]),
                 str(own["question"]),
                 references[str(own["question_id"])],
             )
@@ -164,7 +214,7 @@ def _read_choices(data: Any, path: Path) -> list[VQAItem]:
             name = str(own.get("id", index))
             if right not in choices:
                 raise KeyError(right)
-            items.append(VQAItem(name, image_key(own["image"]), str(own["question"]), (right,), choices))
+            items.append(VQAItem(name, str(own["image"]), str(own["question"]), (right,), choices))
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{path}, question {index}: {error!r}; expected a list of {{'image', 'question', 'choices', 'answer'}}"
@@ -229,50 +279,92 @@ class VQAResult:
     failed: dict[str, str]
 
 
-def answer_from_captions(
-    endpoint: Endpoint,
+@dataclass(frozen=True)
+class VQAPass:
+    """Questions that are asked with one number of shots. [`plan_pass`] builds it.
+
+    Attributes:
+        asked: The questions whose image has a caption, each with the caption; None for all without captions.
+        examples: Supporting questions that may be drawn, each with its caption or None.
+        shots, seed: As in [`plan_pass`].
+        blind: Whether prompts have no captions.
+        without_caption: Number of questions left out.
+    """
+
+    asked: list[tuple[VQAItem, str | None]]
+    examples: list[tuple[VQAItem, str | None]]
+    shots: int
+    seed: int
+    blind: bool
+    without_caption: int
+
+    def prompts(self) -> Iterator[tuple[VQAItem, str]]:
+        """Each question with its prompt."""
+        for item, caption in self.asked:
+            drawn = random.Random(f"{self.seed}/{item.name}").sample(self.examples, self.shots)
+            yield item, write_prompt(item, caption, drawn, self.blind)
+
+
+def plan_pass(
     items: Sequence[VQAItem],
     captions: Mapping[str, str] | None,
     shots: int = 0,
     support: Sequence[VQAItem] = (),
     support_captions: Mapping[str, str] | None = None,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda done: None,
-) -> VQAResult:
-    """Accuracy of a language model that reads captions in place of images.
+) -> VQAPass:
+    """Finds the captions of questions and of supporting questions.
 
     Args:
-        captions: By name of the image; None asks blindly, the baseline that shows what the questions give away.
+        captions: By name of the image. None asks without captions: the baseline, which shows how often a question is
+            answered right by its words alone.
         shots: Solved examples before each question, drawn from `support` by the seed and the question's name.
         support: Questions with answers, of other images.
         support_captions: Their captions.
 
     Raises:
-        ValueError: If there are fewer supporting questions with captions than shots, or no question has a caption.
-        EndpointError, PriceReached: As [`Endpoint.ask`].
+        ValueError: If there are fewer supporting questions with captions than shots, no question has a caption, or two
+            captions could be that of an image.
     """
     blind = captions is None
-    by_image = {image_key(name): caption for name, caption in (captions or {}).items()}
-    support_by_image = {image_key(name): caption for name, caption in (support_captions or {}).items()}
-    usable = [own for own in support if blind or own.image in support_by_image]
-    if len(usable) < shots:
-        raise ValueError(f"{shots} shots need as many supporting questions with captions; there are {len(usable)}")
-    asked = [own for own in items if blind or own.image in by_image]
+    asked, examples = (
+        _with_captions(own, None if blind else found or {})
+        for own, found in ((items, captions), (support if shots else (), support_captions))
+    )
+    if len(examples) < shots:
+        raise ValueError(f"{shots} shots need as many supporting questions with captions; there are {len(examples)}")
     if not asked:
-        raise ValueError("no question is about an image that has a caption; captions are found by the image's number")
+        raise ValueError("no question is about an image that has a caption; captions are found by the image's name")
+    return VQAPass(asked, examples, shots, seed, blind, len(items) - len(asked))
 
-    def ask(item: VQAItem) -> Question:
-        drawn = random.Random(f"{seed}/{item.name}").sample(usable, shots)
-        examples = [(own, support_by_image.get(own.image)) for own in drawn]
-        text = write_prompt(item, by_image.get(item.image), examples, blind)
-        return Question(f"{'blind' if blind else 'vqa'}/{shots}/{item.name}", [{"role": "user", "content": text}])
 
+def _with_captions(items: Sequence[VQAItem], captions: Mapping[str, str] | None) -> list[tuple[VQAItem, str | None]]:
+    """The questions whose image has a caption, with it; all with None if there are no captions."""
+    if captions is None:
+        return [(item, None) for item in items]
+    index = CaptionIndex(captions)
+    found = ((item, index.find(item.image)) for item in items)
+    return [(item, caption) for item, caption in found if caption is not None]
+
+
+def answer_from_captions(
+    endpoint: Endpoint, planned: VQAPass, advance: Callable[[int], None] = lambda done: None
+) -> VQAResult:
+    """Accuracy of a language model that reads captions in place of images.
+
+    Raises:
+        EndpointError, PriceReached: As [`Endpoint.ask`].
+    """
+    prefix = f"{'blind' if planned.blind else 'vqa'}/{planned.shots}"
+    questions = (
+        Question(f"{prefix}/{item.name}", [{"role": "user", "content": text}]) for item, text in planned.prompts()
+    )
     soft, exact, failed = [], [], {}
-    for item, answer in zip(asked, endpoint.ask(map(ask, asked), advance), strict=True):
+    for (item, _), answer in zip(planned.asked, endpoint.ask(questions, advance), strict=True):
         if answer.text is None:
             failed[item.name] = str(answer.error)
             continue
         given = read_answer(answer.text, item.choices)
         soft.append(soft_accuracy(given, item.answers))
         exact.append(exact_match(given, item.answers))
-    return VQAResult(soft, exact, len(items) - len(asked), failed)
+    return VQAResult(soft, exact, planned.without_caption, failed)

@@ -1,14 +1,20 @@
 """Questions to an OpenAI-compatible endpoint that fails in every way."""
 
+import io
 import json
+import threading
+import time
 
 import pytest
+from PIL import Image
 
-from vlv.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings, PriceReached, Question
+from vlv.evaluation import endpoint as endpoint_module
+from vlv.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings, PriceReached, Question, image_part
 
 from .openai_server import Reply, scripted_endpoint
 
 FAST = {"Retry-After": "0"}
+PRICES = {"price_in": 1000.0, "price_out": 10_000.0}  # an answer of the server costs 0.2
 
 
 def ask(text: str) -> Question:
@@ -66,6 +72,8 @@ def test_a_run_goes_on_with_the_answers_in_its_log(tmp_path):
         assert build(script.url, tmp_path).ask([ask("c")])[0].text == "C" and len(script.requests) == 3
         build(script.url, tmp_path, temperature=1.0).ask([ask("c")])
         assert len(script.requests) == 4  # another setting is another answer
+        with scripted_endpoint(lambda words, before: Reply("other")) as other:
+            assert build(other.url, tmp_path).ask([ask("c")])[0].text == "other"  # so is another endpoint
 
 
 def test_failed_questions_are_asked_again(tmp_path):
@@ -85,21 +93,43 @@ def test_an_endpoint_that_refuses_ends_the_run_at_once(tmp_path, status):
 
 def test_a_run_stops_before_the_price_is_exceeded(tmp_path):
     with scripted_endpoint(lambda words, before: Reply("a")) as script:
-        prices = {"price_in": 1000.0, "price_out": 10_000.0, "max_price": 1.1}  # an answer costs 0.2
-        endpoint = build(script.url, tmp_path, **prices)
+        endpoint = build(script.url, tmp_path, **PRICES, max_price=1.1)
         with pytest.raises(PriceReached, match=r"max_price 1\.1"):
             endpoint.ask(ask(str(number)) for number in range(50))
-        assert 0.2 <= endpoint.totals.price <= 1.1 + 1e-9
-        kept = endpoint.totals.answered
-        more = build(script.url, tmp_path, **prices | {"max_price": 99.0})
+        assert endpoint.totals.answered == len(script.requests) == 5
+        more = build(script.url, tmp_path, **PRICES, max_price=99.0)
         assert len(more.ask(ask(str(number)) for number in range(10))) == 10
-        assert more.totals.kept == kept
+        assert more.totals.kept == 5
+
+
+def test_the_first_request_goes_alone_and_a_rerun_counts_what_the_log_cost(tmp_path):
+    with scripted_endpoint(lambda words, before: Reply("a", delay=0.05)) as script:
+        for limit, requests in ((0.3, 1), (0.3, 1), (0.7, 3)):
+            endpoint = build(script.url, tmp_path, **PRICES, max_price=limit)
+            with pytest.raises(PriceReached, match=r"answers\.jsonl cost 0"):
+                endpoint.ask(ask(str(number)) for number in range(9))
+            assert len(script.requests) == requests
+            assert endpoint.totals.price == pytest.approx(0.2 * requests)
+            assert endpoint.totals.prompt_tokens == 100 * requests
+
+
+def test_a_price_limit_needs_an_endpoint_that_reports_usage(tmp_path):
+    body = json.dumps({"choices": [{"message": {"role": "assistant", "content": "a"}}]}).encode()
+    with scripted_endpoint(lambda words, before: Reply(body=body)) as script:
+        with pytest.raises(EndpointError, match=r"does not report usage.*leave max_price out"):
+            build(script.url, tmp_path, **PRICES, max_price=9.0).ask(ask(str(number)) for number in range(9))
+        assert len(script.requests) == 1
+        with pytest.raises(EndpointError, match=r"answers\.jsonl has answers without their tokens"):
+            build(script.url, tmp_path, **PRICES, max_price=9.0)
+        assert len(build(script.url, tmp_path, **PRICES).ask([ask("0"), ask("1")])) == 2
 
 
 def test_a_price_limit_needs_prices_and_openai_needs_a_key(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="max_price needs price_in and price_out"):
         EndpointSettings("judge", max_price=1.0)
+    with pytest.raises(ValueError, match="max_price is 0; it must be above 0"):
+        EndpointSettings("judge", price_in=1.0, max_price=0.0)
     with pytest.raises(EndpointError, match="OPENAI_API_KEY is not set"):
         Endpoint(EndpointSettings("judge"), tmp_path / "log")
 
@@ -107,3 +137,53 @@ def test_a_price_limit_needs_prices_and_openai_needs_a_key(tmp_path, monkeypatch
 def test_two_questions_of_one_name_are_an_error(tmp_path):
     with scripted_endpoint(lambda words, before: Reply("a")) as script, pytest.raises(ValueError, match="named 'a'"):
         build(script.url, tmp_path).ask([ask("a"), ask("a")])
+
+
+class CountedName(str):
+    """Counts how often it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedName.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_looking_for_names_takes_time_in_proportion_to_the_questions(tmp_path):
+    with scripted_endpoint(lambda words, before: Reply("a")) as script:
+        questions = [Question(CountedName(number), ask("same").messages) for number in range(40)]
+        build(script.url, tmp_path).ask(questions)
+    assert CountedName.compared < 5 * len(questions)
+
+
+def test_an_answer_with_half_a_surrogate_pair_is_kept(tmp_path):
+    body = b'{"choices": [{"message": {"role": "assistant", "content": "a dog \\ud83d"}}]}'
+    with scripted_endpoint(lambda words, before: Reply(body=body)) as script:
+        for _ in range(2):
+            assert build(script.url, tmp_path).ask([ask("a")])[0].text == "a dog \ud83d"
+        assert len(script.requests) == 1
+
+
+def test_an_interrupted_run_does_not_wait_for_slow_requests(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "GRACE", 0.2)
+    before = set(threading.enumerate())
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with scripted_endpoint(lambda words, before: Reply("a", delay=0.1 if words == "quick" else 2.5)) as script:
+        endpoint = build(script.url, tmp_path, timeout=5.0)
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            endpoint.ask(map(ask, ("slow", "slower", "quick")), interrupt)
+        assert time.monotonic() - start < 2
+        assert all(thread.daemon for thread in set(threading.enumerate()) - before)  # none keeps the program alive
+    assert [json.loads(line)["text"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == ["a"]
+
+
+def test_a_file_of_several_pictures_is_sent_as_jpeg():
+    file = io.BytesIO()
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    pictures[0].save(file, "MPO", save_all=True, append_images=pictures[1:])
+    assert image_part(file.getvalue())["image_url"]["url"].startswith("data:image/jpeg;base64,")

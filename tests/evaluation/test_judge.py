@@ -31,6 +31,26 @@ from .openai_server import Reply, scripted_endpoint
         ("Score: 4.5", None),
         ("I cannot judge this image.", None),
         ("There are 3 dogs and 4 cats.", None),
+        ("Score: 5/10", None),
+        ("Score: 5 out of 10", None),
+        ("Score: 4.5 to 5", None),
+        ("Score: 4,5", None),
+        ("Score: 10-16", None),
+        ("Score: 3 or 4", None),
+        ("Score: 5%", None),
+        ("Score: 5/10th", None),
+        ("Score: 4 of 6 points, a 4/6", 4),
+        ("Score: 2. All in all, score: 4 to 5", None),
+        ("Score: 4/6 (scores go from 0 to 6)", 4),
+        ("Score: 4 (score 0-6)", 4),
+        ("The picture is of 3/6/2024.", None),
+        ("Misses much.\n-1", None),
+        ("A score of 6 would need the dog too, so I give 4 out of 6.", 4),
+        ('Example {"score": 2}.\nScore: 5', 5),
+        ('Score: 5, or as JSON {"score": 2}', 2),
+        ('{"score": 4, "reason": "a score of 6 would need the dog"}', 4),
+        ('{"score": {"value": 2}}', None),
+        ('{"score": 4, "parts": {"layout": 5}}', 4),
     ],
 )
 def test_scores_are_read_from_unruly_answers(text, score):
@@ -50,6 +70,20 @@ def test_scores_are_read_from_unruly_answers(text, score):
         ("Winner: first", 1),
         ("It is a tie.\nBetter: tie", 0),
         ("Caption 1 has 2 dogs.", None),
+        ('{"better": "Caption 2 (more detail)"}', 2),
+        ('{"better": 2.0}', 2),
+        ('{"better": "B"}', None),
+        ('{"better": "1 is worse than 2"}', None),
+        ('{"better": null}', None),
+        ('Example {"better": 2}.\nBetter: 1', 1),
+        ("Caption 1 is better. Both mention the dog.", None),
+        ("Which is better? Both mention the dog.", None),
+        ("The better one is hard to say", None),
+        ("Better: caption one", 1),
+        ("Better: the second", 2),
+        ("Better: neither", 0),
+        ("Better: 1 or 2", None),
+        ("Better: 1\nNo.\n2", 2),
         ("", None),
     ],
 )
@@ -115,14 +149,22 @@ def test_captions_are_compared_in_both_orders(files, judge, share, agree):
     assert f"| 3 | 0 | {share} |" in table and table.endswith(f"| {agree} |")
 
 
+@pytest.mark.slow
 def test_two_judges_are_compared_by_their_results(files):
     for name, scores in (("one", "665"), ("two", "664")):
         replies = dict(zip("abc", scores, strict=True))
         answer = lambda words, before, replies=replies: Reply(replies[re.search(r"a dog (\w)", words).group(1)])  # noqa: E731
         with scripted_endpoint(answer) as script:
             run_judge(config(files, script.url, name))
-    line = describe_agreement(files / "one" / "results.json", files / "two" / "results.json")
+        with scripted_endpoint(lambda words, before: Reply("Better: 1")) as script:
+            run_judge(config(files, script.url, f"{name}-against", against=str(files / "second.json")))
+    one, two, compared = (files / name / "results.json" for name in ("one", "two", "one-against"))
+    line = describe_agreement(one, two)
     assert line.startswith("3 captions: weighted kappa 0.") and line.endswith("equal scores 67%")
+    with pytest.raises(ValueError, match=r"one-against.results\.json compares captions with .*second\.json"):
+        describe_agreement(one, compared)
+    with pytest.raises(ValueError, match=r"first\.json is not a results\.json of vlv evaluate judge"):
+        describe_agreement(one, files / "first.json")
 
 
 def test_agreement_beyond_chance():

@@ -7,9 +7,9 @@ import pytest
 
 from vlv.evaluation.protocols import VQAConfig, run_vqa
 from vlv.evaluation.vqa import (
+    CaptionIndex,
     VQAItem,
     exact_match,
-    image_key,
     normalise_answer,
     read_answer,
     read_vqa,
@@ -57,16 +57,35 @@ def test_accuracy_is_the_mean_over_annotators_left_out():
 
 
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("image", "names"),
     [
-        ("COCO_val2014_000000262148.jpg", "262148"),
-        ("262148", "262148"),
-        ("val/000000000042.jpg", "42"),
-        ("cat.png", "cat"),
+        ("262148", ["COCO_val2014_000000262148.jpg", "COCO_val2014_000000262149.jpg"]),
+        ("COCO_val2014_000000262148.jpg", ["262148", "COCO_val2014_000000026214.jpg"]),
+        ("42", ["val/000000000042.jpg", "val/000000000420.jpg"]),
+        ("cat.png", ["cat.jpg", "dog.jpg"]),
+        ("test-1.png", ["test-1.png", "combo-1.png"]),
+        ("kitchen_1.png", ["kitchen_1.jpg", "garden_1.jpg"]),
+        ("train/0001", ["train/0001.jpg", "val/0001.jpg"]),
+        ("0001", ["0001", "val/0001.jpg"]),
     ],
 )
-def test_an_image_is_found_by_its_number(name, key):
-    assert image_key(name) == key
+def test_an_image_is_found_by_its_name_and_then_by_its_number(image, names):
+    for order in (names, names[::-1]):
+        assert CaptionIndex({name: name for name in order}).find(image) == names[0]
+
+
+@pytest.mark.parametrize(
+    ("image", "other"),
+    [("test-1.png", "combo-1.png"), ("kitchen_1", "garden_1.jpg"), ("42", "420.jpg"), ("cat", "dog.png")],
+)
+def test_another_image_with_the_same_number_has_another_name(image, other):
+    assert CaptionIndex({other: "a dog"}).find(image) is None
+
+
+def test_an_image_whose_name_fits_two_captions_is_an_error():
+    for image, names in (("1", ("kitchen_1.jpg", "garden_1.jpg")), ("0001.png", ("train/0001.jpg", "val/0001.jpg"))):
+        with pytest.raises(ValueError, match=f"{names[0]}' or of '{names[1]}'"):
+            CaptionIndex(dict.fromkeys(names, "a dog")).find(image)
 
 
 @pytest.mark.parametrize(
@@ -146,5 +165,67 @@ def test_files_of_another_form_and_shots_without_support_are_errors(files):
         read_vqa(files / "captions.json", files / "annotations.json")
     with pytest.raises(ValueError, match=r"shots \[4\] need support_questions"):
         VQAConfig("run", "reader", questions="q.json", shots=[4])
-    with scripted_endpoint(read_from_context) as script, pytest.raises(ValueError, match="9 shots need as many"):
-        run_vqa(config(files, script.url, shots=[9]))
+    with pytest.raises(ValueError, match=r"shots is \[-1\]; expected one or more numbers"):
+        config(files, None, shots=[-1])
+    with pytest.raises(ValueError, match="limit is 0; it must be at least 1"):
+        config(files, None, limit=0)
+    with pytest.raises(ValueError, match="max_price needs price_in"):
+        config(files, None, max_price=1.0)
+
+
+def rewrite(path, key, change) -> None:
+    """Changes the list at the key of a JSON file."""
+    content = json.loads(path.read_text())
+    change(content[key])
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("file", "key", "change", "message"),
+    [
+        ("questions.json", "questions", list.clear, "questions.json has no questions"),
+        (
+            "annotations.json",
+            "annotations",
+            lambda own: own[0]["answers"].clear(),
+            "annotations.json: question 10 has no answers",
+        ),
+        (
+            "questions.json",
+            "questions",
+            lambda own: own.append(own[0]),
+            "questions.json has two questions of the id 10",
+        ),
+        (
+            "questions.json",
+            "questions",
+            lambda own: own.__delitem__(slice(3, None)),
+            "4 shots need as many supporting questions with captions; there are 3",
+        ),
+    ],
+    ids=["no questions", "no answers", "twice", "few examples"],
+)
+def test_what_cannot_be_asked_is_an_error_before_anything_is_asked(files, file, key, change, message, dry_run):
+    rewrite(files / file, key, change)
+    with scripted_endpoint(read_from_context) as script:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run_vqa(config(files, script.url, shots=[0, 4], dry_run=dry_run))
+        assert not script.requests and not (files / "run").exists()
+
+
+def test_supporting_questions_need_answers_and_a_list_of_choices_has_questions(files):
+    empty = {"annotations": [{"question_id": 10 + n, "answers": []} for n in range(len(COLOURS))]}
+    (files / "empty.json").write_text(json.dumps(empty))
+    settings = {"shots": [0, 2], "support_annotations": str(files / "empty.json"), "dry_run": True}
+    with pytest.raises(ValueError, match=r"empty.json: question 10 has no answers"):
+        run_vqa(config(files, None, **settings))
+    (files / "choices.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"choices.json has no questions"):
+        run_vqa(config(files, None, questions=str(files / "choices.json"), annotations=None, dry_run=True))
+
+
+def test_a_plan_counts_the_questions_that_would_be_asked(files):
+    plan = run_vqa(config(files, None, shots=[0, 2], dry_run=True))
+    assert plan.startswith("22 requests") and "Image context: a red car\nImage question: What colour is car 0?" in plan
+    assert run_vqa(config(files, None, blind=False, dry_run=True)).startswith("5 requests")
