@@ -85,7 +85,8 @@ def main() -> None:
     )
     parser.add_argument("--prompt-first", action="store_true", help="place the words before the embeddings")
     arguments = parser.parse_args()
-    scene_classifier = SceneClassifier.load(Path(arguments.scene_classifier or arguments.model) / SCENE_CLASSIFIER_FILE)
+    folder = Path(arguments.scene_classifier or arguments.model)
+    scene_classifier = SceneClassifier.load(folder / SCENE_CLASSIFIER_FILE)
     pipeline = load_reconstruction(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
     everything = pipeline.encoder.config.num_query_tokens
