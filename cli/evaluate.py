@@ -209,6 +209,12 @@ def run_images(arguments: argparse.Namespace) -> int:
         files[kind] = (
             output_path(text, ".safetensors", f"--{kind}-statistics") if text and own else text and Path(text)
         )
+    try:
+        matches = image_sets.match_pairs(generated, reference)
+    except ValueError as error:
+        if arguments.pair_metrics:
+            raise UserError(f"{error}, or pass --pair-metrics without a name to compare the sets alone") from error
+        matches = []
     is_main = _join_processes()
     extractor = choose_features(arguments.features, arguments.resize, choose_device(arguments))
     statistics = {}
@@ -221,7 +227,6 @@ def run_images(arguments: argparse.Namespace) -> int:
         if not is_main:
             return 0
         samples = arguments.bootstrap
-        matches = image_sets.match_pairs(generated, reference)
         figures, notes = image_sets.compare_sets(
             statistics["generated"],
             statistics["reference"],

@@ -12,6 +12,7 @@ import torch
 
 from . import caption_metrics as cm
 from .features import AutoModelFeatures
+from .matching import match_names
 from .results import BOOTSTRAP_SAMPLES, corpus_figure, figure, mean_figure
 
 
@@ -164,24 +165,13 @@ def _read(path: str | os.PathLike) -> Any:
 
 
 def entries_of(names: Sequence[str], entries: Mapping[str, Any], source: str) -> list[Any]:
-    """The entry of each image, by its name, or by its name without folders and suffix.
+    """The entry of each image, as `match_names` finds it.
 
     Raises:
-        ValueError: If an image has none, or two have the same short name.
+        ValueError: If an image has none or could have two, or an entry belongs to two images.
     """
-    short: dict[str, list[str]] = {}
-    for name in entries:
-        short.setdefault(Path(name).stem, []).append(name)
-    found, missing = [], []
-    for name in names:
-        candidates = [name] if name in entries else short.get(Path(name).stem, [])
-        if len(candidates) > 1:
-            raise ValueError(f"{source}: {name!r} could be {candidates[0]!r} or {candidates[1]!r}; use the same names")
-        if candidates:
-            found.append(entries[candidates[0]])
-        else:
-            missing.append(name)
-    if missing:
+    matches = match_names(names, entries, source)
+    if missing := [name for name in names if name not in matches]:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise ValueError(f"{source} has no entry for {len(missing)} of {len(names)} images: {shown}")
-    return found
+    return [entries[matches[name]] for name in names]

@@ -1,7 +1,6 @@
 """Compares a set of generated images with a set of reference images: by their features, and pair by pair."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from .distances import SUBSET_SIZE, distance_interval, frechet_distance, gaussian_mmd, kernel_distance, rank_note
 from .features import FeatureExtractor, fingerprint_images, load_rgb
 from .image_similarity import image_metrics, perceptual_distance
+from .matching import match_names
 from .results import figure, mean_figure
 from .statistics import FeatureStatistics, gather_statistics, process_shard
 
@@ -127,25 +127,16 @@ def _frechet_of_features(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def match_pairs(generated: Mapping[str, Path], reference: Mapping[str, Path]) -> list[tuple[str, str]]:
-    """The names of images that belong together: equal, or equal without their suffixes.
+    """The names of images that belong together, as `match_names` finds them.
 
     Args:
         generated: Files by name.
         reference: Like `generated`.
+
+    Raises:
+        ValueError: If an image could have two references, or a reference belongs to two images.
     """
-    by_stem = {_stem(name): name for name in reference}
-    unique = Counter(_stem(name) for name in reference)
-    pairs = []
-    for name in generated:
-        if name in reference:
-            pairs.append((name, name))
-        elif unique[_stem(name)] == 1:
-            pairs.append((name, by_stem[_stem(name)]))
-    return pairs
-
-
-def _stem(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
+    return list(match_names(generated, reference, "the reference images").items())
 
 
 def compare_pairs(

@@ -151,3 +151,11 @@ def test_files_that_do_not_hold_captions_or_lack_an_image_are_named(tmp_path):
         entries_of(["a.png", "b.png"], {"a.png": 1}, "r.json")
     with pytest.raises(ValueError, match=r"'a\.png' could be 'x/a\.jpg' or 'y/a\.jpg'"):
         entries_of(["a.png"], {"x/a.jpg": 1, "y/a.jpg": 2}, "r.json")
+
+
+def test_an_entry_belongs_to_one_image_and_folders_count():
+    cats, dogs = "cats/1.png", "dogs/1.png"
+    assert entries_of([cats, dogs], {"dogs/1.jpg": 2, "cats/1.jpg": 1}, "r.json") == [1, 2]
+    assert entries_of(["1.png", cats], {cats: 1, "1.jpg": 2}, "r.json") == [2, 1]
+    with pytest.raises(ValueError, match=r"r\.json: 'cats/1\.png' and 'dogs/1\.png' could both be 'cats/1\.jpg'"):
+        entries_of([cats, dogs], {"cats/1.jpg": 1}, "r.json")

@@ -141,3 +141,17 @@ def test_incomplete_options_are_refused(tmp_path, capsys, options, message):
     output = ["--output", str(tmp_path / "m.json")]
     assert main(["evaluate", "captions", "--captions", str(tmp_path / "c.json"), *options, *output]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "m.json").exists()
+
+
+def test_images_that_fit_two_references_are_refused_unless_the_sets_alone_are_compared(folders, tmp_path, capsys):
+    for place in ("x", "y"):
+        (tmp_path / "reference" / place).mkdir(parents=True)
+        for number in (1, 2):
+            source = folders[1] / f"{number}.png"
+            (tmp_path / "reference" / place / source.name).write_bytes(source.read_bytes())
+    arguments = ["--generated", str(folders[1]), "--reference", str(tmp_path / "reference"), "--bootstrap", "0"]
+    arguments += ["--features", "scene-classifier", "--output", str(tmp_path / "m.json")]
+    assert main(["evaluate", "images", *arguments]) == 2
+    assert "'1.png' could be 'x/1.png' or 'y/1.png'" in capsys.readouterr().err
+    assert main(["evaluate", "images", *arguments, "--pair-metrics"]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["num_pairs"] == 0
