@@ -45,6 +45,8 @@ def evaluate_captions(
     tokenizer: Any = None,
     max_new_tokens: int = 300,
     samples: int = BOOTSTRAP_SAMPLES,
+    batch_size: int = 64,
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], list[str]]:
     """All figures that can be computed from what is given, and notes.
 
@@ -53,6 +55,7 @@ def evaluate_captions(
         bert_model: For BERTScore, with `bert_layers`, see `caption_metrics.bert_score`.
         tokenizer: Of the model that wrote the captions, with at most `max_new_tokens`, for the share that ended.
         samples: Resamplings for the intervals; 0 for none.
+        batch_size, device: Of BERTScore's model.
 
     Raises:
         ImportError: If the extra vlv[eval] is not installed.
@@ -72,7 +75,8 @@ def evaluate_captions(
         means["meteor"] = cm.meteor_name(), cm.meteor(captions, given.references)
         if bert_model:
             label = f"BERTScore F1 ({bert_model}, layer {bert_layers or 'last'})"
-            means["bert_score"] = label, cm.bert_score(captions, given.references, bert_model, bert_layers)
+            scores = cm.bert_score(captions, given.references, bert_model, bert_layers, batch_size, device)
+            means["bert_score"] = label, scores
         if count == 1:
             notes.append("CIDEr-D of one image is 0: its words are weighted by how few images have them")
     if clip is not None and given.images is not None:

@@ -66,6 +66,11 @@ def cached_statistics(
     """
     if file is None:
         return extract_statistics(paths, extractor, **settings)
+    if file.suffix == ".npz" and getattr(extractor, "resize", None) != "pytorch-fid":
+        raise ValueError(
+            f"{file}: the statistics of pytorch-fid are of Inception's features of images resized as pytorch-fid, not "
+            f"of {extractor.name}; pass --features inception --resize pytorch-fid, or a .safetensors file"
+        )
     fingerprint = fingerprint_images(paths) if paths else None
     if file.exists() or fingerprint is None:
         return FeatureStatistics.load(file, extractor=extractor.fingerprint, fingerprint=fingerprint)
