@@ -211,6 +211,7 @@ def run_images(arguments: argparse.Namespace) -> int:
         files[kind] = (
             output_path(text, ".safetensors", f"--{kind}-statistics") if text and own else text and Path(text)
         )
+    image_sets.require_packages(arguments.pair_metrics)
     try:
         matches = image_sets.match_pairs(generated, reference)
     except ValueError as error:

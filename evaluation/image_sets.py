@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .distances import SUBSET_SIZE, distance_interval, frechet_distance, gaussian_mmd, kernel_distance, rank_note
-from .features import FeatureExtractor, fingerprint_images, load_rgb
+from .features import FeatureExtractor, fingerprint_images, load_rgb, require
 from .image_similarity import image_metrics, perceptual_distance
 from .matching import match_names
 from .results import figure, mean_figure
@@ -144,6 +144,15 @@ def match_pairs(generated: Mapping[str, Path], reference: Mapping[str, Path]) ->
     return list(match_names(generated, reference, "the reference images").items())
 
 
+def require_packages(metrics: Iterable[str]) -> None:
+    """Raises `ImportError` if the package of a pair metric is not installed."""
+    for name in metrics:
+        if name in ("psnr", "ssim"):
+            require("torchmetrics")
+        elif name in ("lpips", "dreamsim"):
+            require(name, f"pip install {name}")
+
+
 def compare_pairs(
     pairs: Iterable[tuple[Path, Path]],
     metrics: Sequence[str],
@@ -156,7 +165,7 @@ def compare_pairs(
 
     Raises:
         ImportError: If the package of a metric is not installed.
-        ValueError: If an image cannot be read.
+        ValueError: If an image cannot be read, or is too small for a metric.
     """
     perceptual = {name: perceptual_distance(name, device) for name in metrics if name in ("lpips", "dreamsim")}
     values: dict[str, list[float]] = {name: [] for name in metrics}
@@ -165,7 +174,12 @@ def compare_pairs(
         if picture.shape != target.shape:
             size = (target.shape[1], target.shape[2])
             picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-        found = image_metrics(picture, target) if {"psnr", "ssim"} & set(metrics) else {}
+        found = {}
+        if simple := {"psnr", "ssim"} & set(metrics):
+            try:
+                found = image_metrics(picture, target, list(simple))
+            except ValueError as error:
+                raise ValueError(f"{original}: {error}") from error
         found |= {name: distance(picture, target) for name, distance in perceptual.items()}
         for name in metrics:
             values[name].append(found[name])

@@ -29,8 +29,7 @@ IMAGE_SIZE = 64
 def photo_crops(folder: Path, crops: int = CROPS) -> torch.Tensor:
     """Random square crops, `(N, 3, 64, 64)` uint8, of the images of a folder, from a third of the shorter side up."""
     squares = []
-    paths = [path for path, problem in walk_images(folder) if problem is None]
-    for number, path in enumerate(paths):
+    for number, path in enumerate(_readable_images(folder)):
         photo, rng = Image.open(path).convert("RGB"), random.Random(number)
         for _ in range(crops):
             side = rng.uniform(1 / 3, 1) * min(photo.size)
@@ -38,6 +37,10 @@ def photo_crops(folder: Path, crops: int = CROPS) -> torch.Tensor:
             box = (left, top, left + side, top + side)
             squares.append(photo.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box))
     return to_pixels(squares)
+
+
+def _readable_images(folder: Path) -> list[Path]:
+    return [path for path, problem in walk_images(folder) if problem is None]
 
 
 def area_under_roc(high: torch.Tensor, low: torch.Tensor) -> float:
@@ -112,9 +115,12 @@ def main() -> None:
     arguments = parser.parse_args()
     present = {}
     for name, path in (("photos", arguments.photos), ("noto", arguments.noto)):
-        present[name] = path if path.exists() else None
-        if present[name] is None:
-            print(f"{path} does not exist: its images are left out (--{name})")
+        problem = None if path.exists() else "does not exist"
+        if name == "photos" and problem is None and not _readable_images(path):
+            problem = "has no images"
+        present[name] = None if problem else path
+        if problem:
+            print(f"{path} {problem}: its images are left out (--{name})")
     _, scorer = load_scorer(arguments.model)
     captioner, processor = hub.load_captioner(arguments.model)
     text, threshold = table(list(measure(scorer, captioner, processor, arguments.scenes, **present)))
