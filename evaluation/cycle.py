@@ -172,15 +172,16 @@ def _prompt_info(pipeline: Any, prompt: str) -> PngInfo:
 
 def tokenizers_that_cut(pipeline: Any, prompt: str) -> list[str]:
     """The tokenizers of a text-to-image pipeline that read only the beginning of a prompt, with their limits."""
-    length = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")  # of encoders other than CLIP
+    settings = inspect.signature(pipeline.__call__).parameters
+    length = getattr(settings.get("max_sequence_length"), "default", None)  # of encoders other than CLIP
     found = []
     for number in ("", "_2", "_3"):
         tokenizer, encoder = (getattr(pipeline, f"{part}{number}", None) for part in ("tokenizer", "text_encoder"))
         if tokenizer is None or encoder is None:
             continue
         limit = tokenizer.model_max_length
-        if length is not None and "clip" not in encoder.config.model_type:
-            limit = min(limit, length.default)
+        if isinstance(length, int) and "clip" not in encoder.config.model_type:
+            limit = min(limit, length)
         if len(tokenizer(prompt, verbose=False).input_ids) > limit:
             found.append(f"tokenizer{number} ({limit} tokens)")
     return found
@@ -188,7 +189,7 @@ def tokenizers_that_cut(pipeline: Any, prompt: str) -> list[str]:
 
 def cut_notes(files: Sequence[Path]) -> list[str]:
     """Notes on how many generated images are of prompts that were cut."""
-    cut = Counter()
+    cut: Counter[str | None] = Counter()
     for file in files:
         with Image.open(file) as image:
             cut[image.info.get(CUT_BY)] += 1

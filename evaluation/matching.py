@@ -16,11 +16,12 @@ def match_names(names: Iterable[str], entries: Iterable[str], source: str) -> di
         ValueError: If a name could have two entries, or an entry belongs to two names.
     """
     entries = list(entries)
-    levels = [_group(entries, form) for form in (str, _without_suffix, _stem)]
+    forms: list[Callable[[str], str]] = [str, _without_suffix, _stem]
+    levels = [(form, _group(entries, form)) for form in forms]
     found: dict[str, str] = {}
     owners: dict[str, str] = {}
     for name in names:
-        for form, groups in zip((str, _without_suffix, _stem), levels, strict=True):
+        for form, groups in levels:
             candidates = groups.get(form(name), [])
             if candidates:
                 break

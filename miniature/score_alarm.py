@@ -104,6 +104,20 @@ def table(found: Sequence[tuple[str, torch.Tensor]]) -> tuple[str, float]:
     return markdown_table(header, rows), threshold
 
 
+def present_sources(photos: Path, noto: Path) -> dict[str, Path | None]:
+    """`photos` and `noto` as `measure` takes them: None, with a printed line, where there are no images."""
+    problems = {
+        "photos": None if photos.exists() and _readable_images(photos) else "has no images",
+        "noto": None if noto.exists() else "does not exist",
+    }
+    present: dict[str, Path | None] = {}
+    for name, path in (("photos", photos), ("noto", noto)):
+        present[name] = path if problems[name] is None else None
+        if problems[name] is not None:
+            print(f"{path} {problems[name]}: its images are left out (--{name})")
+    return present
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.score_alarm", description=__doc__)
     parser.add_argument("model", help="folder of a miniature")
@@ -113,14 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--noto", type=Path, default=FONT, help=f"the font Noto Color Emoji (default: {FONT})")
     arguments = parser.parse_args()
-    present = {}
-    for name, path in (("photos", arguments.photos), ("noto", arguments.noto)):
-        problem = None if path.exists() else "does not exist"
-        if name == "photos" and problem is None and not _readable_images(path):
-            problem = "has no images"
-        present[name] = None if problem else path
-        if problem:
-            print(f"{path} {problem}: its images are left out (--{name})")
+    present = present_sources(photos=arguments.photos, noto=arguments.noto)
     _, scorer = load_scorer(arguments.model)
     captioner, processor = hub.load_captioner(arguments.model)
     text, threshold = table(list(measure(scorer, captioner, processor, arguments.scenes, **present)))

@@ -1,7 +1,9 @@
 """`vlv score`, and captions that `vlv caption` chooses and marks by their score."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,12 @@ def test_score_refuses_what_it_cannot_use(model_folder, stage1_checkpoint, photo
     assert not (tmp_path / "s.json").exists()
 
 
-def test_a_loss_that_is_not_finite_fails_its_image(model_folder, photos, tmp_path, capsys):
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_loss_that_is_not_finite_fails_its_image(model_folder, photos, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(model_folder, tmp_path / "vlv")
     (weights,) = (folder / "unet").glob("*.safetensors")
     tensors = load_file(weights)
@@ -106,6 +113,10 @@ def test_a_loss_that_is_not_finite_fails_its_image(model_folder, photos, tmp_pat
     assert json.loads((tmp_path / "c.json").read_text()) == {}
     stderr = capsys.readouterr().err
     assert all(f"cannot score the captions of {name}: the loss is not finite" in stderr for name in NAMES)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal := Terminal())
+        assert score(folder, tmp_path / "s.json", photos, "--captions", write(tmp_path, CAPTIONS)) == 1
+    assert "100%" in terminal.getvalue() and "| 3/3 [" in terminal.getvalue()
 
 
 @pytest.fixture(scope="module")
