@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from .batches import Batch, read_batches
 from .choosing import (
     add_choice_arguments,
     choose_captions,
+    choose_min_score,
     complete_choice_arguments,
+    mark_confidence,
     recorded_choice,
     refuse_other_form,
+    shared_settings,
+    text_to_image_fingerprint,
     uses_scores,
 )
 from .errors import UserError
@@ -96,12 +101,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompt:
         recorded["prompt"] = arguments.prompt
     recorded |= recorded_choice(arguments)
-    results = ResumableResults(output, (source, fingerprint), recorded)
+    choose_min_score(arguments, source)
+    if uses_scores(arguments):
+        with loading(source):
+            recorded["text_to_image"] = text_to_image_fingerprint(source, arguments.revision)
+    results = ResumableResults(output, (source, fingerprint), recorded, shared_settings(arguments))
     total, kept = len(inputs), None
     if arguments.resume and output.exists():
         refuse_other_form(output, arguments)
         inputs = results.resume(inputs)
         kept = total - len(inputs)
+        if arguments.confidence:
+            results.revise(partial(mark_confidence, min_score=arguments.min_score))
         for note in results.notes():
             print(note, file=sys.stderr)
     with loading(source):

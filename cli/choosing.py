@@ -2,9 +2,14 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from vlv import hub
+from vlv.checkpoints import MINIATURE
+from vlv.hub.decoder import referred_diffusion_model
 
 from .batches import Batch
 from .errors import UserError
@@ -13,7 +18,7 @@ from .output import Summary
 from .resume import read_results
 from .scoring import MIN_SCORE, NUM_PAIRS, BatchScorer, add_num_pairs
 
-DEFAULTS = {"temperature": 1.0, "seed": 0, "num_pairs": NUM_PAIRS, "min_score": MIN_SCORE}
+DEFAULTS = {"temperature": 1.0, "seed": 0, "num_pairs": NUM_PAIRS}
 
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +96,45 @@ def recorded_choice(arguments: argparse.Namespace) -> dict[str, Any]:
     if uses_scores(arguments):
         names += ["num_pairs"]
     if arguments.confidence:
-        names += ["confidence", "min_score"]
+        names += ["confidence"]
     return {name: getattr(arguments, name) for name in names}
+
+
+def shared_settings(arguments: argparse.Namespace) -> list[str]:
+    """The recorded settings in which all results of a file must agree: their scores are compared."""
+    if not uses_scores(arguments):
+        return []
+    return ["text_to_image", *(["num_pairs"] if arguments.confidence else [])]
+
+
+def text_to_image_fingerprint(source: str, revision: str | None) -> str:
+    """What tells the text-to-image model that scores captions from others, whether in the model's folder or elsewhere.
+
+    Args:
+        source: Folder or repo id of the VLV.
+    """
+    folder = hub.resolve(source, revision=revision, allow_patterns=hub.PIPELINE_FILES)
+    own = hub.fingerprint(folder, hub.PIPELINE_FILES)
+    referred = referred_diffusion_model(folder)
+    return own if referred is None else f"{own}/{referred.fingerprint}"
+
+
+def choose_min_score(arguments: argparse.Namespace, source: str) -> None:
+    """Sets the default of `--min-score`, with a note on standard error if it was measured for another model or K."""
+    if not arguments.confidence or arguments.min_score is not None:
+        return
+    arguments.min_score = MIN_SCORE
+    if Path(source).resolve() != MINIATURE.resolve() or arguments.num_pairs != NUM_PAIRS:
+        print(
+            f"note: the default --min-score, {MIN_SCORE:g}, was measured for the embedded miniature with --num-pairs "
+            f"{NUM_PAIRS}; docs/evaluation.md says how to measure it for another model",
+            file=sys.stderr,
+        )
+
+
+def mark_confidence(entry: dict[str, Any], min_score: float) -> dict[str, Any]:
+    """A caption with its score and whether that is at least `min_score`."""
+    return entry | {"confident": entry["score"] >= min_score} if "score" in entry else entry
 
 
 def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
@@ -134,7 +176,7 @@ def choose_captions(
         if scores is None:
             continue
         best = max(range(len(own)), key=scores.__getitem__)
-        entry = {"caption": own[best], "score": scores[best], "confident": scores[best] >= arguments.min_score}
+        entry = {"caption": own[best], "score": scores[best]}
         inputs.append(item)
-        results.append(entry if arguments.confidence else own[best])
+        results.append(mark_confidence(entry, arguments.min_score) if arguments.confidence else own[best])
     return inputs, results

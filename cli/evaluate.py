@@ -97,8 +97,8 @@ def _add_images_parser(subjects) -> None:
         images.add_argument(
             f"--{kind}-statistics",
             metavar="FILE",
-            help=f"statistics of the features of the {kind} images, a .safetensors file: read if it exists and is of "
-            "these images and features, else written"
+            help=f"statistics of the features of the {kind} images, a .safetensors file: read if it exists, else "
+            "written; one of other images or features is refused"
             + (" (without --reference, also a .npz file of pytorch-fid)" if kind == "reference" else ""),
         )
     images.add_argument("--batch-size", type=positive, default=32, help="images in a batch (default: 32)")
@@ -144,7 +144,9 @@ def _add_captions_parser(subjects) -> None:
     captions.add_argument(
         "--max-new-tokens", type=positive, default=300, help="the limit that they were written with (default: 300)"
     )
-    captions.add_argument("--batch-size", type=positive, default=32, help="images in a batch (default: 32)")
+    captions.add_argument(
+        "--batch-size", type=positive, default=32, help="images, or texts of --bert, in a batch (default: 32)"
+    )
     captions.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
     _add_result_arguments(captions, "caption_metrics.json", "default: 1000")
     captions.set_defaults(run=run_captions)
@@ -209,6 +211,13 @@ def run_images(arguments: argparse.Namespace) -> int:
         files[kind] = (
             output_path(text, ".safetensors", f"--{kind}-statistics") if text and own else text and Path(text)
         )
+    image_sets.require_packages(arguments.pair_metrics)
+    try:
+        matches = image_sets.match_pairs(generated, reference)
+    except ValueError as error:
+        if arguments.pair_metrics:
+            raise UserError(f"{error}, or pass --pair-metrics without a name to compare the sets alone") from error
+        matches = []
     is_main = _join_processes()
     extractor = choose_features(arguments.features, arguments.resize, choose_device(arguments))
     statistics = {}
@@ -221,7 +230,6 @@ def run_images(arguments: argparse.Namespace) -> int:
         if not is_main:
             return 0
         samples = arguments.bootstrap
-        matches = image_sets.match_pairs(generated, reference)
         figures, notes = image_sets.compare_sets(
             statistics["generated"],
             statistics["reference"],
@@ -276,9 +284,13 @@ def run_captions(arguments: argparse.Namespace) -> int:
             given.vocabulary = caption_sets.read_lists(arguments.vocabulary)
         clip = tokenizer = None
         if arguments.clip:
+            from vlv.evaluation.features import AutoModelFeatures
             from vlv.evaluation.image_sets import extract_statistics
 
-            clip = choose_features(arguments.clip, "", choose_device(arguments))
+            with loading(f"--clip {arguments.clip}"):
+                clip = AutoModelFeatures(arguments.clip, choose_device(arguments))
+            if not clip.is_contrastive:
+                raise UserError(f"--clip {arguments.clip} embeds no texts; pass a CLIP or SigLIP model")
             paths = caption_sets.entries_of(
                 names, _images(arguments.images, "--images"), f"--images {arguments.images}"
             )
@@ -297,6 +309,8 @@ def run_captions(arguments: argparse.Namespace) -> int:
             tokenizer,
             arguments.max_new_tokens,
             BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap,
+            arguments.batch_size,
+            choose_device(arguments),
         )
     return _finish(arguments, output, figures, notes, {"num_captions": len(names)})
 

@@ -6,7 +6,7 @@ Beside `captions.json` lies `captions.resume.jsonl`. It has a line for each run,
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class ResumableResults:
         output: The JSON file.
         model: `--model` and its `vlv.hub.fingerprint`.
         settings: Settings that change results.
+        shared: Names of the settings in which all runs must agree.
 
     Raises:
         UserError: If another run writes into the file, or the record cannot be written.
     """
 
-    def __init__(self, output: Path, model: tuple[str, str], settings: Mapping[str, Any]):
+    def __init__(self, output: Path, model: tuple[str, str], settings: Mapping[str, Any], shared: Sequence[str] = ()):
+        self._shared = tuple(shared)
         self.output, self.record_path = output, record_path(output)
         self._runs: list[dict[str, Any]] = []
         self._run: dict[str, Any] = {"run": 0, "model": model[0], "fingerprint": model[1], "settings": dict(settings)}
@@ -52,13 +54,14 @@ class ResumableResults:
         changed loses its result. Results of images that are not among the inputs are kept.
 
         Raises:
-            UserError: If the file cannot be read, was made by another model, or has results of other images under the
-                names of inputs.
+            UserError: If the file cannot be read, was made by another model or with other settings that must agree, or
+                has results of other images under the names of inputs.
         """
         entries = read_results(self.output, "--resume")
         self._runs, records = self._read_records() if entries else ([], {})
         for run in self._runs:
             self._require_same_model(run)
+            self._require_shared_settings(run)
         records = {name: record for name, record in records.items() if name in entries}
         by_source = {record["source"]: record for record in records.values()}
         sources, names = {item.source for item in inputs}, {item.name for item in inputs}
@@ -101,6 +104,19 @@ class ResumableResults:
             f"--resume: {self.output} was made by another model, {model}; pass that --model, another --output, or "
             "--overwrite to replace it"
         )
+
+    def _require_shared_settings(self, run: Mapping[str, Any]) -> None:
+        for name in self._shared:
+            then, here = run["settings"].get(name), self._run["settings"][name]
+            if then is not None and then != here:
+                raise UserError(
+                    f"--resume: {self.output} has scores with {name} {then!s:.12}, here {here!s:.12}, which cannot be "
+                    "compared; give those of then, pass another --output, or --overwrite to replace it"
+                )
+
+    def revise(self, change: Callable[[Any], Any]) -> None:
+        """Replaces each kept result by `change(result)`."""
+        self._entries = {name: change(entry) for name, entry in self._entries.items()}
 
     def notes(self) -> list[str]:
         """A sentence for each run with other settings whose results are kept."""

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             results.add({name: row if isinstance(entries[name], list) else row[0] for name, row in scored.items()})
             found += [score for row in scored.values() for score in row]
             summary.done += len(scored)
-            summary.advance(len(scored))
+            summary.advance(len(batch.inputs))  # also those whose scores failed
     scorer.print_notes()
     if found:
         better = sum(score > 0 for score in found)

@@ -75,12 +75,13 @@ class BatchScorer:
         return scores
 
     def print_notes(self) -> None:
-        """Says on standard error how many captions were longer than the text encoder reads."""
+        """Says on standard error how many captions were split or cut because of the text encoder's positions."""
         if not self._counts["split"] and not self._counts["cut"]:
             return
         positions = self.scorer.model.config.num_text_positions
         print(
-            f"note: the text encoder reads {positions} tokens at once: {self._counts['split']} longer captions are "
-            f"scored sentence by sentence, and {self._counts['cut']} sentences are cut",
+            f"note: the text encoder reads {positions} tokens at once: {self._counts['split']} captions, which are "
+            f"longer or of an image with a longer one, are scored sentence by sentence, and {self._counts['cut']} "
+            "sentences are cut",
             file=sys.stderr,
         )

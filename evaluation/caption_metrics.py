@@ -80,7 +80,10 @@ def _ngrams(words: Sequence[str], orders: Sequence[int] = range(1, CIDER_ORDER +
 
 
 class Bleu:
-    """BLEU-1 to BLEU-4 of a corpus, by torchmetrics. Keeps the counts of each caption, which can be resampled."""
+    """BLEU-1 to BLEU-4 of a corpus, by torchmetrics. Keeps the counts of each caption, which can be resampled.
+
+    Of two references whose lengths are equally near, the shorter one counts, as in coco-caption.
+    """
 
     def __init__(self, captions: Sequence[str], references: References):
         _check(captions, references)
@@ -88,7 +91,10 @@ class Bleu:
         rows = []
         for caption, texts in zip(captions, references, strict=True):
             matches, total = torch.zeros(4), torch.zeros(4)
-            lengths = update([caption], [texts], matches, total, torch.tensor(0.0), torch.tensor(0.0), 4, tokenize)
+            shortest_first = sorted(texts, key=lambda text: len(tokenize(text)))  # of two equally near, it counts
+            lengths = update(
+                [caption], [shortest_first], matches, total, torch.tensor(0.0), torch.tensor(0.0), 4, tokenize
+            )
             rows.append(torch.cat([matches, total, torch.stack(lengths)]))
         self.counts = torch.stack(rows).double()  # (N, 10): matches and totals of 1 to 4 words, and two lengths
 
@@ -150,6 +156,7 @@ def bert_score(
     model: str,
     num_layers: int | None = None,
     batch_size: int = 64,
+    device: str = "cpu",
 ) -> list[float]:
     """BERTScore F1 of each caption with its best reference, as the package bert-score computes it without rescaling.
 
@@ -159,31 +166,41 @@ def bert_score(
     Args:
         model: Folder or Hub repo id of a text encoder, such as roberta-large.
         num_layers: The layer whose states are compared (17 of roberta-large); by default the last.
+        batch_size: Images whose captions are compared at once, and texts in a batch of the encoder.
 
     Raises:
         OSError: If the model cannot be loaded.
         ValueError: If it has fewer layers.
     """
     _check(captions, references)
-    encoder, tokenizer = AutoModel.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    encoder = AutoModel.from_pretrained(model).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
     layers = encoder.config.num_hidden_layers
     if num_layers is not None and not 0 < num_layers <= layers:
         raise ValueError(f"{model} has {layers} layers, so there is no layer {num_layers}")
-    texts = list(dict.fromkeys([*captions, *(text for one in references for text in one)]))
-    states: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    scores: list[float] = []
+    for start in range(0, len(captions), batch_size):
+        pairs = list(zip(captions[start : start + batch_size], references[start : start + batch_size], strict=True))
+        texts = list(dict.fromkeys(text for caption, one in pairs for text in (caption, *one)))
+        states = _token_states(texts, encoder, tokenizer, layers if num_layers is None else num_layers, batch_size)
+        scores += [max(greedy_match(*states[caption], *states[text]) for text in one) for caption, one in pairs]
+    return scores
+
+
+def _token_states(
+    texts: Sequence[str], encoder: Any, tokenizer: Any, layer: int, batch_size: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of each text the states `(T, width)` of its tokens in a layer, and their weights `(T,)`, 0 for special ones."""
+    states = {}
     for start in range(0, len(texts), batch_size):
-        batch = texts[start : start + batch_size]
+        batch = list(texts[start : start + batch_size])
         inputs = tokenizer(batch, padding=True, truncation=True, return_special_tokens_mask=True, return_tensors="pt")
+        inputs = inputs.to(encoder.device)
         special = inputs.pop("special_tokens_mask")  # (B, T): also of padding
-        hidden = encoder(**inputs, output_hidden_states=True).hidden_states[
-            layers if num_layers is None else num_layers
-        ]
+        hidden = encoder(**inputs, output_hidden_states=True).hidden_states[layer]
         for text, state, mask, weights in zip(batch, hidden, inputs.attention_mask.bool(), 1 - special, strict=True):
             states[text] = state[mask], weights[mask].float()
-    return [
-        max(greedy_match(*states[caption], *states[text]) for text in one)
-        for caption, one in zip(captions, references, strict=True)
-    ]
+    return states
 
 
 def greedy_match(
@@ -298,10 +315,16 @@ def chair_scores(counts: torch.Tensor) -> dict[str, float]:
 
 
 def _forms(word: str) -> list[str]:
-    """A word and its regular plural."""
+    """A word and its regular plurals: also those in -ies, -oes and -ves."""
     if re.search(r"(s|x|z|ch|sh)$", word):
         return [word, word + "es"]
-    return [word, word[:-1] + "ies"] if re.search(r"[^aeiou]y$", word) else [word, word + "s"]
+    if re.search(r"[^aeiou]y$", word):
+        return [word, word[:-1] + "ies"]
+    if re.search(r"[^aeiou]o$", word):  # potatoes, pianos
+        return [word, word + "es", word + "s"]
+    if ending := re.search(r"(?:(?<=i)fe|(?<=[lr])f|(?<=ea|oa|ie|oo)f)$", word):  # knives, shelves, leaves; roofs
+        return [word, word[: ending.start()] + "ves", word + "s"]
+    return [word, word + "s"]
 
 
 def lengths(captions: Sequence[str]) -> list[float]:

@@ -12,6 +12,7 @@ import torch
 
 from . import caption_metrics as cm
 from .features import AutoModelFeatures
+from .matching import match_names
 from .results import BOOTSTRAP_SAMPLES, corpus_figure, figure, mean_figure
 
 
@@ -44,6 +45,8 @@ def evaluate_captions(
     tokenizer: Any = None,
     max_new_tokens: int = 300,
     samples: int = BOOTSTRAP_SAMPLES,
+    batch_size: int = 64,
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], list[str]]:
     """All figures that can be computed from what is given, and notes.
 
@@ -52,6 +55,7 @@ def evaluate_captions(
         bert_model: For BERTScore, with `bert_layers`, see `caption_metrics.bert_score`.
         tokenizer: Of the model that wrote the captions, with at most `max_new_tokens`, for the share that ended.
         samples: Resamplings for the intervals; 0 for none.
+        batch_size, device: Of BERTScore's model.
 
     Raises:
         ImportError: If the extra vlv[eval] is not installed.
@@ -71,7 +75,8 @@ def evaluate_captions(
         means["meteor"] = cm.meteor_name(), cm.meteor(captions, given.references)
         if bert_model:
             label = f"BERTScore F1 ({bert_model}, layer {bert_layers or 'last'})"
-            means["bert_score"] = label, cm.bert_score(captions, given.references, bert_model, bert_layers)
+            scores = cm.bert_score(captions, given.references, bert_model, bert_layers, batch_size, device)
+            means["bert_score"] = label, scores
         if count == 1:
             notes.append("CIDEr-D of one image is 0: its words are weighted by how few images have them")
     if clip is not None and given.images is not None:
@@ -164,24 +169,13 @@ def _read(path: str | os.PathLike) -> Any:
 
 
 def entries_of(names: Sequence[str], entries: Mapping[str, Any], source: str) -> list[Any]:
-    """The entry of each image, by its name, or by its name without folders and suffix.
+    """The entry of each image, as `match_names` finds it.
 
     Raises:
-        ValueError: If an image has none, or two have the same short name.
+        ValueError: If an image has none or could have two, or an entry belongs to two images.
     """
-    short: dict[str, list[str]] = {}
-    for name in entries:
-        short.setdefault(Path(name).stem, []).append(name)
-    found, missing = [], []
-    for name in names:
-        candidates = [name] if name in entries else short.get(Path(name).stem, [])
-        if len(candidates) > 1:
-            raise ValueError(f"{source}: {name!r} could be {candidates[0]!r} or {candidates[1]!r}; use the same names")
-        if candidates:
-            found.append(entries[candidates[0]])
-        else:
-            missing.append(name)
-    if missing:
+    matches = match_names(names, entries, source)
+    if missing := [name for name in names if name not in matches]:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise ValueError(f"{source} has no entry for {len(missing)} of {len(names)} images: {shown}")
-    return found
+    return [entries[matches[name]] for name in names]

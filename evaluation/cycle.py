@@ -4,12 +4,18 @@ The paper's Table 1 is this protocol with Stable Diffusion 3.5 Medium, 30,000 im
 """
 
 import hashlib
+import inspect
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vlv.files import write_atomically, write_json
 
@@ -22,12 +28,15 @@ from .image_sets import (
     cosine_similarities,
     extract_statistics,
     pair_figures,
+    require_packages,
 )
 from .markdown import markdown_table
 from .results import package_versions
 
 PAPER_FID = {1.0: 11.47, 2.0: 6.64, 3.0: 8.56, 4.0: 9.90}
 """FID of VLV's captions in the paper's Table 1, by guidance scale."""
+STEM_BYTES = 100  # of an image's name in that of a generated image; file systems take 255 bytes
+CUT_BY = "prompt cut by"  # of a generated image, in its file: what read only the beginning of its caption
 RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
 
 
@@ -67,12 +76,20 @@ class CycleConfig:
         for name in ("captions", "images", "text_to_image", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing")
-        self.guidance = [float(scale) for scale in self.guidance]
-        if not self.guidance or min(self.guidance) < 0:
-            raise ValueError(f"guidance must be one or more scales of at least 0, not {self.guidance}")
+        scales = self.guidance if isinstance(self.guidance, list) else [self.guidance]
+        try:
+            self.guidance = [float(scale) for scale in scales]
+        except (TypeError, ValueError):
+            self.guidance = []
+        if not self.guidance or not all(0 <= scale < math.inf for scale in self.guidance):
+            raise ValueError(f"guidance must be one or more scales of at least 0, not {scales}")
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.bootstrap < 0:
+            raise ValueError(f"bootstrap must be at least 0, not {self.bootstrap}")
+        if isinstance(self.pair_metrics, str):
+            self.pair_metrics = [self.pair_metrics]
         if unknown := set(self.pair_metrics) - set(PAIR_METRICS):
             raise ValueError(f"pair_metrics are {', '.join(PAIR_METRICS)}, not {', '.join(sorted(unknown))}")
 
@@ -91,7 +108,8 @@ class ImageStore:
     def path(self, name: str, caption: str, guidance: float) -> Path:
         """The file of an image."""
         digest = hashlib.blake2b(f"{name}\n{caption}".encode(), digest_size=8).hexdigest()
-        return self.folder / f"guidance-{guidance:g}" / f"{Path(name).stem[:100]}-{digest}-seed-{self.seed}.png"
+        stem = Path(name).stem.encode()[:STEM_BYTES].decode(errors="ignore")
+        return self.folder / f"guidance-{guidance:g}" / f"{stem}-{digest}-seed-{self.seed}.png"
 
     def noise_seed(self, name: str) -> int:
         """The seed of an image's noise, which is the same for all guidance scales and depends on nothing else."""
@@ -130,7 +148,8 @@ def generate_missing(
     size = {} if config.image_size is None else {"height": config.image_size, "width": config.image_size}
     for start in range(0, len(missing), config.batch_size):
         batch = missing[start : start + config.batch_size]
-        images = load_pipeline()(
+        pipeline = load_pipeline()
+        images = pipeline(
             [captions[name] for name in batch],
             guidance_scale=guidance,
             num_inference_steps=config.num_inference_steps,
@@ -138,9 +157,46 @@ def generate_missing(
             **size,
         ).images
         for name, image in zip(batch, images, strict=True):
-            write_atomically(files[name], image.save)
+            write_atomically(files[name], partial(image.save, pnginfo=_prompt_info(pipeline, captions[name])))
         advance(len(batch))
     return list(files.values())
+
+
+def _prompt_info(pipeline: Any, prompt: str) -> PngInfo:
+    """What a generated image's file says of its prompt."""
+    info = PngInfo()
+    if cut := tokenizers_that_cut(pipeline, prompt):
+        info.add_text(CUT_BY, " and ".join(cut))
+    return info
+
+
+def tokenizers_that_cut(pipeline: Any, prompt: str) -> list[str]:
+    """The tokenizers of a text-to-image pipeline that read only the beginning of a prompt, with their limits."""
+    settings = inspect.signature(pipeline.__call__).parameters
+    length = getattr(settings.get("max_sequence_length"), "default", None)  # of encoders other than CLIP
+    found = []
+    for number in ("", "_2", "_3"):
+        tokenizer, encoder = (getattr(pipeline, f"{part}{number}", None) for part in ("tokenizer", "text_encoder"))
+        if tokenizer is None or encoder is None:
+            continue
+        limit = tokenizer.model_max_length
+        if isinstance(length, int) and "clip" not in encoder.config.model_type:
+            limit = min(limit, length)
+        if len(tokenizer(prompt, verbose=False).input_ids) > limit:
+            found.append(f"tokenizer{number} ({limit} tokens)")
+    return found
+
+
+def cut_notes(files: Sequence[Path]) -> list[str]:
+    """Notes on how many generated images are of prompts that were cut."""
+    cut: Counter[str | None] = Counter()
+    for file in files:
+        with Image.open(file) as image:
+            cut[image.info.get(CUT_BY)] += 1
+    return [
+        f"{which} of the text-to-image model cut {count} of {len(files)} captions: their ends are not in the images"
+        for which, count in sorted((which, count) for which, count in cut.items() if which is not None)
+    ]
 
 
 def run_cycle(
@@ -164,7 +220,11 @@ def run_cycle(
 
     Returns:
         What `results.json` holds: `metrics` by guidance, `notes`, `config` and `versions`.
+
+    Raises:
+        ImportError: If the package of a pair metric is not installed.
     """
+    require_packages(config.pair_metrics)
     folder = Path(config.output_dir)
     store = ImageStore(generation_folder(config, model_fingerprint), config)
     compared = extractor.fingerprint + fingerprint_images(originals)
@@ -191,7 +251,7 @@ def run_cycle(
             values |= compare_pairs(zip(files, originals, strict=True), others, device)
         pairs, more = pair_figures(values, config.bootstrap)
         results["metrics"][f"{guidance:g}"] = figures | pairs
-        results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *more]))
+        results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *more, *cut_notes(files)]))
         write_json(folder / RESULTS_FILE, results)
     write_atomically(folder / TABLE_FILE, lambda path: path.write_text(cycle_table(results) + "\n", encoding="utf-8"))
     return results

@@ -48,7 +48,8 @@ def kernel_distance(
 ) -> float:
     """The unbiased squared MMD with the kernel `(x·y / width + 1)³`: KID, on Inception features.
 
-    The mean over random subsets of both sets, as published; of all features at once where both fit into one subset.
+    The mean over random subsets of both sets, as published, each at most as large as the smaller set. Sets with the
+    same number of images, at most `subset_size`, are compared at once.
 
     Args:
         first: Features `(N, width)`.

@@ -123,8 +123,11 @@ class AutoModelFeatures:
         return _pooled(self.model(**inputs))
 
     @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> tuple[torch.Tensor, list[bool]]:
         """Text embeddings `(N, width)` float32 on the CPU, and of each text whether it was cut at the model's limit.
+
+        Args:
+            batch_size: Texts in a batch.
 
         Raises:
             ValueError: If the model embeds no texts.
@@ -134,11 +137,13 @@ class AutoModelFeatures:
         if self._tokenizer is None:
             self._tokenizer = AutoTokenizer.from_pretrained(self.source, **self.settings)
         limit = self.model.config.get_text_config().max_position_embeddings
+        settings = {"padding": "max_length", "truncation": True, "max_length": limit, "return_tensors": "pt"}
+        embeds = []
+        for start in range(0, len(texts), batch_size):
+            inputs = self._tokenizer(list(texts[start : start + batch_size]), **settings).to(self.model.device)
+            embeds.append(_pooled(self.model.get_text_features(**inputs)))
         lengths = [len(ids) for ids in self._tokenizer(list(texts)).input_ids]
-        inputs = self._tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
-        ).to(self.model.device)
-        return _pooled(self.model.get_text_features(**inputs)), [length > limit for length in lengths]
+        return torch.cat(embeds), [length > limit for length in lengths]
 
 
 def _pooled(outputs: Any) -> torch.Tensor:
@@ -155,6 +160,7 @@ class InceptionFeatures:
     Args:
         resize: How images get 299 x 299 pixels, which FID depends on: `"pytorch-fid"` bilinear without antialiasing;
             `"clean-fid"` bicubic with antialiasing, by Pillow, without rounding; `"torch-fidelity"` as TensorFlow 1.
+            The pixels are then scaled as that package does, see `scale_for_inception`.
         weights: The file of weights. By default torch-fidelity's in torch.hub's cache.
 
     Raises:
@@ -181,7 +187,7 @@ class InceptionFeatures:
         self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
         self.network.to(device).eval()
         self.name = f"Inception-v3, 2048 features, resized as {resize}"
-        self.fingerprint = f"{hub.fingerprint(path)}/{resize}"
+        self.fingerprint = f"{hub.fingerprint(path)}/{resize}" + ("/255" if resize == "pytorch-fid" else "")
 
     @torch.no_grad()
     def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -189,7 +195,8 @@ class InceptionFeatures:
         pixels = torch.cat([resize_for_inception(image, self.resize) for image in images]).to(self.device)
         # torch-fidelity's forward takes only uint8, which would round the resized pixels: its first layer gets them.
         network: Any = self.network
-        hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: ((pixels - 128) / 128,))
+        scaled = scale_for_inception(pixels, self.resize)
+        hook = network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (scaled,))
         try:
             features = network(pixels.round().to(torch.uint8))[0]
         finally:
@@ -217,6 +224,11 @@ def resize_for_inception(image: torch.Tensor, resize: Resize) -> torch.Tensor:
         module = require("torch_fidelity.interpolate_compat_tensorflow", "pip install torch-fidelity")
         return module.interpolate_bilinear_2d_like_tensorflow1x(pixels, size=size, align_corners=False)
     raise ValueError(f"Inception's images are resized as pytorch-fid, clean-fid or torch-fidelity, not {resize!r}")
+
+
+def scale_for_inception(pixels: torch.Tensor, resize: Resize) -> torch.Tensor:
+    """Pixels in 0..255 as the network's input: from -1 to 1 in pytorch-fid, `(x - 128) / 128` in the other two."""
+    return pixels * 2 / 255 - 1 if resize == "pytorch-fid" else (pixels - 128) / 128
 
 
 def _hub_checkpoints() -> Path:

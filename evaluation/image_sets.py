@@ -1,7 +1,6 @@
 """Compares a set of generated images with a set of reference images: by their features, and pair by pair."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from .distances import SUBSET_SIZE, distance_interval, frechet_distance, gaussian_mmd, kernel_distance, rank_note
-from .features import FeatureExtractor, fingerprint_images, load_rgb
+from .features import FeatureExtractor, fingerprint_images, load_rgb, require
 from .image_similarity import image_metrics, perceptual_distance
+from .matching import match_names
 from .results import figure, mean_figure
 from .statistics import FeatureStatistics, gather_statistics, process_shard
 
@@ -66,6 +66,11 @@ def cached_statistics(
     """
     if file is None:
         return extract_statistics(paths, extractor, **settings)
+    if file.suffix == ".npz" and getattr(extractor, "resize", None) != "pytorch-fid":
+        raise ValueError(
+            f"{file}: the statistics of pytorch-fid are of Inception's features of images resized as pytorch-fid, not "
+            f"of {extractor.name}; pass --features inception --resize pytorch-fid, or a .safetensors file"
+        )
     fingerprint = fingerprint_images(paths) if paths else None
     if file.exists() or fingerprint is None:
         return FeatureStatistics.load(file, extractor=extractor.fingerprint, fingerprint=fingerprint)
@@ -127,25 +132,25 @@ def _frechet_of_features(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def match_pairs(generated: Mapping[str, Path], reference: Mapping[str, Path]) -> list[tuple[str, str]]:
-    """The names of images that belong together: equal, or equal without their suffixes.
+    """The names of images that belong together, as `match_names` finds them.
 
     Args:
         generated: Files by name.
         reference: Like `generated`.
+
+    Raises:
+        ValueError: If an image could have two references, or a reference belongs to two images.
     """
-    by_stem = {_stem(name): name for name in reference}
-    unique = Counter(_stem(name) for name in reference)
-    pairs = []
-    for name in generated:
-        if name in reference:
-            pairs.append((name, name))
-        elif unique[_stem(name)] == 1:
-            pairs.append((name, by_stem[_stem(name)]))
-    return pairs
+    return list(match_names(generated, reference, "the reference images").items())
 
 
-def _stem(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
+def require_packages(metrics: Iterable[str]) -> None:
+    """Raises `ImportError` if the package of a pair metric is not installed."""
+    for name in metrics:
+        if name in ("psnr", "ssim"):
+            require("torchmetrics")
+        elif name in ("lpips", "dreamsim"):
+            require(name, f"pip install {name}")
 
 
 def compare_pairs(
@@ -160,7 +165,7 @@ def compare_pairs(
 
     Raises:
         ImportError: If the package of a metric is not installed.
-        ValueError: If an image cannot be read.
+        ValueError: If an image cannot be read, or is too small for a metric.
     """
     perceptual = {name: perceptual_distance(name, device) for name in metrics if name in ("lpips", "dreamsim")}
     values: dict[str, list[float]] = {name: [] for name in metrics}
@@ -169,7 +174,12 @@ def compare_pairs(
         if picture.shape != target.shape:
             size = (target.shape[1], target.shape[2])
             picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-        found = image_metrics(picture, target) if {"psnr", "ssim"} & set(metrics) else {}
+        found = {}
+        if simple := {"psnr", "ssim"} & set(metrics):
+            try:
+                found = image_metrics(picture, target, list(simple))
+            except ValueError as error:
+                raise ValueError(f"{original}: {error}") from error
         found |= {name: distance(picture, target) for name, distance in perceptual.items()}
         for name in metrics:
             values[name].append(found[name])

@@ -1,6 +1,6 @@
 """Similarity of an image and its original (PSNR, SSIM, LPIPS, DreamSim), and of two sets that arrive in batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,25 +12,39 @@ from .statistics import FeatureStatistics
 MIN_IMAGES_FOR_FID = 2048
 """The width of Inception features. The covariance of fewer images does not have full rank."""
 
+MIN_SSIM_SIZE = 6
+"""The padding of SSIM's window of 11 pixels is 5, and has to be smaller than the image."""
 
-def image_metrics(image: torch.Tensor, original: torch.Tensor) -> dict[str, float]:
+
+def image_metrics(
+    image: torch.Tensor, original: torch.Tensor, metrics: Sequence[str] = ("psnr", "ssim")
+) -> dict[str, float]:
     """`psnr` in dB and `ssim` of one image against its original.
 
     Args:
         image: `(3, H, W)` float in 0..1.
         original: Like `image`.
+        metrics: Which of the two.
 
     Raises:
         ImportError: If torchmetrics is not installed.
-        ValueError: If the shapes differ or are not `(3, H, W)`.
+        ValueError: If the shapes differ or are not `(3, H, W)`, or the images are too small for SSIM.
     """
     if image.shape != original.shape or image.ndim != 3:
         raise ValueError(f"expected two (3, H, W) images, got {tuple(image.shape)} and {tuple(original.shape)}")
     functional = require("torchmetrics").functional.image
     pair = image[None].float(), original[None].float()
-    psnr = functional.peak_signal_noise_ratio(*pair, data_range=1.0)
-    ssim = functional.structural_similarity_index_measure(*pair, data_range=1.0)
-    return {"psnr": round(psnr.item(), 4), "ssim": round(ssim.item(), 4)}
+    found = {}
+    if "psnr" in metrics:
+        found["psnr"] = functional.peak_signal_noise_ratio(*pair, data_range=1.0)
+    if "ssim" in metrics:
+        height, width = image.shape[1:]
+        if min(height, width) < MIN_SSIM_SIZE:
+            raise ValueError(
+                f"SSIM needs images of at least {MIN_SSIM_SIZE} x {MIN_SSIM_SIZE} pixels, got {width} x {height}"
+            )
+        found["ssim"] = functional.structural_similarity_index_measure(*pair, data_range=1.0)
+    return {name: round(value.item(), 4) for name, value in found.items()}
 
 
 def perceptual_distance(

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from vlv import VLVForConditionalGeneration, VLVProcessor, hub
+from vlv.modeling_vlv import TEXT_ENCODERS
 from vlv.pipelines import (
     ReconstructionPipeline,
     VLVReconstructionPipeline,
@@ -113,8 +114,7 @@ def teacher_pipeline(pipeline: ReconstructionPipeline) -> DiffusionPipeline:
             pipeline.vae, pipeline.encoder.text_encoder, pipeline.unet, pipeline.tokenizer, pipeline.scheduler
         )
     teacher = pipeline.text_to_image
-    encoders = pipeline.encoder.text_encoders
-    teacher.register_modules(text_encoder=encoders[0], text_encoder_2=encoders[1])
+    teacher.register_modules(**dict(zip(TEXT_ENCODERS, pipeline.encoder.text_encoders, strict=False)))
     return teacher
 
 

@@ -29,8 +29,7 @@ IMAGE_SIZE = 64
 def photo_crops(folder: Path, crops: int = CROPS) -> torch.Tensor:
     """Random square crops, `(N, 3, 64, 64)` uint8, of the images of a folder, from a third of the shorter side up."""
     squares = []
-    paths = [path for path, problem in walk_images(folder) if problem is None]
-    for number, path in enumerate(paths):
+    for number, path in enumerate(_readable_images(folder)):
         photo, rng = Image.open(path).convert("RGB"), random.Random(number)
         for _ in range(crops):
             side = rng.uniform(1 / 3, 1) * min(photo.size)
@@ -38,6 +37,10 @@ def photo_crops(folder: Path, crops: int = CROPS) -> torch.Tensor:
             box = (left, top, left + side, top + side)
             squares.append(photo.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=box))
     return to_pixels(squares)
+
+
+def _readable_images(folder: Path) -> list[Path]:
+    return [path for path, problem in walk_images(folder) if problem is None]
 
 
 def area_under_roc(high: torch.Tensor, low: torch.Tensor) -> float:
@@ -101,6 +104,20 @@ def table(found: Sequence[tuple[str, torch.Tensor]]) -> tuple[str, float]:
     return markdown_table(header, rows), threshold
 
 
+def present_sources(photos: Path, noto: Path) -> dict[str, Path | None]:
+    """`photos` and `noto` as `measure` takes them: None, with a printed line, where there are no images."""
+    problems = {
+        "photos": None if photos.exists() and _readable_images(photos) else "has no images",
+        "noto": None if noto.exists() else "does not exist",
+    }
+    present: dict[str, Path | None] = {}
+    for name, path in (("photos", photos), ("noto", noto)):
+        present[name] = path if problems[name] is None else None
+        if problems[name] is not None:
+            print(f"{path} {problems[name]}: its images are left out (--{name})")
+    return present
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.score_alarm", description=__doc__)
     parser.add_argument("model", help="folder of a miniature")
@@ -110,11 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--noto", type=Path, default=FONT, help=f"the font Noto Color Emoji (default: {FONT})")
     arguments = parser.parse_args()
-    present = {}
-    for name, path in (("photos", arguments.photos), ("noto", arguments.noto)):
-        present[name] = path if path.exists() else None
-        if present[name] is None:
-            print(f"{path} does not exist: its images are left out (--{name})")
+    present = present_sources(photos=arguments.photos, noto=arguments.noto)
     _, scorer = load_scorer(arguments.model)
     captioner, processor = hub.load_captioner(arguments.model)
     text, threshold = table(list(measure(scorer, captioner, processor, arguments.scenes, **present)))

@@ -32,7 +32,7 @@ class CaptionScores:
             no words.
         losses: `(N, G)`, float32: the mean denoising loss under each caption.
         unconditional_losses: `(N, 1)`, float32: that under no words.
-        num_texts: `(N, G)`, int64: the sentences that a caption was split into; 1 for a caption that fits.
+        num_texts: `(N, G)`, int64: the sentences that a caption was split into; 1 where all captions of the image fit.
         num_cut: `(N, G)`, int64: those of them that are too long for the text encoder, so that their end is not read.
     """
 
@@ -51,9 +51,10 @@ class DiffusionScorer:
     denoiser. The timesteps are the middles of `num_pairs` equal parts of `timestep_range`, the same for all images.
     The noise depends on `seed` and on the image's own seed, and not on the captions or the batch.
 
-    A caption that is longer than a text encoder's positions is split into sentences. Each sentence is scored on its
-    own against the same latents, and the caption's loss is the mean of theirs. A sentence that is too long by itself
-    is cut at the last position.
+    If a caption is longer than a text encoder's positions, it and the other captions of its image are split into
+    sentences, since scores of whole captions and of sentences cannot be compared. Each sentence is scored on its own
+    against the same latents, and the caption's loss is the mean of theirs. A sentence that is too long by itself is
+    cut at the last position.
 
     Args:
         model: Holds the text encoders.
@@ -176,7 +177,7 @@ class DiffusionScorer:
             raise ValueError(f"image {empty} has no captions; give at least one, or leave the image out")
         if len(counts) != 1:
             raise ValueError(f"images have {counts} captions; score those with the same number together")
-        parts = [[self.split_caption(text) for text in texts] for texts in captions]  # sentences of each caption
+        parts = [self.split_captions(texts) for texts in captions]  # sentences of each caption
         texts = [dict.fromkeys([NO_WORDS, *(s for own in row for s in own)]) for row in parts]  # of each image, once
         losses = self._losses(latents, [list(row) for row in texts], seeds)
         own = [dict(zip(row, values, strict=True)) for row, values in zip(texts, losses, strict=True)]
@@ -207,11 +208,14 @@ class DiffusionScorer:
             len(tokenizer(text, verbose=False).input_ids) <= positions for tokenizer in self.tokenizers.values()
         )
 
-    def split_caption(self, caption: str) -> list[str]:
-        """The texts that a caption is scored as: itself where it fits, otherwise its sentences."""
-        if self.fits(caption):
-            return [caption]
-        return [sentence for part in _SENTENCE_END.split(caption) if (sentence := part.strip())] or [caption]
+    def split_captions(self, captions: Sequence[str]) -> list[list[str]]:
+        """The texts that each caption of an image is scored as: itself where all fit, otherwise its sentences."""
+        if all(map(self.fits, captions)):
+            return [[caption] for caption in captions]
+        return [
+            [sentence for part in _SENTENCE_END.split(caption) if (sentence := part.strip())] or [caption]
+            for caption in captions
+        ]
 
     def _losses(
         self, latents: torch.Tensor, texts: Sequence[Sequence[str | None]], seeds: Sequence[int]

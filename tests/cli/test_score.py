@@ -1,7 +1,9 @@
 """`vlv score`, and captions that `vlv caption` chooses and marks by their score."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,7 +77,10 @@ def test_long_captions_are_counted(model_folder, photos, tmp_path, capsys):
         "2.png": "a cat",
     }
     assert score(model_folder, tmp_path / "s.json", photos, "--captions", write(tmp_path, captions)) == 0
-    said = "reads 12 tokens at once: 1 longer captions are scored sentence by sentence, and 1 sentences are cut"
+    said = (
+        "reads 12 tokens at once: 1 captions, which are longer or of an image with a longer one, are scored "
+        "sentence by sentence, and 1 sentences are cut"
+    )
     assert said in capsys.readouterr().err
 
 
@@ -93,7 +98,12 @@ def test_score_refuses_what_it_cannot_use(model_folder, stage1_checkpoint, photo
     assert not (tmp_path / "s.json").exists()
 
 
-def test_a_loss_that_is_not_finite_fails_its_image(model_folder, photos, tmp_path, capsys):
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_loss_that_is_not_finite_fails_its_image(model_folder, photos, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(model_folder, tmp_path / "vlv")
     (weights,) = (folder / "unet").glob("*.safetensors")
     tensors = load_file(weights)
@@ -103,6 +113,10 @@ def test_a_loss_that_is_not_finite_fails_its_image(model_folder, photos, tmp_pat
     assert json.loads((tmp_path / "c.json").read_text()) == {}
     stderr = capsys.readouterr().err
     assert all(f"cannot score the captions of {name}: the loss is not finite" in stderr for name in NAMES)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal := Terminal())
+        assert score(folder, tmp_path / "s.json", photos, "--captions", write(tmp_path, CAPTIONS)) == 1
+    assert "100%" in terminal.getvalue() and "| 3/3 [" in terminal.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +191,36 @@ def test_resume_goes_on_with_the_same_form_and_names_other_settings(model_folder
     assert json.loads(output.read_text()) == found
 
 
+def test_scores_of_another_text_to_image_model_or_number_of_pairs_are_not_mixed(
+    model_folder, photos, tmp_path, capsys
+):
+    folder, output = shutil.copytree(model_folder, tmp_path / "vlv"), tmp_path / "c.json"
+    marks = ["--confidence", "--min-score", 0.1]
+    assert caption(folder, output, photos / "0.png", *marks, "--num-pairs", 1) == 0
+    written = output.read_bytes()
+    assert caption(folder, output, photos, *marks, "--num-pairs", 2, "--resume") == 2
+    assert "has scores with num_pairs 1, here 2, which cannot be compared" in capsys.readouterr().err
+    (weights,) = (folder / "unet").glob("*.safetensors")
+    save_file({k: 2 * v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert caption(folder, output, photos, *marks, "--num-pairs", 1, "--resume") == 2
+    assert "has scores with text_to_image " in capsys.readouterr().err
+    assert output.read_bytes() == written
+
+
+def test_resume_marks_the_kept_captions_by_the_new_min_score(model_folder, photos, tmp_path, capsys):
+    output, marks = tmp_path / "c.json", ["--confidence", "--num-pairs", 1]
+    assert caption(model_folder, output, photos / "0.png", *marks, "--min-score", 9) == 0
+    assert not json.loads(output.read_text())["0.png"]["confident"] and "note:" not in capsys.readouterr().err
+    assert caption(model_folder, output, photos / "0.png", *marks, "--min-score", -9, "--resume") == 0
+    assert json.loads(output.read_text())["0.png"]["confident"]
+
+
+def test_the_default_min_score_of_another_model_has_a_note(model_folder, photos, tmp_path, capsys):
+    assert caption(model_folder, tmp_path / "c.json", photos / "0.png", "--confidence", "--num-pairs", 1) == 0
+    said = "note: the default --min-score, 0.08, was measured for the embedded miniature with --num-pairs 4"
+    assert said in capsys.readouterr().err
+
+
 def test_a_file_of_captions_in_any_form_is_text_for_the_sheet(tmp_path):
     given = write(tmp_path, CAPTIONS)
     texts = {"0.png": "a small dog", "1.png": "a large apple / a cat", "2.png": "a frog"}
@@ -188,10 +232,11 @@ def test_a_file_of_captions_in_any_form_is_text_for_the_sheet(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_miniature_is_confident_of_its_captions_of_the_examples(tmp_path):
+def test_the_miniature_is_confident_of_its_captions_of_the_examples(tmp_path, capsys):
     paths = [EXAMPLES / "combo-1.png", EXAMPLES / "test-3.png"]
     output = tmp_path / "c.json"
     assert main(["caption", *map(str, paths), "--output", str(output), "--confidence", "--device", "cpu"]) == 0
+    assert "default --min-score" not in capsys.readouterr().err
     entries = json.loads(output.read_text())
     assert all(entry["confident"] for entry in entries.values())
     moved = dict(

@@ -36,6 +36,11 @@ def test_bleu_is_that_of_coco_caption():
     assert [bleu.score(order) for order in (1, 2, 3, 4)] == pytest.approx(COCO_BLEU, abs=1e-6)
 
 
+@pytest.mark.parametrize("references", [["a b c d e", "a b c"], ["a b c", "a b c d e"]])
+def test_of_two_references_equally_near_in_length_bleu_takes_the_shorter(references):
+    assert cm.Bleu(["a b c d"], [references]).score(1) == pytest.approx(1)  # no penalty for brevity
+
+
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_with_the_best_reference():
     # "a dog on grass" is a subsequence of the caption: precision 4/6, recall 1
     assert cm.rouge_l(CAPTIONS[:1], REFERENCES[:1]) == pytest.approx([0.8])
@@ -71,6 +76,9 @@ def test_bert_score_of_a_caption_does_not_depend_on_the_others(bert_model):
     weights = [torch.tensor([0.0, *[1.0] * (len(state) - 2), 0.0]) for state in states]  # words count, the ends do not
     expected = cm.greedy_match(states[0], weights[0], states[1], weights[1])
     assert together[1] == pytest.approx(expected, abs=1e-6)
+    assert cm.bert_score(captions, references, str(bert_model), batch_size=1) == pytest.approx(together, abs=1e-6)
+    with pytest.raises(RuntimeError, match="meta"):  # it goes where it is told
+        cm.bert_score(captions, references, str(bert_model), device="meta")
     with pytest.raises(ValueError, match="has 2 layers, so there is no layer 3"):
         cm.bert_score(captions, references, str(bert_model), num_layers=3)
 
@@ -151,3 +159,23 @@ def test_files_that_do_not_hold_captions_or_lack_an_image_are_named(tmp_path):
         entries_of(["a.png", "b.png"], {"a.png": 1}, "r.json")
     with pytest.raises(ValueError, match=r"'a\.png' could be 'x/a\.jpg' or 'y/a\.jpg'"):
         entries_of(["a.png"], {"x/a.jpg": 1, "y/a.jpg": 2}, "r.json")
+
+
+def test_an_entry_belongs_to_one_image_and_folders_count():
+    cats, dogs = "cats/1.png", "dogs/1.png"
+    assert entries_of([cats, dogs], {"dogs/1.jpg": 2, "cats/1.jpg": 1}, "r.json") == [1, 2]
+    assert entries_of(["1.png", cats], {cats: 1, "1.jpg": 2}, "r.json") == [2, 1]
+    with pytest.raises(ValueError, match=r"r\.json: 'cats/1\.png' and 'dogs/1\.png' could both be 'cats/1\.jpg'"):
+        entries_of([cats, dogs], {"cats/1.jpg": 1}, "r.json")
+
+
+@pytest.mark.parametrize(
+    ("word", "plural"),
+    [("potato", "potatoes"), ("piano", "pianos"), ("knife", "knives"), ("shelf", "shelves"), ("roof", "roofs")],
+)
+def test_chair_recognises_regular_plurals(word, plural):
+    assert cm.Chair({word: []}).mentions(f"two {plural} and one {word}") == [word, word]
+
+
+def test_chair_takes_no_other_word_for_a_plural():
+    assert cm.Chair({"cafe": [], "chef": []}).mentions("caves and cheves") == []

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -141,3 +142,36 @@ def test_incomplete_options_are_refused(tmp_path, capsys, options, message):
     output = ["--output", str(tmp_path / "m.json")]
     assert main(["evaluate", "captions", "--captions", str(tmp_path / "c.json"), *options, *output]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "m.json").exists()
+
+
+def test_images_that_fit_two_references_are_refused_unless_the_sets_alone_are_compared(folders, tmp_path, capsys):
+    for place in ("x", "y"):
+        (tmp_path / "reference" / place).mkdir(parents=True)
+        for number in (1, 2):
+            source = folders[1] / f"{number}.png"
+            (tmp_path / "reference" / place / source.name).write_bytes(source.read_bytes())
+    arguments = ["--generated", str(folders[1]), "--reference", str(tmp_path / "reference"), "--bootstrap", "0"]
+    arguments += ["--features", "scene-classifier", "--output", str(tmp_path / "m.json")]
+    assert main(["evaluate", "images", *arguments]) == 2
+    assert "'1.png' could be 'x/1.png' or 'y/1.png'" in capsys.readouterr().err
+    assert main(["evaluate", "images", *arguments, "--pair-metrics"]) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["num_pairs"] == 0
+
+
+def test_statistics_of_pytorch_fid_are_refused_for_other_features(folders, tmp_path, capsys):
+    np.savez(tmp_path / "s.npz", mu=np.zeros(256), sigma=np.eye(256))
+    arguments = ["--generated", str(folders[0]), "--reference-statistics", str(tmp_path / "s.npz")]
+    arguments += ["--features", "scene-classifier", "--output", str(tmp_path / "m.json")]
+    assert main(["evaluate", "images", *arguments]) == 2
+    assert "s.npz: the statistics of pytorch-fid are of Inception's features" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["scene-classifier", "inception", "dinov2"])
+def test_clip_must_be_a_model_that_embeds_texts(folders, tmp_path, dinov2_model, capsys, model):
+    (tmp_path / "c.json").write_text('{"1.png": "a dog"}')
+    clip = str(dinov2_model) if model == "dinov2" else model
+    arguments = ["--captions", str(tmp_path / "c.json"), "--images", str(folders[1]), "--clip", clip]
+    assert main(["evaluate", "captions", *arguments, "--output", str(tmp_path / "m.json")]) == 2
+    stderr = capsys.readouterr().err
+    assert f"--clip {clip}" in stderr and ("embeds no texts" in stderr or model != "dinov2")
+    assert "features of images" not in stderr  # refused before they are computed

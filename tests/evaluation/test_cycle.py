@@ -1,13 +1,15 @@
 """`vlv evaluate cycle`: captions to images to figures with a small text-to-image model; an ended run goes on."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DiffusionPipeline
 
 from vlv.cli.main import main
-from vlv.evaluation.cycle import CycleConfig, ImageStore, cycle_table
+from vlv.evaluation.cycle import CycleConfig, ImageStore, cycle_table, tokenizers_that_cut
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def config(tmp_path, images, stable_diffusion, dinov2_model) -> dict:
     folder.mkdir()
     for number, image in enumerate(images[:3]):
         image.save(folder / f"{number}.jpg")
-    captions = {"0.png": "a small dog", "1.png": "a large apple", "2.png": "a cat"}
+    captions = {"0.png": "a small dog", "1.png": "a large apple", "2.png": "a cat " * 9}
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     return {
         "captions": str(tmp_path / "captions.json"),
@@ -47,6 +49,8 @@ def test_a_cycle_measures_each_guidance_and_goes_on_where_it_ended(config, tmp_p
     results = json.loads((tmp_path / "cycle" / "results.json").read_text())
     assert set(results["metrics"]) == {"1", "4"} and results["num_images"] == 3
     assert {"frechet_distance", "gaussian_mmd", "cosine"} <= set(results["metrics"]["1"])
+    cut = "tokenizer (12 tokens) of the text-to-image model cut 1 of 3 captions: their ends are not in the images"
+    assert results["notes"].count(cut) == 1
     assert results["metrics"]["1"] != results["metrics"]["4"] and results["config"]["seed"] == 42
     table = (tmp_path / "cycle" / "results.md").read_text()
     assert table.startswith("| metric | guidance 1 | guidance 4 |") and table.strip() in capsys.readouterr().out
@@ -62,7 +66,8 @@ def test_a_cycle_measures_each_guidance_and_goes_on_where_it_ended(config, tmp_p
     captions = json.loads(Path(config["captions"]).read_text())
     Path(config["captions"]).write_text(json.dumps(dict(list(captions.items())[:2])))
     assert run(config, tmp_path) == 0  # of fewer images
-    assert json.loads((tmp_path / "cycle" / "results.json").read_text())["num_images"] == 2
+    fewer = json.loads((tmp_path / "cycle" / "results.json").read_text())
+    assert fewer["num_images"] == 2 and not any(" cut " in note for note in fewer["notes"])
 
 
 def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_path):
@@ -85,6 +90,10 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
     [
         ({"captions": ""}, "captions is missing"),
         ({"guidance": []}, "guidance must be one or more scales"),
+        ({"guidance": "strong"}, "guidance must be one or more scales of at least 0, not .'strong'."),
+        ({"guidance": [float("nan")]}, "guidance must be one or more scales"),
+        ({"bootstrap": -1}, "bootstrap must be at least 0, not -1"),
+        ({"pair_metrics": "fid"}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
         ({"pair_metrics": ["fid"]}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
     ],
@@ -92,6 +101,32 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
 def test_wrong_settings_are_named(config, changed, message):
     with pytest.raises(ValueError, match=message):
         CycleConfig(**{**config, **changed})
+
+
+def test_a_single_value_stands_for_a_list(config):
+    found = CycleConfig(**{**config, "guidance": 2, "pair_metrics": "ssim"})
+    assert found.guidance == [2.0] and found.pair_metrics == ["ssim"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed")
+def test_a_missing_package_is_named_before_images_are_generated(config, tmp_path, capsys):
+    assert run({**config, "pair_metrics": "lpips"}, tmp_path) == 2
+    assert "pip install lpips" in capsys.readouterr().err and not generated(config)
+
+
+def test_long_names_have_files_whose_names_are_short_enough(config, tmp_path):
+    name = ImageStore(tmp_path, CycleConfig(**config)).path(f"{'猫' * 80}.png", "a cat", 1).name
+    assert name.startswith("猫" * 33 + "-") and len(name.encode()) < 255
+
+
+def test_t5_reads_as_many_tokens_as_the_pipeline_passes_to_it(stable_diffusion_3):
+    pipeline = DiffusionPipeline.from_pretrained(stable_diffusion_3)
+    pipeline.tokenizer_3.model_max_length = 512
+    words = {256: "a " * 254, 257: "a " * 300}  # between the words that begin and end a text
+    clips = ["tokenizer (12 tokens)", "tokenizer_2 (12 tokens)"]
+    assert tokenizers_that_cut(pipeline, "a cat") == []
+    assert tokenizers_that_cut(pipeline, words[256]) == clips
+    assert tokenizers_that_cut(pipeline, words[257]) == [*clips, "tokenizer_3 (256 tokens)"]
 
 
 def test_an_unknown_setting_or_a_missing_original_is_named(config, tmp_path, capsys):

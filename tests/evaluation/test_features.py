@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor, Dinov2Model
 
 from vlv.evaluation.caption_metrics import clip_scores
-from vlv.evaluation.features import AutoModelFeatures, InceptionFeatures, resize_for_inception
+from vlv.evaluation.features import AutoModelFeatures, InceptionFeatures, resize_for_inception, scale_for_inception
 
 
 def as_tensors(images: list[Image.Image]) -> list[torch.Tensor]:
@@ -33,6 +33,14 @@ def test_clips_features_are_its_image_embeddings_and_clip_score_is_2_5_cosines(c
 
 def test_a_caption_longer_than_clip_reads_is_counted(clip_model):
     assert AutoModelFeatures(str(clip_model)).embed_texts(["a dog", "a dog " * 20])[1] == [False, True]
+
+
+def test_texts_are_embedded_in_batches(clip_model):
+    extractor, texts, sizes = AutoModelFeatures(str(clip_model)), ["a dog", "a cat", "a large apple"], []
+    extractor.model.text_model.register_forward_hook(lambda module, args, output: sizes.append(len(output[0])))
+    batches, _ = extractor.embed_texts(texts, batch_size=2)
+    assert sizes == [2, 1]
+    assert torch.allclose(batches, extractor.embed_texts(texts)[0], atol=1e-5)
 
 
 def test_dinov2s_features_are_its_pooled_first_token(dinov2_model, images):
@@ -69,6 +77,12 @@ def test_images_are_resized_for_inception_as_clean_fid_and_pytorch_fid_do():
         assert resized[0, :, 150, 150].tolist() == pytest.approx(expected, abs=1e-3)
     with pytest.raises(ValueError, match="pytorch-fid, clean-fid or torch-fidelity, not 'nearest'"):
         resize_for_inception(image, "nearest")
+
+
+def test_pixels_are_scaled_for_inception_as_each_package_does():
+    pixels = torch.tensor([0.0, 128, 255])
+    assert scale_for_inception(pixels, "pytorch-fid").tolist() == pytest.approx([-1, 1 / 255, 1], abs=1e-6)
+    assert scale_for_inception(pixels, "clean-fid").tolist() == pytest.approx([-1, 0, 127 / 128])
 
 
 def test_inception_without_its_package_or_weights_says_what_to_do(tmp_path):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics
+from vlv.evaluation.image_sets import compare_pairs
 
 
 class Means(nn.Module):
@@ -31,6 +33,15 @@ def test_psnr_and_ssim_of_known_images():
     assert image_metrics(torch.rand(3, 32, 32), image)["ssim"] < 0.3
     with pytest.raises(ValueError, match=r"two \(3, H, W\) images"):
         image_metrics(grey, grey[:, :16])
+
+
+def test_images_that_are_too_small_for_ssim_are_named_and_have_a_psnr(tmp_path):
+    paths = [tmp_path / f"{grey}.png" for grey in (100, 101)]
+    for path in paths:
+        Image.new("RGB", (8, 5), (int(path.stem),) * 3).save(path)
+    with pytest.raises(ValueError, match=r"101\.png: SSIM needs images of at least 6 x 6 pixels, got 8 x 5"):
+        compare_pairs([tuple(paths)], ["psnr", "ssim"])
+    assert compare_pairs([tuple(paths)], ["psnr"]) == {"psnr": [pytest.approx(48.1308, abs=1e-3)]}
 
 
 def test_fid_and_kid_are_smaller_for_similar_sets_than_for_different_ones():

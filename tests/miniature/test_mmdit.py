@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from vlv import VLVModel, hub
+from vlv.diffusion_decoder import StableDiffusion3Decoder
 from vlv.diffusion_decoder.sd3 import EMPTY_POSITIONS, arrange_conditioning
 from vlv.miniature import recipe
 from vlv.miniature.captioner import train_captioner
 from vlv.miniature.data import SceneDataset
 from vlv.miniature.encoder import train_encoder
-from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, evaluate_miniature
+from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, evaluate_miniature, teacher_pipeline
 from vlv.miniature.folding import FoldedAttention, fold_empty_positions
 from vlv.miniature.grammar import parse_caption
 from vlv.miniature.latents import CHUNK, SCENE_SEED, encode_scenes, load_latents
@@ -27,9 +28,10 @@ from vlv.miniature.mmdit_teacher import (
     train_mmdit_teacher,
 )
 from vlv.miniature.tokenizer import build_tokenizer
-from vlv.pipelines import VLVPooledReconstructionPipeline, load_reconstruction
+from vlv.modeling_vlv import TEXT_ENCODERS
+from vlv.pipelines import VLVPooledReconstructionPipeline, build_reconstruction, load_reconstruction
 
-from ..builders import assert_close_to_scale
+from ..builders import assert_close_to_scale, vlv_config
 
 MINIATURE = Path(__file__).parents[2] / "checkpoints" / "vlv-miniature"
 
@@ -185,3 +187,12 @@ def test_scenes_are_encoded_once_and_described_in_other_words(tmp_path):
     assert again[0]["caption"] != again[1]["caption"]
     with pytest.raises(FileNotFoundError, match="encode the scenes first"):
         load_latents(tmp_path)
+
+
+def test_a_teacher_has_all_text_encoders_of_the_model(stable_diffusion_3, image_processor):
+    components = DiffusionPipeline.from_pretrained(stable_diffusion_3).components
+    configs = {f"{name}_config": components[name].config for name in TEXT_ENCODERS}
+    model = VLVModel(vlv_config(**configs, **StableDiffusion3Decoder.text_settings(3)))
+    parts = {name: part for name, part in components.items() if name.startswith(("vae", "tr", "sch", "tok"))}
+    teacher = teacher_pipeline(build_reconstruction(model, image_processor, parts))
+    assert [getattr(teacher, name) for name in TEXT_ENCODERS] == list(model.text_encoders)

@@ -12,7 +12,7 @@ from vlv.checkpoints import MINIATURE
 from vlv.miniature.data import evaluation_items
 from vlv.miniature.grammar import parse_caption, write_caption
 from vlv.miniature.scene_changes import CHANGES, with_wrong_facts
-from vlv.miniature.score_alarm import area_under_roc, photo_crops, table
+from vlv.miniature.score_alarm import area_under_roc, photo_crops, present_sources, table
 from vlv.miniature.score_ranking import captions_with_a_change, load_scorer, measure_ranking
 from vlv.miniature.world import PLACES, Scene, SceneObject, sample_scenes
 
@@ -111,3 +111,9 @@ def test_crops_of_photographs_are_squares_of_the_miniatures_size(tmp_path, image
     crops = photo_crops(tmp_path, 3)
     assert crops.shape == (3, 3, 64, 64) and crops.dtype == torch.uint8
     assert not torch.equal(crops[0], crops[1]) and torch.equal(crops, photo_crops(tmp_path, 3))
+
+
+def test_a_folder_without_photographs_and_a_missing_font_are_left_out(tmp_path, capsys):
+    assert present_sources(tmp_path, tmp_path / "font") == {"photos": None, "noto": None}
+    said = capsys.readouterr().out
+    assert f"{tmp_path} has no images: its images are left out (--photos)" in said and "font does not exist" in said

@@ -139,6 +139,14 @@ def test_a_caption_that_is_too_long_is_scored_as_the_mean_of_its_sentences(score
     assert len(set(found.scores[0].tolist())) == 4
 
 
+def test_all_captions_of_an_image_are_split_if_one_of_them_is_too_long(scorer, pixels):
+    short = "a small dog. a red car"
+    found = scorer.score(pixels[:2], [[LONG, short], [short, "a red car"]])
+    assert found.num_texts.tolist() == [[3, 2], [1, 1]]
+    sentences = scorer.score(pixels[:1], [["a small dog.", "a red car"]]).scores[0]
+    assert_close_to_scale(found.scores[0, 1], sentences.mean(), 1e-4)
+
+
 def test_a_sentence_that_is_too_long_is_cut_and_counted(scorer, pixels):
     read = "a small dog " * 3 + "a"  # 10 words between begin and end
     found = scorer.score(pixels[:1], [[f"{read} frog is here. a cat", f"{read} cat"]])

@@ -7,4 +7,4 @@ class PSNR(modules.ImagePairs):
     citation = "10 log10(1 / mean squared error)"
 
     def measure(self):
-        return lambda image, original: image_similarity.image_metrics(image, original)["psnr"]
+        return lambda image, original: image_similarity.image_metrics(image, original, ["psnr"])["psnr"]

@@ -7,4 +7,4 @@ class SSIM(modules.ImagePairs):
     citation = "Wang et al., Image Quality Assessment, 2004"
 
     def measure(self):
-        return lambda image, original: image_similarity.image_metrics(image, original)["ssim"]
+        return lambda image, original: image_similarity.image_metrics(image, original, ["ssim"])["ssim"]
