@@ -91,10 +91,9 @@ class ServedModel:
         text_config = self.model.config.text_config.get_text_config()
         self.positions = getattr(text_config, "max_position_embeddings", None) or 2**31
         self.pipeline: Any = None
-        self.variations_share_embeddings = not hub.has_two_encoders(folder)
         if reconstruct and (folder / "model_index.json").is_file():
             encoder: Any = self.model.model
-            if not self.variations_share_embeddings:
+            if hub.has_two_encoders(folder):  # captions come from one, reconstructions from the other
                 encoder, _ = hub.load_encoder(folder, device=device, dtype=dtype)
             components = hub.load_diffusion_components(folder, dtype=dtype)
             self.pipeline = build_reconstruction(encoder, self.processor.image_processor, components, self.name)
