@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import sqlite3
+import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ ROWS = [{"generated": "a dog", "reference": "a | cat\nand more", "token_f1": 0.5
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
 def test_trackio_gets_pictures_captions_and_losses(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported, which is here
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("TRACKIO_AUTO_LOG_CPU", "0")
+    # trackio reads both when it is imported, which any test before may have done: it is imported anew here.
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
     picture = tmp_path / "grid.png"
     Image.linear_gradient("L").convert("RGB").save(picture)
     tracker, state, control = TrackioCallback(), TrainerState(global_step=3), TrainerControl()
