@@ -233,7 +233,7 @@ def run_composition(
 
     Raises:
         EndpointError, PriceReached: As `endpoint.Endpoint.ask`.
-        ValueError: If an image cannot be read, or `counts` do not fit the model.
+        ValueError: If an image cannot be read, `counts` do not fit the model, or nothing was compared.
     """
     folder = Path(config.output_dir)
     used = list(dict.fromkeys(name for pair in pairs for name in pair))
@@ -256,6 +256,8 @@ def run_composition(
             key = counts if len(config.guidance) == 1 else f"{counts}, guidance {guidance:g}"
             figures, failed = measures.of(names, generate_missing(source, guidance, config, advance))
             results["metrics"][key] = figures
+            if not figures:
+                raise ValueError(f"the judge gave no score; the first reason: {next(iter(failed.values()))}")
             if failed:
                 results["failed"][key] = failed
                 results["notes"].append(f"{key}: {len(failed)} scores of {2 * len(pairs)} are missing")

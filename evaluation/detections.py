@@ -172,11 +172,13 @@ def _to_detection(label: str, values: Sequence[float]) -> Detection:
 
 def _find_list(text: str) -> list[dict[str, Any]] | None:
     """The first JSON list of objects in a text; an empty list counts."""
-    for match in re.finditer(r"\[", text):
+    for match in re.finditer(r"\[(?=\s*[{\]])", text):
         try:
             content, _ = json.JSONDecoder().raw_decode(text, match.start())
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
+        except RecursionError:  # nested too deeply for any reader
+            return None
         if all(isinstance(entry, dict) for entry in content):
             return content
     return None
