@@ -143,6 +143,7 @@ def _to_tensor(image: str) -> torch.Tensor:
 def _handler(model: SceneModel) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            content: dict[str, Any]
             try:
                 length = min(int(self.headers.get("Content-Length", 0)), MAX_BYTES)
                 status, content = 200, _complete(model, json.loads(self.rfile.read(length)))
@@ -164,7 +165,7 @@ def _handler(model: SceneModel) -> type[BaseHTTPRequestHandler]:
 def _complete(model: SceneModel, request: dict[str, Any]) -> dict[str, Any]:
     """A chat completion of a request. Raises `ValueError` and others for a malformed one."""
     content = request["messages"][-1]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     text = "\n".join(part["text"] for part in parts if part["type"] == "text")
     images = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     answer = model.answer(text, images)

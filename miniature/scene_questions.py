@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlv.files import write_json
 
@@ -47,7 +48,8 @@ def write_questions(folder: str | Path) -> None:
     """
     root = Path(folder)
     pairs = [json.loads(line) for line in (root / LIST_FILE).read_text(encoding="utf-8").splitlines()]
-    questions, annotations = [], []
+    questions: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for pair in pairs:
         scene = parse_caption(pair["caption"])
         for question in ask_about(scene):
