@@ -27,22 +27,6 @@ if TYPE_CHECKING:
     from vlv.evaluation.reconstruction import ReconstructionConfig
     from vlv.evaluation.spatial import SpatialConfig
 
-PROTOCOLS = {
-    "cycle": "captions by the images that a text-to-image model generates from them (Table 1 of the paper)",
-    "reconstruction": "images that are generated from caption embeddings (Table 5)",
-    "spatial": "where the objects of such images are, against the originals' (Table 6)",
-    "composition": "images that are generated from the embeddings of two images (Figure 6)",
-}
-
-
-def add_generated_parsers(subjects: Any) -> None:
-    """Adds the commands to those of `vlv evaluate`."""
-    for name, text in PROTOCOLS.items():
-        parser = subjects.add_parser(
-            name, help=text, usage=f"vlv evaluate {name} CONFIG.yaml [--name value ...]", add_help=False
-        )
-        parser.set_defaults(run=run_protocol, takes_settings=True, protocol=name)
-
 
 def run_protocol(arguments: argparse.Namespace) -> int:
     from vlv.evaluation.composition import CompositionConfig
