@@ -10,9 +10,9 @@ SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
 PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim")
 GENERATING_PROTOCOLS = {
     "cycle": "captions by the images that a text-to-image model generates from them (Table 1 of the paper)",
-    "reconstruction": "images that are generated from caption embeddings (Table 5)",
-    "spatial": "where the objects of such images are, against the originals' (Table 6)",
-    "composition": "images that are generated from the embeddings of two images (Figure 6)",
+    "reconstruction": "images that are generated from caption embeddings, by their originals (Table 5)",
+    "spatial": "where the objects of such images are, against those of the originals (Table 6)",
+    "composition": "images that are generated from the caption embeddings of two images (Figure 6)",
 }
 PROTOCOLS = {
     "judge": "a vision model scores captions from 0 to 6, or compares two captioners (docs/evaluation_protocols.md)",
@@ -161,7 +161,12 @@ def _add_generating_parsers(subjects: Any) -> None:
     """Adds the protocols that generate images."""
     for name, text in GENERATING_PROTOCOLS.items():
         parser = subjects.add_parser(
-            name, help=text, usage=f"vlv evaluate {name} CONFIG.yaml [--name value ...]", add_help=False
+            name,
+            help=text,
+            usage=f"vlv evaluate {name} CONFIG.yaml [--name value ...]",
+            description=f"Measures {text}. A run that was ended goes on with the same command; --dry_run prints its "
+            "plan and loads no model. docs/evaluation_protocols.md lists the settings; "
+            f"evaluation/configs/{name}.yaml has those of the paper.",
         )
         parser.set_defaults(run="evaluate_generated:run_protocol", takes_settings=True, protocol=name)
 
