@@ -83,7 +83,7 @@ def build_diffusion_decoder(
         ValueError: If no family fits, or the autoencoder is not of the family's class.
     """
     family = family_of_components(components, source)
-    denoiser, vae_class = components[family.denoiser_name()], getattr(diffusers, family.models["vae"])
+    denoiser, vae_class = components[family.denoiser_name()], family.model_classes()["vae"]
     vae = components["vae"]
     if not isinstance(getattr(vae, "_orig_mod", vae), vae_class):
         raise ValueError(

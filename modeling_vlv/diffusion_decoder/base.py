@@ -170,6 +170,11 @@ class DiffusionDecoder(nn.Module, ABC):
         return next(name for name in cls.models if name != "vae")
 
     @classmethod
+    def model_classes(cls) -> dict[str, Any]:
+        """The classes of `models`, by the names of the components."""
+        return {name: getattr(diffusers, class_name) for name, class_name in cls.models.items()}
+
+    @classmethod
     def component_names(cls) -> tuple[str, ...]:
         """The components of the reconstruction pipeline, without encoder and image processor."""
         return (*cls.models, "scheduler", *cls.tokenizers)

@@ -89,8 +89,7 @@ def load_components(folder: Path, family: Any, dtype: torch.dtype | None = None)
         raise ValueError(
             f"{folder / 'model_index.json'} names the autoencoder {index['vae'][1]!r}; expected one of diffusers"
         )
-    for part, class_name in family.models.items():
-        part_class = vae_class if part == "vae" else getattr(diffusers, class_name)
+    for part, part_class in {**family.model_classes(), "vae": vae_class}.items():
         stored = dtype or stored_dtype(folder / part)
         components[part] = load_part(part_class, folder, part, torch_dtype=stored)
     for number, name in enumerate(family.tokenizers):
