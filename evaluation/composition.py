@@ -24,7 +24,7 @@ from .captioners import endpoint_settings
 from .detections import BACKGROUND, OBJECT, Detected, Detector, detect_all
 from .endpoint import Endpoint, EndpointOptions, Question, image_part
 from .features import FeatureExtractor, file_digest
-from .generated_images import RESULTS_FILE, GenerationConfig, generate_missing, to_pictures
+from .generated_images import RESULTS_FILE, GenerationConfig, generate_missing, to_pil_images
 from .guidance_scales import format_figure, write_table
 from .image_sets import cosine_similarities, extract_statistics
 from .judge import parse_score
@@ -171,7 +171,7 @@ class MixedSource:
         pictures = [to_rgb(str(self.images[own])) for name in names for own in self.pairs[name]]
         embeds = pipeline.get_caption_embeds(pictures)  # (2 B, Q, d_text)
         mixed = [pipeline.mix_caption_embeds(list(own), self.counts) for own in embeds.split(2)]
-        return to_pictures(generate_images(pipeline, caption_embeds=torch.cat(mixed), seeds=seeds, **settings))
+        return to_pil_images(generate_images(pipeline, caption_embeds=torch.cat(mixed), seeds=seeds, **settings))
 
     def file_info(self, name: str) -> None:
         return None

@@ -11,17 +11,25 @@ from PIL import Image
 
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
+from vlv.evaluation.captioners import open_captioner
 from vlv.evaluation.composition import CompositionConfig, MixedSource, read_pairs, recall_figures
 from vlv.evaluation.detections import Detected
 from vlv.evaluation.features import load_rgb
-from vlv.evaluation.generated_images import EmbeddingSource
+from vlv.evaluation.generated_images import CaptionSource, EmbeddingSource
 from vlv.evaluation.reconstruction import reconstruction_table
 from vlv.evaluation.spatial import LABELS, SpatialConfig, spatial_table
-from vlv.miniature.data import evaluation_items
-from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE, reconstruct_images
+from vlv.miniature.data import SceneDataset, evaluation_items
+from vlv.miniature.evaluation import (
+    MAX_NEW_TOKENS,
+    SCENE_CLASSIFIER_FILE,
+    caption_images,
+    reconstruct_images,
+    teacher_pipeline,
+)
 from vlv.miniature.paper.embedding_probes import _background_accuracy, _object_recall, deviations
 from vlv.miniature.scene_classifier import SceneClassifier
 from vlv.miniature.scene_detector import detect_objects
+from vlv.miniature.teacher import measure_prompt_alignment
 from vlv.pipelines import load_reconstruction
 
 from .openai_server import Reply, scripted_endpoint
@@ -107,6 +115,21 @@ def test_reconstructions_are_those_of_the_miniatures_evaluation(scenes, truth, p
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """`(3, H, W)` uint8."""
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+
+
+@pytest.mark.slow
+def test_captions_and_their_images_are_those_of_the_miniatures_evaluation(scenes, truth, pipeline):
+    captioner = open_captioner(str(MINIATURE), max_new_tokens=MAX_NEW_TOKENS)
+    captions = [own.caption for own in captioner.caption(sorted(scenes.iterdir()))]
+    assert captions == caption_images(captioner.model, captioner.processor, truth[0])
+    teacher = teacher_pipeline(pipeline)
+    teacher.set_progress_bar_config(disable=True)
+    prompt = SceneDataset(1, split="test", seed=29, fields=("caption",))[0]["caption"]
+    classifier = SceneClassifier.load(MINIATURE / SCENE_CLASSIFIER_FILE)
+    _, expected = measure_prompt_alignment(teacher, classifier, "test", 1, num_inference_steps=2, seed=42)
+    source = CaptionSource({"a": prompt}, lambda: teacher, "miniature")
+    (image,) = source.generate(["a"], [42], guidance_scale=2.0, num_inference_steps=2)
+    assert np.array_equal(np.asarray(image), expected[0])
 
 
 @pytest.mark.slow
