@@ -59,7 +59,7 @@ def run_cycle(config: "CycleConfig", images: Mapping[str, Path]) -> tuple[str, l
     if config.dry_run:
         return cycle.plan_cycle(config, inputs), []
     device = _device(config)
-    extractor = choose_features(config.features, config.resize, device)
+    extractors = [choose_features(name, config.resize, device) for name in config.features]
     captions, facts = inputs.captions, None
     if captions is None:
         assert config.captioner is not None
@@ -73,7 +73,7 @@ def run_cycle(config: "CycleConfig", images: Mapping[str, Path]) -> tuple[str, l
     fingerprint = _fingerprint(source, load)
     with progress(len(captions) * len(config.guidance), "generated images", True) as advance:
         results = cycle.run_cycle(
-            config, captions, inputs.images, load, fingerprint, extractor, facts, device, advance
+            config, captions, inputs.images, load, fingerprint, extractors, facts, device, advance
         )
     return cycle.cycle_table(results), results["notes"]
 
@@ -86,10 +86,10 @@ def run_reconstruction(config: "ReconstructionConfig", images: Mapping[str, Path
     if config.dry_run:
         return reconstruction.plan_reconstruction(config, images), []
     device = _device(config)
-    extractor = choose_features(config.features, config.resize, device)
+    extractors = [choose_features(name, config.resize, device) for name in config.features]
     load, fingerprint = _reconstruction_model(config.model, config.dtype, device)
     with progress(len(images) * len(config.guidance), "reconstructions", True) as advance:
-        results = reconstruction.run_reconstruction(config, images, load, fingerprint, extractor, device, advance)
+        results = reconstruction.run_reconstruction(config, images, load, fingerprint, extractors, device, advance)
     return reconstruction.reconstruction_table(results), results["notes"]
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import pipeline
-
 from vlv.processing_vlv import to_rgb
 
 from .endpoint import Answer, Endpoint, EndpointSettings, Question, image_part
@@ -80,6 +78,8 @@ class PipelineDetector:
     """
 
     def __init__(self, source: str, threshold: float = THRESHOLD, device: str = "cpu"):
+        from transformers import pipeline  # loads all image processors
+
         self.pipeline: Any = pipeline("object-detection", model=source, device=device, trust_remote_code=False)
         self.threshold, self.name = threshold, f"{self.pipeline.model.config.model_type}: {source}"
 

@@ -51,6 +51,9 @@ def test_a_model_of_transformers_writes_captions_of_a_chat_or_of_words(llava, fi
     assert found[0].caption == captioner.pipeline(text=chat, **settings)[0]["generated_text"].strip() != ""
     assert found[0].caption != found[2].caption and "not an image" in found[1].error
     assert captioner.fingerprint != open_captioner(str(llava), max_new_tokens=5).fingerprint
+    captioner.is_chat, captioner.prompt = False, "no place for the image"
+    (refused,) = captioner.caption(files[:1])
+    assert refused.caption is None and refused.error.startswith("the model does not take it: ")
     captioner.is_chat, captioner.prompt = False, "<image>a small dog"  # as of a processor without a chat template
     (plain,) = captioner.caption(files[:1])
     expected = captioner.pipeline(picture["image"], text="<image>a small dog", **settings)[0]["generated_text"]

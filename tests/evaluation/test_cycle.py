@@ -29,7 +29,7 @@ def config(tmp_path, images, stable_diffusion, dinov2_model) -> dict:
         "images": str(folder),
         "text_to_image": str(stable_diffusion),
         "output_dir": str(tmp_path / "cycle"),
-        "features": str(dinov2_model),
+        "features": [str(dinov2_model)],
         "guidance": [1, 4],
         "num_inference_steps": 2,
         "batch_size": 2,
@@ -92,6 +92,8 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"features": []}, "features must be one or more different ones"),
+        ({"features": ["a", "a"]}, "features must be one or more different ones, not \\['a', 'a'\\]"),
         ({"captions": None}, "set captions, a file, or captioner, what writes them, and not both"),
         ({"captioner": "m"}, "set captions, a file, or captioner, what writes them, and not both"),
         ({"captions": None, "captioner": "http://127.0.0.1/v1"}, "names no model"),

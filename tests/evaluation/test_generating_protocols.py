@@ -77,12 +77,17 @@ def generated(output: Path) -> dict[Path, int]:
 
 
 @pytest.mark.slow
-def test_reconstructions_are_measured_at_each_guidance_and_a_run_goes_on(scenes, tmp_path, capsys):
-    options = ["--features", "scene-classifier", "--guidance", "1", "3", "--pair_metrics", "cosine", "psnr"]
+def test_reconstructions_are_measured_at_each_guidance_and_a_run_goes_on(scenes, tmp_path, clip_model, capsys):
+    options = ["--guidance", "1", "3", "--pair_metrics", "cosine", "psnr", "--features", "scene-classifier"]
+    options += [str(clip_model), "--bootstrap", "0"]
     results = run("reconstruction", scenes, tmp_path, *options)
     assert set(results["metrics"]) == {"1", "3"} and results["num_images"] == COUNT
     assert results["metrics"]["1"] != results["metrics"]["3"] and results["config"]["model"] == "miniature"
     assert results["metrics"]["3"]["cosine"]["value"] > 0.3 and results["versions"]["torch"]
+    labels = {key: own["label"] for key, own in results["metrics"]["3"].items()}
+    assert labels["frechet_distance"] == "Fréchet distance (scene classifier, 256 features)"
+    assert labels["gaussian_mmd_2"] == "CMMD" and labels["cosine_2"] == f"cosine of features (clip: {clip_model})"
+    assert labels["psnr"] == "PSNR (dB)" and "psnr_2" not in labels
     table = (tmp_path / "results.md").read_text().strip()
     assert table.startswith("| metric | guidance 1 | guidance 3 |") and table in capsys.readouterr().out
     before = generated(tmp_path)
