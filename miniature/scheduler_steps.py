@@ -2,8 +2,8 @@
 
 Each cell generates the images of the same scenes from the same noise. Object + place F1 is read by the scene
 classifier, and FID compares its features of the reconstructions and of the images. Intervals are of the bootstrap over
-scenes; the difference from the reference cell resamples both together. The images of each cell are kept, so that a run
-that was ended goes on.
+scenes; the difference from the reference cell resamples both together. FID has one of the difference alone: repeated
+images raise it. The images of each cell are kept, so that a run that was ended goes on.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from vlv.pipelines.schedulers import build_scheduler
 
 from .data import evaluation_items
 from .evaluation import SCENE_CLASSIFIER_FILE, generate_in_batches
+from .folding import fold_empty_positions
 from .scene_classifier import SceneClassifier
 from .scoring import ASPECTS
 from .world import Scene
 
-STEPS = (5, 8, 10, 15, 20, 30, 50)
-REFERENCE = "ddpm/50"
+REFERENCE = "ddpm/50"  # the authors' sampling
 F1_SAMPLES, FID_SAMPLES = 1000, 100  # resamplings of the bootstrap
 HEADER = (
     "scheduler",
@@ -173,19 +173,26 @@ def score(own: Scores, reference: Scores) -> dict[str, Any]:
             return value(rows) - other(rows)
 
         found[name] = round(value(everything), 4)
-        found[f"{name}_interval"] = [round(end, 4) for end in bootstrap_interval(count, value, samples)]
+        if name == "f1":
+            found["f1_interval"] = _rounded(bootstrap_interval(count, value, samples))
         found[f"{name}_difference"] = round(difference(everything), 4)
         ends = [0.0, 0.0] if own is reference else bootstrap_interval(count, difference, samples)
-        found[f"{name}_difference_interval"] = [round(end, 4) for end in ends]
+        found[f"{name}_difference_interval"] = _rounded(ends)
     return found
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
 
 
 def results_table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, in the order of the cells."""
 
     def cell(values: dict[str, Any], name: str, digits: int, sign: str = "") -> str:
-        low, high = values[f"{name}_interval"]
-        return f"{values[name]:{sign}.{digits}f} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+        text = f"{values[name]:{sign}.{digits}f}"
+        if (ends := values.get(f"{name}_interval")) is None:
+            return text
+        return f"{text} ({ends[0]:{sign}.{digits}f} to {ends[1]:{sign}.{digits}f})"
 
     rows = []
     for name, values in results.items():
@@ -200,7 +207,12 @@ def results_table(results: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.scheduler_steps", description=__doc__)
     parser.add_argument("model", help="folder of a miniature with its scene classifier")
-    parser.add_argument("--cells", nargs="+", metavar="SCHEDULER/STEPS[/START-END]", help="what is measured")
+    parser.add_argument(
+        "--cells", nargs="*", default=[], metavar="SCHEDULER/STEPS[/START-END]", help="what is measured"
+    )
+    parser.add_argument(
+        "--reference", default=REFERENCE, help="cell that others are compared with (default: %(default)s)"
+    )
     parser.add_argument("--count", type=int, default=64, help="scenes of combo (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--work-dir", required=True, help="folder of the generated images")
@@ -210,23 +222,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classifier = SceneClassifier.load(folder / SCENE_CLASSIFIER_FILE)
     pipeline = load_reconstruction(folder)
     pipeline.set_progress_bar_config(disable=True)
+    if getattr(pipeline, "transformer", None) is not None:
+        fold_empty_positions(pipeline.transformer)
     pixels, scenes = evaluation_items("combo", options.count)
     caption_embeds = torch.cat([pipeline.get_caption_embeds(chunk) for chunk in pixels.split(32)])
     with torch.no_grad():
         originals = classifier.embed(pixels)
-    cells = [Cell.parse(text) for text in options.cells]
+    reference, *cells = [Cell.parse(text) for text in [options.reference, *options.cells]]
     scores: dict[str, Scores] = {}
     results: dict[str, Any] = {}
-    for cell in dict.fromkeys([Cell.parse(REFERENCE), *cells]):
+    for cell in dict.fromkeys([reference, *cells]):
         make = partial(generate, pipeline, caption_embeds, cell, options.guidance_scale)
         images = load_or_generate(work / f"{str(cell).replace('/', '-')}-{options.count}.safetensors", make)
         scores[str(cell)] = Scores(images.pixels, originals, scenes, classifier)
         print(cell, f"{images.seconds:.2f} s an image, F1 {scores[str(cell)].f1(slice(None)):.3f}", flush=True)
         costs = {"rows": round(images.rows, 2), "seconds": round(images.seconds, 3)}
-        results[str(cell)] = costs | score(scores[str(cell)], scores[REFERENCE])
+        results[str(cell)] = costs | score(scores[str(cell)], scores[str(reference)])
     print(results_table(results))
     if options.output:
-        write_json(Path(options.output), {"scenes": options.count, "reference": REFERENCE, "cells": results})
+        write_json(Path(options.output), {"scenes": options.count, "reference": str(reference), "cells": results})
 
 
 if __name__ == "__main__":

@@ -444,14 +444,18 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             )
         words = {"prompt": prompt, "image_tokens": image_tokens, "prompt_first": prompt_first}
         embeds = self.encode_image(None, caption_embeds, negative_prompt, guidance_scale > 1, **words)
-        embeds = {name: rows.to(self.denoiser.dtype) for name, rows in embeds.items()}
+        # Not every pipeline of diffusers repeats the rows that it is given.
+        embeds = {
+            name: rows.to(self.denoiser.dtype).repeat_interleave(num_images_per_prompt, dim=0)
+            for name, rows in embeds.items()
+        }
         decoded_apart = output_type != "latent" and self.vae.dtype != self.denoiser.dtype
         text_to_image = self.text_to_image
         if guidance_scale > 1 and tuple(guidance_interval) != (0, 1):
             sizes = [name for name in kwargs if name.startswith("negative_")]
             if sizes and guidance_interval[0] > 0:
                 raise ValueError(f"guidance_interval that begins after the first step does not go with {sizes[0]}")
-            limited = _GuidanceInterval(guidance_interval, guidance_scale, embeds, num_images_per_prompt, kwargs)
+            limited = _GuidanceInterval(guidance_interval, guidance_scale, embeds, kwargs)
             guidance_scale, kwargs["callback_on_step_end"] = limited.first_scale, limited
             kwargs["callback_on_step_end_tensor_inputs"] = text_to_image._callback_tensor_inputs
         images = text_to_image(
@@ -460,7 +464,6 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=None if latents is None else latents.to(self.denoiser.dtype),
             output_type="latent" if decoded_apart else output_type,
@@ -482,27 +485,20 @@ class _GuidanceInterval:
         interval: As the call of the pipeline takes it.
         scale: Of guidance within the interval.
         embeds: As `encode_image` returns them, with the negative ones.
-        copies: Number of images of each row.
         kwargs: Arguments of the call, with its callback and the names of the tensors that this gets.
     """
 
     def __init__(
-        self,
-        interval: tuple[float, float],
-        scale: float,
-        embeds: dict[str, torch.Tensor],
-        copies: int,
-        kwargs: dict[str, Any],
+        self, interval: tuple[float, float], scale: float, embeds: dict[str, torch.Tensor], kwargs: dict[str, Any]
     ):
         self.interval, self.scale = interval, scale
         self.callback = kwargs.get("callback_on_step_end")
         names = kwargs.get("callback_on_step_end_tensor_inputs", ["latents"])
         self.names = getattr(self.callback, "tensor_inputs", names)
-        pooled = embeds["negative_pooled_prompt_embeds"].repeat_interleave(copies, dim=0)
         self.negative = {
-            "prompt_embeds": embeds["negative_prompt_embeds"].repeat_interleave(copies, dim=0),
-            "pooled_prompt_embeds": pooled,  # its name in the pipeline of Stable Diffusion 3
-            "add_text_embeds": pooled,  # and in that of Stable Diffusion XL
+            "prompt_embeds": embeds["negative_prompt_embeds"],
+            "pooled_prompt_embeds": embeds["negative_pooled_prompt_embeds"],  # of Stable Diffusion 3
+            "add_text_embeds": embeds["negative_pooled_prompt_embeds"],  # of Stable Diffusion XL
         }
         self.is_on = interval[0] == 0
         self.first_scale = scale if self.is_on else 1.0
