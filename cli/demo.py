@@ -9,6 +9,7 @@ from .address import check_address, port_in_use
 from .errors import UserError
 from .models import add_model_arguments, choose_device, choose_model, loading, precision
 from .push import check_repo_id, talking_to_the_hub
+from .scheduling import OWN, add_scheduler_argument, use_scheduler
 
 
 def add_parser(commands) -> None:
@@ -25,6 +26,7 @@ def add_parser(commands) -> None:
     space.add_argument("--write-space", metavar="DIR", help="write the Space's files into this new folder")
     space.add_argument("--private", action="store_true", help="create the Space as a private one")
     space.add_argument("--token", help="Hub token; by default HF_TOKEN or the one that `hf auth login` stored")
+    add_scheduler_argument(parser)
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -49,6 +51,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     source = choose_model(arguments)
     with loading(source):
         demo = Demo(source, arguments.revision, choose_device(arguments), precision(arguments))
+    if arguments.scheduler != OWN:
+        if demo.pipeline is None:
+            raise UserError(
+                f"--scheduler {arguments.scheduler}: {source} has no diffusion model, so it generates no images"
+            )
+        use_scheduler(demo.pipeline, arguments.scheduler)
     try:
         launch(demo, server_name=arguments.host, server_port=arguments.port or None)
     except OSError as error:  # something took the port while the model was loaded
@@ -59,6 +67,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _deploy(arguments: argparse.Namespace) -> int:
     if not arguments.model or Path(arguments.model).exists():
         raise UserError("a Space takes its model from the Hub: push it (`vlv push`), then pass --model ORG/NAME")
+    if arguments.scheduler != OWN:
+        raise UserError("a Space takes the model's own scheduler; leave --scheduler out")
     if arguments.push_space and arguments.write_space:
         raise UserError("give --push-space or --write-space, not both")
     check_repo_id(arguments.model)

@@ -19,6 +19,7 @@ from .evaluate_endpoint import add_endpoint_parsers
 from .inputs import collect_images, positive
 from .models import DTYPES, choose_device, choose_model, loading
 from .output import output_path, refuse_existing, require_writable
+from .scheduling import OWN, use_scheduler
 
 SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
 PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim")
@@ -335,7 +336,7 @@ def run_cycle(arguments: argparse.Namespace) -> int:
             list(captions), _images(config.images, "images"), f"images {config.images}"
         )
         extractor = choose_features(config.features, config.resize, device)
-        load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device))
+        load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device, config.scheduler))
         if not Path(source).is_dir():
             load()  # downloads the repository, which then has a fingerprint
         fingerprint = hub.fingerprint(source)
@@ -347,7 +348,7 @@ def run_cycle(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_text_to_image(source: str, dtype: Any, device: str) -> Any:
+def load_text_to_image(source: str, dtype: Any, device: str, scheduler: str = OWN) -> Any:
     """A text-to-image pipeline: of diffusers, or the frozen text-to-image model of a VLV.
 
     Raises:
@@ -368,6 +369,7 @@ def load_text_to_image(source: str, dtype: Any, device: str) -> Any:
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"text_to_image {source} is a {type(pipeline).__name__}, which takes no prompt")
     pipeline.set_progress_bar_config(disable=True)
+    use_scheduler(pipeline, scheduler, "scheduler")
     return pipeline.to(device)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_available
 from vlv.files import write_atomically
 from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstruction
+from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, DEFAULT_STEPS, MANY_STEPS
 
 from .batches import read_batches
 from .captions import read_one_text
@@ -61,8 +62,14 @@ def add_parser(commands) -> None:
         help="the part of the steps with guidance, from 0, the first, to 1, the end; the others take half the time "
         "(default: 0 1)",
     )
-    parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
-    add_scheduler_argument(parser)
+    add_scheduler_argument(parser, DEFAULT_SCHEDULER)
+    parser.add_argument(
+        "--num-inference-steps",
+        type=positive,
+        help="denoising steps (default: "
+        + ", ".join(f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items())
+        + f", otherwise {MANY_STEPS})",
+    )
     parser.add_argument("--no-metrics", action="store_true", help="do not compare the images with their originals")
     parser.add_argument("--seed", type=int, default=42, help="seed of the noise of every image (default: 42)")
     parser.add_argument(
@@ -107,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
             source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
         )
     use_scheduler(pipeline, arguments.scheduler)
+    if arguments.num_inference_steps is None:
+        arguments.num_inference_steps = DEFAULT_STEPS.get(arguments.scheduler, MANY_STEPS)
     pipeline.set_progress_bar_config(disable=True)  # the summary shows one bar for all images
     if arguments.embeddings:
         width = pipeline.encoder.config.caption_embed_dim

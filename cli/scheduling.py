@@ -1,31 +1,31 @@
 """The scheduler of a command that generates images."""
 
 import argparse
+from typing import Any
 
-from vlv.pipelines import ReconstructionPipeline
-from vlv.pipelines.schedulers import SCHEDULERS, build_scheduler
+from vlv.pipelines.schedulers import OWN, SCHEDULERS, build_scheduler
 
 from .errors import UserError
 
 
-def add_scheduler_argument(parser: argparse.ArgumentParser) -> None:
+def add_scheduler_argument(parser: argparse.ArgumentParser, default: str = OWN) -> None:
     """Adds `--scheduler`."""
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
-        help=f"how noise becomes an image: {', '.join(SCHEDULERS)} (default: the model's own)",
+        default=default,
+        help=f"the sampler of the denoising steps: {', '.join(SCHEDULERS[:-1])}, or {OWN} for the model's as it is "
+        f"(default: {default})",
     )
 
 
-def use_scheduler(pipeline: ReconstructionPipeline, name: str | None) -> None:
-    """Replaces the pipeline's scheduler by that of `--scheduler`, if one is given.
+def use_scheduler(pipeline: Any, name: str, option: str = "--scheduler") -> None:
+    """Gives a pipeline the scheduler of that name.
 
     Raises:
         UserError: If there is no such scheduler, or it does not fit the model.
     """
-    if name is None:
-        return
     try:
-        pipeline.scheduler = build_scheduler(name, pipeline.scheduler.config)
+        pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
     except ValueError as error:
-        raise UserError(f"--scheduler: {error}") from error
+        raise UserError(f"{option}: {error}") from error

@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from vlv.files import write_atomically, write_json
+from vlv.pipelines.schedulers import OWN, SCHEDULERS
 
 from .features import FeatureExtractor, fingerprint_images
 from .image_sets import (
@@ -60,6 +61,9 @@ class CycleConfig:
         default_factory=lambda: [1.0, 2.0, 3.0, 4.0], metadata={"help": "guidance scales (default: 1 2 3 4)"}
     )
     num_inference_steps: int = field(default=40, metadata={"help": "denoising steps of each image"})
+    scheduler: str = field(
+        default=OWN, metadata={"help": "as --scheduler of `vlv reconstruct` (default: the model's own)"}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "height and width in pixels (default: the model's)"}
     )
@@ -86,6 +90,8 @@ class CycleConfig:
         for name in ("num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler is one of {', '.join(SCHEDULERS)}, not {self.scheduler!r}")
         if self.bootstrap < 0:
             raise ValueError(f"bootstrap must be at least 0, not {self.bootstrap}")
         if isinstance(self.pair_metrics, str):
@@ -118,7 +124,9 @@ class ImageStore:
 
 def generation_folder(config: CycleConfig, model_fingerprint: str) -> Path:
     """The folder of the images of one model and its settings, below `output_dir`."""
-    settings = (model_fingerprint, config.num_inference_steps, config.image_size, config.dtype)
+    settings: tuple[Any, ...] = (model_fingerprint, config.num_inference_steps, config.image_size, config.dtype)
+    if config.scheduler != OWN:
+        settings += (config.scheduler,)
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()
     return Path(config.output_dir) / f"images-{digest}"
 

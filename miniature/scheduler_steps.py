@@ -97,7 +97,7 @@ def generate(
         caption_embeds: `(N, Q, d_text)`.
     """
     own = pipeline.scheduler
-    pipeline.scheduler = build_scheduler(cell.scheduler, own.config)
+    pipeline.scheduler = build_scheduler(cell.scheduler, own)
     counted = Counter[str]()
 
     def count(denoiser: Any, arguments: tuple, keywords: dict[str, Any]) -> None:

@@ -26,25 +26,34 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", FLOW_SETTINGS),
 }
 """Of models that are trained by flow matching: Stable Diffusion 3 and 3.5."""
-SCHEDULERS = tuple(dict.fromkeys([*BETA_SCHEDULERS, *FLOW_SCHEDULERS]))
+OWN = "own"  # the model's scheduler as it is
+SCHEDULERS = (*dict.fromkeys([*BETA_SCHEDULERS, *FLOW_SCHEDULERS]), OWN)
 """All names."""
+DEFAULT_SCHEDULER = "dpm++"
+"""Of `vlv reconstruct`; docs/schedulers.md has the measurement."""
+DEFAULT_STEPS = {"dpm++": 15, "unipc": 15}
+"""Denoising steps of solvers of the second order; others take `MANY_STEPS`."""
+MANY_STEPS = 50
 
 
-def build_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+def build_scheduler(name: str, own: Any) -> Any:
     """A scheduler with the noise levels, the kind of prediction and the spacing of timesteps of another one.
 
     Args:
         name: One of `SCHEDULERS`.
-        config: Configuration of the scheduler that the model comes with, `pipeline.scheduler.config`.
+        own: The scheduler that the model comes with.
 
     Raises:
         ValueError: If there is no such name, or the scheduler does not fit the model; the message lists those that do.
     """
+    if name == OWN:
+        return own
+    config = own.config
     scheduler = _build(name, config)
     if scheduler is None:
-        own = config.get("_class_name", "the model's scheduler")
-        fitting = ", ".join(other for other in SCHEDULERS if _build(other, config) is not None)
-        reason = "is not known" if name not in SCHEDULERS else f"does not fit this model, which comes with a {own}"
+        fitting = ", ".join(other for other in SCHEDULERS if other == OWN or _build(other, config) is not None)
+        comes_with = type(own).__name__
+        reason = "is not known" if name not in SCHEDULERS else f"does not fit a model that comes with a {comes_with}"
         raise ValueError(f"the scheduler {name!r} {reason}; expected one of {fitting}")
     return scheduler
 
