@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
                     continue
                 if meter is not None:
                     pair = [_to_tensor(image) for image in (reconstruction, original)]
-                    metrics[name] = image_metrics(*(pixels / 255 for pixels in pair))
+                    metrics[name] = image_metrics(pair[0] / 255, pair[1] / 255)
                     for images, pixels in zip(compared, pair, strict=True):
                         images.append(pixels)
                 if sheet is not None:

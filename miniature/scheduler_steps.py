@@ -154,12 +154,17 @@ class Scores:
         with torch.no_grad():
             self.features = classifier.embed(pixels)  # (N, 256)
         self.originals = originals
+        self.known: dict[tuple[int, ...], float] = {}  # FID of resampled scenes; cells have the same resamplings
 
     def f1(self, rows: torch.Tensor | slice) -> float:
         return 2 * self.matches[rows].sum().item() / self.totals[rows].sum().item()
 
     def fid(self, rows: torch.Tensor | slice) -> float:
-        return frechet_distance(*(FeatureStatistics.of(part[rows]) for part in (self.features, self.originals)))
+        places = tuple(range(len(self.features))[rows] if isinstance(rows, slice) else rows.tolist())
+        if places not in self.known:
+            sets = (FeatureStatistics.of(part[list(places)]) for part in (self.features, self.originals))
+            self.known[places] = frechet_distance(*sets)
+        return self.known[places]
 
 
 def score(own: Scores, reference: Scores) -> dict[str, Any]:
@@ -198,8 +203,8 @@ def results_table(results: dict[str, Any]) -> str:
     for name, values in results.items():
         scheduler, steps, *interval = name.split("/")
         costs = (f"{values['rows']:g}", f"{values['seconds']:.2f}")
-        scores = (cell(values, "f1", 3), cell(values, "f1_difference", 3, "+"))
-        scores += (cell(values, "fid", 1), cell(values, "fid_difference", 1, "+"))
+        digits = {"f1": 3, "f1_difference": 3, "fid": 1, "fid_difference": 1}
+        scores = [cell(values, key, places, "+" if "difference" in key else "") for key, places in digits.items()]
         rows.append((scheduler, steps, interval[0] if interval else "all", *costs, *scores))
     return markdown_table(HEADER, rows)
 
@@ -219,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FILE.json", help="also write the results there")
     options = parser.parse_args(arguments)
     folder, work = Path(options.model), Path(options.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
     classifier = SceneClassifier.load(folder / SCENE_CLASSIFIER_FILE)
     pipeline = load_reconstruction(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -73,7 +73,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         vae = parts["vae"]
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._encoded_prompt: tuple[Any, torch.Tensor | None] = (None, None)  # the last texts, and their embeddings
+        self._encoded_prompt: tuple[Any, Any] = (None, None)  # the last texts, and their embeddings
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
