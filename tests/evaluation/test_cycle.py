@@ -9,7 +9,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from vlv.cli.main import main
-from vlv.evaluation.cycle import CycleConfig, ImageStore, cycle_table, tokenizers_that_cut
+from vlv.evaluation.cycle import CycleConfig, ImageStore, cycle_table, generation_folder, tokenizers_that_cut
 
 
 @pytest.fixture
@@ -96,11 +96,17 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
         ({"pair_metrics": "fid"}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
         ({"pair_metrics": ["fid"]}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"scheduler": "dpm"}, r"scheduler is one of ddpm, ddim, .*, own, not 'dpm'"),
     ],
 )
 def test_wrong_settings_are_named(config, changed, message):
     with pytest.raises(ValueError, match=message):
         CycleConfig(**{**config, **changed})
+
+
+def test_images_of_another_scheduler_are_in_another_folder(config):
+    folders = [generation_folder(CycleConfig(**config, scheduler=name), "model") for name in ("own", "dpm++", "ddim")]
+    assert len(set(folders)) == 3 and folders[0] == generation_folder(CycleConfig(**config), "model")
 
 
 def test_a_single_value_stands_for_a_list(config):
