@@ -1,31 +1,22 @@
-"""The model of a command, its device and its precision."""
+"""The model of a command, its device, its precision and its scheduler."""
 
 import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from vlv.checkpoints import MINIATURE
+from vlv.pipelines.schedulers import build_scheduler
 
 from .errors import UserError
+from .parsers.common import DTYPE_NAMES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, `--revision`, `--device` and `--dtype`, which are the same for all commands."""
-    parser.add_argument(
-        "--model",
-        metavar="DIR_OR_REPO",
-        help="folder or Hub repo id of a VLV (default: the embedded miniature, which knows sixteen drawings)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo; a commit gives repeatable results")
-    parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision (default: float32)")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def choose_model(arguments: argparse.Namespace) -> str:
@@ -73,3 +64,15 @@ def loading(source: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source}: {error}") from error
+
+
+def use_scheduler(pipeline: Any, name: str, option: str = "--scheduler") -> None:
+    """Gives a pipeline the scheduler of that name.
+
+    Raises:
+        UserError: If there is no such scheduler, or it does not fit the model.
+    """
+    try:
+        pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error

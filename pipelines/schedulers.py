@@ -4,8 +4,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 # Name, class in diffusers, and the settings that distinguish it from others of the same class.
 BETA_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
@@ -81,6 +79,8 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
 
 def _steps(scheduler: Any) -> bool:
     """Whether the scheduler can step; not every one takes every kind of prediction."""
+    import torch
+
     trial = type(scheduler).from_config(scheduler.config)
     trial.set_timesteps(2)
     zeros, timestep = torch.zeros(1, 1, 1, 1), trial.timesteps[0]
