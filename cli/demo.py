@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
+from vlv.pipelines.schedulers import OWN
 from vlv.space.deploy import push_space, write_space
 
 from .address import check_address, port_in_use
 from .errors import UserError
-from .models import choose_device, choose_model, loading, precision
+from .models import choose_device, choose_model, loading, precision, use_scheduler
 from .push import check_repo_id, talking_to_the_hub
 
 
@@ -31,6 +32,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     source = choose_model(arguments)
     with loading(source):
         demo = Demo(source, arguments.revision, choose_device(arguments), precision(arguments))
+    if arguments.scheduler != OWN:
+        if demo.pipeline is None:
+            raise UserError(
+                f"--scheduler {arguments.scheduler}: {source} has no diffusion model, so it generates no images"
+            )
+        use_scheduler(demo.pipeline, arguments.scheduler)
     try:
         launch(demo, server_name=arguments.host, server_port=arguments.port or None)
     except OSError as error:  # something took the port while the model was loaded
@@ -41,6 +48,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _deploy(arguments: argparse.Namespace) -> int:
     if not arguments.model or Path(arguments.model).exists():
         raise UserError("a Space takes its model from the Hub: push it (`vlv push`), then pass --model ORG/NAME")
+    if arguments.scheduler != OWN:
+        raise UserError("a Space takes the model's own scheduler; leave --scheduler out")
     if arguments.push_space and arguments.write_space:
         raise UserError("give --push-space or --write-space, not both")
     check_repo_id(arguments.model)

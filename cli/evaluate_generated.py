@@ -17,7 +17,7 @@ from .evaluating import (
     read_images,
     resolve_model,
 )
-from .models import DTYPES, choose_device, loading
+from .models import DTYPES, choose_device, loading, use_scheduler
 from .output import require_writable
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def run_cycle(config: "CycleConfig", images: Mapping[str, Path]) -> tuple[str, l
             captions, facts = cycle.write_captions(config, captioner, inputs.images, advance)
         del captioner  # its memory is free for the text-to-image model
     source = resolve_model(config.text_to_image)
-    load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device))
+    load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device, config.scheduler))
     fingerprint = _fingerprint(source, load)
     with progress(len(captions) * len(config.guidance), "generated images", True) as advance:
         results = cycle.run_cycle(
@@ -87,7 +87,7 @@ def run_reconstruction(config: "ReconstructionConfig", images: Mapping[str, Path
         return reconstruction.plan_reconstruction(config, images), []
     device = _device(config)
     extractors = [choose_features(name, config.resize, device) for name in config.features]
-    load, fingerprint = _reconstruction_model(config.model, config.dtype, device)
+    load, fingerprint = _reconstruction_model(config.model, config.dtype, config.scheduler, device)
     with progress(len(images) * len(config.guidance), "reconstructions", True) as advance:
         results = reconstruction.run_reconstruction(config, images, load, fingerprint, extractors, device, advance)
     return reconstruction.reconstruction_table(results), results["notes"]
@@ -109,7 +109,7 @@ def run_spatial(config: "SpatialConfig", images: Mapping[str, Path]) -> tuple[st
         detector = EndpointDetector(settings, Path(config.output_dir) / spatial.DETECTIONS_LOG, config.boxes)
     else:
         detector = choose_detector(config.detector, config.threshold, device)
-    load, fingerprint = _reconstruction_model(config.model, config.dtype, device)
+    load, fingerprint = _reconstruction_model(config.model, config.dtype, config.scheduler, device)
     total = len(images) * (1 + 2 * len(config.guidance))
     with progress(total, "images generated and read", True) as advance:
         results = spatial.run_spatial(config, images, load, fingerprint, detector, advance)
@@ -129,7 +129,7 @@ def run_composition(config: "CompositionConfig", images: Mapping[str, Path]) -> 
         choose_detector(config.detector, device=device) if config.detector else None,
         composition.open_judge(config),
     )
-    load, fingerprint = _reconstruction_model(config.model, config.dtype, device)
+    load, fingerprint = _reconstruction_model(config.model, config.dtype, config.scheduler, device)
     total = len(pairs) * len(config.counts) * len(config.guidance)
     with progress(total, "compositions", True) as advance:
         results = composition.run_composition(config, images, pairs, load, fingerprint, instruments, advance)
@@ -145,19 +145,20 @@ def _device(config: "GenerationConfig") -> str:
     return choose_device(argparse.Namespace(device=config.device))
 
 
-def _reconstruction_model(model: str, dtype: str, device: str) -> tuple[Callable[[], Any], str]:
+def _reconstruction_model(model: str, dtype: str, scheduler: str, device: str) -> tuple[Callable[[], Any], str]:
     """What loads the reconstruction pipeline of a VLV, once, and its fingerprint."""
     source = resolve_model(model)
-    load = cache(partial(_load_reconstruction, source, dtype, device))
+    load = cache(partial(_load_reconstruction, source, dtype, scheduler, device))
     return load, _fingerprint(source, load)
 
 
-def _load_reconstruction(source: str, dtype: str, device: str) -> Any:
+def _load_reconstruction(source: str, dtype: str, scheduler: str, device: str) -> Any:
     from vlv.pipelines import load_reconstruction
 
     with loading(source):
         pipeline = load_reconstruction(source, dtype=DTYPES[dtype], device=device)
     pipeline.set_progress_bar_config(disable=True)
+    use_scheduler(pipeline, scheduler, "scheduler")
     return pipeline
 
 

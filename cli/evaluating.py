@@ -8,10 +8,11 @@ from typing import Any
 from tqdm import tqdm
 
 from vlv.checkpoints import MINIATURE
+from vlv.pipelines.schedulers import OWN
 
 from .errors import UserError
 from .inputs import collect_images
-from .models import loading
+from .models import loading, use_scheduler
 from .parsers.evaluate import INCEPTION, SCENE_CLASSIFIER
 
 
@@ -20,7 +21,7 @@ def resolve_model(source: str) -> str:
     return str(MINIATURE) if source == "miniature" else source
 
 
-def load_text_to_image(source: str, dtype: Any, device: str) -> Any:
+def load_text_to_image(source: str, dtype: Any, device: str, scheduler: str = OWN) -> Any:
     """A text-to-image pipeline: of diffusers, or the frozen text-to-image model of a VLV.
 
     Raises:
@@ -41,6 +42,7 @@ def load_text_to_image(source: str, dtype: Any, device: str) -> Any:
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"text_to_image {source} is a {type(pipeline).__name__}, which takes no prompt")
     pipeline.set_progress_bar_config(disable=True)
+    use_scheduler(pipeline, scheduler, "scheduler")
     return pipeline.to(device)
 
 

@@ -1,15 +1,17 @@
-"""The model of a command, its device and its precision."""
+"""The model of a command, its device, its precision and its scheduler."""
 
 import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from vlv.checkpoints import MINIATURE
+from vlv.pipelines.schedulers import build_scheduler
 
 from .errors import UserError
 from .parsers.common import DTYPE_NAMES
@@ -62,3 +64,15 @@ def loading(source: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source}: {error}") from error
+
+
+def use_scheduler(pipeline: Any, name: str, option: str = "--scheduler") -> None:
+    """Gives a pipeline the scheduler of that name.
+
+    Raises:
+        UserError: If there is no such scheduler, or it does not fit the model.
+    """
+    try:
+        pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error

@@ -16,13 +16,14 @@ from PIL import Image
 from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_available
 from vlv.files import write_atomically
 from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstruction
+from vlv.pipelines.schedulers import DEFAULT_STEPS, MANY_STEPS
 
 from .batches import read_batches
 from .captions import read_one_text
 from .encode import encode
 from .errors import UserError
 from .inputs import collect_images, load_embeddings
-from .models import choose_device, choose_model, loading, precision
+from .models import choose_device, choose_model, loading, precision, use_scheduler
 from .output import GrowingJson, Summary, output_path, refuse_existing, require_writable
 from .sheet import Pair, contact_sheet
 
@@ -35,6 +36,9 @@ FOLDERS = ("reconstructions", "side_by_side")
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
+    start, end = arguments.guidance_interval
+    if not 0 <= start < end <= 1:
+        raise UserError(f"--guidance-interval {start:g} {end:g} must be two ascending numbers from 0 to 1")
     folder = Path(arguments.output_dir)
     for part in (folder, *(folder / name for name in FOLDERS)):
         require_writable(part, "--output-dir", arguments.output_dir)
@@ -53,6 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline = load_reconstruction(
             source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
         )
+    use_scheduler(pipeline, arguments.scheduler)
+    if arguments.num_inference_steps is None:
+        arguments.num_inference_steps = DEFAULT_STEPS.get(arguments.scheduler, MANY_STEPS)
     pipeline.set_progress_bar_config(disable=True)  # the summary shows one bar for all images
     if arguments.embeddings:
         width = pipeline.encoder.config.caption_embed_dim
@@ -67,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if size % pipeline.size_multiple:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.size_multiple}")
 
-    summary, meter = Summary(len(inputs)), _set_meter(pipeline)
+    summary, meter = Summary(len(inputs)), None if arguments.no_metrics else _set_meter(pipeline)
     pairs: list[Pair] = []
     with GrowingJson(folder / "metrics.json", head={"settings": _settings(arguments, source, size)}) as report:
         for batch in read_batches(inputs, pipeline.image_processor, arguments.batch_size, summary, size):
@@ -79,22 +86,30 @@ def run(arguments: argparse.Namespace) -> int:
                     summary.fail(name, str(error), "reconstruct")
                 continue
             reconstructions = reconstruct(pipeline, caption_embeds, size, arguments, summary)
+            compared: list[list[torch.Tensor]] = [[], []]  # reconstructions and their originals, (3, H, W) uint8
             for name, original, reconstruction in zip(batch.names, batch.originals, reconstructions, strict=True):
                 try:
-                    metrics[name] = _write(folder, name, original, reconstruction)
+                    _write(folder, name, original, reconstruction)
                 except OSError as error:
                     if error.errno not in ERRORS_OF_NAMES:
                         raise
                     summary.fail(name, str(error), "write the reconstruction of")
                     continue
                 summary.done += 1
-                if original is not None:
-                    if meter is not None:
-                        meter.update(_to_tensor(reconstruction)[None], _to_tensor(original)[None])
-                    if sheet is not None:
-                        pairs.append(Pair(original, reconstruction, captions.get(name, "")))
+                metrics[name] = {}
+                if original is None:
+                    continue
+                if meter is not None:
+                    pair = [_to_tensor(image) for image in (reconstruction, original)]
+                    metrics[name] = image_metrics(pair[0] / 255, pair[1] / 255)
+                    for images, pixels in zip(compared, pair, strict=True):
+                        images.append(pixels)
+                if sheet is not None:
+                    pairs.append(Pair(original, reconstruction, captions.get(name, "")))
+            if meter is not None and compared[0]:
+                meter.update(*map(torch.stack, compared))
             report.add(metrics)
-        report.close({"dataset": _dataset_metrics(meter), "failed": summary.failed})
+        report.close({"dataset": _dataset_metrics(meter, arguments.no_metrics), "failed": summary.failed})
     if sheet is not None and pairs:
         write_atomically(sheet, contact_sheet(pairs).save)
     return summary.close("reconstructed", str(folder))
@@ -136,6 +151,7 @@ def reconstruct(
         height=size,
         width=size,
         guidance_scale=arguments.guidance_scale,
+        guidance_interval=tuple(arguments.guidance_interval),
         num_inference_steps=arguments.num_inference_steps,
         negative_prompt=arguments.negative_prompt,
         callback_on_step_end=advance,
@@ -151,7 +167,16 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 def _settings(arguments: argparse.Namespace, source: str, size: int) -> dict[str, Any]:
     """Settings as metrics.json records them."""
-    names = ["guidance_scale", "num_inference_steps", "seed", "prompt", "prompt_first", "image_tokens"]
+    names = [
+        "guidance_scale",
+        "guidance_interval",
+        "num_inference_steps",
+        "scheduler",
+        "seed",
+        "prompt",
+        "prompt_first",
+        "image_tokens",
+    ]
     names += ["negative_prompt", "revision", "dtype"]
     model = "embedded miniature" if arguments.model is None else source
     return {"model": model, "image_size": size, **{name: getattr(arguments, name) for name in names}}
@@ -170,17 +195,13 @@ def output_name(name: str) -> str:
     return Path(*folders, last + ".png").as_posix()
 
 
-def _write(folder: Path, name: str, original: Image.Image | None, reconstruction: Image.Image) -> dict[str, float]:
-    """Writes a reconstruction, and with its original also the two side by side; returns its metrics."""
+def _write(folder: Path, name: str, original: Image.Image | None, reconstruction: Image.Image) -> None:
+    """Writes a reconstruction, and with its original also the two side by side."""
     file = output_name(name)
     write_atomically(folder / FOLDERS[0] / file, reconstruction.save)
-    if original is None:
-        return {}
-    write_atomically(folder / FOLDERS[1] / file, make_image_grid([original, reconstruction], rows=1, cols=2).save)
-    try:
-        return image_metrics(_to_tensor(reconstruction) / 255, _to_tensor(original) / 255)
-    except ImportError:  # metrics.json names the missing extra once, see _dataset_metrics
-        return {}
+    if original is not None:
+        grid = make_image_grid([original, reconstruction], rows=1, cols=2)
+        write_atomically(folder / FOLDERS[1] / file, grid.save)
 
 
 def _set_meter(pipeline: ReconstructionPipeline) -> SetMeter | None:
@@ -194,8 +215,10 @@ def _set_meter(pipeline: ReconstructionPipeline) -> SetMeter | None:
         return None
 
 
-def _dataset_metrics(meter: SetMeter | None) -> dict[str, Any]:
-    """FID and KID of all images together, or a note on the missing extra."""
+def _dataset_metrics(meter: SetMeter | None, left_out: bool) -> dict[str, Any]:
+    """FID and KID of all images together, or a note on why there are none."""
+    if left_out:
+        return {"note": "left out (--no-metrics)"}
     if meter is None:
         return {"note": "metrics need the extra vlv[eval] (pip install '.[eval]' in its source folder)"}
     return dataclasses.asdict(meter.compute())

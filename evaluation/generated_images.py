@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from vlv.files import write_atomically
 from vlv.pipelines import generate_images
+from vlv.pipelines.schedulers import OWN, SCHEDULERS
 from vlv.processing_vlv import to_rgb
 
 from .features import file_digest
@@ -41,6 +42,9 @@ class GenerationConfig:
     output_dir: str = field(default="", metadata={"help": "folder of the generated images and the results"})
     guidance: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0, 4.0], metadata={"help": "guidance scales"})
     num_inference_steps: int = field(default=40, metadata={"help": "denoising steps of each image"})
+    scheduler: str = field(
+        default=OWN, metadata={"help": "as --scheduler of `vlv reconstruct` (default: the model's own)"}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "height and width in pixels (default: the model's)"}
     )
@@ -69,6 +73,8 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler is one of {', '.join(SCHEDULERS)}, not {self.scheduler!r}")
         if self.bootstrap < 0:
             raise ValueError(f"bootstrap must be at least 0, not {self.bootstrap}")
         if self.dtype not in DTYPES:
@@ -189,7 +195,9 @@ class ImageStore:
 
 def image_store(config: GenerationConfig, model_fingerprint: str) -> ImageStore:
     """The store of one model and its settings, in a folder below `output_dir`."""
-    settings = (model_fingerprint, config.num_inference_steps, config.image_size, config.dtype)
+    settings: tuple[Any, ...] = (model_fingerprint, config.num_inference_steps, config.image_size, config.dtype)
+    if config.scheduler != OWN:
+        settings += (config.scheduler,)
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()
     return ImageStore(Path(config.output_dir) / f"images-{digest}", config)
 

@@ -133,8 +133,9 @@ class SetMeter:
             raise ValueError(
                 f"expected one original for each image, got {len(images)} images and {len(originals)} originals"
             )
-        self.images.update(self.extractor(list(images)))
-        self.originals.update(self.extractor(list(originals)))
+        features, original_features = self.extractor([*images, *originals]).chunk(2)  # one batch of both
+        self.images.update(features)
+        self.originals.update(original_features)
 
     def compute(self) -> SetMetrics:
         """FID and KID of all images so far."""

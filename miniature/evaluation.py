@@ -132,18 +132,19 @@ def generate_in_batches(
     guidance_scale: float,
     steps: int,
     batch_size: int,
+    **settings: Any,
 ) -> torch.Tensor:
     """Images `(N, 3, 64, 64)` uint8 from `inputs`, which the pipeline takes as `argument`.
 
-    Image `i` has noise of the seed `i`, whatever the size of the batches.
+    Image `i` has noise of the seed `i`, whatever the size of the batches. `settings` are further arguments of the
+    pipeline's call.
     """
+    settings |= {"guidance_scale": guidance_scale, "num_inference_steps": steps}
     batches = []
     for start in range(0, len(inputs), batch_size):
         batch: dict[str, Any] = {argument: inputs[start : start + batch_size]}
         seeds = range(start, min(start + batch_size, len(inputs)))
-        batches.append(
-            generate_images(pipeline, **batch, seeds=seeds, guidance_scale=guidance_scale, num_inference_steps=steps)
-        )
+        batches.append(generate_images(pipeline, **batch, seeds=seeds, **settings))
     return to_uint8(torch.cat(batches))
 
 

@@ -126,7 +126,7 @@ class TeacherLoss(nn.Module):
         with torch.no_grad():
             posterior = self._autoencoder[0].encode(pixels.float() / 127.5 - 1).latent_dist
             latents = posterior.sample().float() * self._autoencoder[0].config.scaling_factor  # (B, C, 8, 8)
-        noise = torch.randn_like(latents)
+        noise = torch.randn(latents.shape, device=latents.device)
         steps = self.scheduler.config.num_train_timesteps
         timesteps = stratified_timesteps(len(latents), 0, steps - 1)
         noisy = self.scheduler.add_noise(latents, noise, timesteps)

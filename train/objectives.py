@@ -59,4 +59,5 @@ class QueryNoise:
             return None
         queries = kwargs["inputs_embeds"]  # (B, Q, d_model)
         size = queries.detach().square().mean().sqrt()
-        return args, kwargs | {"inputs_embeds": queries + self.share * size * torch.randn_like(queries)}
+        noise = torch.randn(queries.shape, device=queries.device, dtype=queries.dtype)  # whatever their layout
+        return args, kwargs | {"inputs_embeds": queries + self.share * size * noise}

@@ -411,7 +411,7 @@ class Stage1Trainer(VLVTrainer):
         moments = inputs.get("moments")  # (B, 2 * C, h, w)
         if moments is None:
             moments = self.diffusion_decoder.encode_moments(to_unit_range(inputs["diffusion_pixels"]))
-        # Noise is drawn in the order of memory: that of the images, channels last, also with the cache.
+        # The layout of the images also with the cache, so that the denoiser's sums are in the same order.
         moments = moments.contiguous(memory_format=torch.channels_last)
         return self.diffusion_decoder.sample_latents(moments, generators)
 

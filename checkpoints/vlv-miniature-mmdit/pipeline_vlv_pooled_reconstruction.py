@@ -76,6 +76,7 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         self.register_modules(encoder=encoder, image_processor=image_processor, **parts)
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self.vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1) if parts["vae"] else 8
+        self._encoded_prompt: tuple[Any, Any] = (None, None)  # the last texts, and their embeddings
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -305,6 +306,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt embeddings `(B, N, d_cond)` and pooled ones `(B, d_pooled)` of texts, padded or truncated.
 
+        Those of the last texts are kept, and computed anew where a text encoder's weights have changed since.
+
         Args:
             prompt: One text or a list.
             max_length: `N`; by default the text encoders' positions. The pooled ones are those of all positions.
@@ -313,13 +316,19 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         positions = self.encoder.config.num_text_positions
         tokenizers = [getattr(self, name) for name in TOKENIZERS[: len(self.encoder.config.text_encoder_configs)]]
         settings = {"padding": "max_length", "max_length": positions, "truncation": True, "return_tensors": "pt"}
-        ids = [tokenizer(prompts, **settings).input_ids.to(self._execution_device) for tokenizer in tokenizers]
-        output = self.encoder(input_ids=ids)
-        if max_length is not None and max_length < positions:
-            pooled = output.pooled_conditioning  # that of the complete texts
-            output = self.encoder(input_ids=[own[:, :max_length] for own in ids])
-            output.pooled_conditioning = pooled
-        return self._prompt_embeds(output)
+        device = self._execution_device
+        ids = [tokenizer(prompts, **settings).input_ids.to(device) for tokenizer in tokenizers]
+        states = [_weights_state(text_encoder) for text_encoder in self.encoder.text_encoders]
+        key = ([own.tolist() for own in ids], max_length, device, torch.is_autocast_enabled(device.type), states)
+        if None in states or self._encoded_prompt[0] != key:
+            output = self.encoder(input_ids=ids)
+            if max_length is not None and max_length < positions:
+                pooled = output.pooled_conditioning  # that of the complete texts
+                output = self.encoder(input_ids=[own[:, :max_length] for own in ids])
+                output.pooled_conditioning = pooled
+            self._encoded_prompt = key, self._prompt_embeds(output)
+        prompt_embeds, pooled = self._encoded_prompt[1]
+        return prompt_embeds.clone(), pooled.clone()
 
     def _prompt_embeds(self, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What `text_to_image` takes, from the output of the encoder."""
@@ -378,6 +387,7 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         image_tokens: int | None = None,
         prompt_first: bool = False,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         **kwargs: Any,
     ) -> Any:
         r"""
@@ -403,6 +413,9 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
                 Number of reconstructions of each image. They are next to each other in the output.
             prompt, image_tokens, prompt_first (*optional*):
                 Words beside the image, and how many of its embeddings are kept: those of `add_prompt`.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to all):
+                The part of the steps with guidance (arXiv 2404.07724), from the first, 0, to the end, 1. Other steps
+                compute one half of the batch.
             generator, latents, output_type, return_dict, kwargs:
                 As in the call of `text_to_image`, such as `sigmas` and `callback_on_step_end`.
 
@@ -420,6 +433,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             raise ValueError(f"height and width must be divisible by {self.size_multiple}, got {height} x {width}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two ascending numbers in 0..1, got {guidance_interval}")
         if caption_embeds is None:
             caption_embeds = self.get_caption_embeds(image)  # (B, Q, d_text)
         batch_size = len(caption_embeds)
@@ -429,14 +444,26 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             )
         words = {"prompt": prompt, "image_tokens": image_tokens, "prompt_first": prompt_first}
         embeds = self.encode_image(None, caption_embeds, negative_prompt, guidance_scale > 1, **words)
+        # Not every pipeline of diffusers repeats the rows that it is given.
+        embeds = {
+            name: rows.to(self.denoiser.dtype).repeat_interleave(num_images_per_prompt, dim=0)
+            for name, rows in embeds.items()
+        }
         decoded_apart = output_type != "latent" and self.vae.dtype != self.denoiser.dtype
-        images = self.text_to_image(
-            **{name: rows.to(self.denoiser.dtype) for name, rows in embeds.items()},
+        text_to_image = self.text_to_image
+        if guidance_scale > 1 and tuple(guidance_interval) != (0, 1):
+            sizes = [name for name in kwargs if name.startswith("negative_")]
+            if sizes and guidance_interval[0] > 0:
+                raise ValueError(f"guidance_interval that begins after the first step does not go with {sizes[0]}")
+            limited = _GuidanceInterval(guidance_interval, guidance_scale, embeds, kwargs)
+            guidance_scale, kwargs["callback_on_step_end"] = limited.first_scale, limited
+            kwargs["callback_on_step_end_tensor_inputs"] = text_to_image._callback_tensor_inputs
+        images = text_to_image(
+            **embeds,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=None if latents is None else latents.to(self.denoiser.dtype),
             output_type="latent" if decoded_apart else output_type,
@@ -447,6 +474,48 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             images = self._decode_latents(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class _GuidanceInterval:
+    """Turns guidance of diffusers' pipelines on and off between steps, after the caller's own callback.
+
+    Such a pipeline holds the rows of the negative and of the prompt in one tensor while guidance is on.
+
+    Args:
+        interval: As the call of the pipeline takes it.
+        scale: Of guidance within the interval.
+        embeds: As `encode_image` returns them, with the negative ones.
+        kwargs: Arguments of the call, with its callback and the names of the tensors that this gets.
+    """
+
+    def __init__(
+        self, interval: tuple[float, float], scale: float, embeds: dict[str, torch.Tensor], kwargs: dict[str, Any]
+    ):
+        self.interval, self.scale = interval, scale
+        self.callback = kwargs.get("callback_on_step_end")
+        names = kwargs.get("callback_on_step_end_tensor_inputs", ["latents"])
+        self.names = getattr(self.callback, "tensor_inputs", names)
+        self.negative = {
+            "prompt_embeds": embeds["negative_prompt_embeds"],
+            "pooled_prompt_embeds": embeds["negative_pooled_prompt_embeds"],  # of Stable Diffusion 3
+            "add_text_embeds": embeds["negative_pooled_prompt_embeds"],  # of Stable Diffusion XL
+        }
+        self.is_on = interval[0] == 0
+        self.first_scale = scale if self.is_on else 1.0
+
+    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if self.callback is not None:
+            tensors |= self.callback(pipeline, step, timestep, {name: tensors[name] for name in self.names}) or {}
+        guides = self.interval[0] <= (step + 1) / pipeline.num_timesteps < self.interval[1]
+        ended = self.is_on and pipeline.guidance_scale <= 1  # by the caller's callback
+        if guides == self.is_on or ended:
+            return tensors
+        self.is_on = guides
+        pipeline._guidance_scale = self.scale if guides else 1.0
+        for name in set(pipeline._callback_tensor_inputs) - {"latents"}:
+            rows = tensors[name]
+            tensors[name] = torch.cat([self.negative.get(name, rows), rows]) if guides else rows.chunk(2)[1]
+        return tensors
 
 
 def arrange_conditioning(hidden_states: torch.Tensor, joint_width: int) -> torch.Tensor:
@@ -488,3 +557,11 @@ def _load_missing(
         settings = {"torch_dtype": encoder.dtype, "use_safetensors": True} if is_model else {}
         loaded[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
     return loaded
+
+
+def _weights_state(module: torch.nn.Module) -> tuple | None:
+    """Changes where a weight is replaced or written in place; None where that could not be seen."""
+    try:
+        return None if module.training else tuple((own.data_ptr(), own._version) for own in module.parameters())
+    except RuntimeError:  # inference tensors have no version, and some quantized ones no address
+        return None

@@ -12,10 +12,12 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PIPELINES = {"VLVReconstructionPipeline", "VLVPooledReconstructionPipeline"}
@@ -71,6 +73,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         vae = parts["vae"]
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._encoded_prompt: tuple[Any, Any] = (None, None)  # the last texts, and their embeddings
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -170,16 +173,12 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             if values is not None and len(values) == 0:
                 raise ValueError(f"{name} is empty; give at least one value, or leave it out")
             if values is not None and name not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"{type(self.scheduler).__name__} does not take custom {name}; leave {name} out, or use a "
-                    f"scheduler whose set_timesteps has an argument {name}"
-                )
+                raise ValueError(f"{type(self.scheduler).__name__} does not take custom {name}; leave {name} out")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'latent'")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {sorted(unknown)}"
             )
@@ -196,9 +195,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} images; give one, or one for each image")
         if not isinstance(negative_prompt, str | None) and len(negative_prompt) not in (1, batch_size):
-            raise ValueError(
-                f"{len(negative_prompt)} negative prompts for {batch_size} images; give one, or one for each image"
-            )
+            raise ValueError(f"{len(negative_prompt)} negative prompts for {batch_size} images; give one, or one each")
 
     @torch.no_grad()
     def get_caption_embeds(self, image: Any) -> torch.Tensor:
@@ -284,13 +281,19 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str], max_length: int | None = None) -> torch.Tensor:
-        """Prompt embeddings `(B, positions, d_text)` of texts, padded or truncated; the first `max_length` of them."""
+        """Prompt embeddings `(B, positions, d_text)` of texts, padded or truncated; the first `max_length` of them.
+
+        Those of the last texts are kept, and computed anew where the text encoder's weights have changed since.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         positions = self.encoder.config.text_encoder_config.max_position_embeddings
-        input_ids = self.tokenizer(
-            prompts, padding="max_length", max_length=positions, truncation=True, return_tensors="pt"
-        ).input_ids
-        return self.encoder(input_ids=input_ids[:, :max_length].to(self._execution_device)).conditioning
+        settings = {"padding": "max_length", "max_length": positions, "truncation": True, "return_tensors": "pt"}
+        ids, device = self.tokenizer(prompts, **settings).input_ids[:, :max_length], self._execution_device
+        state = _weights_state(self.encoder.text_encoder)
+        key = (ids.tolist(), device, torch.is_autocast_enabled(device.type), state)
+        if state is None or self._encoded_prompt[0] != key:
+            self._encoded_prompt = key, self.encoder(input_ids=ids.to(device)).conditioning
+        return self._encoded_prompt[1].clone()
 
     @torch.no_grad()
     def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
@@ -303,8 +306,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
         Args:
             caption_embeds: Those of each image, `(1, Q, d_text)` or `(Q, d_text)`.
-            lengths: For each image, the number of embeddings to keep from the front. Their sum is at least 1 and at
-                most the text encoder's number of positions.
+            lengths: How many of each image are kept, from the front; in sum 1 to the text encoder's positions.
 
         Returns:
             `(1, sum(lengths), d_text)`, for the call's `caption_embeds`.
@@ -363,6 +365,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         timestep: torch.Tensor,
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
+        guided: bool = True,
     ) -> torch.Tensor:
         """The denoiser's output `(B, C, h, w)` at one timestep, with classifier-free guidance if that is on.
 
@@ -370,35 +373,31 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             latents: `(B, C, h, w)`.
             prompt_embeds: `(B, N, d_text)`.
             negative_prompt_embeds: `(B, M, d_text)`, or None where guidance is off. `M` may differ from `N`.
+            guided: False for a timestep without guidance.
 
         Raises:
             ValueError: If guidance is on and there are no negative prompt embeddings.
         """
         latents = self.scheduler.scale_model_input(latents, timestep)
 
-        def predict(latents: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-            return self.unet(latents, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        def predict(latents: torch.Tensor, embeds: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return self.unet(latents, timestep, embeds, encoder_attention_mask=mask, return_dict=False)[0]
 
-        if not self.do_classifier_free_guidance:
+        if not (guided and self.do_classifier_free_guidance):
             return predict(latents, prompt_embeds)
         if negative_prompt_embeds is None:
             raise ValueError(
                 "a callback turned guidance on, but there are no negative_prompt_embeds; call the pipeline with "
                 "guidance_scale > 1, or return negative_prompt_embeds from the callback"
             )
-        if negative_prompt_embeds.shape == prompt_embeds.shape:
-            embeds = torch.cat([negative_prompt_embeds, prompt_embeds])  # (2 B, N, d_text)
-            noise_pred_uncond, noise_pred_text = predict(torch.cat([latents] * 2), embeds).chunk(2)
-        else:  # fewer caption embeddings than text positions cannot share a batch with the negative prompt
-            noise_pred_uncond = predict(latents, negative_prompt_embeds)
-            noise_pred_text = predict(latents, prompt_embeds)
+        rows = [*negative_prompt_embeds, *prompt_embeds]  # 2 B of (M, d_text) or (N, d_text)
+        embeds, mask = pad_sequence(rows, batch_first=True), None  # (2 B, max(M, N), d_text)
+        if negative_prompt_embeds.shape[1] != prompt_embeds.shape[1]:
+            mask = pad_sequence([row.new_ones(len(row)) for row in rows], batch_first=True)  # (2 B, max(M, N))
+        noise_pred_uncond, noise_pred_text = predict(torch.cat([latents] * 2), embeds, mask).chunk(2)
         noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
         if self.guidance_rescale > 0.0:
-            # The conditional prediction's standard deviation (section 3.4 of arXiv 2305.08891).
-            axes = list(range(1, noise_pred.ndim))
-            std_text, std_cfg = (noise.std(dim=axes, keepdim=True) for noise in (noise_pred_text, noise_pred))
-            rescaled = noise_pred * (std_text / std_cfg)
-            noise_pred = self.guidance_rescale * rescaled + (1 - self.guidance_rescale) * noise_pred
+            noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, self.guidance_rescale)
         return noise_pred
 
     @torch.no_grad()
@@ -425,6 +424,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         prompt: str | Sequence[str] | None = None,
         image_tokens: int | None = None,
         prompt_first: bool = False,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Any:
         r"""
         Reconstructs images.
@@ -452,14 +452,14 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
                 (`(B, 3, H, W)` in 0..1) or `"latent"`.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return `ImagePipelineOutput` or a tuple.
             callback_on_step_end (`Callable`, `PipelineCallback`, `MultiPipelineCallbacks`, *optional*): Called as
-                `callback(pipeline, step, timestep, callback_kwargs)` at the end of each step. The tensors that it
-                returns replace the pipeline's. It may set `pipeline._interrupt = True`, which skips the remaining
-                steps, and `pipeline._guidance_scale`.
+                `callback(pipeline, step, timestep, callback_kwargs)` after each step. The tensors that it returns
+                replace the pipeline's. It may set `_guidance_scale` and `_interrupt`, which skips the other steps.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, *optional*, defaults to `("latents",)`): Names of the
-                tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"` `(B, N, d_text)` or
-                `"negative_prompt_embeds"` (`(B, M, d_text)`, None without guidance). The two embeddings are separate,
-                not concatenated, because `M` and `N` may differ. A `PipelineCallback` names its own.
+                tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"` `(B, N, d_text)` and, separate from them,
+                `"negative_prompt_embeds"` (`(B, M, d_text)`, or None). A `PipelineCallback` names its own.
             prompt, image_tokens, prompt_first (*optional*): Words beside the image, as in `add_prompt`.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to all): The part of the steps with guidance
+                (arXiv 2404.07724), from the first, 0, to the end, 1. Others compute one half of the batch.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] or `tuple`: The images.
@@ -470,11 +470,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
-        # 0. Default height and width
-        height = height or self.default_size
-        width = width or self.default_size
-
         # 1. Check inputs
+        height, width = height or self.default_size, width or self.default_size
         self.check_inputs(
             image,
             caption_embeds,
@@ -487,9 +484,9 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._interrupt = False
+        if not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two ascending numbers in 0..1, got {guidance_interval}")
+        self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
 
         # 2. Encode the images
         if caption_embeds is None:
@@ -515,26 +512,23 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         schedule = self.scheduler.timesteps  # more than the steps, where a step evaluates the denoiser more than once
         num_inference_steps = len(schedule) if custom else num_inference_steps
 
-        # 5. Prepare latents
+        # 5. Prepare latents and extra step kwargs
         latents = self.prepare_latents(count, height, width, dtype, device, generator, latents)
-
-        # 6. Prepare extra step kwargs
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
 
-        # 7. Denoising loop
+        # 6. Denoising loop
         num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(schedule)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(schedule):
                 if self.interrupt:
                     continue
-                noise_pred = self.predict_noise(latents, t, prompt_embeds, negative_prompt_embeds)
+                guided = guidance_interval[0] <= i / len(schedule) < guidance_interval[1]
+                noise_pred = self.predict_noise(latents, t, prompt_embeds, negative_prompt_embeds, guided)
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    values = (latents, prompt_embeds, negative_prompt_embeds)
-                    tensors = dict(zip(VLVReconstructionPipeline._callback_tensor_inputs, values, strict=True))
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_kwargs = {k: v for k, v in locals().items() if k in callback_on_step_end_tensor_inputs}
                     outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
                     latents = outputs.get("latents", latents)
                     prompt_embeds = _replaced_embeds(prompt_embeds, outputs.get("prompt_embeds", prompt_embeds))
@@ -543,10 +537,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
                 if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
 
-        # 8. Decode the latents
+        # 7. Decode the latents, and offload all models
         images = latents if output_type == "latent" else self.decode_latents(latents, output_type, generator)
-
-        # 9. Offload all models
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -573,8 +565,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 def _replaced_embeds(prompt_embeds: torch.Tensor, returned: torch.Tensor) -> torch.Tensor:
     """The prompt embeddings `(B, N, d_text)` after a callback; raises `ValueError` for another number of rows.
 
-    diffusers' callbacks that end guidance keep the last row or half of one tensor with the negative and the prompt's
-    embeddings. This pipeline keeps the negative embeddings apart, so `prompt_embeds` stays unchanged.
+    Those of diffusers that end guidance keep the last row or half of one tensor with negative and prompt embeddings.
+    This pipeline keeps the negative embeddings apart, so `prompt_embeds` stays unchanged.
     """
     if len(returned) == len(prompt_embeds):
         return returned
@@ -598,3 +590,11 @@ def _load_parts(names: Sequence[str], source: str, revision: str | None, dtype: 
         settings = {"torch_dtype": dtype, "use_safetensors": True} if is_model else {}
         parts[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
     return parts
+
+
+def _weights_state(module: torch.nn.Module) -> tuple | None:
+    """Changes where a weight is replaced or written in place; None where that could not be seen."""
+    try:
+        return None if module.training else tuple((own.data_ptr(), own._version) for own in module.parameters())
+    except RuntimeError:  # inference tensors have no version, and some quantized ones no address
+        return None

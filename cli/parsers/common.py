@@ -2,6 +2,8 @@
 
 import argparse
 
+from vlv.pipelines.schedulers import OWN, SCHEDULERS
+
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 NUM_PAIRS = 4
 
@@ -34,4 +36,15 @@ def add_num_pairs(parser: argparse.ArgumentParser, default: int | None = NUM_PAI
         default=default,
         metavar="K",
         help=f"passes of the denoiser for a caption's score (default: {NUM_PAIRS})",
+    )
+
+
+def add_scheduler_argument(parser: argparse.ArgumentParser, default: str = OWN) -> None:
+    """Adds `--scheduler`."""
+    parser.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        default=default,
+        help=f"the sampler of the denoising steps: {', '.join(SCHEDULERS[:-1])}, or {OWN} for the model's as it is "
+        f"(default: {default})",
     )

@@ -1,6 +1,6 @@
 """The options of `vlv demo`."""
 
-from .common import add_model_arguments
+from .common import add_model_arguments, add_scheduler_argument
 
 
 def add_parser(commands) -> None:
@@ -17,5 +17,6 @@ def add_parser(commands) -> None:
     space.add_argument("--write-space", metavar="DIR", help="write the Space's files into this new folder")
     space.add_argument("--private", action="store_true", help="create the Space as a private one")
     space.add_argument("--token", help="Hub token; by default HF_TOKEN or the one that `hf auth login` stored")
+    add_scheduler_argument(parser)
     add_model_arguments(parser)
     parser.set_defaults(run="demo:run")

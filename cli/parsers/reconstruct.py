@@ -1,6 +1,8 @@
 """The options of `vlv reconstruct`."""
 
-from .common import add_model_arguments, positive
+from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, DEFAULT_STEPS, MANY_STEPS
+
+from .common import add_model_arguments, add_scheduler_argument, positive
 
 
 def add_parser(commands) -> None:
@@ -22,7 +24,24 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--guidance-scale", type=float, default=2.0, help="classifier-free guidance; 1 turns it off (default: 2.0)"
     )
-    parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        default=(0.0, 1.0),
+        help="the part of the steps with guidance, from 0, the first, to 1, the end; the others take half the time "
+        "(default: 0 1)",
+    )
+    add_scheduler_argument(parser, DEFAULT_SCHEDULER)
+    parser.add_argument(
+        "--num-inference-steps",
+        type=positive,
+        help="denoising steps (default: "
+        + ", ".join(f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items())
+        + f", otherwise {MANY_STEPS})",
+    )
+    parser.add_argument("--no-metrics", action="store_true", help="do not compare the images with their originals")
     parser.add_argument("--seed", type=int, default=42, help="seed of the noise of every image (default: 42)")
     parser.add_argument(
         "--image-size", type=positive, help="width and height in pixels (default: the size used in training)"

@@ -466,7 +466,7 @@ class DiffusionDecoder(nn.Module, ABC):
             timesteps = self.sample_timesteps(len(latents))
         timesteps = timesteps.to(latents.device)
         if noise is None:
-            noise = torch.randn_like(latents)
+            noise = torch.randn(latents.shape, device=latents.device, dtype=latents.dtype)  # whatever their layout
         noisy, target = self.add_noise(latents, noise, timesteps)  # (B, C, h, w)
         predicted, target = self.predict(noisy, timesteps, conditioning).float(), target.float()
         weights = self.loss_weights(timesteps)

@@ -106,6 +106,29 @@ def test_reconstruct_writes_images_and_metrics(model_folder, mixed_folder, tmp_p
 
 
 @pytest.mark.slow
+def test_scheduler_interval_and_metrics_of_reconstructions_are_options(model_folder, mixed_folder, tmp_path, capsys):
+    image = mixed_folder / "good.png"
+
+    def generate(name, *arguments):
+        assert reconstruct(model_folder, tmp_path / name, image, *arguments) == 0
+        report = json.loads((tmp_path / name / "metrics.json").read_text())
+        return report, Image.open(tmp_path / name / "reconstructions" / "good.png.png").tobytes()
+
+    report, default = generate("default", "--guidance-scale", 5)
+    assert report["settings"]["scheduler"] == "dpm++" and report["settings"]["guidance_interval"] == [0, 1]
+    report, own = generate("own", "--guidance-scale", 5, "--scheduler", "own", "--no-metrics")
+    assert report["images"] == {"good.png": {}} and "--no-metrics" in report["dataset"]["note"]
+    _, early = generate("early", "--guidance-scale", 5, "--guidance-interval", 0, 0.5, "--no-metrics")
+    assert len({default, own, early}) == 3
+    for arguments, message in (
+        (["--scheduler", "dpm"], "--scheduler: the scheduler 'dpm' is not known; expected one of ddpm, ddim"),
+        (["--guidance-interval", 0.5, 0.5], "--guidance-interval 0.5 0.5 must be two ascending numbers from 0 to 1"),
+    ):
+        assert reconstruct(model_folder, tmp_path / "error", image, *arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_reconstruction_does_not_depend_on_its_batch(model_folder, mixed_folder, tmp_path):
     reconstruct(model_folder, tmp_path / "batch", mixed_folder, "--batch-size", 2)
     reconstruct(model_folder, tmp_path / "alone", mixed_folder / "good.png")

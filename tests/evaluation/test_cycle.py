@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from vlv.cli.main import main
 from vlv.evaluation.captioners import open_captioner
 from vlv.evaluation.cycle import CycleConfig, cycle_table
-from vlv.evaluation.generated_images import ImageStore, tokenizers_that_cut
+from vlv.evaluation.generated_images import ImageStore, image_store, tokenizers_that_cut
 
 from .openai_server import Reply, scripted_endpoint
 
@@ -107,11 +107,18 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
         ({"pair_metrics": "fid"}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
         ({"pair_metrics": ["fid"]}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"scheduler": "dpm"}, r"scheduler is one of ddpm, ddim, .*, own, not 'dpm'"),
     ],
 )
 def test_wrong_settings_are_named(config, changed, message):
     with pytest.raises(ValueError, match=message):
         CycleConfig(**{**config, **changed})
+
+
+def test_images_of_another_scheduler_are_in_another_folder(config):
+    stores = [image_store(CycleConfig(**config, scheduler=name), "model") for name in ("own", "dpm++", "ddim")]
+    folders = [store.folder for store in stores]
+    assert len(set(folders)) == 3 and folders[0] == image_store(CycleConfig(**config), "model").folder
 
 
 def test_a_single_value_stands_for_a_list(config):

@@ -54,6 +54,23 @@ def test_any_schedulers_config_gives_the_same_noise(scheduler, inputs):
     assert_close_to_scale(decoder.denoising_loss(**inputs), build().denoising_loss(**inputs))
 
 
+def test_the_noise_of_a_seed_does_not_depend_on_the_layout_of_memory(inputs):
+    decoder = build()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        latents = inputs["latents"].contiguous(memory_format=layout)
+        torch.manual_seed(4)
+        losses = decoder.denoise(latents, inputs["conditioning"], timesteps=inputs["timesteps"]).losses
+        encoded = decoder.encode_images(pixels.contiguous(memory_format=layout), torch.Generator().manual_seed(3))
+        found.append((losses, encoded))
+    torch.manual_seed(4)
+    noise = torch.randn(3, 4, 8, 8)
+    assert_close_to_scale(found[0][0], decoder.denoise(**inputs | {"noise": noise}).losses)
+    for contiguous, channels_last in zip(*found, strict=True):
+        assert_close_to_scale(channels_last, contiguous)
+
+
 def test_latents_are_scaled_samples_of_the_posterior():
     decoder = build()
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1

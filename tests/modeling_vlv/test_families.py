@@ -321,10 +321,7 @@ def test_the_pooled_state_alone_has_a_gradient(decoder, batch):
 @torch.no_grad()
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_one_sampling_step_by_hand(guidance_scale, case, model, pipeline, decoder, diffusers_pipeline):
-    flow = case.channels == 16
-    scheduler_class = FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler
-    scheduler = scheduler_class.from_config(decoder.scheduler.config)
-    pipeline.scheduler = scheduler
+    pipeline.scheduler = scheduler_of(case, decoder)
     z = torch.randn(2, 8, sum(case.widths), generator=torch.Generator().manual_seed(2))
     noise = torch.randn(2, case.channels, 8, 8, generator=torch.Generator().manual_seed(3))
     got = pipeline(
@@ -336,30 +333,102 @@ def test_one_sampling_step_by_hand(guidance_scale, case, model, pipeline, decode
         height=32,
         width=32,
     ).images
-    scheduler = scheduler_class.from_config(decoder.scheduler.config)
-    scheduler.set_timesteps(1)
-    (timestep,) = scheduler.timesteps
+    conditionings = conditionings_by_hand(case, model, diffusers_pipeline, z)
+    expected = denoise_by_hand(case, decoder, noise, *conditionings, [guidance_scale])
+    assert_close_to_scale(got, expected)
 
-    def predict(conditioning: Conditioning) -> torch.Tensor:
-        if not flow:
-            return decoder.predict(noise, timestep, conditioning)
-        return decoder.transformer(
-            hidden_states=noise,
-            timestep=timestep.expand(2),
+
+@torch.no_grad()
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.25, 0.75)])
+def test_guidance_is_limited_to_an_interval_of_the_steps(case, model, pipeline, decoder, diffusers_pipeline, interval):
+    pipeline.scheduler = scheduler_of(case, decoder)
+    z = torch.randn(2, 8, sum(case.widths), generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(4, case.channels, 8, 8, generator=torch.Generator().manual_seed(3))
+    rows, steps = [], []
+    decoder.denoiser.register_forward_hook(lambda module, given, output: rows.append(len(output[0])))
+
+    def callback(pipeline, step, timestep, tensors):
+        steps.append((step, list(tensors)))
+        return {}
+
+    settings = {"num_images_per_prompt": 2, "num_inference_steps": 4, "height": 32, "width": 32, "latents": noise}
+    settings |= {"guidance_scale": 20.0, "guidance_interval": interval, "output_type": "latent"}
+    got = pipeline(caption_embeds=z, **settings, callback_on_step_end=callback).images
+    scales = [20.0 if interval[0] <= step / 4 < interval[1] else 1.0 for step in range(4)]
+    assert rows == [4 if scale == 1 else 8 for scale in scales]
+    assert steps == [(step, ["latents"]) for step in range(4)]
+    conditionings = conditionings_by_hand(case, model, diffusers_pipeline, z.repeat_interleave(2, dim=0))
+    assert_close_to_scale(got, denoise_by_hand(case, decoder, noise, *conditionings, scales), 1e-4)
+
+
+@torch.no_grad()
+def test_an_interval_of_guidance_that_cannot_be_used_is_an_error(case, pipeline):
+    z = torch.zeros(1, 8, sum(case.widths))
+    with pytest.raises(ValueError, match="guidance_interval must be two ascending numbers"):
+        pipeline(caption_embeds=z, guidance_interval=(0.5, 0.2))
+    if case.channels == 4:
+        with pytest.raises(ValueError, match="does not go with negative_original_size"):
+            pipeline(caption_embeds=z, guidance_interval=(0.5, 1.0), negative_original_size=(32, 32))
+
+
+@torch.no_grad()
+def test_the_negative_prompt_is_encoded_once(case, pipeline):
+    z = torch.zeros(1, 8, sum(case.widths))
+    calls: list[int] = []
+    table = pipeline.encoder.text_encoders[0].get_input_embeddings()
+    hook = table.register_forward_hook(lambda *_: calls.append(1))  # of words alone
+    for _ in range(3):
+        pipeline(caption_embeds=z, negative_prompt="a dog", num_inference_steps=1, height=32, width=32)
+    hook.remove()
+    assert len(calls) == 2  # its pooled state is that of all positions, its states are those of eight
+
+
+def scheduler_of(case: Case, decoder: DiffusionDecoder) -> Any:
+    scheduler_class = FlowMatchEulerDiscreteScheduler if case.channels == 16 else DDIMScheduler
+    return scheduler_class.from_config(decoder.scheduler.config)
+
+
+def conditionings_by_hand(case, model, diffusers_pipeline, caption_embeds) -> tuple[Conditioning, Conditioning]:
+    """Of the images, and of what guidance steers away from: zeros, or the empty prompt."""
+    given = Conditioning.of(model(caption_embeds=caption_embeds))
+    if case.channels == 4:
+        return given, Conditioning(torch.zeros_like(given.hidden_states), torch.zeros_like(given.pooled))
+    words = [""] * len(caption_embeds)
+    ids = ids_of(diffusers_pipeline, words, len(case.widths))
+    nothing = Conditioning.of(model(input_ids=ids))
+    shorter = model(input_ids=[own[:, : caption_embeds.shape[1]] for own in ids]).conditioning
+    return given, Conditioning(shorter, nothing.pooled)
+
+
+def denoise_by_hand(
+    case: Case,
+    decoder: DiffusionDecoder,
+    latents: torch.Tensor,
+    given: Conditioning,
+    nothing: Conditioning,
+    scales: list[float],
+) -> torch.Tensor:
+    """One guidance scale for each step; 1 is the prediction without guidance."""
+    scheduler = scheduler_of(case, decoder)
+    scheduler.set_timesteps(len(scales))
+
+    def predict(timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        if case.channels == 4:
+            return decoder.predict(latents, timestep, conditioning)
+        return decoder.denoiser(
+            hidden_states=latents,
+            timestep=timestep.expand(len(latents)),
             encoder_hidden_states=sequence_by_hand(conditioning),
             pooled_projections=conditioning.pooled,
         ).sample
 
-    given = Conditioning.of(model(caption_embeds=z))
-    predicted = predict(given)
-    if guidance_scale > 1:  # steers away from zeros, or from the empty prompt
-        nothing = Conditioning(torch.zeros_like(given.hidden_states), torch.zeros_like(given.pooled))
-        if flow:
-            ids = [own[:, :8] for own in ids_of(diffusers_pipeline, ["", ""], len(case.widths))]  # as long as z
-            nothing = Conditioning.of(model(input_ids=ids))
-        without = predict(nothing)
-        predicted = without + guidance_scale * (predicted - without)
-    assert_close_to_scale(got, scheduler.step(predicted, timestep, noise).prev_sample)
+    for timestep, scale in zip(scheduler.timesteps, scales, strict=True):
+        predicted = predict(timestep, given)
+        if scale > 1:
+            without = predict(timestep, nothing)
+            predicted = without + scale * (predicted - without)
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+    return latents
 
 
 @torch.no_grad()

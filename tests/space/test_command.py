@@ -48,6 +48,18 @@ def test_an_address_that_cannot_be_used_is_one_line(address, message, capsys):
     assert error.startswith(f"vlv: {message}") and error.count("\n") == 1
 
 
+def test_a_space_takes_no_scheduler(tmp_path, capsys):
+    command = ["demo", "--model", "org/name", "--write-space", str(tmp_path / "space"), "--scheduler", "dpm++"]
+    assert main(command) == 2
+    assert "a Space takes the model's own scheduler" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_does_not_fit_is_named_before_the_page_is_served(capsys):
+    assert main(["demo", "--model", str(MINIATURE), "--port", "0", "--scheduler", "heun"]) == 2
+    assert "--scheduler: the scheduler 'heun' does not fit" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),

@@ -125,6 +125,18 @@ def test_noise_on_queries_has_its_size_and_stays_out_of_evaluations(encoder):
     assert not torch.equal(noisy[0], noisy[1])  # each image has its own
 
 
+def test_noise_on_queries_does_not_depend_on_their_layout_in_memory(encoder):
+    noise = QueryNoise(encoder.train(), 0.1)
+    queries = torch.randn(3, 8, 24)
+    found = []
+    for given in (queries, queries.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        torch.manual_seed(0)
+        changed = noise._add(encoder, (), {"inputs_embeds": given})
+        assert changed is not None
+        found.append(changed[1]["inputs_embeds"])
+    assert_close_to_scale(*found)
+
+
 def test_lora_layers_of_the_encoder_are_trained_and_merged(encoder):
     plain = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     freeze_for_stage1(encoder, "query_decoder")
