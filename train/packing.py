@@ -15,8 +15,8 @@ from transformers.masking_utils import sdpa_mask
 
 PACKED_SDPA = "sdpa_of_packed_rows"
 """The attention implementation that `pack_captions` gives a language model in the place of `sdpa`."""
-TOLERANCE = 0.05
-"""The largest difference of logits, as a share of their size: rounding to bfloat16 makes less, a wrong mask more."""
+TOLERANCE, HALF_TOLERANCE = 0.005, 0.05
+"""The largest difference of logits, as a share of their size: rounding makes less, a wrong mask more."""
 
 
 def packed_sdpa(
@@ -75,7 +75,8 @@ def pack_captions(language_model: Any) -> torch.utils.hooks.RemovableHandle:
     handle = language_model.register_forward_pre_hook(_pack, with_kwargs=True)
     try:
         packed = _sample_logits(language_model)
-        equal = packed.shape == padded.shape and bool((packed - padded).abs().max() <= TOLERANCE * padded.abs().max())
+        allowed = (TOLERANCE if base.dtype == torch.float32 else HALF_TOLERANCE) * padded.abs().max()
+        equal = packed.shape == padded.shape and bool((packed - padded).abs().max() <= allowed)
         reason = "it does not keep captions in one row apart"
     except (TypeError, ValueError) as error:
         equal, reason = False, str(error)
@@ -84,6 +85,12 @@ def pack_captions(language_model: Any) -> torch.utils.hooks.RemovableHandle:
         base.set_attn_implementation(own)
         raise ValueError(f"packing does not work with {type(base).__name__}: {reason}; leave it out")
     return handle
+
+
+def can_pack_fast(language_model: Any) -> bool:
+    """Whether the attention of a language model takes each sequence of a packed row by itself."""
+    own = str(base_of(language_model).config._attn_implementation)
+    return own in ("sdpa", PACKED_SDPA) or "flash" in own
 
 
 def base_of(language_model: Any) -> Any:
