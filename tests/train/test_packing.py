@@ -75,7 +75,9 @@ def test_a_caption_does_not_depend_on_those_beside_it(batch):
     model = build_captioner(language_model_config())
     pack_captions(model.language_model)
     inputs = {key: batch[key] for key in ("pixel_values", "labels")}
-    alone = [model(**{key: value[i : i + 1] for key, value in inputs.items()}, return_logits=False).loss for i in range(3)]
+    alone = [
+        model(**{key: value[i : i + 1] for key, value in inputs.items()}, return_logits=False).loss for i in range(3)
+    ]
     counts = (batch["labels"] != -100).sum(dim=1)
     together = model(**inputs, return_logits=False).loss
     assert together.item() == pytest.approx((torch.stack(alone) * counts).sum().item() / int(counts.sum()), rel=1e-5)
@@ -83,7 +85,9 @@ def test_a_caption_does_not_depend_on_those_beside_it(batch):
 
 def test_several_captions_of_an_image_share_its_prefix(images, processor):
     captions = ["a", "a large apple at the top left", "a small dog"]
-    items = [{"image": image, "caption": c} for image, c in zip([images[0], images[1], images[0]], captions, strict=True)]
+    items = [
+        {"image": image, "caption": c} for image, c in zip([images[0], images[1], images[0]], captions, strict=True)
+    ]
     shared = Stage2Collator(processor, 300)(items)
     assert len(shared["pixel_values"]) == 2 and shared["image_indices"].tolist() == [0, 1, 0]
     flipped = Stage2Collator(processor, 300)([items[0], items[2] | {"augmentation": {"flip": True}}])
