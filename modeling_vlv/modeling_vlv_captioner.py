@@ -192,9 +192,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
 
         Returns:
-            Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and the caption embeddings `(B, Q, d_text)`, None
-            for images given as `conditioning`. Padding of a text prefix is moved to the front, so that the last
-            position always precedes the caption.
+            Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and caption embeddings `(B, Q, d_text)` or None.
+            Padding of a text prefix is moved to the front, so that the last position always precedes the caption.
 
         Raises:
             ValueError: If `input_ids` and images differ in number, the mask has another shape than `input_ids` or
@@ -396,7 +395,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             *(pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds, image_features),
             *(conditioning, image_indices),
         )
-        with_text = sequence.shape[1] > (conditioning if caption_embeds is None else caption_embeds).shape[1]
+        image_tokens: Any = conditioning if caption_embeds is None else caption_embeds
+        with_text = sequence.shape[1] > image_tokens.shape[1]
         start = sequence.shape[1] - 1  # the position that predicts the first label
         length = 1
         if labels is not None:

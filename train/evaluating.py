@@ -104,7 +104,7 @@ class EvaluationMixin(Trainer):
         finally:
             self.data_collator, args.dataloader_drop_last = collator, drop_last
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         """The order of the evaluation set, also where the training groups by length."""
         return SequentialSampler(eval_dataset)
 

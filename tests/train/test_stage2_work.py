@@ -157,7 +157,15 @@ def test_a_language_model_that_cannot_pack_is_padded_and_refused_where_packing_i
     tmp_path, processor, images
 ):
     torch.manual_seed(0)
-    bloom = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=3, initializer_range=0.3)
+    bloom = BloomConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=2,
+        eos_token_id=3,
+        initializer_range=0.3,
+    )
     language_model = AutoModelForCausalLM.from_config(bloom)
     model = VLVForConditionalGeneration(vlv_config(text_config=bloom))
     model.language_model.load_state_dict(language_model.state_dict())

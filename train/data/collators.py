@@ -176,7 +176,8 @@ def count_samples(batch: dict[str, Any]) -> int:
 def find_repeated(items: list[dict]) -> tuple[list[int], list[int]]:
     """Which items are the first with their image, and of each item the place of its image among those."""
     places: dict[Any, int] = {}
-    first, indices = [], []
+    first: list[int] = []
+    indices: list[int] = []
     for number, item in enumerate(items):
         image = item["image"]
         name = image if isinstance(image, str | bytes) else id(image)
