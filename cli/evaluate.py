@@ -3,22 +3,16 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from vlv.checkpoints import MINIATURE
 from vlv.files import write_json
 
 from .errors import UserError
-from .inputs import collect_images
-from .models import DTYPES, choose_device, choose_model, loading
-from .output import output_path, refuse_existing, require_writable
-from .parsers.evaluate import INCEPTION, SCENE_CLASSIFIER
+from .evaluating import as_user_errors, choose_features, progress, read_images
+from .models import choose_device, choose_model, loading
+from .output import output_path, refuse_existing
 
 
 def run_miniature(arguments: argparse.Namespace) -> int:
@@ -51,8 +45,8 @@ def run_images(arguments: argparse.Namespace) -> int:
     from vlv.evaluation.results import BOOTSTRAP_SAMPLES
 
     output = _output(arguments)
-    generated = _images(arguments.generated, "--generated")
-    reference = _images(arguments.reference, "--reference") if arguments.reference else {}
+    generated = read_images(arguments.generated, "--generated")
+    reference = read_images(arguments.reference, "--reference") if arguments.reference else {}
     if not reference and not arguments.reference_statistics:
         raise UserError("pass --reference DIR, or --reference-statistics FILE that an earlier run wrote")
     files = {}
@@ -72,9 +66,9 @@ def run_images(arguments: argparse.Namespace) -> int:
     is_main = _join_processes()
     extractor = choose_features(arguments.features, arguments.resize, choose_device(arguments))
     statistics = {}
-    with _as_user_errors():
+    with as_user_errors():
         for kind, images in (("generated", generated), ("reference", reference)):
-            with _progress(len(images), f"features of {kind} images", is_main) as advance:
+            with progress(len(images), f"features of {kind} images", is_main) as advance:
                 statistics[kind] = image_sets.cached_statistics(
                     list(images.values()), extractor, files[kind], batch_size=arguments.batch_size, advance=advance
                 )
@@ -102,7 +96,7 @@ def run_images(arguments: argparse.Namespace) -> int:
             others = [name for name in arguments.pair_metrics if name != "cosine"]
             if others:
                 paths = [(generated[name], reference[original]) for name, original in pairs]
-                with _progress(len(paths), "pairs", is_main) as advance:
+                with progress(len(paths), "pairs", is_main) as advance:
                     values |= image_sets.compare_pairs(paths, others, choose_device(arguments), advance)
             found, more = image_sets.pair_figures(values, BOOTSTRAP_SAMPLES if samples is None else samples)
             figures, notes = figures | found, notes + more
@@ -123,7 +117,7 @@ def run_captions(arguments: argparse.Namespace) -> int:
         raise UserError("--vocabulary needs --objects FILE, or --references that mention the objects")
     if arguments.bert and not arguments.references:
         raise UserError("BERTScore compares captions with references; pass --references FILE with --bert")
-    with _as_user_errors():
+    with as_user_errors():
         captions = caption_sets.read_captions(arguments.captions)
         names = list(captions)
         given = caption_sets.CaptionSet(names, list(captions.values()))
@@ -143,9 +137,9 @@ def run_captions(arguments: argparse.Namespace) -> int:
             if not clip.is_contrastive:
                 raise UserError(f"--clip {arguments.clip} embeds no texts; pass a CLIP or SigLIP model")
             paths = caption_sets.entries_of(
-                names, _images(arguments.images, "--images"), f"--images {arguments.images}"
+                names, read_images(arguments.images, "--images"), f"--images {arguments.images}"
             )
-            with _progress(len(paths), "features of images", True) as advance:
+            with progress(len(paths), "features of images", True) as advance:
                 given.images = extract_statistics(paths, clip, arguments.batch_size, advance=advance).features
         if arguments.tokenizer:
             from transformers import AutoTokenizer
@@ -166,115 +160,11 @@ def run_captions(arguments: argparse.Namespace) -> int:
     return _finish(arguments, output, figures, notes, {"num_captions": len(names)})
 
 
-def run_cycle(arguments: argparse.Namespace) -> int:
-    from vlv import hub
-    from vlv.evaluation import caption_sets
-    from vlv.evaluation.cycle import CycleConfig, cycle_table
-    from vlv.evaluation.cycle import run_cycle as run
-    from vlv.train.parsing import parse_config
-
-    config = parse_config(CycleConfig, [arguments.config, *arguments.settings], "vlv evaluate cycle")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype is one of {', '.join(DTYPES)}, not {config.dtype!r}")
-    device = choose_device(argparse.Namespace(device=config.device))
-    source = str(MINIATURE) if config.text_to_image == "miniature" else config.text_to_image
-    output = Path(config.output_dir)
-    require_writable(output, "output_dir", config.output_dir)
-    with _as_user_errors():
-        captions = caption_sets.read_captions(config.captions)
-        originals = caption_sets.entries_of(
-            list(captions), _images(config.images, "images"), f"images {config.images}"
-        )
-        extractor = choose_features(config.features, config.resize, device)
-        load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device))
-        if not Path(source).is_dir():
-            load()  # downloads the repository, which then has a fingerprint
-        fingerprint = hub.fingerprint(source)
-        total = len(captions) * len(config.guidance)
-        with _progress(total, "generated images", True) as advance:
-            results = run(config, captions, originals, load, fingerprint, extractor, device, advance)
-    lines = [cycle_table(results), *(f"note: {note}" for note in results["notes"]), f"written to {output}"]
-    print("\n\n".join(lines))
-    return 0
-
-
-def load_text_to_image(source: str, dtype: Any, device: str) -> Any:
-    """A text-to-image pipeline: of diffusers, or the frozen text-to-image model of a VLV.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
-    import inspect
-
-    from diffusers import DiffusionPipeline
-
-    from vlv.miniature.evaluation import teacher_pipeline
-    from vlv.pipelines import load_reconstruction
-
-    with loading(source):
-        if "VLV" in str(DiffusionPipeline.load_config(source)["_class_name"]):
-            pipeline = teacher_pipeline(load_reconstruction(source, dtype=dtype, device=device))
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
-    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise UserError(f"text_to_image {source} is a {type(pipeline).__name__}, which takes no prompt")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def choose_features(name: str, resize: str, device: str) -> Any:
-    """The feature extractor of `--features`.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
-    from vlv.evaluation.features import AutoModelFeatures, InceptionFeatures
-    from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE
-    from vlv.miniature.scene_classifier import SceneClassifierFeatures
-
-    with loading(f"the features {name}"):
-        if name == SCENE_CLASSIFIER:
-            return SceneClassifierFeatures(MINIATURE / SCENE_CLASSIFIER_FILE)
-        if name == INCEPTION:
-            return InceptionFeatures(resize, device)  # type: ignore[arg-type]
-        return AutoModelFeatures(name, device)
-
-
 def _output(arguments: argparse.Namespace) -> Path:
     output = output_path(arguments.output, ".json")
     if not arguments.overwrite:
         refuse_existing(output, "--output")
     return output
-
-
-def _images(folder: str, option: str) -> dict[str, Path]:
-    """The images of a folder by name.
-
-    Raises:
-        UserError: If it is not a folder, has no images, or one that cannot be read: figures of the others would be
-            those of another set.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"{option} {folder} is not a folder")
-    found = collect_images([folder])
-    for item in found:
-        if item.problem is not None:
-            raise UserError(f"{item.path}: {item.problem}; remove it, or repair it")
-    return {item.name: item.path for item in found}
-
-
-@contextmanager
-def _as_user_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
-@contextmanager
-def _progress(total: int, title: str, is_main: bool) -> Iterator[Any]:
-    with tqdm(total=total, desc=title, unit=" images", disable=None if is_main else True) as bar:
-        yield bar.update
 
 
 def _join_processes() -> bool:

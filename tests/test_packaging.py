@@ -102,7 +102,8 @@ def check(use, heavy):
     assert not loaded, f"{{use}} loads {{loaded}}"
 from vlv.cli.main import build_parser, main
 helps = [[], *([name] for name in build_parser()._subparsers._group_actions[0].choices if name != "train"), ["train"]]
-helps += [["evaluate", name] for name in ("miniature", "images", "captions", "cycle", "agreement")]
+subjects = ("miniature", "images", "captions", "agreement", "cycle", "reconstruction", "spatial", "composition")
+helps += [["evaluate", name] for name in subjects]
 for command in helps:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(open(os.devnull, "w")):
         main([*command, "--help"])

@@ -8,6 +8,12 @@ from .common import positive
 
 SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
 PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim")
+GENERATING_PROTOCOLS = {
+    "cycle": "captions by the images that a text-to-image model generates from them (Table 1 of the paper)",
+    "reconstruction": "images that are generated from caption embeddings, by their originals (Table 5)",
+    "spatial": "where the objects of such images are, against those of the originals (Table 6)",
+    "composition": "images that are generated from the caption embeddings of two images (Figure 6)",
+}
 PROTOCOLS = {
     "judge": "a vision model scores captions from 0 to 6, or compares two captioners (docs/evaluation_protocols.md)",
     "vqa": "a language model answers questions about images from their captions (docs/evaluation_protocols.md)",
@@ -37,16 +43,7 @@ def add_parser(commands) -> None:
     miniature.set_defaults(run="evaluate:run_miniature")
     _add_images_parser(subjects)
     _add_captions_parser(subjects)
-    cycle = subjects.add_parser(
-        "cycle",
-        help="captions by the images that a text-to-image model generates from them",
-        usage="vlv evaluate cycle CONFIG.yaml [--name value ...]",
-        description="Turns captions into images and compares these with the captioned images, over guidance scales "
-        "(Table 1 of the paper). A run that was ended goes on with the same command. `vlv evaluate cycle CONFIG.yaml "
-        "--help` is this text; docs/evaluation_metrics.md lists the settings.",
-    )
-    cycle.add_argument("config", metavar="CONFIG.yaml", help="the settings")
-    cycle.set_defaults(run="evaluate:run_cycle", takes_settings=True)
+    _add_generating_parsers(subjects)
     _add_endpoint_parsers(subjects)
 
 
@@ -158,6 +155,20 @@ def _not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
     return value
+
+
+def _add_generating_parsers(subjects: Any) -> None:
+    """Adds the protocols that generate images."""
+    for name, text in GENERATING_PROTOCOLS.items():
+        parser = subjects.add_parser(
+            name,
+            help=text,
+            usage=f"vlv evaluate {name} CONFIG.yaml [--name value ...]",
+            description=f"Measures {text}. A run that was ended goes on with the same command; --dry_run prints its "
+            "plan and loads no model. docs/evaluation_protocols.md lists the settings; "
+            f"evaluation/configs/{name}.yaml has those of the paper.",
+        )
+        parser.set_defaults(run="evaluate_generated:run_protocol", takes_settings=True, protocol=name)
 
 
 def _add_endpoint_parsers(subjects: Any) -> None:
