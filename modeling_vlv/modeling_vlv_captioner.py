@@ -31,11 +31,14 @@ from .generation_vlv import (
     PromptStreamer,
     after_prompt,
     check_generation_arguments,
+    check_text_prefix,
     count_new_tokens,
     mask_and_positions,
     padding_first,
     refuse_labels_of_the_prefix,
     refuse_long_prefix,
+    require_kept,
+    require_one_image_input,
 )
 from .modeling_vlv import VLVConfig, VLVModel, VLVPreTrainedModel, VLVProjector, from_sub_configs
 
@@ -183,11 +186,13 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        conditioning: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The embeddings that the language model reads before the caption: image prefix, then an optional text prefix.
 
         Returns:
-            Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and the caption embeddings `(B, Q, d_text)`.
+            Embeddings `(B, Q + P, d_lm)`, their mask `(B, Q + P)`, and caption embeddings `(B, Q, d_text)` or None.
             Padding of a text prefix is moved to the front, so that the last position always precedes the caption.
 
         Raises:
@@ -195,16 +200,17 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 belongs to nothing, `inputs_embeds` are given beside `input_ids`, or the prefix is longer than the
                 language model can read.
         """
-        if pixel_values is None and caption_embeds is None and image_features is None:
-            raise ValueError(
-                "an image to caption is missing; words and chats need one, too: pass exactly one of pixel_values, "
-                "caption_embeds and image_features"
-            )
+        images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
+        require_one_image_input({**images, "conditioning": conditioning})
         if input_ids is not None:
             self._refuse_unknown_ids(input_ids)
-        output = self.model(pixel_values=pixel_values, caption_embeds=caption_embeds, image_features=image_features)
+        if conditioning is None:
+            output = self.model(**images)
+            conditioning, caption_embeds = output.conditioning, output.caption_embeds
         token_embeddings = self.get_input_embeddings()
-        prefix = self._project(output.conditioning)  # (B, Q, d_lm)
+        prefix = self._project(conditioning)  # (B, Q, d_lm)
+        if image_indices is not None:
+            prefix = prefix.index_select(0, image_indices)
         mask = torch.ones(prefix.shape[:2], dtype=torch.long, device=prefix.device)
         if input_ids is not None and inputs_embeds is not None:
             raise ValueError("pass the text prefix as input_ids or as inputs_embeds, not as both")
@@ -214,21 +220,15 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         if attention_mask is not None and not torch.compiler.is_compiling() and not attention_mask.any():
             text = None  # padding alone
         if text is not None and text.shape[1]:
-            name = "inputs_embeds" if input_ids is None else "input_ids"
-            if len(text) != len(prefix):
-                raise ValueError(f"{len(text)} rows of {name} for {len(prefix)} images; give one row an image")
-            if attention_mask is None:
-                attention_mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-            if attention_mask.shape != text.shape[:2]:
-                raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}, but {name} are {tuple(text.shape)}"
-                )
+            attention_mask = check_text_prefix(
+                text, attention_mask, len(prefix), "inputs_embeds" if input_ids is None else "input_ids"
+            )
             words = token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (B, P, d_lm)
             prefix = torch.cat([prefix, words.to(prefix)], dim=1)  # (B, Q + P, d_lm)
             mask = torch.cat([mask, attention_mask.to(mask)], dim=1)
             refuse_long_prefix(self.config, mask)
             prefix, mask = padding_first(prefix, mask)
-        return prefix, mask, output.caption_embeds
+        return prefix, mask, caption_embeds
 
     def _project(self, conditioning: torch.Tensor) -> torch.Tensor:
         """Conditioning `(N, Q, d_cond)` as embeddings of the language model `(N, Q, d_lm)`."""
@@ -322,6 +322,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_token_type_ids: torch.Tensor | None = None,
+        conditioning: torch.Tensor | None = None,
+        image_indices: torch.Tensor | None = None,
         **kwargs,
     ) -> VLVCausalLMOutput:
         """Next-token loss and logits of captions, given their images, in one of two forms.
@@ -354,6 +356,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             inputs_embeds (`torch.Tensor` of shape `(B, P, d_lm)`, *optional*): The text prefix as embeddings.
             use_cache (`bool`, *optional*): Returns `past_key_values`. Off by default.
             image_features (`torch.Tensor` of shape `(B, P, d_model)`): As in [`VLVModel`]. In place of images.
+            conditioning (`torch.Tensor` of shape `(B, Q, d_cond)`): As [`VLVModel`] gives it. In place of images.
+            image_indices (`torch.Tensor` of shape `(B,)`, *optional*): The image of each row, if there are fewer.
             position_ids, past_key_values, logits_to_keep: Of the form with image tokens, as in other models.
             mm_token_type_ids: Of the processor. Without effect: `input_ids` tell where images are.
             kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
@@ -369,8 +373,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         }
         images = {"pixel_values": pixel_values, "caption_embeds": caption_embeds, "image_features": image_features}
         if input_ids is not None and self._is_sequence(input_ids, labels, past_key_values):
-            if inputs_embeds is not None:
-                raise ValueError("pass a sequence with image tokens as input_ids, not as inputs_embeds")
+            if inputs_embeds is not None or conditioning is not None or image_indices is not None:
+                raise ValueError("pass image tokens as input_ids, not as inputs_embeds or with conditioning")
             sequence, positions, caption_embeds = self._read_sequence(
                 input_ids, attention_mask, position_ids, past_key_values, images
             )
@@ -388,9 +392,11 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 f"{wrong[0]!r} belongs to input_ids with image tokens, and has no effect here; leave it out"
             )
         sequence, mask, caption_embeds = self.get_prefix(
-            pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds, image_features
+            *(pixel_values, caption_embeds, input_ids, attention_mask, inputs_embeds, image_features),
+            *(conditioning, image_indices),
         )
-        with_text = sequence.shape[1] > caption_embeds.shape[1]
+        image_tokens: Any = conditioning if caption_embeds is None else caption_embeds
+        with_text = sequence.shape[1] > image_tokens.shape[1]
         start = sequence.shape[1] - 1  # the position that predicts the first label
         length = 1
         if labels is not None:
@@ -418,7 +424,9 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             **recorded,
         )
         logits = output.logits  # (B, positions, vocab), or with a mask (number of labels, vocab)
-        self._require_kept((logits.shape[1] == (keep or sequence.shape[1])) if with_logits else logits.ndim == 2)
+        require_kept(
+            (logits.shape[1] == (keep or sequence.shape[1])) if with_logits else logits.ndim == 2, self.language_model
+        )
         if not full_logits and with_logits:
             logits = logits[:, :length]
 
@@ -496,7 +504,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         loss: torch.Tensor | None = None
         if labels is not None:
             counted = labels != -100
-            self._require_kept(logits.ndim == 3 if return_logits is not False else logits.ndim == 2)
+            require_kept(logits.ndim == (2 if return_logits is False else 3), self.language_model)
             predictions = logits[counted] if logits.ndim == 3 else logits
             loss = self.loss_function(
                 logits=predictions,
@@ -511,14 +519,6 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             attentions=output.attentions,
             past_key_values=output.past_key_values if cache["use_cache"] else None,
         )
-
-    def _require_kept(self, kept: bool) -> None:
-        """Raises `TypeError` unless the language model gave the logits that it was asked for."""
-        if not kept:
-            raise TypeError(
-                f"{type(self.language_model).__name__} ignores logits_to_keep, so VLV cannot use it; choose a causal "
-                "language model that supports it"
-            )
 
     @torch.no_grad()
     def generate(

@@ -2,6 +2,7 @@
 
 * Moments (stage 1): the mean and log-variance of its latents, which the autoencoder gives.
 * Vision features (both stages): the image tokens, which the vision tower and their projection give.
+* Conditioning (stage 2): the caption embeddings behind the text encoder, which a frozen encoder gives.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ PREPROCESSING = (
     *("size", "pre_crop_size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize"),
     *("image_mean", "image_std", "do_center_crop", "crop_size", "do_pad", "pad_size"),
 )
-"""Settings of the image processor that vision features depend on."""
+"""Settings of the image processor that vision features and conditioning depend on."""
+CONDITIONING_DTYPES = ("bfloat16", "float32")
 
 
 def weights_fingerprint(*modules: nn.Module | None) -> str:
@@ -101,18 +103,60 @@ def open_vision_features(
     shape, projected = vision_features(args, encoder, *pixels.shape[-2:])
     tower: Any = encoder.get_encoder("image")
     projection = encoder.get_image_projection()
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else tower.dtype
-    preprocessing = json.loads(image_processor.to_json_string())
+    half = _half_of(args)
+    dtype = half or tower.dtype
     made_of = {
         "vision_tower": weights_fingerprint(tower),
         "image_projection": weights_fingerprint(projection) if projected else None,
-        **{name: preprocessing.get(name) for name in PREPROCESSING},
+        **_preprocessing(image_processor),
     }
     cache = FeatureCache(args.cache_vision_features, made_of, shape, dtype)
-    compute = _VisionTower(encoder, args.device, dtype if args.bf16 or args.fp16 else None, projected)
+    compute = _VisionTower(encoder, args.device, half, projected)
     collate = partial(_encoder_pixels, image_processor=image_processor)
     _fill(cache, args, datasets, image_processor, collate, compute)
     return cache
+
+
+def open_conditioning(
+    args: Any, datasets: Sequence[TrainingDataset], image_processor: VLVImageProcessor, encoder: VLVModel
+) -> FeatureCache | None:
+    """The cache of `cache_conditioning`, with all images of some data sets; None where that is not set.
+
+    It holds what the language projection reads of an image, `(Q, d_cond)`, in `conditioning_dtype`.
+
+    Args:
+        encoder: Its parameters require gradients if they are trained, now or later.
+
+    Raises:
+        ValueError: If a part of the encoder is trained, or the folder holds the cache of another encoder or
+            preprocessing.
+        OSError: If the cache does not fit on the disk.
+    """
+    if args.cache_conditioning is None:
+        return None
+    check_conditioning_is_fixed(args, encoder)
+    config, half = encoder.config, _half_of(args)
+    made_of = {
+        "encoder": weights_fingerprint(encoder),
+        "computed_in": str(half or encoder.dtype).removeprefix("torch."),
+        **{name: getattr(config, name) for name in ("task_prompt_ids", "attend_all_queries", "conditioning_layers")},
+        **_preprocessing(image_processor),
+    }
+    shape, dtype = (config.num_query_tokens, config.conditioning_dim), getattr(torch, args.conditioning_dtype)
+    cache = FeatureCache(args.cache_conditioning, made_of, shape, dtype)
+    collate = partial(_encoder_pixels, image_processor=image_processor)
+    _fill(cache, args, datasets, image_processor, collate, _CaptionEncoder(encoder, args.device, half))
+    return cache
+
+
+def check_conditioning_is_fixed(args: Any, encoder: VLVModel) -> None:
+    """Raises `ValueError` if a part of the encoder is trained, now or later."""
+    if _is_trained(encoder):
+        raise ValueError(
+            f"cache_conditioning does not work with {_trained_by(args)}, which trains the encoder: its caption "
+            "embeddings change in each step; choose 'projector' or 'projector+lm', or leave it out "
+            "(cache_vision_features works with a frozen vision tower)"
+        )
 
 
 def vision_features(args: Any, encoder: VLVModel, height: int, width: int) -> tuple[tuple[int, ...], bool]:
@@ -126,11 +170,9 @@ def vision_features(args: Any, encoder: VLVModel, height: int, width: int) -> tu
         ValueError: If the vision tower is trained.
     """
     if _is_trained(encoder.get_encoder("image")):
-        by = f"unfreeze {args.unfreeze!r}" if args.unfreeze is not None else f"trainable {args.trainable!r}"
-        by += " with encoder_lora_rank" if getattr(args, "encoder_lora_rank", 0) else ""
         raise ValueError(
-            f"cache_vision_features does not work with {by}, which trains the vision tower: its features change in "
-            f"each step; choose one of {args.TRAINABLE[:-1]}, or leave it out"
+            f"cache_vision_features does not work with {_trained_by(args)}, which trains the vision tower: its "
+            f"features change in each step; choose one of {args.TRAINABLE[:-1]}, or leave it out"
         )
     config = encoder.config.image_encoder_config
     if encoder.config.query_decoder_config is None:
@@ -167,6 +209,25 @@ def _fill(
         )
 
 
+def _trained_by(args: Any) -> str:
+    """The setting that says what is trained."""
+    if args.unfreeze is not None:
+        return f"unfreeze {args.unfreeze!r}"
+    return f"trainable {args.trainable!r}" + (
+        " with encoder_lora_rank" if getattr(args, "encoder_lora_rank", 0) else ""
+    )
+
+
+def _half_of(args: Any) -> torch.dtype | None:
+    """The half precision of the training, if it has one."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _preprocessing(image_processor: VLVImageProcessor) -> dict[str, Any]:
+    settings = json.loads(image_processor.to_json_string())
+    return {name: settings.get(name) for name in PREPROCESSING}
+
+
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
@@ -196,6 +257,19 @@ class _VisionTower:
         with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
             output = self.encoder.get_image_features(pixels.to(self.device))
         return output.pooler_output if self.projected else output.last_hidden_state
+
+
+class _CaptionEncoder:
+    """Computes conditioning, in the precision of the training, on the device only if something is computed."""
+
+    def __init__(self, encoder: VLVModel, device: torch.device, half: torch.dtype | None):
+        self.encoder, self.device, self.half = encoder, device, half
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        encoder: Any = self.encoder.to(self.device).eval()
+        with torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None):
+            return encoder(pixels.to(self.device)).conditioning
 
 
 class _Encoder:

@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vlv.files import read_json, write_json
 
 from .data import EpochSampler, StreamCollator, StreamingDataset, TrainingDataset
-from .data.collators import count_images
+from .data.collators import count_samples
 from .data.streaming import STATE
 
 PROGRESS_FILE = "data_state_{}.json"
@@ -39,6 +39,7 @@ class DataLoadingMixin(Trainer):
             batch_size=args.train_batch_size,
             num_ranks=args.world_size,
             shuffle=args.train_sampling_strategy != "sequential",
+            group_by_length=args.train_sampling_strategy == "group_by_length",
         )
         return self._sampler
 
@@ -96,7 +97,7 @@ class DataLoadingMixin(Trainer):
             assert isinstance(self.train_dataset, StreamingDataset)
             self.train_dataset.record(state)
         self._unreadable += num_skipped
-        self._read += count_images(inputs) + num_skipped
+        self._read += count_samples(inputs) + num_skipped
         share = getattr(self.args, "max_bad_share", 1)
         if self._unreadable > share * max(self._read, ENOUGH_IMAGES):
             raise ValueError(

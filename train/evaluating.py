@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -103,6 +103,10 @@ class EvaluationMixin(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator, args.dataloader_drop_last = collator, drop_last
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        """The order of the evaluation set, also where the training groups by length."""
+        return SequentialSampler(eval_dataset)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with kept_random_state():

@@ -18,7 +18,7 @@ from vlv.diffusion_decoder import FAMILIES, Conditioning, DiffusionDecoder, find
 from vlv.language_model import find_gguf
 from vlv.modeling_vlv import TEXT_ENCODERS
 
-from .caches import vision_features
+from .caches import check_conditioning_is_fixed, vision_features
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .lora import add_lora
 from .memory import enable_activation_checkpointing
@@ -79,8 +79,12 @@ def build_step(
 
 
 def _encoder_input(config: Any, model: VLVModel, side: int, cached_features: bool) -> Callable[[], dict[str, Any]]:
-    """Gives what the encoder reads in a step: images of `side` pixels, or their features."""
+    """Gives what a step reads of images: images of `side` pixels, their features, or their conditioning."""
     batch = config.per_device_train_batch_size
+    if getattr(config, "cache_conditioning", None) is not None:
+        check_conditioning_is_fixed(config, model)
+        size = (batch, model.config.num_query_tokens, model.config.conditioning_dim)
+        return lambda: {"conditioning": torch.empty(size, device="meta")}
     if not cached_features:
         return lambda: {"pixel_values": torch.empty(batch, 3, side, side, device="meta")}
     shape, _ = vision_features(config, model, side, side)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .data.collators import count_images
+from .data.collators import count_samples
 
 QUARTILES = ("loss_t0_25", "loss_t25_50", "loss_t50_75", "loss_t75_100")
 """The mean error of images whose timestep lies in the first to fourth quarter of the schedule."""
@@ -76,6 +76,8 @@ class Speedometer:
     def __init__(self, device: torch.device, flops: tuple[float, float] | None = None, peak: float | None = None):
         self.device, self.flops, self.peak = device, flops, peak
         self._tokens = torch.zeros((), device=device)
+        self.is_packed = False
+        """Whether the padding of captions is left out, and does not count as work."""
         self.start()
 
     def start(self) -> None:
@@ -92,7 +94,7 @@ class Speedometer:
 
     def add_batch(self, inputs: dict[str, Any]) -> None:
         """Counts a batch of this process. It does not wait for the device."""
-        self._images += count_images(inputs)
+        self._images += count_samples(inputs)
         labels = inputs.get("labels")
         if labels is not None:
             self._padded_tokens += labels.numel()
@@ -103,7 +105,8 @@ class Speedometer:
         seconds = max(time.perf_counter() - self._since, 1e-9)
         by_image, by_token = self.flops or (0.0, 0.0)
         memory = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else 0.0
-        tera = (by_image * self._images + by_token * self._padded_tokens) / 1e12
+        computed = float(self._tokens) if self.is_packed else self._padded_tokens
+        tera = (by_image * self._images + by_token * computed) / 1e12
         own = torch.tensor([self._images, 0.0, self._wait, seconds, tera, memory], device=self.device)
         own[1] = self._tokens
         rows = accelerator.gather(own[None]).tolist()  # of each process

@@ -40,7 +40,7 @@ GROUPS = {
         *("bf16", "vae_dtype", "gradient_checkpointing", "encoder_activation_checkpointing"),
         *("language_model_activation_checkpointing", "diffusion_gradient_checkpointing", "channels_last"),
         *("compile_blocks", "shard_diffusion_model", "cache_moments", "cache_vision_features"),
-        "dataloader_num_workers",
+        *("cache_conditioning", "conditioning_dtype", "packing", "dataloader_num_workers"),
     ),
 }
 """Settings of both stages by the title of their group, in the order of `--help`."""

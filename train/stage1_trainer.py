@@ -17,7 +17,7 @@ from vlv.pipelines import build_reconstruction, generate_images
 
 from .caches import diffusion_image_size, to_unit_range
 from .data import Stage1Collator, readable_items
-from .data.collators import count_images
+from .data.collators import count_samples
 from .data.feature_cache import FeatureCache
 from .evaluating import seeded_generators, spread_timesteps
 from .freezing import freeze_for_stage1
@@ -368,7 +368,7 @@ class Stage1Trainer(VLVTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if model.training:
             set_train_mode(model)  # `Trainer.training_step` has put every part in training mode
-        generators = self._generators(count_images(inputs)) if model.training and self.args.noise_by_sample else None
+        generators = self._generators(count_samples(inputs)) if model.training and self.args.noise_by_sample else None
         latents = self._sample_latents(inputs, generators)  # (B, C, h, w)
         output = self._encode(model, inputs)
         conditioning = Conditioning.of(output)  # of (B, Q, d_cond)

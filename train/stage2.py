@@ -17,7 +17,7 @@ from vlv import VLVConfig, VLVForConditionalGeneration, VLVModel, VLVProcessor, 
 from vlv.language_model import load_language_model
 from vlv.tokenizer import fit_tokenizer, load_tokenizer
 
-from .caches import open_vision_features
+from .caches import open_conditioning, open_vision_features
 from .callbacks import disable_loading_bars
 from .census import sample_prompts
 from .data import load_pairs
@@ -101,7 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
                 add_lora(model, config.lora_rank)
             all_data = [dataset] if evaluation is None else [dataset, evaluation]
             features = open_vision_features(config, all_data, processor.image_processor, model.model)
-        trainer = Stage2Trainer(model, config, dataset, processor, eval_dataset=evaluation, features=features)
+            conditioning = open_conditioning(config, all_data, processor.image_processor, model.model)
+        trainer = Stage2Trainer(
+            model,
+            config,
+            dataset,
+            processor,
+            eval_dataset=evaluation,
+            features=features,
+            conditioning=conditioning,
+        )
         sources = {
             "pairs": {"source": config.pairs, "fingerprint": dataset.fingerprint()},
             **fingerprints(config, "model", *(["language_model"] if new_language_model else [])),

@@ -18,7 +18,7 @@ RENAMED_TRAINABLE = {"decoder": "query_decoder", "projector+lm+decoder": "projec
 
 SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("export_decoder", "merge_lora_checkpoints", "cache_moments", "cache_vision_features"),
-    "save_only_trainable",
+    *("cache_conditioning", "conditioning_dtype", "packing", "save_only_trainable"),
     *("accept_changes", "overwrite_output_dir", "output_dir", "validation_steps", "num_validation_images"),
     *("save_steps", "logging_steps", "dataloader_num_workers", "remove_unused_columns", "report_to", "disable_tqdm"),
     *("gradient_checkpointing", "diffusion_gradient_checkpointing", "encoder_activation_checkpointing"),
@@ -27,6 +27,7 @@ SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("eval_images", "eval_pairs", "per_device_eval_batch_size", "logging_nan_inf_filter", "stop_loss_factor"),
     "dry_run",
 }
+CACHES = ("cache_moments", "cache_vision_features", "cache_conditioning")
 SETTINGS_OF_TRAINING_ARGUMENTS = (
     *("seed", "data_seed", "bf16", "fp16", "optim", "optim_args", "adam_beta1", "adam_epsilon", "max_grad_norm"),
     *("lr_scheduler_kwargs", "warmup_steps", "gradient_accumulation_steps", "train_sampling_strategy"),
@@ -224,17 +225,22 @@ class StageConfig(TrainingArguments):
                 setattr(self, name, describe_sources(getattr(self, name)))
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share of images, 0 to 1")
-        for cache in ("cache_moments", "cache_vision_features"):
+        for cache in CACHES:
             for name in ("random_crop", "horizontal_flip", "streaming"):
                 if getattr(self, cache, None) is not None and getattr(self, name):
                     why = "does not know the images" if name == "streaming" else "changes the images in each epoch"
                     raise ValueError(f"{cache} does not work with {name}, which {why}; leave one of them out")
         if self.streaming and steps < 1:
             raise ValueError("streaming needs max_steps: the number of samples is not known before they are read")
-        if settings.train_sampling_strategy not in ("random", "sequential"):
+        strategies = ("random", "sequential", *(("group_by_length",) if hasattr(self, "pairs") else ()))
+        if settings.train_sampling_strategy not in strategies:
             raise ValueError(
-                f"train_sampling_strategy is {settings.train_sampling_strategy!r}; expected 'random' or 'sequential': "
-                "the lengths of captions are not known before they are read"
+                f"train_sampling_strategy is {settings.train_sampling_strategy!r}; expected one of {strategies}"
+            )
+        if self.streaming and settings.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "train_sampling_strategy 'group_by_length' does not work with streaming, which does not know the "
+                "captions before they are read; leave one of them out"
             )
         if self.label_smoothing_factor:
             raise ValueError(
@@ -287,20 +293,20 @@ class StageConfig(TrainingArguments):
         }
         names = (own - {"TRAINABLE"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(SETTINGS_OF_TRAINING_ARGUMENTS)
         values = self._values(names)
-        if self._features_are_rounded():
-            values["cache_vision_features"] = self.cache_vision_features is not None
-        return values
+        return values | self.rounding_caches()
 
     def other_settings(self) -> dict[str, Any]:
         """Settings that a run may change at any time without another result, as JSON values."""
         names = SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT - {"accept_changes", "overwrite_output_dir", "output_dir"}
-        if self._features_are_rounded():
-            names = names - {"cache_vision_features"}
-        return self._values(name for name in names if hasattr(self, name))
+        return self._values(name for name in names - set(self.rounding_caches()) if hasattr(self, name))
 
-    def _features_are_rounded(self) -> bool:
-        """Whether a cache of vision features changes the result: it stores them in the precision of the training."""
-        return bool(getattr(self, "bf16") or getattr(self, "fp16"))  # noqa: B009 (of TrainingArguments)
+    def rounding_caches(self) -> dict[str, bool]:
+        """The caches that would change the result, because they round what they store, and whether they are in use.
+
+        Vision features have the precision of the training.
+        """
+        half = getattr(self, "bf16") or getattr(self, "fp16")  # noqa: B009 (of TrainingArguments)
+        return {"cache_vision_features": self.cache_vision_features is not None} if half else {}
 
     def _values(self, names: Iterable[str]) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in sorted(names)}

@@ -89,6 +89,44 @@ def refuse_long_prefix(config: Any, mask: torch.Tensor, new_tokens: int = 1) -> 
         )
 
 
+def require_one_image_input(images: dict[str, torch.Tensor | None]) -> None:
+    """Raises `ValueError` if images are given in no form, or as conditioning and in another form."""
+    given = [name for name, value in images.items() if value is not None]
+    *names, last = images
+    if not given:
+        raise ValueError(
+            "an image to caption is missing; words and chats need one, too: pass exactly one of "
+            f"{', '.join(names)} and {last}"
+        )
+    if len(given) > 1 and last in given:
+        raise ValueError(f"{' and '.join(given)} are given; pass exactly one of {', '.join(names)} and {last}")
+
+
+def check_text_prefix(text: torch.Tensor, attention_mask: torch.Tensor | None, rows: int, name: str) -> torch.Tensor:
+    """The mask `(B, P)` of a text prefix `(B, P)` or `(B, P, d_lm)`; raises `ValueError` if the shapes do not fit.
+
+    Args:
+        rows: The number of images.
+        name: Of the argument that is the text prefix.
+    """
+    if len(text) != rows:
+        raise ValueError(f"{len(text)} rows of {name} for {rows} images; give one row an image")
+    if attention_mask is None:
+        return torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+    if attention_mask.shape != text.shape[:2]:
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but {name} are {tuple(text.shape)}")
+    return attention_mask
+
+
+def require_kept(kept: bool, language_model: Any) -> None:
+    """Raises `TypeError` unless a language model gave the logits that it was asked for."""
+    if not kept:
+        raise TypeError(
+            f"{type(language_model).__name__} ignores logits_to_keep, so VLV cannot use it; choose a causal language "
+            "model that supports it"
+        )
+
+
 class Backbone:
     """The captioner without the language model's output layer.
 
@@ -164,9 +202,12 @@ __all__ = [
     "PromptStreamer",
     "after_prompt",
     "check_generation_arguments",
+    "check_text_prefix",
     "count_new_tokens",
     "mask_and_positions",
     "padding_first",
     "refuse_labels_of_the_prefix",
     "refuse_long_prefix",
+    "require_kept",
+    "require_one_image_input",
 ]

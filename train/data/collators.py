@@ -168,9 +168,25 @@ def _look_up(cache: "FeatureCache", images: list[Image.Image], items: list[dict]
     return torch.stack([cache.get(image, item_name(item)) for image, item in zip(images, items, strict=True)])
 
 
-def count_images(batch: dict[str, Any]) -> int:
-    """The number of images that a collator has put into a batch."""
-    return len(batch["pixel_values"] if "pixel_values" in batch else batch["image_features"])
+def count_samples(batch: dict[str, Any]) -> int:
+    """The number of images, or of pairs, that a collator has put into a batch."""
+    return len(next(batch[name] for name in ("labels", "pixel_values", "image_features") if name in batch))
+
+
+def find_repeated(items: list[dict]) -> tuple[list[int], list[int]]:
+    """Which items are the first with their image, and of each item the place of its image among those."""
+    places: dict[Any, int] = {}
+    first: list[int] = []
+    indices: list[int] = []
+    for number, item in enumerate(items):
+        image = item["image"]
+        name = image if isinstance(image, str | bytes) else id(image)
+        key = (name, repr(item.get("augmentation")))
+        if key not in places:
+            places[key] = len(first)
+            first.append(number)
+        indices.append(places[key])
+    return first, indices
 
 
 class Stage1Collator(_SkippingCollator):
@@ -220,7 +236,9 @@ class Stage2Collator(_SkippingCollator):
     """Batches of pairs: `pixel_values` `(B, 3, height, width)` and `labels` `(B, L)`, where -100 marks padding.
 
     A batch also has the images' `names`, and their `places` where the items have a `place`. If an item has a `prompt`,
-    an instruction that stands before its caption, the batch has `input_ids` and `attention_mask` `(B, P)`.
+    an instruction that stands before its caption, the batch has `input_ids` and `attention_mask` `(B, P)`. An image
+    with several captions in a batch is there once: `pixel_values` has N rows, and `image_indices` `(B,)` tells the row
+    of each caption.
 
     Args:
         processor: Prepares images and captions.
@@ -228,6 +246,7 @@ class Stage2Collator(_SkippingCollator):
         on_bad_image: `"skip"` or `"error"`.
         append_eos, pad_to_max_length: As in [`VLVProcessor`]'s call; the authors' code has False and True.
         features: A cache. Batches then have `image_features` in the place of `pixel_values`.
+        conditioning: A cache. Batches then have `conditioning` `(N, Q, d_cond)` in their place.
     """
 
     def __init__(
@@ -238,23 +257,29 @@ class Stage2Collator(_SkippingCollator):
         append_eos: bool = True,
         pad_to_max_length: bool = False,
         features: "FeatureCache | None" = None,
+        conditioning: "FeatureCache | None" = None,
     ):
         super().__init__(on_bad_image)
         self.processor, self.max_caption_tokens = processor, max_caption_tokens
         self.append_eos, self.pad_to_max_length = append_eos, pad_to_max_length
-        self.features = features
+        self.caches = {"image_features": features, "conditioning": conditioning}
 
     def __call__(self, items: list[dict]) -> dict[str, Any]:
         items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
+        first, indices = find_repeated(items)
+        caches = {name: cache for name, cache in self.caches.items() if cache is not None}
         batch = self.processor(
-            images=images if self.features is None else None,
             text=prompts_of(items),
             suffix=[item["caption"] for item in items],
             max_length=self.max_caption_tokens,
             append_eos=self.append_eos,
             pad_to_max_length=self.pad_to_max_length,
-            pre_crop_size=None,
         )
-        if self.features is not None:
-            batch["image_features"] = _look_up(self.features, images, items)
+        images_once, items_once = [images[n] for n in first], [items[n] for n in first]
+        if caches:
+            batch |= {name: _look_up(cache, images_once, items_once) for name, cache in caches.items()}
+        else:
+            batch |= self.processor.image_processor(images_once, return_tensors="pt", pre_crop_size=None)
+        if len(first) < len(items):
+            batch["image_indices"] = torch.tensor(indices)
         return {**batch, **describe(items), "num_skipped": num_skipped}

@@ -21,6 +21,8 @@ from .captions import (
 )
 from .source import Source, UnreadableImage
 
+STEPS_SORTED_TOGETHER = 50
+"""Grouping by length sorts the samples of so many steps."""
 BLOCK = 2**14
 """Rows of a source without shards among which the samples of a fractional weight are drawn."""
 Index = int | tuple[int, int]
@@ -196,6 +198,11 @@ class TrainingDataset(Dataset):
         except (OSError, ValueError):
             return ""
 
+    def text_length(self, index: Index) -> int:
+        """Characters of the instruction and the caption of an item; of one without words 0."""
+        caption = self.caption(index)
+        return len(caption) + len(self.prompt(index)) if isinstance(caption, str) else 0
+
     def name(self, index: Index) -> str:
         """What messages call a sample."""
         number, row, _ = self.locate(index)
@@ -281,13 +288,23 @@ class EpochSampler(Sampler):
         batch_size: Of one process.
         num_ranks: Number of processes that train.
         shuffle: False keeps the order of the data.
+        group_by_length: Puts samples of similar length into a batch: those of `STEPS_SORTED_TOGETHER` steps are
+            sorted by length, and their batches are shuffled. Captions are read before their images for that.
     """
 
     def __init__(
-        self, dataset: TrainingDataset, seed: int, *, batch_size: int = 1, num_ranks: int = 1, shuffle: bool = True
+        self,
+        dataset: TrainingDataset,
+        seed: int,
+        *,
+        batch_size: int = 1,
+        num_ranks: int = 1,
+        shuffle: bool = True,
+        group_by_length: bool = False,
     ):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
         self.batch_size, self.num_ranks, self.shuffle = batch_size, num_ranks, shuffle
+        self.group_by_length = group_by_length
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -301,6 +318,17 @@ class EpochSampler(Sampler):
             order = self.dataset.order(epoch, batch_size=self.batch_size, num_ranks=self.num_ranks, seed=self.seed)
         else:
             order = np.arange(len(self.dataset))
-        for place in order:
+        for place in self._grouped(order, epoch) if self.group_by_length else order:
             yield epoch, int(place)
         self.epoch = epoch + 1
+
+    def _grouped(self, order: np.ndarray, epoch: int) -> Iterator[np.int64]:
+        """The same places; those of a step, of all ranks together, have similar lengths."""
+        step = self.batch_size * self.num_ranks
+        for start in range(0, len(order), step * STEPS_SORTED_TOGETHER):
+            places = order[start : start + step * STEPS_SORTED_TOGETHER]
+            lengths = [self.dataset.text_length((epoch, int(place))) for place in places]
+            places = places[np.argsort(lengths, kind="stable")]
+            complete = len(places) // step * step
+            steps = drawn(self.seed, 8, epoch, start).permutation(places[:complete].reshape(-1, step))
+            yield from np.concatenate([steps.reshape(-1), places[complete:]])
