@@ -35,3 +35,13 @@ def add_num_pairs(parser: argparse.ArgumentParser, default: int | None = NUM_PAI
         metavar="K",
         help=f"passes of the denoiser for a caption's score (default: {NUM_PAIRS})",
     )
+
+
+def add_embeddings_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds `--embeddings-cache`."""
+    parser.add_argument(
+        "--embeddings-cache",
+        metavar="DIR",
+        help="keep the caption embeddings of images in a folder, and take those that are there: `vlv caption`, `vlv "
+        "reconstruct` and `vlv encode` of one image run the encoder once (docs/hub.md)",
+    )

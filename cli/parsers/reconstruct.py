@@ -1,6 +1,6 @@
 """The options of `vlv reconstruct`."""
 
-from .common import add_model_arguments, positive
+from .common import add_embeddings_cache, add_model_arguments, positive
 
 
 def add_parser(commands) -> None:
@@ -37,5 +37,6 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--negative-prompt", help="text that the reconstructions are steered away from")
     parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
+    add_embeddings_cache(parser)
     add_model_arguments(parser)
     parser.set_defaults(run="reconstruct:run")
