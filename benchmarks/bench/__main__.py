@@ -34,6 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     limit_threads()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     results: dict[str, Any] = {
         "command": f"python -m benchmarks.bench {shlex.join(sys.argv[1:])}".strip(),
         "machine": machine(),
