@@ -1,8 +1,10 @@
 """Inputs of `vlv caption`, `vlv encode` and `vlv reconstruct`, read and gathered into batches."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -10,6 +12,9 @@ from vlv import VLVImageProcessor
 
 from .inputs import Input
 from .output import Summary
+
+if TYPE_CHECKING:
+    from vlv.train.data.feature_cache import FeatureCache
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,13 @@ class Batch:
         inputs: The inputs themselves.
         tensors: `{"pixel_values": (B, 3, height, width)}` or `{"caption_embeds": (B, Q, d_text)}`.
         originals: One for each input: the image at the size that was asked for, or None for embeddings.
+        keys: Those of a `FeatureCache`, for each image whose embeddings it lacks.
     """
 
     inputs: list[Input]
     tensors: dict[str, torch.Tensor]
     originals: list[Image.Image | None]
+    keys: list[np.ndarray] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -49,45 +56,69 @@ def read_batches(
         original_size: Width and height in pixels of the originals in a batch; without it they are None.
         identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read.
     """
-    rows: list[Batch] = []
+    yield from join_rows(read_rows(inputs, image_processor, summary, original_size, identify), batch_size)
+
+
+def read_rows(
+    inputs: Iterable[Input],
+    image_processor: VLVImageProcessor,
+    summary: Summary,
+    original_size: int | None = None,
+    identify: bool = False,
+    cache: "FeatureCache | None" = None,
+) -> Iterator[Batch]:
+    """As `read_batches`, batches of one input.
+
+    Args:
+        cache: Has the caption embeddings of some images, which are taken in place of their pixels.
+    """
     for item in inputs:
         try:
             if identify and item.problem is None:
                 item = replace(item, identity=item.identify())
-            row = _read(item, image_processor, original_size)
+            yield _read(item, image_processor, original_size, cache)
         except ValueError as error:
             summary.fail(item.name, str(error))
-            continue
         except OSError as error:
             summary.fail(item.name, f"it cannot be read: {error.strerror}")
-            continue
-        if rows and _shapes(rows[0]) != _shapes(row):
-            yield _join(rows)
-            rows = []
-        rows.append(row)
-        if len(rows) == batch_size:
-            yield _join(rows)
-            rows = []
-    if rows:
-        yield _join(rows)
 
 
-def _read(item: Input, image_processor: VLVImageProcessor, original_size: int | None) -> Batch:
+def join_rows(rows: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
+    """Batches of up to `batch_size` neighbours that have tensors of equal kinds and shapes."""
+    joined: list[Batch] = []
+    for row in rows:
+        if joined and _shapes(joined[0]) != _shapes(row):
+            yield _join(joined)
+            joined = []
+        joined.append(row)
+        if len(joined) == batch_size:
+            yield _join(joined)
+            joined = []
+    if joined:
+        yield _join(joined)
+
+
+def _read(
+    item: Input, image_processor: VLVImageProcessor, original_size: int | None, cache: "FeatureCache | None"
+) -> Batch:
     """A batch of one input. Raises `ValueError` with the reason if it cannot be read."""
     if item.problem is not None:
         raise ValueError(item.problem)
     if item.embeds is not None:
         return Batch([item], {"caption_embeds": item.embeds[None]}, [None])
     image = image_processor.load(item.path)
-    pixel_values = image_processor(image, return_tensors="pt").pixel_values  # (1, 3, height, width)
     original = None
     if original_size is not None:
         original = image.resize((original_size, original_size), Image.Resampling.BICUBIC)
-    return Batch([item], {"pixel_values": pixel_values}, [original])
+    keys = [] if cache is None else [cache.key(image)]
+    if cache is not None and (embeds := cache.find(keys[0])) is not None:
+        return Batch([item], {"caption_embeds": embeds[None]}, [original])
+    pixel_values = image_processor(image, return_tensors="pt").pixel_values  # (1, 3, height, width)
+    return Batch([item], {"pixel_values": pixel_values}, [original], keys)
 
 
-def _shapes(batch: Batch) -> list[torch.Size]:
-    return [tensor.shape[1:] for tensor in batch.tensors.values()]
+def _shapes(batch: Batch) -> dict[str, torch.Size]:
+    return {name: tensor.shape[1:] for name, tensor in batch.tensors.items()}
 
 
 def _join(rows: list[Batch]) -> Batch:
@@ -95,4 +126,5 @@ def _join(rows: list[Batch]) -> Batch:
         inputs=[item for row in rows for item in row.inputs],
         tensors={key: torch.cat([row.tensors[key] for row in rows]) for key in rows[0].tensors},
         originals=[original for row in rows for original in row.originals],
+        keys=[key for row in rows for key in row.keys],
     )

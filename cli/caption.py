@@ -11,7 +11,7 @@ import torch
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.pipelines import generate_captions, trim_caption
 
-from .batches import Batch, read_batches
+from .batches import Batch
 from .choosing import (
     choose_captions,
     choose_min_score,
@@ -23,18 +23,26 @@ from .choosing import (
     text_to_image_fingerprint,
     uses_scores,
 )
+from .encoding import open_embeddings_cache, read_encoded_batches
 from .errors import UserError
 from .inputs import collect_images, load_embeddings
 from .models import choose_device, choose_model, loading, precision
 from .output import Summary, output_path, refuse_existing
 from .resume import ResumableResults, record_path
 
+ENCODER_BATCH_SIZE = 8
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
 
 def run(arguments: argparse.Namespace) -> int:
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
+    for option, value in (
+        ("--embeddings-cache", arguments.embeddings_cache),
+        ("--encoder-batch-size", arguments.encoder_batch_size),
+    ):
+        if arguments.embeddings and value is not None:
+            raise UserError(f"{option} is for images, which --embeddings replaces; leave one out")
     complete_choice_arguments(arguments)
     output = output_path(arguments.output, ".json")
     if record_path(output).is_dir():
@@ -82,8 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
         scorer = BatchScorer(source, arguments)
     size = None if scorer is None else scorer.image_size
     summary = Summary(len(inputs))
+    encoder: Any = model.model
+    cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
     with results:
-        for batch in read_batches(inputs, processor.image_processor, arguments.batch_size, summary, size, True):
+        for batch in read_encoded_batches(
+            *(inputs, encoder, processor.image_processor, arguments.batch_size, summary, size, True),
+            encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
+            cache=cache,
+        ):
             groups = generate_groups(model, processor, batch, arguments, settings)
             if trim:
                 groups = [[trim_caption(caption) for caption in own] for own in groups]

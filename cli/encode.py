@@ -7,10 +7,10 @@ from math import prod
 import torch
 from safetensors.torch import save_file
 
-from vlv import VLVModel, hub
+from vlv import hub
 from vlv.files import require_space, write_atomically
 
-from .batches import Batch, read_batches
+from .encoding import open_embeddings_cache, read_encoded_batches
 from .errors import UserError
 from .inputs import collect_images
 from .models import choose_device, choose_model, loading, precision
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             device=choose_device(arguments),
             for_captions=arguments.use == "caption",
         )
+    cache = open_embeddings_cache(arguments.embeddings_cache, model, image_processor)
     metadata = {"model": tensor_name(source)} | ({"for": arguments.use} if two_encoders else {})
     summary = Summary(len(inputs))
     embeddings: dict[str, torch.Tensor] = {}
@@ -53,10 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
         write_atomically(output, lambda path: save_file(embeddings, path, metadata=metadata))
 
     try:
-        for batch in read_batches(inputs, image_processor, arguments.batch_size, summary):
-            rows = encode(model, batch)
+        size = arguments.batch_size
+        for batch in read_encoded_batches(
+            inputs, model, image_processor, size, summary, encoder_batch_size=size, cache=cache
+        ):
+            rows = batch.tensors["caption_embeds"]
             for name, row in zip(batch.names, rows, strict=True):
-                embeddings[tensor_name(name)] = row.cpu().contiguous().clone()
+                embeddings[tensor_name(name)] = row.contiguous().clone()
             summary.done += len(rows)
             summary.advance(len(rows))
             if time.monotonic() >= next_write:
@@ -74,11 +78,3 @@ def tensor_name(name: str) -> str:
     """A name that safetensors accepts: valid Unicode, and not the one that the format keeps for its metadata."""
     name = name.encode("utf-8", "backslashreplace").decode("utf-8")
     return f"./{name}" if name == "__metadata__" else name
-
-
-@torch.no_grad()
-def encode(model: VLVModel, batch: Batch) -> torch.Tensor:
-    """Caption embeddings `(B, Q, d_text)` of a batch of images, or those that the batch holds."""
-    if "caption_embeds" in batch.tensors:
-        return batch.tensors["caption_embeds"]
-    return model.get_caption_embeds(batch.tensors["pixel_values"].to(model.device, model.dtype))

@@ -18,9 +18,8 @@ from vlv.files import write_atomically
 from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstruction
 from vlv.pipelines.schedulers import DEFAULT_STEPS, MANY_STEPS
 
-from .batches import read_batches
 from .captions import read_one_text
-from .encode import encode
+from .encoding import encode, open_embeddings_cache, read_encoded_batches
 from .errors import UserError
 from .inputs import collect_images, load_embeddings
 from .models import choose_device, choose_model, loading, precision, use_scheduler
@@ -39,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     start, end = arguments.guidance_interval
     if not 0 <= start < end <= 1:
         raise UserError(f"--guidance-interval {start:g} {end:g} must be two ascending numbers from 0 to 1")
+    if arguments.embeddings and arguments.embeddings_cache:
+        raise UserError("--embeddings-cache is for images, which --embeddings replaces; leave one out")
     folder = Path(arguments.output_dir)
     for part in (folder, *(folder / name for name in FOLDERS)):
         require_writable(part, "--output-dir", arguments.output_dir)
@@ -74,10 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
     if size % pipeline.size_multiple:
         raise UserError(f"--image-size {size} must be divisible by {pipeline.size_multiple}")
 
+    cache = open_embeddings_cache(arguments.embeddings_cache, pipeline.encoder, pipeline.image_processor)
     summary, meter = Summary(len(inputs)), None if arguments.no_metrics else _set_meter(pipeline)
     pairs: list[Pair] = []
     with GrowingJson(folder / "metrics.json", head={"settings": _settings(arguments, source, size)}) as report:
-        for batch in read_batches(inputs, pipeline.image_processor, arguments.batch_size, summary, size):
+        for batch in read_encoded_batches(
+            *(inputs, pipeline.encoder, pipeline.image_processor, arguments.batch_size, summary, size),
+            encoder_batch_size=arguments.batch_size,
+            cache=cache,
+        ):
             metrics: dict[str, dict[str, float]] = {}
             try:
                 caption_embeds = add_words(pipeline, encode(pipeline.encoder, batch), arguments)

@@ -1,14 +1,17 @@
 """Parts of the captioner without weights: what `generate` does around the language model's own, and the backbone.
 
-Shapes in comments: B sequences, L tokens.
+Shapes in comments: B sequences, L tokens, R rows of a sequence: its beams, or its samples.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -48,6 +51,24 @@ def count_new_tokens(length: int, explicit: dict[str, Any], arguments: dict[str,
     return counted
 
 
+def merge_settings(
+    own: GenerationConfig, given: GenerationConfig | None, arguments: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The settings of a call of `generate`, and the arguments that are no settings: a streamer, stopping criteria, ...
+
+    Args:
+        own: The model's. Its lengths do not count: those of a language model count its prompt, and a VLV's prefix is
+            not part of that prompt.
+        given: The call's, which overrides them.
+        arguments: Of the call, which override both.
+    """
+    settings = copy.deepcopy(given or own)
+    settings.max_length = settings.min_length = None
+    defaults = {name: value for name, value in own.to_dict().items() if name not in ("max_length", "min_length")}
+    settings.update(**{name: value for name, value in defaults.items() if value is not None}, defaults_only=True)
+    return settings, settings.update(**arguments)
+
+
 def after_prompt(prompt: torch.Tensor, result: Any) -> Any:
     """What `generate` returned, with the prompt `(B, L)` before the new ids."""
     new = result if isinstance(result, torch.Tensor) else result.sequences
@@ -56,6 +77,148 @@ def after_prompt(prompt: torch.Tensor, result: Any) -> Any:
         return sequences
     result.sequences = sequences
     return result
+
+
+class InPlaceLayer(DynamicLayer):
+    """Keys and values `(B, heads, L, d)` in buffers with room for further positions, which are written in place.
+
+    `DynamicLayer` copies all positions at each new one, and again when beams change places.
+
+    Attributes:
+        shared: Number of first positions that are equal in the rows among which beams change places.
+    """
+
+    ROOM = 64  # positions
+    keys: Any
+    values: Any
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.shared = 0
+        self._buffers: list[torch.Tensor] = []  # of keys and values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds keys and values, and returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        self.shared = min(self.shared, start)
+        if not self._is_in_buffers() or end > self._buffers[0].shape[-2]:
+            former = (self.keys, self.values)
+            self._buffers = [_with_room(states, end + self.ROOM) for states in (key_states, value_states)]
+            if start:
+                for buffer, states in zip(self._buffers, former, strict=True):
+                    buffer[..., :start, :] = states
+        keys, values = (buffer[..., :end, :] for buffer in self._buffers)
+        keys[..., start:, :], values[..., start:, :] = key_states, value_states
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def _is_in_buffers(self) -> bool:
+        """Whether keys and values are the first positions of the buffers."""
+        if not self._buffers or not self.get_seq_length():
+            return False
+        pairs: Any = zip((self.keys, self.values), self._buffers, strict=True)
+        return all(len(states) == len(buffer) and states.data_ptr() == buffer.data_ptr() for states, buffer in pairs)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Gives row `i` what row `beam_idx[i]` has. The shared positions stay where they are."""
+        if not self.shared or not self._is_in_buffers():
+            return super().reorder_cache(beam_idx)
+        for buffer in self._buffers:
+            own = buffer[..., self.shared : self.get_seq_length(), :]
+            own.copy_(own.index_select(0, beam_idx.to(own.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.shared = 0
+        super().batch_select_indices(indices)
+
+
+def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
+    """A buffer of `length` positions for states `(B, heads, L, d)`."""
+    return states.new_empty((*states.shape[:-2], length, states.shape[-1]))
+
+
+class CaptionCache(DynamicCache):
+    """Keys and values of a language model that writes captions: in place, and of a prefix that rows share.
+
+    Args:
+        config: Of the language model.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, config: Any):
+        super().__init__(config=config)
+        self.has_other_layers = any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in self.layers)
+        self.layers = [InPlaceLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.rows = 1
+
+    def _in_place_layers(self) -> list[InPlaceLayer]:
+        return [layer for layer in self.layers if isinstance(layer, InPlaceLayer)]
+
+    def share(self, rows: int) -> None:
+        """Repeats each row, so that all positions are shared by `rows` neighbours."""
+        self.batch_repeat_interleave(rows)
+        self.rows = rows
+        for layer in self._in_place_layers():
+            layer.shared = layer.get_seq_length()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Gives row `i` what row `beam_idx[i]` has."""
+        own = torch.arange(len(beam_idx), device=beam_idx.device) // self.rows
+        if not torch.equal(beam_idx // self.rows, own):  # not only among the rows of one prefix
+            for layer in self._in_place_layers():
+                layer.shared = 0
+        super().reorder_cache(beam_idx)
+
+
+def caption_cache(
+    language_model: Any,
+    prefix: torch.Tensor,
+    mask: torch.Tensor,
+    settings: GenerationConfig,
+    arguments: dict[str, Any],
+) -> dict[str, CaptionCache]:
+    """The argument `past_key_values` of the language model's `generate`, which reads each prefix once.
+
+    Beams and samples share their prefix: it is read once a sequence, but for the last position, whose logits
+    `generate` needs for each row. Without beams and several samples the cache is empty.
+
+    Args:
+        prefix: `(B, L, d_lm)`.
+        mask: `(B, L)`, with padding in front.
+        settings: Of `generate`.
+        arguments: Of `generate`, besides these settings.
+
+    Returns:
+        Nothing for language models with states besides keys and values, for settings that choose another cache, and
+        where the states of every position are asked for.
+    """
+    own_settings = language_model.generation_config
+
+    def setting(name: str) -> Any:
+        value = getattr(settings, name, None)
+        return getattr(own_settings, name, None) if value is None else value
+
+    others = {"past_key_values", "custom_generate"} & arguments.keys()
+    if others or setting("cache_implementation") or getattr(language_model, "_is_stateful", False):
+        return {}
+    cache = CaptionCache(language_model.config)
+    if cache.has_other_layers:
+        return {}
+    rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+    if rows > 1 and prefix.shape[1] > 1:
+        if setting("output_hidden_states") or setting("output_attentions"):
+            return {}
+        first, first_mask = prefix[:, :-1], mask[:, :-1]
+        positions = {} if mask.all() else mask_and_positions(first, first_mask, None, 0)
+        language_model(inputs_embeds=first, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions)
+        cache.share(rows)
+    return {"past_key_values": cache}
 
 
 def refuse_labels_of_the_prefix(
@@ -199,12 +362,15 @@ def check_generation_arguments(arguments: dict[str, Any]) -> None:
 
 __all__ = [
     "Backbone",
+    "CaptionCache",
     "PromptStreamer",
     "after_prompt",
+    "caption_cache",
     "check_generation_arguments",
     "check_text_prefix",
     "count_new_tokens",
     "mask_and_positions",
+    "merge_settings",
     "padding_first",
     "refuse_labels_of_the_prefix",
     "refuse_long_prefix",

@@ -6,7 +6,6 @@ sequence, d_text the width of a caption embedding, d_lm the width of the languag
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,10 +29,12 @@ from .generation_vlv import (
     Backbone,
     PromptStreamer,
     after_prompt,
+    caption_cache,
     check_generation_arguments,
     check_text_prefix,
     count_new_tokens,
     mask_and_positions,
+    merge_settings,
     padding_first,
     refuse_labels_of_the_prefix,
     refuse_long_prefix,
@@ -538,7 +539,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
 
         Greedy search, beams, sampling, `max_new_tokens`, `min_new_tokens`, `num_return_sequences`, stopping criteria,
         a streamer (for one image), `cache_implementation="static"`. Keyword arguments override `generation_config`,
-        which overrides the model's own.
+        which overrides the model's own. The beams and samples of an image share its prefix, which is read once.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, height, width)`): Images. Or give `caption_embeds`.
@@ -583,13 +584,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         check_generation_arguments(kwargs)
         if prefix_dtype is not None:
             prefix = prefix.to(prefix_dtype)
-        own = self.generation_config.to_dict()
-        # Lengths in a language model's own settings count its prompt. A VLV's prefix is not part of that prompt.
-        own = {name: value for name, value in own.items() if name not in ("max_length", "min_length")}
-        settings = copy.deepcopy(generation_config or self.generation_config)
-        settings.max_length = settings.min_length = None
-        settings.update(**{name: value for name, value in own.items() if value is not None}, defaults_only=True)
-        not_settings = settings.update(**kwargs)  # a streamer, stopping criteria, ...
+        settings, not_settings = merge_settings(self.generation_config, generation_config, kwargs)
+        not_settings |= caption_cache(self.language_model, prefix, mask, settings, not_settings)
         result = self.language_model.generate(
             inputs_embeds=prefix, attention_mask=mask, generation_config=settings, **not_settings
         )

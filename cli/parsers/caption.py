@@ -1,7 +1,7 @@
 """The options of `vlv caption`."""
 
 from .choice import add_choice_arguments
-from .common import add_model_arguments, positive
+from .common import add_embeddings_cache, add_model_arguments, positive
 
 
 def add_parser(commands) -> None:
@@ -29,7 +29,12 @@ def add_parser(commands) -> None:
         help="go on with --output: keep the captions of images that have not changed, add the others",
     )
     existing.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, help="captions that are written together (default: 8)"
+    )
+    parser.add_argument(
+        "--encoder-batch-size", type=positive, metavar="N", help="images in a pass of the encoder (default: 8)"
+    )
     parser.add_argument(
         "--max-new-tokens", type=positive, default=300, help="most tokens of a caption (default: 300, as the paper)"
     )
@@ -42,5 +47,6 @@ def add_parser(commands) -> None:
         "bfloat16, --trim (docs/from_the_original.md)",
     )
     add_choice_arguments(parser)
+    add_embeddings_cache(parser)
     add_model_arguments(parser)
     parser.set_defaults(run="caption:run")

@@ -48,3 +48,13 @@ def add_scheduler_argument(parser: argparse.ArgumentParser, default: str = OWN) 
         help=f"the sampler of the denoising steps: {', '.join(SCHEDULERS[:-1])}, or {OWN} for the model's as it is "
         f"(default: {default})",
     )
+
+
+def add_embeddings_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds `--embeddings-cache`."""
+    parser.add_argument(
+        "--embeddings-cache",
+        metavar="DIR",
+        help="keep the caption embeddings of images in a folder, and take those that are there: `vlv caption`, `vlv "
+        "reconstruct` and `vlv encode` of one image run the encoder once (docs/captioning.md)",
+    )

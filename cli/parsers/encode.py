@@ -1,6 +1,6 @@
 """The options of `vlv encode`."""
 
-from .common import add_model_arguments, positive
+from .common import add_embeddings_cache, add_model_arguments, positive
 
 
 def add_parser(commands) -> None:
@@ -22,5 +22,6 @@ def add_parser(commands) -> None:
         help="the command that reads the embeddings; required for a model with two encoders, such as `vlv convert` "
         "makes from both stages of the authors' code",
     )
+    add_embeddings_cache(parser)
     add_model_arguments(parser)
     parser.set_defaults(run="encode:run")

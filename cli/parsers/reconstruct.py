@@ -2,7 +2,7 @@
 
 from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, DEFAULT_STEPS, MANY_STEPS
 
-from .common import add_model_arguments, add_scheduler_argument, positive
+from .common import add_embeddings_cache, add_model_arguments, add_scheduler_argument, positive
 
 
 def add_parser(commands) -> None:
@@ -56,5 +56,6 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--negative-prompt", help="text that the reconstructions are steered away from")
     parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
+    add_embeddings_cache(parser)
     add_model_arguments(parser)
     parser.set_defaults(run="reconstruct:run")

@@ -1,7 +1,7 @@
 """A cache of tensors that a frozen model computes of images: safetensors files, looked up by what is in the image."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,24 @@ class FeatureCache:
         folder: The folder; it need not exist.
         made_of: What the tensors depend on, as JSON values: the model's fingerprint, sizes, precision.
         shape, dtype: Of the tensor of an image.
+        report_damage: Called with what is wrong with a damaged file, which is then removed. Without it, that is an
+            error.
 
     Raises:
         ValueError: If the folder holds a cache that is made of something else, with what differs, or is damaged.
     """
 
-    def __init__(self, folder: str | Path, made_of: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype):
-        self.folder, self.shape, self.dtype = Path(folder), shape, dtype
+    key = staticmethod(image_key)
+
+    def __init__(
+        self,
+        folder: str | Path,
+        made_of: Mapping[str, Any],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        report_damage: Callable[[str], None] | None = None,
+    ):
+        self.folder, self.shape, self.dtype, self._report_damage = Path(folder), shape, dtype, report_damage
         self.made_of = {
             "version": VERSION,
             **made_of,
@@ -83,16 +94,32 @@ class FeatureCache:
             ValueError: If a file is damaged.
         """
         self._handles = {}
-        self.files = sorted(filter(_is_visible, self.folder.glob("*.safetensors")))
-        keys, places = [np.zeros((0, KEY), np.uint64)], [np.zeros((0, 2), np.int64)]
-        for number, path in enumerate(self.files):
-            if set(read_header(path)) != {"keys", "features"}:
+        self.files: list[Path] = []
+        keys = []
+        for path in sorted(filter(_is_visible, self.folder.glob("*.safetensors"))):
+            try:
+                names = set(read_header(path))
+            except ValueError as error:
+                if self._report_damage is None:
+                    raise
+                self._report_damage(str(error))
+                path.unlink(missing_ok=True)
+                continue
+            if names != {"keys", "features"}:
                 raise ValueError(f"{path} is no part of a cache; remove it, or name another folder")
             with safe_open(path, "np") as file:
                 keys.append(file.get_tensor("keys").view(np.uint64).reshape(-1, KEY))
-            rows = np.arange(len(keys[-1]))
-            places.append(np.stack([np.full_like(rows, number), rows], axis=1))
-        all_keys, all_places = np.concatenate(keys), np.concatenate(places)
+            self.files.append(path)
+        self._keys, self._places = np.zeros((0, KEY), np.uint64), np.zeros((0, 2), np.int64)
+        self._index(keys, 0)
+
+    def _index(self, keys: list[np.ndarray], first: int) -> None:
+        """Takes the keys of files, of which the first has the number `first`, into the index."""
+        numbers = range(first, first + len(keys))
+        places = [
+            np.stack([np.full(len(own), n), np.arange(len(own))], 1) for n, own in zip(numbers, keys, strict=True)
+        ]
+        all_keys, all_places = np.concatenate([self._keys, *keys]), np.concatenate([self._places, *places])
         order = np.argsort(all_keys[:, 0], kind="stable")
         self._keys, self._places = all_keys[order], all_places[order]
 
@@ -127,18 +154,43 @@ class FeatureCache:
         Raises:
             ValueError: If it is not in the cache.
         """
-        found = self._find(image_key(image))
-        if found is None:
+        features = self.find(image_key(image))
+        if features is None:
             raise ValueError(
                 f"{name!s:.200} is not in the cache {self.folder}, as its pixels are now; has the image changed since "
                 "the cache was made? Remove the folder to make it anew"
             )
+        return features
+
+    def find(self, key: np.ndarray) -> torch.Tensor | None:
+        """The tensor of the image with a key; None if it is not in the cache."""
+        found = self._find(key)
+        if found is None:
+            return None
         number, row = found
         if number not in self._handles:
             if len(self._handles) >= MAX_OPEN_FILES:
                 self._handles.pop(next(iter(self._handles)))
             self._handles[number] = safe_open(self.files[number], "pt").__enter__().get_slice("features")
         return self._handles[number][row : row + 1][0]
+
+    def add(self, keys: Sequence[np.ndarray], features: torch.Tensor) -> None:
+        """Adds the tensors of images in a file of their own, which other processes find when they open the cache.
+
+        Args:
+            keys: Of each image.
+            features: `(B, *shape)`.
+
+        Raises:
+            OSError: If the folder cannot be written.
+        """
+        if not (self.folder / MANIFEST).is_file():
+            write_json(self.folder / MANIFEST, {"made_of": self.made_of})
+        own = np.stack(list(keys))
+        path = self.folder / f"{hashlib.blake2b(own.tobytes(), digest_size=8).hexdigest()}.safetensors"
+        self._write(path, own, features.to("cpu", self.dtype))
+        self.files.append(path)
+        self._index([own], len(self.files) - 1)
 
     def build(
         self,

@@ -1,0 +1,110 @@
+"""Caption embeddings of inputs: computed in batches of their own, or taken from the cache of `--embeddings-cache`."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlv import VLVImageProcessor, VLVModel
+
+from .batches import Batch, join_rows, read_rows
+from .errors import UserError
+from .inputs import Input
+from .output import Summary
+
+if TYPE_CHECKING:
+    from vlv.train.data.feature_cache import FeatureCache
+
+
+def open_embeddings_cache(
+    folder: str | None, model: VLVModel, image_processor: VLVImageProcessor
+) -> "FeatureCache | None":
+    """The cache of a model's caption embeddings in a folder below `folder`; None without a folder.
+
+    The embeddings have the model's precision, so that they are those that it computes. An image is found by its
+    pixels. Models of other weights, settings, preprocessing, precision or kind of device have folders of their own.
+
+    Raises:
+        UserError: If the folder cannot be used.
+    """
+    if folder is None:
+        return None
+    from vlv.train.caches import PREPROCESSING, weights_fingerprint
+    from vlv.train.data.feature_cache import FeatureCache
+
+    config, preprocessing = model.config, json.loads(image_processor.to_json_string())
+    parts = (config.image_encoder_config, config.query_decoder_config)
+    settings = [None if part is None else part.to_dict() for part in parts]
+    made_of = {
+        "encoder": weights_fingerprint(model),
+        "settings": _digest([*settings, config.task_prompt_ids, config.attend_all_queries]),
+        "device": model.device.type,
+        **{name: preprocessing.get(name) for name in PREPROCESSING},
+    }
+    shape = (config.num_query_tokens, config.caption_embed_dim)
+    own = Path(folder) / _digest([made_of, shape, str(model.dtype)])
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        return FeatureCache(own, made_of, shape, model.dtype, report_damage=_report_damage)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--embeddings-cache {folder} cannot be used: {error}") from error
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def _report_damage(message: str) -> None:
+    print(f"note: {message}; it is removed, and its embeddings are computed again", file=sys.stderr)
+
+
+def read_encoded_batches(
+    inputs: Iterable[Input],
+    model: VLVModel,
+    image_processor: VLVImageProcessor,
+    batch_size: int,
+    summary: Summary,
+    original_size: int | None = None,
+    identify: bool = False,
+    *,
+    encoder_batch_size: int,
+    cache: "FeatureCache | None" = None,
+) -> Iterator[Batch]:
+    """As `read_batches`, with the caption embeddings of images, on the CPU, in place of their pixels.
+
+    Args:
+        encoder_batch_size: The most images in a pass of the encoder, and the most inputs that are read ahead.
+        cache: Has the embeddings of some images, and gets those of the others.
+    """
+    rows = read_rows(inputs, image_processor, summary, original_size, identify, cache)
+    chunks = iter(lambda: list(islice(rows, encoder_batch_size)), [])
+    yield from join_rows((row for chunk in chunks for row in _encode_rows(chunk, model, cache)), batch_size)
+
+
+def _encode_rows(rows: list[Batch], model: VLVModel, cache: "FeatureCache | None") -> list[Batch]:
+    """Batches of one input with its caption embeddings, in the order of `rows`."""
+    encoded = list(rows)
+    images = [number for number, row in enumerate(rows) if "pixel_values" in row.tensors]
+    places = iter(images)
+    for batch in join_rows([rows[number] for number in images], len(rows)):
+        embeds = encode(model, batch).cpu()
+        if cache is not None:
+            cache.add(batch.keys, embeds)
+        for embed in embeds:
+            place = next(places)
+            encoded[place] = replace(rows[place], tensors={"caption_embeds": embed[None]}, keys=[])
+    return encoded
+
+
+@torch.no_grad()
+def encode(model: VLVModel, batch: Batch) -> torch.Tensor:
+    """Caption embeddings `(B, Q, d_text)` of a batch of images, or those that the batch holds."""
+    if "caption_embeds" in batch.tensors:
+        return batch.tensors["caption_embeds"]
+    return model.get_caption_embeds(batch.tensors["pixel_values"].to(model.device, model.dtype))
