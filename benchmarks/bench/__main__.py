@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     parser.add_argument("--paths", nargs="*", choices=PATHS, default=list(PATHS), metavar="PATH")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     parser.add_argument(
         "--growth", nargs="*", choices=CURVES, metavar="CURVE", help="how the cost grows; all by default"
