@@ -16,6 +16,7 @@ from vlv.files import write_json
 
 from .errors import UserError
 from .evaluate_endpoint import add_endpoint_parsers
+from .evaluate_report import add_report_parser
 from .inputs import collect_images, positive
 from .models import DTYPES, choose_device, choose_model, loading
 from .output import output_path, refuse_existing, require_writable
@@ -58,6 +59,7 @@ def add_parser(commands) -> None:
     cycle.add_argument("config", metavar="CONFIG.yaml", help="the settings")
     cycle.set_defaults(run=run_cycle, takes_settings=True)
     add_endpoint_parsers(subjects)
+    add_report_parser(subjects)
 
 
 def _add_images_parser(subjects) -> None:
@@ -197,7 +199,7 @@ def run_miniature(arguments: argparse.Namespace) -> int:
 
 def run_images(arguments: argparse.Namespace) -> int:
     from vlv.evaluation import image_sets
-    from vlv.evaluation.results import BOOTSTRAP_SAMPLES
+    from vlv.evaluation.results import BOOTSTRAP_SAMPLES, per_image
 
     output = _output(arguments)
     generated = _images(arguments.generated, "--generated")
@@ -238,10 +240,10 @@ def run_images(arguments: argparse.Namespace) -> int:
             paired=matches == list(zip(generated, reference, strict=False)) and len(generated) == len(reference),
         )
         pairs = matches if arguments.pair_metrics else []
+        values: dict[str, list[float]] = {}
         if reference and arguments.pair_metrics and len(pairs) < len(generated):
             notes.append(f"{len(generated) - len(pairs)} generated images have no reference of their name")
         if pairs:
-            values = {}
             if "cosine" in arguments.pair_metrics:
                 rows = [{name: row for row, name in enumerate(images)} for images in (generated, reference)]
                 values["cosine"] = image_sets.cosine_similarities(
@@ -256,12 +258,14 @@ def run_images(arguments: argparse.Namespace) -> int:
             found, more = image_sets.pair_figures(values, BOOTSTRAP_SAMPLES if samples is None else samples)
             figures, notes = figures | found, notes + more
     counts = {f"num_{kind}": one.count for kind, one in statistics.items()}
-    return _finish(arguments, output, figures, notes, {"features": extractor.name, **counts, "num_pairs": len(pairs)})
+    facts = {"features": extractor.name, **counts, "num_pairs": len(pairs)}
+    facts["per_image"] = per_image(values, [name for name, _ in pairs])
+    return _finish(arguments, output, figures, notes, facts)
 
 
 def run_captions(arguments: argparse.Namespace) -> int:
     from vlv.evaluation import caption_sets
-    from vlv.evaluation.results import BOOTSTRAP_SAMPLES
+    from vlv.evaluation.results import BOOTSTRAP_SAMPLES, per_image
 
     output = _output(arguments)
     if bool(arguments.clip) != bool(arguments.images):
@@ -301,18 +305,20 @@ def run_captions(arguments: argparse.Namespace) -> int:
 
             with loading(arguments.tokenizer):
                 tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-        figures, notes = caption_sets.evaluate_captions(
+        measured = caption_sets.measure_captions(
             given,
             clip,
             arguments.bert,
             arguments.bert_layer,
             tokenizer,
             arguments.max_new_tokens,
-            BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap,
             arguments.batch_size,
             choose_device(arguments),
         )
-    return _finish(arguments, output, figures, notes, {"num_captions": len(names)})
+        samples = BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap
+        figures = measured.figures(len(names), samples)
+    facts = {"num_captions": len(names), "per_image": per_image(measured.values, names)}
+    return _finish(arguments, output, figures, measured.notes, facts)
 
 
 def run_cycle(arguments: argparse.Namespace) -> int:
