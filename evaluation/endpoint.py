@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from PIL import Image
@@ -97,6 +98,7 @@ class Answer:
     Attributes:
         name: The question's.
         finish_reason: Why the text ends, as the endpoint says; `"length"` if it was cut.
+        seconds: From the request to the answer, repeats included.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Answer:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -161,11 +164,11 @@ class Endpoint:
             max_retries=settings.max_retries,
         )
         self._lock = threading.Lock()
-        _end_last_line(log)
+        end_last_line(log)
         self._known: dict[str, dict[str, Any]] = {}
         self._highest = 0.0  # price of the most expensive answer so far; 0 if none is known
         for entry in _read_log(log):
-            answer = Answer(**{name: entry[name] for name in Answer.__dataclass_fields__})
+            answer = _answer_of(entry)
             self._count(answer)
             if answer.error is None:
                 self._known[entry["hash"]] = entry
@@ -214,9 +217,7 @@ class Endpoint:
                 yield question
                 continue
             self.totals.kept += 1
-            answers[question.name] = Answer(
-                **{name: entry[name] for name in Answer.__dataclass_fields__} | {"name": question.name}
-            )
+            answers[question.name] = replace(_answer_of(entry), name=question.name)
             advance(1)
 
     def _collect(
@@ -244,6 +245,11 @@ class Endpoint:
 
     def _ask_one(self, question: Question) -> Answer:
         openai, settings = self._openai, self.settings
+        began = perf_counter()
+
+        def record(answer: Answer) -> Answer:
+            return self._record(question, replace(answer, seconds=round(perf_counter() - began, 3)))
+
         try:
             response = self._client.chat.completions.create(
                 model=settings.model,
@@ -254,13 +260,13 @@ class Endpoint:
         except openai.APIStatusError as error:
             if error.status_code in FATAL_STATUS:
                 raise EndpointError(f"the endpoint answers {error.status_code}: {error.message}") from error
-            return self._record(question, Answer(question.name, None, f"status {error.status_code}: {error.message}"))
+            return record(Answer(question.name, None, f"status {error.status_code}: {error.message}"))
         except openai.APIConnectionError as error:  # also after a time-out
             reason = error.__cause__ or error
-            return self._record(question, Answer(question.name, None, f"{error} ({type(reason).__name__})"))
+            return record(Answer(question.name, None, f"{error} ({type(reason).__name__})"))
         except (openai.OpenAIError, ValueError) as error:  # an answer that is not JSON
-            return self._record(question, Answer(question.name, None, f"the answer cannot be read: {error}"))
-        answer = self._record(question, _read_response(question.name, response))
+            return record(Answer(question.name, None, f"the answer cannot be read: {error}"))
+        answer = record(_read_response(question.name, response))
         if self._lacks_price(answer):
             raise EndpointError(f"the endpoint does not report usage, the tokens of an answer, {NO_USAGE}")
         return answer
@@ -347,19 +353,25 @@ def _read_response(name: str, response: Any) -> Answer:
     return Answer(name, text, finish_reason=choices[0].finish_reason, **counts)
 
 
+def _answer_of(entry: dict[str, Any]) -> Answer:
+    """The answer in an entry of a log. Logs of version 0.2 have no `seconds`."""
+    return Answer(**{own.name: entry[own.name] for own in fields(Answer) if own.name in entry})
+
+
 def _read_log(log: Path) -> Iterator[dict[str, Any]]:
     """The entries of a log. A last line that a killed run left unfinished is passed over."""
     if not log.exists():
         return
+    needed = {"hash", *(own.name for own in fields(Answer) if own.default is MISSING)}
     with log.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError):
                 entry = json.loads(line)
-                if isinstance(entry, dict) and entry.keys() >= {"hash", *Answer.__dataclass_fields__}:
+                if isinstance(entry, dict) and entry.keys() >= needed:
                     yield entry
 
 
-def _end_last_line(log: Path) -> None:
+def end_last_line(log: Path) -> None:
     """Ends a line that a killed run left unfinished, so that the next entry has a line of its own."""
     if log.exists() and (data := log.read_bytes()) and not data.endswith(b"\n"):
         with log.open("ab") as file:

@@ -1,0 +1,171 @@
+"""Captions of images by each kind of captioner, and a run that goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.image_utils import load_image
+
+from vlv.checkpoints import MINIATURE
+from vlv.cli.main import main
+from vlv.evaluation.captioners import PROMPT, caption_images, find_kind, open_captioner
+from vlv.evaluation.endpoint import PriceReached
+from vlv.miniature.tokenizer import build_tokenizer
+
+from ..builders import backbone_configs, language_model_config
+from .openai_server import Reply, scripted_endpoint
+
+IMAGES = Path(__file__).parent.parent.parent / "examples" / "images"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    """Two images, and a file between them that is not one."""
+    broken = tmp_path_factory.mktemp("broken") / "broken.png"
+    broken.write_bytes(b"not an image")
+    return [IMAGES / "test-1.png", broken, IMAGES / "test-2.png"]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    """A LLaVA with its processor, small and untrained: a model of transformers that is not a VLV."""
+    folder = tmp_path_factory.mktemp("llava")
+    tokenizer = build_tokenizer(for_text_encoder=False)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    text = language_model_config()
+    text.vocab_size = len(tokenizer)
+    torch.manual_seed(8)
+    config = LlavaConfig(
+        vision_config=backbone_configs()["clip"],
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    LlavaProcessor(
+        CLIPImageProcessorPil(**size),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_the_kind_is_found_from_the_source(tmp_path, llava, files):
+    (tmp_path / "captions.json").write_text("{}")
+    found = [find_kind(source) for source in (str(MINIATURE), str(llava), "http://127.0.0.1/v1#m")]
+    assert found == ["vlv", "pipeline", "endpoint"]
+    assert find_kind(str(tmp_path / "captions.json")) == find_kind("absent.json") == "file"
+
+
+@pytest.mark.slow
+def test_a_vlv_writes_what_the_command_writes_and_names_what_it_cannot_read(files, tmp_path):
+    found = list(open_captioner(str(MINIATURE), batch_size=2).caption(files))
+    assert main(["caption", *map(str, files), "--output", str(tmp_path / "c.json")]) == 1
+    expected = json.loads((tmp_path / "c.json").read_text())
+    assert {own.name: own.caption for own in found if own.error is None} == expected
+    assert found[1].name == "broken.png" and "not an image" in found[1].error and found[1].caption is None
+    assert all(own.seconds > 0 for own in found)
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_writes_captions_of_a_chat_or_of_words(llava, files, tmp_path):
+    captioner = open_captioner(str(llava), max_new_tokens=6)
+    found = list(captioner.caption(files))
+    settings = {"generate_kwargs": {"max_new_tokens": 6, "do_sample": False}, "return_full_text": False}
+    picture = {"type": "image", "image": load_image(str(files[0]))}
+    chat = [{"role": "user", "content": [picture, {"type": "text", "text": PROMPT}]}]
+    assert found[0].caption == captioner.pipeline(text=chat, **settings)[0]["generated_text"].strip() != ""
+    assert found[0].caption != found[2].caption and "not an image" in found[1].error
+    assert captioner.fingerprint != open_captioner(str(llava), max_new_tokens=5).fingerprint
+    captioner.is_chat, captioner.prompt = False, "<image>a small dog"  # as of a processor without a chat template
+    (plain,) = captioner.caption(files[:1])
+    expected = captioner.pipeline(picture["image"], text="<image>a small dog", **settings)[0]["generated_text"]
+    assert plain.caption == expected.strip() != found[0].caption
+
+
+@pytest.mark.slow
+def test_an_endpoint_is_asked_about_each_image_once(files, tmp_path):
+    def answer(words: str, before: int) -> Reply:
+        return Reply(status=500, body=b"{}") if before == 0 else Reply(f" {words} ", delay=0.05)
+
+    with scripted_endpoint(answer) as script:
+        source, log = f"{script.url}#m", tmp_path / "new" / "answers.jsonl"
+        settings = {"max_retries": 0, "concurrency": 1}
+        names = ["a", "b", "c"]
+        first = list(open_captioner(source, log=log, endpoint=settings, prompt="What?").caption(files, names))
+        assert [own.caption for own in first] == [None, "What?", "What?"] and "status 500" in first[0].error
+        assert first[1].seconds >= 0.05
+        again = open_captioner(source, log=log, endpoint=settings, prompt="What?")
+        assert [own.caption for own in again.caption(files, names)] == ["What?"] * 3
+        assert (again.endpoint.totals.kept, again.endpoint.totals.answered, len(script.requests)) == (2, 1, 4)
+        content = script.requests[-1]["messages"][0]["content"]
+        assert content[0]["image_url"]["url"].startswith("data:image/png;base64,") and content[1]["text"] == "What?"
+        limited = {"price_in": 1000.0, "max_price": 0.15, **settings}
+        with pytest.raises(PriceReached, match="raise it to go on"):
+            list(open_captioner(source, log=tmp_path / "b.jsonl", endpoint=limited, prompt="What?").caption(files))
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "error"),
+    [
+        ("http://127.0.0.1/v1", {"log": Path("a.jsonl")}, "names no model; expected the endpoint's address"),
+        ("http://127.0.0.1/v1#m", {}, "is an endpoint; pass log"),
+        ("absent.json", {}, "absent.json cannot be read"),
+        (str(MINIATURE), {"kind": "vllm"}, "kind is one of vlv, pipeline, endpoint, file, not 'vllm'"),
+    ],
+)
+def test_sources_that_are_incomplete_are_refused(source, settings, error):
+    with pytest.raises(ValueError, match=error):
+        open_captioner(source, **settings)
+
+
+def test_captions_of_a_file_are_found_by_the_names_of_images(files, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"x/test-1.jpg": "one", "test-2.png": "two"}))
+    found = list(open_captioner(str(tmp_path / "c.json")).caption(files))
+    assert [own.caption for own in found] == ["one", None, "two"]
+    assert found[1].error == f"{tmp_path / 'c.json'} has no caption of it"
+    with pytest.raises(ValueError, match="need as many different names"):
+        list(open_captioner(str(tmp_path / "c.json")).caption([files[0], files[0]]))
+
+
+def test_captions_are_kept_for_the_same_captioner_name_and_image(files, tmp_path):
+    log, images = tmp_path / "captions.jsonl", {"a": tmp_path / "a.png", "b": files[1], "c": files[2]}
+    images["a"].write_bytes(files[0].read_bytes())
+    counted: list[str] = []
+
+    class Counted:
+        """The embedded miniature, which notes what it is asked."""
+
+        def __init__(self) -> None:
+            self.own = open_captioner(str(MINIATURE), max_new_tokens=3)
+            self.source, self.kind, self.keeps_captions = self.own.source, self.own.kind, False
+            self.fingerprint = self.own.fingerprint
+
+        def caption(self, paths, names=None):
+            counted.extend(names)
+            return self.own.caption(paths, names)
+
+    captioner = Counted()
+    done: list[int] = []
+    first = caption_images(captioner, images, log, done.append)
+    assert counted == ["a", "b", "c"] and sum(done) == 3 and first[1].error is not None
+    with log.open("a") as file:
+        file.write('{"captioner": ')  # a killed run's last line
+    again = caption_images(captioner, images, log)
+    assert [again[0], again[2]] == [first[0], first[2]] and counted == ["a", "b", "c", "b"]
+    images["a"].write_bytes(files[2].read_bytes())
+    changed = caption_images(captioner, images, log)
+    assert counted == ["a", "b", "c", "b", "a", "b"] and changed[0].caption == first[2].caption
+    captioner.fingerprint = "another"
+    caption_images(captioner, images, log)
+    assert counted[-3:] == ["a", "b", "c"]
