@@ -30,7 +30,7 @@ def add_report_parser(subjects: Any) -> None:
         "--rank-by", metavar="KEY", help="figure that best and worst images are chosen by, such as cosine or cider_d"
     )
     parser.add_argument(
-        "--cases", type=positive, default=6, help="best images that are shown, and as many worst (default: 6)"
+        "--cases", type=positive, default=8, help="best images that are shown, and as many worst (default: 8)"
     )
     parser.set_defaults(run=run)
 

@@ -81,33 +81,20 @@ def lines(places: Sequence[float], series: Mapping[str, Sequence[Value | None]],
         return _svg(figure)
 
 
-def histogram(values: Sequence[float], title: str, mark: tuple[str, float] | None = None, bins: Any = 20) -> str:
+def histogram(values: Sequence[float], mark: tuple[str, float] | None = None, bins: Any = 20) -> str:
     """How many images have which value.
 
     Args:
-        title: Of the value.
         mark: Title and place of a vertical line.
+        bins: Their number, or their edges.
     """
     with _axes(HEIGHT) as (figure, axes):
         axes.hist(values, bins=bins, color=SERIES[0], alpha=0.8, edgecolor="none")
         if mark is not None:
             axes.axvline(mark[1], color=SERIES[1], linewidth=1.2, linestyle="--")
             axes.annotate(f" {mark[0]}", (mark[1], 1), xycoords=("data", "axes fraction"), va="bottom", color=INK)
-        axes.set(xlabel=title, ylabel="images")
+        axes.set_ylabel("images")
         axes.locator_params(axis="y", nbins=5, integer=True)
-        return _svg(figure)
-
-
-def points(values: Sequence[tuple[str, float, float]], titles: tuple[str, str]) -> str:
-    """Two figures of each of several things, such as speed and quality, with their names."""
-    with _axes(HEIGHT) as (figure, axes):
-        for name, x, y in values:
-            axes.plot(x, y, "o", color=SERIES[0], markersize=6)
-            axes.annotate(_short(name), (x, y), xytext=(0, 6), textcoords="offset points", ha="center", color=INK)
-        axes.set(xlabel=titles[0], ylabel=titles[1])
-        axes.margins(x=0.3, y=0.25)
-        axes.grid(color=MUTED, alpha=0.25)
-        axes.locator_params(nbins=5)
         return _svg(figure)
 
 
@@ -150,9 +137,10 @@ def _svg(figure: Any) -> str:
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r'\s(?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", text.partition(">")[0]) + text[
-        text.index(">") :
-    ]
+    text = (
+        re.sub(r'\s(?:xmlns(?::xlink)?|version|width|height)="[^"]*"', "", text.partition(">")[0])
+        + text[text.index(">") :]
+    )
     own = f"c{next(_charts)}-"
     text = re.sub(r'(\sid="|xlink:href="#|url\(#)', rf"\g<1>{own}", text)
     for colour, name in PAGE_COLOURS.items():

@@ -40,9 +40,7 @@ def describe_comparison(run: Run, section: Section, settings: ReportSettings) ->
         section.tables.append(Table("Paired differences", header, [row for row in rows if any(row[1:])]))
     section.notes += [f"{name}: {own['error']}" for name, own in captioners.items() if own.get("error")]
     if "images_per_second" in titles:
-        places = [
-            (name, (speed, None)) for name, own in captioners.items() if (speed := own.get("images_per_second"))
-        ]
+        places = [(name, (speed, None)) for name, own in captioners.items() if (speed := own.get("images_per_second"))]
         section.charts.append(Chart("images/s", charts.dots(places)))
     for key, label in labels.items():
         places = [(name, value) for name, own in metrics.items() if (value := value_of(own.get(key)))]

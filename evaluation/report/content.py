@@ -63,6 +63,11 @@ class Grid:
     title: str
     cases: list[Case]
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether a case has several pictures or long texts."""
+        return any(len(case.pictures) > 1 or len(case.texts) > 2 for case in self.cases)
+
 
 @dataclass
 class Section:

@@ -38,7 +38,7 @@ class ReportSettings:
     images: str | None = None
     captions: str | None = None
     rank_by: str | None = None
-    cases: int = 6
+    cases: int = 8
 
     def __post_init__(self):
         if self.images is not None and not Path(self.images).is_dir():
@@ -120,7 +120,7 @@ def recognise(content: Any) -> str | None:
         return "generation"
     if _is_mapping_of(content, lambda value: _is_number(value) or isinstance(value, list) and _all_numbers(value)):
         return "score"
-    if _is_mapping_of(content, lambda part: _is_object(part) and any(_is_number(value) for value in part.values())):
+    if _is_mapping_of(content, _is_part):
         return "parts"
     return None
 
@@ -136,6 +136,11 @@ def _is_mapping_of(value: Any, test: Any) -> bool:
 
 def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
+
+
+def _is_part(value: Any) -> bool:
+    """Whether it has numbers, or objects that have."""
+    return _is_object(value) and any(_is_number(own) or _is_part(own) for own in value.values())
 
 
 def _is_number(value: Any) -> bool:

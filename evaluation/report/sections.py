@@ -16,6 +16,7 @@ from .content import Case, Chart, Pictures, Section, Table, interval_text, numbe
 from .runs import KINDS, ReportSettings, Run
 
 FEW = 8  # images below which a histogram says nothing
+MAIN_FIGURES = ("frechet_distance", "cider_d", "clip_score", "words")  # which a summary names, if a run has them
 
 
 def describe_runs(runs: Sequence[Run], settings: ReportSettings) -> list[Section]:
@@ -92,7 +93,7 @@ def _figures(run: Run, section: Section, settings: ReportSettings) -> None:
     labels = {key: one["label"] for key, one in figures.items()}
     header = ("figure", "value", "95% interval")
     section.tables.append(Table("Figures", header, figures_rows(figures)))
-    first = next(iter(figures.values()))
+    first = figures[next(key for key in (*MAIN_FIGURES, *figures) if key in figures)]
     section.summary = f"{first['label']} {number(float(first['value']))}"
     if interval := interval_text(first):
         section.summary += f" ({interval})"
@@ -100,7 +101,7 @@ def _figures(run: Run, section: Section, settings: ReportSettings) -> None:
         section.notes.insert(0, f"features: {features}")
     per_image = per_image_of(run)
     section.charts += [
-        Chart(labels.get(key, key), charts.histogram(list(values.values()), labels.get(key, key)))
+        Chart(labels.get(key, key), charts.histogram(list(values.values())))
         for key, values in per_image.items()
         if len(values) >= FEW
     ]
@@ -174,7 +175,8 @@ def _generation(run: Run, section: Section, settings: ReportSettings) -> None:
             section.charts.append(Chart(label, charts.dots(known)))
     first, label = next(iter(labels.items()))
     values = [figures[first]["value"] for figures in groups.values() if first in figures]
-    section.summary = f"{label} {number(float(min(values)))} to {number(float(max(values)))} over {len(groups)} {title}s"
+    ends = " to ".join(number(float(end)) for end in (min(values), max(values)))
+    section.summary = f"{label} {ends} at {title} {', '.join(groups)}"
 
 
 def _as_numbers(names: Mapping[str, Any]) -> list[float]:
@@ -203,7 +205,7 @@ def _judge(run: Run, section: Section, settings: ReportSettings) -> None:
     section.tables.append(Table("Figures", ("figure", "value", "95% interval"), rows))
     section.summary = f"{label} {value} ({interval})"
     edges = [-0.25, 0.25, 0.75, 1.25] if config.get("against") else [place - 0.5 for place in range(8)]
-    section.charts.append(Chart("Verdicts", charts.histogram(list(verdicts.values()), label, bins=edges)))
+    section.charts.append(Chart(f"Verdicts: {label}", charts.histogram(list(verdicts.values()), bins=edges)))
     section.notes += [f"no verdict on {name}: {reason}" for name, reason in list(failed.items())[:5]]
     texts = {"": _read_texts(run, "captions", section)}
     if config.get("against"):
@@ -219,10 +221,19 @@ def _vqa(run: Run, section: Section, settings: ReportSettings) -> None:
     """Results of `vlv evaluate vqa`: accuracy by prompt."""
     rows, places = [], []
     for name, one in run.content["figures"].items():
-        row = [name, str(one.get("questions", "")), str(len(one.get("failed", {}))), str(one.get("without_caption", ""))]
+        row = [
+            name,
+            str(one.get("questions", "")),
+            str(len(one.get("failed", {}))),
+            str(one.get("without_caption", "")),
+        ]
         if accuracy := one.get("accuracy"):
             shares = [100 * accuracy[end] for end in ("mean", "low", "high")]
-            row += [f"{shares[0]:.2f}", f"{shares[1]:.2f} to {shares[2]:.2f}", f"{100 * one['exact_match']['mean']:.2f}"]
+            row += [
+                f"{shares[0]:.2f}",
+                f"{shares[1]:.2f} to {shares[2]:.2f}",
+                f"{100 * one['exact_match']['mean']:.2f}",
+            ]
             places.append((name, (shares[0], shares[1:])))
         else:
             row += ["", "", ""]
@@ -244,12 +255,12 @@ def _score(run: Run, section: Section, settings: ReportSettings) -> None:
         ("median", number(median(each)), ""),
         ("lowest", number(min(each)), ""),
         ("highest", number(max(each)), ""),
-        ("above 0, better than no words", f"{sum(v > 0 for v in each)} of {len(each)}", ""),
+        ("above 0, better than no words", f"{sum(v > 0 for v in each) / len(each):.1%}", ""),
     ]
     section.tables.append(Table("Figures", ("figure", "value", "95% interval"), rows))
     section.summary = f"mean score {number(mean)} ({number(ends[0])} to {number(ends[1])})"
     if len(each) >= FEW:
-        section.charts.append(Chart("Scores", charts.histogram(each, "score", ("no words", 0.0))))
+        section.charts.append(Chart("Scores", charts.histogram(each, ("no words", 0.0))))
     texts: dict[str, list[str]] = {}
     if settings.captions:
         texts = caption_sets.read_texts(settings.captions)
@@ -287,8 +298,8 @@ def _side_by_side(runs: Sequence[Run]) -> Section:
     shared = [key for key in labels if sum(key in own for own in metrics.values()) > 1]
     title = f"{KINDS[runs[0].kind][0].upper()}{KINDS[runs[0].kind][1:]}: all runs"
     section = Section(title, "runs side by side", "", f"{len(runs)} runs")
-    rows = [(name, *(with_interval(own.get(key)) for key in shared)) for name, own in metrics.items()]
-    section.tables.append(Table("Figures", ("run", *(labels[key] for key in shared)), rows))
+    rows = [(labels[key], *(with_interval(own.get(key)) for own in metrics.values())) for key in shared]
+    section.tables.append(Table("Figures", ("figure", *metrics), rows))
     for key in shared:
         places = [(name, value) for name, own in metrics.items() if (value := value_of(own.get(key)))]
         section.charts.append(Chart(labels[key], charts.dots(places)))
