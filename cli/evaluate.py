@@ -3,21 +3,31 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from vlv.checkpoints import MINIATURE
 from vlv.files import write_json
 
 from .errors import UserError
+from .evaluate_compare import add_compare_parser
 from .evaluate_endpoint import add_endpoint_parsers
+from .evaluate_inputs import (
+    add_reference_arguments,
+    as_user_errors,
+    embed_images,
+    load_clip,
+    not_negative,
+    progress,
+    read_images,
+    read_references,
+    require_references,
+)
 from .evaluate_report import add_report_parser
-from .inputs import collect_images, positive
+from .inputs import positive
 from .models import DTYPES, choose_device, choose_model, loading
 from .output import output_path, refuse_existing, require_writable
 
@@ -59,6 +69,7 @@ def add_parser(commands) -> None:
     cycle.add_argument("config", metavar="CONFIG.yaml", help="the settings")
     cycle.set_defaults(run=run_cycle, takes_settings=True)
     add_endpoint_parsers(subjects)
+    add_compare_parser(subjects)
     add_report_parser(subjects)
 
 
@@ -120,23 +131,8 @@ def _add_captions_parser(subjects) -> None:
     captions.add_argument(
         "--captions", required=True, metavar="FILE", help="JSON: {image: caption}, as `vlv caption` writes it"
     )
-    captions.add_argument(
-        "--references", metavar="FILE", help="JSON: {image: [caption, ...]}, or COCO's caption annotations"
-    )
+    add_reference_arguments(captions)
     captions.add_argument("--images", metavar="DIR", help="folder of the images, for CLIPScore")
-    captions.add_argument("--clip", metavar="MODEL", help="folder or Hub repo id of a CLIP model, for CLIPScore")
-    captions.add_argument("--bert", metavar="MODEL", help="folder or Hub repo id of a text encoder, for BERTScore")
-    captions.add_argument(
-        "--bert-layer", type=positive, metavar="N", help="the layer of --bert to compare (default: the last)"
-    )
-    captions.add_argument(
-        "--vocabulary", metavar="FILE", help="JSON: {object: [synonym, ...]}, the objects that CHAIR looks for"
-    )
-    captions.add_argument(
-        "--objects",
-        metavar="FILE",
-        help="JSON: {image: [object, ...]}, what the images show, for CHAIR (default: what the references mention)",
-    )
     captions.add_argument(
         "--tokenizer",
         metavar="MODEL",
@@ -157,19 +153,12 @@ def _add_captions_parser(subjects) -> None:
 def _add_result_arguments(parser: argparse.ArgumentParser, output: str, samples: str) -> None:
     parser.add_argument(
         "--bootstrap",
-        type=_not_negative,
+        type=not_negative,
         metavar="N",
         help=f"resamplings of the images for the 95%% intervals, 0 for none ({samples})",
     )
     parser.add_argument("--output", default=output, help=f"the JSON file (default: {output})")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
 
 
 def run_miniature(arguments: argparse.Namespace) -> int:
@@ -202,8 +191,8 @@ def run_images(arguments: argparse.Namespace) -> int:
     from vlv.evaluation.results import BOOTSTRAP_SAMPLES, per_image
 
     output = _output(arguments)
-    generated = _images(arguments.generated, "--generated")
-    reference = _images(arguments.reference, "--reference") if arguments.reference else {}
+    generated = read_images(arguments.generated, "--generated")
+    reference = read_images(arguments.reference, "--reference") if arguments.reference else {}
     if not reference and not arguments.reference_statistics:
         raise UserError("pass --reference DIR, or --reference-statistics FILE that an earlier run wrote")
     files = {}
@@ -223,9 +212,9 @@ def run_images(arguments: argparse.Namespace) -> int:
     is_main = _join_processes()
     extractor = choose_features(arguments.features, arguments.resize, choose_device(arguments))
     statistics = {}
-    with _as_user_errors():
+    with as_user_errors():
         for kind, images in (("generated", generated), ("reference", reference)):
-            with _progress(len(images), f"features of {kind} images", is_main) as advance:
+            with progress(len(images), f"features of {kind} images", is_main) as advance:
                 statistics[kind] = image_sets.cached_statistics(
                     list(images.values()), extractor, files[kind], batch_size=arguments.batch_size, advance=advance
                 )
@@ -253,7 +242,7 @@ def run_images(arguments: argparse.Namespace) -> int:
             others = [name for name in arguments.pair_metrics if name != "cosine"]
             if others:
                 paths = [(generated[name], reference[original]) for name, original in pairs]
-                with _progress(len(paths), "pairs", is_main) as advance:
+                with progress(len(paths), "pairs", is_main) as advance:
                     values |= image_sets.compare_pairs(paths, others, choose_device(arguments), advance)
             found, more = image_sets.pair_figures(values, BOOTSTRAP_SAMPLES if samples is None else samples)
             figures, notes = figures | found, notes + more
@@ -270,36 +259,17 @@ def run_captions(arguments: argparse.Namespace) -> int:
     output = _output(arguments)
     if bool(arguments.clip) != bool(arguments.images):
         raise UserError("CLIPScore needs both --clip MODEL and --images DIR")
-    if arguments.objects and not arguments.vocabulary:
-        raise UserError("--objects needs --vocabulary FILE, the objects that CHAIR looks for")
-    if arguments.vocabulary and not (arguments.objects or arguments.references):
-        raise UserError("--vocabulary needs --objects FILE, or --references that mention the objects")
-    if arguments.bert and not arguments.references:
-        raise UserError("BERTScore compares captions with references; pass --references FILE with --bert")
-    with _as_user_errors():
+    require_references(arguments)
+    with as_user_errors():
         captions = caption_sets.read_captions(arguments.captions)
         names = list(captions)
-        given = caption_sets.CaptionSet(names, list(captions.values()))
-        for option in ("references", "objects"):
-            if path := getattr(arguments, option):
-                entries = caption_sets.entries_of(names, caption_sets.read_lists(path), f"--{option} {path}")
-                setattr(given, option, entries)
-        if arguments.vocabulary:
-            given.vocabulary = caption_sets.read_lists(arguments.vocabulary)
-        clip = tokenizer = None
-        if arguments.clip:
-            from vlv.evaluation.features import AutoModelFeatures
-            from vlv.evaluation.image_sets import extract_statistics
-
-            with loading(f"--clip {arguments.clip}"):
-                clip = AutoModelFeatures(arguments.clip, choose_device(arguments))
-            if not clip.is_contrastive:
-                raise UserError(f"--clip {arguments.clip} embeds no texts; pass a CLIP or SigLIP model")
+        given = replace(read_references(arguments, names), captions=list(captions.values()))
+        clip, tokenizer = load_clip(arguments), None
+        if clip is not None:
             paths = caption_sets.entries_of(
-                names, _images(arguments.images, "--images"), f"--images {arguments.images}"
+                names, read_images(arguments.images, "--images"), f"--images {arguments.images}"
             )
-            with _progress(len(paths), "features of images", True) as advance:
-                given.images = extract_statistics(paths, clip, arguments.batch_size, advance=advance).features
+            given.images = embed_images(clip, paths, arguments.batch_size)
         if arguments.tokenizer:
             from transformers import AutoTokenizer
 
@@ -335,10 +305,10 @@ def run_cycle(arguments: argparse.Namespace) -> int:
     source = str(MINIATURE) if config.text_to_image == "miniature" else config.text_to_image
     output = Path(config.output_dir)
     require_writable(output, "output_dir", config.output_dir)
-    with _as_user_errors():
+    with as_user_errors():
         captions = caption_sets.read_captions(config.captions)
         originals = caption_sets.entries_of(
-            list(captions), _images(config.images, "images"), f"images {config.images}"
+            list(captions), read_images(config.images, "images"), f"images {config.images}"
         )
         extractor = choose_features(config.features, config.resize, device)
         load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device))
@@ -346,7 +316,7 @@ def run_cycle(arguments: argparse.Namespace) -> int:
             load()  # downloads the repository, which then has a fingerprint
         fingerprint = hub.fingerprint(source)
         total = len(captions) * len(config.guidance)
-        with _progress(total, "generated images", True) as advance:
+        with progress(total, "generated images", True) as advance:
             results = run(config, captions, originals, load, fingerprint, extractor, device, advance)
     lines = [cycle_table(results), *(f"note: {note}" for note in results["notes"]), f"written to {output}"]
     print("\n\n".join(lines))
@@ -400,36 +370,6 @@ def _output(arguments: argparse.Namespace) -> Path:
     if not arguments.overwrite:
         refuse_existing(output, "--output")
     return output
-
-
-def _images(folder: str, option: str) -> dict[str, Path]:
-    """The images of a folder by name.
-
-    Raises:
-        UserError: If it is not a folder, has no images, or one that cannot be read: figures of the others would be
-            those of another set.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"{option} {folder} is not a folder")
-    found = collect_images([folder])
-    for item in found:
-        if item.problem is not None:
-            raise UserError(f"{item.path}: {item.problem}; remove it, or repair it")
-    return {item.name: item.path for item in found}
-
-
-@contextmanager
-def _as_user_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
-@contextmanager
-def _progress(total: int, title: str, is_main: bool) -> Iterator[Any]:
-    with tqdm(total=total, desc=title, unit=" images", disable=None if is_main else True) as bar:
-        yield bar.update
 
 
 def _join_processes() -> bool:

@@ -12,7 +12,7 @@ SERIES = ("#030301", "#030302", "#030303", "#030304")
 PAGE_COLOURS = {INK: "currentColor", MUTED: "var(--muted)"} | {
     colour: f"var(--series-{place})" for place, colour in enumerate(SERIES, start=1)
 }
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vlv",
     "text.parse_math": False,

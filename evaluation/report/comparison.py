@@ -12,7 +12,7 @@ RUN_FIGURES = {  # of the run itself, with their titles
     "num_captioned": "captions",
     "num_failed": "failed",
     "images_per_second": "images/s",
-    "load_seconds": "start, s",
+    "load_seconds": "loading, s",
     "peak_memory_mb": "peak memory, MB",
     "peak_gpu_memory_mb": "peak GPU memory, MB",
 }

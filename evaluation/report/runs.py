@@ -106,7 +106,8 @@ def recognise(content: Any) -> str | None:
     """Which of `KINDS` the content of a results file is; None if it is another file."""
     if not isinstance(content, dict) or not content:
         return None
-    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    given = content.get("config")
+    config: dict[str, Any] = given if isinstance(given, dict) else {}
     if _is_mapping_of(content.get("captioners"), _is_object):
         return "compare"
     if isinstance(content.get("figures"), dict):
@@ -118,7 +119,7 @@ def recognise(content: Any) -> str | None:
         return "captions" if "captions" in config else "images"
     if _is_mapping_of(metrics, lambda group: _is_mapping_of(group, is_figure)):
         return "generation"
-    if _is_mapping_of(content, lambda value: _is_number(value) or isinstance(value, list) and _all_numbers(value)):
+    if _is_mapping_of(content, lambda value: _is_number(value) or (isinstance(value, list) and _all_numbers(value))):
         return "score"
     if _is_mapping_of(content, _is_part):
         return "parts"

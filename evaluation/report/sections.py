@@ -174,8 +174,8 @@ def _generation(run: Run, section: Section, settings: ReportSettings) -> None:
             known = [(name, value) for name, value in zip(groups, values, strict=True) if value is not None]
             section.charts.append(Chart(label, charts.dots(known)))
     first, label = next(iter(labels.items()))
-    values = [figures[first]["value"] for figures in groups.values() if first in figures]
-    ends = " to ".join(number(float(end)) for end in (min(values), max(values)))
+    found = [float(figures[first]["value"]) for figures in groups.values() if first in figures]
+    ends = " to ".join(map(number, (min(found), max(found))))
     section.summary = f"{label} {ends} at {title} {', '.join(groups)}"
 
 
