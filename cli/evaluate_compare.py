@@ -140,5 +140,5 @@ def _measure(
         with progress(len(paths), "diffusion scores") as advance, loading(f"--score-model {arguments.score_model}"):
             scores = diffusion_scores(arguments.score_model, paths, texts, loaded, arguments.batch_size, advance)
         for label, values in scores.items():
-            measured[label].means["score"] = f"diffusion score ({arguments.score_model})", values
+            measured[label].means["score"] = f"diffusion score ({Path(arguments.score_model).name})", values
     return measured

@@ -45,8 +45,18 @@ def describe_comparison(run: Run, section: Section, settings: ReportSettings) ->
     for key, label in labels.items():
         places = [(name, value) for name, own in metrics.items() if (value := value_of(own.get(key)))]
         section.charts.append(Chart(label, charts.dots(places)))
-    section.summary = f"{len(captioners)} captioners"
+    section.summary = _summary(metrics) or f"{len(captioners)} captioners"
     section.grids += _grids(run, settings, labels, section)
+
+
+def _summary(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figure of each captioner that images are ranked by; empty without figures."""
+    measured = {name: own for name, own in metrics.items() if own}
+    key = next((key for key in RANKED_BY if measured and all(key in own for own in measured.values())), None)
+    if key is None:
+        return ""
+    values = ", ".join(f"{name} {number(float(own[key]['value']))}" for name, own in measured.items())
+    return f"{next(iter(measured.values()))[key]['label']}: {values}"
 
 
 def _number(value: Any) -> str:
