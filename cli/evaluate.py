@@ -5,33 +5,29 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vlv.checkpoints import MINIATURE
 from vlv.files import write_json
 
 from .errors import UserError
 from .evaluate_compare import add_compare_parser
 from .evaluate_endpoint import add_endpoint_parsers
-from .evaluate_inputs import (
+from .evaluate_generated import add_generated_parsers
+from .evaluate_report import add_report_parser
+from .evaluating import INCEPTION, as_user_errors, choose_features, progress, read_images
+from .inputs import positive
+from .models import choose_device, choose_model, loading
+from .output import output_path, refuse_existing
+from .references import (
     add_reference_arguments,
-    as_user_errors,
     embed_images,
     load_clip,
     not_negative,
-    progress,
-    read_images,
     read_references,
     require_references,
 )
-from .evaluate_report import add_report_parser
-from .inputs import positive
-from .models import DTYPES, choose_device, choose_model, loading
-from .output import output_path, refuse_existing, require_writable
 
-SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
 PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim")
 
 
@@ -58,16 +54,7 @@ def add_parser(commands) -> None:
     miniature.set_defaults(run=run_miniature)
     _add_images_parser(subjects)
     _add_captions_parser(subjects)
-    cycle = subjects.add_parser(
-        "cycle",
-        help="captions by the images that a text-to-image model generates from them",
-        usage="vlv evaluate cycle CONFIG.yaml [--name value ...]",
-        description="Turns captions into images and compares these with the captioned images, over guidance scales "
-        "(Table 1 of the paper). A run that was ended goes on with the same command. `vlv evaluate cycle CONFIG.yaml "
-        "--help` is this text; docs/evaluation_metrics.md lists the settings.",
-    )
-    cycle.add_argument("config", metavar="CONFIG.yaml", help="the settings")
-    cycle.set_defaults(run=run_cycle, takes_settings=True)
+    add_generated_parsers(subjects)
     add_endpoint_parsers(subjects)
     add_compare_parser(subjects)
     add_report_parser(subjects)
@@ -289,80 +276,6 @@ def run_captions(arguments: argparse.Namespace) -> int:
         figures = measured.figures(len(names), samples)
     facts = {"num_captions": len(names), "per_image": per_image(measured.values, names)}
     return _finish(arguments, output, figures, measured.notes, facts)
-
-
-def run_cycle(arguments: argparse.Namespace) -> int:
-    from vlv import hub
-    from vlv.evaluation import caption_sets
-    from vlv.evaluation.cycle import CycleConfig, cycle_table
-    from vlv.evaluation.cycle import run_cycle as run
-    from vlv.train.parsing import parse_config
-
-    config = parse_config(CycleConfig, [arguments.config, *arguments.settings], "vlv evaluate cycle")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype is one of {', '.join(DTYPES)}, not {config.dtype!r}")
-    device = choose_device(argparse.Namespace(device=config.device))
-    source = str(MINIATURE) if config.text_to_image == "miniature" else config.text_to_image
-    output = Path(config.output_dir)
-    require_writable(output, "output_dir", config.output_dir)
-    with as_user_errors():
-        captions = caption_sets.read_captions(config.captions)
-        originals = caption_sets.entries_of(
-            list(captions), read_images(config.images, "images"), f"images {config.images}"
-        )
-        extractor = choose_features(config.features, config.resize, device)
-        load = cache(lambda: load_text_to_image(source, DTYPES[config.dtype], device))
-        if not Path(source).is_dir():
-            load()  # downloads the repository, which then has a fingerprint
-        fingerprint = hub.fingerprint(source)
-        total = len(captions) * len(config.guidance)
-        with progress(total, "generated images", True) as advance:
-            results = run(config, captions, originals, load, fingerprint, extractor, device, advance)
-    lines = [cycle_table(results), *(f"note: {note}" for note in results["notes"]), f"written to {output}"]
-    print("\n\n".join(lines))
-    return 0
-
-
-def load_text_to_image(source: str, dtype: Any, device: str) -> Any:
-    """A text-to-image pipeline: of diffusers, or the frozen text-to-image model of a VLV.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
-    import inspect
-
-    from diffusers import DiffusionPipeline
-
-    from vlv.miniature.evaluation import teacher_pipeline
-    from vlv.pipelines import load_reconstruction
-
-    with loading(source):
-        if "VLV" in str(DiffusionPipeline.load_config(source)["_class_name"]):
-            pipeline = teacher_pipeline(load_reconstruction(source, dtype=dtype, device=device))
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
-    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise UserError(f"text_to_image {source} is a {type(pipeline).__name__}, which takes no prompt")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def choose_features(name: str, resize: str, device: str) -> Any:
-    """The feature extractor of `--features`.
-
-    Raises:
-        UserError: If it cannot be loaded.
-    """
-    from vlv.evaluation.features import AutoModelFeatures, InceptionFeatures
-    from vlv.miniature.evaluation import SCENE_CLASSIFIER_FILE
-    from vlv.miniature.scene_classifier import SceneClassifierFeatures
-
-    with loading(f"the features {name}"):
-        if name == SCENE_CLASSIFIER:
-            return SceneClassifierFeatures(MINIATURE / SCENE_CLASSIFIER_FILE)
-        if name == INCEPTION:
-            return InceptionFeatures(resize, device)  # type: ignore[arg-type]
-        return AutoModelFeatures(name, device)
 
 
 def _output(arguments: argparse.Namespace) -> Path:

@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .evaluate_inputs import (
-    add_reference_arguments,
-    as_user_errors,
-    embed_images,
-    load_clip,
-    not_negative,
-    progress,
-    read_images,
-    read_references,
-    require_references,
-)
+from .evaluating import as_user_errors, progress, read_images
 from .inputs import positive
 from .models import DTYPES, choose_device, loading
 from .output import require_writable
+from .references import (
+    add_reference_arguments,
+    embed_images,
+    load_clip,
+    not_negative,
+    read_references,
+    require_references,
+)
 
 
 def add_compare_parser(subjects: Any) -> None:
@@ -103,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
             images={name: str(path) for name, path in images.items()},
             folder=str(output / f"captioner-{number}"),
         )
-        with progress(len(images), label) as advance:
+        with progress(len(images), label, True) as advance:
             runs[label] = run_captioner(job, advance)
 
     def measure(names: list[str], sets: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -137,7 +135,10 @@ def _measure(
     if arguments.score_model:
         texts = {label: own.captions for label, own in sets.items()}
         loaded = {"dtype": DTYPES[arguments.dtype], "device": choose_device(arguments)}
-        with progress(len(paths), "diffusion scores") as advance, loading(f"--score-model {arguments.score_model}"):
+        with (
+            progress(len(paths), "diffusion scores", True) as advance,
+            loading(f"--score-model {arguments.score_model}"),
+        ):
             scores = diffusion_scores(arguments.score_model, paths, texts, loaded, arguments.batch_size, advance)
         for label, values in scores.items():
             measured[label].means["score"] = f"diffusion score ({Path(arguments.score_model).name})", values

@@ -18,6 +18,7 @@ from vlv.processing_vlv import to_rgb
 
 from .caption_sets import read_captions
 from .endpoint import Endpoint, EndpointSettings, Question, end_last_line, image_part
+from .features import file_digest
 from .matching import match_names
 
 KINDS = ("vlv", "pipeline", "endpoint", "file")
@@ -324,7 +325,7 @@ def caption_images(
     for own in captioner.caption([images[name] for name in missing], missing):
         known[own.name] = own
         if own.error is None and not captioner.keeps_captions:
-            entry = {"captioner": captioner.fingerprint, "image": _image_digest(images[own.name]), **asdict(own)}
+            entry = {"captioner": captioner.fingerprint, "image": file_digest(images[own.name]), **asdict(own)}
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         advance(1)
@@ -345,15 +346,10 @@ def _read_log(log: Path, captioner: Captioner, images: Mapping[str, Path]) -> di
                 if entry["captioner"] != captioner.fingerprint or own.name not in images:
                     continue
                 if own.name not in digests:
-                    digests[own.name] = _image_digest(images[own.name])
+                    digests[own.name] = file_digest(images[own.name])
                 if entry["image"] == digests[own.name]:
                     found[own.name] = replace(own, error=None)
     return found
-
-
-def _image_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _names(paths: Sequence[Path], names: Sequence[str] | None) -> list[str]:

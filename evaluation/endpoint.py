@@ -78,6 +78,26 @@ class EndpointSettings:
         return (prompt_tokens * self.price_in + completion_tokens * self.price_out) / 1e6
 
 
+@dataclass
+class EndpointOptions:
+    """How a configuration sets the client of an endpoint, whatever the model behind it."""
+
+    key_variable: str = field(default=KEY_VARIABLE, metadata={"help": "environment variable with the key"})
+    concurrency: int = field(default=8, metadata={"help": "requests at once"})
+    timeout: float = field(default=120.0, metadata={"help": "longest request, in seconds"})
+    max_retries: int = field(default=5, metadata={"help": "repeats after 429, 500 and lost connections"})
+    temperature: float = field(default=0.0, metadata={"help": "of sampling, at an endpoint"})
+    price_in: float = field(default=0.0, metadata={"help": "price of a million tokens of requests"})
+    price_out: float = field(default=0.0, metadata={"help": "price of a million tokens of answers"})
+    max_price: float | None = field(
+        default=None, metadata={"help": "what all runs of output_dir may spend; a run stops before it"}
+    )
+
+    def options(self) -> dict[str, Any]:
+        """These settings, as `EndpointSettings` takes them."""
+        return {own.name: getattr(self, own.name) for own in fields(EndpointOptions)}
+
+
 @dataclass(frozen=True)
 class Question:
     """One request.

@@ -15,7 +15,7 @@ from vlv.files import write_json
 
 from .caption_sets import read_captions
 from .distances import mean_interval
-from .endpoint import Endpoint, EndpointSettings, Totals
+from .endpoint import Endpoint, EndpointOptions, EndpointSettings, Totals
 from .judge import (
     COMPARISON_PROMPT,
     SCORE_PROMPT,
@@ -37,7 +37,7 @@ PUBLISHED_ARENA = 5.18
 
 
 @dataclass
-class EndpointConfig:
+class EndpointConfig(EndpointOptions):
     """A model behind an OpenAI-compatible endpoint."""
 
     output_dir: str = field(
@@ -45,17 +45,7 @@ class EndpointConfig:
     )
     endpoint_model: str = field(default="", metadata={"help": "the model's name at the endpoint"})
     base_url: str | None = field(default=None, metadata={"help": "address, such as http://127.0.0.1:8000/v1"})
-    key_variable: str = field(default="OPENAI_API_KEY", metadata={"help": "environment variable with the key"})
-    concurrency: int = field(default=8, metadata={"help": "requests at once"})
-    timeout: float = field(default=120.0, metadata={"help": "longest request, in seconds"})
-    max_retries: int = field(default=5, metadata={"help": "repeats after 429, 500 and lost connections"})
     max_tokens: int = field(default=512, metadata={"help": "most tokens of an answer"})
-    temperature: float = field(default=0.0, metadata={"help": "of sampling"})
-    price_in: float = field(default=0.0, metadata={"help": "price of a million tokens of requests"})
-    price_out: float = field(default=0.0, metadata={"help": "price of a million tokens of answers"})
-    max_price: float | None = field(
-        default=None, metadata={"help": "what all runs of output_dir may spend; a run stops before it"}
-    )
     limit: int | None = field(default=None, metadata={"help": "images or questions to take, from the beginning"})
     dry_run: bool = field(
         default=False, metadata={"help": "read everything, print the plan and one prompt, ask nothing"}
@@ -73,8 +63,7 @@ class EndpointConfig:
                 raise ValueError(f"{name} is missing: {self.__dataclass_fields__[name].metadata['help']}")
 
     def endpoint(self) -> EndpointSettings:
-        names = set(EndpointSettings.__dataclass_fields__) - {"model"}
-        return EndpointSettings(self.endpoint_model, **{name: getattr(self, name) for name in names})
+        return EndpointSettings(self.endpoint_model, self.base_url, max_tokens=self.max_tokens, **self.options())
 
 
 @dataclass

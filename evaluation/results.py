@@ -57,6 +57,22 @@ def per_image(values: Mapping[str, Sequence[float]], names: Sequence[str]) -> di
     }
 
 
+def ratio_figure(
+    label: str, numerators: torch.Tensor, denominators: torch.Tensor, samples: int, **facts: Any
+) -> dict[str, Any]:
+    """The sum of one column over the sum of another, both `(N,)`, as `corpus_figure`.
+
+    Images whose denominator is 0 say nothing and are not resampled; at least one has another.
+    """
+    has = denominators > 0
+    top, bottom = numerators[has], denominators[has]
+
+    def statistic(rows: torch.Tensor) -> float:
+        return (top[rows].sum() / bottom[rows].sum()).item()
+
+    return corpus_figure(label, statistic, len(top), samples, **facts)
+
+
 def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures as a Markdown table with one row for each."""
     rows = []

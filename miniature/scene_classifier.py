@@ -113,11 +113,13 @@ class SceneClassifierFeatures:
     @torch.no_grad()
     def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Features `(N, 256)` of images `(3, H, W)` uint8, resized to 64 x 64 pixels where they differ."""
-        pixels = [image if image.shape[1:] == (64, 64) else _resize(image) for image in images]
-        return self.scene_classifier.embed(torch.stack(pixels))
+        return self.scene_classifier.embed(torch.stack([resize_to_scene(image) for image in images]))
 
 
-def _resize(image: torch.Tensor) -> torch.Tensor:
+def resize_to_scene(image: torch.Tensor) -> torch.Tensor:
+    """An image `(3, H, W)` uint8 of any size as `(3, 64, 64)` uint8."""
+    if image.shape[1:] == (64, 64):
+        return image
     pixels = F.interpolate(image[None].float(), (64, 64), mode="bilinear", antialias=True)[0]
     return pixels.round().clamp(0, 255).to(torch.uint8)
 

@@ -5,6 +5,7 @@ VLV paper, tables 4 (left), 5 (left) and 6, and figure 6, on scenes that are kno
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from vlv import VLVForConditionalGeneration, VLVModel, VLVProcessor
+from vlv.evaluation.composition import count_shared_labels
+from vlv.evaluation.detections import Detection, match_detections
+from vlv.evaluation.detections import deviations as box_deviations
 from vlv.pipelines import VLVReconstructionPipeline, generate_captions
 
 from ..data import evaluation_items
@@ -20,6 +24,7 @@ from ..evaluation import generate_in_batches, to_uint8
 from ..grammar import parse_caption, write_caption
 from ..render import IMAGE_SIZE
 from ..scene_classifier import SceneClassifier
+from ..scene_detector import detect_objects
 from ..scoring import score_scenes
 from ..teacher import build_scheduler
 from ..world import Scene
@@ -28,14 +33,6 @@ from .data_efficiency import MAX_TOKENS, to_pixel_values
 STEPS = 25
 GUIDANCE = 2.0
 BATCH_SIZE = 50
-COLOUR_DISTANCE = 60  # of 765: a pixel whose colour is farther from the background's belongs to an object
-WINDOWS = {  # place -> rows and columns in which its object is searched
-    "top left": (slice(0, 32), slice(0, 32)),
-    "top right": (slice(0, 32), slice(32, 64)),
-    "bottom left": (slice(32, 64), slice(0, 32)),
-    "bottom right": (slice(32, 64), slice(32, 64)),
-    "centre": (slice(0, 64), slice(0, 64)),
-}
 SAME_IMAGE, ANOTHER_IMAGE = "same image", "another image"  # whose truth `measure_nearest_tokens` compares with
 
 
@@ -92,28 +89,6 @@ def generate_from_captions(teacher: StableDiffusionPipeline, captions: Sequence[
     return to_uint8(torch.cat(batches))
 
 
-def locate(image: torch.Tensor, place: str) -> tuple[float, float, float] | None:
-    """Centre (x, y) and size of the object at a place, as shares of the image's width; None if there is no object.
-
-    Args:
-        image: `(3, 64, 64)` uint8. Its median colour is taken as the background.
-        place: One of `WINDOWS`.
-
-    Returns:
-        The centroid of the pixels that differ from the background, and the square root of their area.
-    """
-    colours = image.float()
-    background = colours.flatten(1).median(dim=1).values  # (3,)
-    mask = (colours - background[:, None, None]).abs().sum(0) > COLOUR_DISTANCE
-    rows, columns = WINDOWS[place]
-    inside = torch.zeros_like(mask)
-    inside[rows, columns] = mask[rows, columns]
-    if not inside.any():
-        return None
-    y, x = inside.nonzero().float().mean(0).tolist()
-    return x / IMAGE_SIZE, y / IMAGE_SIZE, inside.sum().sqrt().item() / IMAGE_SIZE
-
-
 def deviations(
     originals: torch.Tensor, generated: torch.Tensor, truth: Sequence[Scene], found: Sequence[Scene]
 ) -> dict[str, float]:
@@ -128,23 +103,26 @@ def deviations(
     Returns:
         `centre` and `scale` as shares of the image's width; `matched`, the share of true objects that were compared.
     """
-    centres, sizes, total = [], [], 0
+    each, total = [], 0
     for original, image, true_scene, found_scene in zip(originals, generated, truth, found, strict=True):
         total += len(true_scene.objects)
-        names_and_places = {(o.name, o.place) for o in found_scene.objects}
-        for o in true_scene.objects:
-            if (o.name, o.place) not in names_and_places:
-                continue
-            one, other = locate(original, o.place), locate(image, o.place)
-            if one is not None and other is not None:
-                centres.append(((one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2) ** 0.5)
-                sizes.append(abs(one[2] - other[2]))
-    count = max(len(centres), 1)
+        pairs = match_detections(_at_places(original, true_scene), _at_places(image, found_scene))
+        each += [box_deviations(*pair) for pair in pairs]
+    count = max(len(each), 1)
     return {
-        "centre": round(sum(centres) / count, 4),
-        "scale": round(sum(sizes) / count, 4),
-        "matched": round(len(centres) / max(total, 1), 3),
+        "centre": round(sum(own["distance"] for own in each) / count, 4),
+        "scale": round(sum(own["scale"] for own in each) / count, 4),
+        "matched": round(len(each) / max(total, 1), 3),
     }
+
+
+def _at_places(image: torch.Tensor, scene: Scene) -> list[Detection]:
+    """The objects of a scene, labelled with their places, so that those at the same place are matched."""
+    return [
+        replace(own, label=f"{own.label}, {o.place}")
+        for o in scene.objects
+        for own in detect_objects(image, Scene(None, (o,)))
+    ]
 
 
 def measure_reconstructions(
@@ -227,11 +205,9 @@ def _fit_together(first: Scene, second: Scene, single: bool) -> bool:
 
 
 def _object_recall(found: Sequence[Scene], truth: Sequence[Scene]) -> float:
-    names = [
-        (Counter(o.name for o in f.objects), Counter(o.name for o in t.objects))
-        for f, t in zip(found, truth, strict=True)
-    ]
-    return round(sum((f & t).total() for f, t in names) / sum(t.total() for _, t in names), 3)
+    names = [[Counter(o.name for o in scene.objects) for scene in scenes] for scenes in (found, truth)]
+    shared, total = count_shared_labels(*names)
+    return round((shared.sum() / total.sum()).item(), 3)
 
 
 def _background_accuracy(found: Sequence[Scene], truth: Sequence[Scene]) -> float:

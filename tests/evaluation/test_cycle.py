@@ -9,7 +9,8 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from vlv.cli.main import main
-from vlv.evaluation.cycle import CycleConfig, ImageStore, cycle_table, tokenizers_that_cut
+from vlv.evaluation.cycle import CycleConfig, cycle_table
+from vlv.evaluation.generated_images import ImageStore, tokenizers_that_cut
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"captions": ""}, "captions is missing"),
+        ({"images": ""}, "images is missing: folder of the original images"),
         ({"guidance": []}, "guidance must be one or more scales"),
         ({"guidance": "strong"}, "guidance must be one or more scales of at least 0, not .'strong'."),
         ({"guidance": [float("nan")]}, "guidance must be one or more scales"),

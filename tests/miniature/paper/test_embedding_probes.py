@@ -12,8 +12,8 @@ from vlv.miniature.paper.embedding_probes import (
     deviations,
     encode_images,
     generate_from_embeds,
-    locate,
 )
+from vlv.miniature.scene_detector import locate
 from vlv.miniature.world import Scene, SceneObject
 
 from ...builders import assert_close_to_scale

@@ -1,15 +1,13 @@
-"""What the commands of `vlv evaluate` share: images of a folder, references of captions, errors and progress."""
+"""What captions are measured against: the options of `vlv evaluate captions` and `compare`."""
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from .errors import UserError
-from .inputs import collect_images, positive
+from .evaluating import progress
+from .inputs import positive
 from .models import choose_device, loading
 
 if TYPE_CHECKING:
@@ -22,38 +20,6 @@ def not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
     return value
-
-
-def read_images(folder: str, option: str) -> dict[str, Path]:
-    """The images of a folder by name.
-
-    Raises:
-        UserError: If it is not a folder, has no images, or one that cannot be read: figures of the others would be
-            those of another set.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"{option} {folder} is not a folder")
-    found = collect_images([folder])
-    for item in found:
-        if item.problem is not None:
-            raise UserError(f"{item.path}: {item.problem}; remove it, or repair it")
-    return {item.name: item.path for item in found}
-
-
-@contextmanager
-def as_user_errors() -> Iterator[None]:
-    """Turns errors of what the user gave into `UserError`."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error)) from error
-
-
-@contextmanager
-def progress(total: int, title: str, is_shown: bool = True) -> Iterator[Any]:
-    """A progress bar on a terminal; yields the function that advances it by a number of images."""
-    with tqdm(total=total, desc=title, unit=" images", disable=None if is_shown else True) as bar:
-        yield bar.update
 
 
 def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,5 +91,5 @@ def embed_images(clip: Any, paths: Sequence[Path], batch_size: int) -> Any:
     """The features `(N, width)` of image files by the model of `--clip`."""
     from vlv.evaluation.image_sets import extract_statistics
 
-    with progress(len(paths), "features of images") as advance:
+    with progress(len(paths), "features of images", True) as advance:
         return extract_statistics(paths, clip, batch_size, advance=advance).features

@@ -1,0 +1,130 @@
+"""Generated images against their originals, over guidance scales: figures, files and the table beside the paper's."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlv.files import write_atomically, write_json
+
+from .features import FeatureExtractor, fingerprint_images
+from .generated_images import RESULTS_FILE, TABLE_FILE, GenerationConfig, ImageSource, cut_notes, generate_missing
+from .image_sets import (
+    PAIR_METRICS,
+    cached_statistics,
+    compare_pairs,
+    compare_sets,
+    cosine_similarities,
+    extract_statistics,
+    pair_figures,
+    require_packages,
+)
+from .markdown import markdown_table
+from .results import package_versions
+
+
+@dataclass
+class ComparisonConfig(GenerationConfig):
+    """Settings of a protocol that compares generated images with their originals."""
+
+    features: str = field(default="inception", metadata={"help": "as --features of `vlv evaluate images`"})
+    resize: str = field(default="pytorch-fid", metadata={"help": "as --resize of `vlv evaluate images`"})
+    pair_metrics: list[str] = field(
+        default_factory=lambda: ["cosine"], metadata={"help": f"of each image: {', '.join(PAIR_METRICS)}"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.pair_metrics, str):
+            self.pair_metrics = [self.pair_metrics]
+        if unknown := set(self.pair_metrics) - set(PAIR_METRICS):
+            raise ValueError(f"pair_metrics are {', '.join(PAIR_METRICS)}, not {', '.join(sorted(unknown))}")
+
+
+def compare_over_guidance(
+    config: ComparisonConfig,
+    source: ImageSource,
+    originals: Sequence[Path],
+    extractor: FeatureExtractor,
+    table: Callable[[Mapping[str, Any]], str],
+    facts: Mapping[str, Any],
+    device: str = "cpu",
+    advance: Callable[[int], Any] = lambda images: None,
+) -> dict[str, Any]:
+    """Generates the images of each guidance scale, measures them, and writes `results.json` and `results.md`.
+
+    Args:
+        originals: One for each name of the source, in the same order.
+        table: Of the results, in Markdown.
+        facts: What the results say besides. Its `notes` come first.
+        advance: Called with the number of generated images after each batch.
+
+    Returns:
+        What `results.json` holds: `metrics` by guidance, `notes`, `config`, `versions` and the facts.
+
+    Raises:
+        ImportError: If the package of a pair metric is not installed.
+        ValueError: If an image cannot be read.
+    """
+    require_packages(config.pair_metrics)
+    folder = Path(config.output_dir)
+    compared = extractor.fingerprint + fingerprint_images(originals)
+    digest = hashlib.blake2b(compared.encode(), digest_size=6).hexdigest()
+    reference = cached_statistics(originals, extractor, folder / f"reference-{digest}.safetensors")
+    results: dict[str, Any] = {
+        "metrics": {},
+        "notes": [],
+        "features": extractor.name,
+        "num_images": len(originals),
+        "config": asdict(config),
+        "model_fingerprint": source.fingerprint,
+        "versions": package_versions(),
+        **facts,
+    }
+    for guidance in config.guidance:
+        files = generate_missing(source, guidance, config, advance)
+        generated = extract_statistics(files, extractor)
+        figures, notes = compare_sets(generated, reference, extractor, config.bootstrap, paired=True)
+        values = {}
+        if "cosine" in config.pair_metrics:
+            values["cosine"] = cosine_similarities(generated.features, reference.features)
+        others = [name for name in config.pair_metrics if name != "cosine"]
+        if others:
+            values |= compare_pairs(zip(files, originals, strict=True), others, device)
+        pairs, more = pair_figures(values, config.bootstrap)
+        results["metrics"][f"{guidance:g}"] = figures | pairs
+        results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *more, *cut_notes(files)]))
+        write_json(folder / RESULTS_FILE, results)
+    write_table(folder, table(results))
+    return results
+
+
+def write_table(folder: Path, table: str) -> None:
+    """Writes `results.md`."""
+    write_atomically(folder / TABLE_FILE, lambda path: path.write_text(table + "\n", encoding="utf-8"))
+
+
+def guidance_table(results: Mapping[str, Any], paper: Mapping[str, Mapping[float, float]]) -> str:
+    """The figures by guidance as a Markdown table.
+
+    Args:
+        paper: Figures of the paper by guidance, by the label of the row that they follow.
+    """
+    by_guidance = results["metrics"]
+    labels = {key: one["label"] for figures in by_guidance.values() for key, one in figures.items()}
+    rows = []
+    for key, label in labels.items():
+        rows.append((label, *(format_figure(figures.get(key)) for figures in by_guidance.values())))
+        if label in paper:
+            published = paper[label]
+            rows.append((f"{label} of VLV in the paper", *(str(published.get(float(g), "")) for g in by_guidance)))
+    return markdown_table(("metric", *(f"guidance {guidance}" for guidance in by_guidance)), rows)
+
+
+def format_figure(one: Mapping[str, Any] | None) -> str:
+    """A figure with its interval, as `0.5 (0.4 to 0.6)`; empty if there is none."""
+    if one is None:
+        return ""
+    ends = one.get("interval")
+    return f"{one['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")
