@@ -14,9 +14,9 @@ def add_report_parser(subjects: Any) -> None:
     parser = subjects.add_parser(
         "report",
         help="one HTML page of the results of the other commands",
-        description="Writes one HTML page of the results that `vlv evaluate images`, `captions`, `cycle`, `judge`, "
-        "`vqa`, `compare`, `miniature` and `vlv score` wrote: tables with intervals, charts, the best and the worst "
-        "images, settings and versions. The page holds its images and loads nothing from elsewhere.",
+        description="Writes one HTML page of the results of the other commands of `vlv evaluate` and of `vlv score`: "
+        "tables with intervals, charts, the best and the worst images, settings and versions. The page holds its "
+        "images and loads nothing from elsewhere.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="files of results, or folders of runs")
     parser.add_argument("--output", default="report.html", help="the HTML file (default: report.html)")

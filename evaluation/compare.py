@@ -279,13 +279,16 @@ def _cell(text: str) -> str:
 def label_captioners(sources: Sequence[str]) -> list[str]:
     """Short names of captioners: of the folder, the file, the repository or the endpoint's model.
 
-    Where two have one name, an endpoint's host stands behind its own, and the others have their whole source.
+    Where two have one name, an endpoint's host stands behind its own. If that is not enough, they have their sources.
     """
     labels = [_short_name(source) for source in sources]
-    return [
-        label if labels.count(label) == 1 else _long_name(source)
-        for label, source in zip(labels, sources, strict=True)
-    ]
+    for rename in (_name_with_host, str):
+        doubled = {label for label in labels if labels.count(label) > 1}
+        labels = [
+            rename(source) or label if label in doubled else label
+            for label, source in zip(labels, sources, strict=True)
+        ]
+    return labels
 
 
 def _short_name(source: str) -> str:
@@ -293,6 +296,7 @@ def _short_name(source: str) -> str:
     return urlsplit(source).fragment or (path.stem if path.is_file() else path.name) or source
 
 
-def _long_name(source: str) -> str:
+def _name_with_host(source: str) -> str | None:
+    """Of an endpoint; None for another source."""
     address = urlsplit(source)
-    return f"{address.fragment} at {address.netloc}" if address.fragment else source
+    return f"{address.fragment} at {address.netloc}" if address.fragment else None

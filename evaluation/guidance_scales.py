@@ -21,7 +21,7 @@ from .image_sets import (
     require_packages,
 )
 from .markdown import markdown_table
-from .results import package_versions
+from .results import package_versions, per_image
 
 
 @dataclass
@@ -61,7 +61,8 @@ def compare_over_guidance(
         advance: Called with the number of generated images after each batch.
 
     Returns:
-        What `results.json` holds: `metrics` by guidance, `notes`, `config`, `versions` and the facts.
+        What `results.json` holds: `metrics` by guidance, `per_image` and `files` (the generated images, relative to
+        `output_dir`) by guidance, `notes`, `config`, `versions` and the facts.
 
     Raises:
         ImportError: If the package of a pair metric is not installed.
@@ -75,6 +76,8 @@ def compare_over_guidance(
     results: dict[str, Any] = {
         "metrics": {},
         "notes": [],
+        "per_image": {},
+        "files": {},
         "features": extractor.name,
         "num_images": len(originals),
         "config": asdict(config),
@@ -94,6 +97,10 @@ def compare_over_guidance(
             values |= compare_pairs(zip(files, originals, strict=True), others, device)
         pairs, more = pair_figures(values, config.bootstrap)
         results["metrics"][f"{guidance:g}"] = figures | pairs
+        results["per_image"][f"{guidance:g}"] = per_image(values, source.names)
+        results["files"][f"{guidance:g}"] = {
+            name: file.relative_to(folder).as_posix() for name, file in zip(source.names, files, strict=True)
+        }
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *more, *cut_notes(files)]))
         write_json(folder / RESULTS_FILE, results)
     write_table(folder, table(results))

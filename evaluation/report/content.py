@@ -118,14 +118,17 @@ class Pictures:
 
     Args:
         folders: The first that exists is taken.
+        files: Relative to that folder, by name; by default all images in it, by their path.
     """
 
-    def __init__(self, folders: Sequence[str | Path | None]):
+    def __init__(self, folders: Sequence[str | Path | None], files: Mapping[str, str] | None = None):
         self.missing: list[str] = []
         existing = [Path(folder) for folder in folders if folder and Path(folder).is_dir()]
         self.folder = existing[0] if existing else None
         self._files: dict[str, Path] = {}
-        if self.folder is not None:
+        if self.folder is not None and files is not None:
+            self._files = {name: self.folder / file for name, file in files.items()}
+        elif self.folder is not None:
             found = [path for path, problem in walk_images(self.folder) if problem is None]
             self._files = {path.relative_to(self.folder).as_posix(): path for path in found}
 
@@ -133,7 +136,7 @@ class Pictures:
         """The thumbnail of an image; None if it is not there or cannot be read, which `missing` records."""
         try:
             return thumbnail(self._files[match_names([name], self._files, str(self.folder))[name]])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OSError):
             self.missing.append(name)
             return None
 

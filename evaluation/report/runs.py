@@ -9,7 +9,7 @@ from typing import Any
 RESULTS_FILE = "results.json"
 KINDS = {
     "compare": "captioners side by side",
-    "generation": "generated images by guidance",
+    "generation": "generated images",
     "images": "generated images beside reference images",
     "captions": "captions",
     "judge": "captions judged by a vision model",
@@ -17,7 +17,10 @@ KINDS = {
     "score": "diffusion scores of captions",
     "parts": "metrics of each part",
 }
-WRITTEN_BY = "`vlv evaluate images|captions|cycle|judge|vqa|compare|miniature` or `vlv score`"
+WRITTEN_BY = (
+    "`vlv evaluate images`, `captions`, `cycle`, `reconstruction`, `spatial`, `composition`, `judge`, `vqa`, "
+    "`compare` or `miniature`, or of `vlv score`"
+)
 
 
 @dataclass

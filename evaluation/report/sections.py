@@ -10,9 +10,9 @@ from .. import caption_sets
 from ..distances import mean_interval
 from ..protocols import describe_agreement
 from . import charts
-from .cases import choose_ranking, ranked_grids, read_per_image
+from .cases import LOWER_IS_BETTER, choose_ranking, ranked_grids, read_per_image
 from .comparison import describe_comparison
-from .content import Case, Chart, Pictures, Section, Table, interval_text, number, value_of, with_interval
+from .content import Case, Chart, Grid, Pictures, Section, Table, interval_text, number, value_of, with_interval
 from .runs import KINDS, ReportSettings, Run
 
 FEW = 8  # images below which a histogram says nothing
@@ -66,10 +66,15 @@ def per_image_of(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _require_ranking(runs: Sequence[Run], rank_by: str) -> None:
+    """Raises `ValueError` if it is not a figure of the images of any run."""
     known: dict[str, Any] = {}
     for run in runs:
-        own = per_image_of(run)
-        known |= next(iter(run.content["per_image"].values()), {}) if run.kind == "compare" else own
+        groups = run.content.get("per_image")
+        if run.kind in ("compare", "generation") and isinstance(groups, dict):  # by captioner, or by setting
+            for group in groups.values():
+                known |= read_per_image(group)
+        else:
+            known |= per_image_of(run)
     choose_ranking(known, rank_by)
 
 
@@ -156,7 +161,7 @@ def _read_texts(run: Run, setting: str, section: Section) -> dict[str, list[str]
 
 
 def _generation(run: Run, section: Section, settings: ReportSettings) -> None:
-    """Results of `vlv evaluate cycle`: figures by guidance."""
+    """Results of `vlv evaluate cycle`, `reconstruction`, `spatial` and `composition`: figures by setting."""
     groups = run.content["metrics"]
     labels = {key: one["label"] for figures in groups.values() for key, one in figures.items()}
     rows = []
@@ -174,9 +179,37 @@ def _generation(run: Run, section: Section, settings: ReportSettings) -> None:
             known = [(name, value) for name, value in zip(groups, values, strict=True) if value is not None]
             section.charts.append(Chart(label, charts.dots(known)))
     first, label = next(iter(labels.items()))
+    section.grids += _generated_grids(run, section, settings, labels, title)
     found = [float(figures[first]["value"]) for figures in groups.values() if first in figures]
     ends = " to ".join(map(number, (min(found), max(found))))
     section.summary = f"{label} {ends} at {title} {', '.join(groups)}"
+
+
+def _generated_grids(
+    run: Run, section: Section, settings: ReportSettings, labels: Mapping[str, str], title: str
+) -> list[Grid]:
+    """The best and the worst images: the original, and what was generated with each setting."""
+    groups = {name: read_per_image(own) for name, own in run.content.get("per_image", {}).items()}
+    files = run.content.get("files", {})
+    key = choose_ranking(next(iter(groups.values()), {}), None)
+    if not files or key is None:
+        return []
+    means = {name: fmean(own[key].values()) for name, own in groups.items()}
+    chosen = (min if key in LOWER_IS_BETTER else max)(means, key=means.__getitem__)
+    pictures = {"original": Pictures([run.find("images"), settings.images])}
+    pictures |= {f"{title} {group}": Pictures([run.path.parent], files[group]) for group in files}
+    texts: dict[str, list[str]] = {}
+    written = run.path.parent / "captions.json"
+    if run.config.get("captions"):
+        texts = _read_texts(run, "captions", section)
+    elif written.is_file():
+        texts = caption_sets.read_texts(written)
+    describe = _Described(pictures, {"": texts})
+    per_image = groups[chosen]
+    own = {key: f"{label}, {title} {chosen}" for key, label in labels.items()}
+    grids = ranked_grids(per_image, own, describe, _ranking(per_image, settings), settings.cases)
+    _add_picture_notes(section, describe)
+    return grids
 
 
 def _as_numbers(names: Mapping[str, Any]) -> list[float]:
