@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.pipelines import generate_captions, trim_caption
+from vlv.pipelines import generate_captions, mark_confidence, trim_caption
 
 from .batches import Batch, read_batches
 from .choosing import (
@@ -17,7 +17,6 @@ from .choosing import (
     choose_captions,
     choose_min_score,
     complete_choice_arguments,
-    mark_confidence,
     recorded_choice,
     refuse_other_form,
     shared_settings,

@@ -10,13 +10,14 @@ from typing import Any
 from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.hub.decoder import referred_diffusion_model
+from vlv.pipelines import MIN_SCORE, mark_confidence
 
 from .batches import Batch
 from .errors import UserError
 from .inputs import Input, positive
 from .output import Summary
 from .resume import read_results
-from .scoring import MIN_SCORE, NUM_PAIRS, BatchScorer, add_num_pairs
+from .scoring import NUM_PAIRS, BatchScorer, add_num_pairs
 
 DEFAULTS = {"temperature": 1.0, "seed": 0, "num_pairs": NUM_PAIRS}
 
@@ -41,6 +42,12 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
         help='write {"caption": ..., "score": ..., "confident": true or false}: whether the score of `vlv score` is '
         "at least --min-score",
     )
+    add_min_score(parser)
+    add_num_pairs(parser, default=None)
+
+
+def add_min_score(parser: Any) -> None:
+    """Adds `--min-score`."""
     parser.add_argument(
         "--min-score",
         type=float,
@@ -48,7 +55,16 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"lowest score of a confident caption (default: {MIN_SCORE:g}, measured for the miniature; "
         "docs/evaluation.md says how to measure it for another model)",
     )
-    add_num_pairs(parser, default=None)
+
+
+def check_min_score(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for a `--min-score` that is not a number, or without `--confidence`."""
+    if arguments.min_score is None:
+        return
+    if not arguments.confidence:
+        raise UserError("--min-score needs --confidence")
+    if math.isnan(arguments.min_score):
+        raise UserError("--min-score is nan; expected a number, such as 0.1")
 
 
 def complete_choice_arguments(arguments: argparse.Namespace) -> None:
@@ -58,15 +74,13 @@ def complete_choice_arguments(arguments: argparse.Namespace) -> None:
         ("--best-by", arguments.best_by, several, "--num-captions 2 or more"),
         ("--temperature", arguments.temperature, several, "--num-captions 2 or more"),
         ("--seed", arguments.seed, several, "--num-captions 2 or more"),
-        ("--min-score", arguments.min_score, arguments.confidence, "--confidence"),
         ("--num-pairs", arguments.num_pairs, scored, "--best-by score or --confidence"),
     ):
         if value is not None and not usable:
             raise UserError(f"{option} needs {needed}")
     if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature:g}; expected a number above 0, such as 1.0")
-    if arguments.min_score is not None and math.isnan(arguments.min_score):
-        raise UserError("--min-score is nan; expected a number, such as 0.1")
+    check_min_score(arguments)
     if arguments.seed is not None and arguments.seed < 0:
         raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     if several and (arguments.as_original or arguments.num_beams > 1):
@@ -124,17 +138,12 @@ def choose_min_score(arguments: argparse.Namespace, source: str) -> None:
     if not arguments.confidence or arguments.min_score is not None:
         return
     arguments.min_score = MIN_SCORE
-    if Path(source).resolve() != MINIATURE.resolve() or arguments.num_pairs != NUM_PAIRS:
+    if Path(source).resolve() != MINIATURE.resolve() or getattr(arguments, "num_pairs", NUM_PAIRS) != NUM_PAIRS:
         print(
             f"note: the default --min-score, {MIN_SCORE:g}, was measured for the embedded miniature with --num-pairs "
             f"{NUM_PAIRS}; docs/evaluation.md says how to measure it for another model",
             file=sys.stderr,
         )
-
-
-def mark_confidence(entry: dict[str, Any], min_score: float) -> dict[str, Any]:
-    """A caption with its score and whether that is at least `min_score`."""
-    return entry | {"confident": entry["score"] >= min_score} if "score" in entry else entry
 
 
 def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from .errors import UserError
 from .evaluate_compare import add_compare_parser
 from .evaluate_endpoint import add_endpoint_parsers
 from .evaluate_generated import add_generated_parsers
+from .evaluate_metric import add_metric_parser
 from .evaluate_report import add_report_parser
 from .evaluating import INCEPTION, as_user_errors, choose_features, progress, read_images
 from .inputs import positive
@@ -58,6 +59,7 @@ def add_parser(commands) -> None:
     add_endpoint_parsers(subjects)
     add_compare_parser(subjects)
     add_report_parser(subjects)
+    add_metric_parser(subjects)
 
 
 def _add_images_parser(subjects) -> None:

@@ -15,8 +15,6 @@ from .inputs import positive
 from .models import choose_device, loading, precision
 from .output import Summary
 
-MIN_SCORE = 0.08  # 1% of the embedded miniature's captions of its own world are below (docs/evaluation.md)
-
 
 def add_num_pairs(parser: argparse.ArgumentParser, default: int | None = NUM_PAIRS) -> None:
     """Adds `--num-pairs`."""

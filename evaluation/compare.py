@@ -11,10 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from PIL import Image
 
 from vlv.files import write_atomically, write_json
-from vlv.pipelines import DiffusionScorer, load_reconstruction, to_pixels
+from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
 
 from .caption_sets import CaptionSet, Measured
 from .captioner_process import CaptionJob, run_job_apart
@@ -145,7 +144,7 @@ def diffusion_scores(
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         loaded = [pipeline.image_processor.load(path) for path in batch]
-        pixels = to_pixels([image.resize((size, size), Image.Resampling.BICUBIC) for image in loaded])
+        pixels = resized_pixels(loaded, size)
         texts = [[own[place] for own in captions.values()] for place in range(start, start + len(batch))]
         rows += scorer.score(pixels, texts).scores
         advance(len(batch))
