@@ -9,7 +9,7 @@ from evaluate.utils.gradio import infer_gradio_input_types, json_to_string_type,
 
 
 def build_page(metric: evaluate.EvaluationModule) -> Any:
-    """The page: a table of inputs, or two images, and the result.
+    """The page: a table of inputs, or one image and its other inputs; and the result.
 
     `evaluate.utils.launch_gradio_widget` needs a gradio below 4, which is too old for `huggingface_hub` 1.
 
@@ -20,10 +20,13 @@ def build_page(metric: evaluate.EvaluationModule) -> Any:
 
     features: dict[str, Any] = metric.features if isinstance(metric.features, dict) else metric.features[0]
     names = list(features)
-    of_images = all(isinstance(kind, datasets.Image) for kind in features.values())
+    of_images = any(isinstance(kind, datasets.Image) for kind in features.values())
     types = infer_gradio_input_types(features.values())
     if of_images:
-        inputs: list[Any] = [gr.Image(type="pil", label=name) for name in names]
+        inputs: list[Any] = [
+            gr.Image(type="pil", label=name) if isinstance(kind, datasets.Image) else gr.Textbox(label=name)
+            for name, kind in features.items()
+        ]
     else:
         inputs = [
             gr.Dataframe(
@@ -38,7 +41,7 @@ def build_page(metric: evaluate.EvaluationModule) -> Any:
         *given, text = values
         try:
             if of_images:
-                found = {name: [image] for name, image in zip(names, given, strict=True)}
+                found = {name: [value] for name, value in zip(names, given, strict=True)}
             else:
                 found = parse_gradio_data(given[0].astype(object), types)
             return metric.compute(**found, **json.loads(text or "{}"))

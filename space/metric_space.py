@@ -16,7 +16,7 @@ from vlv.hub.folders import new_folder
 from .deploy import HERE, PACKAGES, copy_packages
 
 SCRIPTS = Path(vlv.evaluation.__file__).parent / "metrics"
-METRIC_PACKAGES = (*PACKAGES, "vlv.train", "vlv.train.data", "vlv.evaluation")
+METRIC_PACKAGES = (*PACKAGES, "vlv.evaluation")
 CARD = """---
 title: {title}
 emoji: 📏
@@ -47,8 +47,8 @@ print(metric.inputs_description)
 result = metric.compute({arguments})
 ```
 
-The page computes it in a browser. The same script is in VLV's source, where `evaluate.load("evaluation/metrics/{name}")`
-loads it without a network.
+The page computes it in a browser. The same script is in VLV's source, where
+`evaluate.load("evaluation/metrics/{name}")` loads it without a network.
 """
 APP = '''"""The page of the metric {name}."""
 
