@@ -70,7 +70,7 @@ def run_captioner(
     try:
         result = run(job, advance)
     except (ImportError, OSError, ValueError, RuntimeError, EndpointError, PriceReached) as error:
-        found.error = str(error)
+        found.error = str(error) if job.source in str(error) else f"{job.source}: {error}"
         return found
     found.kind, found.captions, found.failures = result["kind"], result["captions"], result["failures"]
     if not found.captions:
