@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.pipelines import generate_captions, mark_confidence, trim_caption
+from vlv.pipelines import generate_captions, trim_caption
 
 from .batches import Batch, read_batches
 from .choosing import (
-    add_choice_arguments,
     choose_captions,
     choose_min_score,
     complete_choice_arguments,
@@ -24,55 +23,12 @@ from .choosing import (
     uses_scores,
 )
 from .errors import UserError
-from .inputs import collect_images, load_embeddings, positive
-from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .inputs import collect_images, load_embeddings
+from .models import choose_device, choose_model, loading, precision
 from .output import Summary, output_path, refuse_existing
 from .resume import ResumableResults, record_path
-from .scoring import BatchScorer
 
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
-
-
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
-        "caption",
-        help="write captions of images",
-        description="Writes captions of images as JSON: {path relative to the argument: caption}. Folders are "
-        "searched recursively. The file is complete JSON at every moment. An image that cannot be read is named on "
-        "standard error, the other images are captioned, and the exit code is 1. A file beside the output, such as "
-        "captions.resume.jsonl, records what --resume goes on with.",
-    )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
-    parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
-    parser.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help='instruction to a model that was trained to follow it, such as "as tags" (`vlv info` lists them); other '
-        "words are the beginning of the captions",
-    )
-    parser.add_argument("--output", default="captions.json", help="the JSON file (default: captions.json)")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with --output: keep the captions of images that have not changed, add the others",
-    )
-    existing.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=300, help="most tokens of a caption (default: 300, as the paper)"
-    )
-    parser.add_argument("--num-beams", type=positive, default=1, help="beams; 1 is greedy (default: 1)")
-    parser.add_argument("--trim", action="store_true", help="remove an unfinished last sentence and repetitions")
-    parser.add_argument(
-        "--as-original",
-        action="store_true",
-        help="settings of the authors' Caption_inference.py: 4 beams, at most 300 tokens, the prefix rounded to "
-        "bfloat16, --trim (docs/from_the_original.md)",
-    )
-    add_choice_arguments(parser)
-    add_model_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,6 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
         inputs = results.resume(inputs)
         kept = total - len(inputs)
         if arguments.confidence:
+            from vlv.pipelines import mark_confidence  # it imports diffusers, which captions alone do not need
+
             results.revise(partial(mark_confidence, min_score=arguments.min_score))
         for note in results.notes():
             print(note, file=sys.stderr)
@@ -118,7 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
         model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
     if arguments.prompt:
         check_prompt(arguments.prompt, source, model, processor)
-    scorer = BatchScorer(source, arguments) if uses_scores(arguments) else None
+    scorer = None
+    if uses_scores(arguments):
+        from .scoring import BatchScorer  # it loads diffusers, which captions alone do not need
+
+        scorer = BatchScorer(source, arguments)
     size = None if scorer is None else scorer.image_size
     summary = Summary(len(inputs))
     with results:

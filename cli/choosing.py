@@ -5,56 +5,24 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlv import hub
 from vlv.checkpoints import MINIATURE
 from vlv.hub.decoder import referred_diffusion_model
-from vlv.pipelines import MIN_SCORE, mark_confidence
 
 from .batches import Batch
 from .errors import UserError
-from .inputs import Input, positive
+from .inputs import Input
 from .output import Summary
+from .parsers.choice import MIN_SCORE
+from .parsers.common import NUM_PAIRS
 from .resume import read_results
-from .scoring import NUM_PAIRS, BatchScorer, add_num_pairs
+
+if TYPE_CHECKING:
+    from .scoring import BatchScorer
 
 DEFAULTS = {"temperature": 1.0, "seed": 0, "num_pairs": NUM_PAIRS}
-
-
-def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of several captions and of scores."""
-    parser.add_argument(
-        "--num-captions",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="sample N captions of each image; without --best-by the output has lists (default: 1, not sampled)",
-    )
-    parser.add_argument("--temperature", type=float, help="of the samples of --num-captions (default: 1.0)")
-    parser.add_argument("--seed", type=int, help="of the samples of --num-captions (default: 0)")
-    parser.add_argument(
-        "--best-by", choices=["score"], help="keep the caption of --num-captions with the highest score (`vlv score`)"
-    )
-    parser.add_argument(
-        "--confidence",
-        action="store_true",
-        help='write {"caption": ..., "score": ..., "confident": true or false}: whether the score of `vlv score` is '
-        "at least --min-score",
-    )
-    add_min_score(parser)
-    add_num_pairs(parser, default=None)
-
-
-def add_min_score(parser: Any) -> None:
-    """Adds `--min-score`."""
-    parser.add_argument(
-        "--min-score",
-        type=float,
-        metavar="X",
-        help=f"lowest score of a confident caption (default: {MIN_SCORE:g}, measured for the miniature; "
-        "docs/evaluation.md says how to measure it for another model)",
-    )
 
 
 def check_min_score(arguments: argparse.Namespace) -> None:
@@ -168,7 +136,7 @@ def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
 def choose_captions(
     groups: Sequence[Sequence[str]],
     batch: Batch,
-    scorer: BatchScorer | None,
+    scorer: "BatchScorer | None",
     arguments: argparse.Namespace,
     summary: Summary,
 ) -> tuple[list[Input], list[Any]]:
@@ -180,6 +148,8 @@ def choose_captions(
     """
     if scorer is None:
         return batch.inputs, [own[0] if arguments.num_captions == 1 else list(own) for own in groups]
+    from vlv.pipelines import mark_confidence
+
     inputs, results = [], []
     for item, own, scores in zip(batch.inputs, groups, scorer.score(batch, groups, summary), strict=True):
         if scores is None:

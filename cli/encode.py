@@ -12,34 +12,11 @@ from vlv.files import require_space, write_atomically
 
 from .batches import Batch, read_batches
 from .errors import UserError
-from .inputs import collect_images, positive
-from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .inputs import collect_images
+from .models import choose_device, choose_model, loading, precision
 from .output import Summary, output_path, refuse_existing
 
 MAX_WRITING_SHARE = 20  # rewriting the file takes at most 1/20 of the time
-
-
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
-        "encode",
-        help="write caption embeddings of images",
-        description="Writes caption embeddings of images into a safetensors file: one tensor (tokens, width) for each "
-        "image, named by its path relative to the argument. `vlv caption --embeddings` and `vlv reconstruct "
-        "--embeddings` read the file.",
-    )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files and folders")
-    parser.add_argument("--output", default="z.safetensors", help="the safetensors file (default: z.safetensors)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
-    parser.add_argument(
-        "--for",
-        dest="use",
-        choices=("caption", "reconstruct"),
-        help="the command that reads the embeddings; required for a model with two encoders, such as `vlv convert` "
-        "makes from both stages of the authors' code",
-    )
-    add_model_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,67 +8,9 @@ from typing import Any
 
 from .errors import UserError
 from .evaluating import as_user_errors, progress, read_images
-from .inputs import positive
 from .models import DTYPES, choose_device, loading
 from .output import require_writable
-from .references import (
-    add_reference_arguments,
-    embed_images,
-    load_clip,
-    not_negative,
-    read_references,
-    require_references,
-)
-
-
-def add_compare_parser(subjects: Any) -> None:
-    """Adds the command to those of `vlv evaluate`."""
-    parser = subjects.add_parser(
-        "compare",
-        help="several captioners on the same images",
-        description="Captions the same images with several captioners, each in a process of its own, and compares "
-        "speed, memory and captions: figures with intervals, paired differences, and the captions side by side. A "
-        "captioner that fails is named, the others go on, and the exit code is 1. The same command goes on with a run "
-        "that was ended. docs/evaluation.md shows the results.",
-    )
-    parser.add_argument(
-        "captioners",
-        nargs="+",
-        metavar="CAPTIONER",
-        help='folder or Hub repo id of a VLV or of a model that `pipeline("image-text-to-text")` loads, an endpoint '
-        "https://host/v1#model, or a JSON file of captions",
-    )
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the captions and results")
-    parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="of the captioners, in results (default: short ones)"
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="images to take, from the beginning")
-    parser.add_argument("--prompt", help="what each captioner is asked (default: each one's own)")
-    parser.add_argument("--max-new-tokens", type=positive, default=300, help="most tokens of a caption (default: 300)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
-    parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of models (default: float32)")
-    parser.add_argument("--concurrency", type=positive, default=8, help="requests at once to an endpoint (default: 8)")
-    parser.add_argument(
-        "--key-variable",
-        default="OPENAI_API_KEY",
-        help="environment variable with an endpoint's key (default: %(default)s)",
-    )
-    add_reference_arguments(parser)
-    parser.add_argument(
-        "--score-model",
-        metavar="DIR_OR_REPO",
-        help="a VLV whose text-to-image model computes the diffusion score of all captions (`vlv score`)",
-    )
-    parser.add_argument(
-        "--bootstrap",
-        type=not_negative,
-        default=1000,
-        metavar="N",
-        help="resamplings of the images for the 95%% intervals, 0 for none (default: 1000)",
-    )
-    parser.set_defaults(run=run)
+from .references import embed_images, load_clip, read_references, require_references
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -27,22 +27,6 @@ if TYPE_CHECKING:
     from vlv.evaluation.reconstruction import ReconstructionConfig
     from vlv.evaluation.spatial import SpatialConfig
 
-PROTOCOLS = {
-    "cycle": "captions by the images that a text-to-image model generates from them (Table 1 of the paper)",
-    "reconstruction": "images that are generated from caption embeddings (Table 5)",
-    "spatial": "where the objects of such images are, against the originals' (Table 6)",
-    "composition": "images that are generated from the embeddings of two images (Figure 6)",
-}
-
-
-def add_generated_parsers(subjects: Any) -> None:
-    """Adds the commands to those of `vlv evaluate`."""
-    for name, text in PROTOCOLS.items():
-        parser = subjects.add_parser(
-            name, help=text, usage=f"vlv evaluate {name} CONFIG.yaml [--name value ...]", add_help=False
-        )
-        parser.set_defaults(run=run_protocol, takes_settings=True, protocol=name)
-
 
 def run_protocol(arguments: argparse.Namespace) -> int:
     from vlv.evaluation.composition import CompositionConfig
@@ -75,7 +59,7 @@ def run_cycle(config: "CycleConfig", images: Mapping[str, Path]) -> tuple[str, l
     if config.dry_run:
         return cycle.plan_cycle(config, inputs), []
     device = _device(config)
-    extractor = choose_features(config.features, config.resize, device)
+    extractors = [choose_features(name, config.resize, device) for name in config.features]
     captions, facts = inputs.captions, None
     if captions is None:
         assert config.captioner is not None
@@ -89,7 +73,7 @@ def run_cycle(config: "CycleConfig", images: Mapping[str, Path]) -> tuple[str, l
     fingerprint = _fingerprint(source, load)
     with progress(len(captions) * len(config.guidance), "generated images", True) as advance:
         results = cycle.run_cycle(
-            config, captions, inputs.images, load, fingerprint, extractor, facts, device, advance
+            config, captions, inputs.images, load, fingerprint, extractors, facts, device, advance
         )
     return cycle.cycle_table(results), results["notes"]
 
@@ -102,10 +86,10 @@ def run_reconstruction(config: "ReconstructionConfig", images: Mapping[str, Path
     if config.dry_run:
         return reconstruction.plan_reconstruction(config, images), []
     device = _device(config)
-    extractor = choose_features(config.features, config.resize, device)
+    extractors = [choose_features(name, config.resize, device) for name in config.features]
     load, fingerprint = _reconstruction_model(config.model, config.dtype, device)
     with progress(len(images) * len(config.guidance), "reconstructions", True) as advance:
-        results = reconstruction.run_reconstruction(config, images, load, fingerprint, extractor, device, advance)
+        results = reconstruction.run_reconstruction(config, images, load, fingerprint, extractors, device, advance)
     return reconstruction.reconstruction_table(results), results["notes"]
 
 

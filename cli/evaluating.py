@@ -12,8 +12,7 @@ from vlv.checkpoints import MINIATURE
 from .errors import UserError
 from .inputs import collect_images
 from .models import loading
-
-SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
+from .parsers.evaluate import INCEPTION, SCENE_CLASSIFIER
 
 
 def resolve_model(source: str) -> str:

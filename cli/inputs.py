@@ -1,6 +1,5 @@
 """Values and inputs of a command: numbers, images in files and folders, embeddings in a file."""
 
-import argparse
 import hashlib
 import os
 import stat
@@ -18,14 +17,6 @@ from safetensors.torch import load_file
 from vlv.image_files import walk_images
 
 from .errors import UserError
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 @dataclass(frozen=True)

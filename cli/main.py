@@ -8,9 +8,13 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from vlv.version import __version__
+
+from .errors import UserError
+from .parsers import caption, convert, demo, encode, estimate, evaluate, info, push, reconstruct, score, serve
 
 RENAMED_OPTIONS = {("push", "--decoder"): "--diffusion-model"}
 TRAIN_USAGE = (
@@ -45,13 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub import constants
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    from .errors import UserError
-
     parser = build_parser()
     options = argparse.Namespace()
     try:
@@ -60,15 +57,13 @@ def _run(arguments: list[str]) -> int:
         if settings and not getattr(options, "takes_settings", False):
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         options.settings = settings
-        for logging in (transformers_logging, diffusers_logging):
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-        if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the loop above turns those of downloads and uploads off
-            enable_progress_bars()
+        _quieten_libraries()
+        module, _, function = options.run.partition(":")
+        run = getattr(import_module(f".{module}", __package__), function)
         with warnings.catch_warnings(), _ending_on_sigterm():
             for message in IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
-            return options.run(options)
+            return run(options)
     except (UserError, ImportError) as error:  # an ImportError names the extra that is not installed
         print(f"vlv: {error}", file=sys.stderr)
         return 2
@@ -88,9 +83,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands but `vlv train`."""
-    from . import caption, convert, demo, encode, estimate, evaluate, info, push, reconstruct, score, serve
-
+    """The parser of all commands but `vlv train`. It sets `run` to module and function of the command's work."""
     parser = Parser(
         prog="vlv",
         description="Captions images, and shows what the captioner understood of them. Try: vlv caption FOLDER",
@@ -101,6 +94,20 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_parser(commands)
     commands.add_parser("train", help="train stage 1 (images alone) or stage 2 (image-caption pairs)", add_help=False)
     return parser
+
+
+def _quieten_libraries() -> None:
+    """Turns warnings and progress bars of transformers and diffusers off, but not those of downloads and uploads."""
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (transformers_logging, diffusers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the loop turns those off, too
+        enable_progress_bars()
 
 
 @contextmanager
@@ -121,8 +128,6 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def _refuse_renamed_options(arguments: list[str]) -> None:
-    from .errors import UserError
-
     for argument in arguments[1:]:
         old = argument.partition("=")[0]
         if new := RENAMED_OPTIONS.get((arguments[0], old)):

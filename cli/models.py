@@ -12,20 +12,9 @@ from safetensors import SafetensorError
 from vlv.checkpoints import MINIATURE
 
 from .errors import UserError
+from .parsers.common import DTYPE_NAMES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, `--revision`, `--device` and `--dtype`, which are the same for all commands."""
-    parser.add_argument(
-        "--model",
-        metavar="DIR_OR_REPO",
-        help="folder or Hub repo id of a VLV (default: the embedded miniature, which knows sixteen drawings)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo; a commit gives repeatable results")
-    parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision (default: float32)")
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def choose_model(arguments: argparse.Namespace) -> str:

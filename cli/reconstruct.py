@@ -21,8 +21,8 @@ from .batches import read_batches
 from .captions import read_one_text
 from .encode import encode
 from .errors import UserError
-from .inputs import collect_images, load_embeddings, positive
-from .models import add_model_arguments, choose_device, choose_model, loading, precision
+from .inputs import collect_images, load_embeddings
+from .models import choose_device, choose_model, loading, precision
 from .output import GrowingJson, Summary, output_path, refuse_existing, require_writable
 from .sheet import Pair, contact_sheet
 
@@ -30,44 +30,6 @@ from .sheet import Pair, contact_sheet
 ERRORS_OF_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 FOLDERS = ("reconstructions", "side_by_side")
-
-
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
-        "reconstruct",
-        help="generate images from the caption embeddings of images",
-        description="Writes OUTPUT_DIR/reconstructions/, OUTPUT_DIR/side_by_side/ (original and reconstruction) and "
-        "OUTPUT_DIR/metrics.json. The noise of every image comes from the same seed, so a reconstruction does not "
-        "depend on the other images.",
-    )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files and folders")
-    parser.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
-    parser.add_argument("--output-dir", default="reconstructions", help="a folder (default: reconstructions)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files in --output-dir, and --sheet")
-    parser.add_argument(
-        "--sheet", metavar="FILE.png", help="also write one image of all: originals above their reconstructions"
-    )
-    parser.add_argument("--captions", metavar="FILE", help="captions from `vlv caption`, to print on the sheet")
-    parser.add_argument(
-        "--guidance-scale", type=float, default=2.0, help="classifier-free guidance; 1 turns it off (default: 2.0)"
-    )
-    parser.add_argument("--num-inference-steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the noise of every image (default: 42)")
-    parser.add_argument(
-        "--image-size", type=positive, help="width and height in pixels (default: the size used in training)"
-    )
-    parser.add_argument("--prompt", help="words beside the images, after their embeddings, such as 'a red car'")
-    parser.add_argument("--prompt-first", action="store_true", help="place --prompt before the embeddings")
-    parser.add_argument(
-        "--image-tokens",
-        type=int,
-        metavar="N",
-        help="keep the first N caption embeddings of each image; 0 for the words of --prompt alone (default: all)",
-    )
-    parser.add_argument("--negative-prompt", help="text that the reconstructions are steered away from")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
-    add_model_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What captions are measured against: the options of `vlv evaluate captions` and `compare`."""
+"""What captions are measured against, by the options of `vlv evaluate captions` and `compare`."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,43 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .evaluating import progress
-from .inputs import positive
 from .models import choose_device, loading
 
 if TYPE_CHECKING:
     from vlv.evaluation.caption_sets import CaptionSet
 
 
-def not_negative(text: str) -> int:
-    """An argparse type: a whole number from 0 up."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
-
-
-def add_reference_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what captions are measured against."""
-    parser.add_argument(
-        "--references", metavar="FILE", help="JSON: {image: [caption, ...]}, or COCO's caption annotations"
-    )
-    parser.add_argument("--clip", metavar="MODEL", help="folder or Hub repo id of a CLIP model, for CLIPScore")
-    parser.add_argument("--bert", metavar="MODEL", help="folder or Hub repo id of a text encoder, for BERTScore")
-    parser.add_argument(
-        "--bert-layer", type=positive, metavar="N", help="the layer of --bert to compare (default: the last)"
-    )
-    parser.add_argument(
-        "--vocabulary", metavar="FILE", help="JSON: {object: [synonym, ...]}, the objects that CHAIR looks for"
-    )
-    parser.add_argument(
-        "--objects",
-        metavar="FILE",
-        help="JSON: {image: [object, ...]}, what the images show, for CHAIR (default: what the references mention)",
-    )
-
-
 def require_references(arguments: argparse.Namespace) -> None:
-    """Raises `UserError` for options of `add_reference_arguments` that need others."""
+    """Raises `UserError` for options of `parsers.references.add_reference_arguments` that need others."""
     if arguments.objects and not arguments.vocabulary:
         raise UserError("--objects needs --vocabulary FILE, the objects that CHAIR looks for")
     if arguments.vocabulary and not (arguments.objects or arguments.references):
@@ -53,7 +24,7 @@ def require_references(arguments: argparse.Namespace) -> None:
 
 
 def read_references(arguments: argparse.Namespace, names: Sequence[str]) -> "CaptionSet":
-    """What the images are measured against, by the options of `add_reference_arguments`, without captions.
+    """What the images are measured against, by the options of `parsers.references.add_reference_arguments`, without captions.
 
     Raises:
         ValueError: If a file cannot be read, or has no entry for an image.

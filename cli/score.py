@@ -9,33 +9,11 @@ from typing import Any
 
 from .batches import read_batches
 from .captions import caption_texts
-from .inputs import Input, collect_images, positive
-from .models import add_model_arguments, choose_model
+from .inputs import Input, collect_images
+from .models import choose_model
 from .output import GrowingJson, Summary, output_path, refuse_existing
 from .resume import read_results
-from .scoring import BatchScorer, add_num_pairs
-
-
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
-        "score",
-        help="score captions by how well they explain images",
-        description="Writes the diffusion score of captions as JSON: {path relative to the argument: score}, with a "
-        "list where an image has several captions. The score is the denoising loss of the image under no words, less "
-        "that under the caption's words, by the frozen text-to-image model: above 0, the words explain something of "
-        "the image. No image is generated. Scores of different models cannot be compared. An image that cannot be "
-        "read or has no caption is named on standard error, the others are scored, and the exit code is 1.",
-    )
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files and folders")
-    parser.add_argument(
-        "--captions", required=True, metavar="FILE", help="JSON of `vlv caption`: {path: caption or list of captions}"
-    )
-    parser.add_argument("--output", default="scores.json", help="the JSON file (default: scores.json)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
-    add_num_pairs(parser)
-    add_model_arguments(parser)
-    parser.set_defaults(run=run)
+from .scoring import BatchScorer
 
 
 def run(arguments: argparse.Namespace) -> int:

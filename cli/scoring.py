@@ -8,23 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from vlv.pipelines import DiffusionScorer, load_reconstruction, to_pixels
-from vlv.pipelines.diffusion_score import NUM_PAIRS
 
 from .batches import Batch
-from .inputs import positive
 from .models import choose_device, loading, precision
 from .output import Summary
-
-
-def add_num_pairs(parser: argparse.ArgumentParser, default: int | None = NUM_PAIRS) -> None:
-    """Adds `--num-pairs`."""
-    parser.add_argument(
-        "--num-pairs",
-        type=positive,
-        default=default,
-        metavar="K",
-        help=f"passes of the denoiser for a caption's score (default: {NUM_PAIRS})",
-    )
 
 
 class BatchScorer:

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedConfig, pipeline
+from transformers import PreTrainedConfig
 
 from vlv import VLVConfig, hub
 from vlv.pipelines import generate_captions
@@ -203,6 +203,8 @@ class PipelineCaptioner:
         device: str = "cpu",
         revision: str | None = None,
     ):
+        from transformers import pipeline  # loads all image processors
+
         self.source, self.max_new_tokens = source, max_new_tokens
         self.pipeline = pipeline(
             "image-text-to-text", model=source, revision=revision, dtype=dtype, device=device, trust_remote_code=False
@@ -216,7 +218,11 @@ class PipelineCaptioner:
         for name, path in zip(_names(paths, names), paths, strict=True):
             began = perf_counter()
             images, errors = _read_images({name: path})
-            caption = self._write(images[name]) if images else None
+            caption = None
+            try:
+                caption = self._write(images[name]) if images else None
+            except ValueError as error:  # such as for an image of one pixel, or a prompt without a place for an image
+                errors[name] = f"the model does not take it: {error}"
             yield ImageCaption(name, caption, errors.get(name), perf_counter() - began)
 
     def _write(self, image: Any) -> str:

@@ -24,7 +24,7 @@ from .captioners import endpoint_settings
 from .detections import BACKGROUND, OBJECT, Detected, Detector, detect_all
 from .endpoint import Endpoint, EndpointOptions, Question, image_part
 from .features import FeatureExtractor, file_digest
-from .generated_images import RESULTS_FILE, GenerationConfig, generate_missing, to_pictures
+from .generated_images import RESULTS_FILE, GenerationConfig, generate_missing, to_pil_images
 from .guidance_scales import format_figure, write_table
 from .image_sets import cosine_similarities, extract_statistics
 from .judge import parse_score
@@ -171,7 +171,7 @@ class MixedSource:
         pictures = [to_rgb(str(self.images[own])) for name in names for own in self.pairs[name]]
         embeds = pipeline.get_caption_embeds(pictures)  # (2 B, Q, d_text)
         mixed = [pipeline.mix_caption_embeds(list(own), self.counts) for own in embeds.split(2)]
-        return to_pictures(generate_images(pipeline, caption_embeds=torch.cat(mixed), seeds=seeds, **settings))
+        return to_pil_images(generate_images(pipeline, caption_embeds=torch.cat(mixed), seeds=seeds, **settings))
 
     def file_info(self, name: str) -> None:
         return None
@@ -233,7 +233,7 @@ def run_composition(
 
     Raises:
         EndpointError, PriceReached: As `endpoint.Endpoint.ask`.
-        ValueError: If an image cannot be read, or `counts` do not fit the model.
+        ValueError: If an image cannot be read, `counts` do not fit the model, or nothing was compared.
     """
     folder = Path(config.output_dir)
     used = list(dict.fromkeys(name for pair in pairs for name in pair))
@@ -256,6 +256,8 @@ def run_composition(
             key = counts if len(config.guidance) == 1 else f"{counts}, guidance {guidance:g}"
             figures, failed = measures.of(names, generate_missing(source, guidance, config, advance))
             results["metrics"][key] = figures
+            if not figures:
+                raise ValueError(f"the judge gave no score; the first reason: {next(iter(failed.values()))}")
             if failed:
                 results["failed"][key] = failed
                 results["notes"].append(f"{key}: {len(failed)} scores of {2 * len(pairs)} are missing")

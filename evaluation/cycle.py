@@ -3,7 +3,7 @@
 The paper's Table 1 is this protocol with Stable Diffusion 3.5 Medium, 30,000 images of MS-COCO, and Inception.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,7 +171,7 @@ def run_cycle(
     images: Mapping[str, Path],
     load_pipeline: Callable[[], Any],
     model_fingerprint: str,
-    extractor: FeatureExtractor,
+    extractors: Sequence[FeatureExtractor],
     facts: Mapping[str, Any] | None = None,
     device: str = "cpu",
     advance: Callable[[int], Any] = lambda images: None,
@@ -191,7 +191,7 @@ def run_cycle(
     source = CaptionSource(captions, load_pipeline, model_fingerprint)
     originals = [images[name] for name in captions]
     return compare_over_guidance(
-        config, source, originals, extractor, cycle_table, facts or {}, device=device, advance=advance
+        config, source, originals, extractors, cycle_table, facts or {}, device=device, advance=advance
     )
 
 

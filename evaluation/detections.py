@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import pipeline
-
 from vlv.processing_vlv import to_rgb
 
 from .endpoint import Answer, Endpoint, EndpointSettings, Question, image_part
@@ -80,6 +78,8 @@ class PipelineDetector:
     """
 
     def __init__(self, source: str, threshold: float = THRESHOLD, device: str = "cpu"):
+        from transformers import pipeline  # loads all image processors
+
         self.pipeline: Any = pipeline("object-detection", model=source, device=device, trust_remote_code=False)
         self.threshold, self.name = threshold, f"{self.pipeline.model.config.model_type}: {source}"
 
@@ -172,11 +172,13 @@ def _to_detection(label: str, values: Sequence[float]) -> Detection:
 
 def _find_list(text: str) -> list[dict[str, Any]] | None:
     """The first JSON list of objects in a text; an empty list counts."""
-    for match in re.finditer(r"\[", text):
+    for match in re.finditer(r"\[(?=\s*[{\]])", text):
         try:
             content, _ = json.JSONDecoder().raw_decode(text, match.start())
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
+        except RecursionError:  # nested too deeply for any reader
+            return None
         if all(isinstance(entry, dict) for entry in content):
             return content
     return None

@@ -16,7 +16,10 @@ from typing import Any
 
 from PIL import Image
 
+from vlv.processing_vlv import to_rgb
+
 KEY_VARIABLE = "OPENAI_API_KEY"
+ENDPOINT_FORMATS = ("png", "jpeg", "gif", "webp")
 FATAL_STATUS = (401, 403, 404)  # wrong key, no right, no such model: no other request can succeed
 INSTALL = "pip install '.[eval]'"
 GRACE = 5.0  # seconds that a run which ends early waits for requests under way
@@ -399,10 +402,15 @@ def end_last_line(log: Path) -> None:
 
 
 def image_part(data: bytes) -> dict[str, Any]:
-    """The bytes of an image file as a part of a message."""
+    """The bytes of an image file as a part of a message. Formats that endpoints do not take become PNG."""
     kind = "png"
     with suppress(OSError), Image.open(io.BytesIO(data)) as image:
         kind = (image.format or kind).lower()
     if kind == "mpo":  # a JPEG file with more pictures, such as phones write; its first is an ordinary JPEG
         kind = "jpeg"
+    if kind not in ENDPOINT_FORMATS:
+        with suppress(ValueError):  # of a damaged image, which the endpoint refuses
+            file = io.BytesIO()
+            to_rgb(data).save(file, "PNG")
+            kind, data = "png", file.getvalue()
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}

@@ -159,7 +159,7 @@ class EmbeddingSource:
     @torch.no_grad()
     def generate(self, names: Sequence[str], seeds: Sequence[int], **settings: Any) -> list[Image.Image]:
         pictures = [to_rgb(str(self.images[name])) for name in names]
-        return to_pictures(generate_images(self.load_pipeline(), image=pictures, seeds=seeds, **settings))
+        return to_pil_images(generate_images(self.load_pipeline(), image=pictures, seeds=seeds, **settings))
 
     def file_info(self, name: str) -> None:
         return None
@@ -224,7 +224,7 @@ def generate_missing(
     return list(files.values())
 
 
-def to_pictures(images: torch.Tensor) -> list[Image.Image]:
+def to_pil_images(images: torch.Tensor) -> list[Image.Image]:
     """Images `(B, 3, H, W)` in 0..1 as PIL images."""
     pixels = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
     return [Image.fromarray(image) for image in pixels]

@@ -22,13 +22,19 @@ from .image_sets import (
 )
 from .markdown import markdown_table
 from .results import package_versions, per_image
+from .statistics import FeatureStatistics
 
 
 @dataclass
 class ComparisonConfig(GenerationConfig):
     """Settings of a protocol that compares generated images with their originals."""
 
-    features: str = field(default="inception", metadata={"help": "as --features of `vlv evaluate images`"})
+    features: list[str] = field(
+        default_factory=lambda: ["inception"],
+        metadata={
+            "help": "one or more, each as --features of `vlv evaluate images`: inception for FID, CLIP for CMMD"
+        },
+    )
     resize: str = field(default="pytorch-fid", metadata={"help": "as --resize of `vlv evaluate images`"})
     pair_metrics: list[str] = field(
         default_factory=lambda: ["cosine"], metadata={"help": f"of each image: {', '.join(PAIR_METRICS)}"}
@@ -36,8 +42,11 @@ class ComparisonConfig(GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.pair_metrics, str):
-            self.pair_metrics = [self.pair_metrics]
+        for name in ("features", "pair_metrics"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+        if not self.features or len(set(self.features)) < len(self.features):
+            raise ValueError(f"features must be one or more different ones, not {self.features}")
         if unknown := set(self.pair_metrics) - set(PAIR_METRICS):
             raise ValueError(f"pair_metrics are {', '.join(PAIR_METRICS)}, not {', '.join(sorted(unknown))}")
 
@@ -46,7 +55,7 @@ def compare_over_guidance(
     config: ComparisonConfig,
     source: ImageSource,
     originals: Sequence[Path],
-    extractor: FeatureExtractor,
+    extractors: Sequence[FeatureExtractor],
     table: Callable[[Mapping[str, Any]], str],
     facts: Mapping[str, Any],
     device: str = "cpu",
@@ -56,6 +65,7 @@ def compare_over_guidance(
 
     Args:
         originals: One for each name of the source, in the same order.
+        extractors: Of the features that are compared. Keys of the second one's figures end in `_2`, and so on.
         table: Of the results, in Markdown.
         facts: What the results say besides. Its `notes` come first.
         advance: Called with the number of generated images after each batch.
@@ -70,15 +80,17 @@ def compare_over_guidance(
     """
     require_packages(config.pair_metrics)
     folder = Path(config.output_dir)
-    compared = extractor.fingerprint + fingerprint_images(originals)
-    digest = hashlib.blake2b(compared.encode(), digest_size=6).hexdigest()
-    reference = cached_statistics(originals, extractor, folder / f"reference-{digest}.safetensors")
+    images = fingerprint_images(originals)
+    references = []
+    for extractor in extractors:
+        digest = hashlib.blake2b((extractor.fingerprint + images).encode(), digest_size=6).hexdigest()
+        references.append(cached_statistics(originals, extractor, folder / f"reference-{digest}.safetensors"))
     results: dict[str, Any] = {
         "metrics": {},
         "notes": [],
         "per_image": {},
         "files": {},
-        "features": extractor.name,
+        "features": "; ".join(extractor.name for extractor in extractors),
         "num_images": len(originals),
         "config": asdict(config),
         "model_fingerprint": source.fingerprint,
@@ -87,24 +99,53 @@ def compare_over_guidance(
     }
     for guidance in config.guidance:
         files = generate_missing(source, guidance, config, advance)
-        generated = extract_statistics(files, extractor)
-        figures, notes = compare_sets(generated, reference, extractor, config.bootstrap, paired=True)
-        values = {}
-        if "cosine" in config.pair_metrics:
-            values["cosine"] = cosine_similarities(generated.features, reference.features)
+        figures: dict[str, Any] = {}
+        notes: list[str] = []
+        each: dict[str, Sequence[float]] = {}
+        for number, (extractor, reference) in enumerate(zip(extractors, references, strict=True), 1):
+            found, more, cosines = _compare_features(config, files, extractor, reference)
+            each |= {key if number == 1 else f"{key}_{number}": values for key, values in cosines.items()}
+            if len(extractors) > 1:
+                found = {key: one | {"label": _label(one["label"], extractor)} for key, one in found.items()}
+            figures |= {key if number == 1 else f"{key}_{number}": one for key, one in found.items()}
+            notes += more
         others = [name for name in config.pair_metrics if name != "cosine"]
         if others:
-            values |= compare_pairs(zip(files, originals, strict=True), others, device)
-        pairs, more = pair_figures(values, config.bootstrap)
-        results["metrics"][f"{guidance:g}"] = figures | pairs
-        results["per_image"][f"{guidance:g}"] = per_image(values, source.names)
+            values = compare_pairs(zip(files, originals, strict=True), others, device)
+            pairs, more = pair_figures(values, config.bootstrap)
+            figures |= pairs
+            notes += more
+            each |= values
+        results["metrics"][f"{guidance:g}"] = figures
+        results["per_image"][f"{guidance:g}"] = per_image(each, source.names)
         results["files"][f"{guidance:g}"] = {
             name: file.relative_to(folder).as_posix() for name, file in zip(source.names, files, strict=True)
         }
-        results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *more, *cut_notes(files)]))
+        results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *cut_notes(files)]))
         write_json(folder / RESULTS_FILE, results)
     write_table(folder, table(results))
     return results
+
+
+def _compare_features(
+    config: ComparisonConfig, files: Sequence[Path], extractor: FeatureExtractor, reference: FeatureStatistics
+) -> tuple[dict[str, Any], list[str], dict[str, list[float]]]:
+    """Figures of one extractor's features of the generated images against those of the originals, notes, and the
+    figures of each image.
+    """
+    generated = extract_statistics(files, extractor)
+    figures, notes = compare_sets(generated, reference, extractor, config.bootstrap, paired=True)
+    each: dict[str, list[float]] = {}
+    if "cosine" in config.pair_metrics:
+        each["cosine"] = cosine_similarities(generated.features, reference.features)
+        pairs, more = pair_figures(each, config.bootstrap)
+        figures, notes = figures | pairs, notes + more
+    return figures, notes, each
+
+
+def _label(label: str, extractor: FeatureExtractor) -> str:
+    """The label of a figure beside those of other features. FID, KID and CMMD name theirs."""
+    return label if label in ("FID", "KID", "CMMD") else f"{label} ({extractor.name})"
 
 
 def write_table(folder: Path, table: str) -> None:

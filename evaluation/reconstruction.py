@@ -3,7 +3,7 @@
 The paper's Table 5 (left) is this protocol with 30,000 images of MS-COCO 2014 val, Table 4 (left) with another set.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,7 +36,7 @@ def run_reconstruction(
     images: Mapping[str, Path],
     load_pipeline: Callable[[], Any],
     fingerprint: str,
-    extractor: FeatureExtractor,
+    extractors: Sequence[FeatureExtractor],
     device: str = "cpu",
     advance: Callable[[int], Any] = lambda images: None,
 ) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def run_reconstruction(
     source = EmbeddingSource(images, load_pipeline, fingerprint)
     originals = list(images.values())
     return compare_over_guidance(
-        config, source, originals, extractor, reconstruction_table, {}, device=device, advance=advance
+        config, source, originals, extractors, reconstruction_table, {}, device=device, advance=advance
     )
 
 

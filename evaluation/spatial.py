@@ -133,6 +133,9 @@ def spatial_figures(
 
     Returns:
         Figures, notes, and the images that are left out because a detection failed, with the reasons.
+
+    Raises:
+        ValueError: If it failed for all.
     """
     failed: dict[str, str] = {}
     sums: list[dict[str, float]] = []
@@ -146,6 +149,8 @@ def spatial_figures(
         sums.append({key: sum(own.get(key, 0.0) for own in each) for key in LABELS})
         sums[-1]["angles"] = sum("angle" in own for own in each)
         counts.append((len(pairs), sum(own.kind == "object" for own in original.detections)))
+    if len(failed) == len(names):
+        raise ValueError(f"the detector answered for no image; the first reason: {next(iter(failed.values()))}")
     notes = [f"{len(failed)} of {len(names)} images are left out: a detection failed"] if failed else []
     figures: dict[str, Any] = {}
     number = torch.tensor(counts, dtype=torch.float64).reshape(-1, 2)

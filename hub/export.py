@@ -1,5 +1,7 @@
 """Exports encoder, captioner and diffusion model into one folder in the Hub layout."""
 
+from __future__ import annotations
+
 import copy
 import json
 import os
@@ -8,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from diffusers import __version__ as diffusers_version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,7 @@ def export(
     captioner: VLVForConditionalGeneration | None = None,
     processor: VLVProcessor | None = None,
     image_processor: VLVImageProcessor | None = None,
-    diffusion_model: str | os.PathLike | DiffusionPipeline | dict[str, Any] | DiffusionModel | None = None,
+    diffusion_model: str | os.PathLike | diffusers.DiffusionPipeline | dict[str, Any] | DiffusionModel | None = None,
     weights: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
     half_variant: bool = False,
@@ -195,8 +196,10 @@ def _export_captioner(
     processor.image_processor.save_pretrained(root)
 
 
-def _diffusion_components(diffusion_model: str | os.PathLike | DiffusionPipeline | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(diffusion_model, DiffusionPipeline):
+def _diffusion_components(
+    diffusion_model: str | os.PathLike | diffusers.DiffusionPipeline | dict[str, Any],
+) -> dict[str, Any]:
+    if isinstance(diffusion_model, diffusers.DiffusionPipeline):
         return {**diffusion_model.config, **diffusion_model.components}
     return diffusion_model if isinstance(diffusion_model, dict) else load_diffusion_components(diffusion_model)
 
@@ -220,7 +223,7 @@ def _export_diffusion_components(root: Path, components: dict[str, Any], dtype: 
         _remove_origin(root / name / "config.json")
     own = (CAPTIONER_FILE, CAPTIONER_ENCODER_FILE)
     index = {
-        "_diffusers_version": diffusers_version,
+        "_diffusers.__version__": diffusers.__version__,
         **reconstruction_classes(family),
         **{name: entries[name] for name in sorted(family.component_names()) if name in present},
         **{name: components.get(name, default) for name, default in family.pipeline_settings.items()},

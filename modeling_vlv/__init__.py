@@ -1,32 +1,19 @@
-"""VLV: image captions, and images reconstructed from caption embeddings (Vision-Language-Vision, arXiv 2507.07104)."""
+"""VLV: image captions, and images reconstructed from caption embeddings (Vision-Language-Vision, arXiv 2507.07104).
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+`import vlv` loads neither torch nor transformers: a class is imported when it is first used.
+"""
 
-from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVModel, VLVModelOutput
-from .modeling_vlv_captioner import VLVForConditionalGeneration
-from .processing_vlv import VLVImageProcessor
-from .processing_vlv_captioner import VLVProcessor
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .registration import register_when_used
 from .version import __version__
 
-AutoConfig.register("vlv", VLVConfig, exist_ok=True)
-AutoModel.register(VLVConfig, VLVModel, exist_ok=True)
-AutoModelForImageTextToText.register(VLVConfig, VLVForConditionalGeneration, exist_ok=True)
-AutoModelForMultimodalLM.register(VLVConfig, VLVForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(VLVConfig, image_processor_classes={"pil": VLVImageProcessor}, exist_ok=True)
-AutoProcessor.register(VLVConfig, VLVProcessor, exist_ok=True)
-# `save_pretrained` and `push_to_hub` of these also write their code, so that they load where vlv is not installed.
-VLVConfig.register_for_auto_class()
-VLVModel.register_for_auto_class("AutoModel")
-VLVForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-VLVImageProcessor.register_for_auto_class("AutoImageProcessor")
-VLVProcessor.register_for_auto_class()
+if TYPE_CHECKING:
+    from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig, VLVModel, VLVModelOutput
+    from .modeling_vlv_captioner import VLVForConditionalGeneration
+    from .processing_vlv import VLVImageProcessor
+    from .processing_vlv_captioner import VLVProcessor
 
 __all__ = [
     "FLORENCE_TASK_PROMPT_IDS",
@@ -38,3 +25,24 @@ __all__ = [
     "VLVProcessor",
     "__version__",
 ]
+
+_MODULES = {
+    "VLVForConditionalGeneration": "modeling_vlv_captioner",
+    "VLVImageProcessor": "processing_vlv",
+    "VLVProcessor": "processing_vlv_captioner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES.get(name, 'modeling_vlv')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_used()

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -113,7 +113,9 @@ def convert_checkpoints(
         config = build_config(weights, "", florence, stable_diffusion)
         parts["encoder"] = _load_weights(VLVModel, config, encoder_names, weights, name)
         unet, vae = _empty_unet_and_vae(stable_diffusion)
-        scheduler = DDPMScheduler.from_pretrained(stable_diffusion, subfolder="scheduler")  # the authors' sampler
+        scheduler = diffusers.DDPMScheduler.from_pretrained(
+            stable_diffusion, subfolder="scheduler"
+        )  # the authors' sampler
         parts["diffusion_model"] = {
             "unet": _load_weights(unet, None, lambda key: ["unet." + key], weights, name),
             "vae": _load_weights(vae, None, lambda key: ["vae." + key], weights, name),
@@ -123,7 +125,9 @@ def convert_checkpoints(
         dropped |= _dropped_weights(weights, name)
     else:
         parts["diffusion_model"] = load_components(stable_diffusion, StableDiffusionDecoder)
-        parts["diffusion_model"]["scheduler"] = DDPMScheduler.from_config(parts["diffusion_model"]["scheduler"].config)
+        parts["diffusion_model"]["scheduler"] = diffusers.DDPMScheduler.from_config(
+            parts["diffusion_model"]["scheduler"].config
+        )
     if stage2 is not None:
         weights, name = read_weights(stage2, ("model.pt", "pytorch_model.bin")), str(stage2)
         config = build_config(weights, "VLV_model.", florence, stable_diffusion, language_model_folder)
@@ -269,11 +273,11 @@ def _dropped_weights(weights: dict[str, torch.Tensor], source: str) -> dict[str,
 def _empty_unet_and_vae(stable_diffusion: Path) -> tuple[nn.Module, nn.Module]:
     """UNet and autoencoder on the meta device, without weights."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(stable_diffusion, subfolder="unet", local_files_only=True)
+        unet = diffusers.UNet2DConditionModel.from_config(
+            diffusers.UNet2DConditionModel.load_config(stable_diffusion, subfolder="unet", local_files_only=True)
         )
-        vae = AutoencoderKL.from_config(
-            AutoencoderKL.load_config(stable_diffusion, subfolder="vae", local_files_only=True)
+        vae = diffusers.AutoencoderKL.from_config(
+            diffusers.AutoencoderKL.load_config(stable_diffusion, subfolder="vae", local_files_only=True)
         )
     return unet, vae
 

@@ -7,8 +7,8 @@ authors' code, those of the text-to-image models against the published ones.
 
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, Florence2Config, Qwen2Config
 
 from .modeling_vlv import FLORENCE_TASK_PROMPT_IDS, VLVConfig
@@ -238,6 +238,6 @@ def vlv_config(florence: str = "large", language_model: str | None = "3B") -> VL
 def diffusion_components(device: str = "meta", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """`unet` and `vae` of Stable Diffusion 2.1, with random weights, or without weights on the meta device."""
     with torch.device(device):
-        unet = UNet2DConditionModel(**STABLE_DIFFUSION_2_1["unet"])
-        vae = AutoencoderKL(**STABLE_DIFFUSION_2_1["vae"])
+        unet = diffusers.UNet2DConditionModel(**STABLE_DIFFUSION_2_1["unet"])
+        vae = diffusers.AutoencoderKL(**STABLE_DIFFUSION_2_1["vae"])
     return {"unet": unet.to(dtype), "vae": vae}

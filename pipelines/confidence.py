@@ -8,8 +8,6 @@ from PIL import Image
 from .diffusion_score import DiffusionScorer, to_pixels
 from .loading import ReconstructionPipeline
 
-MIN_SCORE = 0.08  # 1% of the embedded miniature's captions of its own world are below (docs/evaluation.md)
-
 
 def mark_confidence(entry: Mapping[str, Any], min_score: float) -> dict[str, Any]:
     """A caption with its `score`, and whether it is `confident`: whether the score is at least `min_score`."""
@@ -28,7 +26,7 @@ class ConfidenceMarker:
         ValueError: As `DiffusionScorer.from_pipeline`.
     """
 
-    def __init__(self, pipeline: ReconstructionPipeline, min_score: float = MIN_SCORE, **settings: Any):
+    def __init__(self, pipeline: ReconstructionPipeline, min_score: float, **settings: Any):
         self.scorer = DiffusionScorer.from_pipeline(pipeline, **settings)
         self.min_score, self.image_size = min_score, pipeline.default_size
 

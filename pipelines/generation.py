@@ -1,13 +1,16 @@
 """Generates the captions or the images of one batch, for commands, trainers and evaluations."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlv import VLVForConditionalGeneration, VLVProcessor
 
-from .loading import ReconstructionPipeline
+if TYPE_CHECKING:
+    from .loading import ReconstructionPipeline
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from vlv import VLVModel, hub
 from vlv.diffusion_decoder import family_of_components
 
+from . import components as _components  # noqa: F401 (from_pretrained of the pipelines loads them)
 from .pipeline_vlv_pooled_reconstruction import VLVPooledReconstructionPipeline
 from .pipeline_vlv_reconstruction import VLVReconstructionPipeline
 

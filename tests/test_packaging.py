@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from .interpreter import run_python
-
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["vlv", "vlv.hub", "vlv.diffusion_decoder", "vlv.pipelines", "vlv.train", "vlv.evaluation", "vlv.miniature"]
-PACKAGES += ["vlv.miniature.paper", "vlv.space", "vlv.serving", "vlv.cli", "vlv.checkpoints"]
+PACKAGES += ["vlv.miniature.paper", "vlv.space", "vlv.serving", "vlv.cli", "vlv.cli.parsers"]
+PACKAGES += ["vlv.checkpoints"]
 NOT_PACKAGED = shutil.ignore_patterns(".*", "build", "dist", "outputs", "runs", "tests", "__pycache__", "*.egg-info")
-NOT_FOR_LIGHT_USES = "{'datasets', 'gradio', 'matplotlib', 'torchvision', 'torchmetrics'}"
+NOT_FOR_LIGHT_USES = {"datasets", "gradio", "matplotlib", "torchvision", "torchmetrics"}
+NOT_FOR_CAPTIONS = {*NOT_FOR_LIGHT_USES, "diffusers.models.autoencoders", "diffusers.pipelines.pipeline_utils"}
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -93,20 +93,33 @@ def test_the_wheel_has_the_data(installed):
 @pytest.mark.slow
 def test_the_editable_install_imports_without_the_network_and_light_uses_load_no_heavy_library(tmp_path):
     code = f"""
-import contextlib, importlib, socket, sys
+import contextlib, importlib, os, socket, sys
 def refuse(*arguments, **settings):
     raise AssertionError("an import used the network")
 socket.socket.connect = socket.getaddrinfo = refuse
-import vlv, vlv.pipelines
-heavy = {NOT_FOR_LIGHT_USES} & set(sys.modules)
-assert not heavy, f"import vlv loads {{heavy}}"
-from vlv.cli.main import main
-with contextlib.suppress(SystemExit):
-    main(["caption", "--help"])
-heavy = {NOT_FOR_LIGHT_USES} & set(sys.modules)
-assert not heavy, f"vlv caption --help loads {{heavy}}"
-for name in sys.argv[1:]:
+def check(use, heavy):
+    loaded = heavy & set(sys.modules)
+    assert not loaded, f"{{use}} loads {{loaded}}"
+from vlv.cli.main import build_parser, main
+helps = [[], *([name] for name in build_parser()._subparsers._group_actions[0].choices if name != "train"), ["train"]]
+subjects = ("miniature", "images", "captions", "agreement", "cycle", "reconstruction", "spatial", "composition")
+helps += [["evaluate", name] for name in subjects]
+for command in helps:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(open(os.devnull, "w")):
+        main([*command, "--help"])
+check("a --help", {{"torch", "transformers", "diffusers", "numpy", "PIL", "yaml"}})
+from transformers import PreTrainedModel  # imports the Auto classes before it is complete
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
+model = sys.argv[1]
+loaded = [auto.from_pretrained(model) for auto in (AutoConfig, AutoImageProcessor, AutoProcessor)]
+assert [type(part).__module__.split(".")[0] for part in loaded] == ["vlv"] * 3, loaded
+import vlv.cli.caption
+check("vlv caption", {NOT_FOR_CAPTIONS})
+import vlv.pipelines.loading
+check("the pipelines", {NOT_FOR_LIGHT_USES})
+for name in sys.argv[2:]:
     importlib.import_module(name)
 """
-    done = run_python(code, PACKAGES, cwd=tmp_path, env=os.environ, with_libraries=False)
+    arguments = [str(ROOT / "checkpoints" / "vlv-miniature"), *PACKAGES]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -261,7 +261,7 @@ def text_to_image_configs(
                 return _local(part.config_class, source, "diffusion_model", known, subfolder=name)
             return _local(part, source, "diffusion_model", known, "load_config", subfolder=name)
 
-    parts: dict[str, Any] = {**family.models, "scheduler": DDPMScheduler}
+    parts: dict[str, Any] = {**family.model_classes(), "scheduler": DDPMScheduler}
     if text_encoders:
         parts |= family.text_encoders
     if with_optional:
@@ -318,7 +318,7 @@ def build_diffusion_decoder(
     found, configs = text_to_image_configs(source, text_encoders=False)
     family: Any = found
     with torch.device("meta"):
-        parts = {name: part.from_config(configs[name]) for name, part in family.models.items()}
+        parts = {name: part.from_config(configs[name]) for name, part in family.model_classes().items()}
     denoiser = parts[family.denoiser_name()]
     return family(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import diffusers
 
 from ..reference_configs import replacement_hint
 from .base import Conditioning, DenoisingOutput, DiffusionDecoder
@@ -83,7 +83,7 @@ def build_diffusion_decoder(
         ValueError: If no family fits, or the autoencoder is not of the family's class.
     """
     family = family_of_components(components, source)
-    denoiser, vae_class = components[family.denoiser_name()], family.models["vae"]
+    denoiser, vae_class = components[family.denoiser_name()], family.model_classes()["vae"]
     vae = components["vae"]
     if not isinstance(getattr(vae, "_orig_mod", vae), vae_class):
         raise ValueError(
@@ -115,7 +115,7 @@ def family_of(model: str | os.PathLike, **kwargs: Any) -> type[DiffusionDecoder]
         ValueError: If the model belongs to a family that is not supported.
     """
     try:
-        index = DiffusionPipeline.load_config(os.fspath(model), **kwargs)
+        index = diffusers.DiffusionPipeline.load_config(os.fspath(model), **kwargs)
     except OSError as error:
         hint = replacement_hint(os.fspath(model))
         raise OSError(f"the text-to-image model {model} could not be loaded: {error}{hint}") from error

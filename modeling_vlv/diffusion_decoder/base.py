@@ -1,13 +1,18 @@
-"""The interface between VLV and the frozen text-to-image model that trains it."""
+"""The interface between VLV and the frozen text-to-image model that trains it.
+
+diffusers imports its models when they are first used. The files of the families therefore name them, so that captions
+alone do not wait for them.
+"""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -34,7 +39,7 @@ class Conditioning:
     mask: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, output: VLVModelOutput) -> "Conditioning":
+    def of(cls, output: VLVModelOutput) -> Conditioning:
         """The conditioning in the output of a `VLVModel`."""
         assert output.conditioning is not None
         return cls(output.conditioning, output.pooled_conditioning)
@@ -83,8 +88,8 @@ class DiffusionDecoder(nn.Module, ABC):
     """The family's short name in configurations and records, such as `"sd"`."""
     title: ClassVar[str]
     """The family's name in messages, such as `"Stable Diffusion 1.x or 2.x"`."""
-    models: ClassVar[Mapping[str, type]]
-    """The components that are models of diffusers, `vae` among them, and their classes."""
+    models: ClassVar[Mapping[str, str]]
+    """The components that are models of diffusers, `vae` among them, and the names of their classes."""
     text_encoders: ClassVar[Mapping[str, type[PreTrainedModel]]]
     """The text encoders, by their names in diffusers, and their classes."""
     optional_text_encoders: ClassVar[Mapping[str, type[PreTrainedModel]]] = {}
@@ -115,7 +120,7 @@ class DiffusionDecoder(nn.Module, ABC):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: diffusers.AutoencoderKL,
         timestep_sampling: str | None = None,
         min_timestep: int = 0,
         loss: str = "mse",
@@ -150,7 +155,7 @@ class DiffusionDecoder(nn.Module, ABC):
         denoiser = cls.denoiser_name()
         return (
             {*cls.models, *cls.tokenizers[: len(cls.text_encoders)]} <= present
-            and index[denoiser][1] == cls.models[denoiser].__name__
+            and index[denoiser][1] == cls.models[denoiser]
             and f"tokenizer_{len(cls.tokenizers) + 1}" not in present
         )
 
@@ -165,6 +170,11 @@ class DiffusionDecoder(nn.Module, ABC):
         return next(name for name in cls.models if name != "vae")
 
     @classmethod
+    def model_classes(cls) -> dict[str, Any]:
+        """The classes of `models`, by the names of the components."""
+        return {name: getattr(diffusers, class_name) for name, class_name in cls.models.items()}
+
+    @classmethod
     def component_names(cls) -> tuple[str, ...]:
         """The components of the reconstruction pipeline, without encoder and image processor."""
         return (*cls.models, "scheduler", *cls.tokenizers)
@@ -173,7 +183,7 @@ class DiffusionDecoder(nn.Module, ABC):
     @abstractmethod
     def from_pretrained(
         cls, model: str, *, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32, **kwargs: Any
-    ) -> "DiffusionDecoder":
+    ) -> DiffusionDecoder:
         """Loads the components from a diffusers folder or repo id; weights only from safetensors.
 
         Args:
@@ -372,6 +382,8 @@ class DiffusionDecoder(nn.Module, ABC):
             moments: `(B, 2 * C, h, w)`, as `encode_moments` returns them.
             generator: Of the random numbers: one, or one for each image.
         """
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
         latents = DiagonalGaussianDistribution(moments).sample(generator)  # (B, C, h, w)
         return (latents.float() - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin
 
 from ..files import read_json, refuse_damaged, stored_dtype
 from ..tokenizer import load_tokenizer
@@ -84,11 +83,13 @@ def load_components(folder: Path, family: Any, dtype: torch.dtype | None = None)
     read_json(folder / "scheduler" / "scheduler_config.json", family.scheduler_field)
     components: dict[str, Any] = {"scheduler": getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")}
     vae_class = getattr(diffusers, str(index["vae"][1]), None)
-    if not (isinstance(vae_class, type) and issubclass(vae_class, ModelMixin) and hasattr(vae_class, "decode")):
+    if not (
+        isinstance(vae_class, type) and issubclass(vae_class, diffusers.ModelMixin) and hasattr(vae_class, "decode")
+    ):
         raise ValueError(
             f"{folder / 'model_index.json'} names the autoencoder {index['vae'][1]!r}; expected one of diffusers"
         )
-    for part, part_class in {**family.models, "vae": vae_class}.items():
+    for part, part_class in {**family.model_classes(), "vae": vae_class}.items():
         stored = dtype or stored_dtype(folder / part)
         components[part] = load_part(part_class, folder, part, torch_dtype=stored)
     for number, name in enumerate(family.tokenizers):

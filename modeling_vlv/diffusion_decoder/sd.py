@@ -1,10 +1,12 @@
 """The Stable Diffusion family, 1.x and 2.x: a UNet with one text encoder, discrete timesteps."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from .base import Conditioning, DiffusionDecoder
@@ -31,15 +33,15 @@ class StableDiffusionDecoder(DiffusionDecoder):
 
     family = "sd"
     title = "Stable Diffusion 1.x or 2.x"
-    models: ClassVar = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    models: ClassVar = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     text_encoders: ClassVar = {"text_encoder": CLIPTextModel}
     reconstruction_pipeline = ("pipeline_vlv_reconstruction", "VLVReconstructionPipeline")
     modular_blocks: ClassVar = "modular_vlv_sd"
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
+        vae: diffusers.AutoencoderKL,
+        unet: diffusers.UNet2DConditionModel,
         scheduler_config: dict[str, Any],
         timestep_sampling: str | None = None,
         min_timestep: int = 0,
@@ -62,7 +64,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
         if not 0 <= snr_gamma < float("inf"):
             raise ValueError(f"snr_gamma is {snr_gamma}; expected 0 (off) or a number above it, such as 5")
         self.unet = unet
-        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.scheduler = diffusers.DDPMScheduler.from_config(scheduler_config)
         self.prediction_type, self.snr_gamma = prediction_type, snr_gamma
         sample_size = unet.config.sample_size
         self.image_size = (sample_size if isinstance(sample_size, int) else sample_size[0]) * self.scale_factor
@@ -71,11 +73,11 @@ class StableDiffusionDecoder(DiffusionDecoder):
     @classmethod
     def from_pretrained(
         cls, model: str, *, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32, **kwargs: Any
-    ) -> "StableDiffusionDecoder":
+    ) -> StableDiffusionDecoder:
         return cls(
-            load_part(AutoencoderKL, model, "vae", torch_dtype=vae_dtype),
-            load_part(UNet2DConditionModel, model, "unet", torch_dtype=dtype),
-            DDPMScheduler.load_config(model, subfolder="scheduler"),
+            load_part(diffusers.AutoencoderKL, model, "vae", torch_dtype=vae_dtype),
+            load_part(diffusers.UNet2DConditionModel, model, "unet", torch_dtype=dtype),
+            diffusers.DDPMScheduler.load_config(model, subfolder="scheduler"),
             vae_dtype=vae_dtype,
             **kwargs,
         )
@@ -85,7 +87,7 @@ class StableDiffusionDecoder(DiffusionDecoder):
         return scheduler_config.get("prediction_type", "epsilon")  # diffusers' default
 
     @property
-    def denoiser(self) -> UNet2DConditionModel:
+    def denoiser(self) -> diffusers.UNet2DConditionModel:
         return self.unet
 
     @classmethod

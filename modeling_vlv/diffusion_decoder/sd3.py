@@ -1,10 +1,12 @@
 """Stable Diffusion 3 and 3.5: a transformer that reads text and latents as one sequence, trained by flow matching."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -41,7 +43,7 @@ class StableDiffusion3Decoder(DiffusionDecoder):
 
     family = "sd3"
     title = "Stable Diffusion 3 or 3.5"
-    models: ClassVar = {"transformer": SD3Transformer2DModel, "vae": AutoencoderKL}
+    models: ClassVar = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
     text_encoders: ClassVar = {
         "text_encoder": CLIPTextModelWithProjection,
         "text_encoder_2": CLIPTextModelWithProjection,
@@ -58,8 +60,8 @@ class StableDiffusion3Decoder(DiffusionDecoder):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        transformer: SD3Transformer2DModel,
+        vae: diffusers.AutoencoderKL,
+        transformer: diffusers.SD3Transformer2DModel,
         scheduler_config: Mapping[str, Any],
         timestep_sampling: str | None = None,
         min_timestep: int = 0,
@@ -87,7 +89,7 @@ class StableDiffusion3Decoder(DiffusionDecoder):
                 "are not defined; leave snr_gamma out"
             )
         self.transformer = transformer
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
+        self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
         self.register_buffer("sigmas", self.scheduler.sigmas.flip(0), persistent=False)  # (timesteps,), ascending
         self.size_multiple = self.scale_factor * transformer.config.patch_size
         self.image_size = transformer.config.sample_size * self.scale_factor
@@ -96,11 +98,11 @@ class StableDiffusion3Decoder(DiffusionDecoder):
     @classmethod
     def from_pretrained(
         cls, model: str, *, dtype: torch.dtype = torch.float32, vae_dtype: torch.dtype = torch.float32, **kwargs: Any
-    ) -> "StableDiffusion3Decoder":
+    ) -> StableDiffusion3Decoder:
         return cls(
-            load_part(AutoencoderKL, model, "vae", torch_dtype=vae_dtype),
-            load_part(SD3Transformer2DModel, model, "transformer", torch_dtype=dtype),
-            FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler"),
+            load_part(diffusers.AutoencoderKL, model, "vae", torch_dtype=vae_dtype),
+            load_part(diffusers.SD3Transformer2DModel, model, "transformer", torch_dtype=dtype),
+            diffusers.FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler"),
             vae_dtype=vae_dtype,
             **kwargs,
         )
@@ -110,7 +112,7 @@ class StableDiffusion3Decoder(DiffusionDecoder):
         return "velocity (flow matching)"
 
     @property
-    def denoiser(self) -> SD3Transformer2DModel:
+    def denoiser(self) -> diffusers.SD3Transformer2DModel:
         return self.transformer
 
     @classmethod

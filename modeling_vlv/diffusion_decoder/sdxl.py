@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -42,7 +42,7 @@ class StableDiffusionXLDecoder(StableDiffusionDecoder):
     def from_pretrained(cls, model: str, **kwargs: Any) -> "StableDiffusionXLDecoder":
         decoder = super().from_pretrained(model, **kwargs)
         assert isinstance(decoder, cls)
-        decoder.force_zeros_for_empty_prompt = DiffusionPipeline.load_config(model).get(ZEROS, True)
+        decoder.force_zeros_for_empty_prompt = diffusers.DiffusionPipeline.load_config(model).get(ZEROS, True)
         return decoder
 
     @classmethod

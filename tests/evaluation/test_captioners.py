@@ -4,24 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.image_utils import load_image
 
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 from vlv.evaluation.captioners import PROMPT, caption_images, find_kind, open_captioner
 from vlv.evaluation.endpoint import PriceReached
-from vlv.miniature.tokenizer import build_tokenizer
 
-from ..builders import backbone_configs, language_model_config
 from .openai_server import Reply, scripted_endpoint
 
 IMAGES = Path(__file__).parent.parent.parent / "examples" / "images"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -30,34 +22,6 @@ def files(tmp_path_factory) -> list[Path]:
     broken = tmp_path_factory.mktemp("broken") / "broken.png"
     broken.write_bytes(b"not an image")
     return [IMAGES / "test-1.png", broken, IMAGES / "test-2.png"]
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory) -> Path:
-    """A LLaVA with its processor, small and untrained: a model of transformers that is not a VLV."""
-    folder = tmp_path_factory.mktemp("llava")
-    tokenizer = build_tokenizer(for_text_encoder=False)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    text = language_model_config()
-    text.vocab_size = len(tokenizer)
-    torch.manual_seed(8)
-    config = LlavaConfig(
-        vision_config=backbone_configs()["clip"],
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-    )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    LlavaProcessor(
-        CLIPImageProcessorPil(**size),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    return folder
 
 
 def test_the_kind_is_found_from_the_source(tmp_path, llava, files):
@@ -87,6 +51,9 @@ def test_a_model_of_transformers_writes_captions_of_a_chat_or_of_words(llava, fi
     assert found[0].caption == captioner.pipeline(text=chat, **settings)[0]["generated_text"].strip() != ""
     assert found[0].caption != found[2].caption and "not an image" in found[1].error
     assert captioner.fingerprint != open_captioner(str(llava), max_new_tokens=5).fingerprint
+    captioner.is_chat, captioner.prompt = False, "no place for the image"
+    (refused,) = captioner.caption(files[:1])
+    assert refused.caption is None and refused.error.startswith("the model does not take it: ")
     captioner.is_chat, captioner.prompt = False, "<image>a small dog"  # as of a processor without a chat template
     (plain,) = captioner.caption(files[:1])
     expected = captioner.pipeline(picture["image"], text="<image>a small dog", **settings)[0]["generated_text"]

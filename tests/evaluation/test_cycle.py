@@ -9,8 +9,11 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from vlv.cli.main import main
+from vlv.evaluation.captioners import open_captioner
 from vlv.evaluation.cycle import CycleConfig, cycle_table
 from vlv.evaluation.generated_images import ImageStore, tokenizers_that_cut
+
+from .openai_server import Reply, scripted_endpoint
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def config(tmp_path, images, stable_diffusion, dinov2_model) -> dict:
         "images": str(folder),
         "text_to_image": str(stable_diffusion),
         "output_dir": str(tmp_path / "cycle"),
-        "features": str(dinov2_model),
+        "features": [str(dinov2_model)],
         "guidance": [1, 4],
         "num_inference_steps": 2,
         "batch_size": 2,
@@ -89,6 +92,13 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"features": []}, "features must be one or more different ones"),
+        ({"features": ["a", "a"]}, "features must be one or more different ones, not \\['a', 'a'\\]"),
+        ({"captions": None}, "set captions, a file, or captioner, what writes them, and not both"),
+        ({"captioner": "m"}, "set captions, a file, or captioner, what writes them, and not both"),
+        ({"captions": None, "captioner": "http://127.0.0.1/v1"}, "names no model"),
+        ({"captions": None, "captioner": "m", "captioner_kind": "vllm"}, "captioner_kind is one of vlv, pipeline"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"images": ""}, "images is missing: folder of the original images"),
         ({"guidance": []}, "guidance must be one or more scales"),
         ({"guidance": "strong"}, "guidance must be one or more scales of at least 0, not .'strong'."),
@@ -145,3 +155,50 @@ def test_the_papers_fid_is_beside_ours_only_for_inceptions_features():
     assert lines[2:] == ["| FID | 12 |  |", "| FID of VLV in the paper | 11.47 |  |"]
     figures["1"]["frechet_distance"]["label"] = "Fréchet distance"
     assert "paper" not in cycle_table({"metrics": figures})
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_captions_the_images_once(config, tmp_path, llava, capsys):
+    del config["captions"]
+    config |= {"captioner": str(llava), "max_new_tokens": 5, "guidance": 1, "limit": 2}
+    assert run(config, tmp_path) == 0
+    results = json.loads((tmp_path / "cycle" / "results.json").read_text())
+    captions = json.loads((tmp_path / "cycle" / "captions.json").read_text())
+    expected = {own.name: own.caption for own in open_captioner(str(llava), max_new_tokens=5).caption(paths(config))}
+    assert captions == expected and set(captions) == {"0.jpg", "1.jpg"} and results["num_images"] == 2
+    assert results["captioner"]["kind"] == "pipeline" and results["captioner"]["failed"] == {}
+    log = (tmp_path / "cycle" / "captions.jsonl").read_text()
+    first = generated(config)
+    assert run(config, tmp_path) == 0 and generated(config) == first
+    assert (tmp_path / "cycle" / "captions.jsonl").read_text() == log  # nothing is captioned again
+
+
+def paths(config: dict) -> list[Path]:
+    return sorted(Path(config["images"]).iterdir())[:2]
+
+
+@pytest.mark.slow
+def test_an_endpoint_captions_the_images_and_what_fails_is_named_and_asked_again(config, tmp_path, capsys):
+    replies = [Reply("a small dog"), Reply(status=400, body=b"{}"), Reply("a cat"), Reply("a large apple")]
+    captions = config.pop("captions")
+    with scripted_endpoint(lambda words, before: replies[before]) as script:
+        config |= {"captioner": f"{script.url}#m", "prompt": "What?", "guidance": 1, "max_retries": 0}
+        assert run({**config, "concurrency": 1}, tmp_path) == 0
+        results = json.loads((tmp_path / "cycle" / "results.json").read_text())
+        assert results["num_images"] == 2 and list(results["captioner"]["failed"]) == ["1.jpg"]
+        assert "1 of 3 images have no caption and are left out: 1.jpg: status 400" in results["notes"][0]
+        assert "note: 1 of 3 images have no caption" in capsys.readouterr().out
+        assert run({**config, "concurrency": 1}, tmp_path) == 0
+        assert len(script.requests) == 4
+    again = json.loads((tmp_path / "cycle" / "captions.json").read_text())
+    assert again == {"0.jpg": "a small dog", "1.jpg": "a large apple", "2.jpg": "a cat"}
+    # The same captions from a file give the same figures.
+    Path(captions).write_text(json.dumps(again))
+    results = json.loads((tmp_path / "cycle" / "results.json").read_text())
+    for name in ("captioner", "prompt", "max_retries"):
+        del config[name]
+    assert run({**config, "captions": captions}, tmp_path) == 0
+    assert json.loads((tmp_path / "cycle" / "results.json").read_text())["metrics"] == results["metrics"]
+    dead = ["--captioner", "http://127.0.0.1:9/v1#m", "--output_dir", str(tmp_path / "other"), "--max_retries", "0"]
+    assert run(config, tmp_path, *dead) == 2
+    assert "captioned no image; the first reason: Connection error" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Questions to an OpenAI-compatible endpoint that fails in every way."""
 
+import base64
 import io
 import json
 import threading
@@ -187,3 +188,17 @@ def test_a_file_of_several_pictures_is_sent_as_jpeg():
     pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     pictures[0].save(file, "MPO", save_all=True, append_images=pictures[1:])
     assert image_part(file.getvalue())["image_url"]["url"].startswith("data:image/jpeg;base64,")
+
+
+def test_formats_that_endpoints_do_not_take_become_png():
+    image = Image.effect_noise((9, 7), 50).convert("RGB")
+    for kind, sent in {"TIFF": "png", "BMP": "png", "PNG": "png", "WEBP": "webp", "JPEG": "jpeg"}.items():
+        file = io.BytesIO()
+        image.save(file, kind)
+        head, _, data = image_part(file.getvalue())["image_url"]["url"].partition(",")
+        assert head == f"data:image/{sent};base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as found:
+            assert found.format.lower() == sent and (sent != "png" or found.tobytes() == image.tobytes())
+        if kind == "BMP":
+            cut = image_part(file.getvalue()[:60])["image_url"]["url"]
+            assert cut.startswith("data:image/bmp;base64,")  # damaged: sent as it is, for the endpoint to refuse

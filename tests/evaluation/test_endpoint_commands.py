@@ -1,6 +1,7 @@
 """`vlv evaluate judge`, `vqa` and `agreement`, with YAML files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ NUM_IMAGES = 33  # one more than the examples of the longest prompt
 
 def write_caption_files(folder: Path) -> None:
     """Images, captions, questions and annotations where the shipped configurations expect them."""
-    (folder / "coco/val2014-200").mkdir(parents=True)
     names = [f"COCO_val2014_{number:012}.jpg" for number in range(NUM_IMAGES)]
-    for name in names:
-        Image.new("RGB", (8, 8)).save(folder / "coco/val2014-200" / name)
+    for images in ("coco/val2014-200", "coco/val2014-30k"):
+        (folder / images).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (8, 8)).save(folder / images / name)
     for file in ("captions.json", "captions-val.json", "captions-train.json"):
         (folder / file).write_text(json.dumps(dict.fromkeys(names, "a red car")))
     ids = range(NUM_IMAGES)
@@ -45,18 +47,38 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+PLANS = {  # the beginning of each file's plan
+    "arena.yaml": f"{NUM_IMAGES} requests",
+    "vqav2.yaml": f"{6 * NUM_IMAGES} requests",  # three numbers of shots, with captions and without
+    "ok_vqa.yaml": f"{6 * NUM_IMAGES} requests",
+    "cycle.yaml": f"{NUM_IMAGES} captions by org/vlv, of at most 300 tokens\n{4 * NUM_IMAGES} images by stabilityai/",
+    "reconstruction.yaml": f"{4 * NUM_IMAGES} images by org/vlv, of the model's size, with 50 steps",
+    "spatial.yaml": f"{NUM_IMAGES} images by org/vlv",
+    "composition.yaml": f"{5 * (NUM_IMAGES // 2)} images by org/vlv",
+}
+COMMAND = re.compile(r"#   vlv evaluate (\w+) evaluation/configs/(\S+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_every_shipped_configuration_has_a_plan_by_the_command_in_it(folder, capsys, file):
+    protocol, named = COMMAND.search((CONFIGS / file).read_text()).groups()
+    assert named == file
+    assert main(["evaluate", protocol, str(CONFIGS / file), "--dry_run"]) == 0
+    assert capsys.readouterr().out.startswith(PLANS[file]) and not (folder / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("protocol", "file", "settings", "plan"),
     [
-        ("judge", "arena.yaml", [], f"{NUM_IMAGES} requests"),
         ("judge", "arena.yaml", ["--against", "captions-val.json"], f"{2 * NUM_IMAGES} requests"),
-        ("vqa", "vqav2.yaml", [], f"{6 * NUM_IMAGES} requests"),  # three numbers of shots, with captions and without
         ("vqa", "ok_vqa.yaml", ["--limit", "2"], "12 requests"),
+        ("cycle", "cycle.yaml", ["--limit", "2", "--guidance", "2"], "2 captions by org/vlv"),
+        ("composition", "composition.yaml", ["--limit", "4", "--counts", "9+8"], "2 images by org/vlv"),
     ],
 )
-def test_the_shipped_configurations_have_a_plan(folder, capsys, protocol, file, settings, plan):
+def test_options_change_a_plan(folder, capsys, protocol, file, settings, plan):
     assert main(["evaluate", protocol, str(CONFIGS / file), *settings, "--dry_run"]) == 0
-    assert capsys.readouterr().out.startswith(plan) and not (folder / "runs").exists()
+    assert capsys.readouterr().out.startswith(plan)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_the_last_caption_is_that_of_the_model(demo, decoding, settings):
 
 def test_a_caption_that_explains_the_image_hardly_better_than_no_words_is_marked(demo, tmp_path):
     marking = copy.copy(demo)
-    marking.marker = ConfidenceMarker(demo.pipeline)
+    marking.marker = ConfidenceMarker(demo.pipeline, 0.08)
     shutil.copy(PHOTO, tmp_path / "photo.jpg")
     marks = {}
     for path in (EXAMPLES[0], str(tmp_path / "photo.jpg")):

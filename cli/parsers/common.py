@@ -1,0 +1,45 @@
+"""Options that several commands have."""
+
+import argparse
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+NUM_PAIRS = 4
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """An argparse type: a whole number from 0 up."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model`, `--revision`, `--device` and `--dtype`, which are the same for all commands."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_REPO",
+        help="folder or Hub repo id of a VLV (default: the embedded miniature, which knows sixteen drawings)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo; a commit gives repeatable results")
+    parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="float32", help="precision (default: float32)")
+
+
+def add_num_pairs(parser: argparse.ArgumentParser, default: int | None = NUM_PAIRS) -> None:
+    """Adds `--num-pairs`."""
+    parser.add_argument(
+        "--num-pairs",
+        type=positive,
+        default=default,
+        metavar="K",
+        help=f"passes of the denoiser for a caption's score (default: {NUM_PAIRS})",
+    )
