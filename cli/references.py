@@ -24,7 +24,7 @@ def require_references(arguments: argparse.Namespace) -> None:
 
 
 def read_references(arguments: argparse.Namespace, names: Sequence[str]) -> "CaptionSet":
-    """What the images are measured against, by the options of `parsers.references.add_reference_arguments`, without captions.
+    """What the images are measured against, without captions, by the options of `vlv evaluate captions`.
 
     Raises:
         ValueError: If a file cannot be read, or has no entry for an image.
