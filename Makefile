@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # With it, each of the many processes of the tests would compile all of the code again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint format miniature evaluate clean always
+.PHONY: demo test test-fast lint format miniature evaluate bench clean always
 .DEFAULT_GOAL := demo
 
 $(VENV)/.ready: pyproject.toml setup.cfg constraints.txt
@@ -59,6 +59,11 @@ miniature: $(READY)
 # All metrics in the miniature's card.
 evaluate: $(READY)
 	$(BIN)/vlv evaluate miniature --output outputs/evaluation.json --overwrite
+
+# Each path beside the authors' method, and how its cost grows: benchmarks/report.md, growth.md and options.md. An hour.
+bench: $(READY)
+	$(BIN)/python -m benchmarks.bench --growth --output benchmarks
+	$(BIN)/python -m benchmarks.bench.options --output benchmarks
 
 clean:
 	rm -rf $(VENV) .cache build dist outputs *.egg-info .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ from vlv.version import __version__
 
 from .errors import UserError
 from .parsers import caption, convert, demo, encode, estimate, evaluate, info, push, reconstruct, score, serve
+from .settings_help import stored_help
 
 RENAMED_OPTIONS = {("push", "--decoder"): "--diffusion-model"}
 TRAIN_USAGE = (
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if it was interrupted.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if (text := stored_help(arguments)) is not None:
+        print(text, end="")
+        return 0
     if arguments[:1] == ["train"]:  # its arguments are a YAML file and settings that override it
         return _train(arguments[1:])
     return _run(arguments)

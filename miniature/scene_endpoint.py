@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint that knows scenes: `python -m vlv.miniature.scene_endpoint --port 8001`.
+"""An OpenAI-compatible endpoint that knows scenes: `python -m vlv.miniature.scene_endpoint FOLDER --port 8001`.
 
 It takes the place of the paper's Gemini and DeepSeek in the protocols that ask a model. The scene classifier reads
 images and the grammar captions, and rules make the answers. It knows the prompts of `vlv evaluate judge`, `vqa`,
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlv.checkpoints import MINIATURE
 from vlv.evaluation.composition import CONTENT_PROMPT
 from vlv.evaluation.detections import OBJECT
 from vlv.evaluation.detections import PROMPTS as BOX_PROMPTS
@@ -181,14 +180,15 @@ def _complete(model: SceneModel, request: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def serve_scenes(port: int = 0, path: str | Path = MINIATURE / SCENE_CLASSIFIER_FILE) -> Iterator[str]:
+def serve_scenes(folder: str | Path, port: int = 0) -> Iterator[str]:
     """Serves the model in this process; gives its address, `http://127.0.0.1:port/v1`.
 
     Args:
+        folder: A miniature with its scene classifier.
         port: 0 for a free one.
-        path: The weights of the scene classifier.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(SceneModel(SceneClassifier.load(path))))
+    model = SceneModel(SceneClassifier.load(Path(folder) / SCENE_CLASSIFIER_FILE))
+    server = ThreadingHTTPServer(("127.0.0.1", port), _handler(model))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -199,10 +199,11 @@ def serve_scenes(port: int = 0, path: str | Path = MINIATURE / SCENE_CLASSIFIER_
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.scene_endpoint", description=__doc__)
+    parser.add_argument("folder", help="a miniature with its scene classifier, such as checkpoints/vlv-miniature")
     parser.add_argument("--port", type=int, default=8001, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    with serve_scenes(options.port) as address:
+    with serve_scenes(options.folder, options.port) as address:
         print(f"{address}#{MODEL}", flush=True)
         threading.Event().wait()
 

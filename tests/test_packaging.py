@@ -103,6 +103,7 @@ def check(use, heavy):
 from vlv.cli.main import build_parser, main
 helps = [[], *([name] for name in build_parser()._subparsers._group_actions[0].choices if name != "train"), ["train"]]
 subjects = ("miniature", "images", "captions", "agreement", "cycle", "reconstruction", "spatial", "composition")
+helps += [["train", "stage1"], ["train", "stage2"], ["evaluate", "judge"], ["evaluate", "vqa"]]
 helps += [["evaluate", name] for name in subjects]
 for command in helps:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(open(os.devnull, "w")):

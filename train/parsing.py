@@ -63,16 +63,7 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
 
     Ends the program with a message on stderr, as argparse does, if a name or a value is wrong.
     """
-    about = (config_class.__doc__ or "").partition("Raises:")[0].strip()
-    parser = HfArgumentParser(
-        config_class,
-        prog=program,
-        usage=f"{program} [CONFIG.yaml] [--name value ...]",
-        description=f"All options can also be set in CONFIG.yaml. {about}",
-        allow_abbrev=False,  # otherwise --encoder, say, would set encoder_image_size
-    )
-    if issubclass(config_class, TrainingArguments):
-        arrange(parser, _own_settings(config_class))
+    parser = settings_parser(config_class, program)
     known = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     options = list(arguments)
     if options and not options[0].startswith("-"):
@@ -88,6 +79,21 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
             parser.error(f"{name} must come first, before --name value")
         parser.error(_unknown_setting(name.lstrip("-").split("=")[0], known))
     return config
+
+
+def settings_parser(config_class: type, program: str) -> HfArgumentParser:
+    """The parser of a configuration's settings, which writes the command's `--help`."""
+    about = (config_class.__doc__ or "").partition("Raises:")[0].strip()
+    parser = HfArgumentParser(
+        config_class,
+        prog=program,
+        usage=f"{program} [CONFIG.yaml] [--name value ...]",
+        description=f"All options can also be set in CONFIG.yaml. {about}",
+        allow_abbrev=False,  # otherwise --encoder, say, would set encoder_image_size
+    )
+    if issubclass(config_class, TrainingArguments):
+        arrange(parser, _own_settings(config_class))
+    return parser
 
 
 def _own_settings(config_class: Any) -> set[str]:

@@ -4,6 +4,10 @@
     python -m benchmarks.bench --sizes medium --paths "stage-1 step"    # one of them, printed
 
 Writes report.md and report.json, and with --growth also growth.md and growth.png.
+
+`models.py` builds models and files of three sizes, `original.py` has the authors' method, and `paths.py` the ways that
+are compared. `measure.py` runs them in turns, `growth.py` varies one quantity at a time, and `report.py` writes the
+tables. `options.py` and `profile.py` are commands of their own: what options gain, and where the time of a path goes.
 """
 
 import argparse
@@ -34,6 +38,7 @@ def main() -> None:
     options = parser.parse_args()
     limit_threads()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     results: dict[str, Any] = {
         "command": f"python -m benchmarks.bench {shlex.join(sys.argv[1:])}".strip(),
         "machine": machine(),

@@ -108,7 +108,7 @@ def reconstruct(models: Models, paths: Sequence[Path], seed: int) -> torch.Tenso
     tokens = pipeline.tokenizer(
         [""] * len(paths), padding="max_length", max_length=pipeline.tokenizer.model_max_length, return_tensors="pt"
     )
-    empty = models.captioner.model.get_encoder("text")(tokens.input_ids).last_hidden_state
+    empty = models.captioner.model.text_encoder(tokens.input_ids).last_hidden_state
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(STEPS)
     generators = [torch.Generator().manual_seed(seed) for _ in paths]

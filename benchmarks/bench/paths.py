@@ -76,6 +76,7 @@ def stage1(size: str, folder: Path, cached: bool = False) -> Ways:
     encoder = models.captioner.model
     freeze_for_stage1(encoder, config.trainable)
     dataset, processor = load_images(str(folder / "images")), models.processor.image_processor
+    image_encoder = models.decoder.image_encoder_parts()
     trainer = Stage1Trainer(
         encoder,
         models.decoder,
@@ -86,7 +87,8 @@ def stage1(size: str, folder: Path, cached: bool = False) -> Ways:
         features=open_vision_features(config, [dataset], processor, encoder),
     )
     step, ready = _trainer_step(trainer)
-    inputs = next(ready)
+    inputs = _tensors(next(ready))
+    models.decoder.vae.encoder, models.decoder.vae.quant_conv = image_encoder  # what a trainer with moments removes
 
     def bare_loss() -> torch.Tensor:
         names = ("pixel_values", "image_features")
@@ -131,13 +133,12 @@ def stage2(size: str, folder: Path, cached: bool = False) -> Ways:
     conditioning = open_conditioning(config, [dataset], models.processor.image_processor, model.model)
     trainer = Stage2Trainer(model, config, dataset, models.processor, conditioning=conditioning)
     step, ready = _trainer_step(trainer)
-    inputs = next(ready)
-    batch = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    batch = _tensors(next(ready))
 
     def difference() -> float:
         model.eval()
         with torch.no_grad():
-            ours = trainer.compute_loss(model, dict(inputs))
+            ours = trainer.compute_loss(model, dict(batch))
             theirs = original.stage2_loss(models, paths[:BATCH])
         return _near(float(ours), float(theirs), 1e-5)
 
@@ -345,7 +346,8 @@ def _training_settings(models: Models) -> dict[str, Any]:
 def _trainer_step(trainer: Any) -> tuple[Callable[[], float], Iterator[dict[str, Any]]]:
     """A step of the trainer, with its data loader, and its batches."""
     trainer.create_optimizer_and_scheduler(10**6)
-    ready = cycle_of(trainer.get_train_dataloader())
+    trainer.current_gradient_accumulation_steps = 1  # as the training loop sets it
+    ready = _cycle_of(trainer.get_train_dataloader())
 
     def step() -> float:
         inputs = next(ready)
@@ -353,12 +355,16 @@ def _trainer_step(trainer: Any) -> tuple[Callable[[], float], Iterator[dict[str,
         loss = trainer.training_step(trainer.model, inputs)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step, ready
 
 
-def cycle_of(loader: Any) -> Iterator[dict[str, Any]]:
+def _tensors(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "places"}
+
+
+def _cycle_of(loader: Any) -> Iterator[dict[str, Any]]:
     while True:
         yield from loader
 
@@ -370,7 +376,7 @@ def _bare_step(trainer: Any, loss_of: Callable[[], torch.Tensor]) -> Callable[[]
         loss.backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -202,3 +202,15 @@ def test_formats_that_endpoints_do_not_take_become_png():
         if kind == "BMP":
             cut = image_part(file.getvalue()[:60])["image_url"]["url"]
             assert cut.startswith("data:image/bmp;base64,")  # damaged: sent as it is, for the endpoint to refuse
+
+
+def test_answers_of_a_log_without_times_are_kept(tmp_path):
+    with scripted_endpoint(lambda words, before: Reply("a", delay=0.02)) as script:
+        (first,) = build(script.url, tmp_path).ask([ask("x")])
+        assert first.seconds >= 0.02
+        log = tmp_path / "answers.jsonl"
+        entry = json.loads(log.read_text())
+        assert entry.pop("seconds") == first.seconds
+        log.write_text(json.dumps(entry) + "\n")
+        again = build(script.url, tmp_path)
+        assert [own.text for own in again.ask([ask("x")])] == ["a"] and again.totals.kept == 1

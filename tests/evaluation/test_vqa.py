@@ -164,7 +164,7 @@ def test_files_of_another_form_and_shots_without_support_are_errors(files):
     with pytest.raises(ValueError, match=r"captions.json and .*annotations.json are not of one set"):
         read_vqa(files / "captions.json", files / "annotations.json")
     with pytest.raises(ValueError, match=r"shots \[4\] need support_questions"):
-        VQAConfig("run", "reader", questions="q.json", shots=[4])
+        VQAConfig(output_dir="run", endpoint_model="reader", questions="q.json", shots=[4])
     with pytest.raises(ValueError, match=r"shots is \[-1\]; expected one or more numbers"):
         config(files, None, shots=[-1])
     with pytest.raises(ValueError, match="limit is 0; it must be at least 1"):

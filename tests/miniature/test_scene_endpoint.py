@@ -66,7 +66,7 @@ def test_judges_and_questions_run_over_http_and_the_truth_has_full_marks(tmp_pat
     (tmp_path / "wrong.json").write_text(json.dumps(wrong))
     files = {name: str(tmp_path / "scenes" / f"{name}.json") for name in ("questions", "annotations")}
     truth = ["--captions", str(tmp_path / "scenes" / "true_captions.json")]
-    with serve_scenes() as address:
+    with serve_scenes(MINIATURE) as address:
         model = ["--base_url", address, "--endpoint_model", MODEL, "--max_retries", "0"]
         judge = ["evaluate", "judge", "--images", str(tmp_path / "scenes"), *truth, *model]
         assert main([*judge, "--output_dir", str(tmp_path / "judge")]) == 0
@@ -88,7 +88,7 @@ def test_judges_and_questions_run_over_http_and_the_truth_has_full_marks(tmp_pat
 def test_objects_and_content_are_found_over_http(tmp_path, capsys):
     write_pairs(tmp_path / "scenes", 2, "test", 5)
     images = ["--images", str(tmp_path / "scenes"), "--model", "miniature", "--num_inference_steps", "2"]
-    with serve_scenes() as address:
+    with serve_scenes(MINIATURE) as address:
         spatial = ["--detector", f"{address}#{MODEL}", "--boxes", "2d", "--output_dir", str(tmp_path / "endpoint")]
         assert main(["evaluate", "spatial", *images, *spatial]) == 0
         composition = ["--counts", "24+0", "--judge", f"{address}#{MODEL}", "--output_dir", str(tmp_path / "mixed")]
