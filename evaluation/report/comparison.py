@@ -43,8 +43,8 @@ def describe_comparison(run: Run, section: Section, settings: ReportSettings) ->
         places = [(name, (speed, None)) for name, own in captioners.items() if (speed := own.get("images_per_second"))]
         section.charts.append(Chart("images/s", charts.dots(places)))
     for key, label in labels.items():
-        places = [(name, value) for name, own in metrics.items() if (value := value_of(own.get(key)))]
-        section.charts.append(Chart(label, charts.dots(places)))
+        found = [(name, value) for name, own in metrics.items() if (value := value_of(own.get(key)))]
+        section.charts.append(Chart(label, charts.dots(found)))
     section.summary = _summary(metrics) or f"{len(captioners)} captioners"
     section.grids += _grids(run, settings, labels, section)
 
