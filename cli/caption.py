@@ -16,7 +16,6 @@ from .choosing import (
     choose_captions,
     choose_min_score,
     complete_choice_arguments,
-    mark_confidence,
     recorded_choice,
     refuse_other_form,
     shared_settings,
@@ -76,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         inputs = results.resume(inputs)
         kept = total - len(inputs)
         if arguments.confidence:
+            from vlv.pipelines import mark_confidence  # it imports diffusers, which captions alone do not need
+
             results.revise(partial(mark_confidence, min_score=arguments.min_score))
         for note in results.notes():
             print(note, file=sys.stderr)

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 DEFAULTS = {"temperature": 1.0, "seed": 0, "num_pairs": NUM_PAIRS}
 
 
+def check_min_score(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for a `--min-score` that is not a number, or without `--confidence`."""
+    if arguments.min_score is None:
+        return
+    if not arguments.confidence:
+        raise UserError("--min-score needs --confidence")
+    if math.isnan(arguments.min_score):
+        raise UserError("--min-score is nan; expected a number, such as 0.1")
+
+
 def complete_choice_arguments(arguments: argparse.Namespace) -> None:
     """Sets the defaults of the options that the others make usable; raises `UserError` for contradictions."""
     several, scored = arguments.num_captions > 1, uses_scores(arguments)
@@ -32,15 +42,13 @@ def complete_choice_arguments(arguments: argparse.Namespace) -> None:
         ("--best-by", arguments.best_by, several, "--num-captions 2 or more"),
         ("--temperature", arguments.temperature, several, "--num-captions 2 or more"),
         ("--seed", arguments.seed, several, "--num-captions 2 or more"),
-        ("--min-score", arguments.min_score, arguments.confidence, "--confidence"),
         ("--num-pairs", arguments.num_pairs, scored, "--best-by score or --confidence"),
     ):
         if value is not None and not usable:
             raise UserError(f"{option} needs {needed}")
     if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature:g}; expected a number above 0, such as 1.0")
-    if arguments.min_score is not None and math.isnan(arguments.min_score):
-        raise UserError("--min-score is nan; expected a number, such as 0.1")
+    check_min_score(arguments)
     if arguments.seed is not None and arguments.seed < 0:
         raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     if several and (arguments.as_original or arguments.num_beams > 1):
@@ -98,17 +106,12 @@ def choose_min_score(arguments: argparse.Namespace, source: str) -> None:
     if not arguments.confidence or arguments.min_score is not None:
         return
     arguments.min_score = MIN_SCORE
-    if Path(source).resolve() != MINIATURE.resolve() or arguments.num_pairs != NUM_PAIRS:
+    if Path(source).resolve() != MINIATURE.resolve() or getattr(arguments, "num_pairs", NUM_PAIRS) != NUM_PAIRS:
         print(
             f"note: the default --min-score, {MIN_SCORE:g}, was measured for the embedded miniature with --num-pairs "
             f"{NUM_PAIRS}; docs/evaluation.md says how to measure it for another model",
             file=sys.stderr,
         )
-
-
-def mark_confidence(entry: dict[str, Any], min_score: float) -> dict[str, Any]:
-    """A caption with its score and whether that is at least `min_score`."""
-    return entry | {"confident": entry["score"] >= min_score} if "score" in entry else entry
 
 
 def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
@@ -145,6 +148,8 @@ def choose_captions(
     """
     if scorer is None:
         return batch.inputs, [own[0] if arguments.num_captions == 1 else list(own) for own in groups]
+    from vlv.pipelines import mark_confidence
+
     inputs, results = [], []
     for item, own, scores in zip(batch.inputs, groups, scorer.score(batch, groups, summary), strict=True):
         if scores is None:

@@ -7,12 +7,14 @@ from vlv.pipelines.schedulers import OWN
 from vlv.space.deploy import push_space, write_space
 
 from .address import check_address, port_in_use
+from .choosing import check_min_score, choose_min_score
 from .errors import UserError
 from .models import choose_device, choose_model, loading, precision, use_scheduler
 from .push import check_repo_id, talking_to_the_hub
 
 
 def run(arguments: argparse.Namespace) -> int:
+    check_min_score(arguments)
     if arguments.push_space or arguments.write_space:
         return _deploy(arguments)
     check_address(arguments.host, arguments.port)
@@ -30,8 +32,10 @@ def _serve(arguments: argparse.Namespace) -> int:
             f"the page needs the extra vlv[space] (pip install '.[space]' in its source folder): {error}"
         ) from error
     source = choose_model(arguments)
+    choose_min_score(arguments, source)
     with loading(source):
-        demo = Demo(source, arguments.revision, choose_device(arguments), precision(arguments))
+        device, dtype = choose_device(arguments), precision(arguments)
+        demo = Demo(source, arguments.revision, device, dtype, arguments.min_score)
     if arguments.scheduler != OWN:
         if demo.pipeline is None:
             raise UserError(
@@ -53,6 +57,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
     if arguments.push_space and arguments.write_space:
         raise UserError("give --push-space or --write-space, not both")
     check_repo_id(arguments.model)
+    choose_min_score(arguments, arguments.model)
     if arguments.write_space:
         try:
             write_space(arguments.write_space, arguments.model)
@@ -61,6 +66,8 @@ def _deploy(arguments: argparse.Namespace) -> int:
         variables = f"MODEL_ID={arguments.model}"
         if arguments.revision:
             variables += f" and MODEL_REVISION={arguments.revision}"
+        if arguments.confidence:
+            variables += f" and MIN_SCORE={arguments.min_score:g}"
         print(f"written to {arguments.write_space}; set the Space's variables {variables}")
         return 0
     check_repo_id(arguments.push_space)
@@ -69,6 +76,7 @@ def _deploy(arguments: argparse.Namespace) -> int:
             arguments.push_space,
             arguments.model,
             revision=arguments.revision,
+            min_score=arguments.min_score,
             private=arguments.private,
             token=arguments.token,
         )

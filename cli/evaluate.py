@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import UserError
 from .evaluating import as_user_errors, choose_features, progress, read_images
 from .models import choose_device, choose_model, loading
 from .output import output_path, refuse_existing
+from .references import embed_images, load_clip, read_references, require_references
 
 
 def run_miniature(arguments: argparse.Namespace) -> int:
@@ -42,7 +44,7 @@ def run_miniature(arguments: argparse.Namespace) -> int:
 
 def run_images(arguments: argparse.Namespace) -> int:
     from vlv.evaluation import image_sets
-    from vlv.evaluation.results import BOOTSTRAP_SAMPLES
+    from vlv.evaluation.results import BOOTSTRAP_SAMPLES, per_image
 
     output = _output(arguments)
     generated = read_images(arguments.generated, "--generated")
@@ -83,10 +85,10 @@ def run_images(arguments: argparse.Namespace) -> int:
             paired=matches == list(zip(generated, reference, strict=False)) and len(generated) == len(reference),
         )
         pairs = matches if arguments.pair_metrics else []
+        values: dict[str, list[float]] = {}
         if reference and arguments.pair_metrics and len(pairs) < len(generated):
             notes.append(f"{len(generated) - len(pairs)} generated images have no reference of their name")
         if pairs:
-            values = {}
             if "cosine" in arguments.pair_metrics:
                 rows = [{name: row for row, name in enumerate(images)} for images in (generated, reference)]
                 values["cosine"] = image_sets.cosine_similarities(
@@ -101,63 +103,48 @@ def run_images(arguments: argparse.Namespace) -> int:
             found, more = image_sets.pair_figures(values, BOOTSTRAP_SAMPLES if samples is None else samples)
             figures, notes = figures | found, notes + more
     counts = {f"num_{kind}": one.count for kind, one in statistics.items()}
-    return _finish(arguments, output, figures, notes, {"features": extractor.name, **counts, "num_pairs": len(pairs)})
+    facts = {"features": extractor.name, **counts, "num_pairs": len(pairs)}
+    facts["per_image"] = per_image(values, [name for name, _ in pairs])
+    return _finish(arguments, output, figures, notes, facts)
 
 
 def run_captions(arguments: argparse.Namespace) -> int:
     from vlv.evaluation import caption_sets
-    from vlv.evaluation.results import BOOTSTRAP_SAMPLES
+    from vlv.evaluation.results import BOOTSTRAP_SAMPLES, per_image
 
     output = _output(arguments)
     if bool(arguments.clip) != bool(arguments.images):
         raise UserError("CLIPScore needs both --clip MODEL and --images DIR")
-    if arguments.objects and not arguments.vocabulary:
-        raise UserError("--objects needs --vocabulary FILE, the objects that CHAIR looks for")
-    if arguments.vocabulary and not (arguments.objects or arguments.references):
-        raise UserError("--vocabulary needs --objects FILE, or --references that mention the objects")
-    if arguments.bert and not arguments.references:
-        raise UserError("BERTScore compares captions with references; pass --references FILE with --bert")
+    require_references(arguments)
     with as_user_errors():
         captions = caption_sets.read_captions(arguments.captions)
         names = list(captions)
-        given = caption_sets.CaptionSet(names, list(captions.values()))
-        for option in ("references", "objects"):
-            if path := getattr(arguments, option):
-                entries = caption_sets.entries_of(names, caption_sets.read_lists(path), f"--{option} {path}")
-                setattr(given, option, entries)
-        if arguments.vocabulary:
-            given.vocabulary = caption_sets.read_lists(arguments.vocabulary)
-        clip = tokenizer = None
-        if arguments.clip:
-            from vlv.evaluation.features import AutoModelFeatures
-            from vlv.evaluation.image_sets import extract_statistics
-
-            with loading(f"--clip {arguments.clip}"):
-                clip = AutoModelFeatures(arguments.clip, choose_device(arguments))
-            if not clip.is_contrastive:
-                raise UserError(f"--clip {arguments.clip} embeds no texts; pass a CLIP or SigLIP model")
+        given = replace(read_references(arguments, names), captions=list(captions.values()))
+        clip, tokenizer = load_clip(arguments), None
+        if clip is not None:
             paths = caption_sets.entries_of(
                 names, read_images(arguments.images, "--images"), f"--images {arguments.images}"
             )
-            with progress(len(paths), "features of images", True) as advance:
-                given.images = extract_statistics(paths, clip, arguments.batch_size, advance=advance).features
+            given.images = embed_images(clip, paths, arguments.batch_size)
         if arguments.tokenizer:
             from transformers import AutoTokenizer
 
             with loading(arguments.tokenizer):
                 tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-        figures, notes = caption_sets.evaluate_captions(
+        measured = caption_sets.measure_captions(
             given,
             clip,
             arguments.bert,
             arguments.bert_layer,
             tokenizer,
             arguments.max_new_tokens,
-            BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap,
             arguments.batch_size,
             choose_device(arguments),
         )
-    return _finish(arguments, output, figures, notes, {"num_captions": len(names)})
+        samples = BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap
+        figures = measured.figures(len(names), samples)
+    facts = {"num_captions": len(names), "per_image": per_image(measured.values, names)}
+    return _finish(arguments, output, figures, measured.notes, facts)
 
 
 def _output(arguments: argparse.Namespace) -> Path:

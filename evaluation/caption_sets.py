@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from . import caption_metrics as cm
 from .features import AutoModelFeatures
 from .matching import match_names
-from .results import BOOTSTRAP_SAMPLES, corpus_figure, figure, mean_figure
+from .results import corpus_figure, figure, mean_figure
 
 
 @dataclass
@@ -37,24 +37,52 @@ class CaptionSet:
     images: torch.Tensor | None = None
 
 
-def evaluate_captions(
+@dataclass
+class Measured:
+    """What is measured of a set of captions.
+
+    Attributes:
+        means: By key, the label of a figure and its value for each caption, of which the figure is the mean.
+        statistics: By key, the label of a figure, and a function of the indices of captions that computes it.
+        constants: Figures without an interval.
+        notes: On how far the figures can be trusted.
+    """
+
+    means: dict[str, tuple[str, Sequence[float]]] = field(default_factory=dict)
+    statistics: dict[str, tuple[str, Callable[[torch.Tensor], float]]] = field(default_factory=dict)
+    constants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def figures(self, count: int, samples: int) -> dict[str, Any]:
+        """The figures of `count` captions, with intervals of `samples` resamplings."""
+        found = {
+            key: corpus_figure(label, statistic, count, samples) for key, (label, statistic) in self.statistics.items()
+        }
+        found |= {key: mean_figure(label, values, samples) for key, (label, values) in self.means.items()}
+        return found | self.constants
+
+    @property
+    def values(self) -> dict[str, Sequence[float]]:
+        """The value of each figure for each caption."""
+        return {key: values for key, (_, values) in self.means.items()}
+
+
+def measure_captions(
     given: CaptionSet,
     clip: AutoModelFeatures | None = None,
     bert_model: str | None = None,
     bert_layers: int | None = None,
     tokenizer: Any = None,
     max_new_tokens: int = 300,
-    samples: int = BOOTSTRAP_SAMPLES,
     batch_size: int = 64,
     device: str = "cpu",
-) -> tuple[dict[str, Any], list[str]]:
-    """All figures that can be computed from what is given, and notes.
+) -> Measured:
+    """Measures all that can be computed from what is given.
 
     Args:
         clip: The model of `given.images`, for CLIPScore.
         bert_model: For BERTScore, with `bert_layers`, see `caption_metrics.bert_score`.
         tokenizer: Of the model that wrote the captions, with at most `max_new_tokens`, for the share that ended.
-        samples: Resamplings for the intervals; 0 for none.
         batch_size, device: Of BERTScore's model.
 
     Raises:
@@ -63,14 +91,13 @@ def evaluate_captions(
     """
     if not given.captions:
         raise ValueError("there are no captions to evaluate")
-    captions, notes, count = given.captions, [], len(given.captions)
-    means: dict[str, tuple[str, Sequence[float]]] = {}
-    figures: dict[str, Any] = {}
+    captions, count, measured = given.captions, len(given.captions), Measured()
+    means, statistics, notes = measured.means, measured.statistics, measured.notes
     if given.references is not None:
         means["cider_d"] = "CIDEr-D", cm.cider_d(captions, given.references)
         bleu = cm.Bleu(captions, given.references)
         for order in range(1, 5):
-            figures[f"bleu_{order}"] = corpus_figure(f"BLEU-{order}", partial(bleu.score, order), count, samples)
+            statistics[f"bleu_{order}"] = f"BLEU-{order}", partial(bleu.score, order)
         means["rouge_l"] = "ROUGE-L", cm.rouge_l(captions, given.references)
         means["meteor"] = cm.meteor_name(), cm.meteor(captions, given.references)
         if bert_model:
@@ -98,16 +125,14 @@ def evaluate_captions(
             raise ValueError("CHAIR needs the objects of the images, or references that mention them")
         mentions = chair.count(captions, truth)
         for key, label in (("chair_i", "CHAIR-i"), ("chair_s", "CHAIR-s"), ("chair_recall", "recall of objects")):
-            figures[key] = corpus_figure(label, partial(_chair_score, mentions, key), count, samples)
+            statistics[key] = label, partial(_chair_score, mentions, key)
     means["words"] = "words", cm.lengths(captions)
     means["repetition_4"] = "repetition of 4 words", cm.repetition(captions)
     if tokenizer is not None:
         means["ended"] = f"end within {max_new_tokens} tokens", cm.ended(captions, tokenizer, max_new_tokens)
-    for key, (label, values) in means.items():
-        figures[key] = mean_figure(label, values, samples)
     for order in (1, 2):
-        figures[f"distinct_{order}"] = figure(f"distinct-{order}", cm.distinct(captions, order))
-    return figures, notes
+        measured.constants[f"distinct_{order}"] = figure(f"distinct-{order}", cm.distinct(captions, order))
+    return measured
 
 
 def _chair_score(mentions: torch.Tensor, key: str, rows: torch.Tensor) -> float:
@@ -166,6 +191,20 @@ def _read(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_texts(path: str | os.PathLike) -> dict[str, list[str]]:
+    """The texts of each image in a file of captions or of references.
+
+    An entry is a text, a list of texts, or `{"caption": text}`; a file of COCO's caption annotations is read, too.
+
+    Raises:
+        ValueError: If it is another file; the message names it.
+    """
+    content = _read(path)
+    if not isinstance(content, dict) or not any(isinstance(entry, dict) for entry in content.values()):
+        return read_lists(path)
+    return {name: [text] for name, text in read_captions(path).items()}
 
 
 def entries_of(names: Sequence[str], entries: Mapping[str, Any], source: str) -> list[Any]:

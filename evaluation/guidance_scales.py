@@ -21,7 +21,7 @@ from .image_sets import (
     require_packages,
 )
 from .markdown import markdown_table
-from .results import package_versions
+from .results import package_versions, per_image
 from .statistics import FeatureStatistics
 
 
@@ -71,7 +71,8 @@ def compare_over_guidance(
         advance: Called with the number of generated images after each batch.
 
     Returns:
-        What `results.json` holds: `metrics` by guidance, `notes`, `config`, `versions` and the facts.
+        What `results.json` holds: `metrics` by guidance, `per_image` and `files` (the generated images, relative to
+        `output_dir`) by guidance, `notes`, `config`, `versions` and the facts.
 
     Raises:
         ImportError: If the package of a pair metric is not installed.
@@ -87,6 +88,8 @@ def compare_over_guidance(
     results: dict[str, Any] = {
         "metrics": {},
         "notes": [],
+        "per_image": {},
+        "files": {},
         "features": "; ".join(extractor.name for extractor in extractors),
         "num_images": len(originals),
         "config": asdict(config),
@@ -98,8 +101,10 @@ def compare_over_guidance(
         files = generate_missing(source, guidance, config, advance)
         figures: dict[str, Any] = {}
         notes: list[str] = []
+        each: dict[str, Sequence[float]] = {}
         for number, (extractor, reference) in enumerate(zip(extractors, references, strict=True), 1):
-            found, more = _compare_features(config, files, extractor, reference)
+            found, more, cosines = _compare_features(config, files, extractor, reference)
+            each |= {key if number == 1 else f"{key}_{number}": values for key, values in cosines.items()}
             if len(extractors) > 1:
                 found = {key: one | {"label": _label(one["label"], extractor)} for key, one in found.items()}
             figures |= {key if number == 1 else f"{key}_{number}": one for key, one in found.items()}
@@ -110,7 +115,12 @@ def compare_over_guidance(
             pairs, more = pair_figures(values, config.bootstrap)
             figures |= pairs
             notes += more
+            each |= values
         results["metrics"][f"{guidance:g}"] = figures
+        results["per_image"][f"{guidance:g}"] = per_image(each, source.names)
+        results["files"][f"{guidance:g}"] = {
+            name: file.relative_to(folder).as_posix() for name, file in zip(source.names, files, strict=True)
+        }
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *cut_notes(files)]))
         write_json(folder / RESULTS_FILE, results)
     write_table(folder, table(results))
@@ -119,15 +129,18 @@ def compare_over_guidance(
 
 def _compare_features(
     config: ComparisonConfig, files: Sequence[Path], extractor: FeatureExtractor, reference: FeatureStatistics
-) -> tuple[dict[str, Any], list[str]]:
-    """Figures of one extractor's features of the generated images against those of the originals, and notes."""
+) -> tuple[dict[str, Any], list[str], dict[str, list[float]]]:
+    """Figures of one extractor's features of the generated images against those of the originals, notes, and the
+    figures of each image.
+    """
     generated = extract_statistics(files, extractor)
     figures, notes = compare_sets(generated, reference, extractor, config.bootstrap, paired=True)
+    each: dict[str, list[float]] = {}
     if "cosine" in config.pair_metrics:
-        values = cosine_similarities(generated.features, reference.features)
-        pairs, more = pair_figures({"cosine": values}, config.bootstrap)
+        each["cosine"] = cosine_similarities(generated.features, reference.features)
+        pairs, more = pair_figures(each, config.bootstrap)
         figures, notes = figures | pairs, notes + more
-    return figures, notes
+    return figures, notes, each
 
 
 def _label(label: str, extractor: FeatureExtractor) -> str:

@@ -1,5 +1,6 @@
 """Results of an evaluation: figures with intervals, the versions that made them, and their table."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -46,6 +47,14 @@ def corpus_figure(
     """
     interval = bootstrap_interval(num_images, statistic, samples) if samples else None
     return figure(label, statistic(torch.arange(num_images)), interval, **facts)
+
+
+def per_image(values: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each figure, the value of each image by its name. Values that are not finite are left out."""
+    return {
+        key: {name: round(value, 6) for name, value in zip(names, each, strict=True) if math.isfinite(value)}
+        for key, each in values.items()
+    }
 
 
 def ratio_figure(

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .confidence import ConfidenceMarker, mark_confidence, resized_pixels
     from .diffusion_score import CaptionScores, DiffusionScorer, to_pixels
     from .generation import generate_captions, generate_images
     from .loading import ReconstructionPipeline, build_reconstruction, load_reconstruction
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CaptionScores",
+    "ConfidenceMarker",
     "DiffusionScorer",
     "ReconstructionPipeline",
     "VLVCaptioningPipeline",
@@ -25,6 +27,8 @@ __all__ = [
     "generate_captions",
     "generate_images",
     "load_reconstruction",
+    "mark_confidence",
+    "resized_pixels",
     "to_pixels",
     "trim_caption",
 ]
@@ -34,6 +38,9 @@ _MODULES = {
     "generate_images": "generation",
     "VLVCaptioningPipeline": "pipeline_vlv_captioning",
     "trim_caption": "pipeline_vlv_captioning",
+    "ConfidenceMarker": "confidence",
+    "mark_confidence": "confidence",
+    "resized_pixels": "confidence",
     "CaptionScores": "diffusion_score",
     "DiffusionScorer": "diffusion_score",
     "to_pixels": "diffusion_score",

@@ -1,11 +1,10 @@
 """The demo page: captions, reconstructions, and images composed from the caption embeddings of two images.
 
-It runs as a Hugging Face Space, where the variable `MODEL_ID` names the model (and `MODEL_REVISION` pins it), and as
-`vlv demo` on any machine.
+It runs as a Hugging Face Space, where the variable `MODEL_ID` names the model (`MODEL_REVISION` pins it, and
+`MIN_SCORE` marks captions with a lower diffusion score), and as `vlv demo` on any machine.
 """
 
 import os
-import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,17 +18,16 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.utils import get_upload_folder, is_in_or_equal
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from PIL import Image
 from transformers import TextIteratorStreamer
 
 from vlv import hub
-from vlv.pipelines import build_reconstruction, generate_captions
+from vlv.hub.card_text import describe_limits, read_card
+from vlv.pipelines import ConfidenceMarker, build_reconstruction, generate_captions
 
 EXAMPLES = sorted(str(path) for path in (Path(__file__).parent / "examples").glob("*.png"))
 MAX_UPLOAD = "10mb"
 QUEUE_LENGTH = 20
-BOLD_SENTENCE = re.compile(r"\*\*([^*]+[.!])\*\*")
 PROGRESS = gr.Progress()  # gradio passes a progress bar to functions that have this as a default value
 DECODINGS = ["greedy", "beams", "sampling"]
 # The last two rules replace the word "Error", which gradio writes into outputs; a message gives the reason.
@@ -123,14 +121,6 @@ def explained() -> Iterator[None]:
         ) from error
 
 
-def read_card(folder: Path) -> str:
-    """The model card without its front matter, or "" if there is none."""
-    if not (folder / "README.md").is_file():
-        return ""
-    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")  # the page does without a good card
-    return REGEX_YAML_BLOCK.sub("", text, count=1)
-
-
 class Demo:
     """A loaded model and the functions of the page's tabs.
 
@@ -139,14 +129,20 @@ class Demo:
         revision: Branch, tag or commit of the repo.
         device: Where the model runs.
         dtype: Precision of all components.
+        min_score: If given, captions have their diffusion score, and those with a lower one are marked.
 
     Raises:
         FileNotFoundError: If there is no such model.
-        ValueError: If the model can neither caption nor reconstruct.
+        ValueError: If the model can neither caption nor reconstruct, or `min_score` is given and it cannot do both.
     """
 
     def __init__(
-        self, source: str, revision: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        source: str,
+        revision: str | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        min_score: float | None = None,
     ):
         patterns = [*hub.CAPTIONER_FILES, *hub.PIPELINE_FILES, "README.md"]
         folder = hub.resolve(source, revision=revision, allow_patterns=patterns)
@@ -175,6 +171,13 @@ class Demo:
             components = hub.load_diffusion_components(folder, dtype=dtype)
             self.pipeline = build_reconstruction(encoder, image_processor, components, self.name).to(device)
             self.pipeline.set_progress_bar_config(disable=True)
+        self.marker: ConfidenceMarker | None = None
+        if min_score is not None:
+            if self.captioner is None or self.pipeline is None:
+                raise ValueError(
+                    f"{self.name} cannot mark captions: scores need its captioner and its diffusion model"
+                )
+            self.marker = ConfidenceMarker(self.pipeline, min_score)
 
     def load(self, path: str | None, which: str = "an image") -> Image.Image:
         """The image in a file.
@@ -238,6 +241,19 @@ class Demo:
                 )[0]
             else:
                 yield from self._stream(**inputs.to(self.captioner.device), **settings)
+
+    def caption_and_mark(self, path: str | None, *settings: Any) -> Iterator[tuple[str, str]]:
+        """As `caption`, with a sentence on how well the complete caption explains the image.
+
+        Raises:
+            gradio.Error: As `caption`.
+        """
+        caption = ""
+        for caption in self.caption(path, *settings):
+            yield caption, ""
+        with explained():
+            marked = self.marker.mark(self.load(path), caption)  # type: ignore[union-attr]
+            yield caption, self.marker.describe(marked)  # type: ignore[union-attr]
 
     def _stream(self, **settings: Any) -> Iterator[str]:
         """Yields the growing caption. An error of the generation, which runs in a thread, is raised here."""
@@ -331,23 +347,6 @@ class Demo:
         """The model card without its front matter."""
         return self.card or "This model has no model card. Captions can be wrong."
 
-    def limits(self, results: str) -> str:
-        """What the model knows and does not know, for readers of its results.
-
-        This is the sentence in bold in the first paragraph of the model card, as in "**It knows birds, and nothing
-        else.**". A card without one gets a general sentence.
-
-        Args:
-            results: What can be wrong: "Captions" or "Reconstructions".
-        """
-        blocks = re.split(r"\n\s*\n", self.card.strip())
-        paragraph = next((block for block in blocks if not block.lstrip().startswith(("#", "<", "!", "[!"))), "")
-        if found := BOLD_SENTENCE.search(paragraph):
-            return f"**What this model knows.** {' '.join(found.group(1).split())} {results} can be wrong."
-        if self.card:
-            return f"**{results} can be wrong.** The model card, below, says what this model was trained on."
-        return f"**{results} can be wrong.** This model has no model card that says what it was trained on."
-
 
 def generation_settings(seed: Any, steps: Any, guidance: Any) -> dict[str, Any]:
     """The pipeline's arguments for the page's settings.
@@ -414,9 +413,11 @@ def _caption_tab(demo: Demo, one_at_a_time: dict[str, Any]) -> None:
             gr.Examples(EXAMPLES, image)
         with gr.Column():
             caption = gr.Textbox(label="Caption", lines=6, elem_classes="result")
-            gr.Markdown(demo.limits("Captions"), elem_classes="limits")
+            mark = gr.Markdown("", elem_classes="confidence", visible=demo.marker is not None)
+            gr.Markdown(describe_limits(demo.card, "Captions"), elem_classes="limits")
         inputs = [image, max_new_tokens, decoding, temperature, num_beams, unchecked(instruction)]
-        run.click(demo.caption, inputs, caption, api_name="caption", **one_at_a_time)
+        write, outputs = (demo.caption, [caption]) if demo.marker is None else (demo.caption_and_mark, [caption, mark])
+        run.click(write, inputs, outputs, api_name="caption", **one_at_a_time)
 
 
 def _reconstruct_tab(demo: Demo, steps: int, one_at_a_time: dict[str, Any]) -> None:
@@ -424,7 +425,7 @@ def _reconstruct_tab(demo: Demo, steps: int, one_at_a_time: dict[str, Any]) -> N
         image = _image_field("Image")
         original = gr.Image(label="Original, resized", interactive=False, height=260, elem_classes="result")
         generated = gr.Image(label="Reconstruction", interactive=False, height=260, elem_classes="result")
-    gr.Markdown(demo.limits("Reconstructions"), elem_classes="limits")
+    gr.Markdown(describe_limits(demo.card, "Reconstructions"), elem_classes="limits")
     with gr.Row():
         words = unchecked(gr.Textbox(label="Words"))
         kept = demo.kept_setting.slider(demo.num_query_tokens)
@@ -439,7 +440,7 @@ def _compose_tab(demo: Demo, steps: int, one_at_a_time: dict[str, Any]) -> None:
     with gr.Row():
         first, second = _image_field("First image"), _image_field("Second image")
         composed = gr.Image(label="Composed", interactive=False, height=260, elem_classes="result")
-    gr.Markdown(demo.limits("Reconstructions"), elem_classes="limits")
+    gr.Markdown(describe_limits(demo.card, "Reconstructions"), elem_classes="limits")
     with gr.Row():
         counts = [setting.slider(demo.num_query_tokens // 2) for setting in demo.count_settings]
     inputs = [first, second, *counts, *_generation_controls(steps)]
@@ -495,4 +496,5 @@ if __name__ == "__main__":
     if not os.environ.get("MODEL_ID"):
         raise SystemExit("MODEL_ID is not set; set this variable to the model's repository, such as org/name")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    launch(Demo(os.environ["MODEL_ID"], os.environ.get("MODEL_REVISION"), device))
+    min_score = float(os.environ["MIN_SCORE"]) if os.environ.get("MIN_SCORE") else None
+    launch(Demo(os.environ["MODEL_ID"], os.environ.get("MODEL_REVISION"), device, min_score=min_score))

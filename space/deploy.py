@@ -6,6 +6,7 @@ A Space holds a copy of the packages that it needs, because no package index has
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -39,7 +40,12 @@ def _write(root: Path, model: str) -> None:
         shutil.copyfile(HERE / name, root / name)
     shutil.copytree(HERE / "examples", root / "examples")
     metadata_save(root / "README.md", {**(metadata_load(root / "README.md") or {}), "models": [model]})
-    for package in PACKAGES:
+    copy_packages(PACKAGES, root)
+
+
+def copy_packages(packages: Sequence[str], root: Path) -> None:
+    """Copies the modules of packages, and what they read, into a Space's folder."""
+    for package in packages:
         source = Path(str(import_module(package).__file__)).parent
         target = root.joinpath(*package.split("."))
         target.mkdir(parents=True)
@@ -53,6 +59,7 @@ def push_space(
     model: str,
     *,
     revision: str | None = None,
+    min_score: float | None = None,
     private: bool = False,
     token: str | None = None,
 ) -> str:
@@ -63,6 +70,8 @@ def push_space(
         model: The model's repo id; it becomes the Space's variable `MODEL_ID`.
         revision: Branch, tag or commit of the model; it becomes the variable `MODEL_REVISION`. With a commit the page
             does not change when the model does.
+        min_score: Captions with a lower diffusion score are marked; it becomes the variable `MIN_SCORE`. By default
+            captions have no score.
         private: Whether a new Space is private. A Space with a private model needs a secret `HF_TOKEN`.
         token: Access token of an account that may write to `org`.
 
@@ -79,10 +88,11 @@ def push_space(
             f"{space} exists and is public; nothing was uploaded. Make it private first, or push elsewhere"
         )
     api.add_space_variable(space, "MODEL_ID", model)
-    if revision is not None:
-        api.add_space_variable(space, "MODEL_REVISION", revision)
-    elif "MODEL_REVISION" in api.get_space_variables(space):  # the revision of an earlier push
-        api.delete_space_variable(space, "MODEL_REVISION")
+    for name, value in (("MODEL_REVISION", revision), ("MIN_SCORE", min_score)):
+        if value is not None:
+            api.add_space_variable(space, name, str(value))
+        elif name in api.get_space_variables(space):  # of an earlier push
+            api.delete_space_variable(space, name)
     with tempfile.TemporaryDirectory(prefix="vlv-space-") as folder:
         write_space(folder, model)
         commit = api.upload_folder(

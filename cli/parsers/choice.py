@@ -27,6 +27,12 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
         help='write {"caption": ..., "score": ..., "confident": true or false}: whether the score of `vlv score` is '
         "at least --min-score",
     )
+    add_min_score(parser)
+    add_num_pairs(parser, default=None)
+
+
+def add_min_score(parser: argparse.ArgumentParser) -> None:
+    """Adds `--min-score`."""
     parser.add_argument(
         "--min-score",
         type=float,
@@ -34,4 +40,3 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"lowest score of a confident caption (default: {MIN_SCORE:g}, measured for the miniature; "
         "docs/evaluation.md says how to measure it for another model)",
     )
-    add_num_pairs(parser, default=None)

@@ -1,5 +1,6 @@
 """The options of `vlv demo`."""
 
+from .choice import add_min_score
 from .common import add_model_arguments, add_scheduler_argument
 
 
@@ -12,6 +13,12 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)")
+    parser.add_argument(
+        "--confidence",
+        action="store_true",
+        help="mark captions that explain the image hardly better than no words, as `vlv caption --confidence`",
+    )
+    add_min_score(parser)
     space = parser.add_argument_group("as a Space", "These options write or upload a Space and serve nothing.")
     space.add_argument("--push-space", metavar="ORG/NAME", help="create or update this Space on the Hub")
     space.add_argument("--write-space", metavar="DIR", help="write the Space's files into this new folder")

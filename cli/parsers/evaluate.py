@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import positive
+from .common import not_negative, positive
+from .references import add_reference_arguments
+from .results import add_compare_parser, add_metric_parser, add_report_parser
 
 SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
 PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim")
@@ -45,6 +47,9 @@ def add_parser(commands) -> None:
     _add_captions_parser(subjects)
     _add_generating_parsers(subjects)
     _add_endpoint_parsers(subjects)
+    add_compare_parser(subjects)
+    add_report_parser(subjects)
+    add_metric_parser(subjects)
 
 
 def _add_images_parser(subjects) -> None:
@@ -105,23 +110,8 @@ def _add_captions_parser(subjects) -> None:
     captions.add_argument(
         "--captions", required=True, metavar="FILE", help="JSON: {image: caption}, as `vlv caption` writes it"
     )
-    captions.add_argument(
-        "--references", metavar="FILE", help="JSON: {image: [caption, ...]}, or COCO's caption annotations"
-    )
+    add_reference_arguments(captions)
     captions.add_argument("--images", metavar="DIR", help="folder of the images, for CLIPScore")
-    captions.add_argument("--clip", metavar="MODEL", help="folder or Hub repo id of a CLIP model, for CLIPScore")
-    captions.add_argument("--bert", metavar="MODEL", help="folder or Hub repo id of a text encoder, for BERTScore")
-    captions.add_argument(
-        "--bert-layer", type=positive, metavar="N", help="the layer of --bert to compare (default: the last)"
-    )
-    captions.add_argument(
-        "--vocabulary", metavar="FILE", help="JSON: {object: [synonym, ...]}, the objects that CHAIR looks for"
-    )
-    captions.add_argument(
-        "--objects",
-        metavar="FILE",
-        help="JSON: {image: [object, ...]}, what the images show, for CHAIR (default: what the references mention)",
-    )
     captions.add_argument(
         "--tokenizer",
         metavar="MODEL",
@@ -142,19 +132,12 @@ def _add_captions_parser(subjects) -> None:
 def _add_result_arguments(parser: argparse.ArgumentParser, output: str, samples: str) -> None:
     parser.add_argument(
         "--bootstrap",
-        type=_not_negative,
+        type=not_negative,
         metavar="N",
         help=f"resamplings of the images for the 95%% intervals, 0 for none ({samples})",
     )
     parser.add_argument("--output", default=output, help=f"the JSON file (default: {output})")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
 
 
 def _add_generating_parsers(subjects: Any) -> None:

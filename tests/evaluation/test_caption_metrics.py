@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, BertModel
 
 from vlv.evaluation import caption_metrics as cm
-from vlv.evaluation.caption_sets import CaptionSet, entries_of, evaluate_captions, read_captions, read_lists
+from vlv.evaluation.caption_sets import CaptionSet, entries_of, measure_captions, read_captions, read_lists
 
 CAPTIONS = [
     "a red dog on the grass",
@@ -128,7 +128,8 @@ def test_captions_without_references_of_their_own_are_refused():
 
 def test_an_evaluation_has_figures_with_intervals_for_what_is_given():
     given = CaptionSet([*"abcd"], CAPTIONS, REFERENCES, vocabulary={"dog": [], "cat": [], "horse": [], "plate": []})
-    figures, notes = evaluate_captions(given, samples=200)
+    measured = measure_captions(given)
+    figures, notes = measured.figures(len(given.captions), samples=200), measured.notes
     assert figures["cider_d"]["value"] == pytest.approx(sum(COCO_CIDER_D) / 4, abs=1e-6)
     low, high = figures["cider_d"]["interval"]
     assert min(COCO_CIDER_D) < low < figures["cider_d"]["value"] < high < max(COCO_CIDER_D)

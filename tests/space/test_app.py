@@ -16,9 +16,10 @@ import yaml
 
 from vlv import hub
 from vlv.checkpoints import MINIATURE
+from vlv.hub.card_text import describe_limits, read_card
 from vlv.miniature.instructions import AS_JSON, INSTRUCTIONS
-from vlv.pipelines import generate_captions
-from vlv.space.app import EXAMPLES, Demo, build, read_card
+from vlv.pipelines import ConfidenceMarker, generate_captions
+from vlv.space.app import EXAMPLES, Demo, build
 
 from ..builders import assert_close_to_scale
 from ..interpreter import PythonProcess
@@ -28,6 +29,7 @@ KNOWS = (
     "describes every other image as a scene of its own world."
 )
 SPACE = Path(__file__).parents[2] / "space"
+PHOTO = next((Path(__file__).parents[2] / "examples" / "photos").glob("*.jpg"))
 
 
 @pytest.mark.slow
@@ -69,6 +71,33 @@ def test_the_last_caption_is_that_of_the_model(demo, decoding, settings):
         demo.captioner, demo.processor, pixel_values=pixel_values, max_new_tokens=40, **settings
     )
     assert list(demo.caption(EXAMPLES[1], 40, decoding, 1.0, 4))[-1] == expected[0]
+
+
+def test_a_caption_that_explains_the_image_hardly_better_than_no_words_is_marked(demo, tmp_path):
+    marking = copy.copy(demo)
+    marking.marker = ConfidenceMarker(demo.pipeline, 0.08)
+    shutil.copy(PHOTO, tmp_path / "photo.jpg")
+    marks = {}
+    for path in (EXAMPLES[0], str(tmp_path / "photo.jpg")):
+        steps = list(marking.caption_and_mark(path, 40, "greedy", 1.0, 2))
+        assert not any(mark for _, mark in steps[:-1])  # the score comes when the caption is complete
+        assert steps[-1][0] == list(demo.caption(path, 40, "greedy", 1.0, 2))[-1]
+        marks[path] = steps[-1][1]
+    of_scene, of_photo = marks.values()
+    assert of_scene.startswith("Score 0.") and "better than no words" in of_scene
+    assert "Low confidence" in of_photo and "is below 0.08" in of_photo
+    (click,) = [own for own in build(marking).fns.values() if own.api_name == "caption"]
+    assert len(click.outputs) == 2
+    (click,) = [own for own in build(demo).fns.values() if own.api_name == "caption"]
+    assert len(click.outputs) == 1
+
+
+def test_a_model_without_a_diffusion_model_cannot_mark_captions(tmp_path):
+    with pytest.raises(ValueError, match="cannot mark captions: scores need its captioner and its diffusion model"):
+        Demo(
+            str(shutil.copytree(MINIATURE, tmp_path / "m", ignore=shutil.ignore_patterns("model_index.json"))),
+            min_score=0.1,
+        )
 
 
 @pytest.mark.parametrize("decoding", ["greedy", "beams"])
@@ -237,4 +266,4 @@ def test_a_card_that_vlv_push_wrote_gives_the_general_sentence(demo, tmp_path):
     without_card = shutil.copytree(MINIATURE, tmp_path / "m", ignore=shutil.ignore_patterns("README.md"))
     other = copy.copy(demo)
     other.card = read_card(hub.write_repository(without_card, tmp_path / "out", repo="org/m"))
-    assert other.limits("Captions").startswith("**Captions can be wrong.** The model card, below, says")
+    assert describe_limits(other.card, "Captions").startswith("**Captions can be wrong.** The model card, below, says")

@@ -57,10 +57,10 @@ def test_pushing_creates_and_updates_a_space(monkeypatch, capsys):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         push = ["demo", "--push-space", "org/page", "--token"]
         model = ["--model", "org/vlv", "--revision", "abc"]
-        assert main([*push, "hf_org", *model]) == 0
+        assert main([*push, "hf_org", *model, "--confidence", "--min-score", "0.2"]) == 0
         assert "pushed: " in capsys.readouterr().out
         space = hub.repos["spaces/org/page"]
-        assert space.variables == {"MODEL_ID": "org/vlv", "MODEL_REVISION": "abc"}
+        assert space.variables == {"MODEL_ID": "org/vlv", "MODEL_REVISION": "abc", "MIN_SCORE": "0.2"}
         files = set(space.at("main").files)
         assert {
             "app.py",
@@ -73,6 +73,7 @@ def test_pushing_creates_and_updates_a_space(monkeypatch, capsys):
         space.commit("main", "older", {**space.at("main").files, "vlv/gone.py": b"", "LICENSE": b""})
         assert main([*push, "hf_org", *model]) == 0
         assert set(space.at("main").files) == {*files, "LICENSE"}
+        assert space.variables == {"MODEL_ID": "org/vlv", "MODEL_REVISION": "abc"}  # captions have no score
         assert main([*push, "hf_org", "--model", "org/other"]) == 0
         assert space.variables == {"MODEL_ID": "org/other"}  # the revision belonged to the earlier model
         assert main([*push, "hf_org", "--model", "org/other", "--private"]) == 2

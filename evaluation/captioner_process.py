@@ -1,0 +1,159 @@
+"""Runs one captioner over images and measures its speed and memory: `python -m vlv.evaluation.captioner_process JOB`.
+
+A process of its own, because the peak memory of a process is that of everything that it has loaded.
+"""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from vlv.files import read_json, write_json
+
+from .captioners import caption_images, find_kind, open_captioner
+
+STEP = "captioned"  # a line of the process for images that are done, followed by their number
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IN_THIS_PROCESS = ("endpoint", "file")  # kinds whose captioners load no model here
+
+
+@dataclass(frozen=True)
+class CaptionJob:
+    """A captioner and the images that it captions. The fields but the last two are those of `open_captioner`.
+
+    Attributes:
+        images: Files by name.
+        folder: Of the job's files: `captions.jsonl`, which a later run goes on with, and `runs.jsonl`.
+    """
+
+    source: str
+    kind: str | None
+    prompt: str | None
+    max_new_tokens: int
+    batch_size: int
+    dtype: str
+    device: str
+    endpoint: dict[str, Any]
+    images: dict[str, str]
+    folder: str
+
+
+def run_job(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None) -> dict[str, Any]:
+    """Captions the images of a job. Captions of an earlier run of the same captioner are kept.
+
+    Args:
+        advance: Called with the number of images after each.
+
+    Returns:
+        `kind`, `captions` and `failures` by name of the image, `fingerprint`, `load_seconds`, and for this run's own
+        captions `num_new` and `seconds`.
+
+    Raises:
+        Exception: What the captioner raises.
+    """
+    folder, began = Path(job.folder), perf_counter()
+    captioner = open_captioner(
+        job.source,
+        kind=job.kind,
+        prompt=job.prompt,
+        max_new_tokens=job.max_new_tokens,
+        batch_size=job.batch_size,
+        dtype=DTYPES[job.dtype],
+        device=job.device,
+        log=folder / "answers.jsonl",
+        endpoint=job.endpoint,
+    )
+    load_seconds, kept = perf_counter() - began, 0
+    first = True
+
+    def count(images: int) -> None:
+        nonlocal first, kept, began
+        if first:  # the captions of an earlier run, before this one begins
+            first, kept, began = False, images, perf_counter()
+        advance(images)
+
+    found = caption_images(
+        captioner, {name: Path(file) for name, file in job.images.items()}, folder / "captions.jsonl", count
+    )
+    seconds = perf_counter() - began
+    totals = getattr(getattr(captioner, "endpoint", None), "totals", None)
+    return {
+        "kind": captioner.kind,
+        "fingerprint": captioner.fingerprint,
+        "captions": {own.name: own.caption for own in found if own.caption is not None},
+        "failures": {own.name: own.error for own in found if own.caption is None},
+        "load_seconds": load_seconds,
+        "num_new": len(found) - kept if totals is None else totals.answered,
+        "seconds": seconds,
+    }
+
+
+def run_job_apart(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None) -> dict[str, Any]:
+    """As `run_job` in a new process, with its `peak_memory` and, on a GPU, `peak_gpu_memory`, both in bytes.
+
+    An endpoint or a file of captions loads no model, so it is asked by this process, and has no peak memory.
+
+    Raises:
+        RuntimeError: If the process ends with an error, which is the message.
+        Exception: As `run_job`, in this process.
+    """
+    if (job.kind or find_kind(job.source)) in IN_THIS_PROCESS:
+        return run_job(job, advance)
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "job.json", asdict(job))
+    (folder / "result.json").unlink(missing_ok=True)
+    with (folder / "stderr.txt").open("w+", encoding="utf-8", errors="replace") as errors:
+        command = [sys.executable, "-m", __name__, str(folder / "job.json")]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            try:
+                for line in process.stdout or ():
+                    if step := re.fullmatch(rf"{STEP} (\d+)\s*", line):
+                        advance(int(step[1]))
+            except BaseException:
+                process.kill()
+                raise
+        errors.seek(0)
+        last = next((line for line in reversed(errors.read().splitlines()) if line.strip()), "")
+    if not (folder / "result.json").exists():
+        how = f"was ended by signal {-process.returncode}" if process.returncode < 0 else f"ended with {last!r}"
+        raise RuntimeError(f"its process {how}; {folder / 'stderr.txt'} has its output")
+    result = read_json(folder / "result.json")
+    if "error" in result:
+        raise RuntimeError(result["error"])
+    return result
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    try:  # getrusage counts the process that started this one, too, until it has replaced its program
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1])  # type: ignore[index]
+    except (OSError, TypeError):  # not on Linux
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main(path: str) -> None:
+    """Runs the job in a file and writes `result.json` beside it."""
+    job = CaptionJob(**json.loads(Path(path).read_text(encoding="utf-8")))
+    try:
+        result = run_job(job, lambda images: print(f"{STEP} {images}", flush=True))
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    result["peak_memory"] = peak_memory()
+    if torch.cuda.is_available():
+        result["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
+    write_json(Path(job.folder) / "result.json", result)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
