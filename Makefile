@@ -60,10 +60,11 @@ miniature: $(READY)
 evaluate: $(READY)
 	$(BIN)/vlv evaluate miniature --output outputs/evaluation.json --overwrite
 
-# Each path beside the authors' method, and how its cost grows: benchmarks/report.md, growth.md and options.md. An hour.
+# Each path beside the authors' method, and how its cost grows: reports in benchmarks/. An hour.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench --growth --output benchmarks
 	$(BIN)/python -m benchmarks.bench.options --output benchmarks
+	$(BIN)/python -m benchmarks.bench.startup --output benchmarks
 
 clean:
 	rm -rf $(VENV) .cache build dist outputs *.egg-info .pytest_cache .ruff_cache

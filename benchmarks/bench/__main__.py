@@ -7,7 +7,8 @@ Writes report.md and report.json, and with --growth also growth.md and growth.pn
 
 `models.py` builds models and files of three sizes, `original.py` has the authors' method, and `paths.py` the ways that
 are compared. `measure.py` runs them in turns, `growth.py` varies one quantity at a time, and `report.py` writes the
-tables. `options.py` and `profile.py` are commands of their own: what options gain, and where the time of a path goes.
+tables. Commands of their own are `options.py`, what options gain, `startup.py`, what a process costs before it does
+anything, and `profile.py`, where the time of a path goes.
 """
 
 import argparse

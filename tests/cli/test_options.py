@@ -5,6 +5,8 @@ import re
 import pytest
 
 from vlv.cli.main import RENAMED_OPTIONS, build_parser, main
+from vlv.cli.parsers import common
+from vlv.pipelines import diffusion_score
 
 
 @pytest.mark.parametrize("given", [["--decoder", "sd"], ["--decoder=sd"]])
@@ -47,3 +49,7 @@ def test_the_package_lists_all_commands(capsys):
         main(["--help"])
     commands = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
     assert vlv.cli.__doc__.split("`")[1] == f"vlv {' | '.join(commands)}"
+
+
+def test_the_default_of_num_pairs_is_that_of_the_scorer():
+    assert common.NUM_PAIRS == diffusion_score.NUM_PAIRS
