@@ -110,8 +110,10 @@ def build(name: str, **changes: Any) -> Models:
     size = SIZES[name]
     if size is None:
         captioner, processor = hub.load_captioner(MINIATURE)
+        processor.image_processor.pre_crop_size = 64  # the authors' method crops
         decoder = load_diffusion_decoder(str(MINIATURE))
         pipeline: Any = load_reconstruction(str(MINIATURE))
+        pipeline.image_processor = processor.image_processor
         return Models(captioner.eval(), processor, decoder, pipeline, 64, name)
     size = replace(size, **changes)
     torch.manual_seed(0)

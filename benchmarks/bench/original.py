@@ -105,9 +105,8 @@ def reconstruct(models: Models, paths: Sequence[Path], seed: int) -> torch.Tenso
     """
     pipeline: Any = models.pipeline
     output = models.captioner.model(to_pixel_values(models, read_batch(models, paths)))
-    tokens = pipeline.tokenizer(
-        [""] * len(paths), padding="max_length", max_length=pipeline.tokenizer.model_max_length, return_tensors="pt"
-    )
+    length = output.conditioning.shape[1]
+    tokens = pipeline.tokenizer([""] * len(paths), padding="max_length", max_length=length, return_tensors="pt")
     empty = models.captioner.model.text_encoder(tokens.input_ids).last_hidden_state
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(STEPS)
