@@ -136,12 +136,13 @@ def endpoint_settings(source: str, **settings: Any) -> EndpointSettings:
         ValueError: If the source has another form.
     """
     address, _, model = source.partition("#")
+    found = EndpointSettings(model, address, **settings)
     if not address or not model:
         raise ValueError(
             f"{source} names no model; expected the endpoint's address and its name of the model, "
             "such as http://127.0.0.1:8000/v1#vlv"
         )
-    return EndpointSettings(model, address, **settings)
+    return found
 
 
 class VLVCaptioner:

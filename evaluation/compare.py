@@ -1,5 +1,6 @@
 """Several captioners on the same images: captions, speed, memory, and figures with paired differences."""
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -273,6 +274,11 @@ def _figure(one: Mapping[str, Any] | None) -> str:
 def _cell(text: str) -> str:
     """A text as a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def captioner_folder(source: str, prompt: str | None) -> str:
+    """The name of a captioner's folder: the same wherever it stands among others."""
+    return f"captioner-{hashlib.blake2b(repr((source, prompt)).encode(), digest_size=6).hexdigest()}"
 
 
 def label_captioners(sources: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import threading
@@ -13,12 +14,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
 from vlv.processing_vlv import to_rgb
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+OPENAI_HOST = "api.openai.com"
 ENDPOINT_FORMATS = ("png", "jpeg", "gif", "webp")
 FATAL_STATUS = (401, 403, 404)  # wrong key, no right, no such model: no other request can succeed
 INSTALL = "pip install '.[eval]'"
@@ -44,7 +47,8 @@ class EndpointSettings:
     Attributes:
         model: Its name there.
         base_url: Address, such as `http://127.0.0.1:8000/v1`; by default the `openai` client's.
-        key_variable: The environment variable that holds the key.
+        key_variable: The environment variable that holds the key; by default `OPENAI_API_KEY` for OpenAI's host, and
+            no key for another.
         concurrency: Requests at once.
         timeout: Longest time of a request, in seconds.
         max_retries: Times that a request is repeated after 408, 409, 429, 500 and above, and lost connections, with
@@ -56,12 +60,12 @@ class EndpointSettings:
             answers are taken to cost as much as the most expensive one so far, and the first is asked alone.
 
     Raises:
-        ValueError: For `max_price` without prices, or not above 0.
+        ValueError: For `max_price` without prices, or not above 0, and for an address with a user name.
     """
 
     model: str
     base_url: str | None = None
-    key_variable: str = KEY_VARIABLE
+    key_variable: str | None = None
     concurrency: int = 8
     timeout: float = 120.0
     max_retries: int = 5
@@ -76,6 +80,11 @@ class EndpointSettings:
             raise ValueError("max_price needs price_in and price_out, the prices of a million tokens")
         if self.max_price is not None and self.max_price <= 0:
             raise ValueError(f"max_price is {self.max_price:g}; it must be above 0")
+        if self.base_url is not None and (address := urlsplit(self.base_url)).username is not None:
+            raise ValueError(
+                f"the address of the endpoint at {address.hostname} has a user name or password; leave them out, and "
+                "put its key into the environment variable that key_variable names"
+            )
 
     def price(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self.price_in + completion_tokens * self.price_out) / 1e6
@@ -85,7 +94,10 @@ class EndpointSettings:
 class EndpointOptions:
     """How a configuration sets the client of an endpoint, whatever the model behind it."""
 
-    key_variable: str = field(default=KEY_VARIABLE, metadata={"help": "environment variable with the key"})
+    key_variable: str | None = field(
+        default=None,
+        metadata={"help": f"environment variable with the key (default: {KEY_VARIABLE} at OpenAI, elsewhere no key)"},
+    )
     concurrency: int = field(default=8, metadata={"help": "requests at once"})
     timeout: float = field(default=120.0, metadata={"help": "longest request, in seconds"})
     max_retries: int = field(default=5, metadata={"help": "repeats after 429, 500 and lost connections"})
@@ -154,6 +166,55 @@ class Totals:
     problems: list[str] = field(default_factory=list)
 
 
+def find_key(settings: EndpointSettings) -> str | None:
+    """The key that an endpoint is sent; None for none.
+
+    A key goes to the endpoint that it is meant for: `OPENAI_API_KEY` to OpenAI's host, and to the address in
+    `OPENAI_BASE_URL`; to other hosts the key in `key_variable`, if that is given.
+
+    Raises:
+        EndpointError: If the variable is not set and the endpoint is on another computer, or the key would go there
+            unencrypted.
+    """
+    base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or f"https://{OPENAI_HOST}/v1"
+    address = urlsplit(base_url)
+    host = address.hostname or ""
+    variable = settings.key_variable or (KEY_VARIABLE if is_openai(settings.base_url) else None)
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if key is None and settings.key_variable is not None and _is_loopback(host):
+        return None
+    if key is None:
+        raise EndpointError(
+            f"the environment variable {variable} is not set; set it to the key of the endpoint, or "
+            + (
+                "give the base_url of one that needs none"
+                if settings.key_variable is None
+                else "leave key_variable out"
+            )
+        )
+    if address.scheme != "https" and not _is_loopback(host):
+        raise EndpointError(
+            f"the key in {variable} would go to {host} unencrypted; give an https address, or leave key_variable out"
+        )
+    return key
+
+
+def is_openai(base_url: str | None) -> bool:
+    """Whether an address is OpenAI's; None is the `openai` client's own."""
+    host = None if base_url is None else urlsplit(base_url).hostname or ""
+    return host is None or host == OPENAI_HOST or host.endswith(f".{OPENAI_HOST}")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False
+
+
 class Endpoint:
     """A client of one endpoint with a log of its answers.
 
@@ -162,8 +223,7 @@ class Endpoint:
 
     Raises:
         ImportError: Without the package `openai`.
-        EndpointError: If the key's variable is not set and the endpoint is OpenAI's own, or `max_price` is set and the
-            log has answers without tokens.
+        EndpointError: As `find_key`, or if `max_price` is set and the log has answers without tokens.
     """
 
     def __init__(self, settings: EndpointSettings, log: Path):
@@ -174,12 +234,7 @@ class Endpoint:
         self._openai = openai
         self.settings, self.log = settings, log
         self.totals = Totals()
-        key = os.environ.get(settings.key_variable)
-        if key is None and settings.base_url is None:
-            raise EndpointError(
-                f"the environment variable {settings.key_variable} is not set; set it to the key of the endpoint, or "
-                "give the base_url of one that needs none"
-            )
+        key = find_key(settings)
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=key or "none",
@@ -377,7 +432,7 @@ def _read_response(name: str, response: Any) -> Answer:
 
 
 def _answer_of(entry: dict[str, Any]) -> Answer:
-    """The answer in an entry of a log. Logs of version 0.2 have no `seconds`."""
+    """The answer in an entry of a log. Fields that an entry lacks have their defaults."""
     return Answer(**{own.name: entry[own.name] for own in fields(Answer) if own.name in entry})
 
 

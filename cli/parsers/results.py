@@ -1,9 +1,10 @@
 """The options of `vlv evaluate compare`, `report` and `metric`."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import DTYPE_NAMES, not_negative, positive
+from .common import DTYPE_NAMES, not_negative, not_negative_number, positive, positive_number
 from .references import add_reference_arguments
 
 
@@ -30,19 +31,21 @@ def add_compare_parser(subjects: Any) -> None:
         "--names", nargs="+", metavar="NAME", help="of the captioners, in results (default: short ones)"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="images to take, from the beginning")
-    parser.add_argument("--prompt", help="what each captioner is asked (default: each one's own)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="[NAME=]TEXT",
+        help="what captioners are asked: the one of this name, or without a name all others; may be given several "
+        "times (default: each one's own)",
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=300, help="most tokens of a caption (default: 300)")
     parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
     parser.add_argument("--device", help="such as cpu, cuda or mps (default: cuda or mps if available, else cpu)")
     parser.add_argument(
         "--dtype", choices=DTYPE_NAMES, default="float32", help="precision of models (default: float32)"
     )
-    parser.add_argument("--concurrency", type=positive, default=8, help="requests at once to an endpoint (default: 8)")
-    parser.add_argument(
-        "--key-variable",
-        default="OPENAI_API_KEY",
-        help="environment variable with an endpoint's key (default: %(default)s)",
-    )
+    _add_endpoint_arguments(parser)
     add_reference_arguments(parser)
     parser.add_argument(
         "--score-model",
@@ -57,6 +60,40 @@ def add_compare_parser(subjects: Any) -> None:
         help="resamplings of the images for the 95%% intervals, 0 for none (default: 1000)",
     )
     parser.set_defaults(run="evaluate_compare:run")
+
+
+def _add_endpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of endpoints, which are those of `evaluation.endpoint.EndpointOptions`."""
+    parser.add_argument(
+        "--key-variable",
+        action="append",
+        default=[],
+        metavar="[NAME=]VARIABLE",
+        help="environment variable with the key of the endpoint of this name; without a name, with that of OpenAI's "
+        "host or of the only endpoint; may be given several times (default: OPENAI_API_KEY for OpenAI's host, no key "
+        "for others)",
+    )
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests at once to an endpoint (default: 8)")
+    parser.add_argument(
+        "--timeout", type=positive_number, default=120.0, help="longest request to an endpoint, in s (default: 120)"
+    )
+    parser.add_argument(
+        "--max-retries", type=not_negative, default=5, help="repeats after 429, 500 and lost connections (default: 5)"
+    )
+    parser.add_argument(
+        "--temperature", type=not_negative_number, default=0.0, help="of sampling, at an endpoint (default: 0)"
+    )
+    parser.add_argument(
+        "--price-in", type=not_negative_number, default=0.0, help="price of a million tokens of requests"
+    )
+    parser.add_argument(
+        "--price-out", type=not_negative_number, default=0.0, help="price of a million tokens of answers"
+    )
+    parser.add_argument(
+        "--max-price",
+        type=positive_number,
+        help="what each endpoint may cost in all runs of --output-dir; a run stops before it",
+    )
 
 
 def add_report_parser(subjects: Any) -> None:

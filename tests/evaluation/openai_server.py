@@ -23,10 +23,11 @@ class Reply:
 
 @dataclass
 class Script:
-    """The requests that came, and the address of the server."""
+    """The requests that came, their headers with the key, and the address of the server."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
 
 
 @contextmanager
@@ -43,6 +44,7 @@ def scripted_endpoint(answer: Callable[[str, int], Reply]) -> Iterator[Script]:
             words = "".join(part.get("text", "") for part in parts)
             with lock:
                 script.requests.append(request)
+                script.keys.append(self.headers["Authorization"])
                 before = times.get(words, 0)
                 times[words] = before + 1
             reply = answer(words, before)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from vlv.checkpoints import MINIATURE
-from vlv.cli.main import main
+from vlv.cli.main import build_parser, main
 from vlv.evaluation.caption_sets import CaptionSet, measure_captions
 from vlv.evaluation.captioner_process import CaptionJob, peak_memory, run_job
+from vlv.evaluation.captioners import PROMPT
 from vlv.evaluation.compare import (
     CaptionerRun,
     compare,
@@ -22,6 +23,7 @@ from vlv.evaluation.compare import (
     paired_differences,
     run_captioner,
 )
+from vlv.evaluation.endpoint import EndpointOptions
 
 from ..interpreter import MODULE, run_python
 from .openai_server import Reply, scripted_endpoint
@@ -240,6 +242,39 @@ def test_options_that_do_not_fit_are_refused(tmp_path, capsys):
         ([str(file), "--names", "a", "b"], "--names needs 1 different names, one for each captioner"),
         ([str(file), "--bert", "x"], "pass --references FILE with --bert"),
         ([str(file), "--references", "none.json"], "none.json cannot be read"),
+        ([str(file), "--prompt", "a", "--prompt", "b"], "--prompt is given twice without a name; the names are c"),
+        (["https://a:b@host/v1#m"], "the endpoint at host has a user name or password"),
+        ([str(file), "--key-variable", "K"], "the endpoints are none, as in NAME=VARIABLE"),
+        (["https://host/v1#m", "--key-variable", "UNSET_KEY"], "the environment variable UNSET_KEY is not set"),
+        (["http://host/v1#m", "--key-variable", "PATH"], "the key in PATH would go to host unencrypted"),
+        (["http://host/v1#m", "--max-price", "1"], "max_price needs price_in and price_out"),
     ):
         assert main(["evaluate", "compare", *options, *rest]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_each_endpoint_has_its_own_key_and_prompt_and_is_asked_once_in_any_order(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "openai")
+    monkeypatch.setenv("B_KEY", "b")
+    (tmp_path / "images").mkdir()
+    shutil.copy(IMAGES / NAMES[0], tmp_path / "images")
+    prompts: list[str] = []
+    with scripted_endpoint(lambda words, before: prompts.append(words) or Reply(words)) as server:
+        a, b = f"{server.url}#a", f"{server.url}#b"
+        rest = ["--images", str(tmp_path / "images"), "--output-dir", str(tmp_path / "out"), "--bootstrap", "0"]
+        rest += ["--prompt", "for=all", "--prompt", "b=1 + 1 = ?", "--key-variable", "b=B_KEY"]
+        assert main(["evaluate", "compare", a, b, *rest]) == 0
+        assert prompts == ["for=all", "1 + 1 = ?"] and server.keys == ["Bearer none", "Bearer b"]
+        assert main(["evaluate", "compare", b, a, *rest]) == 0
+        assert len(server.requests) == 2
+        assert main(["evaluate", "compare", a, *rest[:-4], "--key-variable", "OPENAI_API_KEY"]) == 0
+        assert len(server.requests) == 2  # a key is no part of the question
+        assert main(["evaluate", "compare", a, *rest[:-6], "--key-variable", "OPENAI_API_KEY"]) == 0
+        assert prompts[2:] == [PROMPT] and server.keys[2] == "Bearer openai"
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["captions"].values()
+    assert found == {"a": PROMPT}
+
+
+def test_the_command_has_all_options_of_endpoints():
+    own = vars(build_parser().parse_args(["evaluate", "compare", "a", "--images", "i", "--output-dir", "o"]))
+    assert {**EndpointOptions().options(), "key_variable": []}.items() <= own.items()

@@ -10,7 +10,15 @@ import pytest
 from PIL import Image
 
 from vlv.evaluation import endpoint as endpoint_module
-from vlv.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings, PriceReached, Question, image_part
+from vlv.evaluation.endpoint import (
+    Endpoint,
+    EndpointError,
+    EndpointSettings,
+    PriceReached,
+    Question,
+    find_key,
+    image_part,
+)
 
 from .openai_server import Reply, scripted_endpoint
 
@@ -214,3 +222,51 @@ def test_answers_of_a_log_without_times_are_kept(tmp_path):
         log.write_text(json.dumps(entry) + "\n")
         again = build(script.url, tmp_path)
         assert [own.text for own in again.ask([ask("x")])] == ["a"] and again.totals.kept == 1
+
+
+@pytest.mark.parametrize(
+    ("base_url", "key_variable", "key"),
+    [
+        (None, None, "openai"),
+        ("https://api.openai.com/v1", None, "openai"),
+        ("https://eu.api.openai.com/v1", None, "openai"),
+        ("https://api.openai.com.other.org/v1", None, None),
+        ("https://other.org/v1", None, None),
+        ("https://other.org/v1", "OTHER_KEY", "other"),
+        ("https://other.org/v1", "OPENAI_API_KEY", "openai"),
+        ("http://127.0.0.1:8000/v1", None, None),
+        ("http://127.0.0.1:8000/v1", "OTHER_KEY", "other"),
+        ("http://[::1]:8000/v1", "OTHER_KEY", "other"),
+        ("http://localhost:8000/v1", "UNSET_KEY", None),
+        ("http://192.168.0.7/v1", None, None),
+        ("https://other.org/v1", "UNSET_KEY", "UNSET_KEY is not set"),
+        ("http://other.org/v1", "OTHER_KEY", "to other.org unencrypted"),
+        ("http://api.openai.com/v1", None, "to api.openai.com unencrypted"),
+        ("http://127.0.0.1.other.org/v1", "OTHER_KEY", "to 127.0.0.1.other.org unencrypted"),
+    ],
+)
+def test_a_key_goes_only_to_the_endpoint_that_it_is_for(base_url, key_variable, key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "openai")
+    monkeypatch.setenv("OTHER_KEY", "other")
+    for name in ("UNSET_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    settings = EndpointSettings("judge", base_url, key_variable)
+    if key is not None and " " in key:
+        with pytest.raises(EndpointError, match=key):
+            find_key(settings)
+    else:
+        assert find_key(settings) == key
+
+
+def test_an_endpoint_is_sent_the_key_that_is_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "openai")
+    with scripted_endpoint(lambda words, before: Reply("a")) as script:
+        build(script.url, tmp_path).ask([ask("none")])
+        build(script.url, tmp_path, key_variable="OPENAI_API_KEY").ask([ask("given")])
+    assert script.keys == ["Bearer none", "Bearer openai"]
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it():
+    with pytest.raises(ValueError, match="the endpoint at host has a user name or password") as found:
+        EndpointSettings("judge", "https://user:secret@host/v1")
+    assert "secret" not in str(found.value)
