@@ -8,7 +8,8 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -19,9 +20,11 @@ import torch
 from vlv.files import read_json, write_json
 
 from .captioners import caption_images, find_kind, open_captioner
+from .endpoint import end_last_line
 
 STEP = "captioned"  # a line of the process for images that are done, followed by their number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RUNS_FILE = "runs.jsonl"
 IN_THIS_PROCESS = ("endpoint", "file")  # kinds whose captioners load no model here
 
 
@@ -53,8 +56,8 @@ def run_job(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None
         advance: Called with the number of images after each.
 
     Returns:
-        `kind`, `captions` and `failures` by name of the image, `fingerprint`, `load_seconds`, and for this run's own
-        captions `num_new` and `seconds`.
+        `kind`, `captions` and `failures` by name of the image, `fingerprint`, `load_seconds`, `num_new`, the captions
+        of this run, and `num_timed` and `seconds`, the captions of all runs and the time that they took.
 
     Raises:
         Exception: What the captioner raises.
@@ -75,25 +78,50 @@ def run_job(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None
     first = True
 
     def count(images: int) -> None:
-        nonlocal first, kept, began
+        nonlocal first, kept
         if first:  # the captions of an earlier run, before this one begins
-            first, kept, began = False, images, perf_counter()
+            first, kept = False, images
         advance(images)
 
-    found = caption_images(
-        captioner, {name: Path(file) for name, file in job.images.items()}, folder / "captions.jsonl", count
-    )
-    seconds = perf_counter() - began
     totals = getattr(getattr(captioner, "endpoint", None), "totals", None)
+    images, began = {name: Path(file) for name, file in job.images.items()}, perf_counter()
+    try:
+        found = caption_images(captioner, images, folder / "captions.jsonl", count)
+    finally:
+        if totals is not None and totals.answered:  # its requests overlap, so their times have no sum
+            run = {"num_timed": totals.answered, "seconds": perf_counter() - began}
+            add_run(folder, captioner.fingerprint, run)
+    captions = {own.name: own.caption for own in found if own.caption is not None}
+    timed = [{"num_timed": len(captions), "seconds": sum(own.seconds for own in found if own.caption is not None)}]
+    if totals is not None:
+        timed = read_runs(folder, captioner.fingerprint)
     return {
         "kind": captioner.kind,
         "fingerprint": captioner.fingerprint,
-        "captions": {own.name: own.caption for own in found if own.caption is not None},
+        "captions": captions,
         "failures": {own.name: own.error for own in found if own.caption is None},
         "load_seconds": load_seconds,
-        "num_new": len(found) - kept if totals is None else totals.answered,
-        "seconds": seconds,
+        "num_new": sum(own.caption is not None for own in found) - kept if totals is None else totals.answered,
+        "num_timed": sum(run["num_timed"] for run in timed),
+        "seconds": sum(run["seconds"] for run in timed),
     }
+
+
+def add_run(folder: Path, fingerprint: str, run: Mapping[str, Any]) -> None:
+    """Writes what was measured of a run of a captioner into `runs.jsonl`."""
+    end_last_line(folder / RUNS_FILE)
+    with (folder / RUNS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"fingerprint": fingerprint, **run}) + "\n")
+
+
+def read_runs(folder: Path, fingerprint: str) -> list[dict[str, Any]]:
+    """What was measured of the runs of a captioner, in their order. Unfinished lines are passed over."""
+    runs = []
+    if (folder / RUNS_FILE).exists():
+        for line in (folder / RUNS_FILE).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                runs.append(json.loads(line))
+    return [run for run in runs if run["fingerprint"] == fingerprint]
 
 
 def run_job_apart(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None) -> dict[str, Any]:

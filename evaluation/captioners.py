@@ -24,6 +24,8 @@ from .matching import match_names
 KINDS = ("vlv", "pipeline", "endpoint", "file")
 PROMPT = "Describe this image in detail."
 """What chat models are asked where no prompt is given. A VLV needs none."""
+CAPTION_TASK = "<MORE_DETAILED_CAPTION>"
+"""What Florence-2 is asked where no prompt is given, which reads the names of its tasks."""
 QUESTIONS_PER_ROUND = 8  # for each request at once: so many captions of an endpoint are awaited together
 
 
@@ -86,8 +88,9 @@ def open_captioner(
             the address of an OpenAI-compatible endpoint with the model's name, `https://host/v1#model`; or a JSON file
             `{image: caption}`.
         kind: One of `KINDS`; by default found from the source.
-        prompt: What the captioner is asked. A VLV takes an instruction that it was trained to follow, or the
-            beginning of the caption; a model without a chat template reads the text as its processor does.
+        prompt: What the captioner is asked; by default `default_prompt`, and `PROMPT` for an endpoint. A VLV takes an
+            instruction that it was trained to follow, or the beginning of the caption; a model without a chat template
+            reads the text as its processor does.
         max_new_tokens: Most tokens of a caption. Captions are greedy.
         batch_size: Images of a VLV in a batch. Models of transformers take one image after the other.
         dtype, device, revision: Of a VLV and a model of transformers.
@@ -189,6 +192,13 @@ class VLVCaptioner:
                 yield ImageCaption(name, found.get(name), errors.get(name), seconds)
 
 
+def default_prompt(processor: Any) -> str:
+    """What a model of transformers with this processor is asked where no prompt is given; a task, a question, or ""."""
+    if CAPTION_TASK in getattr(processor, "task_prompts_without_inputs", ()):
+        return CAPTION_TASK
+    return PROMPT if getattr(processor, "chat_template", None) is not None else ""
+
+
 class PipelineCaptioner:
     """A model of transformers' pipeline `image-text-to-text`. See `open_captioner`."""
 
@@ -211,7 +221,7 @@ class PipelineCaptioner:
             "image-text-to-text", model=source, revision=revision, dtype=dtype, device=device, trust_remote_code=False
         )
         self.is_chat = getattr(self.pipeline.processor, "chat_template", None) is not None
-        self.prompt = PROMPT if prompt is None and self.is_chat else prompt or ""
+        self.prompt = default_prompt(self.pipeline.processor) if prompt is None else prompt
         weights = hub.fingerprint(source)
         self.fingerprint = _digest(self.kind, weights, self.prompt, max_new_tokens, dtype)
 

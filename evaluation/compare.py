@@ -1,9 +1,7 @@
 """Several captioners on the same images: captions, speed, memory, and figures with paired differences."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
@@ -17,7 +15,7 @@ from vlv.files import write_atomically, write_json
 from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
 
 from .caption_sets import CaptionSet, Measured
-from .captioner_process import CaptionJob, run_job_apart
+from .captioner_process import CaptionJob, add_run, read_runs, run_job_apart
 from .endpoint import EndpointError, PriceReached
 from .markdown import markdown_table
 from .results import corpus_figure, mean_figure, package_versions, per_image
@@ -78,29 +76,23 @@ def run_captioner(
         reason = next(iter(found.failures.values()), "there are no images")
         found.error = f"it captioned no image: {reason}"
     if found.kind != "file":
-        _measure(found, result, Path(job.folder) / "runs.jsonl")
+        _measure(found, result, Path(job.folder))
     return found
 
 
-def _measure(found: CaptionerRun, result: Mapping[str, Any], log: Path) -> None:
-    """Sets speed and memory from this run and the earlier ones of the same captioner, which are in a log."""
-    measures = ("fingerprint", "num_new", "seconds", "load_seconds", "peak_memory", "peak_gpu_memory")
-    runs = []
-    if log.exists():
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                runs.append(json.loads(line))
-    if result["num_new"]:
-        runs.append({key: result.get(key) for key in measures})
-        write_atomically(log, lambda path: path.write_text("".join(json.dumps(own) + "\n" for own in runs)))
-    runs = [own for own in runs if own["fingerprint"] == result["fingerprint"]]
-    if not runs:
+def _measure(found: CaptionerRun, result: Mapping[str, Any], folder: Path) -> None:
+    """Sets speed and memory from this run and the earlier ones of the same captioner."""
+    if result["seconds"]:
+        found.images_per_second = round(result["num_timed"] / result["seconds"], 3)
+    if result.get("peak_memory") is None:  # it loaded no model
         return
-    seconds = sum(own["seconds"] for own in runs)
-    found.images_per_second = round(sum(own["num_new"] for own in runs) / seconds, 3) if seconds else None
-    if runs[-1]["peak_memory"] is not None:  # it loaded a model
-        found.load_seconds = round(runs[-1]["load_seconds"], 2)
-        found.peak_memory_mb = round(max(own["peak_memory"] for own in runs) / 1e6, 1)
+    measures = {key: result.get(key) for key in ("load_seconds", "peak_memory", "peak_gpu_memory")}
+    runs = read_runs(folder, result["fingerprint"])
+    if result["num_new"] or not runs:
+        add_run(folder, result["fingerprint"], measures)
+        runs.append(measures)
+    found.load_seconds = round(runs[-1]["load_seconds"], 2)
+    found.peak_memory_mb = round(max(own["peak_memory"] for own in runs) / 1e6, 1)
     if peaks := [own["peak_gpu_memory"] for own in runs if own["peak_gpu_memory"]]:
         found.peak_gpu_memory_mb = round(max(peaks) / 1e6, 1)
 

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import CLIPImageProcessorPil, Florence2Processor, LlavaProcessor
 from transformers.image_utils import load_image
 
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
-from vlv.evaluation.captioners import PROMPT, caption_images, find_kind, open_captioner
+from vlv.evaluation.captioners import CAPTION_TASK, PROMPT, caption_images, default_prompt, find_kind, open_captioner
 from vlv.evaluation.endpoint import PriceReached
+from vlv.miniature.tokenizer import build_tokenizer
 
 from .openai_server import Reply, scripted_endpoint
 
@@ -136,3 +138,16 @@ def test_captions_are_kept_for_the_same_captioner_name_and_image(files, tmp_path
     captioner.fingerprint = "another"
     caption_images(captioner, images, log)
     assert counted[-3:] == ["a", "b", "c"]
+
+
+def test_models_of_transformers_are_asked_what_their_processors_understand():
+    tokenizer, images = build_tokenizer(for_text_encoder=False), CLIPImageProcessorPil()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    images.image_seq_length = 4
+    florence = Florence2Processor(images, tokenizer)
+    assert default_prompt(florence) == CAPTION_TASK == "<MORE_DETAILED_CAPTION>"
+    assert florence(text=CAPTION_TASK, images=load_image(str(IMAGES / "test-1.png"))).input_ids  # a task of its own
+    settings = {"patch_size": 8, "vision_feature_select_strategy": "default"}
+    assert default_prompt(LlavaProcessor(images, tokenizer, chat_template="{{ messages }}", **settings)) == PROMPT
+    assert default_prompt(LlavaProcessor(images, tokenizer, **settings)) == ""

@@ -92,9 +92,27 @@ def test_a_vlv_captions_with_its_own_speed_and_goes_on_where_it_stopped(job):
     counted: list[int] = []
     more = run_captioner(replace(ours, images=job.images), counted.append, run=run_job)
     assert counted == [1, 1, 1] and len(more.captions) == 3 and more.captions[NAMES[0]] == first.captions[NAMES[0]]
-    runs = [json.loads(line) for line in (Path(job.folder) / "runs.jsonl").read_text().splitlines()]
-    assert [own["num_new"] for own in runs] == [1, 2]
-    assert more.images_per_second == pytest.approx(3 / sum(own["seconds"] for own in runs), abs=1e-3)
+    entries = [json.loads(line) for line in (Path(job.folder) / "captions.jsonl").read_text().splitlines()]
+    speed = 3 / sum(own["seconds"] for own in entries)
+    assert more.images_per_second == pytest.approx(speed, abs=1e-3)
+    (Path(job.folder) / "broken.png").write_bytes(b"not an image")
+    images = job.images | {"broken.png": str(Path(job.folder) / "broken.png")}
+    result = run_job(replace(ours, images=images))  # as after a run that was killed: its captions are all there is
+    assert result["num_new"] == 0 and list(result["failures"]) == ["broken.png"]
+    assert result["num_timed"] / result["seconds"] == pytest.approx(speed)
+
+
+def test_an_endpoint_that_stops_in_the_middle_keeps_the_speed_of_its_answers(job):
+    with scripted_endpoint(lambda words, before: Reply("a dog", delay=0.05)) as server:
+        limits = {"concurrency": 1, "price_in": 1000.0, "price_out": 10_000.0}  # an answer costs 0.2
+        asked = replace(job, source=f"{server.url}#m", endpoint=limits | {"max_price": 0.5})
+        assert "max_price" in run_captioner(asked).error and len(server.requests) == 2
+        again = run_captioner(replace(asked, endpoint=limits))
+        assert len(server.requests) == 3 and len(again.captions) == 3
+    seconds = [json.loads(line)["seconds"] for line in (Path(job.folder) / "runs.jsonl").read_text().splitlines()]
+    assert (
+        len(seconds) == 2 and seconds[0] > 0.1 and again.images_per_second == pytest.approx(3 / sum(seconds), abs=1e-3)
+    )
 
 
 def test_the_peak_memory_stays_when_memory_is_given_back():
@@ -200,7 +218,7 @@ def test_how_a_process_ends_is_told(job, script, error, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(program))
     (tmp_path / "job").mkdir()
     ready = {"kind": "vlv", "fingerprint": "f", "captions": {"a": "b"}, "failures": {}, "load_seconds": 1.5}
-    ready |= {"num_new": 4, "seconds": 2.0, "peak_memory": 3e9, "peak_gpu_memory": 5e9}
+    ready |= {"num_new": 4, "num_timed": 4, "seconds": 2.0, "peak_memory": 3e9, "peak_gpu_memory": 5e9}
     (tmp_path / "job" / "ready.json").write_text(json.dumps(ready))
     counted: list[int] = []
     run = run_captioner(replace(job, source=str(MINIATURE)), counted.append)
@@ -253,6 +271,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_each_endpoint_has_its_own_key_and_prompt_and_is_asked_once_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "openai")
     monkeypatch.setenv("B_KEY", "b")
