@@ -193,7 +193,7 @@ class VLVCaptioner:
 
 
 def default_prompt(processor: Any) -> str:
-    """What a model of transformers with this processor is asked where no prompt is given; a task, a question, or ""."""
+    """What a model of transformers with this processor is asked where no prompt is given; "" for nothing."""
     if CAPTION_TASK in getattr(processor, "task_prompts_without_inputs", ()):
         return CAPTION_TASK
     return PROMPT if getattr(processor, "chat_template", None) is not None else ""
