@@ -1,5 +1,6 @@
 """Chooses the best and the worst images of a run, and shows them with their captions and figures."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -86,10 +87,11 @@ def _with_values(case: Case, per_image: PerImage, labels: Mapping[str, str]) -> 
 
 
 def read_per_image(content: Any) -> dict[str, dict[str, float]]:
-    """The values of each image in a results file, as `results.per_image` makes them; empty if there are none."""
+    """The finite values of each image in a results file, as `results.per_image` makes them."""
     found = content if isinstance(content, dict) else {}
-    return {
-        key: {name: value for name, value in values.items() if isinstance(value, int | float)}
+    numbers = {
+        key: {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
         for key, values in found.items()
         if isinstance(values, dict)
     }
+    return {key: values for key, values in numbers.items() if values}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,7 @@ class Section:
         summary: The main figure in words.
         settings: Names and values of the run's settings.
         versions: Packages and their versions.
+        anchor: The section's id on the page, unique there.
     """
 
     title: str
@@ -92,11 +94,7 @@ class Section:
     notes: list[str] = field(default_factory=list)
     settings: list[tuple[str, str]] = field(default_factory=list)
     versions: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def anchor(self) -> str:
-        """The section's id on the page."""
-        return "run-" + "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
+    anchor: str = ""
 
 
 def thumbnail(path: Path) -> str:
@@ -162,8 +160,24 @@ def interval_text(one: Mapping[str, Any]) -> str:
 
 
 def value_of(one: Mapping[str, Any] | None) -> tuple[float, Sequence[float] | None] | None:
-    """A figure and the ends of its interval, if there are any."""
-    return None if one is None else (float(one["value"]), one.get("interval"))
+    """A figure and the ends of its interval, if there are any; None for one that no chart can show."""
+    if one is None or not math.isfinite(float(one["value"])):
+        return None
+    return float(one["value"]), one.get("interval")
+
+
+def as_numbers(names: Mapping[str, Any]) -> list[float]:
+    """The names of settings as ascending numbers; none if they are not."""
+    try:
+        found = [float(name) for name in names]
+    except ValueError:
+        return []
+    return found if found == sorted(found) else []
+
+
+def setting_title(names: Mapping[str, Any]) -> str:
+    """What the settings of a run with these names are."""
+    return "guidance" if as_numbers(names) else "setting"
 
 
 def with_interval(one: Mapping[str, Any] | None) -> str:

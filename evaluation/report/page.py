@@ -30,7 +30,8 @@ def write_report(
         ValueError: If a path is not the results of an evaluation; the message names it.
     """
     settings = settings or ReportSettings()
-    sections = describe_runs([read_run(path) for path in paths], settings)
+    runs = {run.path.resolve(): run for run in map(read_run, paths)}  # a run that is given twice is shown once
+    sections = describe_runs(list(runs.values()), settings)
     text = render(sections, title)
     write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"))
     return sections

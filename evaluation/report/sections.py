@@ -2,18 +2,31 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from statistics import fmean, median
 from typing import Any
 
 from .. import caption_sets
 from ..distances import mean_interval
-from ..protocols import describe_agreement
 from . import charts
 from .cases import LOWER_IS_BETTER, choose_ranking, ranked_grids, read_per_image
 from .comparison import describe_comparison
-from .content import Case, Chart, Grid, Pictures, Section, Table, interval_text, number, value_of, with_interval
+from .content import (
+    Case,
+    Chart,
+    Grid,
+    Pictures,
+    Section,
+    Table,
+    as_numbers,
+    interval_text,
+    number,
+    setting_title,
+    value_of,
+    with_interval,
+)
+from .paper import published_accuracy, published_by_guidance, published_score
 from .runs import KINDS, ReportSettings, Run
+from .side_by_side import JUDGE_LABELS, describe_together
 
 FEW = 8  # images below which a histogram says nothing
 MAIN_FIGURES = ("frechet_distance", "cider_d", "clip_score", "words")  # which a summary names, if a run has them
@@ -31,14 +44,9 @@ def describe_runs(runs: Sequence[Run], settings: ReportSettings) -> list[Section
             run.name = str(run.path)
     if settings.rank_by is not None:
         _require_ranking(runs, settings.rank_by)
-    sections = [_describe(run, settings) for run in runs]
-    for kind in ("images", "captions"):
-        same = [run for run in runs if run.kind == kind]
-        if len(same) > 1:
-            sections.append(_side_by_side(same))
-    judges = [run for run in runs if run.kind == "judge" and not run.config.get("against")]
-    if agreement := _agreement(judges):
-        sections.append(agreement)
+    sections = [_describe(run, settings) for run in runs] + describe_together(runs)
+    for place, section in enumerate(sections, start=1):
+        section.anchor = f"run-{place}"
     return sections
 
 
@@ -164,15 +172,19 @@ def _generation(run: Run, section: Section, settings: ReportSettings) -> None:
     """Results of `vlv evaluate cycle`, `reconstruction`, `spatial` and `composition`: figures by setting."""
     groups = run.content["metrics"]
     labels = {key: one["label"] for figures in groups.values() for key, one in figures.items()}
+    published = published_by_guidance(run)
+    scales, title = as_numbers(groups), setting_title(groups)
     rows = []
     for key, label in labels.items():
-        cells = [with_interval(figures.get(key)) for figures in groups.values()]
-        rows.append((label, *cells))
-    scales = _as_numbers(groups)
-    title = "guidance" if scales else "setting"
+        rows.append((label, *(with_interval(figures.get(key)) for figures in groups.values())))
+        if papers := [published.get(label, {}).get(scale) for scale in scales] if label in published else []:
+            cells = ("" if value is None else number(value) for value in papers)
+            rows.append((f"{label} of VLV in the paper", *cells))
     section.tables.append(Table("Figures", ("figure", *(f"{title} {name}" for name in groups)), rows))
     for key, label in labels.items():
         values = [value_of(figures.get(key)) for figures in groups.values()]
+        if not any(values):
+            continue
         if scales:
             section.charts.append(Chart(label, charts.lines(scales, {label: values}, "guidance scale")))
         else:
@@ -191,10 +203,11 @@ def _generated_grids(
     """The best and the worst images: the original, and what was generated with each setting."""
     groups = {name: read_per_image(own) for name, own in run.content.get("per_image", {}).items()}
     files = run.content.get("files", {})
-    key = choose_ranking(next(iter(groups.values()), {}), None)
+    known = {key: values for own in groups.values() for key, values in own.items()}
+    key = choose_ranking(known, _ranking(known, settings))
     if not files or key is None:
         return []
-    means = {name: fmean(own[key].values()) for name, own in groups.items()}
+    means = {name: fmean(own[key].values()) for name, own in groups.items() if key in own}
     chosen = (min if key in LOWER_IS_BETTER else max)(means, key=means.__getitem__)
     pictures = {"original": Pictures([run.find("images"), settings.images])}
     pictures |= {f"{title} {group}": Pictures([run.path.parent], files[group]) for group in files}
@@ -206,19 +219,10 @@ def _generated_grids(
         texts = caption_sets.read_texts(written)
     describe = _Described(pictures, {"": texts})
     per_image = groups[chosen]
-    own = {key: f"{label}, {title} {chosen}" for key, label in labels.items()}
-    grids = ranked_grids(per_image, own, describe, _ranking(per_image, settings), settings.cases)
+    own = {figure: f"{label}, {title} {chosen}" for figure, label in labels.items()}
+    grids = ranked_grids(per_image, own, describe, key, settings.cases)
     _add_picture_notes(section, describe)
     return grids
-
-
-def _as_numbers(names: Mapping[str, Any]) -> list[float]:
-    """The names as ascending numbers; none if they are not."""
-    try:
-        found = [float(name) for name in names]
-    except ValueError:
-        return []
-    return found if found == sorted(found) else []
 
 
 def _judge(run: Run, section: Section, settings: ReportSettings) -> None:
@@ -226,13 +230,15 @@ def _judge(run: Run, section: Section, settings: ReportSettings) -> None:
     figures, config = run.content["figures"], run.config
     verdicts, failed = figures["verdicts"], figures.get("failed", {})
     mean = figures["value"]
-    label = "share won (ties half)" if config.get("against") else "score, 0 to 6"
+    label = JUDGE_LABELS[bool(config.get("against"))]
     value, interval = number(float(mean["mean"])), f"{number(float(mean['low']))} to {number(float(mean['high']))}"
     rows = [
         (label, value, interval),
         ("captions judged", str(len(verdicts)), ""),
         ("captions without a verdict", str(len(failed)), ""),
     ]
+    if (published := published_score(run)) is not None:
+        rows.insert(1, (f"{label} of VLV in the paper", number(published), ""))
     if "orders_agree" in figures:
         rows.append(("both orders agree", number(float(figures["orders_agree"])), ""))
     section.tables.append(Table("Figures", ("figure", "value", "95% interval"), rows))
@@ -270,8 +276,12 @@ def _vqa(run: Run, section: Section, settings: ReportSettings) -> None:
             places.append((name, (shares[0], shares[1:])))
         else:
             row += ["", "", ""]
-        rows.append(row)
+        published = published_accuracy(run, name)
+        rows.append([*row, "" if published is None else f"{published:.2f}"])
     header = ["prompt", "questions", "failed", "no caption", "accuracy, %", "95% interval", "exact match, %"]
+    header.append("VLV, paper")
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     section.tables.append(Table("Accuracy", header, rows))
     if places:
         section.charts.append(Chart("Accuracy, %", charts.dots(places)))
@@ -322,38 +332,6 @@ def _parts(run: Run, section: Section, settings: ReportSettings) -> None:
                 chart = charts.dots([(name, (values[key], None)) for name, values in parts.items()])
                 section.charts.append(Chart(title, chart))
     section.summary = f"{sum(map(len, groups.values()))} parts"
-
-
-def _side_by_side(runs: Sequence[Run]) -> Section:
-    """The figures that several runs share."""
-    metrics = {run.name: run.content["metrics"] for run in runs}
-    labels = {key: one["label"] for own in metrics.values() for key, one in own.items()}
-    shared = [key for key in labels if sum(key in own for own in metrics.values()) > 1]
-    title = f"{KINDS[runs[0].kind][0].upper()}{KINDS[runs[0].kind][1:]}: all runs"
-    section = Section(title, "runs side by side", "", f"{len(runs)} runs")
-    rows = [(labels[key], *(with_interval(own.get(key)) for own in metrics.values())) for key in shared]
-    section.tables.append(Table("Figures", ("figure", *metrics), rows))
-    for key in shared:
-        places = [(name, value) for name, own in metrics.items() if (value := value_of(own.get(key)))]
-        section.charts.append(Chart(labels[key], charts.dots(places)))
-    if len({run.content.get("features") for run in runs}) > 1:
-        section.notes.append("the runs have different features, so their distances cannot be compared")
-    return section
-
-
-def _agreement(judges: Sequence[Run]) -> Section | None:
-    """Agreement of each pair of judges that scored the same captions; None if no two did."""
-    rows = []
-    for one, other in combinations(judges, 2):
-        try:
-            rows.append((f"{one.name} and {other.name}", describe_agreement(one.path, other.path)))
-        except ValueError:  # no caption in common
-            continue
-    if not rows:
-        return None
-    section = Section("Agreement of judges", "scores of the same captions", "", rows[0][1])
-    section.tables.append(Table("Agreement", ("judges", "agreement"), rows))
-    return section
 
 
 DESCRIBERS = {

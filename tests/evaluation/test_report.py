@@ -178,6 +178,73 @@ def test_figures_where_less_is_better_put_the_lowest_first(runs, tmp_path):
     assert any("c.json is not there" in note for note in sections[1].notes)
 
 
+def generation(values: dict, **config: object) -> dict:
+    """Results of `vlv evaluate cycle` or `reconstruction`: FID by guidance."""
+    metrics = {guidance: {"frechet_distance": figure("FID", value)} for guidance, value in values.items()}
+    return {"metrics": metrics, "config": config}
+
+
+def test_runs_of_a_kind_stand_side_by_side_with_the_papers_figures(tmp_path):
+    share = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    answered = {"accuracy": share, "exact_match": share}
+    contents = {
+        "cycle": generation({"1": 12, "2": 8}, text_to_image="t"),
+        "other": generation({"2": 7, "3": 9}, text_to_image="t"),
+        "model": generation({"2": 6.5}, model="m"),
+        "vqa": {"figures": {"4 shots, captions": answered}, "config": {"questions": "q", "benchmark": "vqav2"}},
+        "vqa2": {"figures": {"4 shots, captions": answered, "4 shots, blind": answered}, "config": {"questions": "q"}},
+        "judge": {"figures": {"value": share, "verdicts": {"a": 1}}, "config": {"captions": "c.json"}},
+        "judge2": {"figures": {"value": share, "verdicts": {"b": 1}}, "config": {"captions": "c.json"}},
+    }
+    files = [save(tmp_path / f"{name}.json", content) for name, content in contents.items()]
+    sections = write_report(files, tmp_path / "r.html")
+    own, together = {section.title: section for section in sections[:7]}, sections[7:]
+    assert own["cycle"].tables[0].rows[1] == ("FID of VLV in the paper", "11.47", "6.64")
+    assert own["model"].tables[0].rows[1] == ("FID of VLV in the paper", "7.22")
+    assert own["vqa"].tables[0].header[-1] == "VLV, paper" and own["vqa"].tables[0].rows[0][-1] == "61.72"
+    assert "VLV, paper" not in own["vqa2"].tables[0].header
+    assert ("score, 0 to 6 of VLV in the paper", "5.18", "") in own["judge"].tables[0].rows
+    generated, judged, answers = together
+    names = [
+        *("cycle, guidance 1", "cycle, guidance 2", "other, guidance 2", "other, guidance 3"),
+        "model, guidance 2",
+    ]
+    assert generated.tables[0].header == ("figure", *names)
+    assert generated.tables[0].rows == [
+        ("FID", "12", "8", "7", "9", "6.5"),
+        ("FID of VLV in the paper", "11.47", "6.64", "6.64", "8.56", "7.22"),
+    ]
+    assert len(generated.charts) == 1
+    assert judged.tables[0].rows[0] == ("score, 0 to 6", *["0.5 (0.25 to 0.75)"] * 2)
+    accuracy = "accuracy, %, 4 shots, captions"
+    assert answers.tables[0].header == ("figure", "vqa", "vqa2")
+    assert answers.tables[0].rows == [
+        (accuracy, *["50 (25 to 75)"] * 2),
+        (f"{accuracy} of VLV in the paper", "61.72", ""),
+    ]
+
+
+def test_anchors_are_unique_and_a_run_given_twice_is_shown_once(tmp_path):
+    files = [save(tmp_path / f"{name}.json", {"a.png": 0.5}) for name in ("cycle_1", "cycle-1")]
+    write_report([*files, tmp_path / "." / "cycle_1.json"], tmp_path / "r.html")
+    ids = [own["id"] for tag, own in Reader((tmp_path / "r.html").read_text()).elements if tag == "section"]
+    assert len(ids) == len(set(ids)) == 2
+
+
+def test_generated_images_are_ranked_by_the_figure_that_is_asked_for(tmp_path):
+    content = generation({"1": 9, "2": 8}, images=str(IMAGES))
+    content["per_image"] = {
+        "1": {"cosine": {NAMES[0]: 0.9, NAMES[1]: 0.1}, "psnr": {NAMES[0]: 10, NAMES[1]: 20}},
+        "2": {"cosine": {NAMES[0]: 0.9, NAMES[1]: 0.2}, "psnr": {}},  # where each image equals its original
+    }
+    content["metrics"]["2"]["psnr"] = figure("PSNR", float("inf"))
+    content["files"] = {guidance: {name: name for name in NAMES[:2]} for guidance in "12"}
+    file = save(tmp_path / "r.json", content)
+    for rank_by, first in ((None, NAMES[0]), ("psnr", NAMES[1])):
+        (section,) = write_report([file], tmp_path / "r.html", settings=ReportSettings(rank_by=rank_by))
+        assert section.grids[0].cases[0].name == first
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -217,7 +284,7 @@ def test_settings_that_fit_no_run_are_refused(runs, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_browser_shows_it_at_the_width_of_a_phone_without_a_request(page):
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright runs the browser tests")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium: `apt-get install chromium` runs the browser tests")
     with playwright.sync_playwright() as started:
