@@ -11,16 +11,24 @@ from urllib.parse import urlsplit
 
 import torch
 
-from vlv.files import write_atomically, write_json
+from vlv.files import write_json
 from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
 
 from .caption_sets import CaptionSet, Measured
 from .captioner_process import CaptionJob, add_run, read_runs, run_job_apart
 from .endpoint import EndpointError, PriceReached
 from .markdown import markdown_table
-from .results import corpus_figure, mean_figure, package_versions, per_image
+from .results import (
+    RESULTS_FILE,
+    corpus_figure,
+    format_figure,
+    mean_figure,
+    package_versions,
+    per_image,
+    write_table,
+)
 
-RESULTS_FILE, TABLE_FILE, CAPTIONS_FILE = "results.json", "results.md", "captions.md"
+CAPTIONS_FILE = "captions.md"
 
 
 @dataclass
@@ -213,13 +221,9 @@ def compare(
         "versions": package_versions(),
     }
     write_json(output / RESULTS_FILE, results)
-    _write_text(output / TABLE_FILE, comparison_tables(results))
-    _write_text(output / CAPTIONS_FILE, captions_table(results))
+    write_table(output, comparison_tables(results))
+    write_table(output, captions_table(results), CAPTIONS_FILE)
     return results
-
-
-def _write_text(file: Path, text: str) -> None:
-    write_atomically(file, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def comparison_tables(results: Mapping[str, Any]) -> str:
@@ -252,15 +256,8 @@ def captions_table(results: Mapping[str, Any]) -> str:
 
 def _figures_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
     labels = {key: one["label"] for figures in columns.values() for key, one in figures.items()}
-    rows = [(label, *(_figure(own.get(key)) for own in columns.values())) for key, label in labels.items()]
+    rows = [(label, *(format_figure(own.get(key)) for own in columns.values())) for key, label in labels.items()]
     return markdown_table((title, *map(_cell, columns)), rows)
-
-
-def _figure(one: Mapping[str, Any] | None) -> str:
-    if one is None:
-        return ""
-    ends = one.get("interval")
-    return f"{one['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")
 
 
 def _cell(text: str) -> str:

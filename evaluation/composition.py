@@ -24,13 +24,12 @@ from .captioners import endpoint_settings
 from .detections import BACKGROUND, OBJECT, Detected, Detector, detect_all
 from .endpoint import Endpoint, EndpointOptions, Question, image_part
 from .features import FeatureExtractor, file_digest
-from .generated_images import RESULTS_FILE, GenerationConfig, generate_missing, to_pil_images
-from .guidance_scales import format_figure, write_table
+from .generated_images import GenerationConfig, generate_missing, to_pil_images
 from .image_sets import cosine_similarities, extract_statistics
 from .judge import parse_score
 from .markdown import markdown_table
 from .matching import match_names
-from .results import mean_figure, package_versions, ratio_figure
+from .results import RESULTS_FILE, format_figure, mean_figure, package_versions, ratio_figure, write_table
 
 ORDER = ("first", "second")
 ANSWERS_LOG = "answers.jsonl"

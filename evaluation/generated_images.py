@@ -25,7 +25,6 @@ from .features import file_digest
 STEM_BYTES = 100  # of an image's name in that of a generated image; file systems take 255 bytes
 CUT_BY = "prompt cut by"  # of a generated image, in its file: what read only the beginning of its caption
 DTYPES = ("float32", "bfloat16", "float16")
-RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
 
 
 @dataclass

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlv.files import write_atomically, write_json
+from vlv.files import write_json
 
 from .features import FeatureExtractor, fingerprint_images
-from .generated_images import RESULTS_FILE, TABLE_FILE, GenerationConfig, ImageSource, cut_notes, generate_missing
+from .generated_images import GenerationConfig, ImageSource, cut_notes, generate_missing
 from .image_sets import (
     PAIR_METRICS,
     cached_statistics,
@@ -21,7 +21,7 @@ from .image_sets import (
     require_packages,
 )
 from .markdown import markdown_table
-from .results import package_versions, per_image
+from .results import RESULTS_FILE, format_figure, package_versions, per_image, write_table
 from .statistics import FeatureStatistics
 
 
@@ -148,11 +148,6 @@ def _label(label: str, extractor: FeatureExtractor) -> str:
     return label if label in ("FID", "KID", "CMMD") else f"{label} ({extractor.name})"
 
 
-def write_table(folder: Path, table: str) -> None:
-    """Writes `results.md`."""
-    write_atomically(folder / TABLE_FILE, lambda path: path.write_text(table + "\n", encoding="utf-8"))
-
-
 def guidance_table(results: Mapping[str, Any], paper: Mapping[str, Mapping[float, float]]) -> str:
     """The figures by guidance as a Markdown table.
 
@@ -168,11 +163,3 @@ def guidance_table(results: Mapping[str, Any], paper: Mapping[str, Mapping[float
             published = paper[label]
             rows.append((f"{label} of VLV in the paper", *(str(published.get(float(g), "")) for g in by_guidance)))
     return markdown_table(("metric", *(f"guidance {guidance}" for guidance in by_guidance)), rows)
-
-
-def format_figure(one: Mapping[str, Any] | None) -> str:
-    """A figure with its interval, as `0.5 (0.4 to 0.6)`; empty if there is none."""
-    if one is None:
-        return ""
-    ends = one.get("interval")
-    return f"{one['value']:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")

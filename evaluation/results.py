@@ -3,13 +3,18 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from vlv.files import write_atomically
+
 from .distances import bootstrap_interval, mean_interval
 from .markdown import markdown_table
 
+RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
+"""What an evaluation writes into its folder."""
 PACKAGES = ("vlv", "torch", "transformers", "diffusers", "torchmetrics", "nltk", "torch-fidelity", "lpips", "dreamsim")
 BOOTSTRAP_SAMPLES = 1000
 
@@ -73,10 +78,23 @@ def ratio_figure(
     return corpus_figure(label, statistic, len(top), samples, **facts)
 
 
+def format_figure(one: Mapping[str, Any] | None) -> str:
+    """A figure with its interval, as `0.5 (0.4 to 0.6)`; empty if there is none."""
+    return "" if one is None else f"{one['value']:.4g}" + (f" ({ends})" if (ends := format_interval(one)) else "")
+
+
+def format_interval(one: Mapping[str, Any]) -> str:
+    """The ends of a figure's interval, as `0.4 to 0.6`; empty if it has none."""
+    ends = one.get("interval")
+    return f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
+
+
+def write_table(folder: Path, table: str, name: str = TABLE_FILE) -> None:
+    """Writes a table in Markdown into a folder, as `results.md` or by another name."""
+    write_atomically(folder / name, lambda path: path.write_text(table + "\n", encoding="utf-8"))
+
+
 def figures_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures as a Markdown table with one row for each."""
-    rows = []
-    for one in figures.values():
-        ends = one.get("interval")
-        rows.append((one["label"], f"{one['value']:.4g}", f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""))
+    rows = [(one["label"], f"{one['value']:.4g}", format_interval(one)) for one in figures.values()]
     return markdown_table(("metric", "value", "95% interval"), rows)

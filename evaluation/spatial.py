@@ -17,9 +17,9 @@ from vlv.files import write_json
 from .captioners import endpoint_settings
 from .detections import BOXES, THRESHOLD, Detected, Detector, detect_all, deviations, match_detections
 from .endpoint import EndpointOptions
-from .generated_images import RESULTS_FILE, EmbeddingSource, GenerationConfig, generate_missing
-from .guidance_scales import guidance_table, write_table
-from .results import package_versions, ratio_figure
+from .generated_images import EmbeddingSource, GenerationConfig, generate_missing
+from .guidance_scales import guidance_table
+from .results import RESULTS_FILE, package_versions, ratio_figure, write_table
 
 PAPER = {"angle": 0.1016, "centre": 0.0988, "scale": 0.1222}
 """Deviations of VLV in the paper's Table 6 (40 million images). Its guidance scale is not published."""

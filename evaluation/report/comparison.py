@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..results import format_figure
 from . import charts
 from .cases import RANKED_BY, read_per_image, spread_names
-from .content import Case, Chart, Grid, Pictures, Section, Table, number, value_of, with_interval
+from .content import Case, Chart, Grid, Pictures, Section, Table, number, value_of
 from .runs import ReportSettings, Run
 
 RUN_FIGURES = {  # of the run itself, with their titles
@@ -29,13 +30,13 @@ def describe_comparison(run: Run, section: Section, settings: ReportSettings) ->
         for name, own in captioners.items()
     ]
     section.tables.append(Table("Captioners", ("name", "source", *(RUN_FIGURES[key] for key in titles)), rows))
-    rows = [(label, *(with_interval(own.get(key)) for own in metrics.values())) for key, label in labels.items()]
+    rows = [(label, *(format_figure(own.get(key)) for own in metrics.values())) for key, label in labels.items()]
     section.tables.append(Table("Figures", ("figure", *metrics), rows))
     differences = run.content.get("differences", [])
     if differences:
         header = ("figure", *(f"{own['first']} less {own['second']}" for own in differences))
         rows = [
-            (label, *(with_interval(own["metrics"].get(key)) for own in differences)) for key, label in labels.items()
+            (label, *(format_figure(own["metrics"].get(key)) for own in differences)) for key, label in labels.items()
         ]
         section.tables.append(Table("Paired differences", header, [row for row in rows if any(row[1:])]))
     section.notes += [f"{name}: {own['error']}" for name, own in captioners.items() if own.get("error")]

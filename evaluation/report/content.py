@@ -153,12 +153,6 @@ def number(value: Any) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
-def interval_text(one: Mapping[str, Any]) -> str:
-    """The ends of a figure's interval; empty if it has none."""
-    ends = one.get("interval")
-    return f"{number(ends[0])} to {number(ends[1])}" if ends else ""
-
-
 def value_of(one: Mapping[str, Any] | None) -> tuple[float, Sequence[float] | None] | None:
     """A figure and the ends of its interval, if there are any; None for one that no chart can show."""
     if one is None or not math.isfinite(float(one["value"])):
@@ -178,11 +172,3 @@ def as_numbers(names: Mapping[str, Any]) -> list[float]:
 def setting_title(names: Mapping[str, Any]) -> str:
     """What the settings of a run with these names are."""
     return "guidance" if as_numbers(names) else "setting"
-
-
-def with_interval(one: Mapping[str, Any] | None) -> str:
-    """A figure with its interval in brackets; empty if there is none."""
-    if one is None:
-        return ""
-    interval = interval_text(one)
-    return number(float(one["value"])) + (f" ({interval})" if interval else "")

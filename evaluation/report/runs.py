@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS_FILE = "results.json"
+from ..results import RESULTS_FILE
+
 KINDS = {
     "compare": "captioners side by side",
     "generation": "generated images",

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import caption_sets
 from ..distances import mean_interval
+from ..results import format_figure, format_interval
 from . import charts
 from .cases import LOWER_IS_BETTER, choose_ranking, ranked_grids, read_per_image
 from .comparison import describe_comparison
@@ -18,11 +19,9 @@ from .content import (
     Section,
     Table,
     as_numbers,
-    interval_text,
     number,
     setting_title,
     value_of,
-    with_interval,
 )
 from .paper import published_accuracy, published_by_guidance, published_score
 from .runs import KINDS, ReportSettings, Run
@@ -97,7 +96,7 @@ def _best(value: Any) -> float:
 
 def figures_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """Label, value and interval of each figure."""
-    return [(one["label"], number(float(one["value"])), interval_text(one)) for one in figures.values()]
+    return [(one["label"], number(float(one["value"])), format_interval(one)) for one in figures.values()]
 
 
 def _figures(run: Run, section: Section, settings: ReportSettings) -> None:
@@ -108,7 +107,7 @@ def _figures(run: Run, section: Section, settings: ReportSettings) -> None:
     section.tables.append(Table("Figures", header, figures_rows(figures)))
     first = figures[next(key for key in (*MAIN_FIGURES, *figures) if key in figures)]
     section.summary = f"{first['label']} {number(float(first['value']))}"
-    if interval := interval_text(first):
+    if interval := format_interval(first):
         section.summary += f" ({interval})"
     if isinstance(features := run.content.get("features"), str):
         section.notes.insert(0, f"features: {features}")
@@ -176,7 +175,7 @@ def _generation(run: Run, section: Section, settings: ReportSettings) -> None:
     scales, title = as_numbers(groups), setting_title(groups)
     rows = []
     for key, label in labels.items():
-        rows.append((label, *(with_interval(figures.get(key)) for figures in groups.values())))
+        rows.append((label, *(format_figure(figures.get(key)) for figures in groups.values())))
         if papers := [published.get(label, {}).get(scale) for scale in scales] if label in published else []:
             cells = ("" if value is None else number(value) for value in papers)
             rows.append((f"{label} of VLV in the paper", *cells))

@@ -6,8 +6,9 @@ from itertools import combinations
 from typing import Any
 
 from ..protocols import describe_agreement
+from ..results import format_figure
 from . import charts
-from .content import Chart, Section, Table, as_numbers, number, setting_title, value_of, with_interval
+from .content import Chart, Section, Table, as_numbers, number, setting_title, value_of
 from .paper import published_accuracy, published_by_guidance, published_score
 from .runs import KINDS, Run
 
@@ -54,9 +55,11 @@ def _metrics(run: Run) -> list[_Column]:
 def _settings(run: Run) -> list[_Column]:
     groups, published = run.content["metrics"], published_by_guidance(run)
     title, columns = setting_title(groups), []
-    scales = as_numbers(groups) or [None] * len(groups)
-    for (name, figures), scale in zip(groups.items(), scales, strict=True):
-        papers = {key: published.get(one["label"], {}).get(scale) for key, one in figures.items() if scale is not None}
+    scales = dict(zip(groups, as_numbers(groups), strict=False))  # none where settings are not numbers
+    for name, figures in groups.items():
+        scale, papers = scales.get(name), {}
+        if scale is not None:
+            papers = {key: published.get(one["label"], {}).get(scale) for key, one in figures.items()}
         columns.append(_Column(run.name, f"{run.name}, {title} {name}", figures, papers, scale))
     return columns
 
@@ -96,7 +99,7 @@ def _side_by_side(runs: Sequence[Run], columns: Sequence[_Column]) -> Section | 
     section = Section(title, "runs side by side", "", f"{len({own.run for own in columns})} runs")
     rows = []
     for key in shared:
-        rows.append((labels[key], *(with_interval(own.figures.get(key)) for own in columns)))
+        rows.append((labels[key], *(format_figure(own.figures.get(key)) for own in columns)))
         papers = [own.published.get(key) for own in columns]
         if any(value is not None for value in papers):
             cells = ("" if value is None else number(value) for value in papers)
