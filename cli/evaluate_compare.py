@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     images = dict(list(read_images(arguments.images, "--images").items())[: arguments.limit])
     with as_user_errors():
         read_references(arguments, list(images))  # before captions are made
+    _require_models(arguments)
     device = choose_device(arguments)
     runs = {}
     for label, source in captioners.items():
@@ -121,6 +122,23 @@ def _endpoint_settings(arguments: argparse.Namespace, captioners: Mapping[str, s
     return found
 
 
+def _require_models(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` if a model that measures captions is not there, before captions are made and paid."""
+    from transformers import AutoConfig
+
+    for option in ("clip", "bert"):
+        if source := getattr(arguments, option):
+            with loading(f"--{option} {source}"):
+                AutoConfig.from_pretrained(source)
+    if arguments.score_model:
+        from diffusers import DiffusionPipeline
+
+        with loading(f"--score-model {arguments.score_model}"):
+            config = DiffusionPipeline.load_config(resolve_model(arguments.score_model))
+            if "VLV" not in str(config["_class_name"]):
+                raise ValueError(f"it is a {config['_class_name']}, not a VLV")
+
+
 def _measure(
     arguments: argparse.Namespace, names: list[str], sets: Mapping[str, Any], paths: list[Path]
 ) -> dict[str, Any]:
@@ -137,13 +155,13 @@ def _measure(
         label: measure_captions(replace(given, captions=own.captions), clip, **settings) for label, own in sets.items()
     }
     if arguments.score_model:
-        texts = {label: own.captions for label, own in sets.items()}
+        texts, model = {label: own.captions for label, own in sets.items()}, resolve_model(arguments.score_model)
         loaded = {"dtype": DTYPES[arguments.dtype], "device": choose_device(arguments)}
         with (
             progress(len(paths), "diffusion scores", True) as advance,
             loading(f"--score-model {arguments.score_model}"),
         ):
-            scores = diffusion_scores(arguments.score_model, paths, texts, loaded, arguments.batch_size, advance)
+            scores = diffusion_scores(model, paths, texts, loaded, arguments.batch_size, advance)
         for label, values in scores.items():
             measured[label].means["score"] = f"diffusion score ({Path(arguments.score_model).name})", values
     return measured

@@ -122,12 +122,15 @@ def find_kind(source: str, revision: str | None = None) -> str:
     """The kind of a captioner.
 
     Raises:
+        FileNotFoundError: For a path that does not exist.
         OSError: If it is none of them.
     """
     if source.startswith(("http://", "https://")):
         return "endpoint"
     if Path(source).is_file() or (source.endswith(".json") and not Path(source).is_dir()):
         return "file"
+    if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise FileNotFoundError(f"{source} does not exist; expected a folder with a model, or a repo id like org/name")
     config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     return "vlv" if config.get("model_type") == VLVConfig.model_type else "pipeline"
 
