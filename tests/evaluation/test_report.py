@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from vlv.cli.main import main
+from vlv.evaluation.caption_sets import CaptionSet, Measured, measure_captions
+from vlv.evaluation.compare import CaptionerRun, compare
 from vlv.evaluation.report import ReportSettings, write_report
 
 IMAGES = Path(__file__).parent.parent.parent / "examples" / "images"
@@ -56,22 +59,18 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     }
     share = {"mean": 0.625, "low": 0.5, "high": 0.75}
     answered = {"questions": 8, "failed": {}, "without_caption": 0, "accuracy": share, "exact_match": share}
-    captioner = {"source": "a", "error": None, "num_captioned": 6, "num_failed": 0, "images_per_second": 7.25}
-    compared = {
-        "captioners": {
-            "ours": captioner | {"metrics": {"words": figure("words", 3, 2, 4)}},
-            HOSTILE: captioner | {"metrics": {"words": figure("words", 5, 4, 6)}},
-            "broken": captioner | {"num_captioned": 0, "error": "it does not load"},
-        },
-        "differences": [{"first": "ours", "second": HOSTILE, "metrics": {"words": figure("words", -2, -3, -1)}}],
-        "captions": {name: {"ours": f"ours of {name}", HOSTILE: f"other of {name}"} for name in NAMES},
-        "per_image": {
-            "ours": {"words": dict.fromkeys(NAMES, 3.0)},
-            HOSTILE: {"words": {name: 3.0 + 7 * (name == NAMES[4]) for name in NAMES}},
-        },
-        "config": {"images": str(images)},
-        "notes": [HOSTILE],
+    longer = {name: f"other of {name}" + " and more" * 4 * (name == NAMES[4]) for name in NAMES}
+    captioners = {
+        "ours": CaptionerRun("a", "vlv", {name: f"ours of {name}" for name in NAMES}, images_per_second=7.25),
+        HOSTILE: CaptionerRun("b", "file", longer, {"x.png": HOSTILE}),
+        "broken": CaptionerRun("c", error="it does not load"),
     }
+
+    def measure(names: list[str], sets: Mapping[str, CaptionSet]) -> dict[str, Measured]:
+        return {label: measure_captions(own) for label, own in sets.items()}
+
+    (root / "compare").mkdir()
+    compare(captioners, [*NAMES, "x.png"], measure, {"images": str(images)}, 20, root / "compare")
     return {
         "images": images,
         "captions.json": root / "captions.json",
@@ -90,7 +89,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         "second": save(root / "second" / "results.json", judge).parent,
         "vqa": save(root / "vqa.json", {"figures": {"0 shots": answered}, "config": {"questions": "q.json"}}),
         "score": save(root / "scores.json", scores | {NAMES[0]: [0.1, 0.05]}),
-        "compare": save(root / "compare" / "results.json", compared).parent,
+        "compare": root / "compare",
         "parts": save(root / "evaluation.json", {"captions": {"f1": 0.9}, "pictures": {"f1": 0.8, "test": {"g": 1}}}),
     }
 
@@ -122,7 +121,7 @@ class Reader(HTMLParser):
 
 def test_the_page_has_the_figures_of_every_kind_of_run(page):
     words = " ".join(Reader(page.read_text()).words)
-    for expected in ("CIDEr-D", "9.5 (8 to 11)", "62.50", "3.5", "score, 0 to 6", "7.25", "-2 (-3 to -1)", "f1"):
+    for expected in ("CIDEr-D", "9.5 (8 to 11)", "62.50", "3.5", "score, 0 to 6", "7.25", "-1.333 (-", "f1"):
         assert expected in words, expected
     for said in ("weighted kappa 1.00", "broken: it does not load", "no verdict on x.png", "71.4%", "guidance 1, 2"):
         assert said in words, said
