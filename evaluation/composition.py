@@ -112,7 +112,8 @@ def read_pairs(config: CompositionConfig, images: Mapping[str, Path]) -> list[tu
         images: Files by name.
 
     Raises:
-        ValueError: If the file is another one or names an image that is not there, or there are fewer than two images.
+        ValueError: If the file is another one, names an image that is not there or a pair twice, or there are fewer
+            than two images.
     """
     if config.pairs is None:
         names = list(images)[: config.limit]
@@ -131,7 +132,19 @@ def read_pairs(config: CompositionConfig, images: Mapping[str, Path]) -> list[tu
     found = match_names(names, images, f"images {config.images}")
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"images {config.images} has no {missing[0]!r}, which pairs {config.pairs} names")
-    return [(found[one], found[other]) for one, other in pairs[: config.limit]]
+    read = [(found[one], found[other]) for one, other in pairs]
+    for pair, times in Counter(read).items():
+        if times > 1:
+            raise ValueError(f"pairs {config.pairs} has {list(pair)} {times} times; a pair may stand once")
+    return read[: config.limit]
+
+
+def pair_names(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """A name for each pair. Raises `ValueError` if two have the same name."""
+    names = [" + ".join(pair) for pair in pairs]
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"two pairs of images have the name {repeated[0]!r}; rename an image, or remove a pair")
+    return names
 
 
 class MixedSource:
@@ -139,7 +152,7 @@ class MixedSource:
 
     Args:
         images: Files by name.
-        pairs: Names of the two images of each generated image.
+        pairs: Names of the two images of each generated image, each pair once.
         counts: How many embeddings are taken of each of the two.
         load_pipeline: Returns the pipeline. Called only if an image is missing.
     """
@@ -153,8 +166,8 @@ class MixedSource:
         fingerprint: str,
     ):
         self.images, self.counts, self.load_pipeline, self.fingerprint = images, counts, load_pipeline, fingerprint
-        self.pairs = {" + ".join(pair): pair for pair in pairs}
-        self.names = list(self.pairs)
+        self.names = pair_names(pairs)
+        self.pairs = dict(zip(self.names, pairs, strict=True))
 
     @cached_property
     def _digests(self) -> dict[str, str]:
@@ -240,7 +253,7 @@ def run_composition(
     places = {name: place for place, name in enumerate(used)}
     rows = [[places[pair[side]] for pair in pairs] for side in (0, 1)]
     measures = _Measures(config, [images[name] for name in used], rows, instruments)
-    names = [" + ".join(pair) for pair in pairs]
+    names = pair_names(pairs)
     results: dict[str, Any] = {
         "metrics": {},
         "failed": {},
@@ -305,9 +318,9 @@ class _Measures:
         for side, rows in zip(ORDER, self.rows, strict=True):
             values = cosine_similarities(generated, self.features[rows])
             figures[f"cosine_{side}"] = mean_figure(f"cosine with the {side}", values, self.config.bootstrap)
-        if len(files) > 1:  # the level of chance
-            shifted = self.features[self.rows[0][1:] + self.rows[0][:1]]
-            values = cosine_similarities(generated, shifted)
+        others = other_firsts(list(zip(*self.rows, strict=True)))
+        if others is not None:  # the level of chance
+            values = cosine_similarities(generated, self.features[others])
             figures["cosine_other"] = mean_figure("cosine with another pair's", values, self.config.bootstrap)
         return figures
 
@@ -338,6 +351,21 @@ class _Measures:
             if own
         }
         return figures, failed
+
+
+def other_firsts(pairs: Sequence[tuple[int, int]]) -> list[int] | None:
+    """For each pair of images, the first image of the next pair that has neither of its two; None if a pair has none.
+
+    Pairs after the last one are those from the beginning.
+    """
+    found = []
+    for place, pair in enumerate(pairs):
+        following = [*pairs[place + 1 :], *pairs[:place]]
+        other = next((own for own in following if not set(own) & set(pair)), None)
+        if other is None:
+            return None
+        found.append(other[0])
+    return found
 
 
 def _show_both(original: Path, generated: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from PIL import Image
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 from vlv.evaluation.captioners import open_captioner
-from vlv.evaluation.composition import CompositionConfig, MixedSource, read_pairs, recall_figures
+from vlv.evaluation.composition import CompositionConfig, MixedSource, other_firsts, read_pairs, recall_figures
 from vlv.evaluation.detections import Detected
 from vlv.evaluation.features import load_rgb
 from vlv.evaluation.generated_images import CaptionSource, EmbeddingSource
@@ -245,6 +245,7 @@ def test_wrong_settings_of_spatial_deviation_are_named(settings, message):
         ('[["0.png"]]', "must hold"),
         ("[]", "must hold"),
         ('[["0.png", "9.png"]]', "has no '9.png', which pairs"),
+        ('[["0.png", "1"], ["2.png", "1"], ["0.png", "1"]]', r"has \['0.png', '1.png'\] 2 times"),
     ],
 )
 def test_a_wrong_file_of_pairs_is_named(tmp_path, content, message):
@@ -261,6 +262,17 @@ def test_pairs_are_those_of_the_file_or_of_both_halves(tmp_path):
     assert read_pairs(config, IMAGES) == [("0.png", "3.png"), ("3.png", "1.png")]
     with pytest.raises(ValueError, match="has 1 images; a composition needs at least 2"):
         read_pairs(composition_config(limit=1), IMAGES)
+
+
+def test_pairs_with_one_name_are_refused():
+    images = [("a", "b + c"), ("a + b", "c")]
+    with pytest.raises(ValueError, match="two pairs of images have the name 'a \\+ b \\+ c'"):
+        MixedSource({}, images, (1, 1), lambda: None, "m")
+
+
+def test_the_level_of_chance_is_an_image_that_a_pair_does_not_show():
+    assert other_firsts([(0, 1), (0, 2), (3, 1), (4, 5)]) == [4, 3, 4, 0]
+    assert other_firsts([(0, 1), (0, 2)]) is None and other_firsts([(0, 1)]) is None
 
 
 def composition_config(**settings) -> CompositionConfig:
