@@ -9,7 +9,15 @@ from typing import Any
 from vlv.files import write_atomically, write_json
 
 from .features import FeatureExtractor, fingerprint_images
-from .generated_images import RESULTS_FILE, TABLE_FILE, GenerationConfig, ImageSource, cut_notes, generate_missing
+from .generated_images import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    GenerationConfig,
+    ImageSource,
+    cut_notes,
+    generate_missing,
+    relative_files,
+)
 from .image_sets import (
     PAIR_METRICS,
     cached_statistics,
@@ -118,9 +126,7 @@ def compare_over_guidance(
             each |= values
         results["metrics"][f"{guidance:g}"] = figures
         results["per_image"][f"{guidance:g}"] = per_image(each, source.names)
-        results["files"][f"{guidance:g}"] = {
-            name: file.relative_to(folder).as_posix() for name, file in zip(source.names, files, strict=True)
-        }
+        results["files"][f"{guidance:g}"] = relative_files(source.names, files, folder)
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *cut_notes(files)]))
         write_json(folder / RESULTS_FILE, results)
     write_table(folder, table(results))

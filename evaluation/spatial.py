@@ -5,9 +5,11 @@ matched, and the mean L1 deviation of angle, centre and scale is taken. Its imag
 units are not published.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +17,11 @@ import torch
 from vlv.files import write_json
 
 from .captioners import endpoint_settings
-from .detections import BOXES, THRESHOLD, Detected, Detector, detect_all, deviations, match_detections
+from .detections import BOXES, OBJECT, THRESHOLD, Detected, Detector, detect_all, deviations, match_detections
 from .endpoint import EndpointOptions
-from .generated_images import RESULTS_FILE, EmbeddingSource, GenerationConfig, generate_missing
+from .generated_images import RESULTS_FILE, EmbeddingSource, GenerationConfig, generate_missing, relative_files
 from .guidance_scales import guidance_table, write_table
-from .results import package_versions, ratio_figure
+from .results import package_versions, per_image, ratio_figure
 
 PAPER = {"angle": 0.1016, "centre": 0.0988, "scale": 0.1222}
 """Deviations of VLV in the paper's Table 6 (40 million images). Its guidance scale is not published."""
@@ -88,7 +90,8 @@ def run_spatial(
         advance: Called with the number of images that are generated or read, after each batch.
 
     Returns:
-        What `results.json` holds: `metrics` by guidance, `failed`, `notes`, `config` and `versions`.
+        What `results.json` holds: `metrics`, `failed`, `per_image` and `files` (as `compare_over_guidance`) by
+        guidance, `notes`, `config` and `versions`.
 
     Raises:
         EndpointError, PriceReached: As `endpoint.Endpoint.ask`.
@@ -100,6 +103,8 @@ def run_spatial(
     results: dict[str, Any] = {
         "metrics": {},
         "failed": {},
+        "per_image": {},
+        "files": {},
         "notes": [],
         "detector": detector.name,
         "num_images": len(paths),
@@ -107,13 +112,17 @@ def run_spatial(
         "model_fingerprint": fingerprint,
         "versions": package_versions(),
     }
-    originals = detect_all(detector, paths, config.batch_size, advance)
+    names = list(images)
+    originals = detect_all(detector, paths, names, config.batch_size, advance)
     for guidance in config.guidance:
         files = generate_missing(source, guidance, config, advance)
-        generated = detect_all(detector, files, config.batch_size, advance)
-        figures, notes, failed = spatial_figures(list(images), originals, generated, config.bootstrap)
+        titles = [f"{name}, guidance {guidance:g}" for name in names]
+        generated = detect_all(detector, files, titles, config.batch_size, advance)
+        figures, notes, failed = spatial_figures(names, originals, generated, config.bootstrap)
         results["metrics"][f"{guidance:g}"] = figures
         results["failed"][f"{guidance:g}"] = failed
+        results["per_image"][f"{guidance:g}"] = image_deviations(names, originals, generated)
+        results["files"][f"{guidance:g}"] = relative_files(names, files, folder)
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes]))
         write_json(folder / RESULTS_FILE, results)
     write_table(folder, spatial_table(results))
@@ -148,7 +157,7 @@ def spatial_figures(
         each = [deviations(*pair) for pair in pairs]
         sums.append({key: sum(own.get(key, 0.0) for own in each) for key in LABELS})
         sums[-1]["angles"] = sum("angle" in own for own in each)
-        counts.append((len(pairs), sum(own.kind == "object" for own in original.detections)))
+        counts.append((len(pairs), sum(own.kind == OBJECT for own in original.detections)))
     if len(failed) == len(names):
         raise ValueError(f"the detector answered for no image; the first reason: {next(iter(failed.values()))}")
     notes = [f"{len(failed)} of {len(names)} images are left out: a detection failed"] if failed else []
@@ -165,6 +174,27 @@ def spatial_figures(
     if not matched:
         notes.append("no object of an original was found in its reconstruction, so there are no deviations")
     return figures, notes, failed
+
+
+def image_deviations(
+    names: Sequence[str], originals: Sequence[Detected], generated: Sequence[Detected]
+) -> dict[str, dict[str, float]]:
+    """Of each figure, its value for each image: the mean over its matched objects, and the share of them.
+
+    Args:
+        names, originals, generated: As in `spatial_figures`.
+    """
+    found: dict[str, list[float]] = {key: [] for key in ("centre", "scale", "distance", "angle", "matched")}
+    for original, image in zip(originals, generated, strict=True):
+        first, second = original.detections or [], image.detections or []
+        each = [deviations(*pair) for pair in match_detections(first, second)]
+        for key in ("centre", "scale", "distance", "angle"):
+            values = [own[key] for own in each if key in own]
+            found[key].append(fmean(values) if values else math.nan)
+        count = sum(own.kind == OBJECT for own in first)
+        known = count and image.detections is not None
+        found["matched"].append(len(each) / count if known else math.nan)
+    return {key: own for key, own in per_image(found, names).items() if own}
 
 
 def spatial_table(results: Mapping[str, Any]) -> str:

@@ -67,6 +67,12 @@ def run(protocol: str, scenes: Path, output: Path, *options: str) -> dict:
     return json.loads((output / "results.json").read_text())
 
 
+def report_page(output: Path) -> str:
+    """The report of a run as HTML."""
+    assert main(["evaluate", "report", str(output), "--output", str(output / "report.html")]) == 0
+    return (output / "report.html").read_text()
+
+
 def read(files: list[Path]) -> torch.Tensor:
     """Images `(N, 3, H, W)` uint8."""
     return torch.stack([load_rgb(file) for file in files])
@@ -169,6 +175,8 @@ def test_an_endpoint_finds_the_objects_and_the_papers_figures_stand_beside(scene
     assert metrics["centre"] == pytest.approx(0.1, abs=1e-6) and metrics["scale"] == 0 and metrics["matched"] == 1
     assert metrics["angle"] == pytest.approx(math.pi / 6, abs=1e-6)
     assert list(results["failed"]["2"]) == ["3.png"] and results["metrics"]["2"]["centre"]["num_objects"] == 3
+    assert results["per_image"]["2"]["centre"] == {f"{number}.png": pytest.approx(0.1) for number in range(3)}
+    assert set(results["per_image"]["2"]["matched"].values()) == {1} and report_page(tmp_path).count("<img") == 6
     output = capsys.readouterr().out
     assert "| angle (L1) of VLV in the paper | 0.1016 |" in output
     assert "note: 1 of 4 images are left out: a detection failed" in output
@@ -186,6 +194,12 @@ def test_compositions_are_compared_by_features_objects_and_a_judge(scenes, truth
     assert (alone["score_first"]["value"], alone["score_first"]["num_images"]) == (4, 1)
     assert len(results["failed"]["24+0"]) == 2 and "24+0: 2 scores of 4 are missing" in results["notes"]
     assert results["num_pairs"] == 2 and "| 12+12 |" in capsys.readouterr().out
+    each = results["per_image"]["24+0"]
+    assert [len(each[key]) for key in ("cosine_first", "cosine_second")] == [2, 2]
+    assert sum(each["score_first"].values()) == 4 and len(each["score_first"]) == 1
+    html = report_page(tmp_path)
+    assert html.count("<img") == 2 * (2 + len(results["files"]))  # of each pair, its images and the mixed ones
+    assert "first" in html and "second" in html
 
 
 def test_what_a_composition_shows_is_counted_as_in_the_paper_in_miniature(truth):
