@@ -362,8 +362,8 @@ class _Measures:
             else:
                 each[f"score_{ORDER[side]}"][place] = score
         figures = {}
-        for side in ORDER:
-            key, label = f"score_{side}", f"score of the {side}, 0 to 6"
+        for which in ORDER:
+            key, label = f"score_{which}", f"score of the {which}, 0 to 6"
             if known := [score for score in each[key] if not math.isnan(score)]:
                 figures[key] = mean_figure(label, known, self.config.bootstrap, num_images=len(known))
         return figures, each, failed

@@ -85,7 +85,13 @@ class PipelineDetector:
     def __init__(self, source: str, threshold: float = THRESHOLD, device: str = "cpu"):
         from transformers import pipeline  # loads all image processors
 
-        self.pipeline: Any = pipeline("object-detection", model=source, device=device, trust_remote_code=False)
+        self.pipeline: Any = pipeline(
+            "object-detection",
+            model=source,
+            device=device,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
         self.threshold, self.name = threshold, f"{self.pipeline.model.config.model_type}: {source}"
 
     def detect(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Detected]:

@@ -2,15 +2,23 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
+from vlv.cli.errors import UserError
+from vlv.cli.evaluating import load_text_to_image
 from vlv.cli.main import main
 from vlv.evaluation.captioners import open_captioner
 from vlv.evaluation.cycle import CycleConfig, cycle_table
+from vlv.evaluation.detections import PipelineDetector
 from vlv.evaluation.generated_images import ImageStore, image_store, tokenizers_that_cut
 
 from .openai_server import Reply, scripted_endpoint
@@ -145,6 +153,35 @@ def test_t5_reads_as_many_tokens_as_the_pipeline_passes_to_it(stable_diffusion_3
     assert tokenizers_that_cut(pipeline, "a cat") == []
     assert tokenizers_that_cut(pipeline, words[256]) == clips
     assert tokenizers_that_cut(pipeline, words[257]) == [*clips, "tokenizer_3 (256 tokens)"]
+
+
+@pytest.mark.slow
+def test_a_text_to_image_model_has_no_safety_checker_and_weights_in_safetensors(stable_diffusion, tmp_path):
+    folder = tmp_path / "checked"
+    pipeline = DiffusionPipeline.from_pretrained(stable_diffusion)
+    towers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**towers, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=towers, vision_config=vision, projection_dim=8))
+    pipeline.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessorPil())
+    pipeline.save_pretrained(folder)
+    assert DiffusionPipeline.load_config(folder)["safety_checker"][1] == "StableDiffusionSafetyChecker"
+    assert load_text_to_image(str(folder), torch.float32, "cpu").safety_checker is None
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_text_to_image(str(folder), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["captioner", "detector"])
+def test_captioners_and_detectors_of_transformers_have_weights_in_safetensors(kind, llava, object_detector, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(llava if kind == "captioner" else object_detector, folder)
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises((OSError, ValueError), match="safetensors"):
+        open_captioner(str(folder)) if kind == "captioner" else PipelineDetector(str(folder))
 
 
 def test_an_unknown_setting_or_a_missing_original_is_named(config, tmp_path, capsys):
