@@ -21,11 +21,10 @@ from .detections import BOXES, OBJECT, THRESHOLD, Detected, Detector, detect_all
 from .endpoint import EndpointOptions
 from .generated_images import RESULTS_FILE, EmbeddingSource, GenerationConfig, generate_missing, relative_files
 from .guidance_scales import guidance_table, write_table
+from .published import require_row
 from .results import package_versions, per_image, ratio_figure
 
-PAPER = {"angle": 0.1016, "centre": 0.0988, "scale": 0.1222}
-"""Deviations of VLV in the paper's Table 6 (40 million images). Its guidance scale is not published."""
-PAPER_GUIDANCE = 2.0  # of the authors' code
+GUIDANCE = 2.0  # of the authors' code
 LABELS = {
     "angle": "angle (L1)",
     "centre": "centre (L1)",
@@ -43,7 +42,7 @@ class SpatialConfig(EndpointOptions, GenerationConfig):
     REQUIRED: ClassVar[tuple[str, ...]] = ("images", "model", "detector", "output_dir")
 
     model: str = field(default="", metadata={"help": "folder or Hub repo id of a VLV; miniature is the embedded one"})
-    guidance: list[float] = field(default_factory=lambda: [PAPER_GUIDANCE], metadata={"help": "guidance scales"})
+    guidance: list[float] = field(default_factory=lambda: [GUIDANCE], metadata={"help": "guidance scales"})
     num_inference_steps: int = field(default=50, metadata={"help": "denoising steps of each image"})
     detector: str = field(
         default="",
@@ -55,12 +54,20 @@ class SpatialConfig(EndpointOptions, GenerationConfig):
     )
     boxes: str = field(default="3d", metadata={"help": f"what an endpoint is asked for: {' or '.join(BOXES)}"})
     threshold: float = field(default=THRESHOLD, metadata={"help": "least score of an object, of object-detection"})
+    paper: str | None = field(
+        default=None, metadata={"help": "row of the paper's Table 6 beside the figures, such as table6/40m"}
+    )
     max_tokens: int = field(default=2048, metadata={"help": "most tokens of an answer, of an endpoint"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.boxes not in BOXES:
             raise ValueError(f"boxes is one of {', '.join(BOXES)}, not {self.boxes!r}")
+        require_row(self.paper, "spatial")
+        if self.paper and ("://" not in self.detector or self.boxes != "3d"):
+            raise ValueError(
+                "paper's figures are of boxes in three dimensions by an endpoint; set boxes to 3d, or no paper"
+            )
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if "://" in self.detector:
@@ -125,7 +132,7 @@ def run_spatial(
         results["files"][f"{guidance:g}"] = relative_files(names, files, folder)
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes]))
         write_json(folder / RESULTS_FILE, results)
-    write_table(folder, spatial_table(results))
+    write_table(folder, guidance_table(results))
     return results
 
 
@@ -195,10 +202,3 @@ def image_deviations(
         known = count and image.detections is not None
         found["matched"].append(len(each) / count if known else math.nan)
     return {key: own for key, own in per_image(found, names).items() if own}
-
-
-def spatial_table(results: Mapping[str, Any]) -> str:
-    """The figures by guidance as a Markdown table; for boxes in three dimensions the paper's are beside them."""
-    in_3d = any("angle" in figures for figures in results["metrics"].values())
-    paper = {LABELS[key]: {PAPER_GUIDANCE: value} for key, value in PAPER.items()} if in_3d else {}
-    return guidance_table(results, paper)

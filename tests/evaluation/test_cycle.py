@@ -17,9 +17,11 @@ from vlv.cli.errors import UserError
 from vlv.cli.evaluating import load_text_to_image
 from vlv.cli.main import main
 from vlv.evaluation.captioners import open_captioner
-from vlv.evaluation.cycle import CycleConfig, cycle_table
+from vlv.evaluation.cycle import CycleConfig
 from vlv.evaluation.detections import PipelineDetector
 from vlv.evaluation.generated_images import ImageStore, image_store, tokenizers_that_cut
+from vlv.evaluation.guidance_scales import guidance_table
+from vlv.evaluation.published import published_notes
 
 from .openai_server import Reply, scripted_endpoint
 
@@ -106,6 +108,7 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
         ({"captioner": "m"}, "set captions, a file, or captioner, what writes them, and not both"),
         ({"captions": None, "captioner": "http://127.0.0.1/v1"}, "names no model"),
         ({"captions": None, "captioner": "m", "captioner_kind": "vllm"}, "captioner_kind is one of vlv, pipeline"),
+        ({"paper": "table5/40m"}, "paper is one of table1/original, .*, not 'table5/40m'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"images": ""}, "images is missing: folder of the original images"),
         ({"guidance": []}, "guidance must be one or more scales"),
@@ -193,12 +196,24 @@ def test_an_unknown_setting_or_a_missing_original_is_named(config, tmp_path, cap
     assert "has no entry for 1 of 3 images: '0.png'" in capsys.readouterr().err
 
 
-def test_the_papers_fid_is_beside_ours_only_for_inceptions_features():
+def test_the_papers_row_that_a_setting_names_is_beside_ours_only_for_inceptions_features():
     figures = {"1": {"frechet_distance": {"label": "FID", "value": 12.0}}, "1.5": {}}
-    lines = cycle_table({"metrics": figures}).splitlines()
-    assert lines[2:] == ["| FID | 12 |  |", "| FID of VLV in the paper | 11.47 |  |"]
+    results = {"metrics": figures, "config": {"paper": "table1/gpt-4o"}}
+    lines = guidance_table(results).splitlines()
+    assert lines[2:] == ["| FID | 12 |  |", "| FID of the paper's GPT-4o (Table 1) | 12.16 |  |"]
+    assert "paper" not in guidance_table({"metrics": figures, "config": {"paper": None}})
+    table = guidance_table({"metrics": figures, "config": {"paper": "table4/77"}})
+    assert "| FID of the paper's VLV with 77 queries (Table 4), guidance not stated | 5.3 |  |" in table
     figures["1"]["frechet_distance"]["label"] = "Fréchet distance"
-    assert "paper" not in cycle_table({"metrics": figures})
+    assert "paper" not in guidance_table(results)
+
+
+def test_what_is_not_alike_in_the_papers_row_is_noted():
+    config = {"paper": "table1/vlv", "resize": "pytorch-fid"}
+    assert published_notes(config, 30_000, ["FID"]) == published_notes({"paper": None}, 3, ["FID"]) == []
+    assert published_notes(config, 3, ["CMMD"]) == ["the run has no figure FID, which the paper's table1/vlv has"]
+    few, resized = published_notes({**config, "resize": "clean-fid"}, 3, ["FID"])
+    assert "table1/vlv is of 30000 images, this run of 3" in few and "this run's as clean-fid" in resized
 
 
 @pytest.mark.slow

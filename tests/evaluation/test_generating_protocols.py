@@ -16,8 +16,7 @@ from vlv.evaluation.composition import CompositionConfig, MixedSource, other_fir
 from vlv.evaluation.detections import Detected
 from vlv.evaluation.features import load_rgb
 from vlv.evaluation.generated_images import CaptionSource, EmbeddingSource
-from vlv.evaluation.reconstruction import reconstruction_table
-from vlv.evaluation.spatial import LABELS, SpatialConfig, spatial_table
+from vlv.evaluation.spatial import SpatialConfig
 from vlv.miniature.data import SceneDataset, evaluation_items
 from vlv.miniature.evaluation import (
     MAX_NEW_TOKENS,
@@ -169,6 +168,7 @@ def test_an_endpoint_finds_the_objects_and_the_papers_figures_stand_beside(scene
 
     with scripted_endpoint(answer) as script:
         options = ["--detector", f"{script.url}#m", "--concurrency", "1", "--max_retries", "0", "--guidance", "2"]
+        options += ["--paper", "table6/40m"]
         results = run("spatial", scenes, tmp_path, *options)
         assert len(script.requests) == 2 * COUNT
     metrics = {key: own["value"] for key, own in results["metrics"]["2"].items()}
@@ -178,7 +178,9 @@ def test_an_endpoint_finds_the_objects_and_the_papers_figures_stand_beside(scene
     assert results["per_image"]["2"]["centre"] == {f"{number}.png": pytest.approx(0.1) for number in range(3)}
     assert set(results["per_image"]["2"]["matched"].values()) == {1} and report_page(tmp_path).count("<img") == 6
     output = capsys.readouterr().out
-    assert "| angle (L1) of VLV in the paper | 0.1016 |" in output
+    assert (
+        "| angle (L1) of the paper's VLV after 40 million images (Table 6), guidance not stated | 0.1016 |" in output
+    )
     assert "note: 1 of 4 images are left out: a detection failed" in output
 
 
@@ -241,6 +243,7 @@ def test_wrong_settings_of_a_composition_are_named(settings, message):
     ("settings", "message"),
     [
         ({"boxes": "4d"}, "boxes is one of 3d, 2d, not '4d'"),
+        ({"paper": "table6/40m"}, "figures are of boxes in three dimensions by an endpoint"),
         ({"threshold": 1.0}, "threshold must be at least 0 and below 1, not 1.0"),
         ({"detector": ""}, "detector is missing: what finds the objects"),
         ({"detector": "http://127.0.0.1/v1"}, "names no model"),
@@ -292,10 +295,3 @@ def test_the_level_of_chance_is_an_image_that_a_pair_does_not_show():
 def composition_config(**settings) -> CompositionConfig:
     given = {"images": "i", "model": "m", "output_dir": "o", "counts": ["1+1"], "features": "f"}
     return CompositionConfig(**{**given, **settings})
-
-
-def test_the_papers_figures_are_beside_those_that_are_measured_alike():
-    figures = {"2": {"frechet_distance": {"label": "FID", "value": 12.0}}}
-    assert "| FID of VLV in the paper | 7.22 |" in reconstruction_table({"metrics": figures})
-    flat = {"2": {"centre": {"label": LABELS["centre"], "value": 0.1}}}
-    assert "paper" not in spatial_table({"metrics": flat})
