@@ -231,6 +231,11 @@ def generate_missing(
     return list(files.values())
 
 
+def relative_files(names: Sequence[str], files: Sequence[Path], folder: Path) -> dict[str, str]:
+    """The generated images by name, relative to a folder, as `files` of the results has them."""
+    return {name: file.relative_to(folder).as_posix() for name, file in zip(names, files, strict=True)}
+
+
 def to_pil_images(images: torch.Tensor) -> list[Image.Image]:
     """Images `(B, 3, H, W)` in 0..1 as PIL images."""
     pixels = (images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)

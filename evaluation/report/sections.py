@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import caption_sets
 from ..distances import mean_interval
+from ..published import published_figures
 from ..results import format_figure, format_interval
 from . import charts
 from .cases import LOWER_IS_BETTER, choose_ranking, ranked_grids, read_per_image
@@ -23,7 +24,7 @@ from .content import (
     setting_title,
     value_of,
 )
-from .paper import published_accuracy, published_by_guidance, published_score
+from .paper import published_accuracy, published_score
 from .runs import KINDS, ReportSettings, Run
 from .side_by_side import JUDGE_LABELS, describe_together
 
@@ -171,14 +172,12 @@ def _generation(run: Run, section: Section, settings: ReportSettings) -> None:
     """Results of `vlv evaluate cycle`, `reconstruction`, `spatial` and `composition`: figures by setting."""
     groups = run.content["metrics"]
     labels = {key: one["label"] for figures in groups.values() for key, one in figures.items()}
-    published = published_by_guidance(run)
     scales, title = as_numbers(groups), setting_title(groups)
     rows = []
     for key, label in labels.items():
         rows.append((label, *(format_figure(figures.get(key)) for figures in groups.values())))
-        if papers := [published.get(label, {}).get(scale) for scale in scales] if label in published else []:
-            cells = ("" if value is None else number(value) for value in papers)
-            rows.append((f"{label} of VLV in the paper", *cells))
+        if papers := published_figures(run.config.get("paper"), label, list(groups)):
+            rows.append((papers[0], *papers[1]))
     section.tables.append(Table("Figures", ("figure", *(f"{title} {name}" for name in groups)), rows))
     for key, label in labels.items():
         values = [value_of(figures.get(key)) for figures in groups.values()]
@@ -208,7 +207,8 @@ def _generated_grids(
         return []
     means = {name: fmean(own[key].values()) for name, own in groups.items() if key in own}
     chosen = (min if key in LOWER_IS_BETTER else max)(means, key=means.__getitem__)
-    pictures = {"original": Pictures([run.find("images"), settings.images])}
+    originals = run.content.get("originals") or {"original": None}  # of compositions, both
+    pictures = {side: Pictures([run.find("images"), settings.images], own) for side, own in originals.items()}
     pictures |= {f"{title} {group}": Pictures([run.path.parent], files[group]) for group in files}
     texts: dict[str, list[str]] = {}
     written = run.path.parent / "captions.json"

@@ -6,10 +6,11 @@ from itertools import combinations
 from typing import Any
 
 from ..protocols import describe_agreement
+from ..published import published_figures
 from ..results import format_figure
 from . import charts
 from .content import Chart, Section, Table, as_numbers, number, setting_title, value_of
-from .paper import published_accuracy, published_by_guidance, published_score
+from .paper import published_accuracy, published_score
 from .runs import KINDS, Run
 
 JUDGE_LABELS = {False: "score, 0 to 6", True: "share won (ties half)"}
@@ -24,14 +25,14 @@ class _Column:
         run: Its name.
         title: Of the column.
         figures: As `results.figure` makes them.
-        published: The paper's, by the key of the figure.
+        published: The label and the text of the paper's figure, by the key of the figure.
         place: The setting, if it is a number.
     """
 
     run: str
     title: str
     figures: Mapping[str, Mapping[str, Any]]
-    published: Mapping[str, float | None] = field(default_factory=dict)
+    published: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     place: float | None = None
 
 
@@ -53,30 +54,36 @@ def _metrics(run: Run) -> list[_Column]:
 
 
 def _settings(run: Run) -> list[_Column]:
-    groups, published = run.content["metrics"], published_by_guidance(run)
-    title, columns = setting_title(groups), []
+    groups, columns = run.content["metrics"], []
+    title = setting_title(groups)
     scales = dict(zip(groups, as_numbers(groups), strict=False))  # none where settings are not numbers
     for name, figures in groups.items():
-        scale, papers = scales.get(name), {}
-        if scale is not None:
-            papers = {key: published.get(one["label"], {}).get(scale) for key, one in figures.items()}
-        columns.append(_Column(run.name, f"{run.name}, {title} {name}", figures, papers, scale))
+        papers = {
+            key: published_figures(run.config.get("paper"), one["label"], [name]) for key, one in figures.items()
+        }
+        published = {key: (own[0], own[1][0]) for key, own in papers.items() if own}
+        columns.append(_Column(run.name, f"{run.name}, {title} {name}", figures, published, scales.get(name)))
     return columns
 
 
 def _accuracies(run: Run) -> list[_Column]:
-    figures = {}
+    figures, published = {}, {}
     for prompt, one in run.content["figures"].items():
         if accuracy := one.get("accuracy"):
             mean, *ends = (100 * accuracy[end] for end in ("mean", "low", "high"))
-            figures[prompt] = {"label": f"accuracy, %, {prompt}", "value": mean, "interval": ends}
-    return [_Column(run.name, run.name, figures, {prompt: published_accuracy(run, prompt) for prompt in figures})]
+            label = f"accuracy, %, {prompt}"
+            figures[prompt] = {"label": label, "value": mean, "interval": ends}
+            if (paper := published_accuracy(run, prompt)) is not None:
+                published[prompt] = f"{label} of VLV in the paper", f"{paper:.2f}"
+    return [_Column(run.name, run.name, figures, published)]
 
 
 def _judgements(run: Run) -> list[_Column]:
     label, value = JUDGE_LABELS[bool(run.config.get("against"))], run.content["figures"]["value"]
     one = {"label": label, "value": value["mean"], "interval": [value["low"], value["high"]]}
-    return [_Column(run.name, run.name, {label: one}, {label: published_score(run)})]
+    paper = published_score(run)
+    published = {} if paper is None else {label: (f"{label} of VLV in the paper", number(paper))}
+    return [_Column(run.name, run.name, {label: one}, published)]
 
 
 COLUMNS = {
@@ -100,10 +107,9 @@ def _side_by_side(runs: Sequence[Run], columns: Sequence[_Column]) -> Section | 
     rows = []
     for key in shared:
         rows.append((labels[key], *(format_figure(own.figures.get(key)) for own in columns)))
-        papers = [own.published.get(key) for own in columns]
-        if any(value is not None for value in papers):
-            cells = ("" if value is None else number(value) for value in papers)
-            rows.append((f"{labels[key]} of VLV in the paper", *cells))
+        papers = [own.published.get(key, ("", "")) for own in columns]
+        for title in dict.fromkeys(title for title, _ in papers if title):
+            rows.append((title, *(value if own == title else "" for own, value in papers)))
         section.charts += _charts(labels[key], [(own, value_of(own.figures.get(key))) for own in columns])
     section.tables.append(Table("Figures", ("figure", *(own.title for own in columns)), rows))
     if len({run.content.get("features") for run in runs}) > 1:

@@ -187,9 +187,9 @@ def test_runs_of_a_kind_stand_side_by_side_with_the_papers_figures(tmp_path):
     share = {"mean": 0.5, "low": 0.25, "high": 0.75}
     answered = {"accuracy": share, "exact_match": share}
     contents = {
-        "cycle": generation({"1": 12, "2": 8}, text_to_image="t"),
-        "other": generation({"2": 7, "3": 9}, text_to_image="t"),
-        "model": generation({"2": 6.5}, model="m"),
+        "cycle": generation({"1": 12, "2": 8}, paper="table1/vlv"),
+        "other": generation({"2": 7, "3": 9}, paper="table1/vlv"),
+        "model": generation({"2": 6.5}, paper="table5/40m"),
         "vqa": {"figures": {"4 shots, captions": answered}, "config": {"questions": "q", "benchmark": "vqav2"}},
         "vqa2": {"figures": {"4 shots, captions": answered, "4 shots, blind": answered}, "config": {"questions": "q"}},
         "judge": {"figures": {"value": share, "verdicts": {"a": 1}}, "config": {"captions": "c.json"}},
@@ -197,9 +197,10 @@ def test_runs_of_a_kind_stand_side_by_side_with_the_papers_figures(tmp_path):
     }
     files = [save(tmp_path / f"{name}.json", content) for name, content in contents.items()]
     sections = write_report(files, tmp_path / "r.html")
+    cycle, after = "FID of the paper's VLV (Table 1)", "FID of the paper's VLV after 40 million images (Table 5)"
     own, together = {section.title: section for section in sections[:7]}, sections[7:]
-    assert own["cycle"].tables[0].rows[1] == ("FID of VLV in the paper", "11.47", "6.64")
-    assert own["model"].tables[0].rows[1] == ("FID of VLV in the paper", "7.22")
+    assert own["cycle"].tables[0].rows[1] == (cycle, "11.47", "6.64")
+    assert own["model"].tables[0].rows[1] == (after, "7.22")
     assert own["vqa"].tables[0].header[-1] == "VLV, paper" and own["vqa"].tables[0].rows[0][-1] == "61.72"
     assert "VLV, paper" not in own["vqa2"].tables[0].header
     assert ("score, 0 to 6 of VLV in the paper", "5.18", "") in own["judge"].tables[0].rows
@@ -211,7 +212,8 @@ def test_runs_of_a_kind_stand_side_by_side_with_the_papers_figures(tmp_path):
     assert generated.tables[0].header == ("figure", *names)
     assert generated.tables[0].rows == [
         ("FID", "12", "8", "7", "9", "6.5"),
-        ("FID of VLV in the paper", "11.47", "6.64", "6.64", "8.56", "7.22"),
+        (cycle, "11.47", "6.64", "6.64", "8.56", ""),
+        (after, "", "", "", "", "7.22"),
     ]
     assert len(generated.charts) == 1
     assert judged.tables[0].rows[0] == ("score, 0 to 6", *["0.5 (0.25 to 0.75)"] * 2)
