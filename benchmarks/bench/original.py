@@ -2,8 +2,8 @@
 
 From their public code: images are prepared one at a time inside the step and go twice through PIL; every caption is
 padded to 300 tokens; the language model gives logits at all positions, the image prefix and the padding among them;
-nothing computed is kept; generation makes its beams before the prefix is read, one image at a time; the context of the
-empty prompt is computed in each call; sampling is ancestral, 50 steps.
+nothing computed is kept; generation makes its beams before the prefix is read; the context of the empty prompt is
+computed in each call; sampling is ancestral, 50 steps.
 """
 
 from collections.abc import Sequence
@@ -83,12 +83,12 @@ def caption_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def captions(models: Models, paths: Sequence[Path], num_beams: int, **settings: Any) -> list[str]:
-    """Captions of image files, one at a time."""
+def captions(models: Models, paths: Sequence[Path], num_beams: int, batch_size: int = 1, **settings: Any) -> list[str]:
+    """Captions of image files in batches."""
     found = []
     language_model: Any = models.captioner.language_model
-    for path in paths:
-        pixel_values = to_pixel_values(models, read_batch(models, [path]))
+    for start in range(0, len(paths), batch_size):
+        pixel_values = to_pixel_values(models, read_batch(models, paths[start : start + batch_size]))
         prefix, mask, _ = models.captioner.get_prefix(pixel_values)
         ids = language_model.generate(
             inputs_embeds=prefix, attention_mask=mask, num_beams=num_beams, do_sample=False, **settings
