@@ -105,7 +105,7 @@ def reconstruct(models: Models, paths: Sequence[Path], seed: int) -> torch.Tenso
     """
     pipeline: Any = models.pipeline
     output = models.captioner.model(to_pixel_values(models, read_batch(models, paths)))
-    length = output.conditioning.shape[1]
+    length = pipeline.tokenizer.model_max_length
     tokens = pipeline.tokenizer([""] * len(paths), padding="max_length", max_length=length, return_tensors="pt")
     empty = models.captioner.model.text_encoder(tokens.input_ids).last_hidden_state
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -114,8 +114,12 @@ def reconstruct(models: Models, paths: Sequence[Path], seed: int) -> torch.Tenso
     side = models.image_size // pipeline.vae_scale_factor
     latents = randn_tensor((len(paths), pipeline.unet.config.in_channels, side, side), generators)
     for timestep in scheduler.timesteps:
-        context = torch.cat([empty, output.conditioning])
-        noise_of_empty, noise = pipeline.unet(torch.cat([latents] * 2), timestep, context).sample.chunk(2)
+        if empty.shape == output.conditioning.shape:
+            context = torch.cat([empty, output.conditioning])
+            noise_of_empty, noise = pipeline.unet(torch.cat([latents] * 2), timestep, context).sample.chunk(2)
+        else:  # where the authors' code fails: the miniature has fewer embeddings than its text encoder has positions
+            contexts = (empty, output.conditioning)
+            noise_of_empty, noise = (pipeline.unet(latents, timestep, context).sample for context in contexts)
         noise = noise_of_empty + GUIDANCE * (noise - noise_of_empty)
         latents = scheduler.step(noise, timestep, latents, generator=generators).prev_sample
     images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample

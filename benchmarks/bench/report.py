@@ -56,7 +56,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         "",
         f"The ways take turns, {results['rounds']} rounds. Ratios are of the CPU time of the same round: median "
         "(lowest to highest). *Difference* is that of the results of ours and original: of losses relative, of images "
-        "the mean, in 0..1, of captions 0 where all are the same words. Peak memory is that of a process of its own, "
+        "in 0..1, of captions 0 where all are the same words. Peak memory is that of a process of its own, "
         "with its models and libraries.",
     ]
     for size, rows in results["sizes"].items():
