@@ -61,7 +61,7 @@ def _digest(value: object) -> str:
 
 
 def _report_damage(message: str) -> None:
-    print(f"note: {message}; it is removed, and its embeddings are computed again", file=sys.stderr)
+    print(f"note: {message}; its embeddings are computed again", file=sys.stderr)
 
 
 def read_encoded_batches(

@@ -118,7 +118,28 @@ def read(encoder, image_processor, photos: Path, cache=None, names=range(5)) -> 
     }
 
 
-def test_processes_add_to_one_cache_at_once_and_images_keep_their_order(
+def test_a_file_that_goes_after_the_cache_was_opened_is_computed_again(
+    encoder, image_processor, photos, tmp_path, encoded, capsys
+):
+    first = encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    expected = read(encoder, image_processor, photos, first)
+    lost, *_ = cache_files(tmp_path)
+    second = encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    lost.unlink()
+    encoded.clear()
+    found = read(encoder, image_processor, photos, second)
+    assert f"note: {lost} has gone or cannot be read" in capsys.readouterr().err
+    assert sum(encoded) in (1, 2)  # the images of that file
+    assert list(found) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+    assert not capsys.readouterr().err
+    encoded.clear()
+    read(encoder, image_processor, photos, second)
+    assert not encoded and not capsys.readouterr().err
+
+
+def test_a_cache_that_is_opened_twice_gets_the_images_of_both_and_images_keep_their_order(
     encoder, image_processor, photos, tmp_path, encoded
 ):
     first, second = (encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor) for _ in range(2))
