@@ -12,6 +12,7 @@ from vlv.cli import encoding
 from vlv.cli.inputs import Input
 from vlv.cli.main import main
 from vlv.cli.output import Summary
+from vlv.train.caches import settings_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,31 @@ def test_another_model_or_preprocessing_has_another_folder(encoder, image_proces
     other_prompt = folder()
     with torch.no_grad():
         encoder.query_tokens[..., -1] += 1
-    assert len({before, other_pixels, other_prompt, folder()}) == 4
+    other_weights = folder()
+    encoder.config.image_encoder_config.text_config.activation_function = "relu"
+    assert len({before, other_pixels, other_prompt, other_weights, folder()}) == 5
+
+
+def test_embeddings_of_another_encoder_are_not_shared_which_a_note_says(
+    encoder, image_processor, photos, tmp_path, capsys
+):
+    cache = encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    read(encoder, image_processor, photos, cache, [0])
+    encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    assert not capsys.readouterr().err
+    with torch.no_grad():
+        encoder.query_tokens[..., -1] += 1
+    encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    assert "has embeddings of another encoder" in capsys.readouterr().err
+
+
+def test_the_library_that_wrote_a_configuration_is_none_of_its_settings(encoder):
+    config = encoder.config.image_encoder_config
+    before = settings_fingerprint(config, None)
+    config.transformers_version, config._name_or_path = "4.0.0", "elsewhere"
+    assert settings_fingerprint(config, None) == before
+    config.text_config.activation_function = "relu"
+    assert settings_fingerprint(config, None) != before
 
 
 @pytest.mark.parametrize("option", ["--embeddings-cache", "--encoder-batch-size"])
