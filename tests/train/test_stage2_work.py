@@ -225,6 +225,18 @@ def test_trainers_of_one_model_pack_or_pad_as_each_of_them_is_told_and_leave_it_
         assert language_model.config._attn_implementation == "sdpa"
 
 
+def test_grouping_by_length_of_a_plain_list_is_refused(build):
+    trainer = build(language_model_config(), packing=False, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match=r"needs a TrainingDataset, .* got list; pass load_pairs"):
+        trainer.train()
+
+
+def test_several_gpus_in_one_process_are_refused(build, monkeypatch):
+    monkeypatch.setattr(Stage2Config, "n_gpu", 2)
+    with pytest.raises(ValueError, match="sees 2 GPUs, and trains on one; launch with torchrun --nproc_per_node 2"):
+        build(language_model_config())
+
+
 @pytest.fixture
 def captions() -> TrainingDataset:
     """Captions of 1 to 40 letters, in no order."""
