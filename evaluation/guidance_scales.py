@@ -10,13 +10,14 @@ from vlv.files import write_atomically, write_json
 
 from .features import FeatureExtractor, fingerprint_images
 from .generated_images import (
-    RESULTS_FILE,
+    PARTIAL_FILE,
     TABLE_FILE,
     GenerationConfig,
     ImageSource,
     cut_notes,
     generate_missing,
     relative_files,
+    write_results,
 )
 from .image_sets import (
     PAIR_METRICS,
@@ -133,7 +134,8 @@ def compare_over_guidance(
         labels = [one["label"] for one in figures.values()]
         notes += [*cut_notes(files), *published_notes(results["config"], len(originals), labels)]
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes]))
-        write_json(folder / RESULTS_FILE, results)
+        write_json(folder / PARTIAL_FILE, results)
+    write_results(folder, results)
     write_table(folder, guidance_table(results))
     return results
 
