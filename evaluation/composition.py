@@ -25,7 +25,19 @@ from .captioners import endpoint_settings
 from .detections import BACKGROUND, OBJECT, Detected, Detector, detect_all
 from .endpoint import Endpoint, EndpointOptions, Question, image_part
 from .features import FeatureExtractor, file_digest
+<<<<<<< HEAD
 from .generated_images import GenerationConfig, generate_missing, relative_files, to_pil_images
+=======
+from .generated_images import (
+    PARTIAL_FILE,
+    GenerationConfig,
+    generate_missing,
+    relative_files,
+    to_pil_images,
+    write_results,
+)
+from .guidance_scales import format_figure, write_table
+>>>>>>> main
 from .image_sets import cosine_similarities, extract_statistics
 from .judge import parse_score
 from .markdown import markdown_table
@@ -291,7 +303,8 @@ def run_composition(
             if failed:
                 results["failed"][key] = failed
                 results["notes"].append(f"{key}: {len(failed)} scores of {2 * len(pairs)} are missing")
-            write_json(folder / RESULTS_FILE, results)
+            write_json(folder / PARTIAL_FILE, results)
+    write_results(folder, results)
     write_table(folder, composition_table(results))
     return results
 

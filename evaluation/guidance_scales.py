@@ -9,7 +9,20 @@ from typing import Any
 from vlv.files import write_json
 
 from .features import FeatureExtractor, fingerprint_images
+<<<<<<< HEAD
 from .generated_images import GenerationConfig, ImageSource, cut_notes, generate_missing, relative_files
+=======
+from .generated_images import (
+    PARTIAL_FILE,
+    TABLE_FILE,
+    GenerationConfig,
+    ImageSource,
+    cut_notes,
+    generate_missing,
+    relative_files,
+    write_results,
+)
+>>>>>>> main
 from .image_sets import (
     PAIR_METRICS,
     cached_statistics,
@@ -125,7 +138,8 @@ def compare_over_guidance(
         labels = [one["label"] for one in figures.values()]
         notes += [*cut_notes(files), *published_notes(results["config"], len(originals), labels)]
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes]))
-        write_json(folder / RESULTS_FILE, results)
+        write_json(folder / PARTIAL_FILE, results)
+    write_results(folder, results)
     write_table(folder, guidance_table(results))
     return results
 

@@ -19,8 +19,20 @@ from vlv.files import write_json
 from .captioners import endpoint_settings
 from .detections import BOXES, OBJECT, THRESHOLD, Detected, Detector, detect_all, deviations, match_detections
 from .endpoint import EndpointOptions
+<<<<<<< HEAD
 from .generated_images import EmbeddingSource, GenerationConfig, generate_missing, relative_files
 from .guidance_scales import guidance_table
+=======
+from .generated_images import (
+    PARTIAL_FILE,
+    EmbeddingSource,
+    GenerationConfig,
+    generate_missing,
+    relative_files,
+    write_results,
+)
+from .guidance_scales import guidance_table, write_table
+>>>>>>> main
 from .published import require_row
 from .results import RESULTS_FILE, package_versions, per_image, ratio_figure, write_table
 
@@ -131,7 +143,8 @@ def run_spatial(
         results["per_image"][f"{guidance:g}"] = image_deviations(names, originals, generated)
         results["files"][f"{guidance:g}"] = relative_files(names, files, folder)
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes]))
-        write_json(folder / RESULTS_FILE, results)
+        write_json(folder / PARTIAL_FILE, results)
+    write_results(folder, results)
     write_table(folder, guidance_table(results))
     return results
 

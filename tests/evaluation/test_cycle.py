@@ -17,8 +17,9 @@ from vlv.cli.errors import UserError
 from vlv.cli.evaluating import load_text_to_image
 from vlv.cli.main import main
 from vlv.evaluation.captioners import open_captioner
-from vlv.evaluation.cycle import CycleConfig
+from vlv.evaluation.cycle import CycleConfig, run_cycle
 from vlv.evaluation.detections import PipelineDetector
+from vlv.evaluation.features import AutoModelFeatures
 from vlv.evaluation.generated_images import ImageStore, image_store, tokenizers_that_cut
 from vlv.evaluation.guidance_scales import guidance_table
 from vlv.evaluation.published import published_notes
@@ -82,6 +83,41 @@ def test_a_cycle_measures_each_guidance_and_goes_on_where_it_ended(config, tmp_p
     assert run(config, tmp_path) == 0  # of fewer images
     fewer = json.loads((tmp_path / "cycle" / "results.json").read_text())
     assert fewer["num_images"] == 2 and not any(" cut " in note for note in fewer["notes"])
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_leaves_complete_results_as_they_are(config, stable_diffusion, dinov2_model):
+    folder = Path(config["output_dir"])
+    folder.mkdir()
+    (folder / "results.json").write_text("complete")
+    calls = []
+
+    def advance(images: int) -> None:
+        calls.append(images)
+        if len(calls) == 4:  # after both batches of the first guidance scale
+            raise KeyboardInterrupt
+
+    def run_it(**settings) -> None:
+        captions = dict.fromkeys(("0.jpg", "1.jpg", "2.jpg"), "a cat")
+        images = {name: Path(config["images"]) / name for name in captions}
+        features = [AutoModelFeatures(str(dinov2_model))]
+        run_cycle(
+            CycleConfig(**config),
+            captions,
+            images,
+            lambda: load_text_to_image(str(stable_diffusion), None, "cpu"),
+            "model",
+            features,
+            **settings,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run_it(advance=advance)
+    assert (folder / "results.json").read_text() == "complete"
+    assert set(json.loads((folder / "results-partial.json").read_text())["metrics"]) == {"1"}
+    run_it()
+    assert set(json.loads((folder / "results.json").read_text())["metrics"]) == {"1", "4"}
+    assert not (folder / "results-partial.json").exists()
 
 
 def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_path):
