@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_inference_steps is None:
         arguments.num_inference_steps = DEFAULT_STEPS.get(arguments.scheduler, MANY_STEPS)
     pipeline.set_progress_bar_config(disable=True)  # the summary shows one bar for all images
+    pipeline.keep_prompt()
     if arguments.embeddings:
         width = pipeline.encoder.config.caption_embed_dim
         inputs = load_embeddings(arguments.embeddings, width, "reconstruct")
