@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, StableDiffusion
 from transformers import CLIPTextModel
 
 from vlv import VLVImageProcessor, VLVModel, hub
-from vlv.checkpoints import MINIATURE
 from vlv.miniature.tokenizer import build_tokenizer
 from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
@@ -19,6 +19,7 @@ from ..hub.machine import NOWHERE, Machine
 from ..hub.server import Hub, serve
 from ..interpreter import run_python
 
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 FORMS = {  # arguments of save_pretrained, and of from_pretrained
     "whole": ({}, {}),
     "shards": ({"max_shard_size": "20KB"}, {}),
@@ -149,11 +150,11 @@ def test_the_installed_class_runs_no_code_of_a_repository(repository, image_file
 @pytest.mark.parametrize(
     ("module", "name", "model"),
     [
-        ("pipeline_vlv_reconstruction", "VLVReconstructionPipeline", MINIATURE),
+        ("pipeline_vlv_reconstruction", "VLVReconstructionPipeline", CHECKPOINTS / "vlv-miniature"),
         (
             "pipeline_vlv_pooled_reconstruction",
             "VLVPooledReconstructionPipeline",
-            MINIATURE.parent / "vlv-miniature-mmdit",
+            CHECKPOINTS / "vlv-miniature-mmdit",
         ),
     ],
 )
