@@ -6,7 +6,7 @@ READY := $(VENV)/.files
 CODE := $(shell sed -n 's/^    vlv[.a-z_]* = \([a-z_]*\)$$/\1/p' setup.cfg)
 LIST_OF_FILES = find $(CODE) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false

@@ -1,6 +1,5 @@
 """Caption embeddings of inputs: computed in batches of their own, or taken from the cache of `--embeddings-cache`."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -35,33 +34,34 @@ def open_embeddings_cache(
     """
     if folder is None:
         return None
-    from vlv.train.caches import PREPROCESSING, weights_fingerprint
+    from vlv.train.caches import PREPROCESSING, settings_fingerprint, weights_fingerprint
     from vlv.train.data.feature_cache import FeatureCache
 
     config, preprocessing = model.config, json.loads(image_processor.to_json_string())
     parts = (config.image_encoder_config, config.query_decoder_config)
-    settings = [None if part is None else part.to_dict() for part in parts]
     made_of = {
         "encoder": weights_fingerprint(model),
-        "settings": _digest([*settings, config.task_prompt_ids, config.attend_all_queries]),
+        "settings": settings_fingerprint(*parts, config.task_prompt_ids, config.attend_all_queries),
         "device": model.device.type,
         **{name: preprocessing.get(name) for name in PREPROCESSING},
     }
     shape = (config.num_query_tokens, config.caption_embed_dim)
-    own = Path(folder) / _digest([made_of, shape, str(model.dtype)])
+    own = Path(folder) / settings_fingerprint(made_of, shape, str(model.dtype))
     try:
+        if not own.is_dir() and any(Path(folder).glob("*/*.safetensors")):
+            print(
+                f"note: --embeddings-cache {folder} has embeddings of another encoder, precision or kind of device; "
+                "those of this one are computed",
+                file=sys.stderr,
+            )
         own.mkdir(parents=True, exist_ok=True)
         return FeatureCache(own, made_of, shape, model.dtype, report_damage=_report_damage)
     except (OSError, ValueError) as error:
         raise UserError(f"--embeddings-cache {folder} cannot be used: {error}") from error
 
 
-def _digest(value: object) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-
-
 def _report_damage(message: str) -> None:
-    print(f"note: {message}; it is removed, and its embeddings are computed again", file=sys.stderr)
+    print(f"note: {message}; its embeddings are computed again", file=sys.stderr)
 
 
 def read_encoded_batches(

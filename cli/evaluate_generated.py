@@ -54,6 +54,7 @@ def run_protocol(arguments: argparse.Namespace) -> int:
 def run_cycle(config: "CycleConfig", images: Mapping[str, Path]) -> tuple[str, list[str]]:
     """The table and the notes, or the plan of a dry run."""
     from vlv.evaluation import cycle
+    from vlv.evaluation.guidance_scales import guidance_table
 
     inputs = cycle.read_inputs(config, images)
     if config.dry_run:
@@ -75,12 +76,13 @@ def run_cycle(config: "CycleConfig", images: Mapping[str, Path]) -> tuple[str, l
         results = cycle.run_cycle(
             config, captions, inputs.images, load, fingerprint, extractors, facts, device, advance
         )
-    return cycle.cycle_table(results), results["notes"]
+    return guidance_table(results), results["notes"]
 
 
 def run_reconstruction(config: "ReconstructionConfig", images: Mapping[str, Path]) -> tuple[str, list[str]]:
     """The table and the notes, or the plan of a dry run."""
     from vlv.evaluation import reconstruction
+    from vlv.evaluation.guidance_scales import guidance_table
 
     images = _take(config, images)
     if config.dry_run:
@@ -90,7 +92,7 @@ def run_reconstruction(config: "ReconstructionConfig", images: Mapping[str, Path
     load, fingerprint = _reconstruction_model(config.model, config.dtype, config.scheduler, device)
     with progress(len(images) * len(config.guidance), "reconstructions", True) as advance:
         results = reconstruction.run_reconstruction(config, images, load, fingerprint, extractors, device, advance)
-    return reconstruction.reconstruction_table(results), results["notes"]
+    return guidance_table(results), results["notes"]
 
 
 def run_spatial(config: "SpatialConfig", images: Mapping[str, Path]) -> tuple[str, list[str]]:
@@ -98,6 +100,7 @@ def run_spatial(config: "SpatialConfig", images: Mapping[str, Path]) -> tuple[st
     from vlv.evaluation import spatial
     from vlv.evaluation.captioners import endpoint_settings
     from vlv.evaluation.detections import EndpointDetector
+    from vlv.evaluation.guidance_scales import guidance_table
 
     images = _take(config, images)
     if config.dry_run:
@@ -113,7 +116,7 @@ def run_spatial(config: "SpatialConfig", images: Mapping[str, Path]) -> tuple[st
     total = len(images) * (1 + 2 * len(config.guidance))
     with progress(total, "images generated and read", True) as advance:
         results = spatial.run_spatial(config, images, load, fingerprint, detector, advance)
-    return spatial.spatial_table(results), results["notes"]
+    return guidance_table(results), results["notes"]
 
 
 def run_composition(config: "CompositionConfig", images: Mapping[str, Path]) -> tuple[str, list[str]]:

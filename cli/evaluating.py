@@ -22,10 +22,10 @@ def resolve_model(source: str) -> str:
 
 
 def load_text_to_image(source: str, dtype: Any, device: str, scheduler: str = OWN) -> Any:
-    """A text-to-image pipeline: of diffusers, or the frozen text-to-image model of a VLV.
+    """A text-to-image pipeline: of diffusers, without its safety checker, or the frozen text-to-image model of a VLV.
 
     Raises:
-        UserError: If it cannot be loaded.
+        UserError: If it cannot be loaded, or has weights in other files than safetensors.
     """
     import inspect
 
@@ -35,10 +35,13 @@ def load_text_to_image(source: str, dtype: Any, device: str, scheduler: str = OW
     from vlv.pipelines import load_reconstruction
 
     with loading(source):
-        if "VLV" in str(DiffusionPipeline.load_config(source)["_class_name"]):
+        config = DiffusionPipeline.load_config(source)
+        if "VLV" in str(config["_class_name"]):
             pipeline = teacher_pipeline(load_reconstruction(source, dtype=dtype, device=device))
         else:
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+            # A safety checker would put black images among the measured ones.
+            parts = {"safety_checker": None} if "safety_checker" in config else {}
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise UserError(f"text_to_image {source} is a {type(pipeline).__name__}, which takes no prompt")
     pipeline.set_progress_bar_config(disable=True)

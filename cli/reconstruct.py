@@ -19,7 +19,7 @@ from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstr
 from vlv.pipelines.schedulers import DEFAULT_STEPS, MANY_STEPS
 
 from .captions import read_one_text
-from .encoding import encode, open_embeddings_cache, read_encoded_batches
+from .encoding import open_embeddings_cache, read_encoded_batches
 from .errors import UserError
 from .inputs import collect_images, load_embeddings
 from .models import choose_device, choose_model, loading, precision, use_default_scheduler, use_scheduler
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         ):
             metrics: dict[str, dict[str, float]] = {}
             try:
-                caption_embeds = add_words(pipeline, encode(pipeline.encoder, batch), arguments)
+                caption_embeds = add_words(pipeline, batch.tensors["caption_embeds"], arguments)
             except ValueError as error:  # embeddings of a file may be of any number
                 for name in batch.names:
                     summary.fail(name, str(error), "reconstruct")

@@ -207,7 +207,13 @@ class PipelineCaptioner:
 
         self.source, self.max_new_tokens = source, max_new_tokens
         self.pipeline = pipeline(
-            "image-text-to-text", model=source, revision=revision, dtype=dtype, device=device, trust_remote_code=False
+            "image-text-to-text",
+            model=source,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
         )
         self.is_chat = getattr(self.pipeline.processor, "chat_template", None) is not None
         self.prompt = PROMPT if prompt is None and self.is_chat else prompt or ""

@@ -5,6 +5,7 @@ features, by the objects that a detector finds, or by a vision model that scores
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +25,20 @@ from .captioners import endpoint_settings
 from .detections import BACKGROUND, OBJECT, Detected, Detector, detect_all
 from .endpoint import Endpoint, EndpointOptions, Question, image_part
 from .features import FeatureExtractor, file_digest
-from .generated_images import RESULTS_FILE, GenerationConfig, generate_missing, to_pil_images
+from .generated_images import (
+    PARTIAL_FILE,
+    GenerationConfig,
+    generate_missing,
+    relative_files,
+    to_pil_images,
+    write_results,
+)
 from .guidance_scales import format_figure, write_table
 from .image_sets import cosine_similarities, extract_statistics
 from .judge import parse_score
 from .markdown import markdown_table
 from .matching import match_names
-from .results import mean_figure, package_versions, ratio_figure
+from .results import mean_figure, package_versions, per_image, ratio_figure
 
 ORDER = ("first", "second")
 ANSWERS_LOG = "answers.jsonl"
@@ -112,7 +120,8 @@ def read_pairs(config: CompositionConfig, images: Mapping[str, Path]) -> list[tu
         images: Files by name.
 
     Raises:
-        ValueError: If the file is another one or names an image that is not there, or there are fewer than two images.
+        ValueError: If the file is another one, names an image that is not there or a pair twice, or there are fewer
+            than two images.
     """
     if config.pairs is None:
         names = list(images)[: config.limit]
@@ -131,7 +140,19 @@ def read_pairs(config: CompositionConfig, images: Mapping[str, Path]) -> list[tu
     found = match_names(names, images, f"images {config.images}")
     if missing := [name for name in names if name not in found]:
         raise ValueError(f"images {config.images} has no {missing[0]!r}, which pairs {config.pairs} names")
-    return [(found[one], found[other]) for one, other in pairs[: config.limit]]
+    read = [(found[one], found[other]) for one, other in pairs]
+    for pair, times in Counter(read).items():
+        if times > 1:
+            raise ValueError(f"pairs {config.pairs} has {list(pair)} {times} times; a pair may stand once")
+    return read[: config.limit]
+
+
+def pair_names(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """A name for each pair. Raises `ValueError` if two have the same name."""
+    names = [" + ".join(pair) for pair in pairs]
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise ValueError(f"two pairs of images have the name {repeated[0]!r}; rename an image, or remove a pair")
+    return names
 
 
 class MixedSource:
@@ -139,7 +160,7 @@ class MixedSource:
 
     Args:
         images: Files by name.
-        pairs: Names of the two images of each generated image.
+        pairs: Names of the two images of each generated image, each pair once.
         counts: How many embeddings are taken of each of the two.
         load_pipeline: Returns the pipeline. Called only if an image is missing.
     """
@@ -153,8 +174,8 @@ class MixedSource:
         fingerprint: str,
     ):
         self.images, self.counts, self.load_pipeline, self.fingerprint = images, counts, load_pipeline, fingerprint
-        self.pairs = {" + ".join(pair): pair for pair in pairs}
-        self.names = list(self.pairs)
+        self.names = pair_names(pairs)
+        self.pairs = dict(zip(self.names, pairs, strict=True))
 
     @cached_property
     def _digests(self) -> dict[str, str]:
@@ -229,7 +250,9 @@ def run_composition(
         advance: Called with the number of generated images after each batch.
 
     Returns:
-        What `results.json` holds: `metrics` by counts and guidance, `failed`, `config` and `versions`.
+        What `results.json` holds: `metrics`, `failed`, `per_image` and `files` (the generated images, relative to
+        `output_dir`) by counts and guidance, `originals` (the first and the second image of each pair), `config` and
+        `versions`.
 
     Raises:
         EndpointError, PriceReached: As `endpoint.Endpoint.ask`.
@@ -239,11 +262,15 @@ def run_composition(
     used = list(dict.fromkeys(name for pair in pairs for name in pair))
     places = {name: place for place, name in enumerate(used)}
     rows = [[places[pair[side]] for pair in pairs] for side in (0, 1)]
-    measures = _Measures(config, [images[name] for name in used], rows, instruments)
-    names = [" + ".join(pair) for pair in pairs]
+    measures = _Measures(config, {name: images[name] for name in used}, rows, instruments)
+    names = pair_names(pairs)
+    named = dict(zip(names, pairs, strict=True))
     results: dict[str, Any] = {
         "metrics": {},
         "failed": {},
+        "per_image": {},
+        "files": {},
+        "originals": {side: {name: pair[i] for name, pair in named.items()} for i, side in enumerate(ORDER)},
         "notes": [],
         "num_pairs": len(pairs),
         "config": asdict(config),
@@ -254,14 +281,18 @@ def run_composition(
         source = MixedSource(images, pairs, parse_counts(counts), load_pipeline, fingerprint)
         for guidance in config.guidance:
             key = counts if len(config.guidance) == 1 else f"{counts}, guidance {guidance:g}"
-            figures, failed = measures.of(names, generate_missing(source, guidance, config, advance))
+            files = generate_missing(source, guidance, config, advance)
+            figures, each, failed = measures.of(names, files)
             results["metrics"][key] = figures
+            results["per_image"][key] = per_image(each, names)
+            results["files"][key] = relative_files(names, files, folder)
             if not figures:
                 raise ValueError(f"the judge gave no score; the first reason: {next(iter(failed.values()))}")
             if failed:
                 results["failed"][key] = failed
                 results["notes"].append(f"{key}: {len(failed)} scores of {2 * len(pairs)} are missing")
-            write_json(folder / RESULTS_FILE, results)
+            write_json(folder / PARTIAL_FILE, results)
+    write_results(folder, results)
     write_table(folder, composition_table(results))
     return results
 
@@ -270,50 +301,58 @@ class _Measures:
     """Compares generated images with both images of their pairs.
 
     Args:
-        originals: Files of all images.
+        originals: Files of all images by name.
         rows: For the first and for the second image of each pair, its place among the originals.
     """
 
     def __init__(
-        self, config: CompositionConfig, originals: Sequence[Path], rows: list[list[int]], instruments: Instruments
+        self, config: CompositionConfig, originals: Mapping[str, Path], rows: list[list[int]], instruments: Instruments
     ):
-        self.config, self.originals, self.rows, self.instruments = config, originals, rows, instruments
+        self.config, self.rows, self.instruments = config, rows, instruments
+        self.originals = list(originals.values())
         if instruments.extractor is not None:
-            self.features = extract_statistics(originals, instruments.extractor, config.batch_size).features
+            self.features = extract_statistics(self.originals, instruments.extractor, config.batch_size).features
         if instruments.detector is not None:
-            self.detections = detect_all(instruments.detector, originals, config.batch_size)
+            self.detections = detect_all(instruments.detector, self.originals, list(originals), config.batch_size)
 
-    def of(self, names: Sequence[str], files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Figures of generated images, one for each pair, and the scores that are missing, with the reasons."""
+    def of(
+        self, names: Sequence[str], files: Sequence[Path]
+    ) -> tuple[dict[str, Any], dict[str, list[float]], dict[str, str]]:
+        """Figures of generated images, one for each pair; the values of each image, NaN where there is none; and the
+        scores that are missing, with the reasons.
+        """
         figures: dict[str, Any] = {}
+        each: dict[str, list[float]] = {}
         failed: dict[str, str] = {}
         if self.instruments.extractor is not None:
-            figures |= self._similarities(files)
+            found, values = self._similarities(files)
+            figures, each = figures | found, each | values
         if self.instruments.detector is not None:
-            found = detect_all(self.instruments.detector, files, self.config.batch_size)
+            detected = detect_all(self.instruments.detector, files, names, self.config.batch_size)
             truth = [[self.detections[row] for row in rows] for rows in self.rows]
-            figures |= recall_figures(found, truth, self.config.bootstrap)
+            figures |= recall_figures(detected, truth, self.config.bootstrap)
         if self.instruments.judge is not None:
-            scores, failed = self._scores(self.instruments.judge, names, files)
-            figures |= scores
-        return figures, failed
+            found, values, failed = self._scores(self.instruments.judge, names, files)
+            figures, each = figures | found, each | values
+        return figures, each, failed
 
-    def _similarities(self, files: Sequence[Path]) -> dict[str, Any]:
+    def _similarities(self, files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, list[float]]]:
         assert self.instruments.extractor is not None
         generated = extract_statistics(files, self.instruments.extractor, self.config.batch_size).features
-        figures = {}
+        figures, each = {}, {}
         for side, rows in zip(ORDER, self.rows, strict=True):
             values = cosine_similarities(generated, self.features[rows])
             figures[f"cosine_{side}"] = mean_figure(f"cosine with the {side}", values, self.config.bootstrap)
-        if len(files) > 1:  # the level of chance
-            shifted = self.features[self.rows[0][1:] + self.rows[0][:1]]
-            values = cosine_similarities(generated, shifted)
+            each[f"cosine_{side}"] = values
+        others = other_firsts(list(zip(*self.rows, strict=True)))
+        if others is not None:  # the level of chance
+            values = cosine_similarities(generated, self.features[others])
             figures["cosine_other"] = mean_figure("cosine with another pair's", values, self.config.bootstrap)
-        return figures
+        return figures, each
 
     def _scores(
         self, judge: Endpoint, names: Sequence[str], files: Sequence[Path]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
+    ) -> tuple[dict[str, Any], dict[str, list[float]], dict[str, str]]:
         asked = [(side, place) for side in (0, 1) for place in range(len(files))]
         questions = (
             Question(
@@ -322,22 +361,35 @@ class _Measures:
             )
             for side, place in asked
         )
-        values: dict[int, list[float]] = {0: [], 1: []}
+        each = {f"score_{side}": [math.nan] * len(files) for side in ORDER}
         failed = {}
         for (side, place), answer in zip(asked, judge.ask(questions), strict=True):
             score = None if answer.text is None else parse_score(answer.text)
             if score is None:
                 failed[f"{names[place]}, {ORDER[side]}"] = answer.error or f"no score: {str(answer.text)[-80:]!r}"
             else:
-                values[side].append(score)
-        figures = {
-            f"score_{ORDER[side]}": mean_figure(
-                f"score of the {ORDER[side]}, 0 to 6", own, self.config.bootstrap, num_images=len(own)
-            )
-            for side, own in values.items()
-            if own
-        }
-        return figures, failed
+                each[f"score_{ORDER[side]}"][place] = score
+        figures = {}
+        for which in ORDER:
+            key, label = f"score_{which}", f"score of the {which}, 0 to 6"
+            if known := [score for score in each[key] if not math.isnan(score)]:
+                figures[key] = mean_figure(label, known, self.config.bootstrap, num_images=len(known))
+        return figures, each, failed
+
+
+def other_firsts(pairs: Sequence[tuple[int, int]]) -> list[int] | None:
+    """For each pair of images, the first image of the next pair that has neither of its two; None if a pair has none.
+
+    Pairs after the last one are those from the beginning.
+    """
+    found = []
+    for place, pair in enumerate(pairs):
+        following = [*pairs[place + 1 :], *pairs[:place]]
+        other = next((own for own in following if not set(own) & set(pair)), None)
+        if other is None:
+            return None
+        found.append(other[0])
+    return found
 
 
 def _show_both(original: Path, generated: Path) -> list[dict[str, Any]]:

@@ -17,10 +17,9 @@ from .captioners import KINDS, Captioner, caption_images, endpoint_settings, ope
 from .endpoint import EndpointOptions
 from .features import FeatureExtractor
 from .generated_images import CaptionSource
-from .guidance_scales import ComparisonConfig, compare_over_guidance, guidance_table
+from .guidance_scales import ComparisonConfig, compare_over_guidance
+from .published import require_row
 
-PAPER_FID = {1.0: 11.47, 2.0: 6.64, 3.0: 8.56, 4.0: 9.90}
-"""FID of VLV's captions in the paper's Table 1, by guidance scale."""
 NAMES_IN_NOTES = 3
 CAPTIONS_FILE, CAPTIONS_LOG, ANSWERS_LOG = "captions.json", "captions.jsonl", "answers.jsonl"
 
@@ -55,6 +54,7 @@ class CycleConfig(EndpointOptions, ComparisonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_row(self.paper, "cycle")
         if bool(self.captions) == bool(self.captioner):
             raise ValueError("set captions, a file, or captioner, what writes them, and not both")
         if self.captioner_kind not in (None, *KINDS):
@@ -190,11 +190,4 @@ def run_cycle(
     """
     source = CaptionSource(captions, load_pipeline, model_fingerprint)
     originals = [images[name] for name in captions]
-    return compare_over_guidance(
-        config, source, originals, extractors, cycle_table, facts or {}, device=device, advance=advance
-    )
-
-
-def cycle_table(results: Mapping[str, Any]) -> str:
-    """The figures by guidance as a Markdown table; with Inception's features the paper's FID of VLV is beside them."""
-    return guidance_table(results, {"FID": PAPER_FID})
+    return compare_over_guidance(config, source, originals, extractors, facts or {}, device=device, advance=advance)

@@ -62,8 +62,13 @@ class Detector(Protocol):
 
     name: str
 
-    def detect(self, paths: Sequence[Path]) -> Iterator[Detected]:
-        """What it finds in each image file, in their order."""
+    def detect(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Detected]:
+        """What it finds in each image file, in their order.
+
+        Args:
+            names: Of the images, each different; by default the names of the files. Answers of an endpoint are kept
+                by them.
+        """
 
 
 class PipelineDetector:
@@ -80,10 +85,16 @@ class PipelineDetector:
     def __init__(self, source: str, threshold: float = THRESHOLD, device: str = "cpu"):
         from transformers import pipeline  # loads all image processors
 
-        self.pipeline: Any = pipeline("object-detection", model=source, device=device, trust_remote_code=False)
+        self.pipeline: Any = pipeline(
+            "object-detection",
+            model=source,
+            device=device,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
         self.threshold, self.name = threshold, f"{self.pipeline.model.config.model_type}: {source}"
 
-    def detect(self, paths: Sequence[Path]) -> Iterator[Detected]:
+    def detect(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Detected]:
         """As `Detector.detect`. Raises `ValueError` if an image cannot be read."""
         for path in paths:
             image = to_rgb(str(path))
@@ -110,13 +121,14 @@ class EndpointDetector:
         self.endpoint, self.boxes = Endpoint(settings, log), boxes
         self.name = f"{settings.model}, boxes in {boxes}"
 
-    def detect(self, paths: Sequence[Path]) -> Iterator[Detected]:
+    def detect(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Detected]:
         """As `Detector.detect`.
 
         Raises:
             EndpointError, PriceReached: As `endpoint.Endpoint.ask`.
         """
-        questions = (Question(f"detect/{path}", self._messages(path)) for path in paths)
+        names = [path.name for path in paths] if names is None else names
+        questions = (Question(f"detect/{name}", self._messages(path)) for name, path in zip(names, paths, strict=True))
         for answer in self.endpoint.ask(questions):
             yield _read_answer(answer, self.boxes)
 
@@ -226,12 +238,17 @@ def _mean_difference(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def detect_all(
-    detector: Detector, paths: Sequence[Path], batch_size: int, advance: Callable[[int], Any] = lambda images: None
+    detector: Detector,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    batch_size: int,
+    advance: Callable[[int], Any] = lambda images: None,
 ) -> list[Detected]:
     """What a detector finds in image files, in batches; `advance` is called with 1 after each image."""
     found = []
     for start in range(0, len(paths), batch_size):
-        for own in detector.detect(paths[start : start + batch_size]):
+        batch = slice(start, start + batch_size)
+        for own in detector.detect(paths[batch], names[batch]):
             found.append(own)
             advance(1)
     return found

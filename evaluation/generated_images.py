@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from vlv.files import write_atomically
+from vlv.files import write_atomically, write_json
 from vlv.pipelines import generate_images
 from vlv.pipelines.schedulers import OWN, SCHEDULERS
 from vlv.processing_vlv import to_rgb
@@ -26,6 +26,7 @@ STEM_BYTES = 100  # of an image's name in that of a generated image; file system
 CUT_BY = "prompt cut by"  # of a generated image, in its file: what read only the beginning of its caption
 DTYPES = ("float32", "bfloat16", "float16")
 RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
+PARTIAL_FILE = "results-partial.json"  # of a run that has not ended, so that complete results stay as they are
 
 
 @dataclass
@@ -230,6 +231,17 @@ def generate_missing(
             write_atomically(files[name], partial(image.save, pnginfo=source.file_info(name)))
         advance(len(batch))
     return list(files.values())
+
+
+def relative_files(names: Sequence[str], files: Sequence[Path], folder: Path) -> dict[str, str]:
+    """The generated images by name, relative to a folder, as `files` of the results has them."""
+    return {name: file.relative_to(folder).as_posix() for name, file in zip(names, files, strict=True)}
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Writes the results of a complete run and removes those that were written on the way."""
+    write_json(folder / RESULTS_FILE, results)
+    (folder / PARTIAL_FILE).unlink(missing_ok=True)
 
 
 def to_pil_images(images: torch.Tensor) -> list[Image.Image]:

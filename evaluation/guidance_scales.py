@@ -1,4 +1,4 @@
-"""Generated images against their originals, over guidance scales: figures, files and the table beside the paper's."""
+"""Generated images against their originals, over guidance scales: figures, files and their table."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,16 @@ from typing import Any
 from vlv.files import write_atomically, write_json
 
 from .features import FeatureExtractor, fingerprint_images
-from .generated_images import RESULTS_FILE, TABLE_FILE, GenerationConfig, ImageSource, cut_notes, generate_missing
+from .generated_images import (
+    PARTIAL_FILE,
+    TABLE_FILE,
+    GenerationConfig,
+    ImageSource,
+    cut_notes,
+    generate_missing,
+    relative_files,
+    write_results,
+)
 from .image_sets import (
     PAIR_METRICS,
     cached_statistics,
@@ -21,6 +30,7 @@ from .image_sets import (
     require_packages,
 )
 from .markdown import markdown_table
+from .published import published_figures, published_notes
 from .results import package_versions, per_image
 from .statistics import FeatureStatistics
 
@@ -36,6 +46,10 @@ class ComparisonConfig(GenerationConfig):
         },
     )
     resize: str = field(default="pytorch-fid", metadata={"help": "as --resize of `vlv evaluate images`"})
+    paper: str | None = field(
+        default=None,
+        metadata={"help": "row of the paper's tables beside the figures, such as table1/vlv (default: none)"},
+    )
     pair_metrics: list[str] = field(
         default_factory=lambda: ["cosine"], metadata={"help": f"of each image: {', '.join(PAIR_METRICS)}"}
     )
@@ -56,7 +70,6 @@ def compare_over_guidance(
     source: ImageSource,
     originals: Sequence[Path],
     extractors: Sequence[FeatureExtractor],
-    table: Callable[[Mapping[str, Any]], str],
     facts: Mapping[str, Any],
     device: str = "cpu",
     advance: Callable[[int], Any] = lambda images: None,
@@ -66,7 +79,6 @@ def compare_over_guidance(
     Args:
         originals: One for each name of the source, in the same order.
         extractors: Of the features that are compared. Keys of the second one's figures end in `_2`, and so on.
-        table: Of the results, in Markdown.
         facts: What the results say besides. Its `notes` come first.
         advance: Called with the number of generated images after each batch.
 
@@ -118,12 +130,13 @@ def compare_over_guidance(
             each |= values
         results["metrics"][f"{guidance:g}"] = figures
         results["per_image"][f"{guidance:g}"] = per_image(each, source.names)
-        results["files"][f"{guidance:g}"] = {
-            name: file.relative_to(folder).as_posix() for name, file in zip(source.names, files, strict=True)
-        }
-        results["notes"] = list(dict.fromkeys([*results["notes"], *notes, *cut_notes(files)]))
-        write_json(folder / RESULTS_FILE, results)
-    write_table(folder, table(results))
+        results["files"][f"{guidance:g}"] = relative_files(source.names, files, folder)
+        labels = [one["label"] for one in figures.values()]
+        notes += [*cut_notes(files), *published_notes(results["config"], len(originals), labels)]
+        results["notes"] = list(dict.fromkeys([*results["notes"], *notes]))
+        write_json(folder / PARTIAL_FILE, results)
+    write_results(folder, results)
+    write_table(folder, guidance_table(results))
     return results
 
 
@@ -153,20 +166,15 @@ def write_table(folder: Path, table: str) -> None:
     write_atomically(folder / TABLE_FILE, lambda path: path.write_text(table + "\n", encoding="utf-8"))
 
 
-def guidance_table(results: Mapping[str, Any], paper: Mapping[str, Mapping[float, float]]) -> str:
-    """The figures by guidance as a Markdown table.
-
-    Args:
-        paper: Figures of the paper by guidance, by the label of the row that they follow.
-    """
+def guidance_table(results: Mapping[str, Any]) -> str:
+    """The figures by guidance as a Markdown table, each followed by that of the paper's row, if `paper` names one."""
     by_guidance = results["metrics"]
     labels = {key: one["label"] for figures in by_guidance.values() for key, one in figures.items()}
     rows = []
     for key, label in labels.items():
         rows.append((label, *(format_figure(figures.get(key)) for figures in by_guidance.values())))
-        if label in paper:
-            published = paper[label]
-            rows.append((f"{label} of VLV in the paper", *(str(published.get(float(g), "")) for g in by_guidance)))
+        if published := published_figures(results["config"].get("paper"), label, list(by_guidance)):
+            rows.append((published[0], *published[1]))
     return markdown_table(("metric", *(f"guidance {guidance}" for guidance in by_guidance)), rows)
 
 

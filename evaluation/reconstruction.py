@@ -10,10 +10,8 @@ from typing import Any, ClassVar
 
 from .features import FeatureExtractor
 from .generated_images import EmbeddingSource
-from .guidance_scales import ComparisonConfig, compare_over_guidance, guidance_table
-
-PAPER_FID = {1.0: 9.71, 2.0: 7.22, 3.0: 7.70, 4.0: 7.84}
-"""FID of reconstructions in the paper's Table 5 (40 million images), by guidance scale."""
+from .guidance_scales import ComparisonConfig, compare_over_guidance
+from .published import require_row
 
 
 @dataclass
@@ -24,6 +22,10 @@ class ReconstructionConfig(ComparisonConfig):
 
     model: str = field(default="", metadata={"help": "folder or Hub repo id of a VLV; miniature is the embedded one"})
     num_inference_steps: int = field(default=50, metadata={"help": "denoising steps of each image"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_row(self.paper, "reconstruction")
 
 
 def plan_reconstruction(config: ReconstructionConfig, images: Mapping[str, Path]) -> str:
@@ -52,11 +54,4 @@ def run_reconstruction(
     """
     source = EmbeddingSource(images, load_pipeline, fingerprint)
     originals = list(images.values())
-    return compare_over_guidance(
-        config, source, originals, extractors, reconstruction_table, {}, device=device, advance=advance
-    )
-
-
-def reconstruction_table(results: Mapping[str, Any]) -> str:
-    """The figures by guidance as a Markdown table; with Inception's features the paper's FID is beside them."""
-    return guidance_table(results, {"FID": PAPER_FID})
+    return compare_over_guidance(config, source, originals, extractors, {}, device=device, advance=advance)

@@ -5,9 +5,11 @@ matched, and the mean L1 deviation of angle, centre and scale is taken. Its imag
 units are not published.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -15,15 +17,21 @@ import torch
 from vlv.files import write_json
 
 from .captioners import endpoint_settings
-from .detections import BOXES, THRESHOLD, Detected, Detector, detect_all, deviations, match_detections
+from .detections import BOXES, OBJECT, THRESHOLD, Detected, Detector, detect_all, deviations, match_detections
 from .endpoint import EndpointOptions
-from .generated_images import RESULTS_FILE, EmbeddingSource, GenerationConfig, generate_missing
+from .generated_images import (
+    PARTIAL_FILE,
+    EmbeddingSource,
+    GenerationConfig,
+    generate_missing,
+    relative_files,
+    write_results,
+)
 from .guidance_scales import guidance_table, write_table
-from .results import package_versions, ratio_figure
+from .published import require_row
+from .results import package_versions, per_image, ratio_figure
 
-PAPER = {"angle": 0.1016, "centre": 0.0988, "scale": 0.1222}
-"""Deviations of VLV in the paper's Table 6 (40 million images). Its guidance scale is not published."""
-PAPER_GUIDANCE = 2.0  # of the authors' code
+GUIDANCE = 2.0  # of the authors' code
 LABELS = {
     "angle": "angle (L1)",
     "centre": "centre (L1)",
@@ -41,7 +49,7 @@ class SpatialConfig(EndpointOptions, GenerationConfig):
     REQUIRED: ClassVar[tuple[str, ...]] = ("images", "model", "detector", "output_dir")
 
     model: str = field(default="", metadata={"help": "folder or Hub repo id of a VLV; miniature is the embedded one"})
-    guidance: list[float] = field(default_factory=lambda: [PAPER_GUIDANCE], metadata={"help": "guidance scales"})
+    guidance: list[float] = field(default_factory=lambda: [GUIDANCE], metadata={"help": "guidance scales"})
     num_inference_steps: int = field(default=50, metadata={"help": "denoising steps of each image"})
     detector: str = field(
         default="",
@@ -53,12 +61,20 @@ class SpatialConfig(EndpointOptions, GenerationConfig):
     )
     boxes: str = field(default="3d", metadata={"help": f"what an endpoint is asked for: {' or '.join(BOXES)}"})
     threshold: float = field(default=THRESHOLD, metadata={"help": "least score of an object, of object-detection"})
+    paper: str | None = field(
+        default=None, metadata={"help": "row of the paper's Table 6 beside the figures, such as table6/40m"}
+    )
     max_tokens: int = field(default=2048, metadata={"help": "most tokens of an answer, of an endpoint"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.boxes not in BOXES:
             raise ValueError(f"boxes is one of {', '.join(BOXES)}, not {self.boxes!r}")
+        require_row(self.paper, "spatial")
+        if self.paper and ("://" not in self.detector or self.boxes != "3d"):
+            raise ValueError(
+                "paper's figures are of boxes in three dimensions by an endpoint; set boxes to 3d, or no paper"
+            )
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if "://" in self.detector:
@@ -88,7 +104,8 @@ def run_spatial(
         advance: Called with the number of images that are generated or read, after each batch.
 
     Returns:
-        What `results.json` holds: `metrics` by guidance, `failed`, `notes`, `config` and `versions`.
+        What `results.json` holds: `metrics`, `failed`, `per_image` and `files` (as `compare_over_guidance`) by
+        guidance, `notes`, `config` and `versions`.
 
     Raises:
         EndpointError, PriceReached: As `endpoint.Endpoint.ask`.
@@ -100,6 +117,8 @@ def run_spatial(
     results: dict[str, Any] = {
         "metrics": {},
         "failed": {},
+        "per_image": {},
+        "files": {},
         "notes": [],
         "detector": detector.name,
         "num_images": len(paths),
@@ -107,16 +126,21 @@ def run_spatial(
         "model_fingerprint": fingerprint,
         "versions": package_versions(),
     }
-    originals = detect_all(detector, paths, config.batch_size, advance)
+    names = list(images)
+    originals = detect_all(detector, paths, names, config.batch_size, advance)
     for guidance in config.guidance:
         files = generate_missing(source, guidance, config, advance)
-        generated = detect_all(detector, files, config.batch_size, advance)
-        figures, notes, failed = spatial_figures(list(images), originals, generated, config.bootstrap)
+        titles = [f"{name}, guidance {guidance:g}" for name in names]
+        generated = detect_all(detector, files, titles, config.batch_size, advance)
+        figures, notes, failed = spatial_figures(names, originals, generated, config.bootstrap)
         results["metrics"][f"{guidance:g}"] = figures
         results["failed"][f"{guidance:g}"] = failed
+        results["per_image"][f"{guidance:g}"] = image_deviations(names, originals, generated)
+        results["files"][f"{guidance:g}"] = relative_files(names, files, folder)
         results["notes"] = list(dict.fromkeys([*results["notes"], *notes]))
-        write_json(folder / RESULTS_FILE, results)
-    write_table(folder, spatial_table(results))
+        write_json(folder / PARTIAL_FILE, results)
+    write_results(folder, results)
+    write_table(folder, guidance_table(results))
     return results
 
 
@@ -148,7 +172,7 @@ def spatial_figures(
         each = [deviations(*pair) for pair in pairs]
         sums.append({key: sum(own.get(key, 0.0) for own in each) for key in LABELS})
         sums[-1]["angles"] = sum("angle" in own for own in each)
-        counts.append((len(pairs), sum(own.kind == "object" for own in original.detections)))
+        counts.append((len(pairs), sum(own.kind == OBJECT for own in original.detections)))
     if len(failed) == len(names):
         raise ValueError(f"the detector answered for no image; the first reason: {next(iter(failed.values()))}")
     notes = [f"{len(failed)} of {len(names)} images are left out: a detection failed"] if failed else []
@@ -167,8 +191,22 @@ def spatial_figures(
     return figures, notes, failed
 
 
-def spatial_table(results: Mapping[str, Any]) -> str:
-    """The figures by guidance as a Markdown table; for boxes in three dimensions the paper's are beside them."""
-    in_3d = any("angle" in figures for figures in results["metrics"].values())
-    paper = {LABELS[key]: {PAPER_GUIDANCE: value} for key, value in PAPER.items()} if in_3d else {}
-    return guidance_table(results, paper)
+def image_deviations(
+    names: Sequence[str], originals: Sequence[Detected], generated: Sequence[Detected]
+) -> dict[str, dict[str, float]]:
+    """Of each figure, its value for each image: the mean over its matched objects, and the share of them.
+
+    Args:
+        names, originals, generated: As in `spatial_figures`.
+    """
+    found: dict[str, list[float]] = {key: [] for key in ("centre", "scale", "distance", "angle", "matched")}
+    for original, image in zip(originals, generated, strict=True):
+        first, second = original.detections or [], image.detections or []
+        each = [deviations(*pair) for pair in match_detections(first, second)]
+        for key in ("centre", "scale", "distance", "angle"):
+            values = [own[key] for own in each if key in own]
+            found[key].append(fmean(values) if values else math.nan)
+        count = sum(own.kind == OBJECT for own in first)
+        known = count and image.detections is not None
+        found["matched"].append(len(each) / count if known else math.nan)
+    return {key: own for key, own in per_image(found, names).items() if own}

@@ -37,7 +37,7 @@ class SceneDetector:
     def __init__(self, path: str | Path):
         self.scene_classifier = SceneClassifier.load(path)
 
-    def detect(self, paths: Sequence[Path]) -> Iterator[Detected]:
+    def detect(self, paths: Sequence[Path], names: Sequence[str] | None = None) -> Iterator[Detected]:
         """What it finds in each image file, of any size. Raises `ValueError` if one cannot be read."""
         images = torch.stack([resize_to_scene(load_rgb(path)) for path in paths])
         for image, scene in zip(images, self.scene_classifier.predict_scenes(images), strict=True):

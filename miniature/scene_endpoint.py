@@ -144,7 +144,9 @@ def _handler(model: SceneModel) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             content: dict[str, Any]
             try:
-                length = min(int(self.headers.get("Content-Length", 0)), MAX_BYTES)
+                length = int(self.headers.get("Content-Length", 0))
+                if not 0 <= length <= MAX_BYTES:
+                    raise ValueError(f"Content-Length must be from 0 to {MAX_BYTES}, not {length}")
                 status, content = 200, _complete(model, json.loads(self.rfile.read(length)))
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 status, content = 400, {"error": {"message": str(error), "type": "invalid_request_error"}}

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedConfig
 
 from vlv import VLVImageProcessor, VLVModel
 from vlv.diffusion_decoder import DiffusionDecoder
@@ -30,6 +31,8 @@ PREPROCESSING = (
     *("image_mean", "image_std", "do_center_crop", "crop_size", "do_pad", "pad_size"),
 )
 """Settings of the image processor that vision features and conditioning depend on."""
+NO_SETTINGS = ("transformers_version", "_name_or_path", "architectures", "dtype")
+"""Entries of a configuration that do not change what a model of given weights computes."""
 CONDITIONING_DTYPES = ("bfloat16", "float32")
 
 
@@ -41,6 +44,24 @@ def weights_fingerprint(*modules: nn.Module | None) -> str:
             digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def settings_fingerprint(*settings: Any) -> str:
+    """A hash of what besides weights an encoder depends on: activations, heads, epsilons and so on.
+
+    Args:
+        settings: Configurations of parts (or None), and JSON values. Who wrote a configuration does not count.
+    """
+    values = [part.to_dict() if isinstance(part, PreTrainedConfig) else part for part in settings]
+    text = json.dumps(_without_writer(values), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _without_writer(value: Any) -> Any:
+    """JSON values without the entries of a configuration that do not say what is computed."""
+    if isinstance(value, dict):
+        return {str(k): _without_writer(v) for k, v in value.items() if k not in NO_SETTINGS}
+    return [_without_writer(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -107,6 +128,7 @@ def open_vision_features(
     dtype = half or tower.dtype
     made_of = {
         "vision_tower": weights_fingerprint(tower),
+        "settings": settings_fingerprint(encoder.config.image_encoder_config),
         "image_projection": weights_fingerprint(projection) if projected else None,
         **_preprocessing(image_processor),
     }
@@ -138,6 +160,9 @@ def open_conditioning(
     config, half = encoder.config, _half_of(args)
     made_of = {
         "encoder": weights_fingerprint(encoder),
+        "settings": settings_fingerprint(
+            config.image_encoder_config, config.query_decoder_config, *config.text_encoder_configs
+        ),
         "computed_in": str(half or encoder.dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in ("task_prompt_ids", "attend_all_queries", "conditioning_layers")},
         **_preprocessing(image_processor),

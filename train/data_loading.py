@@ -31,6 +31,12 @@ class DataLoadingMixin(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, TrainingDataset):
+            if self.args.train_sampling_strategy == "group_by_length":
+                raise ValueError(
+                    "train_sampling_strategy 'group_by_length' needs a TrainingDataset, which knows how long captions "
+                    f"are, got {type(dataset).__name__}; pass load_pairs(...) or TrainingDataset([ListDataset(items)]), "
+                    "or leave it out"
+                )
             return super()._get_train_sampler(train_dataset)
         args: Any = self.args
         self._sampler = EpochSampler(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -16,7 +17,12 @@ from transformers.masking_utils import sdpa_mask
 PACKED_SDPA = "sdpa_of_packed_rows"
 """The attention implementation that `pack_captions` gives a language model in the place of `sdpa`."""
 TOLERANCE, HALF_TOLERANCE = 0.005, 0.05
-"""The largest difference of logits, as a share of their size: rounding makes less, a wrong mask more."""
+"""The largest difference of logits, as a share of the largest logit: in float32, and in half precision.
+
+A wrong mask makes more, unless what it hides hardly counts.
+"""
+_CAUSAL = WeakTensorKeyDictionary()
+"""Of a mask, which is made once in a pass and read by many layers: for each of the sequences whether it is causal."""
 
 
 def packed_sdpa(
@@ -30,22 +36,22 @@ def packed_sdpa(
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` of each of the sequences in a row by itself; of a row that is not packed, `sdpa`.
 
-    The time grows with the sum of the squares of the lengths, and not with the square of their sum.
+    The time grows with the sum of the squares of the lengths, and not with the square of their sum. The memory of
+    the mask does: transformers builds it for the whole row, one byte for each pair of positions.
 
     Args:
-        query, key, value: `(1, heads, sum(packed_lengths), d)`.
+        query, key, value: `(1, heads, T, d)`, where `T = sum(packed_lengths)`.
         attention_mask: `(1, 1, T, T)`, of the row. It keeps the sequences apart by itself, where a model does not
             pass `packed_lengths` on.
         packed_lengths: Of the sequences.
     """
     if packed_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    limits = (kwargs.get("sliding_window"), getattr(getattr(module, "config", None), "attention_chunk_size", None))
-    is_causal = all(limit is None or limit >= max(packed_lengths) for limit in limits)  # without a mask it is faster
+    causal = _are_causal(attention_mask, packed_lengths)
     outputs, end = [], 0
-    for length in packed_lengths:
+    for length, is_causal in zip(packed_lengths, causal, strict=True):
         own = slice(end, end := end + length)
-        mask = None if is_causal or attention_mask is None else attention_mask[..., own, own]
+        mask = None if attention_mask is None or is_causal else attention_mask[..., own, own]
         parts = (query[:, :, own], key[:, :, own], value[:, :, own])
         outputs.append(sdpa_attention_forward(module, *parts, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
@@ -55,36 +61,69 @@ AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
 
 
-def pack_captions(language_model: Any) -> torch.utils.hooks.RemovableHandle:
+def _are_causal(mask: torch.Tensor | None, lengths: Sequence[int]) -> Sequence[bool]:
+    """For each sequence, whether the mask lets a position see all of the sequence before it (no window, no chunk).
+
+    Attention is faster without such a mask.
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return [mask is None] * len(lengths)
+    if mask not in _CAUSAL:
+        lower = torch.ones(max(lengths), max(lengths), dtype=torch.bool, device=mask.device).tril()
+        equal, end = [], 0
+        for length in lengths:
+            own = slice(end, end := end + length)
+            equal.append((mask[..., own, own] == lower[:length, :length]).all())
+        _CAUSAL[mask] = torch.stack(equal).tolist()
+    return _CAUSAL[mask]
+
+
+def pack_captions(language_model: Any) -> None:
     """Makes a language model pack its rows wherever it is asked for logits by a boolean mask, as in training.
 
     Padding, and what follows the last position whose logits are wanted, is left out. Logits are those of the padded
-    rows, `(number of labels, vocab)`.
-
-    Returns:
-        Removes the packing.
+    rows, `(number of labels, vocab)`. A language model that packs already is left as it is.
 
     Raises:
-        ValueError: If the language model does not keep packed captions apart.
+        ValueError: If the language model does not keep packed captions apart, or cannot read them. It then reads
+            padded rows, as before.
     """
-    base = base_of(language_model)
-    own = base.config._attn_implementation
-    padded = _sample_logits(language_model)
-    if own == "sdpa":
-        base.set_attn_implementation(PACKED_SDPA)
-    handle = language_model.register_forward_pre_hook(_pack, with_kwargs=True)
+    if is_packing(language_model):
+        return
+    base, equal = base_of(language_model), False
+    failure = f"packing does not work with {type(base).__name__}"
     try:
+        padded = _sample_logits(language_model)
+        if base.config._attn_implementation == "sdpa":
+            base.set_attn_implementation(PACKED_SDPA)
+        language_model.register_forward_pre_hook(_pack, with_kwargs=True)
         packed = _sample_logits(language_model)
         allowed = (TOLERANCE if base.dtype == torch.float32 else HALF_TOLERANCE) * padded.abs().max()
         equal = packed.shape == padded.shape and bool((packed - padded).abs().max() <= allowed)
-        reason = "it does not keep captions in one row apart"
-    except (TypeError, ValueError) as error:
-        equal, reason = False, str(error)
+    except Exception as error:  # of the code of any language model
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{failure}: {type(error).__name__}: {reason:.200}") from error
+    finally:
+        if not equal:
+            unpack_captions(language_model)
     if not equal:
-        handle.remove()
-        base.set_attn_implementation(own)
-        raise ValueError(f"packing does not work with {type(base).__name__}: {reason}; leave it out")
-    return handle
+        raise ValueError(f"{failure}: it does not keep captions in one row apart")
+
+
+def unpack_captions(language_model: Any) -> None:
+    """Undoes `pack_captions`, if it was called."""
+    for key, hook in list(language_model._forward_pre_hooks.items()):
+        if hook is _pack:
+            del language_model._forward_pre_hooks[key]
+            language_model._forward_pre_hooks_with_kwargs.pop(key, None)
+    base = base_of(language_model)
+    if base.config._attn_implementation == PACKED_SDPA:
+        base.set_attn_implementation("sdpa")
+
+
+def is_packing(language_model: Any) -> bool:
+    """Whether `pack_captions` was called on a language model."""
+    return any(hook is _pack for hook in language_model._forward_pre_hooks.values())
 
 
 def can_pack_fast(language_model: Any) -> bool:

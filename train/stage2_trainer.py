@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers.utils import logging
 
 from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.files import write_json
@@ -14,16 +13,15 @@ from vlv.tokenizer import check_tokenizer
 
 from .caches import CONDITIONING_DTYPES
 from .caption_score import token_f1
+from .checkpoints import say
 from .data import Stage2Collator, prompts_of, readable_items
 from .data.feature_cache import FeatureCache
 from .freezing import freeze_for_stage2
-from .packing import can_pack_fast, pack_captions
+from .packing import base_of, can_pack_fast, pack_captions, unpack_captions
 from .parsing import GatherAction
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
 from .unfreezing import scheduled_unfreezing
-
-logger = logging.get_logger(__name__)
 
 LANGUAGE_MODEL = "Qwen/Qwen2.5-3B"
 
@@ -162,7 +160,8 @@ class Stage2Config(StageConfig):
         metadata={
             "help": "Let the language model read the captions of a batch in one row, each after its own image, at its "
             "own positions and with its own attention, instead of in padded rows: the same loss in less time. By "
-            "default where the language model can, and pad_to_max_length and compile_blocks are off."
+            "default on CPUs, where the language model can, and pad_to_max_length, compile_blocks and torch_compile "
+            "are off."
         },
     )
     cache_conditioning: str | None = field(
@@ -226,7 +225,7 @@ class Stage2Config(StageConfig):
 
     def _check_packing(self) -> None:
         """Turns packing off where it does not go with other settings. Raises `ValueError` if it is asked for."""
-        for name in ("pad_to_max_length", "compile_blocks"):
+        for name in ("pad_to_max_length", "compile_blocks", "torch_compile"):
             if getattr(self, name) and self.packing:
                 why = "pads what packing leaves out" if name == "pad_to_max_length" else "needs rows of one length"
                 raise ValueError(f"packing does not work with {name}, which {why}; leave one of them out")
@@ -279,8 +278,7 @@ class Stage2Trainer(VLVTrainer):
             processing_class=processor,
             **kwargs,
         )
-        if args.packing or (args.packing is None and can_pack_fast(model.language_model)):
-            self.speed.is_packed = self._pack(args.packing is not None)
+        self.speed.is_packed = self._choose_packing()
         if args.unfreeze is not None:
             self.add_callback(scheduled_unfreezing(model, args.unfreeze, args.TRAINABLE, freeze_for_stage2))
         if args.validation_steps:
@@ -292,16 +290,33 @@ class Stage2Trainer(VLVTrainer):
             if self.validation_items:
                 self.add_validation(self.save_captions)
 
-    def _pack(self, required: bool) -> bool:
-        """Turns packing on. Where the language model cannot, raises `ValueError` if it is required."""
+    def _choose_packing(self) -> bool:
+        """Whether the language model packs its captions in training. Raises `ValueError` if it has to and cannot."""
+        packing, language_model = self.args.packing, self.model.language_model
+        if packing is None and self.args.device.type == "cpu":
+            packing = can_pack_fast(language_model)
+            if not packing:
+                name = type(base_of(language_model)).__name__
+                say(f"packing needs sdpa or FlashAttention, which {name} does not have; captions are padded")
+        if not packing:
+            unpack_captions(language_model)
+            return False
         try:
-            pack_captions(self.model.language_model)
+            pack_captions(language_model)
         except ValueError as error:
-            if required:
-                raise
-            logger.info(f"{error}")
+            if self.args.packing:
+                raise ValueError(f"{error}; leave packing out") from error
+            say(f"{error}; captions are padded")
             return False
         return True
+
+    def train(self, *args, **kwargs):
+        language_model = self.model.language_model
+        (pack_captions if self.speed.is_packed else unpack_captions)(language_model)  # as another trainer left it
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            unpack_captions(language_model)
 
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
         """Writes `step-N.json`, a list of `{"generated", "reference", "token_f1"}`, and logs the mean of the scores.

@@ -60,6 +60,11 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
             enable_activation_checkpointing(model, args)  # before DDP, which asks whether it is on
         if kwargs.get("eval_dataset") is not None:
             kwargs["eval_dataset"] = EvaluationSet(kwargs["eval_dataset"])
+        if args.n_gpu > 1:  # `Trainer` would copy the model to each of them in each step (DataParallel)
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs, and trains on one; launch with torchrun --nproc_per_node "
+                f"{args.n_gpu} (or accelerate launch), or set CUDA_VISIBLE_DEVICES=0"
+            )
         super().__init__(model, args, *more, **kwargs)
         if is_4bit(model) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(

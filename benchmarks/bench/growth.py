@@ -4,6 +4,7 @@ Each curve multiplies one quantity and leaves the others alone. The exponent is 
 last two points: 0 where the cost does not depend on the quantity, 1 where it is proportional.
 """
 
+import io
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +21,10 @@ from typing import Any
 import torch
 
 from vlv.checkpoints import MINIATURE
+from vlv.cli.main import main as vlv
+from vlv.diffusion_decoder import Conditioning
 from vlv.pipelines import generate_captions
+from vlv.train import freeze_for_stage1
 
 from .measure import in_child
 from .models import build, write_files
@@ -32,26 +37,27 @@ class Curve:
     """One quantity, and the CPU seconds of a piece of work that depends on it.
 
     Attributes:
-        prepare: Of a value, the work.
+        prepare: Of a value and an empty folder, the work.
+        measures_itself: The work returns its seconds.
         title, unit: Of the plot.
     """
 
     title: str
     unit: str
     values: Sequence[int]
-    prepare: Callable[[int], Callable[[], Any]]
-    wall: bool = False
+    prepare: Callable[[int, Path], Callable[[], Any]]
+    measures_itself: bool = False
 
 
 def _stage1(batch: int = 4, **changes: Any) -> Callable[[], Any]:
     models = build("medium", **changes)
     encoder, decoder = models.captioner.model, models.decoder
+    freeze_for_stage1(encoder, "transformer")
     side = models.processor.image_processor.size["height"]
     pixels, images = torch.randn(batch, 3, side, side), torch.rand(batch, 3, models.image_size, models.image_size)
 
     def step() -> None:
-        from vlv.diffusion_decoder import Conditioning
-
+        encoder.zero_grad()
         latents = decoder.encode_images(images * 2 - 1)
         decoder.denoise(latents, Conditioning.of(encoder(pixels))).loss.backward()
 
@@ -65,13 +71,7 @@ def _captions(images: int = 4, beams: int = 1, tokens: int = 32) -> Callable[[],
     return lambda: generate_captions(models.captioner, models.processor, caption_embeds=embeds, **settings)
 
 
-def _bulk(count: int) -> Callable[[], Any]:
-    import io
-    from contextlib import redirect_stderr
-
-    from vlv.cli.main import main as vlv
-
-    folder = Path(tempfile.mkdtemp())
+def _bulk(count: int, folder: Path) -> Callable[[], Any]:
     models = build("miniature")
     write_files(folder / "images", count, models)
 
@@ -82,45 +82,49 @@ def _bulk(count: int) -> Callable[[], Any]:
     return run
 
 
-def _processes(count: int) -> Callable[[], Any]:
-    """Sixteen steps of stage 1 of the miniature with a batch of 64 for each process, by torch.distributed (gloo)."""
-    folder = Path(tempfile.mkdtemp())
+def _processes(count: int, folder: Path) -> Callable[[], Any]:
+    """Steps of stage 1 of the miniature, a batch of 64 for each process, by torch.distributed (gloo).
+
+    The work gives the seconds of 16 steps: those of a run of 20 steps, less those of one of 4.
+    """
     write_files(folder / "images", 256, build("tiny"))
     config = folder / "config.yaml"
     config.write_text(
         f"model: {MINIATURE}\ndiffusion_model: {MINIATURE}\nimages: {folder / 'images'}\n"
-        "per_device_train_batch_size: 64\nmax_steps: 16\nvalidation_steps: 0\nuse_cpu: true\ndisable_tqdm: true\n"
+        "per_device_train_batch_size: 64\nvalidation_steps: 0\nuse_cpu: true\ndisable_tqdm: true\n"
         "save_strategy: 'no'\npre_crop_size: 0\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *launcher, "-m", "vlv.train.stage1", str(config)]
 
-    def run() -> None:
-        output = str(folder / f"run-{time.monotonic_ns()}")
-        subprocess.run([*command, "--output_dir", output], env=environment, capture_output=True, check=True)
+    def seconds(steps: int) -> float:
+        started = time.perf_counter()
+        options = ["--output_dir", str(folder / f"run-{steps}-{time.monotonic_ns()}"), "--max_steps", str(steps)]
+        subprocess.run([*command, *options], env=environment, capture_output=True, check=True)
+        return time.perf_counter() - started
 
-    return run
+    return lambda: seconds(20) - seconds(4)
 
 
 CURVES = {
-    "batch": Curve("Stage-1 step, images of a batch", "images", (1, 2, 4, 8), lambda n: _stage1(batch=n)),
+    "batch": Curve("Stage 1, images of a batch", "images", (1, 2, 4, 8), lambda n, _: _stage1(batch=n)),
     "image size": Curve(
-        "Stage-1 step, side of the images",
+        "Stage 1, side of the images",
         "pixels",
         (96, 192, 288, 384),
-        lambda n: _stage1(batch=1, image_size=n, encoder_size=2 * n),
+        lambda n, _: _stage1(batch=1, image_size=n, encoder_size=2 * n),
     ),
     "queries": Curve(
-        "Stage-1 step, caption embeddings", "embeddings", (19, 38, 77, 154), lambda n: _stage1(batch=2, queries=n)
+        "Stage 1, caption embeddings", "embeddings", (19, 38, 77, 154), lambda n, _: _stage1(batch=2, queries=n)
     ),
-    "caption length": Curve("Greedy captions, tokens", "tokens", (16, 32, 64, 128), lambda n: _captions(tokens=n)),
-    "beams": Curve("Captions, beams", "beams", (1, 2, 4, 8), lambda n: _captions(beams=n)),
+    "caption length": Curve("Greedy captions, tokens", "tokens", (16, 32, 64, 128), lambda n, _: _captions(tokens=n)),
+    "beams": Curve("Captions, beams", "beams", (1, 2, 4, 8), lambda n, _: _captions(beams=n)),
     "captions in a batch": Curve(
-        "Greedy captions of a batch", "images", (1, 4, 16, 32), lambda n: _captions(images=n)
+        "Greedy captions of a batch", "images", (1, 4, 16, 32), lambda n, _: _captions(images=n)
     ),
     "images of a folder": Curve("vlv caption, images (miniature)", "images", (64, 256, 1024), _bulk),
-    "processes": Curve("vlv train stage1 (miniature, wall)", "processes", (1, 2), _processes, wall=True),
+    "processes": Curve("16 steps of vlv train stage1", "processes", (1, 2), _processes, measures_itself=True),
 }
 
 
@@ -141,15 +145,14 @@ def exponent(values: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def _seconds(curve: Curve, value: int) -> dict[str, float]:
-    work = curve.prepare(value)
-    clock = time.perf_counter if curve.wall else time.process_time
-    if not curve.wall:
+    with tempfile.TemporaryDirectory() as folder:
+        work = curve.prepare(value, Path(folder))
         work()
-    each = []
-    for _ in range(1 if curve.wall else ROUNDS):
-        started = clock()
-        work()
-        each.append(clock() - started)
+        each = []
+        for _ in range(ROUNDS):
+            started = time.process_time()
+            found = work()
+            each.append(found if curve.measures_itself else time.process_time() - started)
     return {"value": value, "seconds": median(each)}
 
 
@@ -159,7 +162,8 @@ def _as_markdown(found: dict[str, list[dict[str, float]]]) -> str:
         "",
         "Written by `python -m benchmarks.bench --sizes --growth --output benchmarks`: the medium model of "
         "[report.md](report.md) with random weights, or the miniature where a row says so; CPU seconds of one thread, "
-        f"median of {ROUNDS}; wall-clock seconds for the processes. The exponent is the slope of the logarithms "
+        f"median of {ROUNDS}; wall-clock seconds for the processes. Stage 1: forward and backward pass. "
+        "The exponent is the slope of the logarithms "
         "between the last two points: 1 is proportional.",
         "",
         "| what | seconds | exponent |",

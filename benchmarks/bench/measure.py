@@ -1,5 +1,6 @@
 """Runs the ways of a path in turns, and each alone for its memory, in processes that hold nothing else."""
 
+import ctypes
 import gc
 import json
 import os
@@ -96,6 +97,7 @@ def _peak(name: str, size: str, way: str) -> dict[str, float]:
     try:
         getattr(ways, way)()  # the optimiser has its state
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what building has freed goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # the highest value counts from here
         getattr(ways, way)()
         status = Path("/proc/self/status").read_text()

@@ -2,8 +2,8 @@
 
 From their public code: images are prepared one at a time inside the step and go twice through PIL; every caption is
 padded to 300 tokens; the language model gives logits at all positions, the image prefix and the padding among them;
-nothing computed is kept; generation makes its beams before the prefix is read, one image at a time; the context of the
-empty prompt is computed in each call; sampling is ancestral, 50 steps.
+nothing computed is kept; generation makes its beams before the prefix is read; the context of the empty prompt is
+computed in each call; sampling is ancestral, 50 steps.
 """
 
 from collections.abc import Sequence
@@ -83,12 +83,12 @@ def caption_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def captions(models: Models, paths: Sequence[Path], num_beams: int, **settings: Any) -> list[str]:
-    """Captions of image files, one at a time."""
+def captions(models: Models, paths: Sequence[Path], num_beams: int, batch_size: int = 1, **settings: Any) -> list[str]:
+    """Captions of image files in batches."""
     found = []
     language_model: Any = models.captioner.language_model
-    for path in paths:
-        pixel_values = to_pixel_values(models, read_batch(models, [path]))
+    for start in range(0, len(paths), batch_size):
+        pixel_values = to_pixel_values(models, read_batch(models, paths[start : start + batch_size]))
         prefix, mask, _ = models.captioner.get_prefix(pixel_values)
         ids = language_model.generate(
             inputs_embeds=prefix, attention_mask=mask, num_beams=num_beams, do_sample=False, **settings
@@ -105,7 +105,7 @@ def reconstruct(models: Models, paths: Sequence[Path], seed: int) -> torch.Tenso
     """
     pipeline: Any = models.pipeline
     output = models.captioner.model(to_pixel_values(models, read_batch(models, paths)))
-    length = output.conditioning.shape[1]
+    length = pipeline.tokenizer.model_max_length
     tokens = pipeline.tokenizer([""] * len(paths), padding="max_length", max_length=length, return_tensors="pt")
     empty = models.captioner.model.text_encoder(tokens.input_ids).last_hidden_state
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -114,8 +114,12 @@ def reconstruct(models: Models, paths: Sequence[Path], seed: int) -> torch.Tenso
     side = models.image_size // pipeline.vae_scale_factor
     latents = randn_tensor((len(paths), pipeline.unet.config.in_channels, side, side), generators)
     for timestep in scheduler.timesteps:
-        context = torch.cat([empty, output.conditioning])
-        noise_of_empty, noise = pipeline.unet(torch.cat([latents] * 2), timestep, context).sample.chunk(2)
+        if empty.shape == output.conditioning.shape:
+            context = torch.cat([empty, output.conditioning])
+            noise_of_empty, noise = pipeline.unet(torch.cat([latents] * 2), timestep, context).sample.chunk(2)
+        else:  # where the authors' code fails: the miniature has fewer embeddings than its text encoder has positions
+            contexts = (empty, output.conditioning)
+            noise_of_empty, noise = (pipeline.unet(latents, timestep, context).sample for context in contexts)
         noise = noise_of_empty + GUIDANCE * (noise - noise_of_empty)
         latents = scheduler.step(noise, timestep, latents, generator=generators).prev_sample
     images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample

@@ -4,12 +4,14 @@ A path is built once. Each of its ways is a function that does the same work and
 """
 
 import io
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -76,6 +78,7 @@ def stage1(size: str, folder: Path, cached: bool = False) -> Ways:
     encoder = models.captioner.model
     freeze_for_stage1(encoder, config.trainable)
     dataset, processor = load_images(str(folder / "images")), models.processor.image_processor
+    vae: Any = models.decoder.vae
     image_encoder = models.decoder.image_encoder_parts()
     trainer = Stage1Trainer(
         encoder,
@@ -88,7 +91,6 @@ def stage1(size: str, folder: Path, cached: bool = False) -> Ways:
     )
     step, ready = _trainer_step(trainer)
     inputs = _tensors(next(ready))
-    models.decoder.vae.encoder, models.decoder.vae.quant_conv = image_encoder  # what a trainer with moments removes
 
     def bare_loss() -> torch.Tensor:
         names = ("pixel_values", "image_features")
@@ -99,18 +101,25 @@ def stage1(size: str, folder: Path, cached: bool = False) -> Ways:
             latents = models.decoder.encode_images(inputs["diffusion_pixels"].float() / 255 * 2 - 1)
         return models.decoder.denoise(latents, Conditioning.of(output)).loss
 
+    def original_loss(files: Sequence[Path]) -> torch.Tensor:
+        vae.encoder, vae.quant_conv = image_encoder  # a trainer with cached moments has removed them
+        loss = original.stage1_loss(models, files, SEED)
+        if cached:
+            models.decoder.remove_image_encoder()
+        return loss
+
     def difference() -> float:
         encoder.eval()
         torch.manual_seed(SEED)
         with torch.no_grad():
             ours = trainer.compute_loss(encoder, inputs)
-            theirs = original.stage1_loss(models, paths[:BATCH], SEED)
+            theirs = original_loss(paths[:BATCH])
         return _near(float(ours), float(theirs), 1e-5)
 
     batches = _in_turn(paths)
     return Ways(
         step,
-        _bare_step(trainer, lambda: original.stage1_loss(models, next(batches), SEED)),
+        _bare_step(trainer, lambda: original_loss(next(batches))),
         _bare_step(trainer, bare_loss),
         BATCH,
         difference,
@@ -150,12 +159,22 @@ def stage2(size: str, folder: Path, cached: bool = False) -> Ways:
         BATCH,
         difference,
         2.5 if cached else 1.6,
-        "encoder frozen, its conditioning cached" if cached else "encoder, projection and language model trained",
+        "encoder frozen, its conditioning cached in float32"
+        if cached
+        else "encoder, projection and language model trained",
     )
 
 
-def captions(size: str, folder: Path, num_beams: int, count: int, batch_size: int, aim: float) -> Ways:
-    """Captions of image files: reading, encoding, decoding, text."""
+def captions(
+    size: str,
+    folder: Path,
+    *,
+    num_beams: int = 1,
+    count: int,
+    original_batch_size: int,
+    aim: float | None = None,
+) -> Ways:
+    """Captions of image files in one batch: reading, encoding, decoding, text."""
     models = build(size)
     paths = write_files(folder / "images", count, models)
     model, processor = models.captioner, models.processor
@@ -166,30 +185,24 @@ def captions(size: str, folder: Path, num_beams: int, count: int, batch_size: in
         settings["early_stopping"] = True
     pixel_values = processor(images=[str(path) for path in paths]).pixel_values
 
-    def generate(batches: Iterator[torch.Tensor]) -> list[str]:
-        found = []
-        for pixels in batches:
-            found += generate_captions(model, processor, pixel_values=pixels, num_beams=num_beams, **settings)
-        return found
+    def generate(pixels: torch.Tensor) -> list[str]:
+        return generate_captions(model, processor, pixel_values=pixels, num_beams=num_beams, **settings)
 
     def ours() -> list[str]:
-        starts = range(0, count, batch_size)
-        return generate(
-            processor(images=[str(path) for path in paths[start : start + batch_size]]).pixel_values
-            for start in starts
-        )
+        return generate(processor(images=[str(path) for path in paths]).pixel_values)
 
     def theirs() -> list[str]:
-        return original.captions(models, paths, num_beams, **settings)
+        return original.captions(models, paths, num_beams, original_batch_size, **settings)
 
     return Ways(
         ours,
         theirs,
-        lambda: generate(iter(pixel_values.split(batch_size))),
+        lambda: generate(pixel_values),
         count,
         lambda: _equal_captions(ours(), theirs()),
         aim,
-        f"{count} images, {f'{num_beams} beams' if num_beams > 1 else 'greedy'}, batches of {batch_size}",
+        f"{count} images in a batch, {f'{num_beams} beams' if num_beams > 1 else 'greedy'}; original: "
+        + ("one at a time" if original_batch_size == 1 else f"in batches of {original_batch_size}"),
     )
 
 
@@ -278,31 +291,42 @@ def loading(size: str, folder: Path) -> Ways:
 
 
 def bulk(size: str, folder: Path) -> Ways:
-    """`vlv caption` of a folder, with loading and writing, beside a loop over its files with a loaded model."""
+    """`vlv caption` of a folder, beside a loop over its files; each loads the model and writes JSON."""
     models = build(size)
-    count = 32
-    paths = write_files(folder / "images", count, models)
+    count, images, output = 32, folder / "images", folder / "captions.json"
+    paths = write_files(images, count, models)
     saved = folder / "model"
     models.captioner.save_pretrained(saved)
     models.processor.save_pretrained(saved)
-    pixel_values = models.processor(images=[str(path) for path in paths]).pixel_values
+    image_size, pixel_values = models.image_size, models.processor(images=[str(path) for path in paths]).pixel_values
+    del models
 
-    def ours() -> None:
+    def ours() -> dict[str, str]:
+        options = ["--batch-size", "16", "--max-new-tokens", str(NEW_TOKENS), "--overwrite", "--output", str(output)]
         with redirect_stderr(io.StringIO()):
-            vlv(
-                ["caption", str(folder / "images"), "--model", str(saved), "--batch-size", "16"]
-                + ["--max-new-tokens", str(NEW_TOKENS), "--overwrite", "--output", str(folder / "captions.json")]
-            )
+            vlv(["caption", str(images), "--model", str(saved), *options])
+        return json.loads(output.read_text())
+
+    def theirs() -> dict[str, str]:
+        models: Any = SimpleNamespace(image_size=image_size)
+        models.captioner, models.processor = hub.load_captioner(saved)
+        found = original.captions(models, paths, 1, max_new_tokens=NEW_TOKENS)
+        captions = {path.name: caption for path, caption in zip(paths, found, strict=True)}
+        (folder / "original.json").write_text(json.dumps(captions))
+        return captions
+
+    def floor() -> None:
+        model, processor = hub.load_captioner(saved)
+        for pixels in pixel_values.split(16):
+            generate_captions(model, processor, pixel_values=pixels, max_new_tokens=NEW_TOKENS)
 
     return Ways(
         ours,
-        lambda: original.captions(models, paths, 1, max_new_tokens=NEW_TOKENS),
-        lambda: [
-            generate_captions(models.captioner, models.processor, pixel_values=pixels, max_new_tokens=NEW_TOKENS)
-            for pixels in pixel_values.split(16)
-        ],
+        theirs,
+        floor,
         count,
-        setting=f"{count} files, greedy, batches of 16; ours includes loading the model and writing JSON",
+        lambda: _equal_captions(list(ours().values()), list(theirs().values())),
+        setting=f"{count} files, greedy, batches of 16, with loading; original: one at a time",
     )
 
 
@@ -311,8 +335,11 @@ PATHS: dict[str, Callable[[str, Path], Ways]] = {
     "stage-1 step, cached": lambda size, folder: stage1(size, folder, cached=True),
     "stage-2 step": stage2,
     "stage-2 step, cached": lambda size, folder: stage2(size, folder, cached=True),
-    "captions, beams": lambda size, folder: captions(size, folder, 4, 16, 16, 1.45),
-    "captions, greedy": lambda size, folder: captions(size, folder, 1, 32, 32, 3.5),
+    "captions, beams": lambda size, folder: captions(
+        size, folder, num_beams=4, count=16, original_batch_size=16, aim=1.45
+    ),
+    "captions, greedy": lambda size, folder: captions(size, folder, count=32, original_batch_size=1, aim=3.5),
+    "captions, greedy, equal batches": lambda size, folder: captions(size, folder, count=32, original_batch_size=32),
     "reconstruction": lambda size, folder: reconstruction(size, folder, original.STEPS),
     "reconstruction, default sampler": lambda size, folder: reconstruction(size, folder, None),
     "preprocessing": preprocessing,

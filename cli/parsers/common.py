@@ -65,5 +65,6 @@ def add_embeddings_cache(parser: argparse.ArgumentParser) -> None:
         "--embeddings-cache",
         metavar="DIR",
         help="keep the caption embeddings of images in a folder, and take those that are there: `vlv caption`, `vlv "
-        "reconstruct` and `vlv encode` of one image run the encoder once (docs/captioning.md)",
+        "reconstruct` and `vlv encode` of one image run the encoder once, where the model has one encoder for them "
+        "(docs/captioning.md)",
     )

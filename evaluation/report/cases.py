@@ -22,7 +22,10 @@ RANKED_BY = (
     "words",
 )
 """Figures of an image by which best and worst cases are chosen: the first that a run has."""
-LOWER_IS_BETTER = ("lpips", "dreamsim", "repetition_4", "chair_i", "chair_s", "spatial_deviation")
+LOWER_IS_BETTER = (
+    *("lpips", "dreamsim", "repetition_4", "chair_i", "chair_s", "spatial_deviation"),
+    *("centre", "scale", "distance", "angle"),  # deviations of `vlv evaluate spatial`
+)
 
 PerImage = Mapping[str, Mapping[str, float]]
 """Of each figure, its value for each image."""

@@ -194,9 +194,10 @@ def _generated_grids(
     key = choose_ranking(next(iter(groups.values()), {}), None)
     if not files or key is None:
         return []
-    means = {name: fmean(own[key].values()) for name, own in groups.items()}
+    means = {name: fmean(own[key].values()) for name, own in groups.items() if own.get(key)}
     chosen = (min if key in LOWER_IS_BETTER else max)(means, key=means.__getitem__)
-    pictures = {"original": Pictures([run.find("images"), settings.images])}
+    originals = run.content.get("originals") or {"original": None}  # of compositions, both
+    pictures = {side: Pictures([run.find("images"), settings.images], own) for side, own in originals.items()}
     pictures |= {f"{title} {group}": Pictures([run.path.parent], files[group]) for group in files}
     texts: dict[str, list[str]] = {}
     written = run.path.parent / "captions.json"

@@ -12,6 +12,7 @@ from vlv.cli import encoding
 from vlv.cli.inputs import Input
 from vlv.cli.main import main
 from vlv.cli.output import Summary
+from vlv.train.caches import settings_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,28 @@ def read(encoder, image_processor, photos: Path, cache=None, names=range(5)) -> 
     }
 
 
-def test_processes_add_to_one_cache_at_once_and_images_keep_their_order(
+def test_a_file_that_goes_after_the_cache_was_opened_is_computed_again(
+    encoder, image_processor, photos, tmp_path, encoded, capsys
+):
+    first = encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    expected = read(encoder, image_processor, photos, first)
+    lost, *_ = cache_files(tmp_path)
+    second = encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    lost.unlink()
+    encoded.clear()
+    found = read(encoder, image_processor, photos, second)
+    assert f"note: {lost} has gone or cannot be read" in capsys.readouterr().err
+    assert sum(encoded) in (1, 2)  # the images of that file
+    assert list(found) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+    assert not capsys.readouterr().err
+    encoded.clear()
+    read(encoder, image_processor, photos, second)
+    assert not encoded and not capsys.readouterr().err
+
+
+def test_a_cache_that_is_opened_twice_gets_the_images_of_both_and_images_keep_their_order(
     encoder, image_processor, photos, tmp_path, encoded
 ):
     first, second = (encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor) for _ in range(2))
@@ -147,7 +169,31 @@ def test_another_model_or_preprocessing_has_another_folder(encoder, image_proces
     other_prompt = folder()
     with torch.no_grad():
         encoder.query_tokens[..., -1] += 1
-    assert len({before, other_pixels, other_prompt, folder()}) == 4
+    other_weights = folder()
+    encoder.config.image_encoder_config.text_config.activation_function = "relu"
+    assert len({before, other_pixels, other_prompt, other_weights, folder()}) == 5
+
+
+def test_embeddings_of_another_encoder_are_not_shared_which_a_note_says(
+    encoder, image_processor, photos, tmp_path, capsys
+):
+    cache = encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    read(encoder, image_processor, photos, cache, [0])
+    encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    assert not capsys.readouterr().err
+    with torch.no_grad():
+        encoder.query_tokens[..., -1] += 1
+    encoding.open_embeddings_cache(str(tmp_path), encoder, image_processor)
+    assert "has embeddings of another encoder" in capsys.readouterr().err
+
+
+def test_the_library_that_wrote_a_configuration_is_none_of_its_settings(encoder):
+    config = encoder.config.image_encoder_config
+    before = settings_fingerprint(config, None)
+    config.transformers_version, config._name_or_path = "4.0.0", "elsewhere"
+    assert settings_fingerprint(config, None) == before
+    config.text_config.activation_function = "relu"
+    assert settings_fingerprint(config, None) != before
 
 
 @pytest.mark.parametrize("option", ["--embeddings-cache", "--encoder-batch-size"])

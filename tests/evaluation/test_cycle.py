@@ -2,16 +2,27 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
+from vlv.cli.errors import UserError
+from vlv.cli.evaluating import load_text_to_image
 from vlv.cli.main import main
 from vlv.evaluation.captioners import open_captioner
-from vlv.evaluation.cycle import CycleConfig, cycle_table
+from vlv.evaluation.cycle import CycleConfig, run_cycle
+from vlv.evaluation.detections import PipelineDetector
+from vlv.evaluation.features import AutoModelFeatures
 from vlv.evaluation.generated_images import ImageStore, image_store, tokenizers_that_cut
+from vlv.evaluation.guidance_scales import guidance_table
+from vlv.evaluation.published import published_notes
 
 from .openai_server import Reply, scripted_endpoint
 
@@ -74,6 +85,41 @@ def test_a_cycle_measures_each_guidance_and_goes_on_where_it_ended(config, tmp_p
     assert fewer["num_images"] == 2 and not any(" cut " in note for note in fewer["notes"])
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_leaves_complete_results_as_they_are(config, stable_diffusion, dinov2_model):
+    folder = Path(config["output_dir"])
+    folder.mkdir()
+    (folder / "results.json").write_text("complete")
+    calls = []
+
+    def advance(images: int) -> None:
+        calls.append(images)
+        if len(calls) == 4:  # after both batches of the first guidance scale
+            raise KeyboardInterrupt
+
+    def run_it(**settings) -> None:
+        captions = dict.fromkeys(("0.jpg", "1.jpg", "2.jpg"), "a cat")
+        images = {name: Path(config["images"]) / name for name in captions}
+        features = [AutoModelFeatures(str(dinov2_model))]
+        run_cycle(
+            CycleConfig(**config),
+            captions,
+            images,
+            lambda: load_text_to_image(str(stable_diffusion), None, "cpu"),
+            "model",
+            features,
+            **settings,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run_it(advance=advance)
+    assert (folder / "results.json").read_text() == "complete"
+    assert set(json.loads((folder / "results-partial.json").read_text())["metrics"]) == {"1"}
+    run_it()
+    assert set(json.loads((folder / "results.json").read_text())["metrics"]) == {"1", "4"}
+    assert not (folder / "results-partial.json").exists()
+
+
 def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_path):
     store = ImageStore(tmp_path, CycleConfig(**config))
     other = ImageStore(tmp_path, CycleConfig(**config, seed=7))
@@ -98,6 +144,7 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
         ({"captioner": "m"}, "set captions, a file, or captioner, what writes them, and not both"),
         ({"captions": None, "captioner": "http://127.0.0.1/v1"}, "names no model"),
         ({"captions": None, "captioner": "m", "captioner_kind": "vllm"}, "captioner_kind is one of vlv, pipeline"),
+        ({"paper": "table5/40m"}, "paper is one of table1/original, .*, not 'table5/40m'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         ({"images": ""}, "images is missing: folder of the original images"),
         ({"guidance": []}, "guidance must be one or more scales"),
@@ -147,6 +194,35 @@ def test_t5_reads_as_many_tokens_as_the_pipeline_passes_to_it(stable_diffusion_3
     assert tokenizers_that_cut(pipeline, words[257]) == [*clips, "tokenizer_3 (256 tokens)"]
 
 
+@pytest.mark.slow
+def test_a_text_to_image_model_has_no_safety_checker_and_weights_in_safetensors(stable_diffusion, tmp_path):
+    folder = tmp_path / "checked"
+    pipeline = DiffusionPipeline.from_pretrained(stable_diffusion)
+    towers = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**towers, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=towers, vision_config=vision, projection_dim=8))
+    pipeline.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessorPil())
+    pipeline.save_pretrained(folder)
+    assert DiffusionPipeline.load_config(folder)["safety_checker"][1] == "StableDiffusionSafetyChecker"
+    assert load_text_to_image(str(folder), torch.float32, "cpu").safety_checker is None
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_text_to_image(str(folder), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["captioner", "detector"])
+def test_captioners_and_detectors_of_transformers_have_weights_in_safetensors(kind, llava, object_detector, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(llava if kind == "captioner" else object_detector, folder)
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises((OSError, ValueError), match="safetensors"):
+        open_captioner(str(folder)) if kind == "captioner" else PipelineDetector(str(folder))
+
+
 def test_an_unknown_setting_or_a_missing_original_is_named(config, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run({**config, "guidanse": [1]}, tmp_path)
@@ -156,12 +232,24 @@ def test_an_unknown_setting_or_a_missing_original_is_named(config, tmp_path, cap
     assert "has no entry for 1 of 3 images: '0.png'" in capsys.readouterr().err
 
 
-def test_the_papers_fid_is_beside_ours_only_for_inceptions_features():
+def test_the_papers_row_that_a_setting_names_is_beside_ours_only_for_inceptions_features():
     figures = {"1": {"frechet_distance": {"label": "FID", "value": 12.0}}, "1.5": {}}
-    lines = cycle_table({"metrics": figures}).splitlines()
-    assert lines[2:] == ["| FID | 12 |  |", "| FID of VLV in the paper | 11.47 |  |"]
+    results = {"metrics": figures, "config": {"paper": "table1/gpt-4o"}}
+    lines = guidance_table(results).splitlines()
+    assert lines[2:] == ["| FID | 12 |  |", "| FID of the paper's GPT-4o (Table 1) | 12.16 |  |"]
+    assert "paper" not in guidance_table({"metrics": figures, "config": {"paper": None}})
+    table = guidance_table({"metrics": figures, "config": {"paper": "table4/77"}})
+    assert "| FID of the paper's VLV with 77 queries (Table 4), guidance not stated | 5.3 |  |" in table
     figures["1"]["frechet_distance"]["label"] = "Fréchet distance"
-    assert "paper" not in cycle_table({"metrics": figures})
+    assert "paper" not in guidance_table(results)
+
+
+def test_what_is_not_alike_in_the_papers_row_is_noted():
+    config = {"paper": "table1/vlv", "resize": "pytorch-fid"}
+    assert published_notes(config, 30_000, ["FID"]) == published_notes({"paper": None}, 3, ["FID"]) == []
+    assert published_notes(config, 3, ["CMMD"]) == ["the run has no figure FID, which the paper's table1/vlv has"]
+    few, resized = published_notes({**config, "resize": "clean-fid"}, 3, ["FID"])
+    assert "table1/vlv is of 30000 images, this run of 3" in few and "this run's as clean-fid" in resized
 
 
 @pytest.mark.slow

@@ -96,6 +96,11 @@ def test_an_endpoint_that_does_not_answer_leaves_a_reason(images, tmp_path):
         settings = EndpointSettings("m", script.url, concurrency=1, max_retries=0)
         detector = EndpointDetector(settings, tmp_path / "new" / "log.jsonl")
         found = list(detector.detect(paths))
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        again = EndpointDetector(settings, tmp_path / "new" / "log.jsonl")
+        assert list(again.detect([paths[0].rename(moved / paths[0].name)])) == found[:1]
+        assert len(script.requests) == 3  # an answer is kept wherever the image lies
     assert found[0].detections[0].label == "red apple" and "box_3d" in str(script.requests[0])
     assert found[1].error == "the answer gives no JSON list of boxes: 'I see a cat.'" and found[1].detections is None
     assert "status 400" in found[2].error

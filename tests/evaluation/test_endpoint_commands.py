@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,15 @@ NUM_IMAGES = 33  # one more than the examples of the longest prompt
 def write_caption_files(folder: Path) -> None:
     """Images, captions, questions and annotations where the shipped configurations expect them."""
     names = [f"COCO_val2014_{number:012}.jpg" for number in range(NUM_IMAGES)]
-    for images in ("coco/val2014-200", "coco/val2014-30k"):
+    for images in ("coco/val2014-200", "coco/val2014-30k", "coco/test2017"):
         (folder / images).mkdir(parents=True)
         for name in names:
             Image.new("RGB", (8, 8)).save(folder / images / name)
-    for file in ("captions.json", "captions-val.json", "captions-train.json"):
+    for file in ("captions.json", "other.json", "captions-val.json", "captions-train.json", "captions-qa.json"):
         (folder / file).write_text(json.dumps(dict.fromkeys(names, "a red car")))
+    choices = {"question": "What colour?", "choices": ["red", "blue"], "answer": "red"}
+    (folder / "caption-qa").mkdir()
+    (folder / "caption-qa" / "questions.json").write_text(json.dumps([{"image": name} | choices for name in names]))
     ids = range(NUM_IMAGES)
     questions = {"questions": [{"question_id": n, "image_id": n, "question": "What colour?"} for n in ids]}
     annotations = {"annotations": [{"question_id": n, "answers": [{"answer": "red"}] * 10} for n in ids]}
@@ -47,24 +51,33 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-PLANS = {  # the beginning of each file's plan
+CYCLE = f", of at most 300 tokens\n{4 * NUM_IMAGES} images by stabilityai/stable-diffusion-3.5-medium, of 512 pixels"
+PLANS = {  # in the plan of each file's first command
     "arena.yaml": f"{NUM_IMAGES} requests",
     "vqav2.yaml": f"{6 * NUM_IMAGES} requests",  # three numbers of shots, with captions and without
     "ok_vqa.yaml": f"{6 * NUM_IMAGES} requests",
-    "cycle.yaml": f"{NUM_IMAGES} captions by org/vlv, of at most 300 tokens\n{4 * NUM_IMAGES} images by stabilityai/",
+    "caption_qa.yaml": f"{2 * NUM_IMAGES} requests",
+    "cycle.yaml": f"{NUM_IMAGES} captions by org/vlv{CYCLE}",
+    "table4_caption.yaml": f"{NUM_IMAGES} captions by org/vlv{CYCLE}",
+    "table4_reconstruction.yaml": f"{4 * NUM_IMAGES} images by org/vlv, of the model's size, with 50 steps",
+    "table5_decoder.yaml": f"{NUM_IMAGES} captions by org/vlv{CYCLE}",
+    "table7.yaml": f"{NUM_IMAGES} captions by org/vlv-mlp-llm{CYCLE}",
     "reconstruction.yaml": f"{4 * NUM_IMAGES} images by org/vlv, of the model's size, with 50 steps",
     "spatial.yaml": f"{NUM_IMAGES} images by org/vlv",
     "composition.yaml": f"{5 * (NUM_IMAGES // 2)} images by org/vlv",
 }
-COMMAND = re.compile(r"#   vlv evaluate (\w+) evaluation/configs/(\S+)$", re.MULTILINE)
+COMMAND = re.compile(r"^#   vlv evaluate (.+)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_every_shipped_configuration_has_a_plan_by_the_command_in_it(folder, capsys, file):
-    protocol, named = COMMAND.search((CONFIGS / file).read_text()).groups()
-    assert named == file
-    assert main(["evaluate", protocol, str(CONFIGS / file), "--dry_run"]) == 0
-    assert capsys.readouterr().out.startswith(PLANS[file]) and not (folder / "runs").exists()
+def test_every_shipped_configuration_has_a_plan_by_each_command_in_it(folder, capsys, file):
+    commands = [shlex.split(command) for command in COMMAND.findall((CONFIGS / file).read_text())]
+    plans = []
+    for protocol, named, *settings in commands:
+        assert named == f"evaluation/configs/{file}"
+        assert main(["evaluate", protocol, str(CONFIGS / file), *settings, "--dry_run"]) == 0
+        plans.append(capsys.readouterr().out)
+    assert plans[0].startswith(PLANS[file]) and len(set(plans)) == len(commands) and not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize(

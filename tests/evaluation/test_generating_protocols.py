@@ -12,12 +12,11 @@ from PIL import Image
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
 from vlv.evaluation.captioners import open_captioner
-from vlv.evaluation.composition import CompositionConfig, MixedSource, read_pairs, recall_figures
+from vlv.evaluation.composition import CompositionConfig, MixedSource, other_firsts, read_pairs, recall_figures
 from vlv.evaluation.detections import Detected
 from vlv.evaluation.features import load_rgb
 from vlv.evaluation.generated_images import CaptionSource, EmbeddingSource
-from vlv.evaluation.reconstruction import reconstruction_table
-from vlv.evaluation.spatial import LABELS, SpatialConfig, spatial_table
+from vlv.evaluation.spatial import SpatialConfig
 from vlv.miniature.data import SceneDataset, evaluation_items
 from vlv.miniature.evaluation import (
     MAX_NEW_TOKENS,
@@ -65,6 +64,12 @@ def run(protocol: str, scenes: Path, output: Path, *options: str) -> dict:
     arguments = ["--images", str(scenes), "--output_dir", str(output), *SHORT, *options]
     assert main(["evaluate", protocol, *arguments]) == 0
     return json.loads((output / "results.json").read_text())
+
+
+def report_page(output: Path) -> str:
+    """The report of a run as HTML."""
+    assert main(["evaluate", "report", str(output), "--output", str(output / "report.html")]) == 0
+    return (output / "report.html").read_text()
 
 
 def read(files: list[Path]) -> torch.Tensor:
@@ -163,14 +168,19 @@ def test_an_endpoint_finds_the_objects_and_the_papers_figures_stand_beside(scene
 
     with scripted_endpoint(answer) as script:
         options = ["--detector", f"{script.url}#m", "--concurrency", "1", "--max_retries", "0", "--guidance", "2"]
+        options += ["--paper", "table6/40m"]
         results = run("spatial", scenes, tmp_path, *options)
         assert len(script.requests) == 2 * COUNT
     metrics = {key: own["value"] for key, own in results["metrics"]["2"].items()}
     assert metrics["centre"] == pytest.approx(0.1, abs=1e-6) and metrics["scale"] == 0 and metrics["matched"] == 1
     assert metrics["angle"] == pytest.approx(math.pi / 6, abs=1e-6)
     assert list(results["failed"]["2"]) == ["3.png"] and results["metrics"]["2"]["centre"]["num_objects"] == 3
+    assert results["per_image"]["2"]["centre"] == {f"{number}.png": pytest.approx(0.1) for number in range(3)}
+    assert set(results["per_image"]["2"]["matched"].values()) == {1} and report_page(tmp_path).count("<img") == 6
     output = capsys.readouterr().out
-    assert "| angle (L1) of VLV in the paper | 0.1016 |" in output
+    assert (
+        "| angle (L1) of the paper's VLV after 40 million images (Table 6), guidance not stated | 0.1016 |" in output
+    )
     assert "note: 1 of 4 images are left out: a detection failed" in output
 
 
@@ -186,6 +196,12 @@ def test_compositions_are_compared_by_features_objects_and_a_judge(scenes, truth
     assert (alone["score_first"]["value"], alone["score_first"]["num_images"]) == (4, 1)
     assert len(results["failed"]["24+0"]) == 2 and "24+0: 2 scores of 4 are missing" in results["notes"]
     assert results["num_pairs"] == 2 and "| 12+12 |" in capsys.readouterr().out
+    each = results["per_image"]["24+0"]
+    assert [len(each[key]) for key in ("cosine_first", "cosine_second")] == [2, 2]
+    assert sum(each["score_first"].values()) == 4 and len(each["score_first"]) == 1
+    html = report_page(tmp_path)
+    assert html.count("<img") == 2 * (2 + len(results["files"]))  # of each pair, its images and the mixed ones
+    assert "first" in html and "second" in html
 
 
 def test_what_a_composition_shows_is_counted_as_in_the_paper_in_miniature(truth):
@@ -227,6 +243,7 @@ def test_wrong_settings_of_a_composition_are_named(settings, message):
     ("settings", "message"),
     [
         ({"boxes": "4d"}, "boxes is one of 3d, 2d, not '4d'"),
+        ({"paper": "table6/40m"}, "figures are of boxes in three dimensions by an endpoint"),
         ({"threshold": 1.0}, "threshold must be at least 0 and below 1, not 1.0"),
         ({"detector": ""}, "detector is missing: what finds the objects"),
         ({"detector": "http://127.0.0.1/v1"}, "names no model"),
@@ -245,6 +262,7 @@ def test_wrong_settings_of_spatial_deviation_are_named(settings, message):
         ('[["0.png"]]', "must hold"),
         ("[]", "must hold"),
         ('[["0.png", "9.png"]]', "has no '9.png', which pairs"),
+        ('[["0.png", "1"], ["2.png", "1"], ["0.png", "1"]]', r"has \['0.png', '1.png'\] 2 times"),
     ],
 )
 def test_a_wrong_file_of_pairs_is_named(tmp_path, content, message):
@@ -263,13 +281,17 @@ def test_pairs_are_those_of_the_file_or_of_both_halves(tmp_path):
         read_pairs(composition_config(limit=1), IMAGES)
 
 
+def test_pairs_with_one_name_are_refused():
+    images = [("a", "b + c"), ("a + b", "c")]
+    with pytest.raises(ValueError, match="two pairs of images have the name 'a \\+ b \\+ c'"):
+        MixedSource({}, images, (1, 1), lambda: None, "m")
+
+
+def test_the_level_of_chance_is_an_image_that_a_pair_does_not_show():
+    assert other_firsts([(0, 1), (0, 2), (3, 1), (4, 5)]) == [4, 3, 4, 0]
+    assert other_firsts([(0, 1), (0, 2)]) is None and other_firsts([(0, 1)]) is None
+
+
 def composition_config(**settings) -> CompositionConfig:
     given = {"images": "i", "model": "m", "output_dir": "o", "counts": ["1+1"], "features": "f"}
     return CompositionConfig(**{**given, **settings})
-
-
-def test_the_papers_figures_are_beside_those_that_are_measured_alike():
-    figures = {"2": {"frechet_distance": {"label": "FID", "value": 12.0}}}
-    assert "| FID of VLV in the paper | 7.22 |" in reconstruction_table({"metrics": figures})
-    flat = {"2": {"centre": {"label": LABELS["centre"], "value": 0.1}}}
-    assert "paper" not in spatial_table({"metrics": flat})

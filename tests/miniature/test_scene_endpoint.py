@@ -1,7 +1,9 @@
 """The endpoint that knows scenes judges captions, answers questions and finds objects by the truth."""
 
 import json
+from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -55,6 +57,18 @@ def test_questions_have_the_answers_of_the_scene_and_guesses_without_it():
     }
     empty = Scene(None, ())
     assert [answer_question(question, empty) for question in answers] == ["white", "2", "apple", "apple", "apple"]
+
+
+@pytest.mark.parametrize("length", ["-1", "50000001", "many"])
+def test_a_request_of_a_wrong_length_is_refused_and_not_awaited(length):
+    with serve_scenes(MINIATURE) as address:
+        connection = HTTPConnection(urlsplit(address).netloc, timeout=5)
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Content-Length", length)
+        connection.endheaders()
+        response = connection.getresponse()
+        assert response.status == 400 and length in json.loads(response.read())["error"]["message"]
+        connection.close()
 
 
 @pytest.mark.slow

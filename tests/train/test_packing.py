@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig
+from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2MoeConfig
 
 from vlv import VLVForConditionalGeneration
 from vlv.train import Stage2Collator
@@ -18,6 +18,11 @@ LANGUAGE_MODELS = {
     "qwen2": language_model_config(),
     "llama": LlamaConfig(**GATED),
     "mistral, with a window of 4": MistralConfig(**GATED, sliding_window=4),
+    "qwen2-moe, with a window of 4 in one layer": Qwen2MoeConfig(
+        **GATED,
+        **{"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4},
+        **{"num_experts_per_tok": 2, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    ),
     "gpt2": GPT2Config(
         **{"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 2, "eos_token_id": 3},
         **NO_DROPOUT,

@@ -5,15 +5,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import BloomConfig
 from transformers.models.florence2.modeling_florence2 import Florence2VisionBackbone
 
 from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.train import ListDataset, Stage2Config, Stage2Trainer, TrainingDataset, freeze_for_stage2, stage2
 from vlv.train.data import EpochSampler
-from vlv.train.packing import PACKED_SDPA
+from vlv.train.packing import PACKED_SDPA, is_packing
 
-from ..builders import QUERIES, TEXT_WIDTH, VOCABULARY, vlv_config
+from ..builders import QUERIES, TEXT_WIDTH, VOCABULARY, language_model_config, vlv_config
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,7 @@ def test_cached_conditioning_of_an_encoder_that_is_trained_is_refused(trainable,
     [
         ({"packing": True, "pad_to_max_length": True}, "packing does not work with pad_to_max_length"),
         ({"packing": True, "compile_blocks": True}, "packing does not work with compile_blocks"),
+        ({"packing": True, "torch_compile": True}, "packing does not work with torch_compile"),
         ({"conditioning_dtype": "float16"}, "conditioning_dtype is 'float16'; expected one of"),
         ({"cache_conditioning": "a", "cache_vision_features": "b"}, "leave one of them out"),
         ({"cache_conditioning": "a", "random_crop": True}, "cache_conditioning does not work with random_crop"),
@@ -137,8 +138,9 @@ def test_settings_that_contradict_each_other_are_refused(changes, message, tmp_p
         Stage2Config(output_dir=str(tmp_path), use_cpu=True, **changes)
 
 
-def test_padding_turns_packing_off(tmp_path):
-    assert Stage2Config(output_dir=str(tmp_path), use_cpu=True, pad_to_max_length=True).packing is False
+@pytest.mark.parametrize("name", ["pad_to_max_length", "torch_compile"])
+def test_padding_and_compilation_turn_packing_off(name, tmp_path):
+    assert Stage2Config(output_dir=str(tmp_path), use_cpu=True, **{name: True}).packing is False
 
 
 def test_a_run_records_whether_cached_conditioning_is_rounded(tmp_path):
@@ -153,36 +155,86 @@ def test_a_run_records_whether_cached_conditioning_is_rounded(tmp_path):
     assert "cache_conditioning" not in in_half.result_settings()
 
 
-def test_a_language_model_that_cannot_pack_is_padded_and_refused_where_packing_is_asked_for(
-    tmp_path, processor, images
-):
-    torch.manual_seed(0)
-    bloom = BloomConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=2,
-        eos_token_id=3,
-        initializer_range=0.3,
+@pytest.fixture
+def build(tmp_path, processor, images):
+    """Makes a trainer of a captioner with a language model's configuration, or of a captioner."""
+
+    def run(model, **changes) -> Stage2Trainer:
+        if not isinstance(model, VLVForConditionalGeneration):
+            torch.manual_seed(0)
+            model = VLVForConditionalGeneration(vlv_config(text_config=model))
+        freeze_for_stage2(model, "projector")
+        options = {"dataloader_num_workers": 0, "validation_steps": 0, "max_steps": 1, "save_strategy": "no"}
+        config = Stage2Config(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, **options, **changes)
+        return Stage2Trainer(model, config, [{"image": i, "caption": "a small dog"} for i in images[:2]], processor)
+
+    return run
+
+
+BLOOM = BloomConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    n_layer=2,
+    n_head=2,
+    bos_token_id=2,
+    eos_token_id=3,
+    initializer_range=0.3,
+)
+
+
+def test_a_language_model_that_cannot_pack_is_padded_and_refused_where_packing_is_asked_for(build, capsys):
+    model = build(BLOOM).model
+    reason = "packing needs sdpa or FlashAttention, which BloomForCausalLM does not have"
+    assert capsys.readouterr().out == f"{reason}; captions are padded\n"
+    assert not is_packing(model.language_model)
+    with pytest.raises(ValueError, match=r"not work with BloomForCausalLM: it does not keep .* apart; leave"):
+        build(model, packing=True)
+    assert not is_packing(model.language_model)
+
+
+def test_a_language_model_whose_code_fails_on_packed_rows_is_padded(build, capsys):
+    model = build(language_model_config(), packing=False).model
+
+    def refuse(module, args, kwargs) -> None:
+        if len(kwargs["inputs_embeds"]) == 1:
+            raise IndexError("one row\nis too few")
+
+    model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
+    assert not build(model).speed.is_packed
+    printed = "packing does not work with Qwen2ForCausalLM: IndexError: one row is too few; captions are padded\n"
+    assert capsys.readouterr().out == printed
+    assert not is_packing(model.language_model)
+    assert model.language_model.config._attn_implementation == "sdpa"
+
+
+def test_trainers_of_one_model_pack_or_pad_as_each_of_them_is_told_and_leave_it_as_it_was(build):
+    first = build(language_model_config())
+    language_model = first.model.language_model
+    rows = []
+    first.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
     )
-    language_model = AutoModelForCausalLM.from_config(bloom)
-    model = VLVForConditionalGeneration(vlv_config(text_config=bloom))
-    model.language_model.load_state_dict(language_model.state_dict())
-    freeze_for_stage2(model, "projector")
-    data = [{"image": image, "caption": "a small dog"} for image in images[:2]]
+    second = build(first.model, packing=True)
+    assert len(language_model._forward_pre_hooks) == 1
+    padding = build(first.model, packing=False)
+    assert not is_packing(language_model)
+    for trainer, trained_rows in ((second, 1), (padding, 2), (first, 1)):
+        trainer.train()
+        assert rows[-1] == trained_rows
+        assert not language_model._forward_pre_hooks
+        assert language_model.config._attn_implementation == "sdpa"
 
-    def build(**changes):
-        config = Stage2Config(
-            output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=0, validation_steps=0, **changes
-        )
-        return Stage2Trainer(model, config, data, processor)
 
-    build()
-    assert not model.language_model._forward_pre_hooks
-    with pytest.raises(ValueError, match="packing does not work with BloomForCausalLM: it does not keep"):
-        build(packing=True)
-    assert not model.language_model._forward_pre_hooks
+def test_grouping_by_length_of_a_plain_list_is_refused(build):
+    trainer = build(language_model_config(), packing=False, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match=r"needs a TrainingDataset, .* got list; pass load_pairs"):
+        trainer.train()
+
+
+def test_several_gpus_in_one_process_are_refused(build, monkeypatch):
+    monkeypatch.setattr(Stage2Config, "n_gpu", 2)
+    with pytest.raises(ValueError, match="sees 2 GPUs, and trains on one; launch with torchrun --nproc_per_node 2"):
+        build(language_model_config())
 
 
 @pytest.fixture

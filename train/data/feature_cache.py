@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
@@ -47,8 +47,8 @@ class FeatureCache:
         folder: The folder; it need not exist.
         made_of: What the tensors depend on, as JSON values: the model's fingerprint, sizes, precision.
         shape, dtype: Of the tensor of an image.
-        report_damage: Called with what is wrong with a damaged file, which is then removed. Without it, that is an
-            error.
+        report_damage: Called with what is wrong with a file that is damaged, which is then removed, or that cannot be
+            read. The cache then lacks its images. Without it, that is an error.
 
     Raises:
         ValueError: If the folder holds a cache that is made of something else, with what differs, or is damaged.
@@ -94,46 +94,51 @@ class FeatureCache:
             ValueError: If a file is damaged.
         """
         self._handles = {}
+        self._added: dict[bytes, tuple[int, int]] = {}
+        """File and row of what `add` has added, by key."""
+        self._lost: set[int] = set()
+        """Numbers of files that cannot be read any more."""
         self.files: list[Path] = []
         keys = []
         for path in sorted(filter(_is_visible, self.folder.glob("*.safetensors"))):
             try:
                 names = set(read_header(path))
-            except ValueError as error:
+                if names == {"keys", "features"}:
+                    with safe_open(path, "np") as file:
+                        keys.append(file.get_tensor("keys").view(np.uint64).reshape(-1, KEY))
+            except FileNotFoundError:  # another process has removed it
+                continue
+            except (OSError, ValueError) as error:
                 if self._report_damage is None:
                     raise
-                self._report_damage(str(error))
-                path.unlink(missing_ok=True)
+                is_damaged = isinstance(error, ValueError)
+                self._report_damage(f"{error}; it is removed" if is_damaged else f"{path} cannot be read: {error}")
+                if is_damaged:
+                    path.unlink(missing_ok=True)
                 continue
             if names != {"keys", "features"}:
                 raise ValueError(f"{path} is no part of a cache; remove it, or name another folder")
-            with safe_open(path, "np") as file:
-                keys.append(file.get_tensor("keys").view(np.uint64).reshape(-1, KEY))
             self.files.append(path)
-        self._keys, self._places = np.zeros((0, KEY), np.uint64), np.zeros((0, 2), np.int64)
-        self._index(keys, 0)
-
-    def _index(self, keys: list[np.ndarray], first: int) -> None:
-        """Takes the keys of files, of which the first has the number `first`, into the index."""
-        numbers = range(first, first + len(keys))
-        places = [
-            np.stack([np.full(len(own), n), np.arange(len(own))], 1) for n, own in zip(numbers, keys, strict=True)
-        ]
-        all_keys, all_places = np.concatenate([self._keys, *keys]), np.concatenate([self._places, *places])
+        places = [np.stack([np.full(len(own), n), np.arange(len(own))], 1) for n, own in enumerate(keys)]
+        all_keys = np.concatenate([np.zeros((0, KEY), np.uint64), *keys])
         order = np.argsort(all_keys[:, 0], kind="stable")
-        self._keys, self._places = all_keys[order], all_places[order]
+        self._keys = all_keys[order]
+        self._places = np.concatenate([np.zeros((0, 2), np.int64), *places])[order]  # file and row of each key
 
     def __getstate__(self):
         return self.__dict__ | {"_handles": {}}
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._keys) + len(self._added)
 
     def bytes_of(self, count: int) -> int:
         """The size on disk of the tensors of so many images."""
         return count * (int(np.prod(self.shape)) * self.dtype.itemsize + 8 * KEY)
 
     def _find(self, key: np.ndarray) -> tuple[int, int] | None:
+        """The number of a file and the row in it."""
+        if (added := self._added.get(key.tobytes())) is not None:
+            return added
         place = int(np.searchsorted(self._keys[:, 0], key[0]))
         while place < len(self._keys) and self._keys[place, 0] == key[0]:
             if self._keys[place, 1] == key[1]:
@@ -163,16 +168,29 @@ class FeatureCache:
         return features
 
     def find(self, key: np.ndarray) -> torch.Tensor | None:
-        """The tensor of the image with a key; None if it is not in the cache."""
+        """The tensor of the image with a key; None if it is not in the cache.
+
+        With `report_damage`, an image whose file has gone or cannot be read is not in the cache, either.
+
+        Raises:
+            OSError, SafetensorError: If the file has gone or cannot be read, and there is no `report_damage`.
+        """
         found = self._find(key)
-        if found is None:
+        if found is None or found[0] in self._lost:
             return None
         number, row = found
-        if number not in self._handles:
-            if len(self._handles) >= MAX_OPEN_FILES:
-                self._handles.pop(next(iter(self._handles)))
-            self._handles[number] = safe_open(self.files[number], "pt").__enter__().get_slice("features")
-        return self._handles[number][row : row + 1][0]
+        try:
+            if number not in self._handles:
+                if len(self._handles) >= MAX_OPEN_FILES:
+                    self._handles.pop(next(iter(self._handles)))
+                self._handles[number] = safe_open(self.files[number], "pt").__enter__().get_slice("features")
+            return self._handles[number][row : row + 1][0]
+        except (OSError, SafetensorError) as error:
+            if self._report_damage is None:
+                raise
+            self._lost.add(number)
+            self._report_damage(f"{self.files[number]} has gone or cannot be read: {error}")
+            return None
 
     def add(self, keys: Sequence[np.ndarray], features: torch.Tensor) -> None:
         """Adds the tensors of images in a file of their own, which other processes find when they open the cache.
@@ -190,7 +208,7 @@ class FeatureCache:
         path = self.folder / f"{hashlib.blake2b(own.tobytes(), digest_size=8).hexdigest()}.safetensors"
         self._write(path, own, features.to("cpu", self.dtype))
         self.files.append(path)
-        self._index([own], len(self.files) - 1)
+        self._added |= {key.tobytes(): (len(self.files) - 1, row) for row, key in enumerate(own)}
 
     def build(
         self,
