@@ -161,6 +161,7 @@ def _load_reconstruction(source: str, dtype: str, scheduler: str, device: str) -
     with loading(source):
         pipeline = load_reconstruction(source, dtype=DTYPES[dtype], device=device)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.keep_prompt()
     use_scheduler(pipeline, scheduler, "scheduler")
     return pipeline
 

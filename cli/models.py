@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from vlv.checkpoints import MINIATURE
-from vlv.pipelines.schedulers import build_scheduler
+from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, OWN, build_scheduler
 
 from .errors import UserError
 from .parsers.common import DTYPE_NAMES
@@ -76,3 +76,18 @@ def use_scheduler(pipeline: Any, name: str, option: str = "--scheduler") -> None
         pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
     except ValueError as error:
         raise UserError(f"{option}: {error}") from error
+
+
+def use_default_scheduler(pipeline: Any) -> str:
+    """Gives a pipeline `DEFAULT_SCHEDULER` or, with a note on standard error, leaves its own where that does not fit.
+
+    Returns:
+        The name of the scheduler.
+    """
+    try:
+        use_scheduler(pipeline, DEFAULT_SCHEDULER)
+    except UserError:
+        comes_with = type(pipeline.scheduler).__name__
+        print(f"{DEFAULT_SCHEDULER} does not fit the model: sampling by its own {comes_with}", file=sys.stderr)
+        return OWN
+    return DEFAULT_SCHEDULER

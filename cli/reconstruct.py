@@ -22,7 +22,7 @@ from .captions import read_one_text
 from .encoding import open_embeddings_cache, read_encoded_batches
 from .errors import UserError
 from .inputs import collect_images, load_embeddings
-from .models import choose_device, choose_model, loading, precision, use_scheduler
+from .models import choose_device, choose_model, loading, precision, use_default_scheduler, use_scheduler
 from .output import GrowingJson, Summary, output_path, refuse_existing, require_writable
 from .sheet import Pair, contact_sheet
 
@@ -58,10 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
         pipeline = load_reconstruction(
             source, revision=arguments.revision, dtype=precision(arguments), device=choose_device(arguments)
         )
-    use_scheduler(pipeline, arguments.scheduler)
+    if arguments.scheduler is None:
+        arguments.scheduler = use_default_scheduler(pipeline)
+    else:
+        use_scheduler(pipeline, arguments.scheduler)
     if arguments.num_inference_steps is None:
         arguments.num_inference_steps = DEFAULT_STEPS.get(arguments.scheduler, MANY_STEPS)
     pipeline.set_progress_bar_config(disable=True)  # the summary shows one bar for all images
+    pipeline.keep_prompt()
     if arguments.embeddings:
         width = pipeline.encoder.config.caption_embed_dim
         inputs = load_embeddings(arguments.embeddings, width, "reconstruct")

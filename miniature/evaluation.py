@@ -141,10 +141,14 @@ def generate_in_batches(
     """
     settings |= {"guidance_scale": guidance_scale, "num_inference_steps": steps}
     batches = []
-    for start in range(0, len(inputs), batch_size):
-        batch: dict[str, Any] = {argument: inputs[start : start + batch_size]}
-        seeds = range(start, min(start + batch_size, len(inputs)))
-        batches.append(generate_images(pipeline, **batch, seeds=seeds, **settings))
+    pipeline.keep_prompt()
+    try:
+        for start in range(0, len(inputs), batch_size):
+            batch: dict[str, Any] = {argument: inputs[start : start + batch_size]}
+            seeds = range(start, min(start + batch_size, len(inputs)))
+            batches.append(generate_images(pipeline, **batch, seeds=seeds, **settings))
+    finally:
+        pipeline.keep_prompt(False)
     return to_uint8(torch.cat(batches))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import wraps
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 WATCHED = ("transformers.", "vlv.")
@@ -51,36 +52,73 @@ def register_when_used() -> None:
     """
     if AUTO_CLASSES in sys.modules:
         register_auto_classes()
-    else:
+        return
+    # By name: where modules were removed from `sys.modules`, an earlier import of this one defined another class.
+    watchers = (finder for finder in sys.meta_path if type(finder).__name__ == _ImportWatcher.__name__)
+    watcher: Any = next(watchers, None)
+    if watcher is None:
         sys.meta_path.insert(0, _ImportWatcher())  # type: ignore[arg-type]
+    else:
+        watcher.is_done = False
 
 
-class _ImportWatcher(threading.local):
-    """Counts the watched modules that this thread is importing, and registers when the outermost is complete."""
+class _ImportWatcher:
+    """Counts the watched modules that each thread is importing, and registers when its outermost one has ended.
 
-    depth = 0
+    After registration it stays in `sys.meta_path`, which other threads may be iterating over, and finds nothing.
+    """
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self.registering = threading.Lock()
+        self.depths: dict[int, int] = {}  # of each thread that imports a watched module
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith(WATCHED):
+        if self.is_done or not name.startswith(WATCHED) or self not in sys.meta_path:
             return None
-        finders = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
-        if spec is None or spec.loader is None:
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]  # type: ignore[arg-type]
+        finds = filter(None, (getattr(finder, "find_spec", None) for finder in behind))
+        spec = next(filter(None, (find(name, path, target) for find in finds)), None)
+        execute = getattr(spec and spec.loader, "exec_module", None)
+        if spec is None or execute is None or getattr(execute, "is_watched", False):  # some loaders have many modules
             return spec
-        execute = spec.loader.exec_module
 
         @wraps(execute)
         def execute_and_register(module: ModuleType) -> None:
-            self.depth += 1
+            thread = threading.get_ident()
+            self.depths[thread] = self.depths.get(thread, 0) + 1
+            failed = True
             try:
                 execute(module)
+                failed = False
             finally:
-                self.depth -= 1
-            if self.depth == 0 and AUTO_CLASSES in sys.modules and self in sys.meta_path:
-                sys.meta_path.remove(self)
-                register_auto_classes()
+                if self.depths[thread] == 1:
+                    self._register(keep_errors=failed)
+                self.depths[thread] -= 1
+                if not self.depths[thread]:
+                    del self.depths[thread]
 
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        execute_and_register.is_watched = True  # type: ignore[attr-defined]
+        spec.loader.exec_module = execute_and_register  # type: ignore[union-attr, method-assign]
         return spec
+
+    def _register(self, keep_errors: bool) -> None:
+        """Registers if that is due, and else leaves it to the next import that ends.
+
+        Another thread may be importing the modules that registration needs; waiting for it could be a deadlock.
+
+        Args:
+            keep_errors: Whether an error is not raised, since that of the import is.
+        """
+        if self.is_done or AUTO_CLASSES not in sys.modules or not self.registering.acquire(blocking=False):
+            return
+        try:
+            register_auto_classes()
+            self.is_done = True
+        except Exception:
+            if not keep_errors and len(self.depths) == 1:
+                raise
+        finally:
+            self.registering.release()

@@ -34,23 +34,28 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CaptionScores": "diffusion_score",
+    "ConfidenceMarker": "confidence",
+    "DiffusionScorer": "diffusion_score",
+    "ReconstructionPipeline": "loading",
+    "VLVCaptioningPipeline": "pipeline_vlv_captioning",
+    "VLVPooledReconstructionPipeline": "pipeline_vlv_pooled_reconstruction",
+    "VLVReconstructionPipeline": "pipeline_vlv_reconstruction",
+    "build_reconstruction": "loading",
     "generate_captions": "generation",
     "generate_images": "generation",
-    "VLVCaptioningPipeline": "pipeline_vlv_captioning",
-    "trim_caption": "pipeline_vlv_captioning",
-    "ConfidenceMarker": "confidence",
+    "load_reconstruction": "loading",
     "mark_confidence": "confidence",
     "resized_pixels": "confidence",
-    "CaptionScores": "diffusion_score",
-    "DiffusionScorer": "diffusion_score",
     "to_pixels": "diffusion_score",
+    "trim_caption": "pipeline_vlv_captioning",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES.get(name, 'loading')}", __name__), name)
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
 

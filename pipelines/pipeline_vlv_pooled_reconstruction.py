@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,7 +77,7 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         self.register_modules(encoder=encoder, image_processor=image_processor, **parts)
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self.vae_scale_factor = 2 ** (len(parts["vae"].config.block_out_channels) - 1) if parts["vae"] else 8
-        self._encoded_prompt: tuple[Any, Any] = (None, None)  # the last texts, and their embeddings
+        self._kept_prompt: tuple[Any, Any] | None = None  # the last text and its embeddings, where they are kept
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -90,6 +91,8 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args, **kwargs) -> Any:
+        if __name__.startswith("vlv."):
+            import_module(f"{__package__}.components")  # sets `_own_components`
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         index.update({name: own for name, own in cls._own_components.items() if index.get(name, [None])[0]})
@@ -306,8 +309,6 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt embeddings `(B, N, d_cond)` and pooled ones `(B, d_pooled)` of texts, padded or truncated.
 
-        Those of the last texts are kept, and computed anew where a text encoder's weights have changed since.
-
         Args:
             prompt: One text or a list.
             max_length: `N`; by default the text encoders' positions. The pooled ones are those of all positions.
@@ -318,17 +319,24 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         settings = {"padding": "max_length", "max_length": positions, "truncation": True, "return_tensors": "pt"}
         device = self._execution_device
         ids = [tokenizer(prompts, **settings).input_ids.to(device) for tokenizer in tokenizers]
-        states = [_weights_state(text_encoder) for text_encoder in self.encoder.text_encoders]
-        key = ([own.tolist() for own in ids], max_length, device, torch.is_autocast_enabled(device.type), states)
-        if None in states or self._encoded_prompt[0] != key:
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key, kept = ([own.tolist() for own in ids], max_length, device, autocast), self._kept_prompt
+        if kept is None or kept[0] != key:
             output = self.encoder(input_ids=ids)
             if max_length is not None and max_length < positions:
                 pooled = output.pooled_conditioning  # that of the complete texts
                 output = self.encoder(input_ids=[own[:, :max_length] for own in ids])
                 output.pooled_conditioning = pooled
-            self._encoded_prompt = key, self._prompt_embeds(output)
-        prompt_embeds, pooled = self._encoded_prompt[1]
+            embeds = self._prompt_embeds(output)
+            if kept is None:
+                return embeds
+            self._kept_prompt = kept = key, embeds
+        prompt_embeds, pooled = kept[1]
         return prompt_embeds.clone(), pooled.clone()
+
+    def keep_prompt(self, keep: bool = True) -> None:
+        """From here on, `encode_prompt` encodes the same text once. It does not see changes of the text encoders."""
+        self._kept_prompt = (None, None) if keep else None
 
     def _prompt_embeds(self, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What `text_to_image` takes, from the output of the encoder."""
@@ -435,6 +443,10 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         if not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval must be two ascending numbers in 0..1, got {guidance_interval}")
+        custom = next((kwargs[name] for name in ("timesteps", "sigmas") if kwargs.get(name) is not None), None)
+        count = num_inference_steps if custom is None else len(custom)
+        if not any(guidance_interval[0] <= step / count < guidance_interval[1] for step in range(count)):
+            raise ValueError(f"guidance_interval {guidance_interval} contains none of {count} steps; widen it")
         if caption_embeds is None:
             caption_embeds = self.get_caption_embeds(image)  # (B, Q, d_text)
         batch_size = len(caption_embeds)
@@ -452,12 +464,16 @@ class VLVPooledReconstructionPipeline(DiffusionPipeline):
         decoded_apart = output_type != "latent" and self.vae.dtype != self.denoiser.dtype
         text_to_image = self.text_to_image
         if guidance_scale > 1 and tuple(guidance_interval) != (0, 1):
-            sizes = [name for name in kwargs if name.startswith("negative_")]
-            if sizes and guidance_interval[0] > 0:
-                raise ValueError(f"guidance_interval that begins after the first step does not go with {sizes[0]}")
+            # The pipelines of diffusers prepare these before the first step, if guidance is on in it.
+            names = [name for name in kwargs if name.startswith("negative_") or name == "skip_guidance_layers"]
+            if guidance_interval[0] > 0 and (used := [name for name in names if kwargs[name] is not None]):
+                raise ValueError(f"guidance_interval that begins after the first step does not go with {used[0]}")
             limited = _GuidanceInterval(guidance_interval, guidance_scale, embeds, kwargs)
+            known = text_to_image._callback_tensor_inputs
+            if unknown := [name for name in limited.names if name not in known]:
+                raise ValueError(f"callback_on_step_end_tensor_inputs has to be in {known}, but found {unknown}")
             guidance_scale, kwargs["callback_on_step_end"] = limited.first_scale, limited
-            kwargs["callback_on_step_end_tensor_inputs"] = text_to_image._callback_tensor_inputs
+            kwargs["callback_on_step_end_tensor_inputs"] = known
         images = text_to_image(
             **embeds,
             height=height,
@@ -506,7 +522,11 @@ class _GuidanceInterval:
     def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if self.callback is not None:
             tensors |= self.callback(pipeline, step, timestep, {name: tensors[name] for name in self.names}) or {}
-        guides = self.interval[0] <= (step + 1) / pipeline.num_timesteps < self.interval[1]
+        if not self.is_on and pipeline.guidance_scale != 1:  # set by the caller's callback, for the interval
+            self.scale, pipeline._guidance_scale = pipeline.guidance_scale, 1.0
+        order = pipeline.scheduler.order  # evaluations of the denoiser in a step; the last step has one alone
+        count = -(-pipeline.num_timesteps // order)
+        guides = self.scale > 1 and self.interval[0] <= ((step + 1) // order) / count < self.interval[1]
         ended = self.is_on and pipeline.guidance_scale <= 1  # by the caller's callback
         if guides == self.is_on or ended:
             return tensors
@@ -557,11 +577,3 @@ def _load_missing(
         settings = {"torch_dtype": encoder.dtype, "use_safetensors": True} if is_model else {}
         loaded[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
     return loaded
-
-
-def _weights_state(module: torch.nn.Module) -> tuple | None:
-    """Changes where a weight is replaced or written in place; None where that could not be seen."""
-    try:
-        return None if module.training else tuple((own.data_ptr(), own._version) for own in module.parameters())
-    except RuntimeError:  # inference tensors have no version, and some quantized ones no address
-        return None

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -73,7 +74,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         vae = parts["vae"]
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._encoded_prompt: tuple[Any, Any] = (None, None)  # the last texts, and their embeddings
+        self._kept_prompt: tuple[Any, Any] | None = None  # the last text and its embeddings, where they are kept
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
@@ -87,6 +88,8 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @classmethod
     def load_config(cls, *args, **kwargs) -> Any:
+        if __name__.startswith("vlv."):
+            import_module(f"{__package__}.components")  # sets `_own_components`
         loaded = super().load_config(*args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         index.update({name: own for name, own in cls._own_components.items() if index.get(name, [None])[0]})
@@ -159,6 +162,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         num_images_per_prompt: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         """Raises a `ValueError` for arguments of `__call__` that are wrong whatever the images are."""
         if (image is None) == (caption_embeds is None):
@@ -182,6 +186,13 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs may name {self._callback_tensor_inputs}, not {sorted(unknown)}"
             )
+        start, end = guidance_interval
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"guidance_interval must be two ascending numbers in 0..1, got {guidance_interval}")
+        custom = sigmas if timesteps is None else timesteps
+        count = num_inference_steps if custom is None else len(custom)
+        if not any(start <= step / count < end for step in range(count)):
+            raise ValueError(f"guidance_interval {guidance_interval} contains none of {count} steps; widen it")
 
     def check_batch_sizes(
         self,
@@ -281,19 +292,23 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | Sequence[str], max_length: int | None = None) -> torch.Tensor:
-        """Prompt embeddings `(B, positions, d_text)` of texts, padded or truncated; the first `max_length` of them.
-
-        Those of the last texts are kept, and computed anew where the text encoder's weights have changed since.
-        """
+        """Prompt embeddings `(B, positions, d_text)` of texts, padded or truncated; the first `max_length` of them."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         positions = self.encoder.config.text_encoder_config.max_position_embeddings
         settings = {"padding": "max_length", "max_length": positions, "truncation": True, "return_tensors": "pt"}
         ids, device = self.tokenizer(prompts, **settings).input_ids[:, :max_length], self._execution_device
-        state = _weights_state(self.encoder.text_encoder)
-        key = (ids.tolist(), device, torch.is_autocast_enabled(device.type), state)
-        if state is None or self._encoded_prompt[0] != key:
-            self._encoded_prompt = key, self.encoder(input_ids=ids.to(device)).conditioning
-        return self._encoded_prompt[1].clone()
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        key, kept = (ids.tolist(), device, autocast), self._kept_prompt
+        if kept is not None and kept[0] == key:
+            return kept[1].clone()
+        embeds = self.encoder(input_ids=ids.to(device)).conditioning
+        if kept is not None:
+            self._kept_prompt = key, embeds.clone()
+        return embeds
+
+    def keep_prompt(self, keep: bool = True) -> None:
+        """From here on, `encode_prompt` encodes the same text once. It does not see changes of the text encoder."""
+        self._kept_prompt = (None, None) if keep else None
 
     @torch.no_grad()
     def encode_caption_embeds(self, caption_embeds: torch.Tensor) -> torch.Tensor:
@@ -473,19 +488,9 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         # 1. Check inputs
         height, width = height or self.default_size, width or self.default_size
         self.check_inputs(
-            image,
-            caption_embeds,
-            height,
-            width,
-            num_inference_steps,
-            timesteps,
-            sigmas,
-            num_images_per_prompt,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            *(image, caption_embeds, height, width, num_inference_steps, timesteps, sigmas, num_images_per_prompt),
+            *(output_type, callback_on_step_end_tensor_inputs, guidance_interval),
         )
-        if not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be two ascending numbers in 0..1, got {guidance_interval}")
         self._guidance_scale, self._guidance_rescale, self._interrupt = guidance_scale, guidance_rescale, False
 
         # 2. Encode the images
@@ -517,13 +522,15 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
         extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
 
         # 6. Denoising loop
-        num_warmup_steps = len(schedule) - num_inference_steps * self.scheduler.order
+        order = self.scheduler.order
+        count_steps = -(-len(schedule) // order)  # the last has one evaluation alone
+        num_warmup_steps = len(schedule) - num_inference_steps * order
         self._num_timesteps = len(schedule)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(schedule):
                 if self.interrupt:
                     continue
-                guided = guidance_interval[0] <= i / len(schedule) < guidance_interval[1]
+                guided = guidance_interval[0] <= (i // order) / count_steps < guidance_interval[1]
                 noise_pred = self.predict_noise(latents, t, prompt_embeds, negative_prompt_embeds, guided)
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
 
@@ -534,7 +541,7 @@ class VLVReconstructionPipeline(DiffusionPipeline, StableDiffusionMixin):
                     prompt_embeds = _replaced_embeds(prompt_embeds, outputs.get("prompt_embeds", prompt_embeds))
                     negative_prompt_embeds = outputs.get("negative_prompt_embeds", negative_prompt_embeds)
 
-                if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                if i == len(schedule) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % order == 0):
                     progress_bar.update()
 
         # 7. Decode the latents, and offload all models
@@ -590,11 +597,3 @@ def _load_parts(names: Sequence[str], source: str, revision: str | None, dtype: 
         settings = {"torch_dtype": dtype, "use_safetensors": True} if is_model else {}
         parts[name] = part_class.from_pretrained(source, subfolder=name, revision=revision, **settings)
     return parts
-
-
-def _weights_state(module: torch.nn.Module) -> tuple | None:
-    """Changes where a weight is replaced or written in place; None where that could not be seen."""
-    try:
-        return None if module.training else tuple((own.data_ptr(), own._version) for own in module.parameters())
-    except RuntimeError:  # inference tensors have no version, and some quantized ones no address
-        return None

@@ -70,6 +70,8 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
         shift = config.get("shift", config.get("flow_shift"))
         settings = {**config, **settings, "shift": shift, "flow_shift": shift}
         scheduler = scheduler_class(**{key: value for key, value in settings.items() if key in accepted})
+    elif "beta_schedule" not in config and config.get("trained_betas") is None:
+        return None  # its noise levels are no beta schedule, as those of EDM
     elif config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
         return None  # its noise levels would be others than those of the training
     else:

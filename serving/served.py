@@ -98,6 +98,7 @@ class ServedModel:
             components = hub.load_diffusion_components(folder, dtype=dtype)
             self.pipeline = build_reconstruction(encoder, self.processor.image_processor, components, self.name)
             self.pipeline.to(device).set_progress_bar_config(disable=True)
+            self.pipeline.keep_prompt()
         end = self.model.generation_config.eos_token_id
         self.end_ids = {self.processor.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
 

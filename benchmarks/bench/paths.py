@@ -212,6 +212,7 @@ def reconstruction(size: str, folder: Path, steps: int | None) -> Ways:
     paths = write_files(folder / "images", BATCH, models)
     pipeline: Any = models.pipeline
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.keep_prompt()  # as `vlv reconstruct` does
     settings: dict[str, Any] = {"guidance_scale": original.GUIDANCE, "num_inference_steps": steps}
     if steps is None:
         from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, DEFAULT_STEPS, build_scheduler

@@ -63,14 +63,15 @@ def add_num_pairs(parser: argparse.ArgumentParser, default: int | None = NUM_PAI
     )
 
 
-def add_scheduler_argument(parser: argparse.ArgumentParser, default: str = OWN) -> None:
-    """Adds `--scheduler`."""
+def add_scheduler_argument(parser: argparse.ArgumentParser, default: str | None = OWN, note: str = OWN) -> None:
+    """Adds `--scheduler`; `note` describes the default in its help."""
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
+        choices=SCHEDULERS,
         default=default,
         help=f"the sampler of the denoising steps: {', '.join(SCHEDULERS[:-1])}, or {OWN} for the model's as it is "
-        f"(default: {default})",
+        f"(default: {note})",
     )
 
 

@@ -1,6 +1,6 @@
 """The options of `vlv reconstruct`."""
 
-from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, DEFAULT_STEPS, MANY_STEPS
+from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, DEFAULT_STEPS, MANY_STEPS, OWN
 
 from .common import add_embeddings_cache, add_model_arguments, add_scheduler_argument, positive
 
@@ -33,7 +33,7 @@ def add_parser(commands) -> None:
         help="the part of the steps with guidance, from 0, the first, to 1, the end; the others take half the time "
         "(default: 0 1)",
     )
-    add_scheduler_argument(parser, DEFAULT_SCHEDULER)
+    add_scheduler_argument(parser, None, f"{DEFAULT_SCHEDULER}, or {OWN} where that does not fit the model")
     parser.add_argument(
         "--num-inference-steps",
         type=positive,

@@ -1,12 +1,16 @@
 """Options have one name each, and old names give the new one."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
 from vlv.cli.main import RENAMED_OPTIONS, build_parser, main
+from vlv.cli.models import use_default_scheduler
 from vlv.cli.parsers import common
 from vlv.pipelines import diffusion_score
+from vlv.pipelines.schedulers import OWN
 
 
 @pytest.mark.parametrize("given", [["--decoder", "sd"], ["--decoder=sd"]])
@@ -53,3 +57,21 @@ def test_the_package_lists_all_commands(capsys):
 
 def test_the_default_of_num_pairs_is_that_of_the_scorer():
     assert common.NUM_PAIRS == diffusion_score.NUM_PAIRS
+
+
+@pytest.mark.parametrize("command", [["reconstruct", "image.png"], ["demo"]])
+def test_an_unknown_scheduler_is_refused_with_the_names_that_there_are(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--scheduler", "dpm"])
+    assert exit.value.code == 2
+    assert re.search(r"--scheduler: invalid choice: 'dpm' \(choose from '?ddpm'?, ", capsys.readouterr().err)
+
+
+def test_a_model_whose_scheduler_has_no_beta_schedule_keeps_it_by_default(capsys):
+    own = EDMEulerScheduler()
+    pipeline = SimpleNamespace(scheduler=own)
+    assert use_default_scheduler(pipeline) == OWN and pipeline.scheduler is own
+    assert "dpm++ does not fit the model: sampling by its own EDMEulerScheduler" in capsys.readouterr().err
+    pipeline = SimpleNamespace(scheduler=DDPMScheduler())
+    assert use_default_scheduler(pipeline) == "dpm++"
+    assert type(pipeline.scheduler) is DPMSolverMultistepScheduler and not capsys.readouterr().err

@@ -366,20 +366,44 @@ def test_an_interval_of_guidance_that_cannot_be_used_is_an_error(case, pipeline)
     z = torch.zeros(1, 8, sum(case.widths))
     with pytest.raises(ValueError, match="guidance_interval must be two ascending numbers"):
         pipeline(caption_embeds=z, guidance_interval=(0.5, 0.2))
-    if case.channels == 4:
-        with pytest.raises(ValueError, match="does not go with negative_original_size"):
-            pipeline(caption_embeds=z, guidance_interval=(0.5, 1.0), negative_original_size=(32, 32))
+    with pytest.raises(ValueError, match="contains none of 4 steps"):
+        pipeline(caption_embeds=z, guidance_interval=(0.3, 0.4), num_inference_steps=4)
+    with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs has to be in .* found \['latent'\]"):
+        pipeline(caption_embeds=z, guidance_interval=(0.0, 0.5), callback_on_step_end_tensor_inputs=["latent"])
+    name, value = ("negative_original_size", (32, 32)) if case.channels == 4 else ("skip_guidance_layers", [0])
+    with pytest.raises(ValueError, match=f"does not go with {name}"):
+        pipeline(caption_embeds=z, guidance_interval=(0.5, 1.0), **{name: value})
 
 
 @torch.no_grad()
-def test_the_negative_prompt_is_encoded_once(case, pipeline):
+def test_a_scale_that_a_callback_sets_before_the_interval_holds_in_it(case, pipeline, decoder):
+    pipeline.scheduler = scheduler_of(case, decoder)
+    z = torch.randn(1, 8, sum(case.widths), generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, case.channels, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def callback(pipeline, step, timestep, tensors):
+        if step == 0:
+            pipeline._guidance_scale = 20.0
+        return {}
+
+    settings = {"num_inference_steps": 4, "height": 32, "width": 32, "latents": noise, "output_type": "latent"}
+    settings |= {"caption_embeds": z, "guidance_interval": (0.5, 1.0)}
+    expected = pipeline(guidance_scale=20.0, **settings).images
+    assert_close_to_scale(pipeline(guidance_scale=2.0, **settings, callback_on_step_end=callback).images, expected)
+    assert not torch.allclose(pipeline(guidance_scale=2.0, **settings).images, expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_negative_prompt_is_encoded_once_where_it_is_kept(case, pipeline):
     z = torch.zeros(1, 8, sum(case.widths))
     calls: list[int] = []
     table = pipeline.encoder.text_encoders[0].get_input_embeddings()
     hook = table.register_forward_hook(lambda *_: calls.append(1))  # of words alone
+    pipeline.keep_prompt()
     for _ in range(3):
         pipeline(caption_embeds=z, negative_prompt="a dog", num_inference_steps=1, height=32, width=32)
     hook.remove()
+    pipeline.keep_prompt(False)
     assert len(calls) == 2  # its pooled state is that of all positions, its states are those of eight
 
 

@@ -1,7 +1,9 @@
 """What is saved loads again, with and without this package, and the installed class runs no code of a repository."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 from ..builders import assert_close_to_scale, stable_diffusion_parts, text_encoder_config, vlv_config
 from ..hub.machine import NOWHERE, Machine
 from ..hub.server import Hub, serve
+from ..interpreter import run_python
 
+CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 FORMS = {  # arguments of save_pretrained, and of from_pretrained
     "whole": ({}, {}),
     "shards": ({"max_shard_size": "20KB"}, {}),
@@ -141,6 +145,28 @@ def test_the_installed_class_runs_no_code_of_a_repository(repository, image_file
     assert type(loaded) is VLVReconstructionPipeline
     assert type(loaded.encoder) is VLVModel and type(loaded.image_processor) is VLVImageProcessor
     assert_generates(loaded, image_file, expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "model"),
+    [
+        ("pipeline_vlv_reconstruction", "VLVReconstructionPipeline", CHECKPOINTS / "vlv-miniature"),
+        (
+            "pipeline_vlv_pooled_reconstruction",
+            "VLVPooledReconstructionPipeline",
+            CHECKPOINTS / "vlv-miniature-mmdit",
+        ),
+    ],
+)
+def test_a_class_that_is_imported_from_its_module_loads_the_installed_components(module, name, model, tmp_path):
+    code = f"""
+import sys
+from vlv.pipelines.{module} import {name}
+index = {name}.load_config(sys.argv[1])
+assert index["encoder"] == ["vlv.pipelines.components", "VLVModel"], index["encoder"]
+"""
+    done = run_python(code, [str(model)], cwd=tmp_path, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_subclass_loads_as_itself(repository):

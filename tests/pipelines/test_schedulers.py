@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
 from vlv.pipelines.schedulers import BETA_SCHEDULERS, FLOW_SCHEDULERS, OWN, SCHEDULERS, build_scheduler
 
@@ -83,6 +83,7 @@ def test_own_is_the_models_scheduler_itself():
             r"'ddpm' does not fit .* FlowMatchEulerDiscreteScheduler; .* dpm\+\+, unipc, euler, heun, own$",
         ),
         ("heun", DDIMScheduler(**BETAS, **ZERO_SNR), r"'heun' does not fit .*; .* unipc, euler, euler-a, own$"),
+        ("dpm++", EDMEulerScheduler(), r"'dpm\+\+' does not fit .* EDMEulerScheduler; expected one of own$"),
         ("euler-a", DDPMScheduler(**BETAS, prediction_type="sample"), r"'euler-a' does not fit .* euler, heun, own$"),
     ],
 )
