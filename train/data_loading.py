@@ -33,9 +33,9 @@ class DataLoadingMixin(Trainer):
         if not isinstance(dataset, TrainingDataset):
             if self.args.train_sampling_strategy == "group_by_length":
                 raise ValueError(
-                    "train_sampling_strategy 'group_by_length' needs a TrainingDataset, which knows how long captions "
-                    f"are, got {type(dataset).__name__}; pass load_pairs(...) or TrainingDataset([ListDataset(items)]), "
-                    "or leave it out"
+                    "train_sampling_strategy 'group_by_length' needs a TrainingDataset, which knows how long "
+                    f"captions are, got {type(dataset).__name__}; pass load_pairs(...) or "
+                    "TrainingDataset([ListDataset(items)]), or leave it out"
                 )
             return super()._get_train_sampler(train_dataset)
         args: Any = self.args
