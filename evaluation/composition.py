@@ -25,9 +25,6 @@ from .captioners import endpoint_settings
 from .detections import BACKGROUND, OBJECT, Detected, Detector, detect_all
 from .endpoint import Endpoint, EndpointOptions, Question, image_part
 from .features import FeatureExtractor, file_digest
-<<<<<<< HEAD
-from .generated_images import GenerationConfig, generate_missing, relative_files, to_pil_images
-=======
 from .generated_images import (
     PARTIAL_FILE,
     GenerationConfig,
@@ -36,14 +33,11 @@ from .generated_images import (
     to_pil_images,
     write_results,
 )
-from .guidance_scales import format_figure, write_table
->>>>>>> main
 from .image_sets import cosine_similarities, extract_statistics
 from .judge import parse_score
 from .markdown import markdown_table
 from .matching import match_names
 from .results import (
-    RESULTS_FILE,
     format_figure,
     mean_figure,
     package_versions,

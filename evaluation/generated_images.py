@@ -21,15 +21,12 @@ from vlv.pipelines.schedulers import OWN, SCHEDULERS
 from vlv.processing_vlv import to_rgb
 
 from .features import file_digest
+from .results import RESULTS_FILE
 
 STEM_BYTES = 100  # of an image's name in that of a generated image; file systems take 255 bytes
 CUT_BY = "prompt cut by"  # of a generated image, in its file: what read only the beginning of its caption
 DTYPES = ("float32", "bfloat16", "float16")
-<<<<<<< HEAD
-=======
-RESULTS_FILE, TABLE_FILE = "results.json", "results.md"
 PARTIAL_FILE = "results-partial.json"  # of a run that has not ended, so that complete results stay as they are
->>>>>>> main
 
 
 @dataclass

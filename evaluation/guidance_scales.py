@@ -9,12 +9,8 @@ from typing import Any
 from vlv.files import write_json
 
 from .features import FeatureExtractor, fingerprint_images
-<<<<<<< HEAD
-from .generated_images import GenerationConfig, ImageSource, cut_notes, generate_missing, relative_files
-=======
 from .generated_images import (
     PARTIAL_FILE,
-    TABLE_FILE,
     GenerationConfig,
     ImageSource,
     cut_notes,
@@ -22,7 +18,6 @@ from .generated_images import (
     relative_files,
     write_results,
 )
->>>>>>> main
 from .image_sets import (
     PAIR_METRICS,
     cached_statistics,
@@ -35,7 +30,7 @@ from .image_sets import (
 )
 from .markdown import markdown_table
 from .published import published_figures, published_notes
-from .results import RESULTS_FILE, format_figure, package_versions, per_image, write_table
+from .results import format_figure, package_versions, per_image, write_table
 from .statistics import FeatureStatistics
 
 

@@ -19,10 +19,6 @@ from vlv.files import write_json
 from .captioners import endpoint_settings
 from .detections import BOXES, OBJECT, THRESHOLD, Detected, Detector, detect_all, deviations, match_detections
 from .endpoint import EndpointOptions
-<<<<<<< HEAD
-from .generated_images import EmbeddingSource, GenerationConfig, generate_missing, relative_files
-from .guidance_scales import guidance_table
-=======
 from .generated_images import (
     PARTIAL_FILE,
     EmbeddingSource,
@@ -31,10 +27,9 @@ from .generated_images import (
     relative_files,
     write_results,
 )
-from .guidance_scales import guidance_table, write_table
->>>>>>> main
+from .guidance_scales import guidance_table
 from .published import require_row
-from .results import RESULTS_FILE, package_versions, per_image, ratio_figure, write_table
+from .results import package_versions, per_image, ratio_figure, write_table
 
 GUIDANCE = 2.0  # of the authors' code
 LABELS = {
