@@ -32,7 +32,7 @@ def stored_help(arguments: Sequence[str]) -> str | None:
         return None
     try:
         first, _, text = _file(command).read_text(encoding="utf-8").partition("\n")
-    except FileNotFoundError:
+    except OSError:
         return None
     return text if first == _heading() else None
 

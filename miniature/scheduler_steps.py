@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vlv import hub
 from vlv.evaluation import markdown_table
 from vlv.evaluation.distances import bootstrap_interval, frechet_distance
 from vlv.evaluation.statistics import FeatureStatistics
@@ -120,14 +121,19 @@ def generate(
     return Images(pixels, counted["rows"] / count_images, seconds / count_images)
 
 
-def load_or_generate(path: Path, make: Callable[[], Images]) -> Images:
-    """The images of a cell from its file, or `make`'s, which are then written there."""
+def load_or_generate(path: Path, made_of: dict[str, str], make: Callable[[], Images]) -> Images:
+    """The images of a cell from its file, or `make`'s, which are then written there.
+
+    Args:
+        made_of: What the images depend on beside the cell. A file of others is replaced.
+    """
     if path.exists():
         with safe_open(path, "pt") as file:
             facts = file.metadata()
-            return Images(file.get_tensor("pixels"), float(facts["rows"]), float(facts["seconds"]))
+            if made_of.items() <= facts.items():
+                return Images(file.get_tensor("pixels"), float(facts["rows"]), float(facts["seconds"]))
     images = make()
-    facts = {"rows": str(images.rows), "seconds": str(images.seconds)}
+    facts = made_of | {"rows": str(images.rows), "seconds": str(images.seconds)}
     write_atomically(path, lambda temporary: save_file({"pixels": images.pixels}, temporary, facts))
     return images
 
@@ -235,11 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         originals = classifier.embed(pixels)
     reference, *cells = [Cell.parse(text) for text in [options.reference, *options.cells]]
+    made_of = {"model": hub.fingerprint(folder), "guidance_scale": str(options.guidance_scale)}
     scores: dict[str, Scores] = {}
     results: dict[str, Any] = {}
     for cell in dict.fromkeys([reference, *cells]):
         make = partial(generate, pipeline, caption_embeds, cell, options.guidance_scale)
-        images = load_or_generate(work / f"{str(cell).replace('/', '-')}-{options.count}.safetensors", make)
+        images = load_or_generate(work / f"{str(cell).replace('/', '-')}-{options.count}.safetensors", made_of, make)
         scores[str(cell)] = Scores(images.pixels, originals, scenes, classifier)
         print(cell, f"{images.seconds:.2f} s an image, F1 {scores[str(cell)].f1(slice(None)):.3f}", flush=True)
         costs = {"rows": round(images.rows, 2), "seconds": round(images.seconds, 3)}

@@ -54,3 +54,5 @@ def test_a_run_writes_costs_and_scores_and_goes_on(tmp_path, monkeypatch, capsys
     scheduler_steps.main(arguments[:-3])  # the reference alone
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()} == times
     assert json.loads((tmp_path / "found.json").read_text())["cells"] == {"ddpm/2": found["cells"]["ddpm/2"]}
+    scheduler_steps.main([*arguments[:-3], "--guidance-scale", "1"])
+    assert json.loads((tmp_path / "found.json").read_text())["cells"]["ddpm/2"]["rows"] == 2  # not the images before
