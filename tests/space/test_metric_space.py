@@ -56,7 +56,8 @@ except Exception as error:
     assert done.returncode == 0, done.stderr[-3000:]
     result, refused = done.stdout.splitlines()[-2:]
     scores = cider_d(["a red dog", "two cats sleep"], [["a dog", "a red dog runs"], ["cats sleep"]])
-    assert ast.literal_eval(result) == pytest.approx({"cider_d": sum(scores) / 2, "scores": scores})
+    found = ast.literal_eval(result)
+    assert found["cider_d"] == pytest.approx(sum(scores) / 2) and found["scores"] == pytest.approx(scores)
     assert refused.startswith("refused:") and "JSONDecodeError" in refused
 
 
