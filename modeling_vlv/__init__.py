@@ -3,9 +3,9 @@
 `import vlv` loads neither torch nor transformers: a class is imported when it is first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .lazy import lazy_names
 from .registration import register_when_used
 from .version import __version__
 
@@ -27,22 +27,15 @@ __all__ = [
 ]
 
 _MODULES = {
+    "FLORENCE_TASK_PROMPT_IDS": "modeling_vlv",
+    "VLVConfig": "modeling_vlv",
     "VLVForConditionalGeneration": "modeling_vlv_captioner",
     "VLVImageProcessor": "processing_vlv",
+    "VLVModel": "modeling_vlv",
+    "VLVModelOutput": "modeling_vlv",
     "VLVProcessor": "processing_vlv_captioner",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES.get(name, 'modeling_vlv')}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 register_when_used()

@@ -3,8 +3,9 @@
 A name is imported when it is first used, so that captions do not wait for diffusers.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vlv.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .confidence import ConfidenceMarker, mark_confidence, resized_pixels
@@ -51,14 +52,4 @@ _MODULES = {
     "trim_caption": "pipeline_vlv_captioning",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
