@@ -1,0 +1,515 @@
+"""Configuration and trainer of stage 3."""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers.utils import logging
+
+from vlv import VLVForConditionalGeneration, VLVProcessor
+from vlv.files import write_json
+from vlv.pipelines import DiffusionScorer
+from vlv.pipelines.diffusion_score import NUM_PAIRS, TIMESTEP_RANGE
+
+from .caches import trained_fingerprint
+from .checkpoints import say
+from .data.collators import diffusion_pixels
+from .data_loading import ENOUGH_IMAGES
+from .meters import QUARTILES, Means
+from .modes import set_train_mode
+from .parsing import GatherAction
+from .policy_gradient import PolicyCollator, group_advantages, policy_loss, token_log_probabilities
+from .proposals import ImageParts, Proposer, read_parts
+from .reward_cache import RewardCache
+from .rounds import (
+    BUFFER_FILE,
+    ROUNDS_FOLDER,
+    BufferEntry,
+    RoundDataset,
+    RoundFile,
+    ScoredCaptions,
+    images_of_round,
+    summarise,
+    update_buffer,
+    write_buffer,
+)
+from .stage2_trainer import Stage2Config, Stage2Trainer
+from .trainer import HALF_DTYPES, RESUMABLE_EXIT_CODE
+
+logger = logging.get_logger(__name__)
+
+METHODS = ("best_of_n", "grpo")
+OF_STAGE_2 = ("language_model", "gguf_file", "replace_language_model", "load_in_4bit")
+"""Settings that make a new captioner, which stage 3 cannot start from."""
+SAMPLING_SETTINGS = ("num_captions", "temperature", "top_p", "max_caption_tokens", "append_eos", "seed", "method")
+PROGRESS_LINES = 10  # of a round
+
+
+def _of_stage_2(default: Any, kind: Any = None) -> Any:
+    return field(default=default, metadata={"help": argparse.SUPPRESS})
+
+
+@dataclass
+class Stage3Config(Stage2Config):
+    """Stage 3. A round samples captions of some images, scores them, and trains; other options are those of stage 2.
+
+    Raises:
+        ValueError: If a setting has a value that the stage cannot use, or two settings contradict each other.
+    """
+
+    model: str | None = field(
+        default=None, metadata={"help": "The captioner to start from, of stage 2: folder or repo id."}
+    )
+    language_model: str | None = _of_stage_2(None)
+    gguf_file: str | None = _of_stage_2(None)
+    replace_language_model: bool = _of_stage_2(False)
+    load_in_4bit: bool = _of_stage_2(False)
+    images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the images are: a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a "
+            "data set such as org/name; several with weights as `a b@0.5`, in YAML as [a, {source: b, weight: 0.5}].",
+            "nargs": "+",
+            "action": GatherAction,
+        },
+    )
+    pairs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Image-caption pairs that are mixed in, see pairs_share (best_of_n alone).",
+            "nargs": "+",
+            "action": GatherAction,
+        },
+    )
+    pairs_share: float = field(default=0.25, metadata={"help": "With pairs: their share of what a round trains on."})
+    diffusion_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The frozen text-to-image model that scores captions: a diffusers folder or repo id. By default "
+            "the one that `model` was trained with."
+        },
+    )
+    diffusion_image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels of the images for the diffusion model; by default pre_crop_size, and without a "
+            "crop the diffusion model's own size."
+        },
+    )
+    vae_dtype: str = field(
+        default="float32", metadata={"help": "Precision of the autoencoder: 'float32' or 'bfloat16'."}
+    )
+    method: str = field(
+        default="best_of_n",
+        metadata={
+            "help": "'best_of_n': train on the best caption of each image so far by the loss of stage 2; 'grpo': "
+            "group-relative policy gradient on all samples of the round."
+        },
+    )
+    rounds: int = field(default=4, metadata={"help": "Number of rounds."})
+    round_images: int = field(default=5000, metadata={"help": "Images whose captions are sampled in a round."})
+    round_steps: int = field(default=200, metadata={"help": "Optimiser steps of a round."})
+    num_captions: int = field(default=8, metadata={"help": "Captions that are sampled of an image in a round."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the samples."})
+    top_p: float = field(default=1.0, metadata={"help": "Below 1: sample from the likeliest tokens of this share."})
+    sample_batch_size: int = field(
+        default=16, metadata={"help": "Images on a device whose captions are sampled and scored together."}
+    )
+    buffer_rounds: int = field(
+        default=0, metadata={"help": "best_of_n: train on the captions of the last so many rounds; 0: of all."}
+    )
+    reward_num_pairs: int = field(
+        default=NUM_PAIRS,
+        metadata={"help": "Pairs of timestep and noise of a score, so many passes of the denoiser a caption."},
+    )
+    reward_min_timestep: float = field(
+        default=TIMESTEP_RANGE[0], metadata={"help": "Lowest timestep of a score, as a share of the schedule."}
+    )
+    reward_max_timestep: float = field(
+        default=TIMESTEP_RANGE[1], metadata={"help": "Highest timestep of a score, as a share of the schedule."}
+    )
+    reward_batch_size: int = field(default=64, metadata={"help": "Most passes of the denoiser at once."})
+    cache_rewards: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the cache of rewards, which runs one after the other may share; by default output_dir."
+        },
+    )
+    kl_weight: float = field(
+        default=0.04, metadata={"help": "grpo: weight of the divergence from the start of the run."}
+    )
+    clip_range: float = field(
+        default=0.2, metadata={"help": "grpo: how far the ratio of probabilities may be from 1 with an effect."}
+    )
+
+    output_dir: str = field(
+        default="runs/stage3", metadata={"help": "Folder of checkpoints, rounds, samples and the trained model."}
+    )
+    trainable: str = field(
+        default="projector+lm",
+        metadata={
+            "help": "'projector', 'projector+lm', 'projector+lm+query_decoder' (and Florence-2's decoder), 'all' (and "
+            "its encoder), or 'all+vision'."
+        },
+    )
+    max_steps: int = field(default=-1, metadata={"help": "Leave it out: it is rounds times round_steps."})
+    save_steps: float = field(
+        default=0, metadata={"help": "Save a checkpoint every this many steps, a divisor of round_steps; 0: each round."}
+    )
+
+    def __post_init__(self):
+        steps = self.rounds * self.round_steps
+        for name in ("rounds", "round_images", "round_steps", "sample_batch_size", "reward_num_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if self.max_steps not in (-1, steps) or self.num_train_epochs:
+            name = "num_train_epochs" if self.num_train_epochs else "max_steps"
+            raise ValueError(f"{name} is {getattr(self, name)}, but stage 3 has rounds times round_steps; leave it out")
+        self.max_steps = steps
+        self.save_steps = self.save_steps or self.round_steps
+        if self.save_steps < 1 or self.round_steps % self.save_steps:
+            raise ValueError(
+                f"save_steps is {self.save_steps:g}; expected a divisor of round_steps, {self.round_steps}, because a "
+                "round begins from a checkpoint"
+            )
+        self._check_stage3()
+        if self.method == "grpo":
+            if self.packing:
+                raise ValueError("packing does not work with grpo, which needs the logits of each row; leave it out")
+            self.packing = False
+        super().__post_init__()
+
+    def _check_stage3(self) -> None:
+        """Raises `ValueError` for settings of stage 3 that cannot be used."""
+        settings: Any = self
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; expected one of {METHODS}")
+        if self.num_captions < 2:
+            raise ValueError(f"num_captions is {self.num_captions}; expected 2 or more, of which one can be better")
+        if not 0 < self.temperature < float("inf") or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature is {self.temperature} and top_p {self.top_p}; expected a number above 0, and a share "
+                "above 0 up to 1"
+            )
+        if not 0 <= self.reward_min_timestep <= self.reward_max_timestep <= 1:
+            raise ValueError(
+                f"reward_min_timestep is {self.reward_min_timestep} and reward_max_timestep "
+                f"{self.reward_max_timestep}; expected shares of the schedule, such as 0.45 and 0.95"
+            )
+        if not 0 <= self.pairs_share < 1:
+            raise ValueError(f"pairs_share is {self.pairs_share}; expected a share, 0 to below 1")
+        if self.kl_weight < 0 or not 0 < self.clip_range < 1 or self.buffer_rounds < 0:
+            raise ValueError(
+                f"kl_weight is {self.kl_weight}, clip_range {self.clip_range} and buffer_rounds {self.buffer_rounds}; "
+                "expected 0 or more, a number between 0 and 1, and 0 or more"
+            )
+        if self.pairs is not None and self.method == "grpo":
+            raise ValueError("pairs are mixed in by best_of_n alone; leave pairs out, or pass --method best_of_n")
+        defaults = {"streaming": False, "random_crop": False, "horizontal_flip": False, "eval_share": 0.0}
+        reasons = {"streaming": "reads images more than once", "eval_share": "has no captions to hold back: use eval_pairs"}
+        for name, value in defaults.items():
+            if getattr(self, name) != value:
+                why = reasons.get(name, "scores images as they are")
+                raise ValueError(f"{name} does not work with stage 3, which {why}; leave it out")
+        for name in OF_STAGE_2:
+            if getattr(self, name):
+                raise ValueError(f"{name} belongs to stage 2; stage 3 starts from a captioner (--model ...)")
+        if settings.dataloader_persistent_workers:
+            raise ValueError("dataloader_persistent_workers does not work with stage 3: each round has other samples")
+
+
+class Stage3Trainer(Stage2Trainer):
+    """Trains a captioner on captions that it has sampled itself, by how well they explain the images.
+
+    An epoch of the `Trainer` is a round. Before it trains, each process samples and scores captions of its share of
+    the round's images. The finished parts are on disk, and a resumed run does not compute them again: the samples
+    depend on the seed, the weights and the images of their part alone.
+
+    TRL's `GRPOTrainer` takes a VLV, too (docs/vision_language_contract.md), but samples inside its training step: what
+    a kill interrupts is lost, an image is encoded once a sample, and its runs have none of the instruments and
+    rules of this project's. So `grpo` is a loss of this trainer.
+
+    Args:
+        model: The captioner, frozen in part by `freeze_for_stage2`.
+        args: The configuration.
+        images: Items with `image`.
+        processor: Of the captioner.
+        scorer: Of the frozen text-to-image model, with the captioner's text encoders.
+        image_size: Side in pixels of the images that the scorer sees.
+        scored_by: Fingerprint of the text-to-image model, for the cache of rewards.
+        pairs: Image-caption pairs that are mixed in.
+        kwargs: Further arguments of `Stage2Trainer`.
+
+    Raises:
+        ValueError: If the run is sharded by FSDP or DeepSpeed.
+    """
+
+    args: Any
+
+    def __init__(
+        self,
+        model: VLVForConditionalGeneration,
+        args: Stage3Config,
+        images: Any,
+        processor: VLVProcessor,
+        scorer: DiffusionScorer,
+        image_size: int,
+        scored_by: str = "",
+        pairs: Any = None,
+        **kwargs,
+    ):
+        settings: Any = args
+        batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+        dataset = RoundDataset(images, args.round_steps * batch, pairs)
+        kwargs.setdefault("validation_dataset", kwargs.get("eval_dataset") or images)
+        super().__init__(model, args, dataset, processor, **kwargs)
+        if self.is_sharded or self.is_deepspeed_enabled:
+            raise ValueError(
+                "stage 3 generates captions, which FSDP and DeepSpeed slow down to a crawl; launch with DDP "
+                "(ddp_8gpu.yaml) or one process, and pass --lora_rank to save memory"
+            )
+        self.images, self.image_size = images, image_size
+        scorer.diffusion_decoder.to(args.device)
+        scorer.model.to(args.device)
+        self.buffer: dict[int, BufferEntry] = {}
+        self._starting_weights: dict[str, torch.Tensor] = {}
+        at_start = None
+        if args.method == "grpo":
+            at_start = self.starting_weights if args.kl_weight else contextlib.nullcontext
+            if args.kl_weight:
+                trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+                self._starting_weights = {name: parameter.detach().cpu().clone() for name, parameter in trained}
+            self.means = Means((*QUARTILES, "kl", "clipped_share"), args.device)
+            collator: Any = self.data_collator
+            self.data_collator = PolicyCollator(
+                processor,
+                args.max_caption_tokens,
+                args.on_bad_image,
+                append_eos=args.append_eos,
+                pad_to_max_length=args.pad_to_max_length,
+                features=collator.caches["image_features"],
+                conditioning=collator.caches["conditioning"],
+            )
+        cache = RewardCache(
+            Path(args.cache_rewards or args.output_dir) / f"rewards-{settings.process_index}.sqlite",
+            {
+                "scorer": type(scorer).__name__,
+                "diffusion_model": scored_by,
+                "dtype": str(scorer.diffusion_decoder.denoiser.dtype),
+                "image_size": image_size,
+                "timesteps": scorer.timesteps.tolist(),
+                "seed": scorer.seed,
+            },
+        )
+        self.proposer = Proposer(args, processor, scorer, cache, at_start)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)  # `RoundDataset.fill` chooses the order
+
+    @contextlib.contextmanager
+    def starting_weights(self, model: torch.nn.Module) -> Iterator[None]:
+        """A context in which the trained weights of a model are those of the start of the run."""
+        own = {name: p for name, p in model.named_parameters() if name in self._starting_weights}
+        kept = {name: parameter.data for name, parameter in own.items()}
+        try:
+            for name, parameter in own.items():
+                parameter.data = self._starting_weights[name].to(parameter.device)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data = kept[name]
+            torch.clear_autocast_cache()
+
+    def _run_epoch(self, *args, **kwargs):
+        started = time.perf_counter()
+        self.start_round(kwargs["epoch"])
+        self.speed.pause(time.perf_counter() - started)
+        return super()._run_epoch(*args, **kwargs)
+
+    def start_round(self, number: int) -> None:
+        """Samples and scores captions of the images of a round, and chooses what it trains on.
+
+        What is on disk is not computed again.
+
+        Raises:
+            ValueError: If nothing is left to train on, or too many images cannot be read.
+        """
+        args = self.args
+        resumed = self.state.global_step > number * args.round_steps  # within the round
+        if args.method == "best_of_n":
+            first = max(0, number + 1 - args.buffer_rounds) if args.buffer_rounds else 0
+            self.buffer = {}
+            for earlier in range(first, number):
+                update_buffer(self.buffer, self._round_file(earlier, None).images(), earlier)
+        if resumed:
+            file = self._round_file(number, None)
+        else:
+            made_of = {"weights": trained_fingerprint(self.model), **{n: getattr(args, n) for n in SAMPLING_SETTINGS}}
+            file = self._round_file(number, made_of)
+            if self.is_world_process_zero():
+                file.remove_others()
+            self.accelerator.wait_for_everyone()
+            self.collect(file)
+            self.accelerator.wait_for_everyone()
+            file.read()
+        found = file.images()
+        if not resumed:
+            self._report_round(number, found, sum(file.unreadable.values()))
+        groups = self._choose(found, number)
+        dataset: Any = self.train_dataset
+        dataset.fill(groups, number, args.seed, args.pairs_share)
+
+    def _parts_of_round(self, number: int) -> dict[int, list[int]]:
+        """The indices of the images of each part of a round. A dry run has one part."""
+        args = self.args
+        indices = images_of_round(len(self.images), args.round_images, number, args.seed)
+        starts = range(0, args.sample_batch_size if args.dry_run else len(indices), args.sample_batch_size)
+        return {part: indices[start : start + args.sample_batch_size] for part, start in enumerate(starts)}
+
+    def _round_file(self, number: int, made_of: dict[str, Any] | None) -> RoundFile:
+        folder, rank = Path(self.args.output_dir) / ROUNDS_FOLDER, self.args.process_index
+        return RoundFile(folder, number, len(self._parts_of_round(number)), made_of, rank)
+
+    def collect(self, file: RoundFile) -> None:
+        """Computes the parts of this process that the file lacks.
+
+        Raises:
+            SystemExit: With code 75 after SIGTERM. Finished parts are on disk.
+        """
+        args, parts = self.args, self._parts_of_round(file.number)
+        missing = {part: parts[part] for part in file.missing if part % args.world_size == args.process_index}
+        processor: Any = self.processing_class
+        reading = ImageParts(self.images, missing, processor.image_processor, self.image_size)
+        half = HALF_DTYPES.get(self.accelerator.mixed_precision)
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.autocast(args.device.type, dtype=half, enabled=half is not None):
+                for done, (part, images) in enumerate(read_parts(reading, args.dataloader_num_workers), start=1):
+                    for message in images.unreadable:
+                        if args.on_bad_image == "error":
+                            raise ValueError(message)
+                        logger.warning(f"skipped an image: {message}")
+                    found = self.proposer.propose(model, images, self.buffer, (args.seed, file.number, part))
+                    file.add(part, found, len(images.unreadable))
+                    self._check_readable(file)
+                    if done * PROGRESS_LINES // len(missing) > (done - 1) * PROGRESS_LINES // len(missing):
+                        say(f"round {file.number}: captions of {done} of {len(missing)} batches of images are scored")
+                    if self.termination.requested:
+                        self.termination.on_train_end(None, None, None)
+                        print(
+                            f"terminated in round {file.number}; the same command goes on from there", file=sys.stderr
+                        )
+                        raise SystemExit(RESUMABLE_EXIT_CODE)
+        finally:
+            model.train(was_training)
+
+    def _check_readable(self, file: RoundFile) -> None:
+        unreadable = sum(file.unreadable.values())
+        read = unreadable + sum(map(len, file.parts.values()))
+        if unreadable > self.args.max_bad_share * max(read, ENOUGH_IMAGES):
+            raise ValueError(
+                f"{unreadable} of {read} images of this round cannot be read (they are named above), which is more "
+                f"than max_bad_share ({self.args.max_bad_share:g}) allows; remove them, or raise --max_bad_share"
+            )
+
+    def _report_round(self, number: int, found: list[ScoredCaptions], unreadable: int) -> None:
+        summary = summarise(found, unreadable)
+        self._skipped += unreadable
+        should_log = self.control.should_log  # logging turns it off
+        self.log({"round": number, **summary})
+        self.control.should_log = should_log
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / ROUNDS_FOLDER / f"round-{number:04d}.json", summary)
+            values = ", ".join(f"{name} {value:g}" for name, value in summary.items())
+            say(f"round {number}: {values}")
+
+    def _choose(self, found: list[ScoredCaptions], number: int) -> list[list[tuple[int, dict[str, Any]]]]:
+        """What a round trains on, see `RoundDataset.fill`."""
+        if self.args.method == "best_of_n":
+            update_buffer(self.buffer, found, number)
+            if self.is_world_process_zero():
+                write_buffer(Path(self.args.output_dir) / BUFFER_FILE, self.buffer)
+            return [[(own.image, {"caption": own.caption})] for own in self.buffer.values() if own.caption]
+        groups = []
+        for image in found:
+            samples = zip(
+                image.captions[1:],
+                group_advantages(image.sample_rewards),
+                image.sampled_log_probs,
+                image.start_log_probs,
+                strict=False,
+            )
+            group = [
+                (
+                    image.index,
+                    {"caption": caption, "advantage": gain, "sampled_log_probs": own, "start_log_probs": start},
+                )
+                for caption, gain, own, start in samples
+                if gain is not None and caption
+            ]
+            if group:
+                groups.append(group)
+        return groups
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "advantages" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            set_train_mode(model)
+        advantages, sampled, start = (
+            inputs.pop(name) for name in ("advantages", "sampled_log_probs", "start_log_probs")
+        )
+        labels = inputs["labels"]
+        outputs = model(**inputs, return_logits=True)
+        log_probs = token_log_probabilities(outputs.logits, labels, self.args.temperature)
+        mask = labels != -100
+        found = policy_loss(
+            log_probs, sampled, start, advantages, mask, self.args.clip_range, self.args.kl_weight
+        )
+        self.means.add("kl", found.kl, found.tokens)
+        self.means.add("clipped_share", found.clipped, found.tokens)
+        if num_items_in_batch is None:
+            loss = found.loss / found.tokens
+        else:
+            loss = found.loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
+        """Writes `step-N.json`, a list of `{"generated", "reward", "reference"}`, and logs the mean reward.
+
+        Captions are greedy. The reference is there where the validation images have captions.
+        """
+        processor: Any = self.processing_class
+        loaded = [item["image"] for item in self.validation_items]
+        pixel_values = processor(images=loaded).pixel_values.to(model.device, model.dtype)
+        captions, _ = self.proposer.generate(model, model.model.get_caption_embeds(pixel_values))
+        scored = [ScoredCaptions(place, "", [caption], [0.0], 0) for place, caption in enumerate(captions)]
+        self.proposer.reward(diffusion_pixels(loaded, self.image_size), scored)
+        rows = [
+            {
+                "generated": own.captions[0],
+                "reward": own.rewards[0],
+                **({"reference": item["caption"]} if "caption" in item else {}),
+            }
+            for own, item in zip(scored, self.validation_items, strict=True)
+        ]
+        write_json(folder / f"step-{step:07d}.json", rows)
+        if self.is_world_process_zero():
+            self.report("validation/captions", rows, step)
+            rewards = [row["reward"] for row in rows if row["reward"] is not None]
+            should_log = self.control.should_log
+            if rewards:
+                self.log({"validation_reward": round(sum(rewards) / len(rewards), 6)})
+            self.control.should_log = should_log
