@@ -41,3 +41,26 @@ def score_scenes(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[str,
         scores[name] = 2 * matches / total if total else 0.0
     scores["exact"] = sum(p == t for p, t in pairs) / len(pairs)
     return {name: round(value, 4) for name, value in scores.items()}
+
+
+def count_mentions(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[str, float]:
+    """Objects with their place, and backgrounds, that captions invent and leave out.
+
+    Args:
+        predicted: The scenes of captions, one for each of `true`.
+
+    Returns:
+        `invented`, the share of what captions mention that is not in the scene, and `missing`, the share of what is in
+        the scenes that captions do not mention. A right object at a wrong place counts as both.
+    """
+    invented = missing = mentioned = present = 0
+    for p, t in zip(predicted, true, strict=True):
+        found, real = (
+            Counter([*((o.name, o.place) for o in s.objects), *([s.background] if s.background else [])])
+            for s in (p, t)
+        )
+        invented += (found - real).total()
+        missing += (real - found).total()
+        mentioned += found.total()
+        present += real.total()
+    return {"invented": round(invented / max(mentioned, 1), 4), "missing": round(missing / max(present, 1), 4)}

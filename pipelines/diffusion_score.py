@@ -122,6 +122,11 @@ class DiffusionScorer:
     def device(self) -> torch.device:
         return self.diffusion_decoder.denoiser.device
 
+    def settings(self) -> dict[str, Any]:
+        """What losses depend on besides the models and the image, as JSON values."""
+        dtype = str(self.diffusion_decoder.denoiser.dtype)
+        return {"scorer": type(self).__name__, "timesteps": self.timesteps.tolist(), "seed": self.seed, "dtype": dtype}
+
     def score(
         self,
         pixels: torch.Tensor,

@@ -75,9 +75,7 @@ class ImageParts(Dataset):
         if not loaded:
             return number, ImagePart([], [], None, None, unreadable)
         pixel_values = self.image_processor(loaded, return_tensors="pt", pre_crop_size=None).pixel_values
-        return number, ImagePart(
-            indices, names, pixel_values, diffusion_pixels(loaded, self.image_size), unreadable
-        )
+        return number, ImagePart(indices, names, pixel_values, diffusion_pixels(loaded, self.image_size), unreadable)
 
 
 def read_parts(parts: ImageParts, num_workers: int) -> DataLoader:
@@ -224,7 +222,12 @@ class Proposer:
             max_length=self.args.max_caption_tokens,
             append_eos=self.args.append_eos,
         ).labels
-        arguments = ([place for place, _ in chosen], labels, self.args.temperature, self.args.per_device_train_batch_size)
+        arguments = (
+            [place for place, _ in chosen],
+            labels,
+            self.args.temperature,
+            self.args.per_device_train_batch_size,
+        )
         by_model = measure_log_probabilities(model, embeds, *arguments)
         assert self.at_start is not None
         with self.at_start(model), torch.no_grad():

@@ -245,7 +245,9 @@ class RoundDataset(Dataset):
         source, index, more = self._samples[place]
         return {**source[index], **more}
 
-    def fill(self, groups: Sequence[Sequence[tuple[int, dict[str, Any]]]], number: int, seed: int, share: float) -> None:
+    def fill(
+        self, groups: Sequence[Sequence[tuple[int, dict[str, Any]]]], number: int, seed: int, share: float
+    ) -> None:
         """Chooses the samples of a round.
 
         Args:

@@ -3,7 +3,7 @@
     vlv train stage3 CONFIG.yaml --images photos/ --model runs/stage2
     accelerate launch -m vlv.train.stage3 CONFIG.yaml
 
-`configs/stage3.yaml` is a recipe for Stable Diffusion 2.1; docs/stage3.md says what happens.
+`configs/stage3/` has recipes; docs/stage3.md says what happens.
 """
 
 import sys
@@ -33,11 +33,14 @@ from .stage3_trainer import Stage3Config, Stage3Trainer
 PROGRAM = "vlv train stage3"
 
 
-def main(arguments: Sequence[str] | None = None) -> Stage3Trainer:
+def main(
+    arguments: Sequence[str] | None = None, scorer_class: type[DiffusionScorer] = DiffusionScorer
+) -> Stage3Trainer:
     """Trains and saves the model in `output_dir`. Resumes from the last checkpoint there, if there is one.
 
     Args:
         arguments: `[CONFIG.yaml] [--name value ...]`; by default the command line.
+        scorer_class: What gives the rewards.
 
     Returns:
         The trainer, after training.
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage3Trainer:
                 for name in family.tokenizers[: len(model.config.text_encoder_configs)]
             }
             family.check_tokenizers(tokenizers, model.config, config.model, diffusion_model.source)
-            scorer = DiffusionScorer(
+            scorer = scorer_class(
                 model.model,
                 decoder,
                 tokenizers,

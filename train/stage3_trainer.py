@@ -161,7 +161,8 @@ class Stage3Config(Stage2Config):
     )
     max_steps: int = field(default=-1, metadata={"help": "Leave it out: it is rounds times round_steps."})
     save_steps: float = field(
-        default=0, metadata={"help": "Save a checkpoint every this many steps, a divisor of round_steps; 0: each round."}
+        default=0,
+        metadata={"help": "Save a checkpoint every this many steps, a divisor of round_steps; 0: each round."},
     )
 
     def __post_init__(self):
@@ -171,7 +172,9 @@ class Stage3Config(Stage2Config):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.max_steps not in (-1, steps) or self.num_train_epochs:
             name = "num_train_epochs" if self.num_train_epochs else "max_steps"
-            raise ValueError(f"{name} is {getattr(self, name)}, but stage 3 has rounds times round_steps; leave it out")
+            raise ValueError(
+                f"{name} is {getattr(self, name)}, but stage 3 has rounds times round_steps; leave it out"
+            )
         self.max_steps = steps
         self.save_steps = self.save_steps or self.round_steps
         if self.save_steps < 1 or self.round_steps % self.save_steps:
@@ -213,7 +216,10 @@ class Stage3Config(Stage2Config):
         if self.pairs is not None and self.method == "grpo":
             raise ValueError("pairs are mixed in by best_of_n alone; leave pairs out, or pass --method best_of_n")
         defaults = {"streaming": False, "random_crop": False, "horizontal_flip": False, "eval_share": 0.0}
-        reasons = {"streaming": "reads images more than once", "eval_share": "has no captions to hold back: use eval_pairs"}
+        reasons = {
+            "streaming": "reads images more than once",
+            "eval_share": "has no captions to hold back: use eval_pairs",
+        }
         for name, value in defaults.items():
             if getattr(self, name) != value:
                 why = reasons.get(name, "scores images as they are")
@@ -299,14 +305,7 @@ class Stage3Trainer(Stage2Trainer):
             )
         cache = RewardCache(
             Path(args.cache_rewards or args.output_dir) / f"rewards-{settings.process_index}.sqlite",
-            {
-                "scorer": type(scorer).__name__,
-                "diffusion_model": scored_by,
-                "dtype": str(scorer.diffusion_decoder.denoiser.dtype),
-                "image_size": image_size,
-                "timesteps": scorer.timesteps.tolist(),
-                "seed": scorer.seed,
-            },
+            {**scorer.settings(), "diffusion_model": scored_by, "image_size": image_size},
         )
         self.proposer = Proposer(args, processor, scorer, cache, at_start)
 
@@ -473,9 +472,7 @@ class Stage3Trainer(Stage2Trainer):
         outputs = model(**inputs, return_logits=True)
         log_probs = token_log_probabilities(outputs.logits, labels, self.args.temperature)
         mask = labels != -100
-        found = policy_loss(
-            log_probs, sampled, start, advantages, mask, self.args.clip_range, self.args.kl_weight
-        )
+        found = policy_loss(log_probs, sampled, start, advantages, mask, self.args.clip_range, self.args.kl_weight)
         self.means.add("kl", found.kl, found.tokens)
         self.means.add("clipped_share", found.clipped, found.tokens)
         if num_items_in_batch is None:

@@ -202,8 +202,10 @@ def test_training_names_the_missing_setting(tmp_path, capsys):
         main(["train", "stage1", "--use_cpu", f"--output_dir={tmp_path}"])
     with pytest.raises(SystemExit, match=r"vlv train stage2: pairs is not set"):
         main(["train", "stage2", "--use_cpu", f"--output_dir={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"vlv train stage3: images is not set"):
+        main(["train", "stage3", "--use_cpu", f"--output_dir={tmp_path}"])
     assert main(["train"]) == 2 and main(["train", "--help"]) == 0
-    assert "stage1,stage2" in capsys.readouterr().out
+    assert "stage1,stage2,stage3" in capsys.readouterr().out
 
 
 @pytest.mark.slow
