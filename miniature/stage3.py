@@ -151,11 +151,11 @@ def stage3_arguments(options: argparse.Namespace, run: Path, start: Path, images
 def run_stage3(options: argparse.Namespace) -> dict[str, Any]:
     """Trains what is missing, and measures each round. The results are those of `RUN.json`."""
     root = Path(options.root)
-    language_model = root / "language-model"
-    if not (language_model / "tokenizer_config.json").exists():
-        train_language_model(language_model, root / "language-model-work")
     start = Path(options.start) if options.start else root / f"start-{options.pairs}-pairs-seed-{options.seed}"
-    if not options.start and not (start / "config.json").exists():
+    if not (start / "config.json").exists():
+        language_model = root / "language-model"
+        if not (language_model / "tokenizer_config.json").exists():
+            train_language_model(language_model, root / "language-model-work")
         train_start(start, options.encoder, language_model, options.pairs, options.seed)
     held_out = {split: evaluation_items(split, options.scenes) for split in ("combo", "test")}
     images = root / f"images-{options.split}-{options.images}"

@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 import shutil
-import sqlite3
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from vlv import hub
+from vlv import VLVForConditionalGeneration, hub
+from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
 from vlv.train import stage3
 from vlv.train.parsing import FailedRun
 from vlv.train.policy_gradient import group_advantages, policy_loss, token_log_probabilities
@@ -25,16 +27,14 @@ from vlv.train.rounds import (
     write_buffer,
 )
 
+from ..builders import VOCABULARY, language_model_config, vlv_config, with_text_encoder
+
 ROUNDS, STEPS = 2, 2
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, stable_diffusion, processor) -> Path:
     """An untrained captioner that refers to `stable_diffusion`."""
-    from vlv import VLVForConditionalGeneration
-
-    from ..builders import VOCABULARY, language_model_config, vlv_config, with_text_encoder
-
     torch.manual_seed(0)
     model = VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
     with_text_encoder(model.model)
@@ -44,8 +44,10 @@ def start(tmp_path_factory, stable_diffusion, processor) -> Path:
     return hub.export(folder, captioner=model, processor=processor, diffusion_model=decoder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def settings(start, image_folder):
+    """The command line of a short run."""
+
     def build(output_dir: Path, **own) -> list[str]:
         values = {
             "model": start,
@@ -75,8 +77,8 @@ def settings(start, image_folder):
 
 def history(folder: Path) -> list[dict]:
     rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    times = ("per_second", "runtime", "wait_share", "flos")
-    return [{k: v for k, v in row.items() if not any(word in k for word in times)} for row in rows]
+    changing = ("per_second", "runtime", "wait_share", "flos", "train_loss")  # the last is a mean since the resumption
+    return [{k: v for k, v in row.items() if not any(word in k for word in changing)} for row in rows]
 
 
 def images_in(folder: Path, number: int) -> list[ScoredCaptions]:
@@ -84,13 +86,40 @@ def images_in(folder: Path, number: int) -> list[ScoredCaptions]:
     return [ScoredCaptions(**image) for line in lines for image in json.loads(line)["images"]]
 
 
-@pytest.mark.slow
-def test_a_run_keeps_the_best_captions_and_trains_on_them(settings, tmp_path, capsys):
-    trainer = stage3.main(settings(tmp_path / "run"))
-    run = tmp_path / "run"
-    said = capsys.readouterr().out
-    assert "round 0: images 10, " in said and f"try: vlv caption IMAGES --model {run}" in said
+class _Counts(stage3.DiffusionScorer):
+    """Counts the texts that it scores."""
 
+    texts = 0
+
+    def text_losses(self, latents, texts, seeds):
+        type(self).texts += sum(map(len, texts))
+        return super().text_losses(latents, texts, seeds)
+
+
+class _Terminates(_Counts):
+    """Asks the process to end when it scores its `parts`th part."""
+
+    parts = 0
+
+    def score_latents(self, *args, **kwargs):
+        type(self).parts -= 1
+        if self.parts == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().score_latents(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def unbroken(settings, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of each method."""
+    folders = {method: tmp_path_factory.mktemp(method) / "run" for method in ("best_of_n", "grpo")}
+    stage3.main(settings(folders["best_of_n"], save_steps=1))
+    stage3.main(settings(folders["grpo"], save_steps=1, method="grpo", kl_weight=0.1))
+    return folders
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_best_captions_and_trains_on_them(unbroken):
+    run = unbroken["best_of_n"]
     buffer: dict = {}
     for number in range(ROUNDS):
         found = images_in(run, number)
@@ -118,76 +147,64 @@ def test_a_run_keeps_the_best_captions_and_trains_on_them(settings, tmp_path, ca
     assert [row["step"] for row in logged if "reward_best" in row] == [0, 2]
     record = json.loads((run / "training.json").read_text())["stage3"]
     assert record["steps"] == ROUNDS * STEPS and {"images", "diffusion_model", "model"} <= set(record)
-    loaded, _ = hub.load_captioner(run)
-    for (name, own), other in zip(loaded.named_parameters(), trainer.model.parameters(), strict=True):
-        assert torch.equal(own, other), name
 
 
-def test_rewards_are_the_scores_of_vlv_score(settings, tmp_path):
-    from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
-
-    stage3.main(settings(tmp_path / "run", rounds=1, round_images=3, round_steps=1))
-    scorer = DiffusionScorer.from_pipeline(load_reconstruction(tmp_path / "run"), num_pairs=1)
+@pytest.mark.slow
+def test_rewards_are_the_scores_of_vlv_score(unbroken):
+    scorer = DiffusionScorer.from_pipeline(load_reconstruction(unbroken["best_of_n"]), num_pairs=1)
     compared = 0
-    for image in images_in(tmp_path / "run", 0):
+    for image in images_in(unbroken["best_of_n"], 0):
         scored = [(c, r) for c, r in zip(image.captions, image.rewards, strict=True) if r is not None]
         if scored:
             pixels = resized_pixels([Image.open(image.name).convert("RGB")], 32)
             found = scorer.score(pixels, [[caption for caption, _ in scored]]).scores[0]
             assert found.tolist() == pytest.approx([reward for _, reward in scored], abs=2e-6)
             compared += len(scored)
-    assert compared > 3
-
-
-class _Terminates(stage3.DiffusionScorer):
-    """Asks the process to end when it has scored so many parts."""
-
-    parts = 0
-
-    def score_latents(self, *args, **kwargs):
-        import os
-        import signal
-
-        type(self).parts -= 1
-        if self.parts == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().score_latents(*args, **kwargs)
-
-
-class _Counts(stage3.DiffusionScorer):
-    texts = 0
-
-    def text_losses(self, latents, texts, seeds):
-        type(self).texts += sum(map(len, texts))
-        return super().text_losses(latents, texts, seeds)
+    assert compared > 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["best_of_n", "grpo"])
 def test_a_run_that_is_ended_while_it_samples_and_while_it_trains_goes_on_as_an_unbroken_one(
-    method, settings, tmp_path
+    method, settings, unbroken, tmp_path
 ):
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    stage3.main(settings(unbroken, method=method, save_steps=1))
-    arguments = settings(broken, method=method, save_steps=1)
-    for parts in (2, 4):  # in the first round, which has three parts, and in the second one
-        _Terminates.parts = parts
+    expected, broken = unbroken[method], tmp_path / "broken"
+    arguments = settings(broken, save_steps=1, **({"method": "grpo", "kl_weight": 0.1} if method == "grpo" else {}))
+    for round_number in range(ROUNDS):  # 3 parts in the first round; the last of them is the first after the break
+        _Terminates.parts = 2
         with pytest.raises(SystemExit) as ended:
             stage3.main(arguments, scorer_class=_Terminates)
         assert ended.value.code == 75
-    assert len((broken / "rounds" / "round-0001.rank-0.jsonl").read_text().splitlines()) < 3
-    stage3.main(arguments, scorer_class=_Terminates)
-    assert history(broken) == history(unbroken)
-    assert (broken / "buffer.jsonl").exists() == (method == "best_of_n")
+        lines = (broken / "rounds" / f"round-{round_number:04d}.rank-0.jsonl").read_text().splitlines()
+        assert len(lines) == (2, 1)[round_number]
+    stage3.main(arguments)
+    assert history(broken) == history(expected)
     for number in range(ROUNDS):
-        assert images_in(broken, number) == images_in(unbroken, number)
-    # In the middle of a round's steps: its captions are read from the disk, and their rewards are not computed again.
+        assert images_in(broken, number) == images_in(expected, number)
+    # From the middle of the last round's steps: its captions are on the disk, and are not scored again.
     shutil.rmtree(broken / "checkpoint-4")
-    for name in ("config.json", "run.json", "trainer_state.json", "model.safetensors.index.json"):
-        (broken / name).unlink(missing_ok=True)
+    (broken / "run.json").unlink()
     _Counts.texts = 0
     stage3.main(arguments, scorer_class=_Counts)
-    assert _Counts.texts == 0 and history(broken) == history(unbroken)
+    assert _Counts.texts == 0 and history(broken) == history(expected)
+    weights = [hub.load_captioner(folder)[0].state_dict() for folder in (broken, expected)]
+    assert all(torch.equal(own, weights[1][name]) for name, own in weights[0].items())
+
+
+@pytest.mark.slow
+def test_a_policy_gradient_starts_at_the_start_and_measures_the_way_from_there(unbroken):
+    run = unbroken["grpo"]
+    for number in range(ROUNDS):
+        for image in images_in(run, number):
+            for own, first, reward in zip(
+                image.sampled_log_probs, image.start_log_probs, image.sample_rewards, strict=True
+            ):
+                assert (len(own) == len(first)) and bool(own) == (reward is not None)
+                assert own == first if number == 0 or not own else own != first
+    logged = [row for row in history(run) if "loss" in row]
+    assert logged[0]["kl"] == pytest.approx(0, abs=1e-6) and logged[0]["clipped_share"] == 0
+    assert all(row["kl"] > 1e-6 for row in logged[1:])
+    assert not (run / "buffer.jsonl").exists()
 
 
 class _NotFinite(stage3.DiffusionScorer):
@@ -199,8 +216,16 @@ class _NotFinite(stage3.DiffusionScorer):
         return [[math.nan if text and len(text) % 2 else loss for text, loss in row] for row in pairs]
 
 
-def test_rewards_that_are_not_finite_are_dropped_and_counted(settings, tmp_path):
-    stage3.main(settings(tmp_path / "run", rounds=1, round_steps=1), scorer_class=_NotFinite)
+@pytest.mark.slow
+def test_rewards_that_are_not_finite_are_dropped_and_counted_as_are_unreadable_images(
+    settings, image_folder, tmp_path
+):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    (folder / "a" / "1.png").write_bytes(b"no image")
+    own = {"images": folder, "rounds": 1, "round_steps": 1, "round_images": 16}
+    own |= {"validation_steps": 1, "num_validation_images": 2}
+    stage3.main(settings(tmp_path / "run", max_bad_share=1, **own), scorer_class=_NotFinite)
     found = images_in(tmp_path / "run", 0)
     summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
     assert summary["not_finite"] == sum(image.not_finite for image in found) > 0
@@ -208,31 +233,35 @@ def test_rewards_that_are_not_finite_are_dropped_and_counted(settings, tmp_path)
     assert missing == summary["not_finite"] + summary["unfinished"]
     rewards = [reward for image in found for reward in image.rewards if reward is not None]
     assert rewards and all(map(math.isfinite, rewards))
-    with sqlite3.connect(tmp_path / "run" / "rewards-0.sqlite") as connection:
-        assert connection.execute("SELECT COUNT(*) FROM losses WHERE loss IS NULL").fetchone() == (0,)
+    assert summary["unreadable"] == 1 and len(found) == 15
+    samples = json.loads((tmp_path / "run" / "samples" / "step-0000001.json").read_text())
+    assert len(samples) == 2 and set(samples[0]) == {"generated", "reward"}
+    with pytest.raises(FailedRun, match=r"a/1\.png"):
+        stage3.main(settings(tmp_path / "strict", on_bad_image="error", **own))
 
 
-def test_groups_of_equal_captions_are_counted_and_leave_no_policy_gradient(settings, tmp_path, capsys):
+@pytest.mark.slow
+def test_groups_of_equal_captions_are_counted_and_leave_no_policy_gradient(settings, tmp_path):
     own = {"rounds": 1, "round_steps": 1, "round_images": 4, "temperature": 1e-4, "max_caption_tokens": 60}
-    stage3.main(settings(tmp_path / "best", **own))
-    summary = json.loads((tmp_path / "best" / "rounds" / "round-0000.json").read_text())
+    with pytest.raises(FailedRun, match=r"round 0 leaves nothing to train on: .*raise --temperature"):
+        stage3.main(settings(tmp_path / "run", method="grpo", **own))
+    summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
     assert summary["equal_groups"] == 4 - summary["without_reward"] > 0
-    with pytest.raises(FailedRun, match="round 0 leaves nothing to train on: .*raise --temperature"):
-        stage3.main(settings(tmp_path / "policy", method="grpo", **own))
 
 
+@pytest.mark.slow
 def test_a_captioner_without_a_decoder_or_with_another_text_encoder_is_refused(
     settings, start, stable_diffusion, tmp_path
 ):
     model, processor = hub.load_captioner(start)
     hub.export(tmp_path / "alone", captioner=model, processor=processor)
-    with pytest.raises(FailedRun, match="diffusion_model is not set, and .*alone does not name the one"):
+    with pytest.raises(FailedRun, match=r"diffusion_model is not set, and .*alone does not name the one"):
         stage3.main(settings(tmp_path / "run", model=tmp_path / "alone"))
     with torch.no_grad():
         for parameter in model.model.text_encoder.parameters():
             parameter.add_(0.1)
     hub.export(tmp_path / "other", captioner=model, processor=processor)
-    with pytest.raises(FailedRun, match="do not fit together: text_encoder of .* has other weights"):
+    with pytest.raises(FailedRun, match=r"do not fit together: text_encoder of .* has other weights"):
         stage3.main(settings(tmp_path / "run", model=tmp_path / "other", diffusion_model=stable_diffusion))
 
 
@@ -267,18 +296,7 @@ def test_settings_that_cannot_be_used_are_errors(own, message, settings, tmp_pat
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_unreadable_images_are_skipped_named_and_counted(settings, image_folder, tmp_path, capsys):
-    folder = tmp_path / "images"
-    shutil.copytree(image_folder, folder)
-    (folder / "a" / "1.png").write_bytes(b"no image")
-    own = {"images": folder, "rounds": 1, "round_steps": 1, "round_images": 16}
-    stage3.main(settings(tmp_path / "run", max_bad_share=1, **own))
-    assert json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())["unreadable"] == 1
-    assert len(images_in(tmp_path / "run", 0)) == 15
-    with pytest.raises(FailedRun, match=r"a/1\.png"):
-        stage3.main(settings(tmp_path / "strict", on_bad_image="error", **own))
-
-
+@pytest.mark.slow
 def test_a_dry_run_scores_one_part_and_leaves_nothing(settings, tmp_path, capsys):
     stage3.main(settings(tmp_path / "run", dry_run=True))
     said = capsys.readouterr().out
@@ -298,26 +316,6 @@ def test_pairs_are_mixed_in_and_lora_layers_are_merged(settings, start, image_fo
     before, _ = hub.load_captioner(start)
     names = {name for name, own in loaded.named_parameters() if not torch.equal(own, before.get_parameter(name))}
     assert any("q_proj" in name for name in names) and not any("norm" in name for name in names)
-
-
-@pytest.mark.slow
-def test_a_policy_gradient_starts_at_the_start_and_measures_the_way_from_there(settings, tmp_path):
-    stage3.main(settings(tmp_path / "run", method="grpo", kl_weight=0.1, validation_steps=2, num_validation_images=2))
-    for number in range(ROUNDS):
-        for image in images_in(tmp_path / "run", number):
-            for own, first, reward in zip(
-                image.sampled_log_probs, image.start_log_probs, image.sample_rewards, strict=True
-            ):
-                assert (len(own) == len(first)) and bool(own) == (reward is not None)
-                if number == 0:
-                    assert own == first
-                elif own:
-                    assert own != first
-    logged = [row for row in history(tmp_path / "run") if "loss" in row]
-    assert logged[0]["kl"] == 0 and logged[0]["clipped_share"] == 0
-    assert all(row["kl"] > 0 for row in logged[1:])
-    samples = json.loads((tmp_path / "run" / "samples" / "step-0000002.json").read_text())
-    assert len(samples) == 2 and set(samples[0]) == {"generated", "reward"}
 
 
 # The parts.
@@ -374,7 +372,7 @@ def test_rewards_are_kept_by_scorer_image_and_text(tmp_path):
     assert again.read(2**64 - 1) == {"a dog": 4.0} and again.read(8) == {}
     assert RewardCache(tmp_path / "a" / "rewards.sqlite", {**scorer, "seed": 1}).read(7) == {}
     (tmp_path / "damaged").write_bytes(b"not a database " * 100)
-    with pytest.raises(OSError, match="the cache of rewards .*damaged: file is not a database; name another"):
+    with pytest.raises(OSError, match=r"the cache of rewards .*damaged: file is not a database; name another"):
         RewardCache(tmp_path / "damaged", scorer)
 
 
