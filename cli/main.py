@@ -101,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (caption, reconstruct, encode, score, evaluate, convert, info, push, demo, serve, estimate):
         module.add_parser(commands)
-    commands.add_parser("train", help="train stage 1 or 3 (images alone) or stage 2 (image-caption pairs)", add_help=False)
+    commands.add_parser(
+        "train", help="train stage 1 or 3 (images alone) or stage 2 (image-caption pairs)", add_help=False
+    )
     return parser
 
 

@@ -64,8 +64,7 @@ def write_images(folder: Path, count: int, split: str, seed: int, held_out: Sequ
     for number, (pixels, scene) in enumerate(new_scenes(count, split, seed, held_out)):
         path = folder / f"{number:05}.png"
         if not path.exists():
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            write_atomically(path, lambda file, image=image: image.save(file))
+            write_atomically(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()).save)
         scenes.append(scene)
     return scenes
 

@@ -51,8 +51,9 @@ def trained_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            values: Any = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(values)
     return digest.hexdigest()
 
 

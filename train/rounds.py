@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ class RoundFile:
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _made_of(line) == self.made_of]
             if len(kept) < len(lines):
-                text = "".join(f"{line}\n" for line in kept)
-                write_atomically(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+                content = "".join(f"{line}\n" for line in kept).encode()
+                write_atomically(path, partial(Path.write_bytes, data=content))
 
     @property
     def missing(self) -> list[int]:
@@ -161,7 +162,7 @@ def summarise(images: Sequence[ScoredCaptions], unreadable: int) -> dict[str, fl
     equal = sum(
         len({c for c, r in zip(i.captions[1:], i.sample_rewards, strict=False) if r is not None}) == 1 for i in images
     )
-    means = {
+    means: dict[str, list[Any]] = {
         "reward_greedy": [i.rewards[0] for i in images if i.rewards[0] is not None],
         "reward_sampled": samples,
         "reward_best": [reward for _, reward in best],
@@ -205,7 +206,8 @@ def write_buffer(path: Path, buffer: Mapping[int, BufferEntry]) -> None:
         {"image": own.name, "caption": own.caption, "reward": own.reward, "round": own.round}
         for own in buffer.values()
     ]
-    write_atomically(path, lambda file: file.write_bytes(b"".join(to_json(row, None) + b"\n" for row in rows)))
+    content = b"".join(to_json(row, None) + b"\n" for row in rows)
+    write_atomically(path, partial(Path.write_bytes, data=content))
 
 
 def images_of_round(count: int, size: int, number: int, seed: int) -> list[int]:

@@ -28,7 +28,8 @@ from .parsing import errors_in_one_line, parse_config
 from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
 from .saving import loading_whole_models
 from .stage1 import find_diffusion_model
-from .stage3_trainer import Stage3Config, Stage3Trainer
+from .stage3_config import Stage3Config
+from .stage3_trainer import Stage3Trainer
 
 PROGRAM = "vlv train stage3"
 
