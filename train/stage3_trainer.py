@@ -16,6 +16,7 @@ from vlv.files import write_json
 from vlv.pipelines import DiffusionScorer
 
 from .caches import trained_fingerprint
+from .census import format_time
 from .checkpoints import say
 from .data.collators import diffusion_pixels
 from .data_loading import ENOUGH_IMAGES
@@ -145,7 +146,15 @@ class Stage3Trainer(Stage2Trainer):
     def _run_epoch(self, *args, **kwargs):
         started = time.perf_counter()
         self.start_round(kwargs["epoch"])
-        self.speed.pause(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.speed.pause(seconds)
+        if self.args.dry_run:
+            part = len(self._parts_of_round(0)[0]) * self.args.world_size
+            images = self.args.rounds * min(self.args.round_images, len(self.images))
+            say(
+                f"sampling and scoring {part} images took {seconds:.3g} s: {format_time(seconds * images / part)} for "
+                f"the {images:,} of all rounds, besides the steps"
+            )
         return super()._run_epoch(*args, **kwargs)
 
     def start_round(self, number: int) -> None:

@@ -301,6 +301,8 @@ def test_a_dry_run_scores_one_part_and_leaves_nothing(settings, tmp_path, capsys
     stage3.main(settings(tmp_path / "run", dry_run=True))
     said = capsys.readouterr().out
     assert "plan of the run" in said and "round 0: images 4, " in said
+    assert "sampling and scoring 4 images took " in said and " for the 20 of all rounds" in said
+    assert "cannot tell it: stage 3 is not counted" in said
     assert not (tmp_path / "run").exists() or not [p for p in (tmp_path / "run").iterdir() if p.name != ".run.lock"]
 
 
