@@ -194,6 +194,11 @@ class Stage3Config(Stage2Config):
             if getattr(self, name) != value:
                 why = reasons.get(name, "scores images as they are")
                 raise ValueError(f"{name} does not work with stage 3, which {why}; leave it out")
+        if settings.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy is {settings.train_sampling_strategy!r}, but each round chooses its samples "
+                "and their order; leave it out"
+            )
         for name in OF_STAGE_2:
             if getattr(self, name):
                 raise ValueError(f"{name} belongs to stage 2; stage 3 starts from a captioner (--model ...)")

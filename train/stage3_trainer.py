@@ -20,6 +20,7 @@ from .census import format_time
 from .checkpoints import say
 from .data.collators import diffusion_pixels
 from .data_loading import ENOUGH_IMAGES
+from .evaluating import kept_random_state
 from .meters import QUARTILES, Means
 from .modes import set_train_mode
 from .policy_gradient import PolicyCollator, group_advantages, policy_loss, token_log_probabilities
@@ -145,7 +146,8 @@ class Stage3Trainer(Stage2Trainer):
 
     def _run_epoch(self, *args, **kwargs):
         started = time.perf_counter()
-        self.start_round(kwargs["epoch"])
+        with kept_random_state():
+            self.start_round(kwargs["epoch"])
         seconds = time.perf_counter() - started
         self.speed.pause(seconds)
         if self.args.dry_run:

@@ -147,6 +147,7 @@ def test_a_run_keeps_the_best_captions_and_trains_on_them(unbroken):
     assert [row["step"] for row in logged if "reward_best" in row] == [0, 2]
     record = json.loads((run / "training.json").read_text())["stage3"]
     assert record["steps"] == ROUNDS * STEPS and {"images", "diffusion_model", "model"} <= set(record)
+    assert (record["method"], record["rounds"], record["num_captions"]) == ("best_of_n", ROUNDS, 4)
 
 
 @pytest.mark.slow
@@ -287,6 +288,7 @@ def test_a_model_of_stage_1_and_missing_models_are_refused(settings, stage1_chec
         ({"horizontal_flip": True}, "horizontal_flip does not work with stage 3"),
         ({"language_model": "somewhere"}, "language_model belongs to stage 2"),
         ({"clip_range": 1.5}, "clip_range 1.5"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential'"),
         ({"pairs_share": 1}, "pairs_share is 1.0; expected a share"),
     ],
 )
