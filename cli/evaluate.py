@@ -124,6 +124,7 @@ def run_images(arguments: argparse.Namespace) -> int:
 
 def run_captions(arguments: argparse.Namespace) -> int:
     from vlv.evaluation import caption_sets
+    from vlv.evaluation.captioners import ImageCaption, caption_notes
     from vlv.evaluation.results import BOOTSTRAP_SAMPLES, per_image
     from vlv.miniature.scene_agreement import measure_captions as measure_scenes
 
@@ -164,6 +165,7 @@ def run_captions(arguments: argparse.Namespace) -> int:
             measured.means |= scenes.means
         samples = BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap
         figures = measured.figures(len(names), samples)
+    measured.notes += caption_notes([ImageCaption(name, caption) for name, caption in captions.items()])
     facts = {"num_captions": len(names), "per_image": per_image(measured.values, names)}
     return _finish(arguments, output, figures, measured.notes, facts)
 

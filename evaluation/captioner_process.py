@@ -117,14 +117,15 @@ class _AnswerClock:
 
     def __init__(self, folder: Path, captioner: EndpointCaptioner):
         self.folder, self.captioner = folder, captioner
-        self.answered, self.since = 0, perf_counter()
+        self.counts, self.since = (0, 0), perf_counter()
 
     def __call__(self, answers: int) -> None:
-        now, answered = perf_counter(), self.captioner.endpoint.totals.answered
-        if answered > self.answered:  # not from the log, nor failed
-            run = {"num_timed": answered - self.answered, "seconds": now - self.since}
+        totals, now = self.captioner.endpoint.totals, perf_counter()
+        counts = totals.answered, totals.failed
+        if counts != self.counts:  # not an answer from the log
+            run = {"num_timed": counts[0] - self.counts[0], "seconds": now - self.since}
             add_run(self.folder, self.captioner.fingerprint, run)
-            self.answered, self.since = answered, now
+            self.counts, self.since = counts, now
 
 
 def add_run(folder: Path, fingerprint: str, run: Mapping[str, Any]) -> None:

@@ -97,7 +97,7 @@ def run_captioner(
 
 def _measure(found: CaptionerRun, result: Mapping[str, Any], folder: Path) -> None:
     """Sets speed and memory from this run and the earlier ones of the same captioner."""
-    if result["seconds"]:
+    if result["num_timed"] and result["seconds"]:
         found.images_per_second = round(result["num_timed"] / result["seconds"], 3)
     if result.get("peak_memory") is None:  # it loaded no model
         return

@@ -232,7 +232,7 @@ def test_labels_are_short_and_different(tmp_path):
 @pytest.mark.slow
 def test_diffusion_scores_are_those_of_vlv_score(tmp_path):
     names = NAMES[:2]
-    captions = {"a": ["a large dog", "a small cat on a grey background"], "b": ["a sun", "a large tree"]}
+    captions = {"a": ["a large dog", "a small cat on a grey background"], "b": ["", "a large tree"]}
     scores = diffusion_scores(str(MINIATURE), [IMAGES / name for name in names], captions, {}, batch_size=1)
     (tmp_path / "c.json").write_text(
         json.dumps({name: [captions[k][i] for k in "ab"] for i, name in enumerate(names)})
@@ -240,6 +240,7 @@ def test_diffusion_scores_are_those_of_vlv_score(tmp_path):
     command = ["score", *(str(IMAGES / name) for name in names), "--captions", str(tmp_path / "c.json")]
     assert main([*command, "--output", str(tmp_path / "s.json")]) == 0
     own = json.loads((tmp_path / "s.json").read_text())
+    assert scores["b"][0] == pytest.approx(0, abs=1e-6)  # an empty caption explains as much as no words
     for place, name in enumerate(names):
         assert [scores[k][place] for k in "ab"] == pytest.approx(own[name], abs=1e-4)
 
