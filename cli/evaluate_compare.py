@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from vlv.captioning.output import require_writable
+from vlv.errors import UserError
+
 from .evaluating import as_user_errors, progress, read_images, resolve_model
 from .models import DTYPES, choose_device, loading
-from .output import require_writable
 from .references import embed_images, load_clip, read_references, require_references
 
 ENDPOINT_OPTIONS = ("concurrency", "timeout", "max_retries", "temperature", "price_in", "price_out", "max_price")
@@ -123,13 +124,13 @@ def _endpoint_settings(arguments: argparse.Namespace, captioners: Mapping[str, s
 
 
 def _require_models(arguments: argparse.Namespace) -> None:
-    """Raises `UserError` if a model that measures captions is not there, before captions are made and paid."""
-    from transformers import AutoConfig
+    """Raises `UserError` if a model that measures captions does not load or fit, before captions are made and paid."""
+    from vlv.evaluation.caption_metrics import load_text_encoder
 
-    for option in ("clip", "bert"):
-        if source := getattr(arguments, option):
-            with loading(f"--{option} {source}"):
-                AutoConfig.from_pretrained(source)
+    load_clip(arguments)
+    if arguments.bert:
+        with loading(f"--bert {arguments.bert}"):
+            load_text_encoder(arguments.bert, arguments.bert_layer)
     if arguments.score_model:
         from diffusers import DiffusionPipeline
 
