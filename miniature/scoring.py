@@ -52,7 +52,6 @@ def count_agreement(predicted: Scene, true: Scene) -> dict[str, tuple[int, int]]
     return found
 
 
-
 def count_mentions(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[str, float]:
     """Objects with their place, and backgrounds, that captions invent and leave out.
 

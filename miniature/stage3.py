@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from vlv import VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.checkpoints import MINIATURE
 from vlv.evaluation import markdown_table
 from vlv.files import write_atomically, write_json
 from vlv.pipelines import DiffusionScorer
@@ -191,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.stage3", description=__doc__)
     parser.add_argument("root", help="folder of everything that is trained")
     parser.add_argument("--name", default="stage3", help="of the run in ROOT (default: %(default)s)")
-    parser.add_argument("--encoder", default=str(MINIATURE), help="the miniature (default: the embedded one)")
+    parser.add_argument(
+        "--encoder", default="checkpoints/vlv-miniature", help="folder of a miniature (default: %(default)s)"
+    )
     parser.add_argument("--pairs", type=int, default=200, help="pairs of stage 2 (default: %(default)s)")
     parser.add_argument("--start", metavar="MODEL", help="a captioner to start from, in place of --pairs")
     parser.add_argument("--images", type=int, default=4000, help="without captions (default: %(default)s)")
