@@ -171,7 +171,7 @@ def test_reconstructions_of_embeddings_equal_those_of_images(model_folder, mixed
         (["caption", "tests/conftest.py", "--model", "./nowhere"], "cannot load ./nowhere"),
         (["caption", "tests/conftest.py", "--device", "abacus"], "--device abacus"),
         (["reconstruct", "--embeddings", "nowhere"], "nowhere"),
-        (["train", "stage3"], "unknown stage 'stage3'"),
+        (["train", "stage4"], "unknown stage 'stage4'"),
     ],
 )
 def test_a_wrong_argument_is_explained_without_a_traceback(
