@@ -1,5 +1,6 @@
 """Inputs are found one by one: in folders, globs, lists, URLs, shards and data sets."""
 
+import base64
 import io
 import json
 import sys
@@ -169,6 +170,13 @@ def test_images_in_parquet_files_are_called_by_file_and_row(tmp_path, encoded, i
     inputs = Inputs([str(tmp_path / "p.parquet")], column="picture")
     assert inputs.total == 3 and [item.name for item in inputs] == [f"p.parquet/{row}" for row in range(3)]
     assert pixels(list(inputs), image_processor) == COLORS
+
+
+def test_rows_that_hold_a_path_or_base64_are_read(tmp_path, encoded, image_processor):
+    (tmp_path / "a.png").write_bytes(encoded[0])
+    rows = ["a.png", base64.b64encode(encoded[1]).decode()]
+    parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "p.parquet")
+    assert pixels(list(Inputs([str(tmp_path / "p.parquet")])), image_processor) == COLORS[:2]
 
 
 def test_the_length_of_a_shard_is_known_beyond_the_first_rows(tmp_path, encoded, monkeypatch):

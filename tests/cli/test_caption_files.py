@@ -39,6 +39,7 @@ def texts(folder) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(folder.rglob("*.txt"))}
 
 
+@pytest.mark.slow
 def test_sidecars_have_the_captions_of_the_json_and_are_skipped_by_the_next_run(
     model_folder, folder, tmp_path, monkeypatch, capsys
 ):
@@ -66,6 +67,7 @@ def test_existing_sidecars_and_shared_names_are_refused_before_the_model_is_load
     assert "a.txt is that of a.png, too; pass --sidecar-name full, which writes a.webp.txt" in said
 
 
+@pytest.mark.slow
 def test_a_sidecar_that_appears_later_is_named_and_kept(model_folder, folder, monkeypatch, capsys):
     monkeypatch.setattr(caption_io, "LOOKAHEAD", 0)
     (folder / "a.txt").write_text("mine")
@@ -97,7 +99,8 @@ def test_a_full_disk_ends_a_run_that_writes_sidecars(model_folder, folder, capsy
     assert "a.txt: File too large" in said and not texts(folder) and not list(folder.rglob(".*"))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_resumed_run_goes_on_in_each_format(model_folder, folder, tmp_path, suffix, capsys):
     output = tmp_path / f"c{suffix}"
     (folder / "sub" / "c.png").rename(tmp_path / "c.png")
@@ -115,6 +118,7 @@ def test_a_resumed_run_goes_on_in_each_format(model_folder, folder, tmp_path, su
     assert results["sub/c.png"].startswith("new: ")
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_becomes_a_data_set(model_folder, folder, tmp_path, capsys):
     assert caption(model_folder, folder, "--output", f"{folder}/") == 0
     data = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
@@ -125,6 +129,7 @@ def test_a_folder_of_images_becomes_a_data_set(model_folder, folder, tmp_path, c
     assert "kept 3, captioned 0, failed 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_captions_in_metadata_are_read_by_the_next_run_which_keeps_them(model_folder, folder, tmp_path, capsys):
     output = tmp_path / "c.json"
     Image.new("RGB", (9, 9)).save(folder / "d.bmp")
@@ -209,6 +214,7 @@ def test_a_list_on_standard_input_is_captioned(model_folder, folder, tmp_path, m
         (["x.png", "--sidecar-dir", "out"], "--sidecar-dir needs --sidecar"),
         (["x.png", "--sidecar", "txt", "--separator", ""], "--separator needs --on-existing append or prepend"),
         (["x.png", "--sidecar", "txt", "--resume"], "--resume needs --output (or pass --on-existing skip)"),
+        (["--dataset", "org/name", "--streaming", "--resume"], "--resume needs inputs that can be listed first"),
         (["x.png", "--metadata", "xmp", "--num-captions", "2"], "--metadata has one caption of an image"),
         (["--dataset", "org/name", "--sidecar", "txt"], "--sidecar with --dataset needs --sidecar-dir DIR"),
         (["x.png", "--prompt", "{nme}"], "--prompt has {nme}; a prompt may say {name}"),
