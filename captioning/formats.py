@@ -135,9 +135,15 @@ def lines_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.jsonl")
 
 
+def results_path(output: Path) -> Path:
+    """The file with the results of an earlier run, if there is one: of an interrupted run for parquet, its lines."""
+    has_lines = output.suffix.lower() == ".parquet" and lines_path(output).exists()
+    return lines_path(output) if has_lines else output
+
+
 def has_results(output: Path) -> bool:
     """Whether there are results of an earlier run in an output."""
-    return output.exists() or (output.suffix.lower() == ".parquet" and lines_path(output).exists())
+    return results_path(output).exists()
 
 
 def read_lines(path: Path, option: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
-from vlv.captioning.formats import has_results
+from vlv.captioning.formats import has_results, results_path
 from vlv.captioning.inputs import Input, load_embeddings
 from vlv.captioning.output import Summary, refuse_existing
 from vlv.captioning.resume import ResumableResults, record_path
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         if record_path(output).is_dir():
             raise UserError(f"{record_path(output)} is a folder; pass another --output")
         if not (arguments.resume or arguments.overwrite):
-            refuse_existing(output, "--output", resumable=True)
+            refuse_existing(results_path(output), "--output", resumable=True)
     files, editor = open_caption_files(arguments), open_editor(arguments)
     found = None if arguments.embeddings else open_inputs(arguments)
     if found is not None and not arguments.resume:

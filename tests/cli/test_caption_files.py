@@ -67,6 +67,13 @@ def test_existing_sidecars_and_shared_names_are_refused_before_the_model_is_load
     assert "a.txt is that of a.png, too; pass --sidecar-name full, which writes a.webp.txt" in said
 
 
+def test_the_lines_of_an_interrupted_run_are_not_replaced_without_a_word(folder, tmp_path, capsys):
+    lines = tmp_path / "c.parquet.jsonl"
+    lines.write_text('{"name": "a.png", "caption": "one"}\n')
+    assert caption("./no_model", folder, "--output", tmp_path / "c.parquet") == 2
+    assert f"{lines} exists; pass --resume to go on with it, --overwrite" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_sidecar_that_appears_later_is_named_and_kept(model_folder, folder, monkeypatch, capsys):
     monkeypatch.setattr(caption_io, "LOOKAHEAD", 0)
