@@ -228,13 +228,15 @@ def _place(item: Input) -> dict[str, Any]:
         size, mtime_ns = item.status()
     except OSError:
         return {}
-    return {"source": item.source, "size": size, "mtime_ns": mtime_ns}
+    version = {"version": item.version} if item.version else {}
+    return {"source": item.source, "size": size, "mtime_ns": mtime_ns} | version
 
 
 def _is_unchanged(record: Mapping[str, Any], item: Input) -> bool:
     """Whether an input is the one of a record. An input that cannot be read is judged by its path alone."""
     try:
-        if (item.source, *item.status()) == (record["source"], record["size"], record["mtime_ns"]):
+        known = (item.source, *item.status()) == (record["source"], record["size"], record["mtime_ns"])
+        if known and (item.version is None or (item.version and item.version == record.get("version"))):
             return True
         return record["blake2b"] != "" and item.digest() == record["blake2b"]
     except (OSError, ValueError):

@@ -75,7 +75,7 @@ def open_inputs(arguments: argparse.Namespace) -> Inputs:
     """The images that are given by paths or as a data set."""
     dataset, column = None, arguments.image_column or "image"
     if arguments.dataset:
-        dataset = DatasetArguments(arguments.dataset, arguments.split or "train", column, arguments.streaming)
+        dataset = DatasetArguments(arguments.dataset, arguments.split, column, arguments.streaming)
     quiet = [f".{arguments.sidecar}"] if arguments.sidecar else []
     return Inputs(arguments.paths, dataset, column, arguments.url_timeout, quiet)
 
