@@ -18,6 +18,7 @@ from .sidecars import CaptionFiles, ExistingCaption, advice
 
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DC = "http://purl.org/dc/elements/1.1/"
+DESCRIPTION = f"{{{DC}}}description"
 LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 EMPTY = (
     f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{RDF}"><rdf:Description rdf:about="" xmlns:dc="{DC}"/>'
@@ -54,6 +55,7 @@ class XmpCaptions(CaptionFiles):
         return not existing
 
     def write(self, item: Input, entry: Any) -> Input:
+        item.require_unchanged()
         data = item.path.read_bytes()
         caption = entry["caption"] if isinstance(entry, dict) else entry
         changed = write_description(data, self.merged(read_description(data), caption))
@@ -68,8 +70,11 @@ def read_description(data: bytes) -> str:
         ValueError: If the file is not JPEG, PNG or WebP, or its XMP is damaged.
     """
     packet = _split(data)[1]
-    texts = _description_texts(_parse(packet)) if packet is not None else []
-    return texts[0].text or "" if texts else ""
+    if packet is None:
+        return ""
+    root = _parse(packet)
+    texts = _description_texts(root)
+    return (texts[0].text or "") if texts else " ".join(_plain_descriptions(root))
 
 
 def write_description(data: bytes, text: str) -> bytes:
@@ -123,14 +128,26 @@ def _description_texts(root: ElementTree.Element) -> list[ElementTree.Element]:
     return sorted(texts, key=lambda text: text.get(LANGUAGE) != "x-default")
 
 
+def _plain_descriptions(root: ElementTree.Element) -> list[str]:
+    """The texts of descriptions that are not alternatives of languages: attributes, plain texts, lists."""
+    texts = []
+    for owner in root.iterfind(f".//{{{RDF}}}Description"):
+        texts.append(owner.get(DESCRIPTION, ""))
+        texts += [text for element in owner.findall(DESCRIPTION) for text in element.itertext()]
+    return [text.strip() for text in texts if text.strip()]
+
+
 def _add_description(root: ElementTree.Element, text: str) -> None:
-    owner = root.find(f".//{{{RDF}}}Description")
-    if owner is None:
+    """Gives the first `rdf:Description` a description, in place of those of other forms."""
+    owners = root.findall(f".//{{{RDF}}}Description")
+    if not owners:
         raise ValueError("its XMP has no rdf:Description")
-    owner.attrib.pop(f"{{{DC}}}description", None)
-    for old in owner.findall(f"{{{DC}}}description"):
-        owner.remove(old)
-    alternatives = ElementTree.SubElement(ElementTree.SubElement(owner, f"{{{DC}}}description"), f"{{{RDF}}}Alt")
+    for owner in owners:
+        owner.attrib.pop(DESCRIPTION, None)
+        for old in owner.findall(DESCRIPTION):
+            owner.remove(old)
+    owner = owners[0]
+    alternatives = ElementTree.SubElement(ElementTree.SubElement(owner, DESCRIPTION), f"{{{RDF}}}Alt")
     ElementTree.SubElement(alternatives, f"{{{RDF}}}li", {LANGUAGE: "x-default"}).text = text
 
 
@@ -173,7 +190,10 @@ def _png_parts(data: bytes) -> Parts:
 def _png_text(body: bytes) -> bytes:
     """The text of an iTXt chunk: keyword, compressed or not, method, language, keyword in the language, text."""
     _, _, rest = body.partition(b"\0")
-    text = rest[2:].split(b"\0", 2)[2]
+    fields = rest[2:].split(b"\0", 2)
+    if len(fields) < 3:
+        raise ValueError("its XMP is damaged: the chunk has too few fields")
+    text = fields[2]
     if not rest[0]:
         return text
     try:

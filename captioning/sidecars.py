@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +20,9 @@ from .output import Summary
 ENDING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of writing that the next file would have, too."""
 TAG_SUFFIXES, CAPTION_SUFFIXES = (".tags", ".txt", ".json"), (".caption", ".txt", ".json")
+
+OF_A_CAPTION = ("score", "confident")
+"""What a JSON sidecar has of its caption alone."""
 
 
 class ExistingCaption(UserError):
@@ -84,6 +88,8 @@ class CaptionFiles:
         """A caption with the one that exists. One that is there already is not added again."""
         if not existing or self.on_existing not in ("append", "prepend"):
             return caption
+        if not caption:
+            return existing
         if self.on_existing == "append":
             done = existing == caption or existing.endswith(self.separator + caption)
             return existing if done else existing + self.separator + caption
@@ -167,10 +173,13 @@ class Sidecars(CaptionFiles):
         return item
 
     def _write(self, path: Path, data: bytes) -> None:
-        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+        """Writes a sidecar. One that has appeared since `wants` is kept, or is an error, as `on_existing` says."""
+        replaces = self.on_existing not in ("error", "skip")
+        with suppress(FileExistsError) if self.on_existing == "skip" else nullcontext():
+            write_atomically(path, lambda temporary: temporary.write_bytes(data), replaces)
 
     def _merged_json(self, path: Path, values: dict[str, Any]) -> bytes:
-        """The object of a file with the new values; others that it has stay."""
+        """The object of a file with the new values; others that it has stay, but not those of another caption."""
         existing: Any = {}
         if path.exists():
             try:
@@ -186,9 +195,10 @@ class Sidecars(CaptionFiles):
             caption = self.merged(before, caption)
         elif self.on_existing in ("append", "prepend") and before:
             lists = [part if isinstance(part, list) else [part] for part in (before, caption)]
-            new = [text for text in lists[1] if text not in lists[0]]
+            new = [text for text in lists[1] if text and text not in lists[0]]
             caption = lists[0] + new if self.on_existing == "append" else new + lists[0]
-        return to_json(existing | values | {"caption": caption}) + b"\n"
+        kept = {name: value for name, value in existing.items() if name not in OF_A_CAPTION}
+        return to_json(kept | values | {"caption": caption}) + b"\n"
 
     def _namesake(self, item: Input) -> str:
         """The other image that has the sidecar of an input."""

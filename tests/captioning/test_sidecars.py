@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -90,6 +91,35 @@ def test_a_json_sidecar_keeps_its_other_values(tmp_path):
         Sidecars("json", on_existing="append").write(item, "new")
     Sidecars("json", on_existing="overwrite").write(item, "new")
     assert json.loads(path.read_text()) == {"caption": "new"}
+
+
+def test_a_sidecar_that_appears_while_its_image_is_captioned_is_kept(tmp_path):
+    (item,) = inputs(tmp_path, "a.png")
+    for kind, on_existing in (("txt", "error"), ("json", "error"), ("txt", "skip")):
+        sidecars, path = Sidecars(kind, on_existing=on_existing), tmp_path / f"a.{kind}"
+        path.unlink(missing_ok=True)
+        assert sidecars.wants(item)
+        path.write_text('{"caption": "mine"}')
+        with pytest.raises(FileExistsError) if on_existing == "error" else nullcontext():
+            sidecars.write(item, "new")
+        assert path.read_text() == '{"caption": "mine"}'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png", "a.txt"]
+
+
+def test_of_several_sidecars_skip_writes_those_that_are_missing(tmp_path):
+    (item,) = inputs(tmp_path, "a.png")
+    (tmp_path / "a.1.txt").write_text("mine")
+    Sidecars("txt", count=2, on_existing="skip").write(item, ["one", "two"])
+    assert [(tmp_path / f"a.{n}.txt").read_text() for n in (1, 2)] == ["mine", "two\n"]
+
+
+def test_the_score_of_another_caption_goes_and_an_empty_caption_adds_nothing(tmp_path):
+    (item,) = inputs(tmp_path, "a.png")
+    path = tmp_path / "a.json"
+    path.write_text('{"caption": "old", "score": 0.5, "confident": true}')
+    for _ in range(2):
+        Sidecars("json", on_existing="append").write(item, "")
+    assert json.loads(path.read_text()) == {"caption": "old"}
 
 
 def test_a_sidecar_that_is_not_text_is_named_and_kept(tmp_path):
