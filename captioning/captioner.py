@@ -1,6 +1,7 @@
 """Writes the captions of batches, with settings that say all that changes a caption."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,12 +64,14 @@ class Captioner:
 
     Args:
         template: Writes the prompt of each input, in place of the one of `settings`.
+        cut: Shortens captions, those of which one is chosen, too.
     """
 
     model: VLVForConditionalGeneration
     processor: VLVProcessor
     settings: CaptionSettings
     template: PromptTemplate | None = None
+    cut: Callable[[str], str] | None = None
 
     def caption(self, batch: Batch) -> list[list[str]]:
         """The captions of each input of a batch: one, or `num_captions` samples.
@@ -78,6 +81,8 @@ class Captioner:
         groups = self._generate(batch)
         if self.settings.trim or self.settings.as_original:
             groups = [[trim_caption(caption) for caption in own] for own in groups]
+        if self.cut is not None:
+            groups = [[self.cut(caption) for caption in own] for own in groups]
         return groups
 
     def _generate(self, batch: Batch) -> list[list[str]]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -51,7 +52,7 @@ class GrowingCsv(GrowingJson):
 
     def _lines(self, entries: Mapping[str, Any]) -> bytes:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         for number, (name, entry) in enumerate(entries.items()):
             columns = _csv_columns(entry)
             if not (self._count or number):
@@ -90,6 +91,7 @@ class GrowingParquet(GrowingJsonLines):
                 group = list(islice(rows, ROW_GROUP))
 
 
+_NOT_UNICODE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _NO_ROW = {"name": "", "caption": ""}
 
 
@@ -216,8 +218,9 @@ def _rows_of_csv(path: Path) -> Iterator[dict[str, Any]]:
             rows.append(row)
         if not data.endswith(b"\n"):
             del rows[-1:]
-    except csv.Error:  # the end of a text in quotation marks is missing
-        pass
+    except csv.Error as error:
+        if str(error) != "unexpected end of data":  # of a text in quotation marks: the last row was cut off
+            raise ValueError(f"row {len(rows) + 1} is not CSV: {error}") from error
     for cells in rows[1:]:
         if len(cells) != len(rows[0]):
             raise ValueError(f"a row has {len(cells)} values, and the first one {len(rows[0])}")
@@ -235,7 +238,8 @@ def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(ROW_GROUP):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield row | {"name": _NOT_UNICODE.sub(lambda code: chr(int(code[1], 16)), row["name"] or "")}
     except ArrowInvalid as error:
         raise ValueError(str(error)) from error
 
@@ -248,5 +252,5 @@ def _parquet_type(value: Any) -> Any:
 
 
 def _unicode(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a name that parquet can hold: bytes that are not UTF-8 are escaped."""
+    """The row with a name that parquet can hold: bytes that are not UTF-8 are escaped, such as `\\udce9`."""
     return row | {"name": row["name"].encode("utf-8", "backslashreplace").decode("utf-8")}

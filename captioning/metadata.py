@@ -5,6 +5,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,7 +15,8 @@ from vlv.errors import UserError
 from vlv.files import write_atomically
 
 from .inputs import Input
-from .sidecars import CaptionFiles, ExistingCaption, advice
+from .output import require_writable
+from .sidecars import CaptionFiles, ExistingCaption, UnsupportedFile, advice
 
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DC = "http://purl.org/dc/elements/1.1/"
@@ -37,13 +39,26 @@ Parts = list[tuple[bytes, bytes]]
 class XmpCaptions(CaptionFiles):
     """Writes captions into the XMP of JPEG, PNG and WebP files. Other metadata and the pixels stay byte for byte."""
 
+    _writable: Path | None = None
+    """The folder that was found writable last."""
+
     def place(self, item: Input) -> str:
         if not item.is_file:
             raise UserError(f"{item.name} is not a file that metadata can be written into")
         return f"dc:description of {item.path}"
 
     def wants(self, item: Input) -> bool:
-        self.place(item)
+        place = self.place(item)
+        try:
+            with item.path.open("rb") as file:
+                _format(file.read(12))
+        except OSError:  # reading the image gives the reason
+            return True
+        except ValueError as error:
+            raise UnsupportedFile(f"{place}: {error}") from error
+        if item.path.parent != self._writable:
+            require_writable(item.path.parent, "--metadata", "xmp")
+            self._writable = item.path.parent
         if self.on_existing in ("overwrite", "append", "prepend"):
             return True
         try:
@@ -53,6 +68,11 @@ class XmpCaptions(CaptionFiles):
         if existing and self.on_existing == "error":
             raise ExistingCaption(f"{item.path} has a description; {advice()}")
         return not existing
+
+    def holds(self, item: Input, entry: Any) -> bool:
+        existing = read_description(item.path.read_bytes())
+        caption = entry["caption"] if isinstance(entry, dict) else entry
+        return bool(existing) and self.merged(existing, NOT_XML.sub("", caption)) == existing
 
     def write(self, item: Input, entry: Any) -> Input:
         item.require_unchanged()
@@ -95,18 +115,27 @@ def write_description(data: bytes, text: str) -> bytes:
     return {"JPEG": _jpeg_with, "PNG": _png_with, "WebP": _webp_with}[kind](data, new)
 
 
+def _format(head: bytes) -> str:
+    """The format of a file by its first 12 bytes. Raises `ValueError` for those without XMP."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if head.startswith(PNG_SIGNATURE):
+        return "PNG"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    raise ValueError("metadata can be written into JPEG, PNG and WebP files; pass --sidecar for others")
+
+
 def _split(data: bytes) -> tuple[str, bytes | None]:
     """The format of a file, and its XMP. Raises `ValueError` for other formats."""
-    if data.startswith(b"\xff\xd8\xff"):
-        found = [body[4 + len(JPEG_XMP) :] for kind, body in _jpeg_parts(data) if kind == JPEG_XMP]
-        return "JPEG", found[0] if found else None
-    if data.startswith(PNG_SIGNATURE):
-        found = [body[8:-4] for kind, body in _png_parts(data) if kind == PNG_XMP]
-        return "PNG", _png_text(found[0]) if found else None
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+    kind = _format(data[:12])
+    if kind == "JPEG":
+        found = [body[4 + len(JPEG_XMP) :] for part, body in _jpeg_parts(data) if part == JPEG_XMP]
+    elif kind == "PNG":
+        found = [_png_text(body[8:-4]) for part, body in _png_parts(data) if part == PNG_XMP]
+    else:
         found = [body[8 : 8 + int.from_bytes(body[4:8], "little")] for k, body in _webp_parts(data) if k == b"XMP "]
-        return "WebP", found[0] if found else None
-    raise ValueError("metadata can be written into JPEG, PNG and WebP files; pass --sidecar for others")
+    return kind, found[0] if found else None
 
 
 def _parse(packet: bytes) -> ElementTree.Element:

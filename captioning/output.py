@@ -145,10 +145,12 @@ class Summary:
 
     Args:
         total: Number of inputs; None if it is not known yet: then the bar has no end.
+        names_failures: Whether `failed` has the name and reason of each failure; `num_failed` counts them anyway.
     """
 
-    def __init__(self, total: int | None):
-        self.done = 0
+    def __init__(self, total: int | None, names_failures: bool = True):
+        self.done = self.num_failed = 0
+        self._names_failures = names_failures
         self.failed: dict[str, str] = {}
         self._bar = tqdm(
             total=total,
@@ -173,7 +175,9 @@ class Summary:
 
     def fail(self, name: str, reason: str, verb: str = "read") -> None:
         """Records and prints that an input could not be read, or its result not be written."""
-        self.failed[name] = reason
+        self.num_failed += 1
+        if self._names_failures:
+            self.failed[name] = reason
         self._bar.write(f"cannot {verb} {name}: {reason}", file=sys.stderr)
         if verb == "read":
             self._bar.update()
@@ -198,5 +202,5 @@ class Summary:
         before = "".join(
             f"{what} {count}, " for what, count in (("kept", kept), ("skipped", skipped)) if count is not None
         )
-        print(f"{before}{verb} {self.done}, failed {len(self.failed)}: {output}", file=sys.stderr)
-        return 1 if self.failed else 0
+        print(f"{before}{verb} {self.done}, failed {self.num_failed}: {output}", file=sys.stderr)
+        return 1 if self.num_failed else 0

@@ -203,7 +203,7 @@ class Inputs:
         status = _status(file)
         if file.lower().endswith(".tar"):
             for member, offset, size in tar_images(file, left_out):
-                yield member, partial(self._tar_member, file, status, offset, size)
+                yield member, partial(_tar_member, file, status, offset, size)
             return
         length = len(self._open_parquet(file))
         if len(self._paths) == 1 and file == self._paths[0]:
@@ -219,10 +219,6 @@ class Inputs:
     def _parquet_row(self, file: str, status: tuple[int, int], row: int) -> Any:
         _require_same(file, status)
         return self._content(self._opened(file)[row]["image"])
-
-    def _tar_member(self, file: str, status: tuple[int, int], offset: int, size: int) -> bytes:
-        _require_same(file, status)
-        return read_member(file, offset, size)
 
     def _row(self, source: "Source", row: int) -> Any:
         return self._content(source[row]["image"])
@@ -339,6 +335,11 @@ def _status(file: str) -> tuple[int, int]:
     """Size and time of change (ns) of a file. Raises `OSError`."""
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
+
+
+def _tar_member(file: str, status: tuple[int, int], offset: int, size: int) -> bytes:
+    _require_same(file, status)
+    return read_member(file, offset, size)
 
 
 def _require_same(file: str, status: tuple[int, int]) -> None:

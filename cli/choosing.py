@@ -125,6 +125,13 @@ def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
         dict if arguments.confidence else list if arguments.num_captions > 1 and not arguments.best_by else str
     )
     for entry in read_results(output, "--resume").values():
+        columns = len(entry) if isinstance(entry, list) and output.suffix.lower() == ".csv" else None
+        if form is list and columns not in (None, arguments.num_captions):
+            raise UserError(
+                f"--resume: {output} has columns of {columns} captions of each image, and this run writes "
+                f"{arguments.num_captions}; pass --num-captions {columns}, another --output, or --overwrite to replace "
+                "it"
+            )
         if not isinstance(entry, form):
             there = next((name for kind, name in forms.items() if isinstance(entry, kind)), "other values")
             raise UserError(

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import pytest
 
 from vlv.captioning.inputs import Input
+from vlv.captioning.metadata import XmpCaptions
 from vlv.captioning.output import Summary
-from vlv.captioning.sidecars import ExistingCaption, Sidecars
+from vlv.captioning.sidecars import ExistingCaption, Sidecars, UnsupportedFile
 from vlv.errors import UserError
 
 
@@ -138,6 +139,22 @@ def test_skipped_images_are_not_read_and_are_counted(tmp_path):
     sidecars, summary = Sidecars("txt", on_existing="skip"), Summary(2)
     assert [item.name for item in sidecars.select(items, summary)] == ["b.png"]
     assert sidecars.skipped == 1 and not summary.failed
+
+
+def test_a_folder_that_cannot_be_written_into_is_named_before_its_images_are_captioned(folder_of_nobody):
+    (item,) = inputs(folder_of_nobody, "a.png")
+    folder_of_nobody.chmod(0o500)
+    for files in (Sidecars("txt"), XmpCaptions()):
+        (item.path).chmod(0o600)
+        item.path.write_bytes(b"\xff\xd8\xff")
+        with pytest.raises(UserError, match="no permission to write into"):
+            files.wants(item)
+
+
+def test_a_format_without_metadata_is_named_before_the_image_is_captioned(tmp_path):
+    (item,) = inputs(tmp_path, "a.gif")
+    with pytest.raises(UnsupportedFile, match=r"a\.gif: metadata can be written into JPEG, PNG and WebP files"):
+        XmpCaptions("overwrite").wants(item)
 
 
 def test_an_image_inside_another_file_needs_a_folder_for_its_sidecar(tmp_path):

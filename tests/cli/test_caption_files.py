@@ -14,7 +14,7 @@ from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.inputs import Input
 from vlv.captioning.metadata import read_description
 from vlv.captioning.output import Summary
-from vlv.captioning.resume import read_results
+from vlv.captioning.resume import ResumableResults, read_results
 from vlv.captioning.texts import PromptTemplate
 from vlv.cli import caption_io
 from vlv.cli.main import main
@@ -142,7 +142,7 @@ def test_captions_in_metadata_are_read_by_the_next_run_which_keeps_them(model_fo
     Image.new("RGB", (9, 9)).save(folder / "d.bmp")
     assert caption(model_folder, folder, "--metadata", "xmp", "--output", output) == 1
     said = capsys.readouterr().err
-    assert "cannot write the caption of d.bmp: dc:description of" in said and "captioned 3, failed 1" in said
+    assert "cannot caption d.bmp: dc:description of" in said and "captioned 3, failed 1" in said
     captions = json.loads(output.read_text())
     assert {name: read_description((folder / name).read_bytes()) for name in captions} == captions
     (folder / "d.bmp").unlink()
@@ -150,6 +150,45 @@ def test_captions_in_metadata_are_read_by_the_next_run_which_keeps_them(model_fo
     assert "kept 3, skipped 0, captioned 0, failed 0" in capsys.readouterr().err
     assert caption(model_folder, folder, "--metadata", "xmp") == 2
     assert "a.png has a description; pass --on-existing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [("--sidecar", "txt"), ("--metadata", "xmp")])
+def test_captions_that_a_killed_run_wrote_beside_images_are_kept(
+    model_folder, folder, tmp_path, place, monkeypatch, capsys
+):
+    def end(self, inputs):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "c.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableResults, "confirm", end)
+        assert caption(model_folder, folder, "--output", output, *place) != 0
+    captions = json.loads(output.read_text())
+    Image.new("RGB", (9, 9)).save(folder / "d.png")
+    assert caption(model_folder, folder, "--output", output, *place, "--resume") == 0
+    assert "kept 3, skipped 0, captioned 1, failed 0" in capsys.readouterr().err
+    results = json.loads(output.read_text())
+    assert captions.items() < results.items() and list(results)[-1] == "d.png"
+    if "txt" in place:
+        Image.new("RGB", (9, 9)).save(folder / "d.webp")
+        assert caption(model_folder, folder, "--output", output, *place, "--resume") == 2
+        assert "d.txt is that of d.png, too; pass --sidecar-name full" in capsys.readouterr().err
+
+
+def test_csv_goes_on_with_as_many_captions_of_each_image(model_folder, folder, tmp_path, capsys):
+    (tmp_path / "c.csv").write_text("name,caption_1,caption_2\na.png,one,two\n")
+    (tmp_path / "c.csv.resume.jsonl").write_text("")
+    assert caption(model_folder, folder, "--output", tmp_path / "c.csv", "--num-captions", 3, "--resume") == 2
+    assert "has columns of 2 captions of each image, and this run writes 3; pass" in capsys.readouterr().err
+
+
+def test_a_result_whose_sidecar_cannot_be_written_is_in_the_output(model_folder, folder, tmp_path):
+    output = tmp_path / "c.json"
+    (folder / "b.txt").mkdir()
+    options = ("--sidecar", "txt", "--on-existing", "overwrite", "--output", output)
+    assert caption(model_folder, folder, *options) == 1
+    assert list(json.loads(output.read_text())) == ["a.png", "b.jpg", "sub/c.png"]
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folder, model_folder, monkeypatch, capsys):
@@ -165,15 +204,23 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folder, model_f
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_dry_run_knows_what_a_resumed_run_keeps(folder, model_folder, tmp_path, capsys):
+def test_a_dry_run_knows_what_a_resumed_run_keeps(folder, model_folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "c.jsonl"
     assert caption(model_folder, folder / "a.png", "--output", output) == 0
     content = {path: path.read_bytes() for path in tmp_path.glob("c.*")}
+    resolve, needed = hub.resolve, []
+
+    def recorded(*arguments, allow_patterns, **options):
+        needed.extend(allow_patterns)
+        return resolve(*arguments, allow_patterns=allow_patterns, **options)
+
+    monkeypatch.setattr(hub, "resolve", recorded)
     for _ in range(2):
         assert caption(model_folder, folder, "--output", output, "--resume", "--dry-run") == 0
         shown = capsys.readouterr()
         assert "would keep 1, caption 2, fail 0" in shown.err and shown.out.count(" -> ") == 2
     assert {path: path.read_bytes() for path in tmp_path.glob("c.*")} == content
+    assert set(needed) == {"config.json"}  # no weights are downloaded
 
 
 def test_prompts_of_different_lengths_give_the_captions_that_each_gives_alone(model_folder, folder, image_processor):
