@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class CaptionSettings:
         as_original: Whether `AS_ORIGINAL` and `trim` hold in place of the settings above.
         prompt: Instruction, or beginning of the captions.
         num_captions: Captions of an image; more than one are sampled.
-        temperature: Of sampling, above 0.
+        temperature: Of sampling, above 0. None searches for one caption, and samples several at 1.0.
         seed: Of sampling, 0 or more.
     """
 
@@ -37,8 +37,12 @@ class CaptionSettings:
     as_original: bool = False
     prompt: str | None = None
     num_captions: int = 1
-    temperature: float = 1.0
+    temperature: float | None = None
     seed: int = 0
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.num_captions > 1 or self.temperature is not None
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -52,9 +56,9 @@ class CaptionSettings:
         recorded["trim"] = self.trim or self.as_original
         if self.prompt:
             recorded["prompt"] = self.prompt
-        if self.num_captions > 1:
-            sampling = ("num_captions", "temperature", "seed")
-            recorded |= {name: value for name, value in asdict(self).items() if name in sampling}
+        if self.is_sampled:
+            temperature = self.temperature or 1.0
+            recorded |= {"num_captions": self.num_captions, "temperature": temperature, "seed": self.seed}
         return recorded
 
 
@@ -74,7 +78,7 @@ class Captioner:
     cut: Callable[[str], str] | None = None
 
     def caption(self, batch: Batch) -> list[list[str]]:
-        """The captions of each input of a batch: one, or `num_captions` samples.
+        """The captions of each input of a batch: one, or samples.
 
         The samples depend on the content of the input and on the seed, and not on the batch.
         """
@@ -89,12 +93,12 @@ class Captioner:
         settings = self.settings
         prompts = None if self.template is None else [self.template.render(item) for item in batch.inputs]
         generation: dict[str, Any] = {"text": prompts or settings.prompt, **settings.generation}
-        if settings.num_captions == 1:
+        if not settings.is_sampled:
             captions = generate_captions(self.model, self.processor, **(batch.tensors | generation))
             return [[caption] for caption in captions]
         generation |= {
             "do_sample": True,
-            "temperature": settings.temperature,
+            "temperature": settings.temperature or 1.0,
             "num_return_sequences": settings.num_captions,
         }
         groups = []

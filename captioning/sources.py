@@ -1,7 +1,8 @@
 """Inputs of `vlv caption`, found while captions are written: folders, globs, lists, URLs, shards and data sets.
 
-Nothing but the first `LOOKAHEAD` inputs, and 16 bytes of each source where an image might be named twice, is kept in
-memory.
+In memory are the first `LOOKAHEAD` inputs, 16 bytes of each source where an image might be named twice, the names in
+the folder that is searched, and the names of the members of the tar file that is read. Several arguments with up to
+`LISTED` images are listed first.
 """
 
 import hashlib

@@ -2,11 +2,18 @@
 
 import io
 import json
+import re
+import shlex
 import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
 
+import pyarrow
 import pytest
 from datasets import load_dataset
 from PIL import Image
+from pyarrow import parquet
 
 from vlv import hub
 from vlv.captioning.batches import read_batches, split_batch
@@ -204,6 +211,26 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folder, model_f
     assert sorted(folder.rglob("*")) == before
 
 
+def test_the_commands_of_the_docs_say_what_they_would_do(folder, images, tmp_path, monkeypatch, capsys):
+    """As dry runs, with a local data set in place of that of the Hub."""
+    page = (Path(__file__).parents[2] / "docs" / "captioning.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = [shlex.split(line.rpartition("| ")[2], comments=True) for block in blocks for line in block.splitlines()]
+    commands = [words for words in lines if words[:2] == ["vlv", "caption"]]
+    assert len(commands) >= 9
+    monkeypatch.chdir(tmp_path)
+    folder.rename("photos")
+    for name in ("data", "shards"):
+        Path(name).mkdir()
+    with tarfile.open("shards/0.tar", "w") as archive:
+        archive.add("photos/a.png", "a.png")
+    parquet.write_table(pyarrow.table({"image": [Path("photos/a.png").read_bytes()]}), "data/test-0.parquet")
+    for _, *words in commands:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"photos/a.png\n")))
+        assert main([word.replace("org/name", "data") for word in words] + ["--dry-run"]) == 0, words
+        assert "dry run: would" in capsys.readouterr().err
+
+
 def test_a_dry_run_knows_what_a_resumed_run_keeps(folder, model_folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "c.jsonl"
     assert caption(model_folder, folder / "a.png", "--output", output) == 0
@@ -235,6 +262,8 @@ def test_prompts_of_different_lengths_give_the_captions_that_each_gives_alone(mo
     alone = [captioner.caption(row)[0] for row in split_batch(batch)]
     without = Captioner(model, processor, CaptionSettings(max_new_tokens=8)).caption(batch)
     assert together == alone and together[:2] != without[:2] and together[2] == without[2]
+    shortened = replace(captioner, cut=lambda text: text[:5])
+    assert shortened.caption(batch) == [[text[:5] for text in own] for own in together]
 
 
 def test_an_image_whose_own_prompt_is_too_long_fails_alone(model_folder, folder, tmp_path, capsys):
