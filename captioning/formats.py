@@ -13,7 +13,7 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, to_json, write_atomically
 
-from .output import GrowingJson, output_path
+from .output import GrowingFile, GrowingJson, output_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 METADATA = "metadata.jsonl"
@@ -21,7 +21,7 @@ METADATA = "metadata.jsonl"
 ROW_GROUP = 10_000
 
 
-class GrowingJsonLines(GrowingJson):
+class GrowingJsonLines(GrowingFile):
     """A JSON object for each entry, on a line of its own: `{"name": ..., "caption": ...}`.
 
     Several captions are a list called `captions`. Each addition is complete on disk when `add` returns.
@@ -33,22 +33,17 @@ class GrowingJsonLines(GrowingJson):
 
     def __init__(self, path: Path, entries: Mapping[str, Any] | None = None):
         super().__init__(path, entries)
-        self._opening, self._closing = b"", b""
         self._name = "file_name" if path.name == METADATA else "name"
 
     def _lines(self, entries: Mapping[str, Any]) -> bytes:
         return b"".join(to_json({self._name: n} | _columns(entry), None) + b"\n" for n, entry in entries.items())
 
 
-class GrowingCsv(GrowingJson):
+class GrowingCsv(GrowingFile):
     """A row for each entry: `name`, `caption`, and the other values of an object.
 
     Several captions are columns `caption_1`, `caption_2`, ... File names that are not UTF-8 keep their bytes.
     """
-
-    def __init__(self, path: Path, entries: Mapping[str, Any] | None = None):
-        super().__init__(path, entries)
-        self._opening, self._closing = b"", b""
 
     def _lines(self, entries: Mapping[str, Any]) -> bytes:
         text = io.StringIO()
@@ -95,9 +90,14 @@ _NOT_UNICODE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _NO_ROW = {"name": "", "caption": ""}
 
 
-def growing_file(path: Path, entries: Mapping[str, Any] | None = None) -> GrowingJson:
+def growing_file(path: Path, entries: Mapping[str, Any] | None = None) -> GrowingFile:
     """The file of a run's results, in the format of its suffix."""
-    kinds = {".json": GrowingJson, ".jsonl": GrowingJsonLines, ".csv": GrowingCsv, ".parquet": GrowingParquet}
+    kinds: dict[str, type[GrowingFile]] = {
+        ".json": GrowingJson,
+        ".jsonl": GrowingJsonLines,
+        ".csv": GrowingCsv,
+        ".parquet": GrowingParquet,
+    }
     return kinds[path.suffix.lower()](path, entries)
 
 

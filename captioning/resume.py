@@ -15,7 +15,7 @@ from vlv.files import errors_naming, to_json, write_atomically
 
 from .formats import METADATA, growing_file, read_lines
 from .inputs import Input
-from .output import GrowingJson
+from .output import GrowingFile
 
 try:
     import fcntl
@@ -47,7 +47,7 @@ class ResumableResults:
         self._records: dict[str, dict[str, Any]] = {}
         self.unconfirmed: dict[str, Any] = {}
         """Results of inputs, by name, that an earlier run did not confirm before it ended."""
-        self._json: GrowingJson | None = None
+        self._json: GrowingFile | None = None
         self._record_file: Any = self._open_record() if self.record_path.exists() else None
 
     def resume(self, inputs: Sequence[Input]) -> list[Input]:
@@ -162,7 +162,7 @@ class ResumableResults:
         with errors_naming(self.record_path):
             self._record_file.write(_to_lines(rows))  # after the results: a result without a record is made again
 
-    def _open(self) -> GrowingJson:
+    def _open(self) -> GrowingFile:
         if self._json is None:
             if self._record_file is None and self.record_path.exists():  # of a run that began after this one
                 self._record_file = self._open_record()
