@@ -165,7 +165,7 @@ def require_existing(argument: str) -> None:
 
 
 def once(found: Iterable[Named]) -> Iterator[Named]:
-    """The inputs without those whose source came before. Keeps 16 bytes of each source."""
+    """The inputs without those whose source came before. Keeps a hash of each source, about 100 bytes."""
     seen: set[bytes] = set()
     for item, full in found:
         key = hashlib.blake2b(os.fsencode(item.source), digest_size=16).digest()

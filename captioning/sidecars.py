@@ -112,6 +112,8 @@ class CaptionFiles:
 class Sidecars(CaptionFiles):
     """Writes the captions of an image into files beside it, each complete or absent.
 
+    Keeps a hash of each image's sidecar, about 100 bytes.
+
     Args:
         kind: The suffix, one of `choices.KINDS`. `txt` and `caption` hold the caption alone, `json` an object.
         folder: Where the files are written, with the names of the images; None for beside the images.

@@ -1,8 +1,8 @@
 """Inputs of `vlv caption`, found while captions are written: folders, globs, lists, URLs, shards and data sets.
 
-In memory are the first `LOOKAHEAD` inputs, 16 bytes of each source where an image might be named twice, the names in
-the folder that is searched, and the names of the members of the tar file that is read. Several arguments with up to
-`LISTED` images are listed first.
+In memory are the first `LOOKAHEAD` inputs, about 100 bytes of each source where an image might be named twice, the
+names in the folder that is searched, and those of the images in the tar file that is read. Several arguments with up
+to `LISTED` images are listed first.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from huggingface_hub.errors import HTTPError
 
 from vlv.errors import UserError
 from vlv.image_files import is_image_file, walk_images
@@ -247,7 +248,7 @@ class Inputs:
             source = _open_dataset(dataset)
             self._length = len(source)
             return self._rows_of_source(dataset, source)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, HTTPError) as error:
             raise UserError(f"--dataset {dataset.name}: {error}") from error
 
     def _rows_of_stream(self, dataset: DatasetArguments, stream: Any) -> Iterator[Input]:
@@ -296,7 +297,8 @@ def _open_dataset(dataset: DatasetArguments) -> "Source":
     folder, split = Path(dataset.name), dataset.split or "train"
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split).is_dir():
-            raise ValueError(f"it has no split {split!r}")
+            known = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+            raise ValueError(f"it has no split {split!r}; it has {known}")
         return open_source(str(folder / split), split, dataset.column, None, None)
     if dataset.split is None or not folder.exists():
         return open_source(dataset.name, split, dataset.column, None, None)

@@ -281,6 +281,8 @@ def test_a_data_set_of_the_hugging_face_libraries_is_read(tmp_path, encoded, ima
     assert pixels(inputs, image_processor) == COLORS
     if not streaming:
         assert [item.name for item in Inputs([], DatasetArguments(str(tmp_path), "test"))] == ["test/0"]
+        with pytest.raises(UserError, match="it has no split 'valid'; it has test, train"):
+            Inputs([], DatasetArguments(str(tmp_path), "valid"))
 
 
 def test_a_split_is_that_of_the_data_set_or_refused(tmp_path, encoded):
