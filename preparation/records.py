@@ -1,0 +1,142 @@
+"""Images of a source as records: a name that does not depend on the place of the source, the file, the caption."""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlv.processing_vlv import to_rgb
+from vlv.train.data.captions import CAPTION_COLUMN, FIRST, IMAGE_COLUMN, PROMPT_COLUMN, alternatives
+from vlv.train.data.lists import ListDataset
+from vlv.train.data.loading import open_source
+from vlv.train.data.source import Source, UnreadableImage
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image file, with what its source says of it.
+
+    Attributes:
+        name: Unique in the source.
+        image: A path, or the bytes of a file, or what else a source holds; see `file_of`.
+        captions: The captions with words; empty if there is none, None for a source of images alone.
+        prompt: The instruction, "" for none.
+    """
+
+    name: str
+    image: Any
+    captions: list[str] | None = None
+    prompt: str = ""
+
+
+class Records:
+    """The records of a source, by number.
+
+    Args:
+        source: A folder, a list, the JSON of captions, parquet or tar files, or a data set, as for training.
+        pairs: Whether the captions are read, too; each image needs one then.
+        image_root: The folder that paths in lists and tables start from; by default that of the list.
+
+    Raises:
+        ImportError: If the source needs `datasets`, and it is not installed.
+        ValueError: If nothing is found, or an image has no caption and `pairs` asks for one.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        pairs: bool = False,
+        image_root: str | None = None,
+        image_column: str = IMAGE_COLUMN,
+        caption_column: str = CAPTION_COLUMN,
+    ):
+        caption, prompt = (caption_column, PROMPT_COLUMN) if pairs else (None, None)
+        self.pairs, self.description = pairs, source
+        self.source: Source = open_source(source, "train", image_column, caption, image_root, FIRST, prompt)
+        self._root = self._common_folder()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, number: int) -> str:
+        """The path of an image from the folder of the source; of a shard's image, that of the shard and its place."""
+        name = self.source.name(number)
+        return os.path.relpath(name, self._root) if self._root is not None else name
+
+    def path(self, number: int) -> str | None:
+        """The absolute path of an image that is a file of its own."""
+        if not isinstance(self.source, ListDataset):
+            return None
+        return os.path.abspath(self.source[number]["image"])
+
+    def read(self, number: int) -> Record:
+        """A record.
+
+        Raises:
+            OSError, ValueError: If it cannot be read from the source.
+        """
+        item = self.source[number]
+        captions = (alternatives(item.get("caption")) or []) if self.pairs else None
+        prompt = item.get("prompt") or ""
+        return Record(self.name(number), item["image"], captions, prompt if isinstance(prompt, str) else "")
+
+    def read_or_reason(self, number: int) -> Record:
+        """A record; of one that cannot be read from the source, the image is an `UnreadableImage`."""
+        try:
+            return self.read(number)
+        except (OSError, ValueError) as error:
+            name = self.name(number)
+            return Record(name, UnreadableImage(name, reason_of(error)), [] if self.pairs else None)
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the source: its name, number of records, and a hash of names, sizes and captions."""
+        return {
+            "source": self.description,
+            "records": len(self),
+            "pairs": self.pairs,
+            "fingerprint": self.source.fingerprint(),
+        }
+
+    def _common_folder(self) -> str | None:
+        if isinstance(self.source, ListDataset):
+            return os.path.abspath(self.source.root)
+        files: Sequence[str] | None = getattr(self.source, "files", None)
+        return None if files is None else os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
+
+
+def file_of(image: Any) -> bytes:
+    """The bytes of an image file. Arrays become PNG.
+
+    Raises:
+        OSError, ValueError: If it cannot be read; the message does not repeat a path.
+    """
+    if isinstance(image, UnreadableImage):
+        raise ValueError(image.reason)
+    if isinstance(image, bytes):
+        return bytes(image)
+    if isinstance(image, str) and not image.startswith("data:") and os.path.exists(image):
+        with open(image, "rb") as file:
+            return file.read()
+    content = io.BytesIO()
+    to_rgb(image).save(content, "PNG")
+    return content.getvalue()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a record cannot be read, in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def list_entry(records: Records, record: Record, number: int, folder: str | os.PathLike) -> dict[str, Any]:
+    """The line of a record in a list that the trainers read: the path from the folder of the list, the captions.
+
+    An image that is not a file of its own has its name in place of the path.
+    """
+    path = records.path(number)
+    entry: dict[str, Any] = {"file_name": record.name if path is None else os.path.relpath(path, os.path.abspath(folder))}
+    if record.captions is not None:
+        entry["caption"] = record.captions[0] if len(record.captions) == 1 else record.captions
+    return entry | ({"prompt": record.prompt} if record.prompt else {})

@@ -1,0 +1,242 @@
+"""One run of a step: its manifest, its lock, and files that appear only when they are complete."""
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from vlv.files import errors_naming, read_json, to_json
+
+MANIFEST, FAILED = "manifest.json", "failed.json"
+FORMAT = 1
+PACKAGES = ("vlv", "pyarrow", "pillow", "numpy", "openai")
+
+
+class Run:
+    """A run of a step, as a context. The same run again goes on where the last one was ended, or does nothing.
+
+    The manifest is `manifest.json` in an output folder, or `NAME.manifest.json` beside an output file. It is written at
+    the start, and once more with `"complete": true` when all outputs are in place. In between, unfinished files and
+    the record of finished parts lie in `progress`, a hidden folder that the end of the run removes, so that SIGKILL
+    leaves neither a broken output nor stray files.
+
+    Args:
+        step: Name of the command, such as `"filter"`.
+        output: The output file, or the output folder if `is_folder`.
+        inputs: What identifies the inputs; see `describe_files`.
+        options: What the outputs depend on besides. Both are JSON values.
+        overwrite: Replaces the outputs of another run.
+
+    Attributes:
+        finished: Whether an earlier run has done all of it.
+        progress: The hidden folder.
+
+    Raises:
+        ValueError: If the output exists and is not of this step, inputs and options, or if another process runs it.
+    """
+
+    def __init__(
+        self,
+        step: str,
+        output: str | os.PathLike,
+        inputs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        is_folder: bool = False,
+        overwrite: bool = False,
+    ):
+        self.step, self.output, self.is_folder, self.overwrite = step, Path(output), is_folder, overwrite
+        self.inputs, self.options = dict(inputs), dict(options)
+        self.folder = self.output if is_folder else self.output.parent
+        self.manifest = self.output / MANIFEST if is_folder else self.output.with_name(f"{self.output.name}.{MANIFEST}")
+        self.progress = self.folder / (".progress" if is_folder else f".{self.output.name}.progress")
+        self.finished = False
+        self._runs, self._lock = 1, -1
+        self._began = perf_counter()
+
+    def __enter__(self) -> "Run":
+        with errors_naming(self.progress):
+            self.progress.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        try:
+            self._compare()
+        except BaseException:
+            self._release(remove=[path.name for path in self.progress.iterdir()] == ["lock"])
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release(remove=self.finished)
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """A temporary file that becomes `path` at the end; of an error, a full disk for example, nothing is left.
+
+        Raises:
+            OSError: If it cannot be written; its `filename` is `path`.
+        """
+        temporary = self.progress / path.name
+        with errors_naming(path):
+            try:
+                yield temporary
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Writes a file at once."""
+        with self.writing(path) as temporary:
+            temporary.write_bytes(data)
+
+    def finish(self, outputs: Iterable[Path], counts: Mapping[str, Any]) -> None:
+        """Records that the outputs are complete.
+
+        Args:
+            outputs: Files, in the folder of the manifest or below it.
+            counts: What was read, kept and left out.
+        """
+        sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in outputs}
+        result = {"outputs": sizes, "counts": dict(counts), "versions": package_versions()}
+        self._write_manifest(result | {"seconds": round(perf_counter() - self._began, 3)}, complete=True)
+        self.finished = True
+
+    def _compare(self) -> None:
+        """Compares with the manifest that there is, and writes one if this run has work to do."""
+        known = self._read_manifest()
+        if known is None and self._output_exists() and (self.is_folder or not self.overwrite):
+            remedy = "name a new folder" if self.is_folder else "pass --overwrite to replace it, or name another file"
+            raise ValueError(f"{self.output} exists and no manifest says what made it; {remedy}")
+        if known is not None and (different := self._differences(known)):
+            if not self.overwrite:
+                raise ValueError(
+                    f"{self.output} is of another run of `vlv data`: {'; '.join(different)}. Pass --overwrite to replace "
+                    "it, or name another output"
+                )
+            self._remove(known)
+        elif known is not None and known.get("complete") and self._is_intact(known):
+            self.finished = True
+            return
+        elif known is not None:
+            self._runs = known.get("runs", 0) + 1
+        self._write_manifest({}, complete=False)
+
+    def _output_exists(self) -> bool:
+        if not self.is_folder:
+            return os.path.lexists(self.output)
+        return any(path != self.progress for path in self.output.iterdir())
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        if not self.manifest.exists():
+            return None
+        known = read_json(self.manifest)
+        if known.get("format") != FORMAT or not isinstance(known.get("step"), str):
+            raise ValueError(f"{self.manifest} is not a manifest of this version of `vlv data`; name another output")
+        return known
+
+    def _differences(self, known: Mapping[str, Any]) -> list[str]:
+        """What the manifest has otherwise, in words."""
+        if known["step"] != self.step:
+            return [f"the step was {known['step']}"]
+        found = []
+        for key in ("inputs", "options"):
+            before, now = known.get(key, {}), _as_read(getattr(self, key))
+            for name in before.keys() | now.keys():
+                if before.get(name) != now.get(name):
+                    was, is_now = (f"{value.get(name)!r:.60}" for value in (before, now))
+                    found.append(f"{name} was {was}, not {is_now}" if was != is_now else f"{name} has changed")
+        return sorted(found)
+
+    def _is_intact(self, known: Mapping[str, Any]) -> bool:
+        sizes = known.get("outputs", {})
+        return all((p := self.folder / name).is_file() and p.stat().st_size == size for name, size in sizes.items())
+
+    def _remove(self, known: Mapping[str, Any]) -> None:
+        """Removes what another run has left: its progress before its outputs, the manifest last."""
+        for path in self.progress.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self._left_by(known):
+            path.unlink(missing_ok=True)
+        self.manifest.unlink()
+
+    def _left_by(self, known: Mapping[str, Any]) -> Sequence[Path]:
+        if known.get("outputs"):
+            return [self.folder / name for name in known["outputs"]]
+        if not self.is_folder:
+            return [self.output]
+        return [path for path in self.output.iterdir() if path.is_file() and path != self.manifest]
+
+    def _write_manifest(self, result: Mapping[str, Any], *, complete: bool) -> None:
+        content = {"format": FORMAT, "step": self.step, "complete": complete, "runs": self._runs}
+        content |= {"inputs": self.inputs, "options": self.options, **result}
+        self.write(self.manifest, to_json(content) + b"\n")
+
+    def _acquire(self) -> None:
+        """Takes the lock. A finished run removes its file, so that a lock on a file without a name is taken again."""
+        path = self.progress / "lock"
+        while True:
+            self.progress.mkdir(exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(handle)
+                raise ValueError(f"another process is writing {self.output}; wait for it") from error
+            except OSError as error:  # a file system without locks
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                    raise
+            try:
+                if os.fstat(handle).st_ino == path.stat().st_ino:
+                    self._lock = handle
+                    return
+            except FileNotFoundError:
+                pass
+            os.close(handle)
+
+    def _release(self, remove: bool) -> None:
+        if remove:
+            shutil.rmtree(self.progress, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _as_read(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A value as it comes back from JSON: lists for tuples."""
+    return json.loads(to_json(dict(value)))
+
+
+def describe_files(files: Iterable[str | os.PathLike]) -> dict[str, list[Any]]:
+    """Size and time (ns) of each file, by its absolute path.
+
+    Raises:
+        ValueError: If one does not exist or is a folder.
+    """
+    found = {}
+    for file in files:
+        if not os.path.isfile(file):
+            raise ValueError(f"{file} " + ("is a folder, not a file" if os.path.isdir(file) else "does not exist"))
+        status = os.stat(file)
+        found[os.path.abspath(file)] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def package_versions() -> dict[str, str]:
+    """Python and the installed packages that make the outputs."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
