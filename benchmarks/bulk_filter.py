@@ -1,7 +1,7 @@
 """Measures `vlv data filter` on synthetic metadata: `python benchmarks/bulk_filter.py`, at the root of a checkout.
 
-Makes parquet files with LAION's columns, filters them in a process of its own, and prints rows a second and the peak of
-that process's memory, with all that it imports.
+Makes parquet files with LAION's columns, filters them in a process of its own, and prints rows a second and the peak
+of that process's memory, with all that it imports.
 """
 
 import argparse

@@ -221,12 +221,15 @@ class Endpoint:
     The log is a file of JSON lines. A question that it holds, with the same messages and settings, is not asked again,
     so that an interrupted run goes on where it stopped. Failed questions are asked again.
 
+    Args:
+        highest_price: Of the most expensive answer so far, where earlier ones are in other logs.
+
     Raises:
         ImportError: Without the package `openai`.
         EndpointError: As `find_key`, or if `max_price` is set and the log has answers without tokens.
     """
 
-    def __init__(self, settings: EndpointSettings, log: Path):
+    def __init__(self, settings: EndpointSettings, log: Path, highest_price: float = 0.0):
         try:
             import openai
         except ImportError as error:
@@ -244,7 +247,7 @@ class Endpoint:
         self._lock = threading.Lock()
         end_last_line(log)
         self._known: dict[str, dict[str, Any]] = {}
-        self._highest = 0.0  # price of the most expensive answer so far; 0 if none is known
+        self._highest = highest_price  # of the most expensive answer so far; 0 if none is known
         for entry in _read_log(log):
             answer = _answer_of(entry)
             self._count(answer)
@@ -279,6 +282,16 @@ class Endpoint:
             raise
         return [answer for answer in answers.values() if answer is not None]
 
+    @property
+    def highest_price(self) -> float:
+        """Of the most expensive answer so far; 0 if none is known."""
+        return self._highest
+
+    def find(self, question: Question) -> Answer | None:
+        """The answer that the log held at the start, or None."""
+        entry = self._known.get(self._hash(question))
+        return None if entry is None else replace(_answer_of(entry), name=question.name)
+
     def _unknown(
         self,
         questions: Iterable[Question],
@@ -290,12 +303,12 @@ class Endpoint:
             if question.name in answers:
                 raise ValueError(f"two questions are named {question.name!r}")
             answers[question.name] = None
-            entry = self._known.get(self._hash(question))
-            if entry is None:
+            known = self.find(question)
+            if known is None:
                 yield question
                 continue
             self.totals.kept += 1
-            answers[question.name] = replace(_answer_of(entry), name=question.name)
+            answers[question.name] = known
             advance(1)
 
     def _collect(

@@ -29,8 +29,8 @@ def dedup(
     """Writes `kept.jsonl`, a list that the trainers read, and `duplicates.json`, the groups with their distances.
 
     Of near images the one with the most pixels is kept, then that with the most bytes, then the first by name. The
-    groups are `{"kept": name, "duplicates": [{"name": ..., "distance": bits}]}`. Images in shards or tables have no list:
-    `kept.jsonl` then has their names. Images that cannot be read are in neither file, but in `failed.json`.
+    groups are `{"kept": name, "duplicates": [{"name": ..., "distance": bits}]}`. Images in shards or tables have no
+    list: `kept.jsonl` then has their names. Images that cannot be read are in neither file, but in `failed.json`.
 
     Args:
         output: The folder.
@@ -74,7 +74,9 @@ def dedup(
         named = [{"kept": order[kept][2], "duplicates": groups[kept]} for kept in sorted(groups)]
         with run.writing(output / KEPT) as temporary, open(temporary, "wb") as file:
             for own in np.flatnonzero(is_kept):
-                file.write(to_json(list_entry(records, records.read_or_reason(rows[own]), rows[own], output), None) + b"\n")
+                file.write(
+                    to_json(list_entry(records, records.read_or_reason(rows[own]), rows[own], output), None) + b"\n"
+                )
         run.write(output / DUPLICATES, to_json({"distance": distance, "groups": named}) + b"\n")
         run.write(output / FAILED, to_json(failed) + b"\n")
         counts = {"images": len(records), "kept": int(is_kept.sum()), "duplicates": int((~is_kept).sum())}

@@ -1,6 +1,7 @@
 """Near duplicates by the Hamming distance of 64-bit hashes: an exact index, in numpy."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def find_near(hashes: np.ndarray, distance: int) -> np.ndarray:
         raise ValueError(f"the distance is {distance}; expected 0 to {MAX_DISTANCE} of {BITS} bits")
     found = [np.empty((0, 2), np.int64)]
     edges = np.linspace(0, BITS, distance + 2).astype(int)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         for first, second in _pairs_of_equal(band):
             near = np.bitwise_count(hashes[first] ^ hashes[second]) <= distance
@@ -54,7 +55,8 @@ def _pairs_of_equal(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray
 def choose_kept(hashes: np.ndarray, priority: np.ndarray, distance: int) -> np.ndarray:
     """`(N,)`: for each image the index of the image that stands for it, its own if it is kept.
 
-    Images are taken in the order of `priority`; one is kept unless a kept image is near. So no two kept images are near,
+    Images are taken in the order of `priority`; one is kept unless a kept image is near. So no two kept images are
+    near,
     and each duplicate is near the one that stands for it: of several, the nearest, then the first.
 
     Args:

@@ -25,8 +25,8 @@ MEASURED = ("caption", "width", "height", "watermark", "aesthetic")
 class Sample:
     """The rows with the smallest hashes, found in two passes with constant memory.
 
-    The first pass counts hashes in bins; the bin in which the limit lies is then known, and of its rows alone are hashes
-    compared in the second. Rows of equal hashes are ordered by their contents.
+    The first pass counts hashes in bins; the bin in which the limit lies is then known, and of its rows alone are
+    hashes compared in the second. Rows of equal hashes are ordered by their contents.
 
     Args:
         size: Number of rows.
@@ -121,7 +121,7 @@ def filter_metadata(
     names = _find_columns(schema.names, files[0], rules, dict(columns or {}))
     if sample:
         names["key"] = _key_column(schema.names, files[0], key or names.get("url"))
-    options = {"rules": asdict(rules), "columns": names}
+    options: dict[str, Any] = {"rules": asdict(rules), "columns": names}
     options |= {"sample": sample, "seed": seed if sample else None}
     with Run("filter", output, {"files": described}, options, overwrite=overwrite) as run:
         if run.finished:

@@ -1,6 +1,7 @@
 """The report of `vlv data filter`: counts for each rule and histograms of each column, as JSON and Markdown."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class FilterCounts:
         """Rows, rows that pass, `rules` and `histograms`.
 
         Of a rule: `missing` rows lack a value; `removed` rows fail it; `first` rows are removed by it and by no rule
-        before it; `alone` rows are removed by no other rule. Of a histogram: `edges`, and for `all` rows and those that
-        `passed` the counts `below` the first edge, in each bin, and `missing`.
+        before it; `alone` rows are removed by no other rule. Of a histogram: `edges`, and for `all` rows and those
+        that `passed` the counts `below` the first edge, in each bin, and `missing`.
         """
         histograms = {
             name: {"edges": list(EDGES[name])}
@@ -101,7 +102,7 @@ def markdown(counts: Mapping[str, Any], rules: Rules) -> str:
 
 def _histogram_table(histogram: Mapping[str, Any]) -> str:
     edges = [f"{edge:g}" for edge in histogram["edges"]]
-    labels = [f"below {edges[0]}", *(f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False))]
+    labels = [f"below {edges[0]}", *(f"{low} to {high}" for low, high in pairwise(edges))]
     labels += [f"{edges[-1]} and more", "no value"]
     columns = [
         [histogram[which]["below"], *histogram[which]["bins"], histogram[which]["missing"]]

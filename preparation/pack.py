@@ -42,8 +42,8 @@ class ShardWriter(Protocol):
 class TarWriter:
     """A WebDataset shard: `KEY.jpg` (or another image), `KEY.txt`, `KEY.json`, where KEY is the number in the source.
 
-    The `.json` has the name, the size, and the captions and instruction if there are some. The `.txt` stands where there
-    is one caption of one line, since the lines of a `.txt` are different captions.
+    The `.json` has the name, the size, and the captions and instruction if there are some. The `.txt` stands where
+    there is one caption of one line, since the lines of a `.txt` are different captions.
     """
 
     def __init__(self, path: Path):
@@ -133,8 +133,8 @@ def pack(
 ) -> dict[str, Any] | None:
     """Writes shards `shard-00000.tar`, ... into a folder, in the order of the source; the files stay as they are.
 
-    A shard appears when it is complete, and a killed run goes on with the next. An image that cannot be decoded is left
-    out and named in `failed.json`, with the reason.
+    A shard appears when it is complete, and a killed run goes on with the next. An image that cannot be decoded is
+    left out and named in `failed.json`, with the reason.
 
     Args:
         output: The folder.
@@ -165,7 +165,8 @@ def pack(
                 return TarWriter(path)
             return ParquetWriter(path, pairs=records.pairs, several=several, prompts=records.source.has_prompts)
 
-        shards, number = [], 0
+        shards: list[dict[str, Any]] = []
+        number = 0
         while number < len(records):
             state = run.progress / f"shard-{len(shards):05d}.json"
             if not state.exists():
@@ -178,7 +179,9 @@ def pack(
         failed = {name: reason for shard in shards for name, reason in shard["failed"].items()}
         written = [shard for shard in shards if shard["images"]]
         if not written:
-            raise ValueError(f"none of the {len(records)} images of {records.description} can be read: {_some(failed)}")
+            raise ValueError(
+                f"none of the {len(records)} images of {records.description} can be read: {_some(failed)}"
+            )
         run.write(output / FAILED, to_json(failed) + b"\n")
         counts = {"images": sum(shard["images"] for shard in shards), "failed": len(failed), "shards": len(written)}
         counts["bytes"] = sum(shard["bytes"] for shard in shards)
@@ -196,7 +199,7 @@ def _write_shard(
     shard_images: int | None,
     shard_bytes: int | None,
 ) -> dict[str, Any]:
-    """Writes the shard that begins with a record. Returns its numbers, `end` being the first record of the next one."""
+    """Writes the shard that begins with a record. Returns its numbers; `end` is the first of the next one."""
     images, size, end, failed = 0, 0, first, dict[str, str]()
     last = len(records) if shard_images is None else min(first + shard_images, len(records))
     with run.writing(path) as temporary:

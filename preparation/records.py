@@ -136,7 +136,9 @@ def list_entry(records: Records, record: Record, number: int, folder: str | os.P
     An image that is not a file of its own has its name in place of the path.
     """
     path = records.path(number)
-    entry: dict[str, Any] = {"file_name": record.name if path is None else os.path.relpath(path, os.path.abspath(folder))}
+    entry: dict[str, Any] = {
+        "file_name": record.name if path is None else os.path.relpath(path, os.path.abspath(folder))
+    }
     if record.captions is not None:
         entry["caption"] = record.captions[0] if len(record.captions) == 1 else record.captions
     return entry | ({"prompt": record.prompt} if record.prompt else {})

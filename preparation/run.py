@@ -23,8 +23,8 @@ PACKAGES = ("vlv", "pyarrow", "pillow", "numpy", "openai")
 class Run:
     """A run of a step, as a context. The same run again goes on where the last one was ended, or does nothing.
 
-    The manifest is `manifest.json` in an output folder, or `NAME.manifest.json` beside an output file. It is written at
-    the start, and once more with `"complete": true` when all outputs are in place. In between, unfinished files and
+    The manifest is `manifest.json` in an output folder, or `NAME.manifest.json` beside an output file. It is written
+    at the start, and once more with `"complete": true` when all outputs are in place. In between, unfinished files and
     the record of finished parts lie in `progress`, a hidden folder that the end of the run removes, so that SIGKILL
     leaves neither a broken output nor stray files.
 
@@ -56,7 +56,9 @@ class Run:
         self.step, self.output, self.is_folder, self.overwrite = step, Path(output), is_folder, overwrite
         self.inputs, self.options = dict(inputs), dict(options)
         self.folder = self.output if is_folder else self.output.parent
-        self.manifest = self.output / MANIFEST if is_folder else self.output.with_name(f"{self.output.name}.{MANIFEST}")
+        self.manifest = (
+            self.output / MANIFEST if is_folder else self.output.with_name(f"{self.output.name}.{MANIFEST}")
+        )
         self.progress = self.folder / (".progress" if is_folder else f".{self.output.name}.progress")
         self.finished = False
         self._runs, self._lock = 1, -1
@@ -121,8 +123,8 @@ class Run:
         if known is not None and (different := self._differences(known)):
             if not self.overwrite:
                 raise ValueError(
-                    f"{self.output} is of another run of `vlv data`: {'; '.join(different)}. Pass --overwrite to replace "
-                    "it, or name another output"
+                    f"{self.output} is of another run of `vlv data`: {'; '.join(different)}. Pass --overwrite to "
+                    "replace it, or name another output"
                 )
             self._remove(known)
         elif known is not None and known.get("complete") and self._is_intact(known):

@@ -38,15 +38,15 @@ def split(
         output: The folder. Paths in the lists start from it.
         validation, test: Shares of the images.
         by: `"name"` or `"content"`. By content, equal files are in one part.
-        groups: `duplicates.json` of `vlv data dedup` of the same source. The images of a group go where the one that is
-            kept goes, so that no part has near duplicates of another.
+        groups: `duplicates.json` of `vlv data dedup` of the same source. The images of a group go where the one that
+            is kept goes, so that no part has near duplicates of another.
 
     Returns:
         The counts of the manifest: `train`, `validation`, `test`, `failed`; None if an earlier run has done the same.
 
     Raises:
-        ValueError: If the shares are not shares, the images are not files of their own, or the output is of another run.
-        OSError: If a list cannot be written.
+        ValueError: If the shares are not shares, the images are not files of their own, or the output is of another
+        run. OSError: If a list cannot be written.
     """
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise ValueError(f"the shares are {validation:g} and {test:g}; expected numbers from 0 whose sum is below 1")

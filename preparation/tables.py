@@ -39,7 +39,9 @@ def unified_schema(files: Sequence[str]) -> Any:
     return schema
 
 
-def batches(files: Sequence[str], schema: Any, rows: int = ROWS, columns: Sequence[str] | None = None) -> Iterator[Any]:
+def batches(
+    files: Sequence[str], schema: Any, rows: int = ROWS, columns: Sequence[str] | None = None
+) -> Iterator[Any]:
     """Tables of at most so many rows, with the columns of the schema in its order. A column that a file lacks is null.
 
     Args:
