@@ -154,11 +154,8 @@ class Run:
         found = []
         for key in ("inputs", "options"):
             before, now = known.get(key, {}), _as_read(getattr(self, key))
-            for name in before.keys() | now.keys():
-                if before.get(name) != now.get(name):
-                    was, is_now = (f"{value.get(name)!r:.60}" for value in (before, now))
-                    found.append(f"{name} was {was}, not {is_now}" if was != is_now else f"{name} has changed")
-        return sorted(found)
+            found += [_difference(name, before.get(name), now.get(name)) for name in before.keys() | now.keys()]
+        return sorted(filter(None, found))
 
     def _is_intact(self, known: Mapping[str, Any]) -> bool:
         sizes = known.get("outputs", {})
@@ -211,6 +208,18 @@ class Run:
         if remove:
             shutil.rmtree(self.progress, ignore_errors=True)
         os.close(self._lock)
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """How two values of a manifest differ, in words; empty if they do not."""
+    if before == now:
+        return ""
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        return f"{name}: {changed[0]}{more} differ{'' if more else 's'}"
+    was, is_now = f"{before!r:.60}", f"{now!r:.60}"
+    return f"{name} was {was}, not {is_now}" if was != is_now else f"{name} has changed"
 
 
 def _as_read(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""`vlv data recaption`: a teacher behind an endpoint that fails in every way, within a price, once for each image."""
+
+import base64
+import io
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from vlv.cli.main import main
+from vlv.evaluation.endpoint import Answer
+from vlv.preparation import recaption as module
+from vlv.preparation.answers import check_answer
+from vlv.train import load_pairs
+
+from ..evaluation.openai_server import Reply, scripted_endpoint
+from .inputs import write_pictures
+
+TEXT = "a picture with many colours"
+LOOP = "a red car and a blue house " * 12
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures", 8)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    """The client's own pauses between repeats take up to 8 s."""
+    import openai._base_client
+
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)
+
+
+def command(pictures, output, url, *arguments) -> list[str]:
+    options = ["--model", "teacher", "--base-url", url, "--concurrency", "1", *arguments]
+    return ["data", "recaption", str(pictures), "--output", str(output), *options]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_faults_are_repeated_and_refusals_and_nonsense_recorded(pictures, tmp_path, capsys):
+    """One request at a time: the answers go to the pictures in order, each fault in the place of an answer."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("What is there?\n")
+    replies = [
+        *[Reply(status=429, headers={"retry-after-ms": "10"}), Reply(TEXT)],  # 00
+        *[Reply(status=500), Reply(status=503), Reply(f"{TEXT}\nin two lines")],  # 01
+        *[Reply(TEXT, delay=1.5), Reply(TEXT)],  # 02: a time-out
+        Reply("I'm sorry, but I can't help with that."),  # 03
+        Reply(LOOP),  # 04
+        Reply("no"),  # 05
+        Reply(body=b'{"choices": []}'),  # 06, which is asked again at the end
+        Reply(" "),  # 07
+        Reply(TEXT),  # 06
+    ]
+    out = tmp_path / "o.jsonl"
+    with scripted_endpoint(lambda words, times: replies[times]) as script:
+        assert main(command(pictures, out, script.url, "--timeout", "1", "--prompt", str(prompt))) == 0
+    assert len(script.requests) == len(replies)
+    said = capsys.readouterr().err
+    assert "captioned 4 of 8 images (refused 1, malformed 3, unreadable 0, failed 0)" in said
+    captions = {line["file_name"].rpartition("/")[2]: line["caption"] for line in lines(out)}
+    assert captions == {"00.png": TEXT, "01.png": f"{TEXT} in two lines", "02.png": TEXT, "06.png": TEXT}
+    rejected = {line["file_name"].rpartition("/")[2]: line for line in lines(tmp_path / "o.rejected.jsonl")}
+    assert {name: line["status"] for name, line in rejected.items()} == {
+        "03.png": "refused",
+        **dict.fromkeys(["04.png", "05.png", "07.png"], "malformed"),
+    }
+    assert rejected["04.png"]["reason"] == "repeats itself" and rejected["04.png"]["text"] == LOOP.strip()
+    assert len(load_pairs(str(out))) == 4
+    content = script.requests[0]["messages"][0]["content"]
+    assert content[1]["text"] == "What is there?"
+    sent = base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])
+    assert sent == (pictures / "00.png").read_bytes()
+
+
+def test_images_that_failed_are_asked_again_by_the_same_command_and_others_are_not(pictures, tmp_path, capsys):
+    is_down = True
+
+    def answer(words, times):
+        return Reply(status=500) if is_down and times >= 3 else Reply(TEXT)
+
+    with scripted_endpoint(answer) as script:
+        again = command(pictures, out := tmp_path / "o.jsonl", script.url, "--max-retries", "0")
+        assert main(again) == 1
+        assert "captioned 3 of 8 images" in (said := capsys.readouterr().err) and "failed 5" in said
+        assert len(lines(out)) == 3 and {line["status"] for line in lines(tmp_path / "o.rejected.jsonl")} == {"failed"}
+        is_down, before = False, len(script.requests)
+        assert main(again) == 0
+        assert len(script.requests) == before + 5 and len(lines(out)) == 8
+        assert not lines(tmp_path / "o.rejected.jsonl")
+        assert main(again) == 0 and len(script.requests) == before + 5
+    counts = json.loads((tmp_path / "o.jsonl.manifest.json").read_text())["counts"]
+    assert (counts["captioned"], counts["prompt_tokens"], counts["completion_tokens"]) == (8, 800, 80)
+
+
+def test_no_run_spends_more_than_the_price_and_what_is_paid_for_is_kept(pictures, tmp_path, monkeypatch, capsys):
+    """An answer costs 1.2; blocks of three, so that the price is kept across logs."""
+    monkeypatch.setattr(module, "BLOCK", 3)
+    price = ["--price-in", "10000", "--price-out", "20000", "--max-price"]
+    with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
+        run = command(pictures, out := tmp_path / "o.jsonl", script.url, *price)
+        assert main([*run, "5"]) == 2
+        assert "5 captions are in" not in (said := capsys.readouterr().err) and "4 captions are in" in said
+        assert len(script.requests) == len(lines(out)) == 4
+        assert main([*run, "5.5"]) == 2 and len(script.requests) == 4
+        assert main([*run, "20"]) == 0 and len(script.requests) == len(lines(out)) == 8
+    assert json.loads((tmp_path / "o.jsonl.manifest.json").read_text())["counts"]["price"] == pytest.approx(9.6)
+
+
+def test_an_estimate_pays_for_a_few_images_that_are_not_asked_again(pictures, tmp_path, capsys):
+    with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
+        run = command(pictures, out := tmp_path / "o.jsonl", script.url, "--price-in", "10", "--price-out", "100")
+        assert main([*run, "--estimate", "3"]) == 0
+        assert len(script.requests) == 3 and not out.exists()
+        assert "asked for 3 images: 100 + 10 tokens each; 8 images take about 800 + 80 tokens, price 0.0160" in (
+            capsys.readouterr().out
+        )
+        assert main(run) == 0 and len(script.requests) == 8 and len(lines(out)) == 8
+
+
+def test_requests_start_at_the_rate_that_is_asked_for(pictures, tmp_path):
+    with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
+        began = time.perf_counter()
+        assert main(command(pictures, tmp_path / "o.jsonl", script.url, "--requests-per-minute", "1200")) == 0
+    assert len(script.requests) == 8 and time.perf_counter() - began >= 7 * 60 / 1200
+
+
+def test_large_images_are_sent_smaller_and_unreadable_ones_are_named(tmp_path):
+    folder = write_pictures(tmp_path / "in", 1, side=300)
+    (folder / "bad.png").write_text("no picture")
+    with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
+        assert main(command(folder, tmp_path / "o.jsonl", script.url, "--max-side", "128")) == 0
+    (request,) = script.requests
+    uri = request["messages"][0]["content"][0]["image_url"]["url"]
+    assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (128, 128)
+    (rejected,) = lines(tmp_path / "o.rejected.jsonl")
+    assert rejected["status"] == "unreadable" and rejected["file_name"].endswith("bad.png")
+
+
+def test_a_wrong_key_stops_the_run_with_the_endpoints_words(pictures, tmp_path, capsys):
+    body = json.dumps({"error": {"message": "no such key"}}).encode()
+    with scripted_endpoint(lambda words, times: Reply(status=401, body=body)) as script:
+        assert main(command(pictures, tmp_path / "o.jsonl", script.url)) == 2
+        assert len(script.requests) == 1
+    assert "no such key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--max-price", "1"], "max_price needs price_in and price_out"),
+        (["--prompt", "missing.txt"], "--prompt missing.txt cannot be read"),
+    ],
+)
+def test_bad_options_say_what_is_expected(pictures, tmp_path, capsys, arguments, expected):
+    assert main(command(pictures, tmp_path / "o.jsonl", "http://127.0.0.1:9/v1", *arguments)) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("A woman says sorry to a man who can't see.", "captioned"),
+        ("I’m unable to identify people in images.", "refused"),
+        ("Sorry, I cannot describe it.", "refused"),
+        ("Icons of an app on a white ground.", "captioned"),
+        ("As an AI, I have no eyes.", "refused"),
+        (" ".join(f"word{number}" for number in range(300)), "captioned"),
+    ],
+)
+def test_refusals_are_told_from_captions(text, status):
+    assert check_answer(Answer("x", text)).status == status
+
+
+@pytest.mark.parametrize(("reason", "status"), [("length", "malformed"), ("content_filter", "refused")])
+def test_an_answer_that_was_cut_is_no_caption(reason, status):
+    assert check_answer(Answer("x", "a picture with many", finish_reason=reason)).status == status
