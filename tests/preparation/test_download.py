@@ -30,7 +30,7 @@ URLS = 12
 
 @pytest.fixture
 def server():
-    """Serves pictures by their numbers. Of 1 there is none, 2 is no picture, 3 fails once, 4 hangs when `hangs` is set."""
+    """Serves pictures by number. Of 1 there is none, 2 is no picture, 3 fails once, 4 hangs if `hangs` is set."""
     asked: Counter[str] = Counter()
     hangs = threading.Event()
 
