@@ -72,8 +72,10 @@ def choose_kept(hashes: np.ndarray, priority: np.ndarray, distance: int) -> np.n
     both = np.concatenate([pairs, pairs[:, ::-1]])
     both = both[np.argsort(both[:, 0], kind="stable")]
     starts = np.searchsorted(both[:, 0], np.arange(len(different) + 1))
-    stands = np.full(len(different), -1)
-    for number in np.argsort(best):
+    is_alone = starts[1:] == starts[:-1]
+    stands = np.where(is_alone, np.arange(len(different)), -1)
+    order = np.argsort(best)
+    for number in order[~is_alone[order]]:
         near = both[starts[number] : starts[number + 1], 1]
         kept = near[stands[near] == near]
         if len(kept):

@@ -1,5 +1,6 @@
 """Images of a source as records: a name that does not depend on the place of the source, the file, the caption."""
 
+import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -91,13 +92,21 @@ class Records:
             return Record(name, UnreadableImage(name, reason_of(error)), [] if self.pairs else None)
 
     def identity(self) -> dict[str, Any]:
-        """What identifies the source: its name, number of records, and a hash of names, sizes and captions."""
-        return {
-            "source": self.description,
-            "records": len(self),
-            "pairs": self.pairs,
-            "fingerprint": self.source.fingerprint(),
-        }
+        """What identifies the source: its place, number of records, and hashes of names, sizes, captions and times."""
+        place = os.path.abspath(self.description) if os.path.exists(self.description) else self.description
+        known = {"source": place, "records": len(self), "pairs": self.pairs}
+        return known | {"fingerprint": self.source.fingerprint(), "times": self._times()}
+
+    def _times(self) -> str:
+        """A hash of the times of the files that hold the images."""
+        if isinstance(self.source, ListDataset):
+            files = (item["image"] for item in self.source)
+        else:
+            files = iter(getattr(self.source, "files", ()))
+        digest = hashlib.blake2b(digest_size=16)
+        for file in files:
+            digest.update(os.stat(file).st_mtime_ns.to_bytes(8, "big", signed=True))
+        return digest.hexdigest()
 
     def _common_folder(self) -> str | None:
         if isinstance(self.source, ListDataset):

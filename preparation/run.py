@@ -120,18 +120,20 @@ class Run:
         if known is None and self._output_exists() and (self.is_folder or not self.overwrite):
             remedy = "name a new folder" if self.is_folder else "pass --overwrite to replace it, or name another file"
             raise ValueError(f"{self.output} exists and no manifest says what made it; {remedy}")
-        if known is not None and (different := self._differences(known)):
+        different = [] if known is None else self._differences(known)
+        if different:
             if not self.overwrite:
                 raise ValueError(
                     f"{self.output} is of another run of `vlv data`: {'; '.join(different)}. Pass --overwrite to "
                     "replace it, or name another output"
                 )
-            self._remove(known)
-        elif known is not None and known.get("complete") and self._is_intact(known):
-            self.finished = True
-            return
         elif known is not None:
+            self.finished = bool(known.get("complete")) and self._is_intact(known)
             self._runs = known.get("runs", 0) + 1
+        if self.finished:
+            return
+        if known is not None and (different or known.get("complete")):  # of another run, or with outputs missing
+            self._remove(known)
         self._write_manifest({}, complete=False)
 
     def _output_exists(self) -> bool:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import tarfile
 
 import datasets
@@ -71,12 +72,14 @@ def test_the_command_is_idempotent_and_refuses_a_changed_source(tmp_path, capsys
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
     assert main(command) == 0 and "nothing to do" in capsys.readouterr().err
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
+    assert main([*command[:2], f"{pictures}/", *command[3:]]) == 0 and "nothing to do" in capsys.readouterr().err
     (out / "shard-00000.tar").unlink()
     assert main(command) == 0
     assert (out / "shard-00000.tar").read_bytes() == before[out / "shard-00000.tar"][0]
+    os.utime(pictures / "00.png", (0, 0))
+    assert main(command) == 2 and "times was" in capsys.readouterr().err
     write_pictures(pictures, 5)
-    assert main(command) == 2
-    assert "records was 4, not 5" in capsys.readouterr().err
+    assert main(command) == 2 and "records was 4, not 5" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0 and len(load_images(str(out))) == 5
 
 
