@@ -3,7 +3,7 @@
 import errno
 import socket
 
-from .errors import UserError
+from vlv.errors import UserError
 
 
 def check_address(host: str, port: int) -> None:

@@ -1,17 +1,21 @@
 """`vlv caption`: captions of images, or of their caption embeddings."""
 
 import argparse
-import hashlib
 import sys
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.pipelines import generate_captions, trim_caption
+from vlv.captioning.captioner import Captioner, CaptionSettings
+from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
+from vlv.captioning.inputs import collect_images, load_embeddings
+from vlv.captioning.output import Summary, output_path, refuse_existing
+from vlv.captioning.resume import ResumableResults, record_path
+from vlv.errors import UserError
 
-from .batches import Batch
 from .choosing import (
     choose_captions,
     choose_min_score,
@@ -22,15 +26,9 @@ from .choosing import (
     text_to_image_fingerprint,
     uses_scores,
 )
-from .encoding import open_embeddings_cache, read_encoded_batches
-from .errors import UserError
-from .inputs import collect_images, load_embeddings
 from .models import choose_device, choose_model, loading, precision
-from .output import Summary, output_path, refuse_existing
-from .resume import ResumableResults, record_path
 
 ENCODER_BATCH_SIZE = 8
-AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,14 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.embeddings:
             config = VLVConfig.from_dict(hub.read_config(folder))
             inputs = load_embeddings(arguments.embeddings, config.caption_embed_dim, "caption")
-    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.num_beams}
-    if arguments.as_original:
-        settings |= AS_ORIGINAL
-    trim = arguments.trim or arguments.as_original
-    recorded = {name: str(value) for name, value in settings.items()} | {"trim": trim, "dtype": arguments.dtype}
-    if arguments.prompt:
-        recorded["prompt"] = arguments.prompt
-    recorded |= recorded_choice(arguments)
+    settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
+    recorded = settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments)
     choose_min_score(arguments, source)
     if uses_scores(arguments):
         with loading(source):
@@ -91,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         scorer = BatchScorer(source, arguments)
     size = None if scorer is None else scorer.image_size
     summary = Summary(len(inputs))
+    captioner = Captioner(model, processor, settings)
     encoder: Any = model.model
     cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
     with results:
@@ -99,45 +92,13 @@ def run(arguments: argparse.Namespace) -> int:
             encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
             cache=cache,
         ):
-            groups = generate_groups(model, processor, batch, arguments, settings)
-            if trim:
-                groups = [[trim_caption(caption) for caption in own] for own in groups]
-            done, entries = choose_captions(groups, batch, scorer, arguments, summary)
+            done, entries = choose_captions(captioner.caption(batch), batch, scorer, arguments, summary)
             results.add(done, entries)
             summary.done += len(done)
             summary.advance(len(batch.inputs))
     if scorer is not None:
         scorer.print_notes()
     return summary.close("captioned", str(output), kept)
-
-
-def generate_groups(
-    model: VLVForConditionalGeneration,
-    processor: VLVProcessor,
-    batch: Batch,
-    arguments: argparse.Namespace,
-    settings: dict[str, Any],
-) -> list[list[str]]:
-    """The captions of each input of a batch: one, or `--num-captions` samples.
-
-    The samples depend on the content of the input and on `--seed`, and not on the batch.
-    """
-    if arguments.num_captions == 1:
-        captions = generate_captions(model, processor, **batch.tensors, text=arguments.prompt, **settings)
-        return [[caption] for caption in captions]
-    sampling = {
-        "do_sample": True,
-        "temperature": arguments.temperature,
-        "num_return_sequences": arguments.num_captions,
-    }
-    groups = []
-    for place, item in enumerate(batch.inputs):
-        content = (item.identity or {}).get("blake2b") or item.name  # of a pipe, the name
-        digest = hashlib.blake2b(f"{arguments.seed}/{content}".encode(), digest_size=8).digest()
-        tensors = {name: rows[place : place + 1] for name, rows in batch.tensors.items()}
-        torch.manual_seed(int.from_bytes(digest))
-        groups.append(generate_captions(model, processor, **tensors, text=arguments.prompt, **settings, **sampling))
-    return groups
 
 
 def check_prompt(prompt: str, source: str, model: VLVForConditionalGeneration, processor: VLVProcessor) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .resume import read_results
+from vlv.captioning.resume import read_results
+from vlv.errors import UserError
 
 
 def caption_texts(entry: Any) -> list[str]:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlv import hub
+from vlv.captioning.batches import Batch
+from vlv.captioning.inputs import Input
+from vlv.captioning.output import Summary
+from vlv.captioning.resume import read_results
 from vlv.checkpoints import MINIATURE
+from vlv.errors import UserError
 from vlv.hub.decoder import referred_diffusion_model
 
-from .batches import Batch
-from .errors import UserError
-from .inputs import Input
-from .output import Summary
 from .parsers.choice import MIN_SCORE
 from .parsers.common import NUM_PAIRS
-from .resume import read_results
 
 if TYPE_CHECKING:
     from .scoring import BatchScorer
@@ -74,7 +74,7 @@ def recorded_choice(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that change results, for `--resume`; empty for one caption without a score."""
     names: list[str] = []
     if arguments.num_captions > 1:
-        names += ["num_captions", "best_by", "temperature", "seed"]
+        names += ["best_by"]
     if uses_scores(arguments):
         names += ["num_pairs"]
     if arguments.confidence:

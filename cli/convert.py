@@ -5,9 +5,8 @@ import shlex
 
 from safetensors import SafetensorError
 
+from vlv.errors import UserError
 from vlv.hub import convert
-
-from .errors import UserError
 
 
 def run(arguments: argparse.Namespace) -> int:

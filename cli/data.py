@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .errors import UserError
-from .output import output_path
+from vlv.captioning.output import output_path
+from vlv.errors import UserError
+
 from .parsers.data import COLUMN_KINDS
 
 

@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
+from vlv.errors import UserError
 from vlv.pipelines.schedulers import OWN
 from vlv.space.deploy import push_space, write_space
 
 from .address import check_address, port_in_use
 from .choosing import check_min_score, choose_min_score
-from .errors import UserError
 from .models import choose_device, choose_model, loading, precision, use_scheduler
 from .push import check_repo_id, talking_to_the_hub
 

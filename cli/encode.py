@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from vlv import hub
+from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
+from vlv.captioning.inputs import collect_images
+from vlv.captioning.output import Summary, output_path, refuse_existing
+from vlv.errors import UserError
 from vlv.files import require_space, write_atomically
 
-from .encoding import open_embeddings_cache, read_encoded_batches
-from .errors import UserError
-from .inputs import collect_images
 from .models import choose_device, choose_model, loading, precision
-from .output import Summary, output_path, refuse_existing
 
 MAX_WRITING_SHARE = 20  # rewriting the file takes at most 1/20 of the time
 

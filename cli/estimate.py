@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import UserError
+from vlv.errors import UserError
 
 if TYPE_CHECKING:
     from vlv.train.estimate import Estimate

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlv.captioning.output import output_path, refuse_existing
+from vlv.errors import UserError
 from vlv.files import write_json
 
-from .errors import UserError
 from .evaluating import as_user_errors, choose_features, progress, read_images
 from .models import choose_device, choose_model, loading
-from .output import output_path, refuse_existing
 from .references import embed_images, load_clip, read_references, require_references
 
 

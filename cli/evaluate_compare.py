@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from vlv.captioning.output import require_writable
+from vlv.errors import UserError
+
 from .evaluating import as_user_errors, progress, read_images, resolve_model
 from .models import DTYPES, choose_device, loading
-from .output import require_writable
 from .references import embed_images, load_clip, read_references, require_references
 
 ENDPOINT_OPTIONS = ("concurrency", "timeout", "max_retries", "temperature", "price_in", "price_out", "max_price")

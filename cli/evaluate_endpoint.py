@@ -4,7 +4,7 @@ import argparse
 
 from tqdm import tqdm
 
-from .errors import UserError
+from vlv.errors import UserError
 
 
 def run_protocol(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from vlv.captioning.output import require_writable
+from vlv.errors import UserError
+
 from .evaluating import (
     as_user_errors,
     choose_detector,
@@ -18,7 +20,6 @@ from .evaluating import (
     resolve_model,
 )
 from .models import DTYPES, choose_device, loading, use_scheduler
-from .output import require_writable
 
 if TYPE_CHECKING:
     from vlv.evaluation.composition import CompositionConfig

@@ -2,7 +2,8 @@
 
 import argparse
 
-from .errors import UserError
+from vlv.errors import UserError
+
 from .push import check_repo_id, talking_to_the_hub
 
 

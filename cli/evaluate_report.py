@@ -2,8 +2,8 @@
 
 import argparse
 
-from .errors import UserError
-from .output import output_path, refuse_existing
+from vlv.captioning.output import output_path, refuse_existing
+from vlv.errors import UserError
 
 
 def run(arguments: argparse.Namespace) -> int:

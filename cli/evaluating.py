@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vlv.captioning.inputs import collect_images
 from vlv.checkpoints import MINIATURE
+from vlv.errors import UserError
 from vlv.pipelines.schedulers import OWN
 
-from .errors import UserError
-from .inputs import collect_images
 from .models import loading, use_scheduler
 from .parsers.evaluate import INCEPTION, SCENE_CLASSIFIER
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from vlv.errors import UserError
 from vlv.version import __version__
 
-from .errors import UserError
 from .parsers import caption, convert, data, demo, encode, estimate, evaluate, info, push, reconstruct, score, serve
 from .settings_help import stored_help
 

@@ -11,9 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from vlv.checkpoints import MINIATURE
+from vlv.errors import UserError
 from vlv.pipelines.schedulers import DEFAULT_SCHEDULER, OWN, build_scheduler
 
-from .errors import UserError
 from .parsers.common import DTYPE_NAMES
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}

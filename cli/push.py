@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vlv import hub
+from vlv.errors import UserError
 
-from .errors import UserError
 from .models import DTYPES, loading
 
 

@@ -13,17 +13,17 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 
+from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
+from vlv.captioning.inputs import collect_images, load_embeddings
+from vlv.captioning.output import GrowingJson, Summary, output_path, refuse_existing, require_writable
+from vlv.errors import UserError
 from vlv.evaluation import EncoderFeatures, SetMeter, image_metrics, inception_is_available
 from vlv.files import write_atomically
 from vlv.pipelines import ReconstructionPipeline, generate_images, load_reconstruction
 from vlv.pipelines.schedulers import DEFAULT_STEPS, MANY_STEPS
 
 from .captions import read_one_text
-from .encoding import open_embeddings_cache, read_encoded_batches
-from .errors import UserError
-from .inputs import collect_images, load_embeddings
 from .models import choose_device, choose_model, loading, precision, use_default_scheduler, use_scheduler
-from .output import GrowingJson, Summary, output_path, refuse_existing, require_writable
 from .sheet import Pair, contact_sheet
 
 # Errors of one output name. Others, such as a full disk, concern the whole run.

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from vlv.errors import UserError
+
 from .evaluating import progress
 from .models import choose_device, loading
 

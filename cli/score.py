@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .batches import read_batches
+from vlv.captioning.batches import read_batches
+from vlv.captioning.inputs import Input, collect_images
+from vlv.captioning.output import GrowingJson, Summary, output_path, refuse_existing
+from vlv.captioning.resume import read_results
+
 from .captions import caption_texts
-from .inputs import Input, collect_images
 from .models import choose_model
-from .output import GrowingJson, Summary, output_path, refuse_existing
-from .resume import read_results
 from .scoring import BatchScorer
 
 

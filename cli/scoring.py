@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
+from vlv.captioning.batches import Batch
+from vlv.captioning.output import Summary
 from vlv.pipelines import DiffusionScorer, load_reconstruction, to_pixels
 
-from .batches import Batch
 from .models import choose_device, loading, precision
-from .output import Summary
 
 
 class BatchScorer:

@@ -3,8 +3,9 @@
 import argparse
 import os
 
+from vlv.errors import UserError
+
 from .address import check_address
-from .errors import UserError
 from .models import choose_device, choose_model, loading, precision
 from .parsers.serve import API_KEY_VARIABLE
 

@@ -8,8 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each layer may import those before it, and `train` not `evaluation`.
-LAYERS = ["modeling_vlv", "hub", "pipelines", "train", "evaluation", "preparation", "miniature", "space", "serving"]
-LAYERS += ["cli"]
+LAYERS = [
+    "modeling_vlv",
+    "hub",
+    "pipelines",
+    "train",
+    "evaluation",
+    "preparation",
+    "miniature",
+    "space",
+    "serving",
+    "captioning",
+    "cli",
+]
 PACKAGES = {"modeling_vlv": "vlv", **{layer: f"vlv.{layer}" for layer in LAYERS[1:]}}
 SHIPPED_TO_THE_HUB = [
     *("modeling_vlv/modeling_vlv.py", "modeling_vlv/modeling_vlv_captioner.py", "modeling_vlv/generation_vlv.py"),

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from vlv.cli.batches import read_batches
-from vlv.cli.inputs import Input, collect_images
-from vlv.cli.output import Summary
+from vlv.captioning.batches import read_batches
+from vlv.captioning.inputs import Input, collect_images
+from vlv.captioning.output import Summary
 
 
 def test_pixel_values_are_those_of_the_files(mixed_folder, image_processor):

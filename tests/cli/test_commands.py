@@ -58,7 +58,7 @@ def test_equal_names_of_two_arguments_do_not_collide(model_folder, mixed_folder,
 
 
 def test_an_interrupted_run_keeps_its_captions(model_folder, mixed_folder, tmp_path, monkeypatch):
-    from vlv.cli import caption as module
+    from vlv.captioning import captioner as module
 
     calls = []
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vlv.cli import encoding
-from vlv.cli.inputs import Input
+from vlv.captioning import encoding
+from vlv.captioning.inputs import Input
+from vlv.captioning.output import Summary
 from vlv.cli.main import main
-from vlv.cli.output import Summary
 from vlv.train.caches import settings_fingerprint
 
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 from PIL import Image
 
+from vlv.captioning.output import Summary
 from vlv.checkpoints import MINIATURE
-from vlv.cli.output import Summary
 
 COMMANDS = """
 import sys

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlv.cli.inputs import Input, collect_images
+from vlv.captioning.inputs import Input, collect_images
+from vlv.captioning.resume import ResumableResults, read_results
 from vlv.cli.main import main
-from vlv.cli.resume import ResumableResults, read_results
 from vlv.pipelines import generate_captions
 
 MODEL, SETTINGS = ("m", "1"), {"max_new_tokens": 4}
@@ -99,7 +99,7 @@ def test_an_image_that_two_arguments_hold_is_captioned_once(folder, tmp_path, mo
 def test_an_image_that_changes_while_it_is_captioned_is_captioned_again(
     folder, tmp_path, images, model_folder, monkeypatch, capsys
 ):
-    from vlv.cli import caption as module
+    from vlv.captioning import captioner as module
 
     def replace_images(*arguments, **settings):
         images[5].save(folder / "a.png")

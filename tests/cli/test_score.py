@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlv.cli.captions import read_one_text
-from vlv.cli.errors import UserError
 from vlv.cli.main import main
+from vlv.errors import UserError
 from vlv.pipelines import DiffusionScorer, load_reconstruction, to_pixels
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples" / "images"

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlv import hub
+from vlv.captioning.output import GrowingJson
 from vlv.cli.encode import tensor_name
 from vlv.cli.main import main
-from vlv.cli.output import GrowingJson
 from vlv.cli.reconstruct import output_name
 from vlv.files import write_atomically
 

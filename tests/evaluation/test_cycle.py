@@ -13,9 +13,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from vlv.cli.errors import UserError
 from vlv.cli.evaluating import load_text_to_image
 from vlv.cli.main import main
+from vlv.errors import UserError
 from vlv.evaluation.captioners import open_captioner
 from vlv.evaluation.cycle import CycleConfig, run_cycle
 from vlv.evaluation.detections import PipelineDetector

@@ -8,9 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vlv.errors import UserError
 from vlv.files import errors_naming, nearest_existing, to_json, write_atomically
-
-from .errors import UserError
 
 
 def output_path(text: str, suffix: str, option: str = "--output") -> Path:

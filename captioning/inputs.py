@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from vlv.errors import UserError
 from vlv.image_files import walk_images
-
-from .errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from vlv import VLVImageProcessor, VLVModel
+from vlv.errors import UserError
 
 from .batches import Batch, join_rows, read_rows
-from .errors import UserError
 from .inputs import Input
 from .output import Summary
 

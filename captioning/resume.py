@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlv.errors import UserError
 from vlv.files import errors_naming, to_json, write_atomically
 
-from .errors import UserError
 from .inputs import Input
 from .output import GrowingJson
 
