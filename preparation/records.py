@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +99,9 @@ class Records:
 
     def _times(self) -> str:
         """A hash of the times of the files that hold the images."""
+        files: Iterable[str] = getattr(self.source, "files", ())
         if isinstance(self.source, ListDataset):
             files = (item["image"] for item in self.source)
-        else:
-            files = iter(getattr(self.source, "files", ()))
         digest = hashlib.blake2b(digest_size=16)
         for file in files:
             digest.update(os.stat(file).st_mtime_ns.to_bytes(8, "big", signed=True))

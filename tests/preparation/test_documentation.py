@@ -18,6 +18,7 @@ BLOCKS = re.findall(r"```(bash|)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
     (tmp_path / "metadata").mkdir()
     write_metadata(tmp_path / "metadata" / "1.parquet", 900)

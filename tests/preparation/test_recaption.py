@@ -44,6 +44,7 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_faults_are_repeated_and_refusals_and_nonsense_recorded(pictures, tmp_path, capsys):
     """One request at a time: the answers go to the pictures in order, each fault in the place of an answer."""
     prompt = tmp_path / "prompt.txt"
