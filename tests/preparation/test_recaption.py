@@ -85,20 +85,23 @@ def test_images_that_failed_are_asked_again_by_the_same_command_and_others_are_n
     is_down = True
 
     def answer(words, times):
+        if times == 0:
+            return Reply(" ")  # an empty answer is final
         return Reply(status=500) if is_down and times >= 3 else Reply(TEXT)
 
     with scripted_endpoint(answer) as script:
         again = command(pictures, out := tmp_path / "o.jsonl", script.url, "--max-retries", "0")
         assert main(again) == 1
-        assert "captioned 3 of 8 images" in (said := capsys.readouterr().err) and "failed 5" in said
-        assert len(lines(out)) == 3 and {line["status"] for line in lines(tmp_path / "o.rejected.jsonl")} == {"failed"}
+        assert "captioned 2 of 8 images (refused 0, malformed 1, unreadable 0, failed 5)" in capsys.readouterr().err
+        statuses = [line["status"] for line in lines(tmp_path / "o.rejected.jsonl")]
+        assert len(lines(out)) == 2 and statuses == ["malformed"] + ["failed"] * 5
         is_down, before = False, len(script.requests)
         assert main(again) == 0
-        assert len(script.requests) == before + 5 and len(lines(out)) == 8
-        assert not lines(tmp_path / "o.rejected.jsonl")
+        assert len(script.requests) == before + 5 and len(lines(out)) == 7
+        assert [line["status"] for line in lines(tmp_path / "o.rejected.jsonl")] == ["malformed"]
         assert main(again) == 0 and len(script.requests) == before + 5
     counts = json.loads((tmp_path / "o.jsonl.manifest.json").read_text())["counts"]
-    assert (counts["captioned"], counts["prompt_tokens"], counts["completion_tokens"]) == (8, 800, 80)
+    assert (counts["captioned"], counts["prompt_tokens"], counts["completion_tokens"]) == (7, 800, 80)
 
 
 def test_no_run_spends_more_than_the_price_and_what_is_paid_for_is_kept(pictures, tmp_path, monkeypatch, capsys):
