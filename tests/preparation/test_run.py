@@ -17,10 +17,10 @@ from .inputs import write_metadata, write_pictures
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_double_and_break_nothing():
     """In a process of its own: it forks."""
-    command = ["tests.preparation.kill_repeatedly", "--times=2", "--steps", "filter", "pack", "dedup", "recaption"]
+    command = ["tests.preparation.kill_repeatedly", "--times=1", "--steps", "filter", "pack", "recaption"]
     done = run_python(MODULE, command, cwd=Path.cwd(), env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r": 2 kills in \d+ runs to the end, 0 problems$", done.stdout, re.MULTILINE)) == 4
+    assert len(re.findall(r": 1 kills in \d+ runs to the end, 0 problems$", done.stdout, re.MULTILINE)) == 3
 
 
 @pytest.fixture
