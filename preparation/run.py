@@ -85,7 +85,7 @@ class Run:
         Raises:
             OSError: If it cannot be written; its `filename` is `path`.
         """
-        temporary = self.progress / path.name
+        temporary = self.progress / f"{path.name}.partial"  # no file that is kept has such a name
         with errors_naming(path):
             try:
                 yield temporary

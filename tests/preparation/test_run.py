@@ -3,12 +3,14 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from vlv.cli.main import main
+from vlv.preparation.run import Run
 
 from ..interpreter import MODULE, run_python
 from .inputs import write_metadata, write_pictures
@@ -21,6 +23,20 @@ def test_kills_at_random_moments_lose_double_and_break_nothing():
     done = run_python(MODULE, command, cwd=Path.cwd(), env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r": 1 kills in \d+ runs to the end, 0 problems$", done.stdout, re.MULTILINE)) == 3
+
+
+def test_a_kill_while_a_part_is_written_leaves_no_half_of_it(tmp_path):
+    pid = os.fork()
+    if not pid:
+        with Run("pack", tmp_path, {}, {}, is_folder=True) as run, run.writing(run.progress / "part.json") as file:
+            file.write_text("half of")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    with Run("pack", tmp_path, {}, {}, is_folder=True) as run:
+        assert not (run.progress / "part.json").exists()
+        run.write(run.progress / "part.json", b"{}")
+        run.finish([], {})
+    assert not run.progress.exists()
 
 
 @pytest.fixture
