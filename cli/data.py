@@ -120,7 +120,7 @@ def run_recaption(arguments: argparse.Namespace) -> int:
         "max_tokens",
         "temperature",
     )
-    named = (*named, "price_in", "price_out", "max_price")
+    named = (*named, "price_in", "price_out", "max_price", "max_failures")
     with _step("images") as advance:
         how = Recaptioning(
             EndpointSettings(**{name: getattr(arguments, name) for name in named}),

@@ -10,6 +10,9 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+EMPTY, REFUSED = "the answer is empty", "refused: "
+"""An error that is an answer, and how another begins."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -29,6 +32,11 @@ class Answer:
     completion_tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def is_reply(self) -> bool:
+        """Whether the model has replied, if only with nothing or a refusal."""
+        return self.error is None or self.error == EMPTY or self.error.startswith(REFUSED)
+
 
 class AnswerLog(Protocol):
     """Keeps every answer, failed ones included. Its methods are not called at the same time.
@@ -43,7 +51,7 @@ class AnswerLog(Protocol):
         """All answers, for their tokens and errors; the texts may be left out."""
 
     def find(self, key: str) -> Answer | None:
-        """The answer to a question without an error."""
+        """The answer to a question that needs no other."""
 
     def add(self, key: str, answer: Answer) -> None:
         """Writes an answer to the disk."""
@@ -76,6 +84,8 @@ class JsonLines:
 class AnswerDatabase:
     """A log as an SQLite database, which needs little memory, whatever the number of answers.
 
+    Every reply of the model is found, so that a question whose answer is empty or refused is not asked again.
+
     Raises:
         ValueError: If the file is something else.
         OSError: If it cannot be written.
@@ -87,10 +97,10 @@ class AnswerDatabase:
             # Answers come in threads, one at a time.
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
             self._database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT NOT NULL, error TEXT, prompt_tokens INTEGER NOT NULL, "
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT NOT NULL, is_reply INTEGER NOT NULL, error TEXT, prompt_tokens INTEGER NOT NULL, "
                 "completion_tokens INTEGER NOT NULL, answer TEXT NOT NULL)"
             )
-            self._database.execute("CREATE INDEX IF NOT EXISTS keys ON answers (key) WHERE error IS NULL")
+            self._database.execute("CREATE INDEX IF NOT EXISTS keys ON answers (key) WHERE is_reply")
 
     def read(self) -> Iterator[Answer]:
         with self._errors():
@@ -102,14 +112,21 @@ class AnswerDatabase:
     def find(self, key: str) -> Answer | None:
         with self._errors():
             row = self._database.execute(
-                "SELECT answer FROM answers WHERE key = ? AND error IS NULL LIMIT 1", (key,)
+                "SELECT answer FROM answers WHERE key = ? AND is_reply LIMIT 1", (key,)
             ).fetchone()
         return None if row is None else _answer_of(json.loads(row[0]))
 
     def add(self, key: str, answer: Answer) -> None:
-        row = (key, answer.error, answer.prompt_tokens, answer.completion_tokens, json.dumps(asdict(answer)))
+        row = (
+            key,
+            answer.is_reply,
+            answer.error,
+            answer.prompt_tokens,
+            answer.completion_tokens,
+            json.dumps(asdict(answer)),
+        )
         with self._errors():
-            self._database.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", row)
+            self._database.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def close(self) -> None:
         self._database.close()
@@ -123,7 +140,9 @@ class AnswerDatabase:
             code = errno.ENOSPC if "full" in str(error) else errno.EIO
             raise OSError(code, os.strerror(code) if code == errno.ENOSPC else str(error), str(self.path)) from error
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is damaged, or not a log of answers: {error}; name another output") from error
+            raise ValueError(
+                f"{self.path} is damaged, or not a log of answers: {error}; name another output"
+            ) from error
 
 
 def _answer_of(entry: dict[str, Any]) -> Answer:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlv.processing_vlv import to_rgb
 
-from .answer_log import Answer, AnswerLog, JsonLines
+from .answer_log import EMPTY, REFUSED, Answer, AnswerLog, JsonLines
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 OPENAI_HOST = "api.openai.com"
@@ -61,7 +61,7 @@ class EndpointSettings:
         price_in, price_out: Price of a million tokens of requests and of answers.
         max_price: What may be spent in all, the answers in the log included; above 0, needs the prices. The next
             answers are taken to cost as much as the most expensive one so far, and the first is asked alone.
-        max_failures: After so many failures without a right answer between them the endpoint counts as out of order;
+        max_failures: After so many failures without a reply of the model between them the endpoint counts as out of order;
             None for no limit.
 
     Raises:
@@ -237,7 +237,7 @@ class Endpoint:
         )
         self._lock = threading.Lock()
         self._highest = 0.0  # the price of the most expensive answer so far; 0 if none is known
-        self._failures = 0  # since the last right answer
+        self._failures = 0  # since the last reply of the model
         for answer in self.log.read():
             self._count(answer)
             if self._lacks_price(answer):
@@ -303,7 +303,7 @@ class Endpoint:
             question = running.pop(future)
             answer = answers[question.name] = future.result()
             advance(1)
-            self._failures = 0 if answer.error is None else self._failures + 1
+            self._failures = 0 if answer.is_reply else self._failures + 1
             if self._failures == self.settings.max_failures:
                 raise EndpointError(f"the last {self._failures} requests failed, the last one with: {answer.error}")
 
@@ -432,7 +432,7 @@ def _read_response(name: str, response: Any) -> Answer:
     text, reason = getattr(message, "content", None), getattr(choices[0], "finish_reason", None)
     if not isinstance(text, str) or not text.strip():
         refusal = getattr(message, "refusal", None)
-        return Answer(name, None, f"refused: {refusal}" if refusal else "the answer is empty", **counts)
+        return Answer(name, None, f"{REFUSED}{refusal}" if refusal else EMPTY, **counts)
     return Answer(name, text, finish_reason=reason if isinstance(reason, str) else None, **counts)
 
 

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from vlv.evaluation.endpoint import Answer
+from vlv.evaluation.answer_log import EMPTY, Answer
 
 CAPTIONED, REFUSED, MALFORMED, FAILED, UNREADABLE = "captioned", "refused", "malformed", "failed", "unreadable"
 STATUSES = (CAPTIONED, REFUSED, MALFORMED, FAILED, UNREADABLE)
@@ -15,6 +15,8 @@ _REFUSALS = re.compile(
     r"|as an ai\b|unfortunately,? i\b",
     re.IGNORECASE,
 )
+_FINAL_STATUS = re.compile(r"status (400|413|414|422)\b")  # the same request has the same answer
+_POLICY = re.compile(r"content.?(policy|filter|management)|safety|moderation|responsible.?ai", re.IGNORECASE)
 _NGRAM, _FEWEST_WORDS, _SHARE = 4, 24, 0.5
 
 
@@ -34,15 +36,18 @@ class Checked:
 
 
 def check_answer(answer: Answer, min_words: int = 1) -> Checked:
-    """Judges an answer.
+    """Says whether an answer is a caption.
 
     A caption is text that ends by itself, has at least `min_words` words, begins as no refusal does, and does not
-    repeat itself (of at least 24 words, half of the runs of four words are different). Line breaks become spaces.
+    repeat itself (of at least 24 words, half of the runs of four words are different). Line breaks become spaces. An
+    image that the endpoint does not take (400, 413, 414, 422) is refused or malformed; other errors are failures.
     """
     if answer.error is not None:
         if answer.error.startswith("refused"):
             return Checked(REFUSED, "", answer.error)
-        if answer.error == "the answer is empty":
+        if _FINAL_STATUS.match(answer.error):
+            return Checked(REFUSED if _POLICY.search(answer.error) else MALFORMED, "", answer.error)
+        if answer.error == EMPTY:
             return Checked(MALFORMED, "", answer.error)
         return Checked(FAILED, "", answer.error)
     text = " ".join((answer.text or "").split())

@@ -1,24 +1,19 @@
 """Captions images by a vision model behind an OpenAI-compatible endpoint, within a price, as pairs for stage 2."""
 
+import hashlib
 import io
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlv.evaluation.endpoint import (
-    Answer,
-    Endpoint,
-    EndpointError,
-    EndpointSettings,
-    PriceReached,
-    Question,
-    image_part,
-)
+from vlv.evaluation.answer_log import Answer, AnswerDatabase
+from vlv.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings, PriceReached, Question, image_part
 from vlv.files import to_json
 from vlv.processing_vlv import to_rgb
 
@@ -27,7 +22,7 @@ from .records import Records, file_of, list_entry, reason_of
 from .run import Run
 
 BLOCK = 256
-"""Images whose answers share a log. It bounds memory, whatever the number of images."""
+"""Images whose results are written at a time. It bounds memory, whatever the number of images."""
 TOKENS = ("prompt_tokens", "completion_tokens")
 DEFAULT_PROMPT = (
     "You are a perceptive visual assistant. Describe the image exhaustively: the scene, all objects and where they "
@@ -43,7 +38,7 @@ class Recaptioning:
     """How a teacher is asked.
 
     Attributes:
-        settings: The endpoint; `max_price` holds for all runs of an output together.
+        settings: The endpoint; `max_price` holds for all answers in the database of an output.
         prompt: What is asked of each image.
         max_side: Longer images are made smaller to this longer side, in pixels; None sends every file as it is.
         min_words: Shorter answers are malformed.
@@ -85,12 +80,16 @@ def recaption(
     """Writes a list of `{"file_name": path from the output's folder, "caption": text}`, which stage 2 reads.
 
     Beside it, `NAME.rejected.jsonl` has the other images, each with `status` (`refused`, `malformed`, `failed`,
-    `unreadable`), `reason` and `text`. Every answer is written when it comes, so that none is paid for twice. While
-    images are `failed`, the manifest is not complete, and the same command asks for them again.
+    `unreadable`), `reason` and `text`. While images are `failed`, the manifest is not complete, and the same command
+    asks for them again.
+
+    Every answer is written when it comes into a database, `NAME.jsonl.answers.sqlite`, by the content of the image,
+    the prompt, the model and the options of sampling. No run deletes it, so that no answer is paid for twice: neither
+    by a run that goes on, nor by one of other images or another `min_words`.
 
     Args:
         output: The `.jsonl` file.
-        overwrite: Replaces the output of another run.
+        overwrite: Replaces the output of another run, but for the answers.
         advance: Called with numbers of images.
 
     Returns:
@@ -106,16 +105,17 @@ def recaption(
     with Run("recaption", output, records.identity(), how.options(), overwrite=overwrite) as run:
         if run.finished:
             return None
-        asking = _Asking(run, records, how)
-        try:
-            for first in range(0, len(records), BLOCK):
-                asking.ask_block(first, advance)
-        except (KeyboardInterrupt, SystemExit):
-            asking.write()
-            raise
-        except (EndpointError, PriceReached) as error:
-            asking.write()
-            raise Stopped(f"{error}. {asking.counts[CAPTIONED]} captions are in {output}") from error
+        with closing(AnswerDatabase(answers_path(output))) as log:
+            asking = _Asking(run, records, how, log)
+            try:
+                for first in range(0, len(records), BLOCK):
+                    asking.ask_block(first, advance)
+            except (EndpointError, PriceReached) as error:
+                asking.write()
+                raise Stopped(f"{error}. {asking.counts[CAPTIONED]} captions are in {output}") from error
+            except (KeyboardInterrupt, SystemExit):
+                asking.write()
+                raise
         outputs = asking.write()
         counts = asking.as_dict()
         if not counts[FAILED]:
@@ -132,13 +132,14 @@ def estimate(records: Records, output: str | os.PathLike, how: Recaptioning, ima
     Raises:
         Stopped: If no answer comes. Other errors are those of `recaption`.
     """
-    with Run("recaption", output, records.identity(), how.options()) as run:
-        if run.finished:
-            raise Stopped(f"{output} is complete; its manifest has what was spent")
-        asking = _Asking(run, records, how)
+    log = answers_path(Path(output))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with closing(AnswerDatabase(log)) as database:
         try:
-            endpoint = asking.open(0)
-            answers = asking.ask_some(endpoint, range(min(images, BLOCK, len(records))))
+            endpoint = Endpoint(how.settings, database)
+            answers = endpoint.ask(
+                _questions(records, range(min(images, len(records))), how, {}, _Pace(how, endpoint))
+            )
         except (EndpointError, PriceReached) as error:
             raise Stopped(str(error)) from error
     answered = [answer for answer in answers if answer.error is None]
@@ -149,90 +150,64 @@ def estimate(records: Records, output: str | os.PathLike, how: Recaptioning, ima
     return {"asked": len(answered), "images": len(records), **dict(zip(TOKENS, tokens, strict=True)), "price": price}
 
 
-class _Asking:
-    """Asks block by block, and knows what was spent."""
+def answers_path(output: Path) -> Path:
+    """The database of the answers for an output."""
+    return output.with_name(f"{output.name}.answers.sqlite")
 
-    def __init__(self, run: Run, records: Records, how: Recaptioning):
+
+class _Asking:
+    """Asks block by block."""
+
+    def __init__(self, run: Run, records: Records, how: Recaptioning, log: AnswerDatabase):
         self.run, self.records, self.how = run, records, how
         self.counts: Counter[str] = Counter(dict.fromkeys(STATUSES, 0))
-        self._spent = Counter(dict.fromkeys(TOKENS, 0))
-        self._price, self._highest, self._next = 0.0, 0.0, time.monotonic()
+        self.endpoint = Endpoint(how.settings, log)
+        self._pace = _Pace(how, self.endpoint)
 
     def ask_block(self, first: int, advance: Callable[[int], None]) -> None:
         """Asks for the images of a block that have no answer yet, and records the block.
 
         Raises:
-            EndpointError, PriceReached: As `Endpoint.ask`; what was answered is recorded.
+            EndpointError, PriceReached: As `Endpoint.ask`. What was answered until an error is recorded.
         """
         path = self.run.progress / f"block-{first:09d}.json"
         numbers = range(first, min(first + BLOCK, len(self.records)))
-        known = json.loads(path.read_bytes()) if path.exists() else {"entries": [None] * len(numbers)}
-        entries: dict[int, Any] = dict(zip(numbers, known["entries"], strict=True))
+        known = json.loads(path.read_bytes()) if path.exists() else [None] * len(numbers)
+        entries: dict[int, Any] = dict(zip(numbers, known, strict=True))
         pending = [number for number, entry in entries.items() if entry is None or entry.get("status") == FAILED]
         advance(len(numbers) - len(pending))
-        if not pending:
-            self._add(known)
-            return
-        stop: Exception | None = None
         try:
-            for number in range(self.how.passes):
-                endpoint = self.open(first)
-                checked = self._ask(endpoint, pending, advance if number == 0 else lambda done: None)
+            for number in range(self.how.passes if pending else 0):
+                checked = self._ask(pending, advance if number == 0 else lambda done: None)
                 entries |= {number: self._entry(number, own) for number, own in checked.items()}
                 pending = [number for number in pending if entries[number].get("status") == FAILED]
                 if not pending:
                     break
-        except (EndpointError, PriceReached) as error:
-            stop = error
-            endpoint = self.open(first, to_read=True)
-            found = dict(self._found(endpoint, pending))
-            checked = {number: self._check(found.get(number)) for number in pending}
+        except (EndpointError, PriceReached, KeyboardInterrupt, SystemExit):
+            checked = self._find(pending)
             entries |= {number: self._entry(number, own) for number, own in checked.items()}
-        totals = endpoint.totals
-        block: dict[str, Any] = {"prompt_tokens": totals.prompt_tokens, "completion_tokens": totals.completion_tokens}
-        block |= {"price": totals.price, "highest": endpoint.highest_price, "entries": list(entries.values())}
-        self.run.write(path, to_json(block, None))
-        self._add(block)
-        if stop is not None:
-            raise stop
+            raise
+        finally:
+            if None not in entries.values():
+                self.run.write(path, to_json(list(entries.values()), None))
+                self.counts.update(entry.get("status", CAPTIONED) for entry in entries.values())
 
-    def open(self, first: int, to_read: bool = False) -> Endpoint:
-        """The endpoint with the log of a block, and what of the price is left for it.
-
-        Raises:
-            PriceReached: If nothing is left.
-        """
-        settings, log = self.how.settings, self.run.progress / f"answers-{first:09d}.jsonl"
-        if to_read:
-            return Endpoint(replace(settings, max_price=None), log)
-        if settings.max_price is not None:
-            if self._price >= settings.max_price:
-                raise PriceReached(
-                    f"the answers so far cost {self._price:.4f}, and max_price is {settings.max_price:g}"
-                )
-            settings = replace(settings, max_price=settings.max_price - self._price)
-        return Endpoint(settings, log, self._highest)
-
-    def ask_some(self, endpoint: Endpoint, numbers: Sequence[int]) -> list[Answer]:
-        """The answers for some images of a block, which its log keeps."""
-        return endpoint.ask(self._questions(numbers, {}, endpoint))
-
-    def _ask(self, endpoint: Endpoint, numbers: Sequence[int], advance: Callable[[int], None]) -> dict[int, Checked]:
+    def _ask(self, numbers: Sequence[int], advance: Callable[[int], None]) -> dict[int, Checked]:
         unreadable: dict[int, str] = {}
-        answers = endpoint.ask(self._questions(numbers, unreadable, endpoint), advance)
+        answers = self.endpoint.ask(_questions(self.records, numbers, self.how, unreadable, self._pace), advance)
         advance(len(unreadable))
-        checked = {int(answer.name): self._check(answer) for answer in answers}
+        checked = {int(answer.name): check_answer(answer, self.how.min_words) for answer in answers}
         return checked | {number: Checked(UNREADABLE, "", reason) for number, reason in unreadable.items()}
 
-    def _found(self, endpoint: Endpoint, numbers: Sequence[int]) -> Iterator[tuple[int, Answer]]:
-        """The answers that the log holds."""
-        for question in self._questions(numbers, {}):
-            answer = endpoint.find(question)
+    def _find(self, numbers: Sequence[int]) -> dict[int, Checked]:
+        """What the answers in the database say of images, of a run that was stopped."""
+        unreadable: dict[int, str] = {}
+        checked = dict.fromkeys(numbers, Checked(FAILED, "", "the run was stopped before an answer came"))
+        for question in _questions(self.records, numbers, self.how, unreadable):
+            answer = self.endpoint.find(question)
             if answer is not None:
-                yield int(question.name), answer
-
-    def _check(self, answer: Answer | None) -> Checked:
-        return Checked(FAILED, "", "not asked") if answer is None else check_answer(answer, self.how.min_words)
+                checked[int(question.name)] = check_answer(answer, self.how.min_words)
+        return checked | {number: Checked(UNREADABLE, "", reason) for number, reason in unreadable.items()}
 
     def _entry(self, number: int, own: Checked) -> dict[str, Any]:
         """The line of an image in one of the two lists."""
@@ -242,40 +217,9 @@ class _Asking:
             return place | {"caption": own.text}
         return place | {"status": own.status, "reason": own.reason, "text": own.text}
 
-    def _add(self, block: Mapping[str, Any]) -> None:
-        self.counts.update(entry.get("status", CAPTIONED) for entry in block["entries"])
-        self._spent.update({name: block[name] for name in self._spent})
-        self._price += block["price"]
-        self._highest = max(self._highest, block["highest"])
-
-    def _questions(
-        self, numbers: Iterable[int], unreadable: dict[int, str], paced_for: Endpoint | None = None
-    ) -> Iterator[Question]:
-        """A question for each image that can be read; `unreadable` is told why others cannot."""
-        for number in numbers:
-            record = self.records.read_or_reason(number)
-            try:
-                image = _shrink(file_of(record.image), self.how.max_side)
-            except (OSError, ValueError) as error:
-                unreadable[number] = reason_of(error)
-                continue
-            content = [image_part(image), {"type": "text", "text": self.how.prompt}]
-            question = Question(str(number), [{"role": "user", "content": content}])
-            if paced_for is not None and paced_for.find(question) is None:
-                self._wait()
-            yield question
-
-    def _wait(self) -> None:
-        """Keeps the rate of requests."""
-        if self.how.requests_per_minute is None:
-            return
-        time.sleep(max(0.0, self._next - time.monotonic()))
-        self._next = max(self._next, time.monotonic()) + 60 / self.how.requests_per_minute
-
     def write(self) -> list[Path]:
         """Writes the two lists from the blocks; returns their paths."""
-        output = self.run.output
-        paths = [output, output.with_name(f"{output.stem}.rejected{output.suffix}")]
+        paths = [self.run.output, rejected_path(self.run.output)]
         with (
             self.run.writing(paths[0]) as kept,
             self.run.writing(paths[1]) as rejected,
@@ -283,13 +227,57 @@ class _Asking:
             open(rejected, "wb") as others,
         ):
             for path in sorted(self.run.progress.glob("block-*.json")):
-                for entry in json.loads(path.read_bytes())["entries"]:
+                for entry in json.loads(path.read_bytes()):
                     (captions if "caption" in entry else others).write(to_json(entry, None) + b"\n")
         return paths
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts of the manifest."""
-        return {"images": len(self.records), **self.counts, **self._spent, "price": round(self._price, 6)}
+        """The counts of the manifest. Tokens and price are those of all answers in the database."""
+        totals = self.endpoint.totals
+        spent = {"prompt_tokens": totals.prompt_tokens, "completion_tokens": totals.completion_tokens}
+        return {"images": len(self.records), **self.counts, **spent, "price": round(totals.price, 6)}
+
+
+def rejected_path(output: Path) -> Path:
+    """The list of the images without a caption, of an output."""
+    return output.with_name(f"{output.stem}.rejected{output.suffix}")
+
+
+class _Pace:
+    """Keeps the rate of requests."""
+
+    def __init__(self, how: Recaptioning, endpoint: Endpoint):
+        self._rate, self._next, self._endpoint = how.requests_per_minute, time.monotonic(), endpoint
+
+    def wait(self, question: Question) -> None:
+        """Waits until a question may be asked; one that has an answer is not asked."""
+        if self._rate is not None and self._endpoint.find(question) is None:
+            time.sleep(max(0.0, self._next - time.monotonic()))
+            self._next = max(self._next, time.monotonic()) + 60 / self._rate
+
+
+def _questions(
+    records: Records,
+    numbers: Iterable[int],
+    how: Recaptioning,
+    unreadable: dict[int, str],
+    pace: _Pace | None = None,
+) -> Iterator[Question]:
+    """A question for each image that can be read; `unreadable` is told why others cannot."""
+    for number in numbers:
+        record = records.read_or_reason(number)
+        try:
+            data = file_of(record.image)
+            image = _shrink(data, how.max_side)
+        except (OSError, ValueError) as error:
+            unreadable[number] = reason_of(error)
+            continue
+        content = [image_part(image), {"type": "text", "text": how.prompt}]
+        key = f"{hashlib.blake2b(data, digest_size=16).hexdigest()}, {how.max_side} pixels: {how.prompt}"
+        question = Question(str(number), [{"role": "user", "content": content}], key)
+        if pace is not None:
+            pace.wait(question)
+        yield question
 
 
 def _shrink(data: bytes, max_side: int | None) -> bytes:

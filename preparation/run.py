@@ -129,6 +129,11 @@ class Run:
                 )
         elif known is not None:
             self.finished = bool(known.get("complete")) and self._is_intact(known)
+            if known.get("complete") and not self.overwrite and (changed := self._changed(known)):
+                raise ValueError(
+                    f"{changed} has been changed since `vlv data {self.step}` wrote it; pass --overwrite to replace it, "
+                    "or name another output"
+                )
             self._runs = known.get("runs", 0) + 1
         if self.finished:
             return
@@ -162,6 +167,13 @@ class Run:
     def _is_intact(self, known: Mapping[str, Any]) -> bool:
         sizes = known.get("outputs", {})
         return all((p := self.folder / name).is_file() and p.stat().st_size == size for name, size in sizes.items())
+
+    def _changed(self, known: Mapping[str, Any]) -> Path | None:
+        """An output that has another size than when it was written."""
+        sizes = known.get("outputs", {}).items()
+        return next(
+            (p for name, size in sizes if (p := self.folder / name).exists() and p.stat().st_size != size), None
+        )
 
     def _remove(self, known: Mapping[str, Any]) -> None:
         """Removes what another run has left: its progress before its outputs, the manifest last."""

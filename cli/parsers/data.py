@@ -196,6 +196,13 @@ def _add_recaption(steps: Any) -> None:
         metavar="N",
         help="repeats of a request after 429, 500 and lost connections, with growing pauses (default: 5)",
     )
+    parser.add_argument(
+        "--max-failures",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="stop when so many requests in a row have failed, with all their repeats (default: 20)",
+    )
     parser.add_argument("--passes", type=positive, default=2, help="times that failed images are asked (default: 2)")
     price = {"type": not_negative_number, "default": 0.0}
     parser.add_argument("--price-in", **price, help="price of a million tokens of requests")

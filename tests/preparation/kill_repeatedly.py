@@ -69,11 +69,11 @@ def start(step: str, folder: Path, out: Path, url: str) -> int:
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    """The files that are not hidden, without the manifest, whose times differ."""
+    """The files that are not hidden, without the manifest, whose times differ, and without paid answers."""
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.glob("[!.]*"))
-        if path.is_file() and not path.name.endswith("manifest.json")
+        if path.is_file() and not path.name.endswith(("manifest.json", ".sqlite"))
     }
 
 

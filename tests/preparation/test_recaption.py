@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from vlv.cli.main import main
-from vlv.evaluation.endpoint import Answer
+from vlv.evaluation.answer_log import Answer
+from vlv.evaluation.endpoint import EndpointSettings
 from vlv.preparation import recaption as module
 from vlv.preparation.answers import check_answer
+from vlv.preparation.records import Records
 from vlv.train import load_pairs
 
 from ..evaluation.openai_server import Reply, scripted_endpoint
@@ -118,6 +120,16 @@ def test_no_run_spends_more_than_the_price_and_what_is_paid_for_is_kept(pictures
     assert json.loads((tmp_path / "o.jsonl.manifest.json").read_text())["counts"]["price"] == pytest.approx(9.6)
 
 
+def test_a_second_run_counts_what_later_blocks_have_cost(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "BLOCK", 3)
+    price = ["--price-in", "10000", "--price-out", "20000", "--max-retries", "0", "--passes", "1"]
+    with scripted_endpoint(lambda words, times: Reply(TEXT) if times else Reply(status=500)) as script:
+        run = command(pictures, tmp_path / "o.jsonl", script.url, *price)
+        assert main(run) == 1 and len(script.requests) == 8
+        assert main([*run, "--max-price", "9"]) == 2 and len(script.requests) == 8
+    assert "cost 8.4000, and the next could exceed max_price 9;" in capsys.readouterr().err
+
+
 def test_an_estimate_pays_for_a_few_images_that_are_not_asked_again(pictures, tmp_path, capsys):
     with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
         run = command(pictures, out := tmp_path / "o.jsonl", script.url, "--price-in", "10", "--price-out", "100")
@@ -166,6 +178,72 @@ def test_a_wrong_key_stops_the_run_with_the_endpoints_words(pictures, tmp_path, 
 def test_bad_options_say_what_is_expected(pictures, tmp_path, capsys, arguments, expected):
     assert main(command(pictures, tmp_path / "o.jsonl", "http://127.0.0.1:9/v1", *arguments)) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_no_answer_is_paid_for_again_by_another_run_of_the_same_output(tmp_path):
+    """Images that were added or moved, another limit of words or address, and a list that was lost."""
+    pictures, out = write_pictures(tmp_path / "in", 3), tmp_path / "o.jsonl"
+    with scripted_endpoint(lambda words, times: Reply(" " if times == 1 else TEXT)) as script:
+        assert main(command(pictures, out, script.url)) == 0 and len(script.requests) == 3
+        write_pictures(tmp_path / "new", 1, seed=1)
+        (tmp_path / "new" / "00.png").rename(pictures / "!.png")
+        pictures = pictures.rename(tmp_path / "moved")
+        assert main(command(pictures, out, script.url)) == 2
+        assert main(command(pictures, out, script.url, "--overwrite")) == 0 and len(script.requests) == 4
+        assert main(command(pictures, out, script.url, "--min-words", "1", "--overwrite")) == 0
+        (tmp_path / "o.rejected.jsonl").unlink()
+        assert main(command(pictures, out, script.url, "--min-words", "1")) == 0 and len(script.requests) == 4
+        with scripted_endpoint(lambda words, times: Reply("other")) as other:
+            assert main(command(pictures, out, other.url, "--overwrite")) == 0 and not other.requests
+        assert main(command(pictures, out, script.url, "--max-tokens", "9", "--overwrite")) == 0
+    assert len(script.requests) == 8 and len(lines(out)) == 4
+    counts = json.loads((tmp_path / "o.jsonl.manifest.json").read_text())["counts"]
+    assert counts["prompt_tokens"] == 800
+
+
+def test_an_output_that_was_edited_is_not_replaced_without_overwrite(pictures, tmp_path, capsys):
+    with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
+        again = command(pictures, out := tmp_path / "o.jsonl", script.url)
+        assert main(again) == 0
+        out.write_text(edited := out.read_text().replace("many", "several"))
+        assert main(again) == 2 and f"{out} has been changed since" in capsys.readouterr().err
+        assert out.read_text() == edited
+        assert main([*again, "--overwrite"]) == 0 and "many" in out.read_text() and len(script.requests) == 8
+
+
+def test_answers_of_an_interrupted_run_are_in_the_lists(pictures, tmp_path):
+    def interrupt(done):
+        raise KeyboardInterrupt
+
+    with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
+        how = module.Recaptioning(EndpointSettings("teacher", script.url, concurrency=1))
+        with pytest.raises(KeyboardInterrupt):
+            module.recaption(Records(str(pictures)), tmp_path / "o.jsonl", how, advance=lambda n: n and interrupt(n))
+        assert len(lines(tmp_path / "o.jsonl")) == len(script.requests) == 1
+
+
+def test_an_image_that_the_endpoint_does_not_take_is_not_asked_for_again(pictures, tmp_path):
+    bodies = {0: "your image violates our content_policy", 1: "the image is too large"}
+
+    def answer(words, times):
+        body = json.dumps({"error": {"message": bodies.get(times)}}).encode()
+        return Reply(status=400, body=body) if times in bodies else Reply(TEXT)
+
+    with scripted_endpoint(answer) as script:
+        assert main(command(pictures, tmp_path / "o.jsonl", script.url)) == 0
+        assert len(script.requests) == 8
+    assert [line["status"] for line in lines(tmp_path / "o.rejected.jsonl")] == ["refused", "malformed"]
+
+
+def test_an_endpoint_that_answers_nothing_right_ends_the_run(pictures, tmp_path, capsys):
+    body = json.dumps({"error": {"message": "no vision"}}).encode()
+    is_down = True
+    with scripted_endpoint(lambda words, times: Reply(status=400, body=body) if is_down else Reply(TEXT)) as script:
+        again = command(pictures, tmp_path / "o.jsonl", script.url, "--max-failures", "5")
+        assert main(again) == 2 and len(script.requests) == 5
+        assert "the last 5 requests failed" in (said := capsys.readouterr().err) and "no vision" in said
+        is_down = False
+        assert main(again) == 0 and len(lines(tmp_path / "o.jsonl")) == 8
 
 
 @pytest.mark.parametrize(
