@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,12 +135,21 @@ def run_recaption(arguments: argparse.Namespace) -> int:
             if arguments.estimate:
                 _say_estimate(estimate(_records(arguments), output, how, arguments.estimate))
                 return 0
-            counts = recaption(_records(arguments), output, how, overwrite=arguments.overwrite, advance=advance)
+            records = _records(arguments)
+            counts = recaption(records, output, how, overwrite=arguments.overwrite, advance=advance)
         except Stopped as error:
             raise UserError(str(error)) from error
     said = "captioned {captioned} of {images} images (refused {refused}, malformed {malformed}, unreadable "
     said += "{unreadable}, failed {failed}), {prompt_tokens} + {completion_tokens} tokens, price {price:.4f}"
-    return _say(counts, output, said, "failed")
+    code = _say(counts, output, said, "failed")
+    if records.path(0) is None:
+        source = shlex.quote(arguments.source)
+        print(
+            f"the images are in shards or tables: `vlv data pack {source} --captions {shlex.quote(str(output))} "
+            "--output PAIRS` packs them with their captions for stage 2",
+            file=sys.stderr,
+        )
+    return code
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
@@ -182,8 +192,8 @@ def _records(arguments: argparse.Namespace) -> Any:
     from vlv.preparation.records import Records
 
     columns = {name: value for name in ("image_column", "caption_column") if (value := getattr(arguments, name, None))}
-    pairs = getattr(arguments, "pairs", False)
-    return Records(arguments.source, pairs=pairs, image_root=arguments.image_root, **columns)
+    options = {name: getattr(arguments, name) for name in ("pairs", "captions") if hasattr(arguments, name)}
+    return Records(arguments.source, image_root=arguments.image_root, **options, **columns)
 
 
 def _read_prompt(file: str) -> str:

@@ -97,7 +97,8 @@ class AnswerDatabase:
             # Answers come in threads, one at a time.
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
             self._database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT NOT NULL, is_reply INTEGER NOT NULL, error TEXT, prompt_tokens INTEGER NOT NULL, "
+                "CREATE TABLE IF NOT EXISTS answers (key TEXT NOT NULL, is_reply INTEGER NOT NULL, error TEXT, "
+                "prompt_tokens INTEGER NOT NULL, "
                 "completion_tokens INTEGER NOT NULL, answer TEXT NOT NULL)"
             )
             self._database.execute("CREATE INDEX IF NOT EXISTS keys ON answers (key) WHERE is_reply")

@@ -61,8 +61,8 @@ class EndpointSettings:
         price_in, price_out: Price of a million tokens of requests and of answers.
         max_price: What may be spent in all, the answers in the log included; above 0, needs the prices. The next
             answers are taken to cost as much as the most expensive one so far, and the first is asked alone.
-        max_failures: After so many failures without a reply of the model between them the endpoint counts as out of order;
-            None for no limit.
+        max_failures: After so many failures without a reply of the model between them the endpoint counts as out of
+            order; None for no limit.
 
     Raises:
         ValueError: For `max_price` without prices, or not above 0, and for an address with a user name.
@@ -385,8 +385,8 @@ class Endpoint:
         while not self._allows(len(running) + 1):
             if not running:
                 raise PriceReached(
-                    f"the answers in {self.log.path} cost {self.totals.price:.4f}, and the next could exceed max_price "
-                    f"{self.settings.max_price:g}; raise it to go on"
+                    f"the answers in {self.log.path} cost {self.totals.price:.4f}, and the next could exceed "
+                    f"max_price {self.settings.max_price:g}; raise it to go on"
                 )
             self._collect(running, answers, advance)
 

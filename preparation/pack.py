@@ -158,12 +158,12 @@ def pack(
     with Run("pack", output, records.identity(), options, is_folder=True, overwrite=overwrite) as run:
         if run.finished:
             return None
-        several = records.pairs and bool((records.source.count_captions() > 1).any())
+        several = records.has_several_captions()
 
         def create(path: Path) -> ShardWriter:
             if format == WEBDATASET:
                 return TarWriter(path)
-            return ParquetWriter(path, pairs=records.pairs, several=several, prompts=records.source.has_prompts)
+            return ParquetWriter(path, pairs=records.pairs, several=several, prompts=records.has_prompts)
 
         shards: list[dict[str, Any]] = []
         number = 0

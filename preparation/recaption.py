@@ -6,13 +6,13 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlv.evaluation.answer_log import Answer, AnswerDatabase
+from vlv.evaluation.answer_log import AnswerDatabase
 from vlv.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings, PriceReached, Question, image_part
 from vlv.files import to_json
 from vlv.processing_vlv import to_rgb

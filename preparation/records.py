@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,8 @@ from vlv.train.data.captions import CAPTION_COLUMN, FIRST, IMAGE_COLUMN, PROMPT_
 from vlv.train.data.lists import ListDataset
 from vlv.train.data.loading import open_source
 from vlv.train.data.source import Source, UnreadableImage
+
+from .run import describe_files
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,13 @@ class Records:
         source: A folder, a list, the JSON of captions, parquet or tar files, or a data set, as for training.
         pairs: Whether the captions are read, too; each image needs one then.
         image_root: The folder that paths in lists and tables start from; by default that of the list.
+        captions: A list of `vlv data recaption` of the same source: its captions are read in place of the source's
+            own, and the images alone that it has.
 
     Raises:
         ImportError: If the source needs `datasets`, and it is not installed.
-        ValueError: If nothing is found, or an image has no caption and `pairs` asks for one.
+        ValueError: If nothing is found, an image has no caption and `pairs` asks for one, or `captions` names an image
+            that the source does not have.
     """
 
     def __init__(
@@ -52,25 +59,43 @@ class Records:
         image_root: str | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
+        captions: str | None = None,
     ):
+        if pairs and captions is not None:
+            raise ValueError("pairs are read with the captions of the source or with those of a list, not with both")
         caption, prompt = (caption_column, PROMPT_COLUMN) if pairs else (None, None)
-        self.pairs, self.description = pairs, source
+        self.pairs, self.description, self.captions = pairs or captions is not None, source, captions
         self.source: Source = open_source(source, "train", image_column, caption, image_root, FIRST, prompt)
         self._root = self._common_folder()
+        self._rows: Sequence[int] = range(len(self.source))
+        self._texts: list[list[str]] = []  # of the rows, from the list of captions
+        if captions is not None:
+            self._rows, self._texts = self._read_captions(captions)
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._rows)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there are instructions."""
+        return self.captions is None and self.source.has_prompts
+
+    def has_several_captions(self) -> bool:
+        """Whether an image has more than one caption."""
+        if self.captions is not None:
+            return any(len(texts) > 1 for texts in self._texts)
+        return self.pairs and bool((self.source.count_captions() > 1).any())
 
     def name(self, number: int) -> str:
         """The path of an image from the folder of the source; of a shard's image, that of the shard and its place."""
-        name = self.source.name(number)
+        name = self.source.name(self._rows[number])
         return os.path.relpath(name, self._root) if self._root is not None else name
 
     def path(self, number: int) -> str | None:
         """The absolute path of an image that is a file of its own."""
         if not isinstance(self.source, ListDataset):
             return None
-        return os.path.abspath(self.source[number]["image"])
+        return os.path.abspath(self.source[self._rows[number]]["image"])
 
     def read(self, number: int) -> Record:
         """A record.
@@ -78,7 +103,9 @@ class Records:
         Raises:
             OSError, ValueError: If it cannot be read from the source.
         """
-        item = self.source[number]
+        item = self.source[self._rows[number]]
+        if self.captions is not None:
+            return Record(self.name(number), item["image"], self._texts[number])
         captions = (alternatives(item.get("caption")) or []) if self.pairs else None
         prompt = item.get("prompt") or ""
         return Record(self.name(number), item["image"], captions, prompt if isinstance(prompt, str) else "")
@@ -94,7 +121,9 @@ class Records:
     def identity(self) -> dict[str, Any]:
         """What identifies the source: its place, number of records, and hashes of names, sizes, captions and times."""
         place = os.path.abspath(self.description) if os.path.exists(self.description) else self.description
-        known = {"source": place, "records": len(self), "pairs": self.pairs}
+        known: dict[str, Any] = {"source": place, "records": len(self), "pairs": self.pairs}
+        if self.captions is not None:
+            known["captions"] = describe_files([self.captions])
         return known | {"fingerprint": self.source.fingerprint(), "times": self._times()}
 
     def _times(self) -> str:
@@ -107,11 +136,49 @@ class Records:
             digest.update(os.stat(file).st_mtime_ns.to_bytes(8, "big", signed=True))
         return digest.hexdigest()
 
+    def _read_captions(self, file: str) -> tuple[Sequence[int], list[list[str]]]:
+        """The rows of the images that a list names, and their captions."""
+        texts, folder = _captions_by_name(file), os.path.dirname(os.path.abspath(file))
+        rows, found = array("q"), list[list[str]]()
+        for number in self._rows:
+            path = self.path(number)
+            text = texts.pop(self.name(number) if path is None else os.path.relpath(path, folder), None)
+            if text is not None:
+                rows.append(number)
+                found.append(text)
+        if texts:
+            raise ValueError(
+                f"{file} names {next(iter(texts))!r}, which is not in {self.description}; give the source that was "
+                "captioned"
+            )
+        return rows, found
+
     def _common_folder(self) -> str | None:
         if isinstance(self.source, ListDataset):
             return os.path.abspath(self.source.root)
         files: Sequence[str] | None = getattr(self.source, "files", None)
         return None if files is None else os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
+
+
+def _captions_by_name(file: str) -> dict[str, list[str]]:
+    """The captions of a list of `{"file_name": ..., "caption": ...}`.
+
+    Raises:
+        ValueError: If it cannot be read; the message names the line.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                entry = json.loads(line)
+                name = entry.get("file_name") if isinstance(entry, dict) else None
+                texts = alternatives(entry.get("caption")) if isinstance(name, str) else None
+                if not texts:
+                    raise ValueError(f'line {number} lacks {{"file_name": ..., "caption": ...}}')
+                found[str(name)] = texts
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a list of `vlv data recaption`: {error}") from error
+    return found
 
 
 def file_of(image: Any) -> bytes:

@@ -131,8 +131,8 @@ class Run:
             self.finished = bool(known.get("complete")) and self._is_intact(known)
             if known.get("complete") and not self.overwrite and (changed := self._changed(known)):
                 raise ValueError(
-                    f"{changed} has been changed since `vlv data {self.step}` wrote it; pass --overwrite to replace it, "
-                    "or name another output"
+                    f"{changed} has been changed since `vlv data {self.step}` wrote it; pass --overwrite to replace "
+                    "it, or name another output"
                 )
             self._runs = known.get("runs", 0) + 1
         if self.finished:

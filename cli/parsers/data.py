@@ -131,6 +131,11 @@ def _add_pack(steps: Any) -> None:
     _add_source(parser)
     _add_output(parser, "OUT", "the folder of shards")
     parser.add_argument(
+        "--captions",
+        metavar="LIST.jsonl",
+        help="list of `vlv data recaption` of SOURCE: pack the images that it has, with its captions",
+    )
+    parser.add_argument(
         "--format", choices=("webdataset", "parquet"), default="webdataset", help="of the shards (default: webdataset)"
     )
     size = parser.add_mutually_exclusive_group()

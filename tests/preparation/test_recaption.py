@@ -13,6 +13,7 @@ from vlv.evaluation.answer_log import Answer
 from vlv.evaluation.endpoint import EndpointSettings
 from vlv.preparation import recaption as module
 from vlv.preparation.answers import check_answer
+from vlv.preparation.pack import pack
 from vlv.preparation.records import Records
 from vlv.train import load_pairs
 
@@ -139,6 +140,25 @@ def test_an_estimate_pays_for_a_few_images_that_are_not_asked_again(pictures, tm
             capsys.readouterr().out
         )
         assert main(run) == 0 and len(script.requests) == 8 and len(lines(out)) == 8
+
+
+@pytest.mark.parametrize("format", ["webdataset", "parquet", "folder"])
+def test_captions_of_packed_images_are_packed_with_them_for_stage_2(pictures, tmp_path, capsys, format):
+    source = pictures
+    if format != "folder":
+        pack(Records(str(pictures)), source := tmp_path / "shards", format=format, shard_images=3)
+    with scripted_endpoint(lambda words, times: Reply("I cannot help with that." if times == 1 else TEXT)) as script:
+        assert main(command(source, out := tmp_path / "o.jsonl", script.url)) == 0
+    assert ("--captions" in capsys.readouterr().err) == (format != "folder")
+    again = ["data", "pack", str(source), "--captions", str(out), "--output", str(tmp_path / "pairs")]
+    assert main(again) == 0
+    packed = load_pairs(str(tmp_path / "pairs"))
+    assert [item["caption"] for item in packed] == [TEXT] * 7
+    expected = [(pictures / f"{number:02d}.png").read_bytes() for number in range(8) if number != 1]
+    assert [bytes(item["image"]) for item in packed] == expected
+    assert main(again) == 0 and "nothing to do" in capsys.readouterr().err
+    out.write_text(out.read_text() + json.dumps({"file_name": "other.png", "caption": "of another source"}) + "\n")
+    assert main([*again, "--overwrite"]) == 2 and "names 'other.png', which is not in" in capsys.readouterr().err
 
 
 def test_requests_start_at_the_rate_that_is_asked_for(pictures, tmp_path):
