@@ -9,7 +9,7 @@ import numpy as np
 
 from vlv.files import to_json
 
-from .duplicates import MAX_DISTANCE, choose_kept
+from .duplicates import choose_kept, require_distance
 from .records import Records, list_entry
 from .run import FAILED, Run
 from .scan import scan
@@ -47,8 +47,7 @@ def dedup(
         ValueError: If the distance is out of range, or the output is of another run.
         OSError: If a file cannot be written.
     """
-    if not 0 <= distance <= MAX_DISTANCE:
-        raise ValueError(f"the distance is {distance}; expected 0 to {MAX_DISTANCE}")
+    require_distance(distance)
     output = Path(output)
     with Run("dedup", output, records.identity(), {"distance": distance}, is_folder=True, overwrite=overwrite) as run:
         if run.finished:

@@ -20,7 +20,7 @@ from vlv.files import to_json
 
 from .rules import COLUMNS
 from .run import Run, describe_files
-from .tables import TableWriter, batches, require_pyarrow, unified_schema
+from .tables import TableWriter, batches, require_columns, require_pyarrow, unified_schema
 
 INSTALL = (
     "img2dataset is not installed. Its dependencies are older than those of vlv, so give it an environment of its own "
@@ -114,9 +114,10 @@ def download(
     output, files = Path(output), sorted({os.path.abspath(file) for file in files})
     described = describe_files(files)
     schema = unified_schema(files)
-    columns = {"url": _column(schema.names, files[0], "url", url_column)}
+    columns = {"url": str(_column(schema.names, files[0], "url", url_column))}
     if caption := _column(schema.names, files[0], "caption", caption_column):
         columns["caption"] = caption
+    require_columns(files, columns, ("url",))
     options = {"image_size": how.image_size, "resize_mode": how.resize_mode, "passes": how.passes, "columns": columns}
     with Run("download", output, {"files": described}, options, is_folder=True, overwrite=overwrite) as run:
         if run.finished:

@@ -10,6 +10,12 @@ MAX_DISTANCE = 16
 _PAIRS_AT_ONCE = 2**22
 
 
+def require_distance(distance: int) -> None:
+    """Raises `ValueError` if a distance is out of range."""
+    if not 0 <= distance <= MAX_DISTANCE:
+        raise ValueError(f"the distance is {distance}; expected 0 to {MAX_DISTANCE} of {BITS} bits")
+
+
 def find_near(hashes: np.ndarray, distance: int) -> np.ndarray:
     """All pairs of different hashes that differ in at most so many bits.
 
@@ -23,8 +29,7 @@ def find_near(hashes: np.ndarray, distance: int) -> np.ndarray:
     Returns:
         `(pairs, 2)`: indices, the smaller first, in order, each pair once.
     """
-    if not 0 <= distance <= MAX_DISTANCE:
-        raise ValueError(f"the distance is {distance}; expected 0 to {MAX_DISTANCE} of {BITS} bits")
+    require_distance(distance)
     found = [np.empty((0, 2), np.int64)]
     edges = np.linspace(0, BITS, distance + 2).astype(int)
     for low, high in pairwise(edges):

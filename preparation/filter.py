@@ -13,7 +13,7 @@ import numpy as np
 from .filter_report import FilterCounts, write_reports
 from .rules import COLUMNS, Rules, measure
 from .run import Run, describe_files
-from .tables import ROWS, TableWriter, batches, require_pyarrow, unified_schema
+from .tables import ROWS, TableWriter, batches, require_columns, require_pyarrow, unified_schema
 
 BINS = 2**20
 """Bins of hashes in which the limit of a sample is found."""
@@ -109,7 +109,7 @@ def filter_metadata(
 
     Raises:
         ImportError: Without pyarrow.
-        ValueError: If a file cannot be read or lacks a column, or the output is of another run.
+        ValueError: If a file cannot be read, lacks a column or has it under another name than others, or the output is of another run.
         OSError: If the output cannot be written.
     """
     require_pyarrow()
@@ -121,6 +121,7 @@ def filter_metadata(
     names = _find_columns(schema.names, files[0], rules, dict(columns or {}))
     if sample:
         names["key"] = _key_column(schema.names, files[0], key or names.get("url"))
+    require_columns(files, names, () if rules.keep_missing else rules.needed() | {"key"})
     options: dict[str, Any] = {"rules": asdict(rules), "columns": names}
     options |= {"sample": sample, "seed": seed if sample else None}
     with Run("filter", output, {"files": described}, options, overwrite=overwrite) as run:

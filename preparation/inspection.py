@@ -15,7 +15,7 @@ import numpy as np
 from vlv.files import to_json
 from vlv.processing_vlv import to_rgb
 
-from .duplicates import choose_kept
+from .duplicates import choose_kept, require_distance
 from .records import Records, file_of
 from .run import Run
 from .scan import scan
@@ -138,6 +138,7 @@ def inspect_images(
         ValueError: If the distance is out of range, or the output is of another run.
         OSError: If a file cannot be written.
     """
+    require_distance(distance)
     output = Path(output)
     options = {"pictures": pictures, "distance": distance}
     with Run("inspect", output, records.identity(), options, is_folder=True, overwrite=overwrite) as run:

@@ -154,6 +154,11 @@ def pack(
     output = Path(output)
     if format == PARQUET:
         require_pyarrow()
+    if inside := records.place_in(output):
+        raise ValueError(
+            f"{output} is in {inside}, which is the source: its shards would be read as the source from then on; name "
+            "a folder outside"
+        )
     options = {"format": format, "shard_images": shard_images, "shard_bytes": shard_bytes}
     with Run("pack", output, records.identity(), options, is_folder=True, overwrite=overwrite) as run:
         if run.finished:

@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlv.processing_vlv import to_rgb
@@ -125,6 +126,11 @@ class Records:
         if self.captions is not None:
             known["captions"] = describe_files([self.captions])
         return known | {"fingerprint": self.source.fingerprint(), "times": self._times()}
+
+    def place_in(self, output: Path) -> Path | None:
+        """The folder of the source, if an output is that folder or lies in it."""
+        folder = Path(self.description)
+        return folder if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()) else None
 
     def _times(self) -> str:
         """A hash of the times of the files that hold the images."""

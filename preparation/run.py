@@ -122,7 +122,7 @@ class Run:
             raise ValueError(f"{self.output} exists and no manifest says what made it; {remedy}")
         different = [] if known is None else self._differences(known)
         if different:
-            if not self.overwrite:
+            if not self.overwrite and known is not None and (known.get("complete") or self._has_work(known)):
                 raise ValueError(
                     f"{self.output} is of another run of `vlv data`: {'; '.join(different)}. Pass --overwrite to "
                     "replace it, or name another output"
@@ -167,6 +167,11 @@ class Run:
     def _is_intact(self, known: Mapping[str, Any]) -> bool:
         sizes = known.get("outputs", {})
         return all((p := self.folder / name).is_file() and p.stat().st_size == size for name, size in sizes.items())
+
+    def _has_work(self, known: Mapping[str, Any]) -> bool:
+        """Whether a run that was ended has left an output, or finished parts of one."""
+        parts = (path for path in self.progress.iterdir() if path.name != "lock")
+        return any(path.exists() for path in (*parts, *self._left_by(known)))
 
     def _changed(self, known: Mapping[str, Any]) -> Path | None:
         """An output that has another size than when it was written."""

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ def split(
         The counts of the manifest: `train`, `validation`, `test`, `failed`; None if an earlier run has done the same.
 
     Raises:
-        ValueError: If the shares are not shares, the images are not files of their own, or the output is of another
-        run. OSError: If a list cannot be written.
+        ValueError: If the shares are not shares, the images are not files of their own, `groups` are of another
+            source, or the output is of another run.
+        OSError: If a list cannot be written.
     """
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise ValueError(f"the shares are {validation:g} and {test:g}; expected numbers from 0 whose sum is below 1")
@@ -60,6 +61,8 @@ def split(
     output = Path(output)
     options = {"validation": validation, "test": test, "by": by, "seed": seed}
     kept_of = {} if groups is None else _read_groups(groups)
+    if groups is not None:
+        _require_names(records, kept_of, groups)
     inputs = records.identity() | ({} if groups is None else {"groups": describe_files([groups])})
     with Run("split", output, inputs, options, is_folder=True, overwrite=overwrite) as run:
         if run.finished:
@@ -92,6 +95,17 @@ def part_of(key: bytes, validation: float, test: float, seed: int) -> str:
     digest = hashlib.blake2b(key, digest_size=8, key=str(seed).encode()).digest()
     place = int.from_bytes(digest, "big") / 2**64
     return TEST if place < test else VALIDATION if place < test + validation else TRAIN
+
+
+def _require_names(records: Records, kept_of: Mapping[str, str], groups: str | os.PathLike) -> None:
+    """Raises `ValueError` if groups name an image that the source does not have."""
+    unknown = {*kept_of, *kept_of.values()}
+    unknown.difference_update(records.name(number) for number in range(len(records)))
+    if unknown:
+        raise ValueError(
+            f"{groups} names {min(unknown)!r}, which is not in {records.description}: it is of another source. Give the "
+            "source that `vlv data dedup` read, or run it on this one"
+        )
 
 
 def _read_groups(path: str | os.PathLike) -> dict[str, str]:

@@ -1,8 +1,10 @@
 """Parquet files as a stream: batches in, row groups of one size out, with constant memory."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+from .rules import COLUMNS
 
 ROWS = 65536
 """Rows of a batch, and of a row group that is written."""
@@ -37,6 +39,30 @@ def unified_schema(files: Sequence[str]) -> Any:
         except pa.ArrowException as error:
             raise ValueError(f"{file} has other types of columns than {files[0]}: {error}") from error
     return schema
+
+
+def require_columns(files: Sequence[str], names: Mapping[str, str], needed: Collection[str]) -> None:
+    """Refuses files that have a column under another name than others, whose rows would count as empty.
+
+    Args:
+        names: The columns, by what they hold.
+        needed: Of what they hold, what no file may lack.
+
+    Raises:
+        ValueError: With the name of the file.
+    """
+    from pyarrow import parquet
+
+    for file in files:
+        present = parquet.read_schema(file).names
+        for kind, name in names.items():
+            other = next((other for other in COLUMNS.get(kind, ()) if other in present), None)
+            if name not in present and (other is not None or kind in needed):
+                has = f"it has {other!r} there" if other is not None else f"it has {', '.join(present)}"
+                raise ValueError(
+                    f"{file} has no column {name!r} for the {kind}, which other files have; {has}. Give files with "
+                    "other columns to a command of their own"
+                )
 
 
 def batches(

@@ -123,17 +123,26 @@ def test_near_duplicates_and_equal_files_are_in_one_part(folder, tmp_path):
     assert apart == {1, 2} and together == {1}
 
 
+def test_groups_of_another_source_are_refused(folder, tmp_path):
+    dedup(Records(str(folder)), tmp_path / "dedup", distance=6)
+    other = write_pictures(tmp_path / "other", 2)
+    with pytest.raises(ValueError, match=r"duplicates\.json names '.*', which is not in .*other"):
+        split(Records(str(other)), tmp_path / "out", groups=tmp_path / "dedup" / "duplicates.json")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("step", "arguments", "expected"),
     [
         ("split", ["--validation", "0.6", "--test", "0.5"], "expected numbers from 0 whose sum is below 1"),
         ("split", ["--groups", "no.json"], "no.json"),
         ("dedup", ["--distance", "17"], "expected 0 to 16"),
+        ("inspect", ["--distance", "17"], "expected 0 to 16"),
     ],
 )
 def test_bad_options_say_what_is_expected(folder, tmp_path, capsys, step, arguments, expected):
     assert main(["data", step, str(folder), "--output", str(tmp_path / "out"), *arguments]) == 2
-    assert expected in capsys.readouterr().err
+    assert expected in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_packed_images_cannot_be_split_into_lists(folder, tmp_path, capsys):

@@ -123,6 +123,24 @@ def test_another_run_is_not_replaced_without_overwrite(file, tmp_path, capsys):
     assert main([*command, "--sample", "5"]) == 2 and f"files: {file} differs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", ["filter", "download"])
+def test_files_that_name_a_column_otherwise_are_refused_by_name(file, tmp_path, capsys, step):
+    other = tmp_path / "other.parquet"
+    parquet.write_table(metadata(5).rename_columns([name.lower() for name in metadata(1).column_names]), other)
+    command = ["data", step, str(file), str(other), "--output", str(tmp_path / "out.parquet")]
+    assert main([*command, *(["--img2dataset", "true"] if step == "download" else [])]) == 2
+    said = capsys.readouterr().err
+    assert f"{file} has no column 'url' for the url" in said and "it has 'URL' there" in said
+
+
+def test_files_without_a_column_of_a_rule_are_refused_unless_missing_values_pass(file, tmp_path, capsys):
+    other = tmp_path / "other.parquet"
+    parquet.write_table(metadata(5).drop_columns(["pwatermark"]), other)
+    command = ["data", "filter", str(file), str(other), "--output", str(tmp_path / "out.parquet")]
+    assert main(command) == 2 and f"{other} has no column 'pwatermark'" in capsys.readouterr().err
+    assert main([*command, "--keep-missing"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -140,6 +158,12 @@ def test_bad_options_say_what_is_expected(file, tmp_path, capsys, arguments, exp
         file.name,
         ".out.parquet.progress",
     }
+
+
+def test_a_run_that_has_made_nothing_does_not_keep_the_corrected_command_from_running(file, tmp_path):
+    command = ["data", "filter", str(file), "--output", str(tmp_path / "out.parquet")]
+    assert main([*command, "--width-column", "TEXT"]) == 2
+    assert main(command) == 0
 
 
 def test_damaged_and_missing_files_are_named(file, tmp_path, capsys):

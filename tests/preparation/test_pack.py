@@ -97,8 +97,17 @@ def test_a_folder_with_other_files_and_one_that_another_process_writes_are_refus
     assert "another process is writing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["", "packed"])
+def test_an_output_in_the_source_is_refused(tmp_path, capsys, place):
+    pictures = write_pictures(tmp_path / "in", 2)
+    assert main(["data", "pack", str(pictures), "--output", str(pictures / place)]) == 2
+    assert "which is the source" in capsys.readouterr().err
+    assert {path.suffix for path in pictures.iterdir()} == {".png", ".txt"}
+
+
 def test_a_source_without_readable_images_is_an_error_with_the_reason(tmp_path, capsys):
-    (tmp_path / "bad.png").write_text("no picture")
-    assert main(["data", "pack", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.png").write_text("no picture")
+    assert main(["data", "pack", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 2
     assert "none of the 1 images" in (said := capsys.readouterr().err) and "bad.png: " in said
     assert not list((tmp_path / "out").glob("*.tar"))
