@@ -34,7 +34,7 @@ def dedup(
 
     Args:
         output: The folder.
-        distance: Bits of 64 in which the hashes of near images differ at most; 0 to 16.
+        distance: Bits of 64 in which the hashes of near images differ at most; 0 to 8.
         workers: Threads that decode.
         overwrite: Replaces the output of another run.
         advance: Called with numbers of images.

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 
 BITS = 64
-MAX_DISTANCE = 16
+MAX_DISTANCE = 8
 _PAIRS_AT_ONCE = 2**22
 
 
@@ -32,13 +32,17 @@ def find_near(hashes: np.ndarray, distance: int) -> np.ndarray:
     require_distance(distance)
     found = [np.empty((0, 2), np.int64)]
     edges = np.linspace(0, BITS, distance + 2).astype(int)
-    for low, high in pairwise(edges):
+    masks = [np.uint64(((1 << int(high - low)) - 1) << int(low)) for low, high in pairwise(edges)]
+    for number, (low, high) in enumerate(pairwise(edges)):
         band = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         for first, second in _pairs_of_equal(band):
-            near = np.bitwise_count(hashes[first] ^ hashes[second]) <= distance
+            bits = hashes[first] ^ hashes[second]
+            near = np.bitwise_count(bits) <= distance
+            for mask in masks[:number]:
+                near &= (bits & mask) != 0  # a pair of an earlier band has been found
             found.append(np.stack([first[near], second[near]], axis=1))
     pairs = np.sort(np.concatenate(found), axis=1)
-    return np.unique(pairs, axis=0)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
 def _pairs_of_equal(values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

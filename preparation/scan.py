@@ -18,18 +18,23 @@ from .run import Run
 
 BLOCK = 512
 """Images whose facts are written at a time: what a killed run looks at again at most."""
+READ_AHEAD = 4
+"""Images in memory at a time for each worker, of sources that hold image files."""
 _SIDE, _LOW = 32, 8
+_STEP = 64
+"""Frequencies are rounded to multiples of this, which is above the noise of rounded pixels and of compression."""
 _FREQUENCIES = np.cos(np.pi * np.arange(_LOW)[:, None] * (2 * np.arange(_SIDE) + 1) / (2 * _SIDE))  # (8, 32): a DCT-II
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits of what an image looks like: the pHash of the library ImageHash.
+    """64 bits of what an image looks like: a pHash, as the library ImageHash makes it but for the rounding.
 
     The grey image of 32 x 32 pixels is transformed by a DCT; a bit says whether one of the 8 x 8 lowest frequencies is
-    above their median. Changes of size, compression and brightness change few bits.
+    above their median. Changes of size, compression and brightness change few bits. They are rounded before, since
+    those of flat images and of gradients in one direction are noise but for a few.
     """
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
-    low = _FREQUENCIES @ grey @ _FREQUENCIES.T
+    low = np.round(_FREQUENCIES @ grey @ _FREQUENCIES.T / _STEP)
     return int("".join("01"[bit] for bit in (low > np.median(low)).flatten().astype(int)), 2)
 
 
@@ -69,7 +74,10 @@ def scan(
                 facts = json.loads(path.read_bytes())
             else:
                 numbers = range(first, min(first + BLOCK, len(records)))
-                facts = list(pool.map(facts_of, [records.read_or_reason(number) for number in numbers]))
+                facts, ahead = [], READ_AHEAD * workers
+                for start in range(0, len(numbers), ahead):
+                    read = [records.read_or_reason(number) for number in numbers[start : start + ahead]]
+                    facts += pool.map(facts_of, read)
                 run.write(path, to_json(facts, None))
             yield facts
             advance(len(facts))
