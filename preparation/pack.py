@@ -27,6 +27,7 @@ ROW_GROUP = 256
 READ_AHEAD = 64
 """Images in memory at a time, besides a row group."""
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}
+"""Of formats for which Pillow has a more usual one than the first that it lists."""
 
 
 class ShardWriter(Protocol):
@@ -51,8 +52,7 @@ class TarWriter:
 
     def add(self, number: int, record: Record, data: bytes, facts: Mapping[str, Any]) -> None:
         key, values = f"{number:09d}", {"name": record.name, "width": facts["width"], "height": facts["height"]}
-        suffix = _SUFFIXES.get(facts["format"], f".{facts['format'].lower()}")
-        self._member(key + suffix, data)
+        self._member(key + _suffix(facts["format"]), data)
         if record.captions:
             one = record.captions[0] if len(record.captions) == 1 else None
             values["caption"] = one or record.captions
@@ -69,6 +69,12 @@ class TarWriter:
 
     def close(self) -> None:
         self._tar.close()
+
+
+def _suffix(format: str) -> str:
+    """The suffix of image files of a format, by which readers of shards know an image."""
+    listed = (suffix for suffix, own in Image.registered_extensions().items() if own == format)
+    return _SUFFIXES.get(format) or next(listed, f".{format.lower()}")
 
 
 class ParquetWriter:
@@ -240,9 +246,9 @@ def _load_all(records: Records, first: int, last: int) -> Iterator[tuple[Record,
 def _load(record: Record) -> Loaded:
     try:
         data = file_of(record.image)
-        to_rgb(data)
+        width, height = to_rgb(data).size
         with Image.open(io.BytesIO(data)) as image:
-            return data, {"format": str(image.format), "width": image.width, "height": image.height}
+            return data, {"format": str(image.format), "width": width, "height": height}
     except (OSError, ValueError) as error:
         return reason_of(error)
 

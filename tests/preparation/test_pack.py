@@ -28,6 +28,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_images_that_failed_are_in_the_exit_code_of_a_run_with_nothing_to_do(folder, tmp_path, capsys):
+    command = ["data", "pack", str(folder), "--output", str(tmp_path / "out")]
+    assert [main(command), main(command)] == [1, 1] and "nothing to do" in capsys.readouterr().err
+
+
 def contents(dataset) -> list[tuple[bytes, str]]:
     return [(to_rgb(item["image"]).tobytes(), item["caption"]) for item in dataset]
 
@@ -95,6 +100,18 @@ def test_a_folder_with_other_files_and_one_that_another_process_writes_are_refus
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["data", "pack", str(pictures), "--output", str(tmp_path / "other")]) == 2
     assert "another process is writing" in capsys.readouterr().err
+
+
+def test_a_shard_has_the_size_of_the_upright_image_and_a_suffix_that_readers_know(tmp_path):
+    (tmp_path / "in").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "in" / "a.jpg", exif=turned)
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "b.sgi")
+    assert pack(Records(str(tmp_path / "in")), tmp_path / "out")["images"] == 2
+    with tarfile.open(tmp_path / "out" / "shard-00000.tar") as shard:
+        facts = json.load(shard.extractfile("000000000.json"))
+    assert (facts["width"], facts["height"]) == (20, 30) and len(load_images(str(tmp_path / "out"))) == 2
 
 
 @pytest.mark.parametrize("place", ["", "packed"])
