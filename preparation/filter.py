@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .filter_report import FilterCounts, write_reports
+from .filter_report import FilterCounts, report_paths, write_reports
 from .rules import COLUMNS, Rules, measure
 from .run import Run, describe_files
 from .tables import ROWS, TableWriter, batches, require_columns, require_pyarrow, unified_schema
@@ -60,11 +60,14 @@ class Sample:
         for number, value in enumerate(hashes):
             row = rows.slice(number, 1)
             self._edge.append((int(value), repr(row.to_pylist()), row))
+        if len(self._edge) > 2 * self.size:  # rows of one key
+            self.edge()
 
     def edge(self) -> list[Any]:
-        """The rows of that bin which are in the sample, as tables of one row."""
+        """The rows of that bin which are in the sample, as tables of one row; others are forgotten."""
         _, before = self._limit
-        return [row for *_, row in sorted(self._edge, key=lambda entry: entry[:2])[: self.size - before]]
+        self._edge = sorted(self._edge, key=lambda entry: entry[:2])[: self.size - before]
+        return [row for *_, row in self._edge]
 
     @cached_property
     def _limit(self) -> tuple[int, int]:
@@ -124,7 +127,8 @@ def filter_metadata(
     require_columns(files, names, () if rules.keep_missing else rules.needed() | {"key"})
     options: dict[str, Any] = {"rules": asdict(rules), "columns": names}
     options |= {"sample": sample, "seed": seed if sample else None}
-    with Run("filter", output, {"files": described}, options, overwrite=overwrite) as run:
+    beside = report_paths(output)
+    with Run("filter", output, {"files": described}, options, overwrite=overwrite, beside=beside) as run:
         if run.finished:
             return None
         reader = _Reader(files, schema, rules, names, batch_rows, advance)

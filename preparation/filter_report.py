@@ -75,9 +75,14 @@ class FilterCounts:
         return {"rows": self.rows, "passed": self.passed, "rules": self.by_rule, "histograms": histograms}
 
 
+def report_paths(output: Path) -> list[Path]:
+    """The reports beside an output."""
+    return [output.with_name(f"{output.name}.report{suffix}") for suffix in (".json", ".md")]
+
+
 def write_reports(run: Run, counts: Mapping[str, Any], options: Mapping[str, Any], rules: Rules) -> list[Path]:
     """Writes `.report.json` and `.report.md` beside the output; returns their paths."""
-    paths = [run.output.with_name(f"{run.output.name}.report{suffix}") for suffix in (".json", ".md")]
+    paths = report_paths(run.output)
     run.write(paths[0], to_json({"options": dict(options), **counts}) + b"\n")
     run.write(paths[1], markdown(counts, rules).encode())
     return paths
