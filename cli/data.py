@@ -233,10 +233,13 @@ def _step(unit: str) -> Iterator[Callable[[int], None]]:
             raise UserError(str(error)) from error
 
 
-def _say(counts: Mapping[str, Any] | None, output: object, text: str, failed: str = "") -> int:
+def _say(counts: Mapping[str, Any] | None, output: str | os.PathLike, text: str, failed: str = "") -> int:
     """Prints what a step has done; returns the exit code, 1 if the count of this name is not 0."""
+    from vlv.preparation.run import Run
+
     if counts is None:
         print(f"{output} is complete: nothing to do", file=sys.stderr)
-        return 0
+        counts = Run.read_counts(Path(output))
+        return 1 if failed and counts[failed] else 0
     print(f"{text.format(**counts)}: {output}", file=sys.stderr)
     return 1 if failed and counts[failed] else 0

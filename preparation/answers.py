@@ -9,7 +9,8 @@ CAPTIONED, REFUSED, MALFORMED, FAILED, UNREADABLE = "captioned", "refused", "mal
 STATUSES = (CAPTIONED, REFUSED, MALFORMED, FAILED, UNREADABLE)
 _REFUSALS = re.compile(
     r"(?:i['’]?m|i am)\s+(?:really |very |so )?(?:sorry|unable|not able)\b"
-    r"|(?:sorry|apologies)\b[,.!]?\s+(?:but\s+)?i\b"
+    r"|(?:sorry|(?:my )?apologies|i apologi[sz]e)\b[,.!]?\s+(?:but\s+)?i\b"
+    r"|(?:my apologies|i apologi[sz]e)\b,?\s+but\b"
     r"|i\s+(?:can['’]?t|cannot|can not|won['’]?t|will not)\s+"
     r"(?:help|assist|describe|identify|provide|process|view|see)\b"
     r"|as an ai\b|unfortunately,? i\b",

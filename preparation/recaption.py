@@ -102,7 +102,8 @@ def recaption(
         OSError: If it cannot be written.
     """
     output = Path(output)
-    with Run("recaption", output, records.identity(), how.options(), overwrite=overwrite) as run:
+    beside = [rejected_path(output)]
+    with Run("recaption", output, records.identity(), how.options(), overwrite=overwrite, beside=beside) as run:
         if run.finished:
             return None
         with closing(AnswerDatabase(answers_path(output))) as log:

@@ -34,6 +34,7 @@ class Run:
         inputs: What identifies the inputs; see `describe_files`.
         options: What the outputs depend on besides. Both are JSON values.
         overwrite: Replaces the outputs of another run.
+        beside: Outputs beside an output file.
 
     Attributes:
         finished: Whether an earlier run has done all of it.
@@ -52,13 +53,13 @@ class Run:
         *,
         is_folder: bool = False,
         overwrite: bool = False,
+        beside: Sequence[Path] = (),
     ):
         self.step, self.output, self.is_folder, self.overwrite = step, Path(output), is_folder, overwrite
         self.inputs, self.options = dict(inputs), dict(options)
         self.folder = self.output if is_folder else self.output.parent
-        self.manifest = (
-            self.output / MANIFEST if is_folder else self.output.with_name(f"{self.output.name}.{MANIFEST}")
-        )
+        self.manifest = manifest_of(self.output, is_folder)
+        self.beside = beside
         self.progress = self.folder / (".progress" if is_folder else f".{self.output.name}.progress")
         self.finished = False
         self._runs, self._lock = 1, -1
@@ -114,12 +115,17 @@ class Run:
         self._write_manifest(result | {"seconds": round(perf_counter() - self._began, 3)}, complete=True)
         self.finished = True
 
+    @staticmethod
+    def read_counts(output: Path) -> dict[str, Any]:
+        """The counts in the manifest of a finished run."""
+        return read_json(manifest_of(output, output.is_dir()), "counts")["counts"]
+
     def _compare(self) -> None:
         """Compares with the manifest that there is, and writes one if this run has work to do."""
         known = self._read_manifest()
-        if known is None and self._output_exists() and (self.is_folder or not self.overwrite):
+        if known is None and self._existing() and (self.is_folder or not self.overwrite):
             remedy = "name a new folder" if self.is_folder else "pass --overwrite to replace it, or name another file"
-            raise ValueError(f"{self.output} exists and no manifest says what made it; {remedy}")
+            raise ValueError(f"{self._existing()} exists and no manifest says what made it; {remedy}")
         different = [] if known is None else self._differences(known)
         if different:
             if not self.overwrite and known is not None and (known.get("complete") or self._has_work(known)):
@@ -141,10 +147,11 @@ class Run:
             self._remove(known)
         self._write_manifest({}, complete=False)
 
-    def _output_exists(self) -> bool:
+    def _existing(self) -> Path | None:
+        """An output that exists; of a folder, the folder if it has files."""
         if not self.is_folder:
-            return os.path.lexists(self.output)
-        return any(path != self.progress for path in self.output.iterdir())
+            return next(filter(os.path.lexists, (self.output, *self.beside)), None)
+        return self.output if any(path != self.progress for path in self.output.iterdir()) else None
 
     def _read_manifest(self) -> dict[str, Any] | None:
         if not self.manifest.exists():
@@ -227,6 +234,11 @@ class Run:
         if remove:
             shutil.rmtree(self.progress, ignore_errors=True)
         os.close(self._lock)
+
+
+def manifest_of(output: Path, is_folder: bool) -> Path:
+    """The manifest in an output folder, or beside an output file."""
+    return output / MANIFEST if is_folder else output.with_name(f"{output.name}.{MANIFEST}")
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -9,8 +9,13 @@ COLUMN_KINDS = ("url", "caption", "width", "height", "watermark", "aesthetic")
 
 
 def number_or_none(text: str) -> float | None:
-    """An argparse type: a number, or `none`."""
-    return None if text.lower() == "none" else float(text)
+    """An argparse type: a number from 0 up, or `none`."""
+    if text.lower() == "none":
+        return None
+    try:
+        return not_negative_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or none, not {text}") from error
 
 
 def add_parser(commands) -> None:
@@ -285,7 +290,7 @@ def _add_distance(parser: argparse.ArgumentParser) -> None:
         type=not_negative,
         default=4,
         metavar="BITS",
-        help="bits of 64 in which near duplicates differ at most, up to 16 (default: 4)",
+        help="bits of 64 in which near duplicates differ at most, up to 8 (default: 4)",
     )
 
 

@@ -86,7 +86,7 @@ def test_what_failed_is_asked_again_and_what_is_gone_is_not(tmp_path, server, ur
     assert "404" in failed.column("reason")[0].as_py()
     assert server[1]["1"] == 1 and server[1]["3"] == 2 and server[1]["5"] == 1
     asked = server[1].total()
-    assert main(command) == 0 and server[1].total() == asked
+    assert main(command) == 1 and server[1].total() == asked
     assert not list((tmp_path / "out").glob(".*"))
 
 

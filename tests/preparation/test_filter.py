@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from vlv.cli.main import main
-from vlv.preparation.filter import filter_metadata
+from vlv.preparation.filter import Sample, filter_metadata
 from vlv.preparation.rules import Rules
 
 from .inputs import metadata, write_metadata
@@ -121,6 +122,31 @@ def test_another_run_is_not_replaced_without_overwrite(file, tmp_path, capsys):
     assert parquet.read_metadata(tmp_path / "out.parquet").num_rows == 5
     write_metadata(file, 700)
     assert main([*command, "--sample", "5"]) == 2 and f"files: {file} differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "wide", "-1"])
+def test_a_rule_takes_a_number_or_none(file, tmp_path, capsys, value):
+    with pytest.raises(SystemExit):
+        main(["data", "filter", str(file), "--output", str(tmp_path / "o.parquet"), f"--max-watermark={value}"])
+    said = capsys.readouterr().err
+    assert f"not {value}" in said and "must be" in said and "number_or_none" not in said
+
+
+def test_a_report_of_the_user_is_not_replaced(file, tmp_path, capsys):
+    (tmp_path / "o.parquet.report.md").write_text("mine")
+    assert main(["data", "filter", str(file), "--output", str(tmp_path / "o.parquet")]) == 2
+    assert "o.parquet.report.md exists" in capsys.readouterr().err
+    assert (tmp_path / "o.parquet.report.md").read_text() == "mine"
+
+
+def test_rows_of_one_key_do_not_pile_up():
+    chosen, hashes = Sample(10, 0), np.full(50, 7, np.uint64)
+    for _ in range(2):
+        chosen.count(hashes)
+    for first in (0, 50):
+        chosen.keep_edge(hashes, pa.table({"number": [f"{number:03d}" for number in range(first, first + 50)]}))
+        assert len(chosen._edge) == 10
+    assert [row.to_pylist()[0]["number"] for row in chosen.edge()] == [f"{number:03d}" for number in range(10)]
 
 
 @pytest.mark.parametrize("step", ["filter", "download"])

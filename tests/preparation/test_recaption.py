@@ -231,6 +231,20 @@ def test_an_output_that_was_edited_is_not_replaced_without_overwrite(pictures, t
         assert main([*again, "--overwrite"]) == 0 and "many" in out.read_text() and len(script.requests) == 8
 
 
+def test_a_file_of_the_user_beside_the_output_is_not_replaced(pictures, tmp_path, capsys):
+    (tmp_path / "o.rejected.jsonl").write_text("mine")
+    assert main(command(pictures, tmp_path / "o.jsonl", "http://127.0.0.1:9/v1")) == 2
+    assert "o.rejected.jsonl exists and no manifest" in capsys.readouterr().err
+    assert (tmp_path / "o.rejected.jsonl").read_text() == "mine"
+
+
+def test_a_folder_of_images_with_the_output_in_it_is_read_without_the_rejected_ones(tmp_path):
+    folder = write_pictures(tmp_path / "in", 3)
+    with scripted_endpoint(lambda words, times: Reply(TEXT if times else "I'm sorry, I cannot.")) as script:
+        assert main(command(folder, folder / "o.jsonl", script.url)) == 0
+    assert len(load_pairs(str(folder))) == 2
+
+
 def test_answers_of_an_interrupted_run_are_in_the_lists(pictures, tmp_path):
     def interrupt(done):
         raise KeyboardInterrupt
@@ -272,6 +286,8 @@ def test_an_endpoint_that_answers_nothing_right_ends_the_run(pictures, tmp_path,
         ("A woman says sorry to a man who can't see.", "captioned"),
         ("I’m unable to identify people in images.", "refused"),
         ("Sorry, I cannot describe it.", "refused"),
+        ("I apologize, but I can't help with that.", "refused"),
+        ("My apologies, but this cannot be described.", "refused"),
         ("Icons of an app on a white ground.", "captioned"),
         ("As an AI, I have no eyes.", "refused"),
         (" ".join(f"word{number}" for number in range(300)), "captioned"),
