@@ -112,7 +112,8 @@ def filter_metadata(
 
     Raises:
         ImportError: Without pyarrow.
-        ValueError: If a file cannot be read, lacks a column or has it under another name than others, or the output is of another run.
+        ValueError: If a file cannot be read, lacks a column or has it under another name than others, or the
+            output is of another run.
         OSError: If the output cannot be written.
     """
     require_pyarrow()

@@ -21,8 +21,8 @@ BLOCK = 512
 READ_AHEAD = 4
 """Images in memory at a time for each worker, of sources that hold image files."""
 _SIDE, _LOW = 32, 8
-_STEP = 64
-"""Frequencies are rounded to multiples of this, which is above the noise of rounded pixels and of compression."""
+_DECIMALS = 6
+"""Digits of frequencies that are not rounding errors of float64."""
 _FREQUENCIES = np.cos(np.pi * np.arange(_LOW)[:, None] * (2 * np.arange(_SIDE) + 1) / (2 * _SIDE))  # (8, 32): a DCT-II
 
 
@@ -30,11 +30,11 @@ def perceptual_hash(image: Image.Image) -> int:
     """64 bits of what an image looks like: a pHash, as the library ImageHash makes it but for the rounding.
 
     The grey image of 32 x 32 pixels is transformed by a DCT; a bit says whether one of the 8 x 8 lowest frequencies is
-    above their median. Changes of size, compression and brightness change few bits. They are rounded before, since
-    those of flat images and of gradients in one direction are noise but for a few.
+    above their median. Changes of size, compression and brightness change few bits. They are rounded, since
+    most of those of flat images and of gradients in one direction are rounding errors.
     """
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
-    low = np.round(_FREQUENCIES @ grey @ _FREQUENCIES.T / _STEP)
+    low = np.round(_FREQUENCIES @ grey @ _FREQUENCIES.T, _DECIMALS)
     return int("".join("01"[bit] for bit in (low > np.median(low)).flatten().astype(int)), 2)
 
 

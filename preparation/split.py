@@ -103,8 +103,8 @@ def _require_names(records: Records, kept_of: Mapping[str, str], groups: str | o
     unknown.difference_update(records.name(number) for number in range(len(records)))
     if unknown:
         raise ValueError(
-            f"{groups} names {min(unknown)!r}, which is not in {records.description}: it is of another source. Give the "
-            "source that `vlv data dedup` read, or run it on this one"
+            f"{groups} names {min(unknown)!r}, which is not in {records.description}: it is of another source. "
+            "Give the source that `vlv data dedup` read, or run it on this one"
         )
 
 

@@ -144,11 +144,12 @@ def test_an_estimate_pays_for_a_few_images_that_are_not_asked_again(pictures, tm
 
 @pytest.mark.parametrize("format", ["webdataset", "parquet", "folder"])
 def test_captions_of_packed_images_are_packed_with_them_for_stage_2(pictures, tmp_path, capsys, format):
-    source = pictures
+    source, out = pictures, tmp_path / "o.jsonl"
     if format != "folder":
-        pack(Records(str(pictures)), source := tmp_path / "shards", format=format, shard_images=3)
+        source = tmp_path / "shards"
+        pack(Records(str(pictures)), source, format=format, shard_images=3)
     with scripted_endpoint(lambda words, times: Reply("I cannot help with that." if times == 1 else TEXT)) as script:
-        assert main(command(source, out := tmp_path / "o.jsonl", script.url)) == 0
+        assert main(command(source, out, script.url)) == 0
     assert ("--captions" in capsys.readouterr().err) == (format != "folder")
     again = ["data", "pack", str(source), "--captions", str(out), "--output", str(tmp_path / "pairs")]
     assert main(again) == 0
