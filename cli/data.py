@@ -46,9 +46,9 @@ def run_filter(arguments: argparse.Namespace) -> int:
 
 
 def run_download(arguments: argparse.Namespace) -> int:
-    from vlv.preparation.download import Downloading, download
+    from vlv.preparation.download import DownloadConfig, download
 
-    how = Downloading(
+    how = DownloadConfig(
         arguments.image_size,
         arguments.resize_mode,
         arguments.shard_images,
@@ -108,7 +108,7 @@ def run_dedup(arguments: argparse.Namespace) -> int:
 
 def run_recaption(arguments: argparse.Namespace) -> int:
     from vlv.evaluation.endpoint import EndpointSettings
-    from vlv.preparation.recaption import DEFAULT_PROMPT, Recaptioning, Stopped, estimate, recaption
+    from vlv.preparation.recaption import DEFAULT_PROMPT, RecaptionConfig, Stopped, estimate, recaption
 
     output = output_path(arguments.output, ".jsonl")
     named: tuple[str, ...] = (
@@ -123,7 +123,7 @@ def run_recaption(arguments: argparse.Namespace) -> int:
     )
     named = (*named, "price_in", "price_out", "max_price", "max_failures")
     with _step("images") as advance:
-        how = Recaptioning(
+        how = RecaptionConfig(
             EndpointSettings(**{name: getattr(arguments, name) for name in named}),
             DEFAULT_PROMPT if arguments.prompt is None else _read_prompt(arguments.prompt),
             arguments.max_side,
@@ -159,7 +159,7 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         counts = inspect_images(
             _records(arguments),
             arguments.output,
-            pictures=arguments.pictures,
+            thumbnails=arguments.thumbnails,
             distance=arguments.distance,
             workers=arguments.workers or os.cpu_count() or 1,
             overwrite=arguments.overwrite,

@@ -27,7 +27,7 @@ OPENAI_HOST = "api.openai.com"
 ENDPOINT_FORMATS = ("png", "jpeg", "gif", "webp")
 FATAL_STATUS = (401, 402, 403, 404)  # wrong key, no credit, no right, no such model: no other request can succeed
 FATAL_CODES = ("insufficient_quota", "billing_hard_limit_reached")
-INSTALL = "pip install '.[eval]'"
+INSTALL = "pip install '.[eval]', or '.[data]' for vlv data"
 GRACE = 5.0  # seconds that a run which ends early waits for requests under way
 NO_USAGE = (
     "so what is spent is not known and max_price cannot be kept; leave max_price out, or use an endpoint that reports "

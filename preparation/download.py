@@ -36,7 +36,7 @@ _POLL = 0.5  # seconds
 
 
 @dataclass(frozen=True)
-class Downloading:
+class DownloadConfig:
     """How images are downloaded.
 
     Attributes:
@@ -77,7 +77,7 @@ def find_program(named: str | None = None) -> str:
 def download(
     files: Sequence[str | os.PathLike],
     output: str | os.PathLike,
-    how: Downloading,
+    how: DownloadConfig,
     *,
     program: str | None = None,
     url_column: str | None = None,
@@ -119,6 +119,7 @@ def download(
         columns["caption"] = caption
     require_columns(files, columns, ("url",))
     options = {"image_size": how.image_size, "resize_mode": how.resize_mode, "passes": how.passes, "columns": columns}
+    options |= {"shard_images": how.shard_images}
     with Run("download", output, {"files": described}, options, is_folder=True, overwrite=overwrite) as run:
         if run.finished:
             return None
@@ -179,7 +180,7 @@ def _write_urls(run: Run, files: Sequence[str], schema: Any, columns: Mapping[st
     return parquet.read_metadata(path).num_rows
 
 
-def _run_attempt(run: Run, executable: str, attempt: int, how: Downloading, captions: bool) -> str:
+def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, captions: bool) -> str:
     """Runs img2dataset on the URLs of an attempt, in a folder of its own. Returns how it ended.
 
     If the folder exists, this process has taken the place of one that was killed; img2dataset is not run on it again,
@@ -232,7 +233,7 @@ def _run_attempt(run: Run, executable: str, attempt: int, how: Downloading, capt
     return ended
 
 
-def _wait(process: subprocess.Popen, folder: Path, how: Downloading) -> str:
+def _wait(process: subprocess.Popen, folder: Path, how: DownloadConfig) -> str:
     """Waits for the end, or for a limit."""
     began = progressed = time.monotonic()
     size = -1

@@ -214,12 +214,12 @@ class _Reader:
         used = [name for name in self.schema.names if name in self.names.values()] if only_used else None
         for table in batches(self.files, self.schema, self.batch_rows, used):
             measures = measure({kind: self._numbers(table, kind) for kind in MEASURED if kind in self.names})
-            verdicts = self.rules.judge(measures)
+            results = self.rules.apply(measures)
             kept = np.ones(table.num_rows, bool)
-            for verdict in verdicts.values():
-                kept &= self.rules.passing(verdict)
+            for result in results.values():
+                kept &= self.rules.passing(result)
             if counts is not None:
-                counts.add(measures, verdicts, kept)
+                counts.add(measures, results, kept)
             yield table, kept
             self.advance(table.num_rows)
 

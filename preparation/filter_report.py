@@ -37,17 +37,17 @@ class FilterCounts:
         self.by_rule = {name: {"missing": 0, "removed": 0, "first": 0, "alone": 0} for name in rules.names()}
         self.histograms: dict[str, np.ndarray] = {}  # (2, bins + 2): all rows and those that pass
 
-    def add(self, measures: Mapping[str, np.ndarray], verdicts: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
-        """Counts a batch: `(rows,)` of measured values, of verdicts, and of whether a row passes all rules."""
+    def add(self, measures: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], kept: np.ndarray) -> None:
+        """Counts a batch: `(rows,)` of measured values, of results, and of whether a row passes all rules."""
         self.rows += len(kept)
         self.passed += int(kept.sum())
-        removed = {name: ~self.rules.passing(verdict) for name, verdict in verdicts.items()}
+        removed = {name: ~self.rules.passing(result) for name, result in results.items()}
         number = sum((each.astype(np.int8) for each in removed.values()), np.zeros(len(kept), np.int8))
         before = np.zeros(len(kept), bool)
-        for name, verdict in verdicts.items():
+        for name, result in results.items():
             counts = self.by_rule[name]
-            counts["missing"] += int((verdict == MISSING).sum())
-            counts["removed"] += int((verdict == FAILS).sum())
+            counts["missing"] += int((result == MISSING).sum())
+            counts["removed"] += int((result == FAILS).sum())
             counts["first"] += int((removed[name] & ~before).sum())
             counts["alone"] += int((removed[name] & (number == 1)).sum())
             before |= removed[name]

@@ -114,7 +114,7 @@ def inspect_images(
     records: Records,
     output: str | os.PathLike,
     *,
-    pictures: int = 48,
+    thumbnails: int = 48,
     distance: int = 4,
     workers: int = 1,
     overwrite: bool = False,
@@ -124,7 +124,7 @@ def inspect_images(
 
     Args:
         output: The folder.
-        pictures: Thumbnails on the page, drawn by a hash of the names.
+        thumbnails: Images on the page, drawn by a hash of the names.
         distance: Bits of 64 in which the perceptual hashes of near duplicates differ at most.
         workers: Threads that decode.
         overwrite: Replaces the output of another run.
@@ -140,7 +140,7 @@ def inspect_images(
     """
     require_distance(distance)
     output = Path(output)
-    options = {"pictures": pictures, "distance": distance}
+    options = {"thumbnails": thumbnails, "distance": distance}
     with Run("inspect", output, records.identity(), options, is_folder=True, overwrite=overwrite) as run:
         if run.finished:
             return None
@@ -170,9 +170,9 @@ def _page(
         return hashlib.blake2b(os.fsencode(inspection.names[place])).digest()
 
     def show(places: Sequence[int]) -> list[dict[str, Any]]:
-        return [_picture(records, inspection.rows[place]) for place in places]
+        return [_thumbnail(records, inspection.rows[place]) for place in places]
 
-    drawn = sorted(sorted(range(len(inspection.names)), key=order)[: options["pictures"]])
+    drawn = sorted(sorted(range(len(inspection.names)), key=order)[: options["thumbnails"]])
     template = Path(__file__).with_name("inspection.html").read_text(encoding="utf-8")
     return (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -186,7 +186,7 @@ def _page(
                 name.replace("_", " ").capitalize(): [show(group[:IN_A_GROUP]) for group in groups[:SHOWN_GROUPS]]
                 for name, groups in alike.items()
             },
-            pictures=show(drawn),
+            images=show(drawn),
             distance=options["distance"],
         )
     )
@@ -203,7 +203,7 @@ def _bars(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"bars": bars, **{name: summary[name] for name in ("smallest", "median", "mean", "largest")}}
 
 
-def _picture(records: Records, number: int) -> dict[str, Any]:
+def _thumbnail(records: Records, number: int) -> dict[str, Any]:
     """A thumbnail as a data URI, with the name and the captions. It has been read before; a changed file has none."""
     record = records.read_or_reason(number)
     shown = {"name": record.name, "captions": record.captions or [], "uri": ""}

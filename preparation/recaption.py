@@ -34,7 +34,7 @@ DEFAULT_PROMPT = (
 
 
 @dataclass(frozen=True)
-class Recaptioning:
+class RecaptionConfig:
     """How a teacher is asked.
 
     Attributes:
@@ -72,7 +72,7 @@ class Stopped(Exception):
 def recaption(
     records: Records,
     output: str | os.PathLike,
-    how: Recaptioning,
+    how: RecaptionConfig,
     *,
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda images: None,
@@ -124,7 +124,7 @@ def recaption(
     return counts
 
 
-def estimate(records: Records, output: str | os.PathLike, how: Recaptioning, images: int = 4) -> dict[str, Any]:
+def estimate(records: Records, output: str | os.PathLike, how: RecaptionConfig, images: int = 4) -> dict[str, Any]:
     """Asks for the first images and says what all would cost. The answers count for `recaption` of the same output.
 
     Returns:
@@ -159,7 +159,7 @@ def answers_path(output: Path) -> Path:
 class _Asking:
     """Asks block by block."""
 
-    def __init__(self, run: Run, records: Records, how: Recaptioning, log: AnswerDatabase):
+    def __init__(self, run: Run, records: Records, how: RecaptionConfig, log: AnswerDatabase):
         self.run, self.records, self.how = run, records, how
         self.counts: Counter[str] = Counter(dict.fromkeys(STATUSES, 0))
         self.endpoint = Endpoint(how.settings, log)
@@ -247,7 +247,7 @@ def rejected_path(output: Path) -> Path:
 class _Pace:
     """Keeps the rate of requests."""
 
-    def __init__(self, how: Recaptioning, endpoint: Endpoint):
+    def __init__(self, how: RecaptionConfig, endpoint: Endpoint):
         self._rate, self._next, self._endpoint = how.requests_per_minute, time.monotonic(), endpoint
 
     def wait(self, question: Question) -> None:
@@ -260,7 +260,7 @@ class _Pace:
 def _questions(
     records: Records,
     numbers: Iterable[int],
-    how: Recaptioning,
+    how: RecaptionConfig,
     unreadable: dict[int, str],
     pace: _Pace | None = None,
 ) -> Iterator[Question]:

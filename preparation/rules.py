@@ -60,19 +60,19 @@ class Rules:
         }
         return {name: text for name, text in rules.items() if text}
 
-    def judge(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def apply(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """`(rows,)` of `PASSES`, `FAILS` or `MISSING` for each rule.
 
         Args:
             values: Of `measure`.
         """
-        verdicts: dict[str, np.ndarray] = {}
+        results: dict[str, np.ndarray] = {}
         for name in self.names():
             value = values[name]
             with np.errstate(invalid="ignore"):
                 passes = self._passes(name, value)
-            verdicts[name] = np.where(np.isnan(value), MISSING, np.where(passes, PASSES, FAILS)).astype(np.int8)
-        return verdicts
+            results[name] = np.where(np.isnan(value), MISSING, np.where(passes, PASSES, FAILS)).astype(np.int8)
+        return results
 
     def _passes(self, name: str, value: np.ndarray) -> Any:
         if name == "shorter_side":
@@ -84,9 +84,9 @@ class Rules:
             return value < self.max_watermark
         return value >= self.min_aesthetic
 
-    def passing(self, verdict: np.ndarray) -> np.ndarray:
+    def passing(self, result: np.ndarray) -> np.ndarray:
         """`(rows,)`: whether rows pass a rule."""
-        return (verdict == PASSES) | (self.keep_missing & (verdict == MISSING))
+        return (result == PASSES) | (self.keep_missing & (result == MISSING))
 
 
 def measure(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

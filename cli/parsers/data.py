@@ -232,14 +232,14 @@ def _add_recaption(steps: Any) -> None:
 def _add_inspect(steps: Any) -> None:
     parser = steps.add_parser(
         "inspect",
-        help="unreadable files, sizes, duplicates, lengths of captions; a page with pictures",
-        description="Looks at every image. Writes OUT/report.json, and OUT/report.html: one page with pictures that "
+        help="unreadable files, sizes, duplicates, lengths of captions; a page with images",
+        description="Looks at every image. Writes OUT/report.json, and OUT/report.html: one page with images that "
         "needs no other file. The exit code is 1 if images cannot be read.",
     )
     _add_source(parser)
     _add_output(parser, "OUT", "the folder of the report")
     parser.add_argument(
-        "--pictures", type=not_negative, default=48, metavar="N", help="pictures on the page (default: 48)"
+        "--thumbnails", type=not_negative, default=48, metavar="N", help="images on the page (default: 48)"
     )
     _add_distance(parser)
     _add_workers(parser)

@@ -34,8 +34,8 @@ PICTURES, ROWS = 90, 60_000
 scan.BLOCK = teacher.BLOCK = 8  # so that kills come between blocks, too
 
 
-def captions(folder: Path, url: str) -> teacher.Recaptioning:
-    return teacher.Recaptioning(EndpointSettings("teacher", base_url=url, concurrency=4, max_retries=0))
+def captions(folder: Path, url: str) -> teacher.RecaptionConfig:
+    return teacher.RecaptionConfig(EndpointSettings("teacher", base_url=url, concurrency=4, max_retries=0))
 
 
 STEPS: dict[str, Callable[[Path, Path, str], object]] = {
@@ -47,7 +47,7 @@ STEPS: dict[str, Callable[[Path, Path, str], object]] = {
         Records(str(folder / "pictures"), pairs=True), out, format="parquet", shard_images=None, shard_bytes=9000
     ),
     "dedup": lambda folder, out, url: dedup(Records(str(folder / "pictures")), out),
-    "inspect": lambda folder, out, url: inspect_images(Records(str(folder / "pictures")), out, pictures=4),
+    "inspect": lambda folder, out, url: inspect_images(Records(str(folder / "pictures")), out, thumbnails=4),
     "split": lambda folder, out, url: split(Records(str(folder / "pictures")), out, validation=0.3, by="content"),
     "recaption": lambda folder, out, url: teacher.recaption(
         Records(str(folder / "pictures")), out / "captions.jsonl", captions(folder, url)

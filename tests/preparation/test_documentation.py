@@ -30,6 +30,7 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch):
             words = [name for word in words for name in (sorted(glob(word)) if "*" in word else [word])]
             assert words[:2] == ["vlv", "data"] and main(words[1:]) == 0, line
     assert len(load_pairs("teacher.jsonl")) == len(load_pairs("shards")) == len(load_images("dedup/kept.jsonl")) == 12
+    assert [item["caption"] for item in load_pairs("pairs")] == ["a picture with many colours"] * 12
     assert len(load_pairs("tables")) == len(load_pairs("lists/train.jsonl")) < 12
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from vlv.cli.main import main
-from vlv.preparation.download import Downloading, download, find_program
+from vlv.preparation.download import DownloadConfig, download, find_program
 from vlv.train import load_pairs
 
 from ..interpreter import PythonProcess
@@ -119,7 +119,7 @@ EVERY_CAPTION = [f"picture {number}" for number in range(8) if number != 1]
 
 @pytest.mark.slow
 def test_a_download_that_hangs_is_ended_and_the_next_pass_gets_the_rest(tmp_path, program):
-    how = Downloading(shard_images=3, stall_limit=4.0, passes=2)
+    how = DownloadConfig(shard_images=3, stall_limit=4.0, passes=2)
     counts = download([tmp_path / "urls.parquet"], tmp_path / "out", how, program=program)
     assert counts["passes"] == ["ended after 4 s without progress", "complete"]
     assert (counts["images"], counts["failed"]) == (7, 1)
@@ -130,8 +130,8 @@ def test_a_download_that_hangs_is_ended_and_the_next_pass_gets_the_rest(tmp_path
 def test_a_killed_download_goes_on_beside_what_the_killed_one_has_started(tmp_path, program):
     code = """
 import sys
-from vlv.preparation.download import Downloading, download
-download([sys.argv[1]], sys.argv[2], Downloading(shard_images=3, passes=1), program=sys.argv[3])
+from vlv.preparation.download import DownloadConfig, download
+download([sys.argv[1]], sys.argv[2], DownloadConfig(shard_images=3, passes=1), program=sys.argv[3])
 """
     arguments = [str(tmp_path / "urls.parquet"), str(tmp_path / "out"), program]
     files = {"stdout": tmp_path / "stdout", "stderr": tmp_path / "stderr"}
@@ -142,7 +142,7 @@ download([sys.argv[1]], sys.argv[2], Downloading(shard_images=3, passes=1), prog
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "out").glob("*.tar"))
-    how = Downloading(shard_images=3, passes=1)
+    how = DownloadConfig(shard_images=3, passes=1)
     counts = download([tmp_path / "urls.parquet"], tmp_path / "out", how, program=program)
     assert tar_captions(tmp_path / "out") == EVERY_CAPTION
     assert (counts["passes"], counts["images"], counts["failed"]) == (["killed", "complete"], 7, 1)
@@ -153,7 +153,7 @@ def test_a_program_that_fails_is_named_with_its_words(tmp_path, urls):
     broken.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
     broken.chmod(0o755)
     with pytest.raises(ValueError, match="ended with exit code 3: no such module"):
-        download([urls], tmp_path / "out", Downloading(), program=str(broken))
+        download([urls], tmp_path / "out", DownloadConfig(), program=str(broken))
 
 
 def test_without_img2dataset_the_error_says_how_to_install_it(tmp_path, monkeypatch, capsys):

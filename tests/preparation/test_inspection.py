@@ -19,7 +19,7 @@ def inspected(tmp_path_factory):
     (pictures / "copy.txt").write_text("<script>alert(1)</script>")
     (pictures / "broken & bad.jpg").write_text("no picture")
     (pictures / "broken & bad.txt").write_text("")
-    code = main(["data", "inspect", str(pictures), "--pairs", "--output", str(folder / "out"), "--pictures", "20"])
+    code = main(["data", "inspect", str(pictures), "--pairs", "--output", str(folder / "out"), "--thumbnails", "20"])
     report = json.loads((folder / "out" / "report.json").read_text())
     return code, report, (folder / "out" / "report.html").read_text()
 

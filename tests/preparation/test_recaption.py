@@ -251,7 +251,7 @@ def test_answers_of_an_interrupted_run_are_in_the_lists(pictures, tmp_path):
         raise KeyboardInterrupt
 
     with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
-        how = module.Recaptioning(EndpointSettings("teacher", script.url, concurrency=1))
+        how = module.RecaptionConfig(EndpointSettings("teacher", script.url, concurrency=1))
         with pytest.raises(KeyboardInterrupt):
             module.recaption(Records(str(pictures)), tmp_path / "o.jsonl", how, advance=lambda n: n and interrupt(n))
         assert len(lines(tmp_path / "o.jsonl")) == len(script.requests) == 1

@@ -57,7 +57,7 @@ COMMANDS = {
     "filter": ["metadata.parquet", "--min-side", "none", "--aspect-ratio", "none", "--max-watermark", "none"],
     "pack": ["pictures", "--pairs", "--shard-images", "5"],
     "pack to parquet": ["pictures", "--format", "parquet", "--shard-images", "5"],
-    "inspect": ["pictures", "--pictures", "60"],
+    "inspect": ["pictures", "--thumbnails", "60"],
 }
 
 
