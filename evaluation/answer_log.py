@@ -166,6 +166,8 @@ def _read_log(log: Path) -> Iterator[dict[str, Any]]:
 
 def end_last_line(log: Path) -> None:
     """Ends a line that a killed run left unfinished, so that the next entry has a line of its own."""
-    if log.exists() and (data := log.read_bytes()) and not data.endswith(b"\n"):
-        with log.open("ab") as file:
-            file.write(b"\n")
+    if log.exists() and log.stat().st_size:
+        with log.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vlv.processing_vlv import to_rgb
 
@@ -25,6 +25,8 @@ from .answer_log import EMPTY, REFUSED, Answer, AnswerLog, JsonLines
 KEY_VARIABLE = "OPENAI_API_KEY"
 OPENAI_HOST = "api.openai.com"
 ENDPOINT_FORMATS = ("png", "jpeg", "gif", "webp")
+UPRIGHT = 1  # the EXIF orientation of an image that needs no turning
+JPEG_SETTINGS: dict[str, Any] = {"quality": 95, "subsampling": 0}  # of an image that is turned and encoded again
 FATAL_STATUS = (401, 402, 403, 404)  # wrong key, no credit, no right, no such model: no other request can succeed
 FATAL_CODES = ("insufficient_quota", "billing_hard_limit_reached")
 INSTALL = "pip install '.[eval]', or '.[data]' for vlv data"
@@ -126,12 +128,14 @@ class Question:
     Attributes:
         name: Unique among the questions of a run.
         messages: As in OpenAI's API. Images stand in them as data URIs or URLs.
+        can_be_empty: Whether an empty text is an answer, as an empty caption is. Otherwise it is an error.
         key: Says which questions are the same to the log, besides model and sampling. By default those of one name,
             one address of the endpoint and the same messages.
     """
 
     name: str
     messages: list[dict[str, Any]]
+    can_be_empty: bool = False
     key: str | None = None
 
 
@@ -343,7 +347,7 @@ class Endpoint:
             return record(Answer(question.name, None, f"{error} ({type(reason).__name__})"))
         except (openai.OpenAIError, ValueError) as error:  # an answer that is not JSON
             return record(Answer(question.name, None, f"the answer cannot be read: {error}"))
-        answer = record(_read_response(question.name, response))
+        answer = record(_read_response(question, response))
         if self._lacks_price(answer):
             raise EndpointError(f"the endpoint does not report usage, the tokens of an answer, {NO_USAGE}")
         return answer
@@ -416,8 +420,9 @@ class Endpoint:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _read_response(name: str, response: Any) -> Answer:
+def _read_response(question: Question, response: Any) -> Answer:
     """The text of a response. Endpoints differ in what they leave out, and the client does not check types."""
+    name = question.name
     usage = getattr(response, "usage", None)
     counts: dict[str, Any] = {
         key: number if isinstance(number := getattr(usage, key, None), int) and number > 0 else 0
@@ -432,20 +437,29 @@ def _read_response(name: str, response: Any) -> Answer:
     text, reason = getattr(message, "content", None), getattr(choices[0], "finish_reason", None)
     if not isinstance(text, str) or not text.strip():
         refusal = getattr(message, "refusal", None)
-        return Answer(name, None, f"{REFUSED}{refusal}" if refusal else EMPTY, **counts)
+        if refusal or not question.can_be_empty:
+            return Answer(name, None, f"{REFUSED}{refusal}" if refusal else EMPTY, **counts)
+        text = ""
     return Answer(name, text, finish_reason=reason if isinstance(reason, str) else None, **counts)
 
 
 def image_part(data: bytes) -> dict[str, Any]:
-    """The bytes of an image file as a part of a message. Formats that endpoints do not take become PNG."""
-    kind = "png"
+    """The bytes of an image file as a part of a message: upright, in a format that endpoints take.
+
+    Not every endpoint applies an EXIF orientation, so an image that has one is turned and encoded again, as JPEG if it
+    was one. Formats that endpoints do not take become PNG.
+    """
+    kind, orientation = "png", UPRIGHT
     with suppress(OSError), Image.open(io.BytesIO(data)) as image:
         kind = (image.format or kind).lower()
+        with suppress(Exception):  # EXIF that cannot be parsed counts for nothing, as in `to_rgb`
+            orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
     if kind == "mpo":  # a JPEG file with more pictures, such as phones write; its first is an ordinary JPEG
         kind = "jpeg"
-    if kind not in ENDPOINT_FORMATS:
+    if kind not in ENDPOINT_FORMATS or orientation != UPRIGHT:
         with suppress(ValueError):  # of a damaged image, which the endpoint refuses
-            file = io.BytesIO()
-            to_rgb(data).save(file, "PNG")
-            kind, data = "png", file.getvalue()
+            picture, file = to_rgb(data), io.BytesIO()
+            kind = "jpeg" if kind == "jpeg" else "png"
+            picture.save(file, kind, **(JPEG_SETTINGS if kind == "jpeg" else {}))
+            data = file.getvalue()
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}

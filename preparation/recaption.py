@@ -275,7 +275,7 @@ def _questions(
             continue
         content = [image_part(image), {"type": "text", "text": how.prompt}]
         key = f"{hashlib.blake2b(data, digest_size=16).hexdigest()}, {how.max_side} pixels: {how.prompt}"
-        question = Question(str(number), [{"role": "user", "content": content}], key)
+        question = Question(str(number), [{"role": "user", "content": content}], key=key)
         if pace is not None:
             pace.wait(question)
         yield question
