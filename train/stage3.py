@@ -124,7 +124,7 @@ def main(
             features=features,
             conditioning=conditioning,
         )
-        trainer.settings = {**config.result_settings(), **sources}
+        trainer.settings = {**config.result_settings(), **sources, "scorer": scorer.settings()}
         trainer.provenance = provenance("stage3", config.model, sources, diffusion_model)
 
         if rehearsal is not None:

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from PIL import Image
 from vlv import VLVForConditionalGeneration, hub
 from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
 from vlv.train import stage3
-from vlv.train.parsing import FailedRun
+from vlv.train.data import load_images, load_pairs
+from vlv.train.parsing import FailedRun, parse_config
 from vlv.train.policy_gradient import group_advantages, policy_loss, token_log_probabilities
+from vlv.train.proposals import ImagePart, Proposer
 from vlv.train.reward_cache import RewardCache
 from vlv.train.rounds import (
     RoundDataset,
@@ -26,10 +30,12 @@ from vlv.train.rounds import (
     update_buffer,
     write_buffer,
 )
+from vlv.train.stage3_config import Stage3Config
 
 from ..builders import VOCABULARY, language_model_config, vlv_config, with_text_encoder
 
 ROUNDS, STEPS = 2, 2
+CONFIGS = Path(stage3.__file__).parent / "configs" / "stage3"
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +88,16 @@ def history(folder: Path) -> list[dict]:
 
 
 def images_in(folder: Path, number: int) -> list[ScoredCaptions]:
-    lines = (folder / "rounds" / f"round-{number:04d}.rank-0.jsonl").read_text().splitlines()
-    return [ScoredCaptions(**image) for line in lines for image in json.loads(line)["images"]]
+    return RoundFile(folder / "rounds", number, None, None).images()
 
 
 class _Counts(stage3.DiffusionScorer):
     """Counts the texts that it scores."""
 
     texts = 0
+
+    def settings(self):
+        return {**super().settings(), "scorer": "DiffusionScorer"}  # which computes the same
 
     def text_losses(self, latents, texts, seeds):
         type(self).texts += sum(map(len, texts))
@@ -193,6 +201,28 @@ def test_a_run_that_is_ended_while_it_samples_and_while_it_trains_goes_on_as_an_
 
 
 @pytest.mark.slow
+def test_captions_of_other_images_or_by_another_reward_are_not_trained_on(settings, unbroken, image_folder, tmp_path):
+    other, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(image_folder, other)
+    next(other.rglob("*.png")).unlink()
+    _Terminates.parts = 2
+    with pytest.raises(SystemExit):  # before the first checkpoint
+        stage3.main(settings(run), scorer_class=_Terminates)
+    first = (run / "rounds" / "round-0000.rank-0.jsonl").read_bytes()
+    stage3.main(settings(run, images=other, rounds=1, round_steps=1, reward_num_pairs=2))
+    found = images_in(run, 0)
+    assert found and all(Path(image.name).is_relative_to(other) for image in found)
+    assert first.splitlines()[0] not in (run / "rounds" / "round-0000.rank-0.jsonl").read_bytes()
+    finished = tmp_path / "finished"
+    shutil.copytree(unbroken["best_of_n"], finished)
+    with pytest.raises(FailedRun, match=r"round 0 in .* is of other images; pass the former --images"):
+        stage3.main(settings(finished, save_steps=1, images=other, rounds=ROUNDS + 1, accept_changes=True))
+    # Parts of another size: those of earlier rounds are read as they are.
+    stage3.main(settings(finished, save_steps=1, sample_batch_size=5, rounds=ROUNDS + 1, accept_changes=True))
+    assert len(images_in(finished, ROUNDS)) >= 6
+
+
+@pytest.mark.slow
 def test_a_policy_gradient_starts_at_the_start_and_measures_the_way_from_there(unbroken):
     run = unbroken["grpo"]
     for number in range(ROUNDS):
@@ -231,7 +261,7 @@ def test_rewards_that_are_not_finite_are_dropped_and_counted_as_are_unreadable_i
     summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
     assert summary["not_finite"] == sum(image.not_finite for image in found) > 0
     missing = sum(reward is None for image in found for reward in image.rewards)
-    assert missing == summary["not_finite"] + summary["unfinished"]
+    assert missing == summary["not_finite"] + summary["unfinished"] + summary["empty"]
     rewards = [reward for image in found for reward in image.rewards if reward is not None]
     assert rewards and all(map(math.isfinite, rewards))
     assert summary["unreadable"] == 1 and len(found) == 15
@@ -290,6 +320,10 @@ def test_a_model_of_stage_1_and_missing_models_are_refused(settings, stage1_chec
         ({"clip_range": 1.5}, "clip_range 1.5"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential'"),
         ({"pairs_share": 1}, "pairs_share is 1.0; expected a share"),
+        ({"vae_dtype": "float8"}, "vae_dtype is 'float8'; expected one of ('float32', 'bfloat16')"),
+        ({"reward_batch_size": 0}, "reward_batch_size is 0; expected 1 or more"),
+        ({"max_caption_tokens": 0}, "max_caption_tokens is 0; expected 1 or more"),
+        ({"method": "grpo", "kl_weight": "nan"}, "kl_weight is nan"),
     ],
 )
 def test_settings_that_cannot_be_used_are_errors(own, message, settings, tmp_path, capsys):
@@ -300,11 +334,12 @@ def test_settings_that_cannot_be_used_are_errors(own, message, settings, tmp_pat
 
 @pytest.mark.slow
 def test_a_dry_run_scores_one_part_and_leaves_nothing(settings, tmp_path, capsys):
-    stage3.main(settings(tmp_path / "run", dry_run=True))
+    stage3.main(settings(tmp_path / "run", dry_run=True, cache_rewards=tmp_path / "rewards"))
     said = capsys.readouterr().out
     assert "plan of the run" in said and "round 0: images 4, " in said
     assert "sampling and scoring 4 images took " in said and " for the 20 of all rounds" in said
     assert "cannot tell it: stage 3 is not counted" in said
+    assert not (tmp_path / "rewards").exists()
     assert not (tmp_path / "run").exists() or not [p for p in (tmp_path / "run").iterdir() if p.name != ".run.lock"]
 
 
@@ -385,27 +420,47 @@ def scored(index: int, *rewards: float | None) -> ScoredCaptions:
 
 
 def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
-    made_of = {"weights": "a", "seed": 0}
-    file = RoundFile(tmp_path, 3, 3, made_of)
+    made_of, parts = {"weights": "a", "seed": 0}, [[4], [5], [6]]
+    file = RoundFile(tmp_path, 3, parts, made_of)
     file.add(1, [scored(5, 1.0, None, 3.0)], unreadable=2)
-    RoundFile(tmp_path, 3, 3, made_of, rank=1).add(2, [scored(6, 1.0, 2.0, 3.0)], 0)
+    RoundFile(tmp_path, 3, parts, made_of, rank=1).add(2, [scored(6, 1.0, 2.0, 3.0)], 0)
     with open(file.path, "ab") as cut:
-        cut.write(b'{"part": 0, "made_of": {"we')
-    again = RoundFile(tmp_path, 3, 3, made_of)
+        cut.write('{"part": 0, "made_of": {"weights": "é'.encode()[:-1])  # within a character
+    again = RoundFile(tmp_path, 3, parts, made_of)
     assert again.missing == [0] and again.parts[1] == [scored(5, 1.0, None, 3.0)] and again.unreadable[1] == 2
     with pytest.raises(ValueError, match="lacks parts of round 3, which this run has trained on"):
         again.images()
     again.remove_others()
     again.add(0, [], 0)
-    assert [image.index for image in RoundFile(tmp_path, 3, 3, None).images()] == [5, 6]
+    assert [image.index for image in RoundFile(tmp_path, 3, None, None).images()] == [5, 6]
+
+
+def test_captions_may_have_any_line_separator_of_unicode(tmp_path):
+    image = ScoredCaptions(0, "0.png", ["a\u2028dog", "a\x85cat", "a\x0bcar é"], [1.0, 2.0, 3.0], 2)
+    RoundFile(tmp_path, 0, [[0]], {}).add(0, [image], 0)
+    file = RoundFile(tmp_path, 0, [[0]], {})
+    assert file.missing == [] and file.images() == [image]
+    file.remove_others()
+    assert RoundFile(tmp_path, 0, [[0]], {}).images() == [image]
+
+
+def test_parts_of_other_images_are_not_used_and_a_finished_round_knows_its_number_of_parts(tmp_path):
+    file = RoundFile(tmp_path, 0, [[1], [2]], {})
+    file.add(0, [scored(1, 1.0, 2.0, 3.0)], 0)
+    with pytest.raises(ValueError, match="lacks parts of round 0"):
+        RoundFile(tmp_path, 0, None, None).images()
+    file.add(1, [scored(2, 1.0, 2.0, 3.0)], 0)
+    assert [image.index for image in RoundFile(tmp_path, 0, None, None).images()] == [1, 2]
+    assert RoundFile(tmp_path, 0, [[1], [3]], {}).missing == [1]
+    assert RoundFile(tmp_path, 0, [[1], [2], [3]], {}).missing == [0, 1, 2]
 
 
 def test_parts_of_other_weights_are_not_used_and_removed(tmp_path):
-    RoundFile(tmp_path, 0, 1, {"weights": "a"}).add(0, [scored(1, 1.0, 2.0, 3.0)], 0)
-    other = RoundFile(tmp_path, 0, 1, {"weights": "b"})
+    RoundFile(tmp_path, 0, [[1]], {"weights": "a"}).add(0, [scored(1, 1.0, 2.0, 3.0)], 0)
+    other = RoundFile(tmp_path, 0, [[1]], {"weights": "b"})
     assert other.missing == [0]
     other.remove_others()
-    assert RoundFile(tmp_path, 0, 1, None).missing == [0]
+    assert RoundFile(tmp_path, 0, [[1]], None).missing == [0]
 
 
 def test_rounds_go_through_all_images_in_turn():
@@ -425,6 +480,73 @@ def test_the_buffer_keeps_an_image_that_got_no_reward_and_takes_the_newest_best(
         {"image": "1.png", "caption": "caption 1", "reward": 5.0, "round": 0},
         {"image": "2.png", "caption": "caption 0", "reward": 2.0, "round": 1},
     ]
+
+
+def test_stage_2_reads_the_buffer_of_images_with_relative_paths(image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(image_folder.parent)
+    images = load_images(image_folder.name)
+    name = images[0]["image"]
+    buffer: dict = {}
+    update_buffer(buffer, [ScoredCaptions(0, name, ["a dog"], [1.0], 0)], 0)
+    write_buffer(tmp_path / "buffer.jsonl", buffer)
+    (pair,) = list(load_pairs(tmp_path / "buffer.jsonl"))
+    assert pair["caption"] == "a dog" and Path(pair["image"]).samefile(name)
+
+
+@pytest.fixture(scope="module")
+def proposer(processor, tmp_path_factory) -> Proposer:
+    args = SimpleNamespace(max_caption_tokens=8, append_eos=True, num_captions=3, temperature=1.0, top_p=1.0)
+    cache = RewardCache(tmp_path_factory.mktemp("rewards") / "rewards.sqlite", {})
+    scorer: Any = None
+    return Proposer(args, processor, scorer, cache)
+
+
+@pytest.fixture
+def captioner() -> VLVForConditionalGeneration:
+    torch.manual_seed(0)
+    return VLVForConditionalGeneration(vlv_config(text_config=language_model_config())).eval()
+
+
+def test_samples_do_not_depend_on_the_generation_settings_of_the_model(captioner, proposer):
+    embeds = torch.randn(2, *captioner.model.get_caption_embeds(torch.zeros(1, 3, 64, 64)).shape[1:])
+    found = []
+    for settings in ({}, {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_p": 0.9, "typical_p": 0.1}):
+        for part in (captioner, captioner.language_model):
+            part.generation_config.update(**settings)
+        torch.manual_seed(1)
+        found.append(proposer.generate(captioner, embeds, do_sample=True, temperature=1.0, num_return_sequences=3))
+    assert found[0] == found[1]
+    assert captioner.generation_config.repetition_penalty == 9.0
+
+
+def test_each_end_token_of_the_model_ends_a_caption_and_empty_captions_have_no_reward(captioner, proposer):
+    pixels = torch.zeros(1, 3, 64, 64)
+    embeds = captioner.model.get_caption_embeds(pixels)
+    other_end = 7
+    captioner.language_model.lm_head.register_forward_hook(lambda module, inputs, logits: _only(logits, token))
+    captioner.generation_config.eos_token_id = [proposer.processor.tokenizer.eos_token_id, other_end]
+    token = other_end
+    assert proposer.generate(captioner, embeds)[1] == [True]
+    token = other_end + 1
+    assert proposer.generate(captioner, embeds)[1] == [False]
+    token = proposer.processor.tokenizer.eos_token_id
+    part = ImagePart([0], ["0.png"], pixels, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [])
+    (found,) = proposer.propose(captioner, part, {}, (0, 0, 0))
+    assert found.captions == [""] * 4 and found.rewards == [None] * 4
+    assert (found.empty, found.unfinished) == (4, 0) and summarise([found], 0)["empty"] == 4
+
+
+def _only(logits: torch.Tensor, token: int) -> torch.Tensor:
+    """Logits with which a token is all but certain."""
+    logits = logits.clone()
+    logits[..., token] += 1e4
+    return logits
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe):
+    config = parse_config(Stage3Config, [str(recipe), "--use_cpu=true"], "stage3")
+    assert config.max_steps == config.rounds * config.round_steps and config.model
 
 
 def test_groups_stay_together_and_pass_after_pass_is_complete():
