@@ -350,7 +350,8 @@ class Stage3Trainer(Stage2Trainer):
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
         """Writes `step-N.json`, a list of `{"generated", "reward", "reference"}`, and logs the mean reward.
 
-        Captions are greedy; one that is empty or does not end has no reward. The reference is there where the validation images have captions.
+        Captions are greedy; one that is empty or does not end has no reward. The reference is there
+        where the validation images have captions.
         """
         processor: Any = self.processing_class
         loaded = [item["image"] for item in self.validation_items]
