@@ -1,7 +1,7 @@
 """Stage 3 of the miniature against the truth: captions by round, from few pairs and images without captions.
 
 `python -m vlv.miniature.stage3 ROOT` trains what is missing in ROOT (the language model, the captioner of stage 2,
-stage 3 itself) and prints the table of docs/stage3.md. A run that was interrupted goes on.
+stage 3 itself) and prints a table of scores by round. A run that was interrupted goes on.
 """
 
 import argparse

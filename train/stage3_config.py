@@ -44,7 +44,7 @@ class Stage3Config(Stage2Config):
         default=None,
         metadata={
             "help": "Where the images are: a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a "
-            "data set such as org/name; several with weights as `a b@0.5`, in YAML as [a, {source: b, weight: 0.5}].",
+            "data set such as org/name; several as `a b`, in YAML as [a, b], without weights.",
             "nargs": "+",
             "action": GatherAction,
         },

@@ -296,9 +296,13 @@ def test_a_captioner_without_a_decoder_or_with_another_text_encoder_is_refused(
         stage3.main(settings(tmp_path / "run", model=tmp_path / "other", diffusion_model=stable_diffusion))
 
 
-def test_a_model_of_stage_1_and_missing_models_are_refused(settings, stage1_checkpoint, tmp_path):
+def test_a_model_of_stage_1_a_missing_one_and_weighted_images_are_refused(
+    settings, stage1_checkpoint, image_folder, tmp_path
+):
     with pytest.raises(FailedRun, match="is a stage-1 model, which writes no captions; train stage 2"):
         stage3.main(settings(tmp_path / "run", model=stage1_checkpoint))
+    with pytest.raises(FailedRun, match=r"images have weights .*leave the weights out"):
+        stage3.main(settings(tmp_path / "run", images=f"{image_folder}@0.5"))
     with pytest.raises(FailedRun, match="model is not set: give the captioner to start from"):
         stage3.main([argument for argument in settings(tmp_path / "run") if "--model" not in argument])
 
