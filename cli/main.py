@@ -18,8 +18,13 @@ from .parsers import caption, convert, data, demo, encode, estimate, evaluate, i
 from .settings_help import stored_help
 
 RENAMED_OPTIONS = {("push", "--decoder"): "--diffusion-model"}
+STAGES = ("stage1", "stage2", "stage3")
 TRAIN_USAGE = (
-    "usage: vlv train {stage1,stage2} CONFIG.yaml [--name value ...]    (vlv train stage1 --help lists the names)"
+    f"usage: vlv train {{{','.join(STAGES)}}} CONFIG.yaml [--name value ...]    (vlv train stage1 --help lists the "
+    "names)\n"
+    "  stage1  an encoder, from images alone\n"
+    "  stage2  a captioner, from image-caption pairs\n"
+    "  stage3  a better captioner, from images alone: the frozen decoder scores its own captions"
 )
 # Pillow's warnings about images that are read all the same. They do not name the file.
 IGNORED_WARNINGS = (
@@ -96,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (caption, reconstruct, encode, score, evaluate, convert, info, push, demo, serve, estimate, data):
         module.add_parser(commands)
-    commands.add_parser("train", help="train stage 1 (images alone) or stage 2 (image-caption pairs)", add_help=False)
+    commands.add_parser(
+        "train", help="train stage 1 or 3 (images alone) or stage 2 (image-caption pairs)", add_help=False
+    )
     return parser
 
 
@@ -143,14 +150,10 @@ def _train(arguments: list[str]) -> int:
         print(TRAIN_USAGE)
         return 0 if arguments else 2
     stage, settings = arguments[0], arguments[1:]
-    if stage not in ("stage1", "stage2"):
+    if stage not in STAGES:
         print(f"vlv: unknown stage {stage!r}\n{TRAIN_USAGE}", file=sys.stderr)
         return 2
-    if stage == "stage1":
-        from vlv.train.stage1 import main as train
-    else:
-        from vlv.train.stage2 import main as train
-    train(settings)
+    import_module(f"vlv.train.{stage}").main(settings)
     return 0
 
 

@@ -17,6 +17,7 @@ WIDTH = "100"
 CONFIGURATIONS = {
     "train stage1": ("vlv.train.stage1_trainer", "Stage1Config"),
     "train stage2": ("vlv.train.stage2_trainer", "Stage2Config"),
+    "train stage3": ("vlv.train.stage3_config", "Stage3Config"),
     "evaluate judge": ("vlv.evaluation.protocols", "JudgeConfig"),
     "evaluate vqa": ("vlv.evaluation.protocols", "VQAConfig"),
 }

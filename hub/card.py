@@ -241,7 +241,11 @@ def _public(value: Any) -> Any:
 
 
 def _stages(training: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    titles = {"stage1": "Stage 1, images alone", "stage2": "Stage 2, image-caption pairs"}
+    titles = {
+        "stage1": "Stage 1, images alone",
+        "stage2": "Stage 2, image-caption pairs",
+        "stage3": "Stage 3, images alone, by the frozen decoder's judgement of captions",
+    }
     stages = []
     for key, title in titles.items():
         if metadata := training.get(key):

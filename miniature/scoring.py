@@ -50,3 +50,26 @@ def count_agreement(predicted: Scene, true: Scene) -> dict[str, tuple[int, int]]
         found[name] = 2 * matches, predicted_counts.total() + true_counts.total()
     found["exact"] = int(predicted == true), 1
     return found
+
+
+def count_mentions(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[str, float]:
+    """Objects with their place, and backgrounds, that captions invent and leave out.
+
+    Args:
+        predicted: The scenes of captions, one for each of `true`.
+
+    Returns:
+        `invented`, the share of what captions mention that is not in the scene, and `missing`, the share of what is in
+        the scenes that captions do not mention. A right object at a wrong place counts as both.
+    """
+    invented = missing = mentioned = present = 0
+    for p, t in zip(predicted, true, strict=True):
+        found, real = (
+            Counter([*((o.name, o.place) for o in s.objects), *([s.background] if s.background else [])])
+            for s in (p, t)
+        )
+        invented += (found - real).total()
+        missing += (real - found).total()
+        mentioned += found.total()
+        present += real.total()
+    return {"invented": round(invented / max(mentioned, 1), 4), "missing": round(missing / max(present, 1), 4)}

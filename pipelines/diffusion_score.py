@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,16 @@ class DiffusionScorer:
     def device(self) -> torch.device:
         return self.diffusion_decoder.denoiser.device
 
+    def settings(self) -> dict[str, Any]:
+        """What losses depend on besides the models and the image, as JSON values."""
+        return {
+            "scorer": type(self).__name__,
+            "timesteps": self.timesteps.tolist(),
+            "seed": self.seed,
+            "dtype": str(self.diffusion_decoder.denoiser.dtype),
+            "vae_dtype": str(self.diffusion_decoder.vae.dtype),
+        }
+
     def score(
         self,
         pixels: torch.Tensor,
@@ -160,12 +170,15 @@ class DiffusionScorer:
         captions: Sequence[Sequence[str]],
         seeds: Sequence[int],
         allow_nan: bool = False,
+        known: Sequence[MutableMapping[str | None, float]] | None = None,
     ) -> CaptionScores:
         """Scores of captions of images whose latents are known.
 
         Args:
             latents: `(N, C, h, w)`, as `encode_images` of the `DiffusionDecoder` returns them.
             captions, seeds, allow_nan: As in `score`.
+            known: Of each image the losses of texts (None: no words) that this scorer has computed before. They are
+                not computed again, and the others are added.
         """
         if len(captions) != len(latents) or len(seeds) != len(latents):
             raise ValueError(
@@ -179,8 +192,10 @@ class DiffusionScorer:
             raise ValueError(f"images have {counts} captions; score those with the same number together")
         parts = [self.split_captions(texts) for texts in captions]  # sentences of each caption
         texts = [dict.fromkeys([NO_WORDS, *(s for own in row for s in own)]) for row in parts]  # of each image, once
-        losses = self._losses(latents, [list(row) for row in texts], seeds)
-        own = [dict(zip(row, values, strict=True)) for row, values in zip(texts, losses, strict=True)]
+        own = [{} for _ in texts] if known is None else known
+        missing = [[text for text in row if text not in found] for row, found in zip(texts, own, strict=True)]
+        for found, row, values in zip(own, missing, self.text_losses(latents, missing, seeds), strict=True):
+            found.update(zip(row, values, strict=True))
         unconditional = torch.tensor([[found[NO_WORDS]] for found in own])  # (N, 1)
         means = torch.tensor(
             [[sum(found[s] for s in own) / len(own) for own in row] for found, row in zip(own, parts, strict=True)]
@@ -217,10 +232,10 @@ class DiffusionScorer:
             for caption in captions
         ]
 
-    def _losses(
+    def text_losses(
         self, latents: torch.Tensor, texts: Sequence[Sequence[str | None]], seeds: Sequence[int]
     ) -> list[list[float]]:
-        """The mean loss of each image under each of its texts."""
+        """The mean loss of each image under each of its texts, of which it may have none; None is no words."""
         count = len(self.timesteps)
         latents = latents.to(self.device, torch.float32)
         noise = self.sample_noise(latents.shape[1:], seeds)  # (N, K, C, h, w)
@@ -232,6 +247,8 @@ class DiffusionScorer:
                 latents[images], self._conditioning(words), noise[images, pairs], self.timesteps[pairs]
             )
             found.append(denoised.losses)
+        if not found:
+            return [[] for _ in texts]
         means = iter(torch.cat(found).cpu().double().unflatten(0, (-1, count)).mean(dim=1).tolist())
         return [[next(means) for _ in own] for own in texts]
 

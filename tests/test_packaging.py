@@ -82,7 +82,7 @@ def test_an_editable_clone_named_vlv_works_beside_itself(tmp_path):
 @pytest.mark.slow
 def test_the_wheel_has_the_data(installed):
     (package,) = installed.parent.parent.glob("lib/python*/site-packages/vlv")
-    for name in ("stage1.yaml", "stage2.yaml", "accelerate/fsdp2_8gpu.yaml"):
+    for name in ("stage1.yaml", "stage2.yaml", "stage3/sd21.yaml", "accelerate/fsdp2_8gpu.yaml"):
         assert (package / "train" / "configs" / name).is_file()
     assert (package / "checkpoints" / "vlv-miniature" / "config.json").is_file()
     assert (package / "hub" / "model_card_template.md").is_file()
@@ -103,7 +103,7 @@ def check(use, heavy):
 from vlv.cli.main import build_parser, main
 helps = [[], *([name] for name in build_parser()._subparsers._group_actions[0].choices if name != "train"), ["train"]]
 subjects = ("miniature", "images", "captions", "agreement", "cycle", "reconstruction", "spatial", "composition")
-helps += [["train", "stage1"], ["train", "stage2"], ["evaluate", "judge"], ["evaluate", "vqa"]]
+helps += [["train", "stage1"], ["train", "stage2"], ["train", "stage3"], ["evaluate", "judge"], ["evaluate", "vqa"]]
 helps += [["evaluate", name] for name in subjects]
 for command in helps:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(open(os.devnull, "w")):

@@ -1,6 +1,6 @@
-"""Trainers: stage 1 from images alone, stage 2 from image-caption pairs.
+"""Trainers: stage 1 from images alone, stage 2 from image-caption pairs, stage 3 from images alone.
 
-`stage1.py` and `stage2.py` are the scripts of `vlv train`. They are not imported here, so that
+`stage1.py`, `stage2.py` and `stage3.py` are the scripts of `vlv train`. They are not imported here, so that
 `python -m vlv.train.stage1` runs the only copy of its module.
 """
 
@@ -21,6 +21,8 @@ from .freezing import freeze_for_stage1, freeze_for_stage2
 from .modes import set_train_mode
 from .stage1_trainer import Stage1Config, Stage1Trainer
 from .stage2_trainer import Stage2Config, Stage2Trainer
+from .stage3_config import Stage3Config
+from .stage3_trainer import Stage3Trainer
 from .trainer import VLVTrainer
 from .unfreezing import UnfreezingCallback
 
@@ -35,6 +37,8 @@ __all__ = [
     "Stage2Collator",
     "Stage2Config",
     "Stage2Trainer",
+    "Stage3Config",
+    "Stage3Trainer",
     "TrainingDataset",
     "UnfreezingCallback",
     "VLVTrainer",

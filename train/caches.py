@@ -46,6 +46,17 @@ def weights_fingerprint(*modules: nn.Module | None) -> str:
     return digest.hexdigest()
 
 
+def trained_fingerprint(model: nn.Module) -> str:
+    """A hash of the names and values of the parameters that are trained."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values: Any = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(name.encode())
+            digest.update(values)
+    return digest.hexdigest()
+
+
 def settings_fingerprint(*settings: Any) -> str:
     """A hash of what besides weights an encoder depends on: activations, heads, epsilons and so on.
 

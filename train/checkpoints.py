@@ -18,7 +18,7 @@ RECORD_FILE = "run.json"
 MODEL_FOLDERS = {"encoder", "image_processor", ADAPTER_FOLDER, *PIPELINE_PARTS}
 """Folders of a model in the Hub layout."""
 LOCK_FILE = ".run.lock"
-FREE_SETTINGS = ("max_steps", "num_train_epochs")
+FREE_SETTINGS = ("max_steps", "num_train_epochs", "rounds")
 """Settings of the record that a run may change when it goes on."""
 START_MODELS = ("model", "image_encoder", "language_model", "gguf_file", "load_in_4bit", "replace_language_model")
 """Settings that say which weights a run starts from. The text encoder may come from `diffusion_model`."""
@@ -132,11 +132,11 @@ def check_settings(
     if not record.is_file():
         return []
     earlier = read_json(record, "settings")
-    stages = ["stage2" if "pairs" in values else "stage1" for values in (earlier["settings"], settings)]
+    stages = [_stage(values) for values in (earlier["settings"], settings)]
     if earlier["settings"] and settings and stages[0] != stages[1]:
         raise ValueError(
-            f"{checkpoint} is of {stages[0]}, and this is {stages[1]}; name another --output_dir (stage2 starts "
-            "from the folder of a finished stage1 by --model)"
+            f"{checkpoint} is of {stages[0]}, and this is {stages[1]}; name another --output_dir (a stage "
+            "starts from the folder of the finished stage before by --model)"
         )
     changed = _changes(earlier["settings"], settings)
     free = {name: change for name, change in changed.items() if name in FREE_SETTINGS}
@@ -164,6 +164,10 @@ def check_settings(
         say("\n".join(["settings that differ, without effect on the result:", *_rows(without_effect)]))
     changes = earlier.get("changes", [])
     return [*changes, {"step": earlier.get("steps"), "changes": changed}] if changed else changes
+
+
+def _stage(settings: Mapping[str, Any]) -> str:
+    return "stage3" if "rounds" in settings else "stage2" if "pairs" in settings else "stage1"
 
 
 def _changes(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, list[Any]]:

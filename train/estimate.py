@@ -14,6 +14,7 @@ from .meta_models import MetaStep, build_step
 from .parsing import parse_config
 from .stage1_trainer import Stage1Config
 from .stage2_trainer import Stage2Config
+from .stage3_config import Stage3Config
 
 UTILIZATION = 0.35
 """Share of a card's peak speed that a training reaches: MLPerf's Stable Diffusion training on an H100 has 0.34."""
@@ -185,6 +186,8 @@ def estimate(
     Raises:
         ValueError: If a model is not known, the number of steps is open, or `utilization` names no part.
     """
+    if isinstance(config, Stage3Config):
+        raise ValueError(NOT_STAGE_3)
     steps = _steps(config, config.per_device_train_batch_size * config.gradient_accumulation_steps * count, samples)
     shares = dict(utilization) if isinstance(utilization, Mapping) else {"": utilization}
     step = counted.step if counted else build_step(config, **kwargs)
@@ -280,12 +283,24 @@ def _memory(step: MetaStep, counted: StepCount, config: Any, count: int) -> Memo
     )
 
 
+NOT_STAGE_3 = (
+    "stage 3 is not counted: its samples and scores take a time that depends on the captions (docs/stage3.md); "
+    "`vlv train stage3 --dry_run` measures both"
+)
+
+
 def find_stage(names: set[str]) -> int:
     """The stage whose settings these are.
 
     Raises:
-        ValueError: If they are of both stages, or of none alone.
+        ValueError: If they are of both stages, of none alone, or of stage 3.
     """
+    if names & (
+        set(Stage3Config.__dataclass_fields__)
+        - set(Stage1Config.__dataclass_fields__)
+        - set(Stage2Config.__dataclass_fields__)
+    ):
+        raise ValueError(NOT_STAGE_3)
     own = {stage: set(config.__dataclass_fields__) for stage, config in ((1, Stage1Config), (2, Stage2Config))}
     only = {1: names & (own[1] - own[2]), 2: names & (own[2] - own[1])}
     if bool(only[1]) == bool(only[2]):

@@ -34,7 +34,7 @@ class Provenance:
     """Where a run comes from.
 
     Attributes:
-        stage: `"stage1"` or `"stage2"`.
+        stage: `"stage1"`, `"stage2"` or `"stage3"`.
         start: Folder or repo id of the VLV that it starts from, if any.
         diffusion_model: The text-to-image model that decodes the caption embeddings, if it is known.
         sources: Names of data and pretrained models for `training.json`, such as `images` and `image_encoder`.

@@ -14,6 +14,13 @@ GROUPS = {
         *("pad_to_max_length", "encoder_image_size", "pre_crop_size", "diffusion_image_size", "random_crop"),
         "horizontal_flip",
     ),
+    "rounds of captions": (
+        *("method", "rounds", "round_images", "round_steps", "num_captions", "temperature", "top_p"),
+        *("sample_batch_size", "buffer_rounds", "pairs_share", "kl_weight", "clip_range"),
+    ),
+    "rewards": (
+        *("reward_num_pairs", "reward_min_timestep", "reward_max_timestep", "reward_batch_size", "cache_rewards"),
+    ),
     "what is trained": (
         *("trainable", "unfreeze", "lora_rank", "encoder_lora_rank", "num_query_tokens", "attend_all_queries"),
         *("query_decoder_layers", "query_decoder_width", "query_decoder_heads", "query_decoder_dropout"),
@@ -43,7 +50,7 @@ GROUPS = {
         *("cache_conditioning", "conditioning_dtype", "packing", "dataloader_num_workers"),
     ),
 }
-"""Settings of both stages by the title of their group, in the order of `--help`."""
+"""Settings of all stages by the title of their group, in the order of `--help`."""
 OTHER_OWN = "other settings of VLV"
 INHERITED = "further settings, of transformers' TrainingArguments"
 

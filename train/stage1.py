@@ -118,8 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
     return trainer
 
 
-def find_diffusion_model(config: Stage1Config) -> tuple[hub.DiffusionModel, Path]:
+def find_diffusion_model(config: Any) -> tuple[hub.DiffusionModel, Path]:
     """The text-to-image model that is set, or else that of the model to continue from, and the folder of its files.
+
+    Args:
+        config: Of stage 1 or 3.
 
     Raises:
         OSError: If it could not be loaded.
@@ -142,7 +145,7 @@ def find_diffusion_model(config: Stage1Config) -> tuple[hub.DiffusionModel, Path
     patterns = list(hub.DIFFUSION_FILES)
     if config.diffusion_model is not None:  # for a new model, or to compare with those of the one to continue from
         patterns += hub.TEXT_ENCODER_FILES
-    if config.t5_text_encoder:
+    if getattr(config, "t5_text_encoder", False):  # a setting of stage 1 alone
         patterns += hub.OPTIONAL_TEXT_ENCODER_FILES
     folder = hub.resolve(found.source, revision=found.revision, allow_patterns=patterns, pickles_allowed=True)
     if not found.is_known:  # its files were not in the cache

@@ -25,7 +25,7 @@ SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("language_model_activation_checkpointing", "channels_last", "compile_blocks", "shard_diffusion_model"),
     *("image_root", "on_bad_caption", "max_bad_share"),
     *("eval_images", "eval_pairs", "per_device_eval_batch_size", "logging_nan_inf_filter", "stop_loss_factor"),
-    "dry_run",
+    *("dry_run", "cache_rewards", "reward_batch_size"),
 }
 CACHES = ("cache_moments", "cache_vision_features", "cache_conditioning")
 SETTINGS_OF_TRAINING_ARGUMENTS = (

@@ -10,7 +10,10 @@ from vlv.hub import TRAINING_FILE, resolve
 
 from .saving import Provenance
 
-LANGUAGE_MODEL_SETTINGS = ("gguf_file", "load_in_4bit", "lora_rank")  # recorded where they are set
+SETTINGS = (  # recorded where they are set
+    *("gguf_file", "load_in_4bit", "lora_rank"),
+    *("method", "rounds", "num_captions", "reward_num_pairs"),
+)
 
 
 def write_training_metadata(
@@ -33,7 +36,7 @@ def write_training_metadata(
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "trainable": getattr(args, "trainable", None),
-        **{name: getattr(args, name) for name in LANGUAGE_MODEL_SETTINGS if getattr(args, name, None)},
+        **{name: getattr(args, name) for name in SETTINGS if getattr(args, name, None)},
         "seed": args.seed,
         "final_loss": next((row["loss"] for row in reversed(state.log_history) if "loss" in row), None),
         "fingerprints": provenance.fingerprints,

@@ -171,7 +171,7 @@ def test_reconstructions_of_embeddings_equal_those_of_images(model_folder, mixed
         (["caption", "tests/conftest.py", "--model", "./nowhere"], "cannot load ./nowhere"),
         (["caption", "tests/conftest.py", "--device", "abacus"], "--device abacus"),
         (["reconstruct", "--embeddings", "nowhere"], "nowhere"),
-        (["train", "stage3"], "unknown stage 'stage3'"),
+        (["train", "stage4"], "unknown stage 'stage4'"),
     ],
 )
 def test_a_wrong_argument_is_explained_without_a_traceback(
@@ -202,8 +202,10 @@ def test_training_names_the_missing_setting(tmp_path, capsys):
         main(["train", "stage1", "--use_cpu", f"--output_dir={tmp_path}"])
     with pytest.raises(SystemExit, match=r"vlv train stage2: pairs is not set"):
         main(["train", "stage2", "--use_cpu", f"--output_dir={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"vlv train stage3: images is not set"):
+        main(["train", "stage3", "--use_cpu", f"--output_dir={tmp_path}"])
     assert main(["train"]) == 2 and main(["train", "--help"]) == 0
-    assert "stage1,stage2" in capsys.readouterr().out
+    assert "stage1,stage2,stage3" in capsys.readouterr().out
 
 
 @pytest.mark.slow

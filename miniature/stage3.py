@@ -1,0 +1,224 @@
+"""Stage 3 of the miniature against the truth: captions by round, from few pairs and images without captions.
+
+`python -m vlv.miniature.stage3 ROOT` trains what is missing in ROOT (the language model, the captioner of stage 2,
+stage 3 itself) and prints a table of scores by round. A run that was interrupted goes on.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from vlv import VLVForConditionalGeneration, VLVProcessor, hub
+from vlv.evaluation import markdown_table
+from vlv.files import write_atomically, write_json
+from vlv.pipelines import DiffusionScorer
+from vlv.train import freeze_for_stage2, stage3
+from vlv.train.rounds import ROUNDS_FOLDER, RoundFile, update_buffer
+
+from .data import SceneDataset, evaluation_items
+from .evaluation import caption_images
+from .grammar import parse_caption
+from .language_model import train_language_model
+from .paper.data_efficiency import CachedConditioning, CaptionedImages, compute_conditioning, train_from_pairs
+from .sampled_image_score import SampledImageScorer
+from .scoring import count_mentions, score_scenes
+from .world import SPLITS, Scene
+
+IMAGE_SEED = 41  # of the scenes that stage 3 sees
+BATCH_SIZE = 64
+SCORERS = {"score": DiffusionScorer, "image": SampledImageScorer}
+COLUMNS = {
+    "object_place_f1": "object + place F1",
+    "exact": "exact scene",
+    "background": "background",
+    "invented": "invented",
+    "missing": "missing",
+    "words": "words",
+}
+
+
+def new_scenes(count: int, split: str, seed: int, held_out: Sequence[Scene]) -> Iterator[tuple[torch.Tensor, Scene]]:
+    """Images `(3, 64, 64)` uint8 of `count` scenes of a split, none of which is in `held_out`, and the scenes."""
+    texts = {scene.text for scene in held_out}
+    data = SceneDataset(2**40, split, seed, fields=("pixels", "scene"))
+    found = index = 0
+    while found < count:
+        item = data[index]
+        index += 1
+        if item["scene"].text not in texts:
+            found += 1
+            yield item["pixels"], item["scene"]
+
+
+def write_images(folder: Path, count: int, split: str, seed: int, held_out: Sequence[Scene]) -> list[Scene]:
+    """Writes images as `00000.png` and so on, without captions, unless they are there. Returns their scenes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = []
+    for number, (pixels, scene) in enumerate(new_scenes(count, split, seed, held_out)):
+        path = folder / f"{number:05}.png"
+        if not path.exists():
+            write_atomically(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()).save)
+        scenes.append(scene)
+    return scenes
+
+
+def train_start(folder: Path, encoder: str | Path, language_model: Path, pairs: int, seed: int) -> None:
+    """Trains stage 2 on `pairs` pairs of `train` with a frozen encoder, as the table of few pairs does.
+
+    Args:
+        folder: The captioner is written there, with a reference to the text-to-image model of `encoder`.
+        encoder: A miniature.
+        seed: Of the projection, of the pairs and of their order.
+    """
+    torch.manual_seed(seed)
+    vlv, image_processor = hub.load_encoder(encoder)
+    processor = VLVProcessor(image_processor, hub.load_tokenizer(language_model))
+    model = VLVForConditionalGeneration.from_vlv_text_pretrained(
+        vlv, AutoModelForCausalLM.from_pretrained(language_model)
+    )
+    freeze_for_stage2(model, "projector+lm")
+    data = CaptionedImages(pairs, processor, seed)
+    conditioning = compute_conditioning(vlv, data.images)
+    model.model = CachedConditioning()
+    train_from_pairs(model, conditioning, data.labels, seed=seed)
+    model.model = vlv
+    model.config.image_token_id = processor.image_token_id
+    hub.export(folder, captioner=model, processor=processor, diffusion_model=hub.find_diffusion_model(str(encoder)))
+
+
+def measure(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Scores of captions against the scenes of their images; `words` is their mean length."""
+    read = [parse_caption(caption) for caption in captions]
+    words = sum(len(caption.split()) for caption in captions) / len(captions)
+    return {**score_scenes(read, scenes), **count_mentions(read, scenes), "words": round(words, 2)}
+
+
+def measure_kept(run: Path, number: int, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Scores of the captions that a round kept, of its own images.
+
+    Args:
+        run: Folder of stage 3.
+        scenes: Of all images.
+    """
+    buffer: dict = {}
+    update_buffer(buffer, RoundFile(run / ROUNDS_FOLDER, number, None, None).images(), number)
+    return measure([own.caption for own in buffer.values()], [scenes[own.image] for own in buffer.values()])
+
+
+def stage3_arguments(options: argparse.Namespace, run: Path, start: Path, images: Path) -> list[str]:
+    """The command line of `vlv train stage3`."""
+    settings = {
+        "images": images,
+        "model": start,
+        "output_dir": run,
+        "method": options.method,
+        "rounds": options.rounds,
+        "round_images": options.round_images,
+        "round_steps": options.round_steps,
+        "num_captions": options.num_captions,
+        "temperature": options.temperature,
+        "reward_num_pairs": options.num_pairs,
+        "buffer_rounds": options.buffer_rounds,
+        "kl_weight": options.kl_weight,
+        "learning_rate": options.learning_rate,
+        "seed": options.seed,
+        "max_caption_tokens": 64,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "sample_batch_size": 50,
+        "cache_conditioning": images.with_name(f"{images.name}-conditioning"),
+        "conditioning_dtype": "float32",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 10,
+        "logging_steps": 10,
+        "validation_steps": 0,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def run_stage3(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains what is missing, and measures each round. The results are those of `RUN.json`."""
+    root = Path(options.root)
+    encoder = f"{Path(options.encoder).name}-{hub.fingerprint(options.encoder)[:8]}"
+    start = root / f"start-{encoder}-{options.pairs}-pairs-seed-{options.seed}"
+    if options.start:
+        start = Path(options.start)
+    if not (start / "config.json").exists():
+        language_model = root / "language-model"
+        if not (language_model / "tokenizer_config.json").exists():
+            train_language_model(language_model, root / "language-model-work")
+        train_start(start, options.encoder, language_model, options.pairs, options.seed)
+    held_out = {split: evaluation_items(split, options.scenes) for split in ("combo", "test")}
+    images = root / f"images-{options.split}-{options.images}-without-{options.scenes}"
+    excluded = [scene for _, own in held_out.values() for scene in own]
+    scenes = write_images(images, options.images, options.split, IMAGE_SEED, excluded)
+
+    run, results_file = root / options.name, root / f"{options.name}.json"
+    stage3.main(stage3_arguments(options, run, start, images), scorer_class=SCORERS[options.reward])
+    results: dict[str, Any] = {"settings": vars(options), "rounds": []}
+    folders = [start, *(run / f"checkpoint-{options.round_steps * number}" for number in range(1, options.rounds + 1))]
+    for number, folder in enumerate(folders):
+        captioner, processor = hub.load_captioner(folder)
+        row: dict[str, Any] = {"round": number}
+        for split, (pixels, truth) in held_out.items():
+            row[split] = measure(caption_images(captioner, processor, pixels), truth)
+        if number:
+            row["kept"] = measure_kept(run, number - 1, scenes)
+        results["rounds"].append(row)
+        write_json(results_file, results)
+    return results
+
+
+def table(results: dict[str, Any], split: str) -> str:
+    """The scores by round on a split, as Markdown; for `"kept"` those of the captions that each round trained on."""
+    rows = [
+        [str(row["round"]), *(f"{row[split][name]:.{1 if name == 'words' else 3}f}" for name in COLUMNS)]
+        for row in results["rounds"]
+        if split in row
+    ]
+    return markdown_table(("round", *COLUMNS.values()), rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlv.miniature.stage3", description=__doc__)
+    parser.add_argument("root", help="folder of everything that is trained")
+    parser.add_argument("--name", default="stage3", help="of the run in ROOT (default: %(default)s)")
+    parser.add_argument(
+        "--encoder", default="checkpoints/vlv-miniature", help="folder of a miniature (default: %(default)s)"
+    )
+    parser.add_argument("--pairs", type=int, default=200, help="pairs of stage 2 (default: %(default)s)")
+    parser.add_argument("--start", metavar="MODEL", help="a captioner to start from, in place of --pairs")
+    parser.add_argument("--images", type=int, default=4000, help="without captions (default: %(default)s)")
+    parser.add_argument("--split", choices=SPLITS, default="combo", help="of the images (default: %(default)s)")
+    parser.add_argument("--method", choices=["best_of_n", "grpo"], default="best_of_n", help="default: %(default)s")
+    parser.add_argument(
+        "--reward",
+        choices=list(SCORERS),
+        default="score",
+        help="'score': the denoising loss; 'image': an image is generated from each caption (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--round-images", type=int, default=800, help="images of a round (default: %(default)s)")
+    parser.add_argument("--round-steps", type=int, default=100, help="updates of a round (default: %(default)s)")
+    parser.add_argument("--num-captions", type=int, default=8, metavar="G", help="samples (default: %(default)s)")
+    parser.add_argument("--num-pairs", type=int, default=4, metavar="K", help="of a score (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--buffer-rounds", type=int, default=0, help="as of `vlv train stage3` (default: all)")
+    parser.add_argument("--kl-weight", type=float, default=0.04, help="of grpo (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
+    parser.add_argument("--scenes", type=int, default=300, help="captioned of each split (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    results = run_stage3(parser.parse_args(arguments))
+    for split, title in (("combo", "combo"), ("test", "test"), ("kept", "kept by the round, of its own images")):
+        print(f"{title}\n\n{table(results, split)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Stage 3 of the miniature: captions that are right or wrong get better from images alone."""
+
+import json
+
+import pytest
+import torch
+
+from vlv import hub
+from vlv.checkpoints import MINIATURE
+from vlv.miniature.data import evaluation_items
+from vlv.miniature.evaluation import caption_images
+from vlv.miniature.sampled_image_score import SampledImageScorer
+from vlv.miniature.score_ranking import load_scorer
+from vlv.miniature.scoring import count_mentions
+from vlv.miniature.stage3 import measure, measure_kept, new_scenes, table, write_images
+from vlv.miniature.world import Scene, SceneObject
+from vlv.train import stage3
+
+
+@pytest.mark.slow
+def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(tmp_path):
+    """The embedded captioner, whose language projection has noise."""
+    model, processor = hub.load_captioner(MINIATURE)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in (parameter for parameter in model.language_projection.parameters() if parameter.ndim == 2):
+            weight += 1.1 * weight.std() * torch.randn_like(weight)
+    decoder = hub.find_diffusion_model(str(MINIATURE))
+    hub.export(tmp_path / "start", captioner=model, processor=processor, diffusion_model=decoder)
+    pixels, truth = evaluation_items("combo", 32)
+    scenes = write_images(tmp_path / "images", 32, "combo", 41, truth)
+    seen = torch.stack([image for image, _ in new_scenes(32, "combo", 41, truth)])
+    settings = {
+        "model": tmp_path / "start",
+        "images": tmp_path / "images",
+        "output_dir": tmp_path / "run",
+        "trainable": "projector",
+        "rounds": 1,
+        "round_images": 32,
+        "round_steps": 24,
+        "num_captions": 6,
+        "sample_batch_size": 32,
+        "reward_num_pairs": 2,
+        "max_caption_tokens": 64,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "cache_conditioning": tmp_path / "conditioning",
+        "conditioning_dtype": "float32",
+        "validation_steps": 24,
+        "num_validation_images": 32,
+        "dataloader_num_workers": 0,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    trainer = stage3.main([f"--{name}={value}" for name, value in settings.items()])
+    before, after = (measure(caption_images(own, processor, pixels), truth) for own in (model, trainer.model))
+    greedy = measure(caption_images(model, processor, seen), scenes)
+    kept = measure_kept(tmp_path / "run", 0, scenes)
+    assert kept["exact"] > greedy["exact"] and kept["object_place_f1"] > greedy["object_place_f1"]
+    for name in ("object_place_f1", "object_size_place_f1", "exact"):
+        assert after[name] > before[name], (before, after)
+    assert after["invented"] < before["invented"] and after["missing"] < before["missing"]
+    summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
+    (sample,) = (tmp_path / "run" / "samples").iterdir()
+    rewards = [row["reward"] for row in json.loads(sample.read_text())]  # of the images of the round, all of them
+    assert len(rewards) == summary["images"]
+    rewards = [reward for reward in rewards if reward is not None]
+    assert summary["reward_best"] > summary["reward_greedy"] > summary["reward_sampled"]
+    assert sum(rewards) / len(rewards) > summary["reward_greedy"]
+
+
+def test_scenes_that_are_measured_are_not_trained_on():
+    _, held_out = evaluation_items("combo", 20)
+    found = [scene for _, scene in new_scenes(20, "combo", 23, held_out)]  # the seed of the evaluation
+    assert not {scene.text for scene in held_out} & {scene.text for scene in found}
+    assert {scene.split() for scene in found} == {"combo"}
+
+
+def test_invented_and_missing_mentions_are_shares_of_what_is_mentioned_and_present():
+    dog, cat, car = (SceneObject(name, "large", "top left") for name in ("dog", "cat", "car"))
+    true = [Scene("white", (dog, cat)), Scene("pink", (car,))]
+    assert count_mentions(true, true) == {"invented": 0, "missing": 0}
+    captions = [Scene("white", (dog, car)), Scene(None, ())]  # a car for the cat; nothing at all
+    assert count_mentions(captions, true) == {"invented": round(1 / 3, 4), "missing": round(3 / 5, 4)}
+    assert count_mentions([Scene(None, ())], true[:1]) == {"invented": 0, "missing": 1}
+
+
+def test_a_table_has_a_row_for_each_round_that_has_the_scores():
+    scores = measure(["a large dog at the top left, on a white background"] * 2, [Scene("white", ())] * 2)
+    printed = table({"rounds": [{"round": 0, "combo": scores}, {"round": 1, "combo": scores, "kept": scores}]}, "kept")
+    assert printed.splitlines()[2:] == ["| 1 | 0.000 | 0.000 | 1.000 | 0.500 | 0.000 | 11.0 |"]
+
+
+@pytest.mark.slow
+def test_an_image_sampled_from_the_true_caption_is_closer_to_the_original():
+    _, scorer = load_scorer(MINIATURE)
+    sampled = SampledImageScorer(scorer.model, scorer.diffusion_decoder, scorer.tokenizers, steps=4)
+    pixels, scenes = evaluation_items("combo", 1)
+    names = [(o.size, o.name, o.place) for o in scenes[0].objects]
+    true = ", ".join(f"a {size} {name} at the {place}" for size, name, place in names)
+    caption = f"{true}, on a {scenes[0].background} background"
+    other = next(colour for colour in ("dark blue", "yellow") if colour != scenes[0].background)
+    scores = sampled.score(pixels, [[caption, f"{true}, on a {other} background"]]).scores[0]
+    assert scores[0] > scores[1]

@@ -1,0 +1,138 @@
+"""Group-relative policy gradient (Shao et al., 2024): advantages of captions within their image, and the loss."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from vlv import VLVForConditionalGeneration
+
+from .data import Stage2Collator
+
+SMALLEST_DEVIATION = 1e-8
+"""Rewards of a group that differ by less are equal."""
+
+
+def group_advantages(rewards: Sequence[float | None]) -> list[float | None]:
+    """How much better than its group each caption is, in standard deviations.
+
+    Args:
+        rewards: Of the captions of one image; None for a caption without one.
+
+    Returns:
+        None for captions without a reward; for all of them if the rewards are equal, or there is one alone.
+    """
+    found = [reward for reward in rewards if reward is not None]
+    if not found:
+        return [None] * len(rewards)
+    mean = sum(found) / len(found)
+    deviation = math.sqrt(sum((reward - mean) ** 2 for reward in found) / len(found))
+    if deviation < SMALLEST_DEVIATION:
+        return [None] * len(rewards)
+    return [None if reward is None else (reward - mean) / deviation for reward in rewards]
+
+
+def token_log_probabilities(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities `(B, L)` of labels `(B, L)` at logits `(B, L, vocab)`; 0 where a label is -100."""
+    return -F.cross_entropy((logits.float() / temperature).transpose(1, 2), labels, reduction="none")
+
+
+@dataclass
+class PolicyLoss:
+    """The loss of a batch, and what it consists of. Each is a sum over tokens.
+
+    Attributes:
+        loss: With a gradient.
+        kl: Of the model from the start, an estimate that is never negative.
+        clipped: Tokens whose ratio is out of range on the side that the loss cuts off.
+        tokens: Their number.
+    """
+
+    loss: torch.Tensor
+    kl: torch.Tensor
+    clipped: torch.Tensor
+    tokens: torch.Tensor
+
+
+def policy_loss(
+    log_probs: torch.Tensor,
+    sampled_log_probs: torch.Tensor,
+    start_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    clip_range: float,
+    kl_weight: float,
+) -> PolicyLoss:
+    """The clipped loss of PPO with a penalty on the divergence from the start.
+
+    Args:
+        log_probs: `(B, L)`, of the tokens by the model.
+        sampled_log_probs, start_log_probs: `(B, L)`, by the model that sampled them and by the start of the run.
+        advantages: `(B,)`.
+        mask: `(B, L)`, bool: tokens that count.
+    """
+    ratio = (log_probs - sampled_log_probs).exp()
+    gain = advantages[:, None]
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    difference = start_log_probs - log_probs
+    kl = difference.exp() - difference - 1  # the estimator k3 of Schulman (2020)
+    losses = kl_weight * kl - torch.minimum(ratio * gain, bounded * gain)
+    clipped = (bounded * gain < ratio * gain) & mask
+    return PolicyLoss(losses[mask].sum(), kl.detach()[mask].sum(), clipped.sum(), mask.sum())
+
+
+@torch.no_grad()
+def measure_log_probabilities(
+    model: VLVForConditionalGeneration,
+    caption_embeds: torch.Tensor,
+    places: Sequence[int],
+    labels: torch.Tensor,
+    temperature: float,
+    batch_size: int,
+) -> list[list[float]]:
+    """Log-probabilities of the tokens of captions.
+
+    Args:
+        caption_embeds: `(N, Q, d_text)`, of images.
+        places: Of each of `B` captions, the row of its image.
+        labels: `(B, L)`, padded with -100.
+
+    Returns:
+        Of each caption as many as it has tokens.
+    """
+    found: list[list[float]] = []
+    for start in range(0, len(labels), batch_size):
+        own = labels[start : start + batch_size].to(caption_embeds.device)
+        embeds = caption_embeds[list(places[start : start + batch_size])]
+        logits = model(caption_embeds=embeds, labels=own, return_logits=True).logits
+        rows = token_log_probabilities(logits, own, temperature).cpu()
+        found += [row[label != -100].tolist() for row, label in zip(rows, own.cpu(), strict=True)]
+    return found
+
+
+class PolicyCollator(Stage2Collator):
+    """Batches of sampled captions: as `Stage2Collator`, with `advantages` `(B,)` and two tensors `(B, L)`.
+
+    Those are `sampled_log_probs` and `start_log_probs`, 0 where a caption is padded.
+    """
+
+    def load_readable(self, items: list[dict], image_processor: Any) -> tuple[list[dict], list[Any], int]:
+        found = super().load_readable(items, image_processor)
+        self._items = found[0]
+        return found
+
+    def __call__(self, items: list[dict]) -> dict[str, Any]:
+        batch = super().__call__(items)
+        if "advantage" not in self._items[0]:  # of an evaluation
+            return batch
+        batch["advantages"] = torch.tensor([item["advantage"] for item in self._items])
+        length = batch["labels"].shape[1]
+        for name in ("sampled_log_probs", "start_log_probs"):
+            rows = torch.zeros(len(self._items), length)
+            for row, item in zip(rows, self._items, strict=True):
+                row[: len(item[name])] = torch.tensor(item[name])
+            batch[name] = rows
+        return batch

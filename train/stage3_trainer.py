@@ -1,0 +1,380 @@
+"""The trainer of stage 3."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers.utils import logging
+
+from vlv import VLVForConditionalGeneration, VLVProcessor
+from vlv.files import write_json
+from vlv.pipelines import DiffusionScorer
+
+from .caches import trained_fingerprint
+from .census import format_time
+from .checkpoints import say
+from .data.collators import diffusion_pixels
+from .data_loading import ENOUGH_IMAGES
+from .evaluating import kept_random_state
+from .meters import QUARTILES, Means
+from .modes import set_train_mode
+from .policy_gradient import PolicyCollator, group_advantages, policy_loss, token_log_probabilities
+from .proposals import ImageParts, Proposer, read_parts
+from .reward_cache import RewardCache
+from .rounds import (
+    BUFFER_FILE,
+    ROUNDS_FOLDER,
+    BufferEntry,
+    RoundDataset,
+    RoundFile,
+    ScoredCaptions,
+    images_of_round,
+    summarise,
+    update_buffer,
+    write_buffer,
+)
+from .stage2_trainer import Stage2Trainer
+from .stage3_config import Stage3Config
+from .trainer import HALF_DTYPES
+
+logger = logging.get_logger(__name__)
+
+SAMPLING_SETTINGS = (
+    *("num_captions", "temperature", "top_p", "max_caption_tokens", "append_eos", "seed", "method"),
+    *("buffer_rounds", "on_bad_image"),
+)
+SOURCES = ("images", "model", "diffusion_model")
+"""Entries of the run's settings with fingerprints that captions and rewards depend on."""
+PROGRESS_LINES = 10  # of a round
+
+
+class Stage3Trainer(Stage2Trainer):
+    """Trains a captioner on captions that it has sampled itself, by how well they explain the images.
+
+    An epoch of the `Trainer` is a round. Before it trains, each process samples and scores captions of its share of
+    the round's images. The finished parts are on disk, and a resumed run does not compute them again: the samples
+    depend on the seed, the weights and the images of their part alone.
+
+    TRL's `GRPOTrainer` takes a VLV, too (docs/vision_language_contract.md), but samples inside its training step: what
+    a kill interrupts is lost, an image is encoded once a sample, and its runs have none of the instruments and
+    rules of this project's. So `grpo` is a loss of this trainer.
+
+    Args:
+        model: The captioner, frozen in part by `freeze_for_stage2`.
+        args: The configuration.
+        images: Items with `image`.
+        processor: Of the captioner.
+        scorer: Of the frozen text-to-image model, with the captioner's text encoders.
+        image_size: Side in pixels of the images that the scorer sees.
+        scored_by: Fingerprint of the text-to-image model, for the cache of rewards.
+        pairs: Image-caption pairs that are mixed in.
+        kwargs: Further arguments of `Stage2Trainer`.
+
+    Raises:
+        ValueError: If the run is sharded by FSDP or DeepSpeed.
+    """
+
+    args: Any
+    length = "rounds"
+
+    def __init__(
+        self,
+        model: VLVForConditionalGeneration,
+        args: Stage3Config,
+        images: Any,
+        processor: VLVProcessor,
+        scorer: DiffusionScorer,
+        image_size: int,
+        scored_by: str = "",
+        pairs: Any = None,
+        **kwargs,
+    ):
+        settings: Any = args
+        batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+        dataset = RoundDataset(images, args.round_steps * batch, pairs)
+        kwargs.setdefault("validation_dataset", kwargs.get("eval_dataset") or images)
+        super().__init__(model, args, dataset, processor, **kwargs)
+        if self.is_sharded or self.is_deepspeed_enabled:
+            raise ValueError(
+                "stage 3 generates captions, which FSDP and DeepSpeed make very slow; launch with DDP "
+                "(ddp_8gpu.yaml) or one process, and pass --lora_rank to save memory"
+            )
+        self.images, self.image_size = images, image_size
+        scorer.diffusion_decoder.to(args.device)
+        scorer.model.to(args.device)
+        self.buffer: dict[int, BufferEntry] = {}
+        self._starting_weights: dict[str, torch.Tensor] = {}
+        at_start = None
+        if args.method == "grpo":
+            at_start = self.starting_weights
+            if args.kl_weight:
+                trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+                self._starting_weights = {name: parameter.detach().cpu().clone() for name, parameter in trained}
+            self.means = Means((*QUARTILES, "kl", "clipped_share"), args.device)
+            collator: Any = self.data_collator
+            self.data_collator = PolicyCollator(
+                processor,
+                args.max_caption_tokens,
+                args.on_bad_image,
+                append_eos=args.append_eos,
+                pad_to_max_length=args.pad_to_max_length,
+                features=collator.caches["image_features"],
+                conditioning=collator.caches["conditioning"],
+            )
+        self.scored_by: dict[str, Any] = {
+            **scorer.settings(),
+            "diffusion_model": scored_by,
+            "image_size": image_size,
+            "precision": self.accelerator.mixed_precision,
+        }
+        folder = args.output_dir if args.dry_run else args.cache_rewards or args.output_dir
+        cache = RewardCache(Path(folder or ".") / f"rewards-{settings.process_index}.sqlite", self.scored_by)
+        self.proposer = Proposer(args, processor, scorer, cache, at_start)
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)  # `RoundDataset.fill` chooses the order
+
+    @contextlib.contextmanager
+    def starting_weights(self, model: torch.nn.Module) -> Iterator[None]:
+        """A context in which the trained weights of a model are those of the start of the run."""
+        own = {name: p for name, p in model.named_parameters() if name in self._starting_weights}
+        kept = {name: parameter.data for name, parameter in own.items()}
+        try:
+            for name, parameter in own.items():
+                parameter.data = self._starting_weights[name].to(parameter.device)
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            for name, parameter in own.items():
+                parameter.data = kept[name]
+            torch.clear_autocast_cache()
+
+    def _run_epoch(self, *args, **kwargs):
+        started = time.perf_counter()
+        with kept_random_state():
+            self.start_round(kwargs["epoch"])
+        seconds = time.perf_counter() - started
+        self.speed.pause(seconds)
+        if self.args.dry_run:
+            part = len(self._parts_of_round(0)[0]) * self.args.world_size
+            images = self.args.rounds * min(self.args.round_images, len(self.images))
+            say(
+                f"sampling and scoring {part} images took {seconds:.3g} s: {format_time(seconds * images / part)} for "
+                f"the {images:,} of all rounds, besides the steps"
+            )
+        return super()._run_epoch(*args, **kwargs)
+
+    def start_round(self, number: int) -> None:
+        """Samples and scores captions of the images of a round, and chooses what it trains on.
+
+        What is on disk is not computed again.
+
+        Raises:
+            ValueError: If nothing is left to train on, too many images cannot be read, or an earlier round is of
+                other images.
+            SystemExit: With code 75 after SIGTERM to one of the processes. Finished parts are on disk.
+        """
+        args: Any = self.args
+        resumed = self.state.global_step > number * args.round_steps  # within the round
+        if args.method == "best_of_n":
+            first = max(0, number + 1 - args.buffer_rounds) if args.buffer_rounds else 0
+            self.buffer = {}
+            for earlier in range(first, number):
+                update_buffer(self.buffer, self._finished_round(earlier).images(), earlier)
+        if resumed:
+            file = self._finished_round(number)
+            if file.found_made_of is not None and file.found_made_of["method"] != args.method:
+                raise ValueError(
+                    f"round {number} has begun with --method {file.found_made_of['method']}; go on with it to the end "
+                    "of the round, or name another --output_dir"
+                )
+        else:
+            file = RoundFile(
+                Path(args.output_dir) / ROUNDS_FOLDER,
+                number,
+                list(self._parts_of_round(number).values()),
+                self._made_of(),
+                args.process_index,
+            )
+            if self.is_world_process_zero():
+                file.remove_others()
+            self.accelerator.wait_for_everyone()
+            self.collect(file)
+            if self.termination.share(args):
+                self.termination.on_train_end(None, None, None)
+                self.end_terminated(f"in round {number}")
+            self.accelerator.wait_for_everyone()
+            file.read()
+        found = file.images()
+        if not resumed:
+            self._report_round(number, found, sum(file.unreadable.values()))
+        groups = self._choose(found, number)
+        dataset: Any = self.train_dataset
+        dataset.fill(groups, number, args.seed, args.pairs_share)
+
+    def _parts_of_round(self, number: int) -> dict[int, list[int]]:
+        """The indices of the images of each part of a round. A dry run has one part."""
+        args = self.args
+        indices = images_of_round(len(self.images), args.round_images, number, args.seed)
+        starts = range(0, args.sample_batch_size if args.dry_run else len(indices), args.sample_batch_size)
+        return {part: indices[start : start + args.sample_batch_size] for part, start in enumerate(starts)}
+
+    def _made_of(self) -> dict[str, Any]:
+        """What the captions of a round and their rewards depend on, besides the images of a part, as JSON values."""
+        args: Any = self.args
+        return {
+            "weights": trained_fingerprint(self.model),
+            **{name: getattr(args, name) for name in SAMPLING_SETTINGS},
+            **{name: self.settings[name]["fingerprint"] for name in SOURCES if name in self.settings},
+            "scored_by": self.scored_by,
+            "measures_start": bool(args.method == "grpo" and args.kl_weight),
+        }
+
+    def _finished_round(self, number: int) -> RoundFile:
+        """The captions of a round that this run has trained on.
+
+        Raises:
+            ValueError: If they are of other images, which the present settings do not have at the same places.
+        """
+        file = RoundFile(Path(self.args.output_dir) / ROUNDS_FOLDER, number, None, None)
+        found, images = file.found_made_of or {}, self.settings.get("images", {}).get("fingerprint")
+        if found and found.get("images") != images:
+            raise ValueError(
+                f"round {number} in {self.args.output_dir} is of other images; pass the former --images, or another "
+                "--output_dir with --model, to start from what the run has trained"
+            )
+        return file
+
+    def collect(self, file: RoundFile) -> None:
+        """Computes this process's share of the parts that the file lacks. SIGTERM ends it after a part."""
+        args, parts = self.args, self._parts_of_round(file.number)
+        missing = {part: parts[part] for part in file.missing[args.process_index :: args.world_size]}
+        processor: Any = self.processing_class
+        reading = ImageParts(self.images, missing, processor.image_processor, self.image_size)
+        half = HALF_DTYPES.get(self.accelerator.mixed_precision)
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.autocast(args.device.type, dtype=half, enabled=half is not None):
+                for done, (part, images) in enumerate(read_parts(reading, args.dataloader_num_workers), start=1):
+                    for message in images.unreadable:
+                        if args.on_bad_image == "error":
+                            raise ValueError(message)
+                        logger.warning(f"skipped an image: {message}")
+                    found = self.proposer.propose(model, images, self.buffer, (args.seed, file.number, part))
+                    file.add(part, found, len(images.unreadable))
+                    self._check_readable(file)
+                    if done * PROGRESS_LINES // len(missing) > (done - 1) * PROGRESS_LINES // len(missing):
+                        say(f"round {file.number}: captions of {done} of {len(missing)} batches of images are scored")
+                    if self.termination.requested:
+                        break
+        finally:
+            model.train(was_training)
+
+    def _check_readable(self, file: RoundFile) -> None:
+        unreadable = sum(file.unreadable.values())
+        read = unreadable + sum(map(len, file.parts.values()))
+        if unreadable > self.args.max_bad_share * max(read, ENOUGH_IMAGES):
+            raise ValueError(
+                f"{unreadable} of {read} images of this round cannot be read (they are named above), which is more "
+                f"than max_bad_share ({self.args.max_bad_share:g}) allows; remove them, or raise --max_bad_share"
+            )
+
+    def _report_round(self, number: int, found: list[ScoredCaptions], unreadable: int) -> None:
+        summary = summarise(found, unreadable)
+        self._skipped += unreadable
+        should_log = self.control.should_log  # logging turns it off
+        self.log({"round": number, **summary})
+        self.control.should_log = should_log
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / ROUNDS_FOLDER / f"round-{number:04d}.json", summary)
+            values = ", ".join(f"{name} {value:g}" for name, value in summary.items())
+            say(f"round {number}: {values}")
+
+    def _choose(self, found: list[ScoredCaptions], number: int) -> list[list[tuple[int, dict[str, Any]]]]:
+        """What a round trains on, see `RoundDataset.fill`."""
+        if self.args.method == "best_of_n":
+            update_buffer(self.buffer, found, number)
+            if self.is_world_process_zero():
+                write_buffer(Path(self.args.output_dir) / BUFFER_FILE, self.buffer)
+            return [[(own.image, {"caption": own.caption})] for own in self.buffer.values() if own.caption]
+        groups = []
+        for image in found:
+            samples = zip(
+                image.captions[1:],
+                group_advantages(image.sample_rewards),
+                image.sampled_log_probs,
+                image.start_log_probs,
+                strict=False,
+            )
+            group = [
+                (
+                    image.index,
+                    {"caption": caption, "advantage": gain, "sampled_log_probs": own, "start_log_probs": start},
+                )
+                for caption, gain, own, start in samples
+                if gain is not None and caption
+            ]
+            if group:
+                groups.append(group)
+        return groups
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "advantages" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            set_train_mode(model)
+        advantages, sampled, start = (
+            inputs.pop(name) for name in ("advantages", "sampled_log_probs", "start_log_probs")
+        )
+        labels = inputs["labels"]
+        outputs = model(**inputs, return_logits=True)
+        log_probs = token_log_probabilities(outputs.logits, labels, self.args.temperature)
+        mask = labels != -100
+        found = policy_loss(log_probs, sampled, start, advantages, mask, self.args.clip_range, self.args.kl_weight)
+        self.means.add("kl", found.kl, found.tokens)
+        self.means.add("clipped_share", found.clipped, found.tokens)
+        if num_items_in_batch is None:
+            loss = found.loss / found.tokens
+        else:
+            loss = found.loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
+        """Writes `step-N.json`, a list of `{"generated", "reward", "reference"}`, and logs the mean reward.
+
+        Captions are greedy; one that is empty or does not end has no reward. The reference is there
+        where the validation images have captions.
+        """
+        processor: Any = self.processing_class
+        loaded = [item["image"] for item in self.validation_items]
+        pixel_values = processor(images=loaded).pixel_values.to(model.device, model.dtype)
+        captions, ended = self.proposer.generate(model, model.model.get_caption_embeds(pixel_values))
+        scored = [
+            ScoredCaptions(place, "", [caption], [0.0 if caption and whole else None], 0)
+            for place, (caption, whole) in enumerate(zip(captions, ended, strict=True))
+        ]
+        self.proposer.reward(diffusion_pixels(loaded, self.image_size), scored)
+        rows = [
+            {
+                "generated": own.captions[0],
+                "reward": own.rewards[0],
+                **({"reference": item["caption"]} if "caption" in item else {}),
+            }
+            for own, item in zip(scored, self.validation_items, strict=True)
+        ]
+        write_json(folder / f"step-{step:07d}.json", rows)
+        if self.is_world_process_zero():
+            self.report("validation/captions", rows, step)
+            rewards = [row["reward"] for row in rows if row["reward"] is not None]
+            should_log = self.control.should_log
+            if rewards:
+                self.log({"validation_reward": round(sum(rewards) / len(rewards), 6)})
+            self.control.should_log = should_log
