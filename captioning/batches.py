@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlv import VLVImageProcessor
 
+from .ahead import map_ahead
 from .inputs import Input
 from .output import Summary
 
@@ -54,7 +55,8 @@ def read_batches(
     Args:
         batch_size: The most inputs of a batch.
         original_size: Width and height in pixels of the originals in a batch; without it they are None.
-        identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read.
+        identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read. A file
+            that changes while it is read fails then.
     """
     yield from join_rows(read_rows(inputs, image_processor, summary, original_size, identify), batch_size)
 
@@ -66,21 +68,63 @@ def read_rows(
     original_size: int | None = None,
     identify: bool = False,
     cache: "FeatureCache | None" = None,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """As `read_batches`, batches of one input.
 
     Args:
         cache: Has the caption embeddings of some images, which are taken in place of their pixels.
+        num_workers: Processes that read images ahead; 0 reads them in this one. The rows are the same.
     """
-    for item in inputs:
+    reader = RowReader(image_processor, original_size, identify, cache)
+    for row in _read_ahead(reader, inputs, num_workers) if num_workers else map(reader.read, inputs):
+        if isinstance(row, Batch):
+            yield row
+        else:
+            summary.fail(*row)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads inputs with the settings of `read_rows`."""
+
+    image_processor: VLVImageProcessor
+    original_size: int | None = None
+    identify: bool = False
+    cache: "FeatureCache | None" = None
+
+    def read(self, item: Input) -> "Batch | Failure":
+        """A batch of one input, or why it cannot be read."""
         try:
-            if identify and item.problem is None:
+            if item.problem is None:
+                item = item.open()
+            if self.identify and item.problem is None:
                 item = replace(item, identity=item.identify())
-            yield _read(item, image_processor, original_size, cache)
+            row = _read(item, self.image_processor, self.original_size, self.cache)
+            item.require_unchanged()
+            return row
         except ValueError as error:
-            summary.fail(item.name, str(error))
+            return item.name, str(error)
         except OSError as error:
-            summary.fail(item.name, f"it cannot be read: {error.strerror}")
+            return item.name, f"it cannot be read: {error.strerror or error}"
+
+
+Failure = tuple[str, str]
+"""The name of an input that cannot be read, and the reason."""
+
+
+def _read_ahead(reader: RowReader, inputs: Iterable[Input], num_workers: int) -> Iterator[Batch | Failure]:
+    """What `reader` returns for each input, in their order."""
+    for batches, failures in map_ahead(reader.read, inputs, num_workers, _join_chunk):
+        rows = (row for batch in batches for row in split_batch(batch))
+        for failure in failures:
+            yield next(rows) if failure is None else failure
+
+
+def _join_chunk(rows: list[Batch | Failure]) -> tuple[list[Batch], list[Failure | None]]:
+    """The neighbours that can be joined as batches, and for each row None or the failure."""
+    batches = join_rows((row for row in rows if isinstance(row, Batch)), len(rows))
+    return list(batches), [None if isinstance(row, Batch) else row for row in rows]
 
 
 def join_rows(rows: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
@@ -106,7 +150,8 @@ def _read(
         raise ValueError(item.problem)
     if item.embeds is not None:
         return Batch([item], {"caption_embeds": item.embeds[None]}, [None])
-    image = image_processor.load(item.path)
+    image = image_processor.load(item.image)
+    item = replace(item, content=None)  # a batch keeps its inputs until it is written
     original = None
     if original_size is not None:
         original = image.resize((original_size, original_size), Image.Resampling.BICUBIC)
@@ -115,6 +160,20 @@ def _read(
         return Batch([item], {"caption_embeds": embeds[None]}, [original])
     pixel_values = image_processor(image, return_tensors="pt").pixel_values  # (1, 3, height, width)
     return Batch([item], {"pixel_values": pixel_values}, [original], keys)
+
+
+def split_batch(batch: Batch) -> list[Batch]:
+    """Batches of one input."""
+    keys = batch.keys or [None] * len(batch.inputs)
+    return [
+        Batch(
+            [item],
+            {name: tensor[row : row + 1] for name, tensor in batch.tensors.items()},
+            [batch.originals[row]],
+            [key] if key is not None else [],
+        )
+        for row, (item, key) in enumerate(zip(batch.inputs, keys, strict=True))
+    ]
 
 
 def _shapes(batch: Batch) -> dict[str, torch.Size]:

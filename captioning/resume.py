@@ -217,20 +217,19 @@ def _to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def _place(item: Input) -> dict[str, Any]:
     """Where an input is, and its size and time; empty if it cannot be read."""
     try:
-        status = item.path.stat()
+        size, mtime_ns = item.status()
     except OSError:
         return {}
-    return {"source": item.source, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {"source": item.source, "size": size, "mtime_ns": mtime_ns}
 
 
 def _is_unchanged(record: Mapping[str, Any], item: Input) -> bool:
     """Whether an input is the one of a record. An input that cannot be read is judged by its path alone."""
     try:
-        status = item.path.stat()
-        if (item.source, status.st_size, status.st_mtime_ns) == (record["source"], record["size"], record["mtime_ns"]):
+        if (item.source, *item.status()) == (record["source"], record["size"], record["mtime_ns"]):
             return True
         return record["blake2b"] != "" and item.digest() == record["blake2b"]
-    except OSError:
+    except (OSError, ValueError):
         return item.source == record["source"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
+from vlv.captioning.ahead import choose_num_workers, ended_readers
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
 from vlv.captioning.inputs import collect_images, load_embeddings
@@ -16,6 +17,7 @@ from vlv.captioning.output import Summary, output_path, refuse_existing
 from vlv.captioning.resume import ResumableResults, record_path
 from vlv.errors import UserError
 
+from . import caption_shards
 from .choosing import (
     choose_captions,
     choose_min_score,
@@ -32,6 +34,8 @@ ENCODER_BATCH_SIZE = 8
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if caption_shards.is_wanted(arguments):
+        return caption_shards.run(arguments)
     if bool(arguments.paths) == bool(arguments.embeddings):
         raise UserError("give image paths or --embeddings FILE, and not both")
     for option, value in (
@@ -86,11 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
     captioner = Captioner(model, processor, settings)
     encoder: Any = model.model
     cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
-    with results:
+    with results, ended_readers():
         for batch in read_encoded_batches(
             *(inputs, encoder, processor.image_processor, arguments.batch_size, summary, size, True),
             encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
             cache=cache,
+            num_workers=choose_num_workers(arguments.num_workers, len(inputs)),
         ):
             done, entries = choose_captions(captioner.caption(batch), batch, scorer, arguments, summary)
             results.add(done, entries)

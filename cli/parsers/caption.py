@@ -2,6 +2,7 @@
 
 from .choice import add_choice_arguments
 from .common import add_embeddings_cache, add_model_arguments, positive
+from .shards import add_shard_arguments, add_speed_arguments
 
 
 def add_parser(commands) -> None:
@@ -48,5 +49,7 @@ def add_parser(commands) -> None:
     )
     add_choice_arguments(parser)
     add_embeddings_cache(parser)
+    add_speed_arguments(parser)
     add_model_arguments(parser)
+    add_shard_arguments(parser)
     parser.set_defaults(run="caption:run")

@@ -1,0 +1,114 @@
+"""Captions the images of shards: what a process needs to know of a run, and what it does with a shard."""
+
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from vlv import hub
+
+from .ahead import choose_num_workers, ended_readers
+from .captioner import Captioner, CaptionSettings
+from .encoding import open_embeddings_cache, read_encoded_batches
+from .inputs import Input
+from .output import Summary
+from .shards import ShardFolder
+
+PACKAGES = ("vlv", "torch", "transformers", "pillow")
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """How shards are captioned. It can be sent to other processes, which need the same folders.
+
+    Args:
+        model: A folder, or a repo id.
+        dtype: Name of the precision, such as `bfloat16`.
+        device: Such as `cuda:1`.
+        settings: Of the captions.
+        batch_size: Captions that are written together.
+        encoder_batch_size: Images in a pass of the encoder.
+        num_workers: Processes that read images; None for those that `choose_num_workers` chooses.
+        embeddings_cache: Folder of `open_embeddings_cache`.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    settings: CaptionSettings
+    batch_size: int = 8
+    encoder_batch_size: int = 8
+    num_workers: int | None = None
+    embeddings_cache: str | None = None
+
+    def load(self) -> "ShardCaptioner":
+        """Loads the model. Raises `OSError` and `ValueError` as `hub.load_captioner` does."""
+        return ShardCaptioner(self)
+
+
+class ShardCaptioner:
+    """A model that captions shards."""
+
+    def __init__(self, job: ShardJob):
+        self.job = job
+        model, processor = hub.load_captioner(job.model, dtype=getattr(torch, job.dtype), device=job.device)
+        self.captioner = Captioner(model, processor, job.settings)
+        self._cache = open_embeddings_cache(job.embeddings_cache, self._encoder, processor.image_processor)
+
+    @property
+    def _encoder(self) -> Any:
+        return self.captioner.model.model
+
+    def caption(self, shards: ShardFolder, index: int) -> dict[str, int] | None:
+        """Captions the images of a shard.
+
+        Returns:
+            The numbers of images that are `captioned` and `failed`; None if the shard is done, or another process
+            writes it.
+
+        Raises:
+            UserError: If a file of the shard cannot be read at all.
+            OSError: If the shard cannot be written. It is then absent.
+        """
+        with shards.claim(index) as writer:
+            if writer is None:
+                return None
+            since, inputs = time.perf_counter(), shards.inputs(index)
+            summary = Summary(len(inputs))
+            with ended_readers():
+                for batch in self._batches(inputs, summary):
+                    captions = self.captioner.caption(batch)
+                    writer.add([to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)])
+                    summary.done += len(batch.inputs)
+                    summary.advance(len(batch.inputs))
+            writer.add([{"name": name, "error": reason} for name, reason in summary.failed.items()])
+            counts = {"captioned": summary.done, "failed": len(summary.failed)}
+            writer.finish(
+                {
+                    "shard": index,
+                    **shards.run,
+                    "counts": counts,
+                    "seconds": round(time.perf_counter() - since, 3),
+                    "device": str(self.captioner.model.device),
+                    "versions": {name: version(name) for name in PACKAGES},
+                }
+            )
+        summary.close("captioned", str(shards.path(index)))
+        return counts
+
+    def _batches(self, inputs: list[Input], summary: Summary) -> Any:
+        job = self.job
+        return read_encoded_batches(
+            *(inputs, self._encoder, self.captioner.processor.image_processor, job.batch_size, summary),
+            identify=job.settings.num_captions > 1,  # the seed of samples depends on the image
+            encoder_batch_size=job.encoder_batch_size,
+            cache=self._cache,
+            num_workers=choose_num_workers(job.num_workers, len(inputs)),
+        )
+
+
+def to_row(item: Input, captions: list[str]) -> dict[str, Any]:
+    """The line of an image: `caption`, or `captions` if there are several."""
+    return {"name": item.name, **({"caption": captions[0]} if len(captions) == 1 else {"captions": captions})}

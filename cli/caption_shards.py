@@ -1,0 +1,146 @@
+"""`vlv caption --shards` and `--merge`: captions of many images, a file for each shard."""
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from vlv import hub
+from vlv.captioning.captioner import CaptionSettings
+from vlv.captioning.merging import SUFFIXES, merge
+from vlv.captioning.output import refuse_existing, require_writable
+from vlv.captioning.sharded import ShardJob
+from vlv.captioning.shards import ShardFolder
+from vlv.errors import UserError
+
+from .choosing import complete_choice_arguments, recorded_choice, uses_scores
+from .models import choose_device, choose_model, loading
+from .parsers.shards import ONLY_WITH_SHARDS, distribution
+
+ENCODER_BATCH_SIZE = 8
+DEFAULT_OUTPUT = "captions.json"
+
+
+def is_wanted(arguments: argparse.Namespace) -> bool:
+    """Whether a command line of `vlv caption` is of shards.
+
+    Raises:
+        UserError: If it has options of shards without `--shards`.
+    """
+    if arguments.shards is not None or arguments.merge is not None:
+        return True
+    for name in ONLY_WITH_SHARDS:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} needs --shards N")
+    return False
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return _merge(arguments) if arguments.merge is not None else _caption(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    if arguments.paths or arguments.shards is not None or arguments.output_dir is not None:
+        raise UserError("--merge DIR reads shards that are done; leave out image paths, --shards and --output-dir")
+    output = Path(arguments.output or DEFAULT_OUTPUT)
+    if output.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--output {output} must end in {', '.join(SUFFIXES)}")
+    require_writable(output.parent, "--output", str(output))
+    if not arguments.overwrite:
+        refuse_existing(output, "--output")
+    counts = merge(ShardFolder.open_existing(Path(arguments.merge)), output)
+    print(f"merged {counts['captioned']}, failed {counts['failed']}: {output}", file=sys.stderr)
+    return 1 if counts["failed"] else 0
+
+
+def _caption(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    complete_choice_arguments(arguments)
+    folder = Path(arguments.output_dir)
+    require_writable(folder, "--output-dir", arguments.output_dir)
+    source = choose_model(arguments)
+    with loading(source):
+        model = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
+        fingerprint = hub.fingerprint(model, hub.CAPTIONER_FINGERPRINT)
+    settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
+    job = ShardJob(
+        model=str(model),
+        dtype=arguments.dtype,
+        device=_device(arguments),
+        settings=settings,
+        batch_size=arguments.batch_size,
+        encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
+        num_workers=arguments.num_workers,
+        embeddings_cache=arguments.embeddings_cache,
+    )
+    run = {
+        "shards": arguments.shards,
+        "model": source,
+        "fingerprint": fingerprint,
+        "settings": settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments),
+        "inputs": [os.path.abspath(path) for path in arguments.paths],
+    }
+    shards = ShardFolder.begin(folder, arguments.paths, run)
+    own = _own_shards(arguments)
+    wanted = [index for index in own if not shards.is_done(index)]
+    if len(own) > len(wanted):
+        print(f"{len(own) - len(wanted)} of {len(own)} shards are done", file=sys.stderr)
+    failed = False
+    for counts in _engine(arguments, job, shards, wanted, source):
+        failed |= bool(counts["failed"])
+    if left := [index for index in own if not shards.is_done(index)]:
+        print(f"{len(left)} shards are left out, since other processes write them", file=sys.stderr)
+    if not shards.missing():
+        print(f"all {shards.count} shards are done; next: vlv caption --merge {folder} --output FILE", file=sys.stderr)
+    return int(failed)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for options that do not fit shards."""
+    if arguments.embeddings or not arguments.paths:
+        raise UserError("--shards needs image paths: folders, images, tar, parquet and list files")
+    if arguments.output_dir is None:
+        raise UserError("--shards needs --output-dir DIR, the folder of the shards")
+    if arguments.output not in (None, DEFAULT_OUTPUT):
+        raise UserError("--shards writes into --output-dir; give --output with --merge, when all shards are done")
+    if arguments.overwrite:
+        raise UserError("--shards replaces no shards; remove those to be made again, or pass another --output-dir")
+    if uses_scores(arguments):
+        raise UserError("--shards writes captions without scores; merge them, and score the file with `vlv score`")
+    if arguments.shard_index is not None and arguments.shard_index >= arguments.shards:
+        raise UserError(f"--shard-index is {arguments.shard_index}; expected 0 to {arguments.shards - 1}")
+
+
+def _own_shards(arguments: argparse.Namespace) -> list[int]:
+    """The shards that this process does."""
+    if arguments.shard_index is not None:
+        return [arguments.shard_index]
+    place = distribution(arguments.shards)
+    if not isinstance(place, int):
+        rank, processes = place
+        return [*range(rank, arguments.shards, processes)]
+    if place >= arguments.shards:
+        raise UserError(f"SLURM_ARRAY_TASK_ID is {place}, and there are {arguments.shards} shards, from 0")
+    return [place]
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    """The device of `choose_device`; of several processes on a machine with GPUs, each has its own."""
+    local = os.environ.get("LOCAL_RANK")
+    if arguments.device is None and local is not None and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return choose_device(arguments)
+
+
+def _engine(arguments, job, shards, wanted, source):
+    if not wanted:
+        return
+    with loading(source):
+        captioner = job.load()
+    for index in wanted:
+        counts = captioner.caption(shards, index)
+        if counts is not None:
+            yield counts
