@@ -87,8 +87,7 @@ class ShardCaptioner:
             counts = {"captioned": summary.done, "failed": len(summary.failed)}
             writer.finish(
                 {
-                    "shard": index,
-                    **shards.run,
+                    **shards.facts(index),
                     "counts": counts,
                     "seconds": round(time.perf_counter() - since, 3),
                     "device": str(self.captioner.model.device),

@@ -1,8 +1,8 @@
 """A folder of shards: one file of captions for each, which is complete or absent, whatever happens to the processes.
 
-`run.json` says what the shards are of; `inputs/` lists each shard's images. `shard-00003-of-00016.jsonl` has a line
-for each image, and `shard-00003-of-00016.json` says how it was made. A shard is written under a temporary name, reaches
-the disk, and is then renamed. Several processes and machines may write into one folder: a lock keeps two from the same
+`run.json` says what the shards are of, and `inputs/` lists the images of each. `shard-00003-of-00016.jsonl` has a line
+for each image, and `shard-00003-of-00016.json` says how it was made. A shard is written under a temporary name, then
+brought to the disk and renamed. Several processes and machines may write into one folder: a lock keeps two from one
 shard, and where a file system has no locks, the second replaces the file by an equal one.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, read_json, set_default_permissions, to_json, write_json
 
-from .division import divide, read_division, shard_name
+from .division import divide, list_path, read_division, shard_name
 from .inputs import Input
 
 try:
@@ -90,8 +90,8 @@ class ShardFolder:
         wanted = json.loads(to_json(run))
         if wanted["fingerprint"] != self.run["fingerprint"]:
             raise UserError(
-                f"{self.folder} has shards of another model, {self.run['model']} ({self.run['fingerprint']:.12}); pass "
-                "that --model and --revision, or another --output-dir"
+                f"{self.folder} has shards of another model, {self.run['model']} ({self.run['fingerprint']:.12}); "
+                "pass that --model and --revision, or another --output-dir"
             )
         for name in ("shards", "inputs"):
             if wanted[name] != self.run[name]:
@@ -122,6 +122,12 @@ class ShardFolder:
     def inputs(self, index: int) -> list[Input]:
         """The inputs of a shard."""
         return read_division(self.folder / INPUTS, index, self.count)
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """What a manifest says of the run."""
+        facts = {name: self.run[name] for name in ("model", "fingerprint", "settings")}
+        inputs = list_path(Path(INPUTS), index, self.count).as_posix()
+        return {"shard": index, "shards": self.count, **facts, "inputs": inputs}
 
     def is_done(self, index: int) -> bool:
         return self.path(index).exists()

@@ -30,8 +30,7 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--engine",
         choices=ENGINES,
-        help="local: in this process (the default); ray: in actors of a Ray cluster; vllm: the captions are written by "
-        "vLLM",
+        help="local: in this process (the default); ray: in actors of a Ray cluster; vllm: vLLM writes the captions",
     )
     group.add_argument(
         "--ray-actors", type=positive, metavar="N", help="models in the cluster (default: one for each GPU, or core)"
