@@ -118,7 +118,7 @@ def _own_shards(arguments: argparse.Namespace) -> list[int]:
     """The shards that this process does."""
     if arguments.shard_index is not None:
         return [arguments.shard_index]
-    place = distribution(arguments.shards)
+    place = distribution()
     if not isinstance(place, int):
         rank, processes = place
         return [*range(rank, arguments.shards, processes)]

@@ -59,7 +59,7 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def distribution(shards: int) -> tuple[int, int] | int:
+def distribution() -> tuple[int, int] | int:
     """Which shards the environment gives to this process: `(rank, number of processes)`, or one shard.
 
     `accelerate launch` and torchrun set RANK and WORLD_SIZE; Slurm sets SLURM_ARRAY_TASK_... in the tasks of an array.
