@@ -17,12 +17,16 @@ WORTH_WORKERS = 256
 """Of fewer inputs, a process reads them as fast as it starts others."""
 
 
-def choose_num_workers(given: int | None, inputs: int) -> int:
-    """The processes that read images: those asked for, or one for each further core and at most `MAX_WORKERS`."""
+def choose_num_workers(given: int | None, inputs: int | None) -> int:
+    """The processes that read images: those asked for, or one for each further core and at most `MAX_WORKERS`.
+
+    Args:
+        inputs: Their number; None if there are so many that it is not known yet.
+    """
     if given is not None:
         return given
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores - 1, MAX_WORKERS) if inputs >= WORTH_WORKERS else 0
+    return min(cores - 1, MAX_WORKERS) if inputs is None or inputs >= WORTH_WORKERS else 0
 
 
 def map_ahead(

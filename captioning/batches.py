@@ -1,6 +1,7 @@
 """Inputs of `vlv caption`, `vlv encode` and `vlv reconstruct`, read and gathered into batches."""
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -115,10 +116,24 @@ Failure = tuple[str, str]
 
 def _read_ahead(reader: RowReader, inputs: Iterable[Input], num_workers: int) -> Iterator[Batch | Failure]:
     """What `reader` returns for each input, in their order."""
-    for batches, failures in map_ahead(reader.read, inputs, num_workers, _join_chunk):
+    for batches, failures in map_ahead(reader.read, map(_portable, inputs), num_workers, _join_chunk):
         rows = (row for batch in batches for row in split_batch(batch))
         for failure in failures:
             yield next(rows) if failure is None else failure
+
+
+def _portable(item: Input) -> Input:
+    """The input as another process can read it: what only this one can open is opened."""
+    function = getattr(item.read, "func", item.read)
+    if item.read is None or inspect.isfunction(function):
+        return item
+    try:
+        return replace(item.open(), read=None)
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"it cannot be read: {error.strerror or error}"
+    return replace(item, read=None, problem=problem)
 
 
 def _join_chunk(rows: list[Batch | Failure]) -> tuple[list[Batch], list[Failure | None]]:
@@ -164,7 +179,7 @@ def _read(
 
 def split_batch(batch: Batch) -> list[Batch]:
     """Batches of one input."""
-    keys = batch.keys or [None] * len(batch.inputs)
+    keys: Sequence[np.ndarray | None] = batch.keys or [None] * len(batch.inputs)
     return [
         Batch(
             [item],

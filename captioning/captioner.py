@@ -10,6 +10,7 @@ from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.pipelines import generate_captions, trim_caption
 
 from .batches import Batch
+from .texts import PromptTemplate
 
 AS_ORIGINAL = {"num_beams": 4, "early_stopping": True, "max_new_tokens": 300, "prefix_dtype": torch.bfloat16}
 
@@ -58,11 +59,16 @@ class CaptionSettings:
 
 @dataclass(frozen=True)
 class Captioner:
-    """A model with its processor and settings."""
+    """A model with its processor and settings.
+
+    Args:
+        template: Writes the prompt of each input, in place of the one of `settings`.
+    """
 
     model: VLVForConditionalGeneration
     processor: VLVProcessor
     settings: CaptionSettings
+    template: PromptTemplate | None = None
 
     def caption(self, batch: Batch) -> list[list[str]]:
         """The captions of each input of a batch: one, or `num_captions` samples.
@@ -76,7 +82,8 @@ class Captioner:
 
     def _generate(self, batch: Batch) -> list[list[str]]:
         settings = self.settings
-        generation: dict[str, Any] = {"text": settings.prompt, **settings.generation}
+        prompts = None if self.template is None else [self.template.render(item) for item in batch.inputs]
+        generation: dict[str, Any] = {"text": prompts or settings.prompt, **settings.generation}
         if settings.num_captions == 1:
             captions = generate_captions(self.model, self.processor, **(batch.tensors | generation))
             return [[caption] for caption in captions]
@@ -91,5 +98,7 @@ class Captioner:
             digest = hashlib.blake2b(f"{settings.seed}/{content}".encode(), digest_size=8).digest()
             tensors: dict[str, Any] = {name: rows[place : place + 1] for name, rows in batch.tensors.items()}
             torch.manual_seed(int.from_bytes(digest))
+            if prompts is not None:
+                generation["text"] = prompts[place]
             groups.append(generate_captions(self.model, self.processor, **tensors, **generation))
         return groups

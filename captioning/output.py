@@ -136,22 +136,36 @@ class GrowingJson:
             self._file.close()
 
 
+WITH_TOTAL = "{percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+WITHOUT_TOTAL = "{n:.0f} images [{elapsed}, {rate_fmt}]"
+
+
 class Summary:
     """Counts the inputs that are done, names those that failed, and shows one progress bar on a terminal.
 
     Args:
-        total: Number of inputs.
+        total: Number of inputs; None if it is not known yet: then the bar has no end.
     """
 
-    def __init__(self, total: int):
+    def __init__(self, total: int | None):
         self.done = 0
         self.failed: dict[str, str] = {}
         self._bar = tqdm(
             total=total,
             disable=None,  # without a terminal
             unit=" images",
-            bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
+            bar_format=WITHOUT_TOTAL if total is None else WITH_TOTAL,
         )
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether there is a terminal with a progress bar."""
+        return not self._bar.disable
+
+    def set_total(self, total: int | None) -> None:
+        """Gives the progress bar its end, as soon as the number of inputs is known."""
+        if total is not None:
+            self._bar.total, self._bar.bar_format = total, WITH_TOTAL
 
     def advance(self, images: float) -> None:
         """Moves the progress bar by a number of images, which may be a fraction."""
@@ -164,13 +178,25 @@ class Summary:
         if verb == "read":
             self._bar.update()
 
-    def close(self, verb: str, output: str, kept: int | None = None) -> int:
+    def say(self, *notes: str) -> None:
+        """Prints notes."""
+        for note in notes:
+            self._bar.write(note, file=sys.stderr)
+
+    def end(self) -> None:
+        """Removes the progress bar's claim to the terminal, without a summary."""
+        self._bar.close()
+
+    def close(self, verb: str, output: str, kept: int | None = None, skipped: int | None = None) -> int:
         """Prints the summary; returns the exit code, 1 if an input failed.
 
         Args:
             kept: Number of results of an earlier run, if this one goes on with it.
+            skipped: Number of inputs that had a result, if they can be skipped.
         """
         self._bar.close()
-        before = "" if kept is None else f"kept {kept}, "
+        before = "".join(
+            f"{what} {count}, " for what, count in (("kept", kept), ("skipped", skipped)) if count is not None
+        )
         print(f"{before}{verb} {self.done}, failed {len(self.failed)}: {output}", file=sys.stderr)
         return 1 if self.failed else 0

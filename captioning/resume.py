@@ -1,8 +1,8 @@
 """What the results in an output are of: `--resume` goes on with them, and never takes over those of other images.
 
-Beside `captions.json` lies `captions.resume.jsonl`. It has a line for each run, `{"run": 0, "model": ...,
-"fingerprint": ..., "settings": ...}`, and a line for each result, `{"run": 0, "name": ..., "source": ..., "size": ...,
-"mtime_ns": ..., "blake2b": ...}`.
+Beside `captions.json` lies `captions.resume.jsonl`, and beside `captions.csv` `captions.csv.resume.jsonl`. It has a
+line for each run, `{"run": 0, "model": ..., "fingerprint": ..., "settings": ...}`, and a line for each result,
+`{"run": 0, "name": ..., "source": ..., "size": ..., "mtime_ns": ..., "blake2b": ...}`.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, to_json, write_atomically
 
+from .formats import METADATA, growing_file, read_lines
 from .inputs import Input
 from .output import GrowingJson
 
@@ -23,12 +24,12 @@ except ImportError:  # Windows
 
 
 class ResumableResults:
-    """Results in a JSON file `{name: result}`, with a record of the image, the model and the settings of each.
+    """Results in a file, by name, with a record of the image, the model and the settings of each.
 
     Nothing is written before the first result. While a run writes, no other may write into the same file.
 
     Args:
-        output: The JSON file.
+        output: The file, in a format of `formats.SUFFIXES`.
         model: `--model` and its `vlv.hub.fingerprint`.
         settings: Settings that change results.
         shared: Names of the settings in which all runs must agree.
@@ -151,7 +152,7 @@ class ResumableResults:
             lines = _to_lines([*self._runs, self._run, *self._records.values()])
             write_atomically(self.record_path, lambda temporary: temporary.write_bytes(lines))
             self._record_file = self._open_record()
-            self._json = GrowingJson(self.output, self._entries)
+            self._json = growing_file(self.output, self._entries)
         return self._json
 
     def _open_record(self) -> Any:
@@ -193,6 +194,11 @@ class ResumableResults:
                 records[row["name"]] = row
         return runs, records
 
+    def release(self) -> None:
+        """Lets other runs write into the file, which this one has not begun to write."""
+        if self._record_file is not None:
+            self._record_file.close()
+
     def __enter__(self) -> "ResumableResults":
         return self
 
@@ -206,8 +212,10 @@ class ResumableResults:
 
 
 def record_path(output: Path) -> Path:
-    """The file beside an output that records what its results are of."""
-    return output.with_suffix(".resume.jsonl")
+    """The file beside an output that records what its results are of; hidden in a folder of images."""
+    if output.name == METADATA:
+        return output.with_name(f".{output.stem}.resume.jsonl")
+    return output.with_suffix(".resume.jsonl") if output.suffix.lower() == ".json" else Path(f"{output}.resume.jsonl")
 
 
 def _to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -234,14 +242,16 @@ def _is_unchanged(record: Mapping[str, Any], item: Input) -> bool:
 
 
 def read_results(path: str | Path, option: str) -> dict[str, Any]:
-    """`{name: result}` of a JSON file. Of one whose last write was cut off, the results before it.
+    """`{name: result}` of a file of results. Of one whose last write was cut off, the results before it.
 
     Args:
         option: The option that gave the path, for the message.
 
     Raises:
-        UserError: If the file cannot be read or does not hold a JSON object.
+        UserError: If the file cannot be read or does not hold results.
     """
+    if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
+        return read_lines(Path(path), option)
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:

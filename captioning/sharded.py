@@ -1,7 +1,7 @@
 """Captions the images of shards: what a process needs to know of a run, and what it does with a shard."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +15,7 @@ from .encoding import open_embeddings_cache, read_encoded_batches
 from .inputs import Input
 from .output import Summary
 from .shards import ShardFolder
+from .texts import CaptionEditor
 
 PACKAGES = ("vlv", "torch", "transformers", "pillow")
 
@@ -28,6 +29,7 @@ class ShardJob:
         dtype: Name of the precision, such as `bfloat16`.
         device: Such as `cuda:1`.
         settings: Of the captions.
+        editor: Edits them.
         batch_size: Captions that are written together.
         encoder_batch_size: Images in a pass of the encoder.
         num_workers: Processes that read images; None for those that `choose_num_workers` chooses.
@@ -38,6 +40,7 @@ class ShardJob:
     dtype: str
     device: str
     settings: CaptionSettings
+    editor: CaptionEditor = field(default_factory=CaptionEditor)
     batch_size: int = 8
     encoder_batch_size: int = 8
     num_workers: int | None = None
@@ -79,7 +82,7 @@ class ShardCaptioner:
             summary = Summary(len(inputs))
             with ended_readers():
                 for batch in self._batches(inputs, summary):
-                    captions = self.captioner.caption(batch)
+                    captions = self.job.editor.edit(self.captioner.caption(batch))
                     writer.add([to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)])
                     summary.done += len(batch.inputs)
                     summary.advance(len(batch.inputs))

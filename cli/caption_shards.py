@@ -8,20 +8,24 @@ from pathlib import Path
 
 import torch
 
-from vlv import hub
+from vlv import VLVConfig, hub
 from vlv.captioning.captioner import CaptionSettings
 from vlv.captioning.merging import SUFFIXES, merge
 from vlv.captioning.output import refuse_existing, require_writable
 from vlv.captioning.sharded import ShardJob
 from vlv.captioning.shards import ShardFolder
+from vlv.captioning.sources import STDIN, is_glob, is_url
+from vlv.captioning.texts import instruction_of_length, prompt_fields
 from vlv.errors import UserError
 
+from .caption_io import open_editor
 from .choosing import complete_choice_arguments, recorded_choice, uses_scores
 from .models import choose_device, choose_model, loading
 from .parsers.shards import ONLY_WITH_SHARDS, distribution
 
 ENCODER_BATCH_SIZE = 8
 DEFAULT_OUTPUT = "captions.json"
+NOT_WITH_SHARDS = ("dataset", "sidecar", "metadata", "dry_run")
 
 
 def is_wanted(arguments: argparse.Namespace) -> bool:
@@ -65,12 +69,17 @@ def _caption(arguments: argparse.Namespace) -> int:
     with loading(source):
         model = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
         fingerprint = hub.fingerprint(model, hub.CAPTIONER_FINGERPRINT)
+        config = VLVConfig.from_dict(hub.read_config(model))
+    if arguments.length:
+        arguments.prompt = instruction_of_length(arguments.length, config.instructions, source)
+    editor = open_editor(arguments)
     settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
     job = ShardJob(
         model=str(model),
         dtype=arguments.dtype,
         device=_device(arguments),
         settings=settings,
+        editor=editor,
         batch_size=arguments.batch_size,
         encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
         num_workers=arguments.num_workers,
@@ -80,7 +89,7 @@ def _caption(arguments: argparse.Namespace) -> int:
         "shards": arguments.shards,
         "model": source,
         "fingerprint": fingerprint,
-        "settings": settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments),
+        "settings": settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded(),
         "inputs": [os.path.abspath(path) for path in arguments.paths],
     }
     shards = ShardFolder.begin(folder, arguments.paths, run)
@@ -102,10 +111,18 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for options that do not fit shards."""
     if arguments.embeddings or not arguments.paths:
         raise UserError("--shards needs image paths: folders, images, tar, parquet and list files")
+    for path in arguments.paths:
+        if path == STDIN or is_url(path) or is_glob(path):
+            raise UserError(f"--shards reads folders and files, and {path} is neither; give a list file in its place")
     if arguments.output_dir is None:
         raise UserError("--shards needs --output-dir DIR, the folder of the shards")
     if arguments.output not in (None, DEFAULT_OUTPUT):
         raise UserError("--shards writes into --output-dir; give --output with --merge, when all shards are done")
+    for name in NOT_WITH_SHARDS:
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} is not possible with --shards; leave it out")
+    if prompt_fields(arguments.prompt):
+        raise UserError("--prompt with fields such as {name} is not possible with --shards; leave them out")
     if arguments.overwrite:
         raise UserError("--shards replaces no shards; remove those to be made again, or pass another --output-dir")
     if uses_scores(arguments):

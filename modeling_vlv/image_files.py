@@ -62,7 +62,7 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
     links: deque[Path] = deque([Path(folder)])  # folders to search: the root, then those that links lead to
     seen: set[tuple[int, int]] = set()
     while links:
-        stack = [iter([links.popleft()])]
+        stack: list[Iterator[Path]] = [iter([links.popleft()])]
         while stack:
             path = next(stack[-1], None)
             if path is None:
@@ -83,7 +83,7 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
                     except OSError as error:
                         yield path, f"the folder cannot be listed: {error.strerror}"
                         continue
-                    stack.append(iter([path / name for name in names]))
+                    stack.append(map(path.joinpath, names))
             elif (problem := _judge(path, status.st_mode)) is not _NOT_AN_IMAGE:
                 yield path, problem
             elif left_out is not None:
@@ -91,6 +91,14 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
 
 
 _NOT_AN_IMAGE = "not an image"
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a file is an image by its suffix or its content, as in `walk_images`; also if it cannot be read."""
+    try:
+        return _judge(path, os.stat(path).st_mode) is not _NOT_AN_IMAGE
+    except OSError:
+        return path.suffix.lower() in image_suffixes()
 
 
 def _judge(path: Path, mode: int) -> str | None:
