@@ -50,7 +50,7 @@ def find_files(paths: Sequence[str]) -> list[tuple[Path, str]]:
         elif not os.path.lexists(path):
             raise UserError(f"{argument} does not exist")
         elif suffix in (*TABLE_SUFFIXES, *LIST_SUFFIXES):
-            found.append((path, "" if len(paths) == 1 else f"{os.path.normpath(argument)}/"))
+            found.append((path, f"{path.name if len(paths) == 1 else os.path.normpath(argument)}/"))
     return list({os.path.abspath(file): (file, prefix) for file, prefix in found}.values())
 
 
@@ -162,7 +162,7 @@ def read_division(folder: Path, index: int, count: int) -> list[Input]:
         except (OSError, ValueError) as error:
             raise UserError(f"{line['rows']} cannot be read: {error}") from error
         for number in range(len(source)):
-            name = line["prefix"] + _row_name(source.name(number), line["rows"])
+            name = line["prefix"] + _row_name(source, number, line["rows"])
             if name in inputs:  # concatenated tar files may have members of one name
                 name = f"{name}#{number}"
             row = partial(read_row, line["rows"], number)
@@ -170,9 +170,12 @@ def read_division(folder: Path, index: int, count: int) -> list[Input]:
     return list(inputs.values())
 
 
-def _row_name(name: str, file: str) -> str:
-    """What a source calls a row, without the file or its folder before it."""
-    for start in (f"{file}:", f"{file}, ", f"{os.path.dirname(file)}/"):
+def _row_name(source: Any, number: int, file: str) -> str:
+    """What an image is called in its file: its number in a parquet file, its member in a tar, its path in a list."""
+    if file.lower().endswith(".parquet"):
+        return str(number)
+    name = source.name(number)
+    for start in (f"{file}:", f"{os.path.dirname(file)}/"):
         name = name.removeprefix(start)
     return name
 
@@ -188,4 +191,9 @@ def open_rows(file: str) -> Any:
 
 def read_row(file: str, number: int) -> Any:
     """An image of a tar, parquet or list file: bytes, an array or a path. Raises `OSError` or `ValueError`."""
-    return open_rows(file)[number]["image"]
+    from vlv.train.data.source import UnreadableImage
+
+    image = open_rows(file)[number]["image"]
+    if image is None or isinstance(image, UnreadableImage):
+        raise ValueError("the row has no image" if image is None else image.reason)
+    return image

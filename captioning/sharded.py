@@ -82,7 +82,7 @@ class ShardCaptioner:
             summary = Summary(len(inputs))
             with ended_readers():
                 for batch in self._batches(inputs, summary):
-                    captions = self.job.editor.edit(self.captioner.caption(batch))
+                    captions = [self.job.editor.edit(own) for own in self.captioner.caption(batch)]
                     writer.add([to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)])
                     summary.done += len(batch.inputs)
                     summary.advance(len(batch.inputs))

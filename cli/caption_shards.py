@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from .parsers.shards import ONLY_WITH_SHARDS, distribution
 
 ENCODER_BATCH_SIZE = 8
 DEFAULT_OUTPUT = "captions.json"
+SHARDS_OF_A_WRITER = 50
 NOT_WITH_SHARDS = ("dataset", "sidecar", "metadata", "dry_run")
 
 
@@ -98,8 +100,8 @@ def _caption(arguments: argparse.Namespace) -> int:
     if len(own) > len(wanted):
         print(f"{len(own) - len(wanted)} of {len(own)} shards are done", file=sys.stderr)
     failed = False
-    for counts in _engine(arguments, job, shards, wanted, source):
-        failed |= bool(counts["failed"])
+    for counts in _run(arguments, job, shards, wanted, source):
+        failed |= counts is not None and counts["failed"] > 0
     if left := [index for index in own if not shards.is_done(index)]:
         print(f"{len(left)} shards are left out, since other processes write them", file=sys.stderr)
     if not shards.missing():
@@ -127,6 +129,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--shards replaces no shards; remove those to be made again, or pass another --output-dir")
     if uses_scores(arguments):
         raise UserError("--shards writes captions without scores; merge them, and score the file with `vlv score`")
+    for name, engine in (("ray_actors", "ray"), ("ray_address", "ray"), ("restart_every", "vllm")):
+        if getattr(arguments, name) is not None and arguments.engine != engine:
+            raise UserError(f"--{name.replace('_', '-')} needs --engine {engine}")
+    if arguments.engine == "vllm" and (arguments.num_captions > 1 or arguments.num_beams > 1 or arguments.as_original):
+        raise UserError(
+            "--engine vllm writes one greedy caption; leave out --num-captions, --num-beams, --as-original"
+        )
     if arguments.shard_index is not None and arguments.shard_index >= arguments.shards:
         raise UserError(f"--shard-index is {arguments.shard_index}; expected 0 to {arguments.shards - 1}")
 
@@ -152,12 +161,21 @@ def _device(arguments: argparse.Namespace) -> str:
     return choose_device(arguments)
 
 
-def _engine(arguments, job, shards, wanted, source):
+def _run(
+    arguments: argparse.Namespace, job: ShardJob, shards: ShardFolder, wanted: list[int], source: str
+) -> Iterator[dict[str, int] | None]:
+    """The counts of each wanted shard when it is done; None for one that another process writes."""
     if not wanted:
         return
-    with loading(source):
-        captioner = job.load()
-    for index in wanted:
-        counts = captioner.caption(shards, index)
-        if counts is not None:
-            yield counts
+    if arguments.engine == "ray":
+        from vlv.captioning.ray_engine import caption_by_ray
+
+        yield from caption_by_ray(job, shards, wanted, arguments.ray_actors, arguments.ray_address)
+    elif arguments.engine == "vllm":
+        from vlv.captioning.vllm_engine import caption_by_vllm
+
+        yield from caption_by_vllm(job, shards, wanted, arguments.restart_every or SHARDS_OF_A_WRITER)
+    else:
+        with loading(source):
+            captioner = job.load()
+        yield from (captioner.caption(shards, index) for index in wanted)

@@ -46,7 +46,7 @@ def end_at_five(number: int) -> int:
 
 
 def test_a_process_that_ends_is_explained():
-    with pytest.raises(UserError, match="a process that reads images ended .*--num-workers"), ended_readers():
+    with pytest.raises(UserError, match=r"a process that reads images ended .*--num-workers"), ended_readers():
         list(map_ahead(end_at_five, range(10), 1))
 
 

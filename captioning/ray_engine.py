@@ -1,0 +1,98 @@
+"""`--engine ray`: actors of a Ray cluster caption shards. Ray maps shards; the shards' files decide what is done.
+
+A shard is a task of an actor that holds the model. When a process or a machine ends, Ray starts the actor again and
+gives it the shard once more: it is absent until it is complete, so that nothing is lost or doubled.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vlv.errors import UserError
+
+from .sharded import ShardCaptioner, ShardJob
+from .shards import ShardFolder
+
+TRIES = 5
+"""Of a shard, before the run ends: an image may end each process that reads it."""
+
+
+def caption_by_ray(
+    job: ShardJob, shards: ShardFolder, wanted: Sequence[int], actors: int | None, address: str | None
+) -> Iterator[dict[str, int] | None]:
+    """Captions shards; yields the counts of each when it is done.
+
+    Args:
+        wanted: Numbers of shards.
+        actors: Models in the cluster; by default one for each GPU or, without GPUs, one for each core.
+        address: Of a running cluster, which sees the same folders; by default one is started on this machine.
+
+    Raises:
+        UserError: If Ray is not installed, or a shard has ended `TRIES` processes.
+    """
+    ray = _import_ray()
+    started = not ray.is_initialized()
+    if started:
+        local: dict[str, Any] = {"num_cpus": actors, "include_dashboard": False} if address is None else {}
+        ray.init(address=address, log_to_driver=True, logging_level="warning", **local)
+    try:
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        count = min(actors or gpus or int(resources.get("CPU", 1)), len(wanted))
+        device = "cuda" if gpus else "cpu"
+        options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": -1, "max_task_retries": TRIES - 1}
+        actor = ray.remote(**options)(ShardActor)
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = {"env_vars": {} if gpus else threads}
+        job = replace(job, device=device)
+        pool = [actor.options(runtime_env=environment).remote(job, shards.folder) for _ in range(count)]
+        yield from _map(ray, pool, list(wanted))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class ShardActor:
+    """Holds the model in a process of Ray. The model is loaded with the first shard."""
+
+    def __init__(self, job: ShardJob, folder: Any):
+        self._job, self._shards = job, ShardFolder.open_existing(folder)
+        self._captioner: ShardCaptioner | None = None
+
+    def caption(self, index: int) -> dict[str, int] | None:
+        if self._captioner is None:
+            self._captioner = self._job.load()
+        return self._captioner.caption(self._shards, index)
+
+
+def _map(ray: Any, pool: list[Any], wanted: list[int]) -> Iterator[dict[str, int] | None]:
+    """Gives each actor a shard, and the next one when it is done."""
+    running = {}
+    wanted.reverse()
+    for actor in pool:
+        index = wanted.pop()
+        running[actor.caption.remote(index)] = (actor, index)
+    while running:
+        (done, *_), _ = ray.wait(list(running))
+        actor, index = running.pop(done)
+        try:
+            counts = ray.get(done)
+        except ray.exceptions.RayActorError as error:
+            raise UserError(
+                f"shard {index} ended {TRIES} processes of Ray ({error}); caption it alone with --shard-index {index}"
+            ) from error
+        if wanted:
+            index = wanted.pop()
+            running[actor.caption.remote(index)] = (actor, index)
+        yield counts
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "--engine ray needs the extra vlv[ray] (pip install '.[ray]' in its source folder)"
+        ) from error
+    return ray
