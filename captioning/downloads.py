@@ -4,30 +4,31 @@ import time
 
 from huggingface_hub.utils import get_session
 
+from .choices import SIZE_LIMIT, TIME_LIMIT
+
 SCHEMES = ("http://", "https://")
-TIME_LIMIT, SIZE_LIMIT = 30.0, 100 * 2**20
-"""Seconds and bytes that the download of an image may take."""
 
 
 def is_url(text: str) -> bool:
     return text.lower().startswith(SCHEMES)
 
 
-def download(url: str, time_limit: float = TIME_LIMIT, size_limit: int = SIZE_LIMIT) -> bytes:
-    """The content of a URL, at most `size_limit` bytes of it in at most `time_limit` seconds.
+def download(url: str, time_limit: float = TIME_LIMIT) -> bytes:
+    """The content of a URL, at most `SIZE_LIMIT` bytes of it in at most `time_limit` seconds.
 
     Raises:
         ValueError: If it cannot be downloaded within the limits; the message says why.
     """
-    end, chunks, size = time.monotonic() + time_limit, [], 0
+    session, chunks, size = get_session(), [], 0
+    end = time.monotonic() + time_limit
     try:
-        with get_session().stream("GET", url, timeout=time_limit, follow_redirects=True) as response:
+        with session.stream("GET", url, timeout=time_limit, follow_redirects=True) as response:
             response.raise_for_status()
             for chunk in response.iter_bytes():
                 chunks.append(chunk)
                 size += len(chunk)
-                if size > size_limit:
-                    raise ValueError(f"it has more than {size_limit:,} bytes, the limit of a download")
+                if size > SIZE_LIMIT:
+                    raise ValueError(f"it has more than {SIZE_LIMIT:,} bytes, the limit of a download")
                 if time.monotonic() > end:
                     raise ValueError(f"its download takes more than {time_limit:g} s; raise --url-timeout")
     except ValueError:

@@ -91,6 +91,8 @@ class Input:
             return _digest(content)
         if isinstance(content, np.ndarray):
             return _digest(content.tobytes())
+        if isinstance(content, str) and not os.path.exists(content):  # a data URI or base64
+            return _digest(content.encode("utf-8", "surrogateescape"))
         path = Path(self.path if content is None else content)
         if not stat.S_ISREG(path.stat().st_mode):
             return ""

@@ -110,7 +110,8 @@ def _parse(packet: bytes) -> ElementTree.Element:
     try:
         for _, (prefix, uri) in ElementTree.iterparse(BytesIO(packet.strip(b"\0 \n")), ["start-ns"]):
             with suppress(ValueError):  # a reserved prefix
-                ElementTree.register_namespace(prefix, uri)
+                if prefix:
+                    ElementTree.register_namespace(prefix, uri)
         return ElementTree.fromstring(packet.strip(b"\0 \n"))
     except ElementTree.ParseError as error:
         raise ValueError(f"its XMP is damaged: {error}") from error

@@ -16,9 +16,6 @@ from vlv.image_files import image_suffixes
 from .inputs import Input
 from .output import Summary
 
-KINDS = ("txt", "caption", "json")
-NAMES = ("stem", "full")
-ON_EXISTING = ("error", "skip", "overwrite", "append", "prepend")
 ENDING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of writing that the next file would have, too."""
 TAG_SUFFIXES, CAPTION_SUFFIXES = (".tags", ".txt", ".json"), (".caption", ".txt", ".json")
@@ -32,7 +29,7 @@ class CaptionFiles:
     """Puts captions where they belong to each image, and leaves images alone that have one.
 
     Args:
-        on_existing: One of `ON_EXISTING`.
+        on_existing: One of `choices.ON_EXISTING`.
         separator: Stands between an existing caption and the one that is appended or prepended.
     """
 
@@ -98,7 +95,7 @@ class Sidecars(CaptionFiles):
     """Writes the captions of an image into files beside it, each complete or absent.
 
     Args:
-        kind: One of `KINDS`: the suffix. `txt` and `caption` hold the caption alone, `json` an object with `caption`.
+        kind: The suffix, one of `choices.KINDS`. `txt` and `caption` hold the caption alone, `json` an object.
         folder: Where the files are written, with the names of the images; None for beside the images.
         full_names: Whether the caption of `a.png` is in `a.png.txt`, and not in `a.txt`.
         count: Captions of an image. Several are in `a.1.txt`, `a.2.txt`, ...; in JSON they are a list.

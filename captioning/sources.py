@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from vlv.errors import UserError
 from vlv.image_files import is_image_file
 
-from .downloads import TIME_LIMIT, download, is_url
+from .choices import TIME_LIMIT
+from .downloads import download, is_url
 from .inputs import (
     Input,
     Named,

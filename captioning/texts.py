@@ -9,10 +9,9 @@ from typing import Any
 
 from vlv.errors import UserError
 
+from .choices import LENGTHS, MIN_LOOP_WORDS, MIN_REPEATS
 from .inputs import Input
 
-MIN_REPEATS, MIN_LOOP_WORDS = 3, 8
-"""A loop is a group of words that stands so often in a row, and makes up so many words together."""
 FIELDS = ("name", "folder", "caption", "tags")
 """What a prompt may say of its image."""
 _FIELD = re.compile(r"\{(\w*)\}")
@@ -115,19 +114,11 @@ def prompt_fields(prompt: str | None) -> list[str]:
     return fields
 
 
-LENGTHS = {
-    "short": ("short", "shortly", "brief", "briefly"),
-    "medium": ("medium",),
-    "long": ("long", "detail", "detailed"),
-}
-"""Values of `--length`, and the words of instructions that ask for it."""
-
-
 def instruction_of_length(length: str, instructions: Sequence[str] | None, source: str) -> str:
     """The instruction of a model that asks for captions of a length.
 
     Args:
-        length: A key of `LENGTHS`.
+        length: A key of `choices.LENGTHS`.
         instructions: Those that the model was trained to follow.
         source: The model, for messages.
 

@@ -63,6 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
             refuse_existing(output, "--output", resumable=True)
     files, editor = open_caption_files(arguments), open_editor(arguments)
     found = None if arguments.embeddings else open_inputs(arguments)
+    if found is not None and not arguments.resume:
+        if files is not None:
+            check_first(files, found.first)
+        if arguments.dry_run:
+            return dry_run(found, files, output)
     source = choose_model(arguments)
     with loading(source):
         folder = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
@@ -94,8 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
                 results.revise(partial(mark_confidence, min_score=arguments.min_score))
             for note in results.notes():
                 print(note, file=sys.stderr)
-    if files is not None:
-        check_first(files, inputs if found is None or kept is not None else found.first)
+            if files is not None:
+                check_first(files, left)
     if arguments.dry_run:
         if results is not None:
             results.release()

@@ -55,6 +55,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise UserError(f"{option} needs {needed}")
     if arguments.metadata and arguments.num_captions > 1 and not arguments.best_by:
         raise UserError("--metadata has one caption of an image; add --best-by score, or leave out --num-captions")
+    if arguments.resume and (arguments.streaming or "-" in arguments.paths):
+        raise UserError("--resume needs inputs that can be listed first; leave out --streaming, or give paths for -")
     if arguments.dataset and arguments.sidecar and not arguments.sidecar_dir:
         raise UserError("--sidecar with --dataset needs --sidecar-dir DIR, since its images are not files")
     prompt_fields(arguments.prompt)
@@ -154,7 +156,7 @@ def write_files(
     return [item for item, _ in written], [entry for _, entry in written]
 
 
-def dry_run(inputs: Iterable[Input], files: CaptionFiles | None, output: Path | None, kept: int | None) -> int:
+def dry_run(inputs: Iterable[Input], files: CaptionFiles | None, output: Path | None, kept: int | None = None) -> int:
     """Prints the first inputs that would be captioned with where their captions would be, and counts all."""
     summary, count = Summary(None), 0
     for item in files.select(inputs, summary) if files is not None else inputs:

@@ -27,6 +27,16 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(s for s, name in Image.EXTENSION.items() if _is_decodable(name)) | frozenset(PLUGIN_SUFFIXES)
 
 
+def readable_formats() -> dict[str, list[str]]:
+    """The formats that Pillow decodes here, each with the suffixes of its files."""
+    image_suffixes()
+    formats: dict[str, list[str]] = {}
+    for suffix, name in sorted(Image.EXTENSION.items()):
+        if _is_decodable(name):
+            formats.setdefault(name, []).append(suffix)
+    return dict(sorted(formats.items()))
+
+
 @cache
 def _formats_with_a_signature() -> tuple[str, ...]:
     """Formats whose files begin with bytes of their own, so that other files are not taken for them."""

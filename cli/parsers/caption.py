@@ -2,9 +2,7 @@
 
 import argparse
 
-from vlv.captioning.downloads import TIME_LIMIT
-from vlv.captioning.sidecars import KINDS, NAMES, ON_EXISTING
-from vlv.captioning.texts import LENGTHS, MIN_LOOP_WORDS, MIN_REPEATS
+from vlv.captioning.choices import KINDS, LENGTHS, MIN_LOOP_WORDS, MIN_REPEATS, NAMES, ON_EXISTING, TIME_LIMIT
 
 from .choice import add_choice_arguments
 from .common import add_embeddings_cache, add_model_arguments, positive, positive_number
