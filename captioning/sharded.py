@@ -52,13 +52,16 @@ class ShardJob:
 
 
 class ShardCaptioner:
-    """A model that captions shards."""
+    """A model that captions shards.
 
-    def __init__(self, job: ShardJob):
-        self.job = job
-        model, processor = hub.load_captioner(job.model, dtype=getattr(torch, job.dtype), device=job.device)
-        self.captioner = Captioner(model, processor, job.settings)
-        self._cache = open_embeddings_cache(job.embeddings_cache, self._encoder, processor.image_processor)
+    Args:
+        captioner: Writes the captions; by default the language model of the job's model.
+    """
+
+    def __init__(self, job: ShardJob, captioner: Captioner | None = None):
+        self.job, self.captioner = job, captioner or load_captioner(job)
+        processor = self.captioner.processor.image_processor
+        self._cache = open_embeddings_cache(job.embeddings_cache, self._encoder, processor)
 
     @property
     def _encoder(self) -> Any:
@@ -109,6 +112,12 @@ class ShardCaptioner:
             cache=self._cache,
             num_workers=choose_num_workers(job.num_workers, len(inputs)),
         )
+
+
+def load_captioner(job: ShardJob) -> Captioner:
+    """The model of a job with its settings. Raises as `hub.load_captioner`."""
+    model, processor = hub.load_captioner(job.model, dtype=getattr(torch, job.dtype), device=job.device)
+    return Captioner(model, processor, job.settings)
 
 
 def to_row(item: Input, captions: list[str]) -> dict[str, Any]:
