@@ -29,13 +29,17 @@ def caption_by_ray(
         address: Of a running cluster, which sees the same folders; by default one is started on this machine.
 
     Raises:
-        UserError: If Ray is not installed, or a shard has ended `TRIES` processes.
+        ImportError: If Ray is not installed.
+        UserError: If Ray does not start, or a shard has ended `TRIES` processes.
     """
     ray = _import_ray()
     started = not ray.is_initialized()
     if started:
         local: dict[str, Any] = {"num_cpus": actors, "include_dashboard": False} if address is None else {}
-        ray.init(address=address, log_to_driver=True, logging_level="warning", **local)
+        try:
+            ray.init(address=address, logging_level="warning", **local)
+        except Exception as error:  # of a node that does not start, Ray raises an `Exception`
+            raise UserError(f"Ray could not start, or be reached: {error}") from error
     try:
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))

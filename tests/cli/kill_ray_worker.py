@@ -33,8 +33,9 @@ def build_images(folder: Path, count: int) -> Path:
 
 
 def caption(images: Path, output: Path, shards: int, *options: str) -> list[str]:
-    settings = ["--shards", str(shards), "--output-dir", str(output), "--max-new-tokens", "8", "--batch-size", "32"]
-    return ["caption", str(images), *settings, "--device", "cpu", "--num-workers", "0", *options]
+    settings = ["--shards", str(shards), "--output-dir", str(output), "--max-new-tokens", "4", "--batch-size", "64"]
+    settings += ["--encoder-batch-size", "64", "--device", "cpu", "--num-workers", "0"]
+    return ["caption", str(images), *settings, *options]
 
 
 def kill_a_writer(output: Path, run: subprocess.Popen, done: int) -> str | None:
