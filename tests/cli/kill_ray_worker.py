@@ -60,12 +60,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--shards", type=int, default=20)
+    parser.add_argument("--model", help="by default the embedded miniature")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images, log = build_images(folder / "images", options.images), folder / "log.txt"
         since = time.perf_counter()
-        command = caption(images, folder / "ray", options.shards, "--engine", "ray", "--ray-actors", "2")
+        model = ["--model", options.model] if options.model else []
+        command = caption(images, folder / "ray", options.shards, *model, "--engine", "ray", "--ray-actors", "2")
         with open(log, "wb") as file:  # Ray does not start in a fork of a process with threads
             run = subprocess.Popen([sys.executable, "-m", "vlv.cli", *command], stdout=file, stderr=file)
         killed = kill_a_writer(folder / "ray", run, options.shards // 4)
@@ -76,7 +78,7 @@ def main() -> int:
             print(log.read_text()[-3000:])
             return 1
         counts = [json.loads(path.read_text())["counts"] for path in (folder / "ray").glob("shard-*.json")]
-        vlv(caption(images, folder / "alone", options.shards))
+        vlv(caption(images, folder / "alone", options.shards, *model))
         rows, expected = merged(folder / "ray"), merged(folder / "alone")
     names = [row["name"] for row in rows]
     same = rows == expected and len(set(names)) == len(names) == options.images
