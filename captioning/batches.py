@@ -1,7 +1,7 @@
 """Inputs of `vlv caption`, `vlv encode` and `vlv reconstruct`, read and gathered into batches."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -179,15 +179,14 @@ def _read(
 
 def split_batch(batch: Batch) -> list[Batch]:
     """Batches of one input."""
-    keys: Sequence[np.ndarray | None] = batch.keys or [None] * len(batch.inputs)
     return [
         Batch(
             [item],
             {name: tensor[row : row + 1] for name, tensor in batch.tensors.items()},
             [batch.originals[row]],
-            [key] if key is not None else [],
+            batch.keys[row : row + 1],
         )
-        for row, (item, key) in enumerate(zip(batch.inputs, keys, strict=True))
+        for row, item in enumerate(batch.inputs)
     ]
 
 

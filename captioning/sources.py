@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from glob import has_magic, iglob
 from itertools import chain, islice
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlv.errors import UserError
-from vlv.image_files import is_image_file
+from vlv.image_files import is_image_file, walk_images
 
 from .choices import TIME_LIMIT
 from .downloads import download, is_url
@@ -176,17 +177,12 @@ class Inputs:
     def _matching(self, pattern: str, left_out: Counter[str]) -> Iterator[Named]:
         """The images and shards that a glob names, called by their path in the folder that it starts from."""
         folder = _fixed_folder(pattern)
-        for match in iglob(pattern, recursive=True):
-            path = Path(match)
-            if path.is_dir():
-                continue
+        for path, problem in _matching_files(pattern, left_out):
             name = path.relative_to(folder).as_posix()
-            if is_shard(match):
-                yield from self._rows_of_shard(match, name)
-            elif is_image_file(path):
-                yield Input(name, path), path.as_posix()
+            if problem is None and is_shard(str(path)):
+                yield from self._rows_of_shard(str(path), name)
             else:
-                left_out[path.suffix.lower() or path.name] += 1
+                yield Input(name, path, problem=problem), path.as_posix()
 
     def _rows_of_shard(self, file: str, name: str) -> Iterator[Named]:
         """The images of a tar or parquet file: `NAME/MEMBER` or `NAME/ROW`. A damaged file is one bad input."""
@@ -268,6 +264,34 @@ def _fixed_folder(pattern: str) -> Path:
     """The folder that a glob starts from: what stands before its first part with a wildcard."""
     parts = Path(pattern).parts
     return Path(*parts[: next(place for place, part in enumerate(parts) if has_magic(part))])
+
+
+def _matching_files(pattern: str, left_out: Counter[str]) -> Iterator[tuple[Path, str | None]]:
+    """The images and shards of a glob, and what cannot be read, as `walk_images` yields them."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        for path in map(Path, sorted(iglob(pattern))):
+            if path.is_dir():
+                continue
+            if is_shard(str(path)) or is_image_file(path):
+                yield path, None
+            else:
+                left_out[path.suffix.lower() or path.name] += 1
+        return
+    place = parts.index("**")
+    for root in map(Path, sorted(iglob(str(Path(*parts[:place]))))):
+        for path, problem in walk_images(root, others=SHARD_SUFFIXES):
+            if problem is not None or _fits(path.relative_to(root).parts, parts[place:]):
+                yield path, problem
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path are those of a glob, in which `**` is any number of folders."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _fits(parts, pattern[1:]) or _fits(parts[1:], pattern)
+    return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _renamed(item: Input, name: str) -> Input:

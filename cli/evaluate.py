@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlv.captioning.output import output_path, refuse_existing
+from vlv.captioning.output import output_path, refuse_existing, require_writable
 from vlv.errors import UserError
 from vlv.files import write_json
 
@@ -19,11 +19,18 @@ from .references import embed_images, load_clip, read_references, require_refere
 
 def run_miniature(arguments: argparse.Namespace) -> int:
     from vlv.miniature.evaluation import evaluate_captions, evaluate_miniature
-    from vlv.miniature.metrics import goals_table, instructions_table, scores_table
+    from vlv.miniature.metrics import distances_table, goals_table, instructions_table, scores_table
 
     output = output_path(arguments.output, ".json")
     if not arguments.overwrite:
         refuse_existing(output, "--output")
+    images_dir = None if arguments.images_dir is None else Path(arguments.images_dir)
+    if images_dir is not None:
+        require_writable(images_dir, "--images-dir", arguments.images_dir)
+        if images_dir.exists() and any(images_dir.iterdir()):
+            raise UserError(f"--images-dir {images_dir} is not empty; give a new folder, so that images are not mixed")
+        if arguments.scenes < 2:
+            raise UserError("--images-dir needs --scenes of at least 2: a Fréchet distance is of two images or more")
     folder = choose_model(arguments)
     found: dict[str, Any] = {}
 
@@ -34,10 +41,11 @@ def run_miniature(arguments: argparse.Namespace) -> int:
         write_json(output, found)
 
     if arguments.captions_only:
-        evaluate_captions(folder, record, n=arguments.scenes)
+        evaluate_captions(folder, record, n=arguments.scenes, images_dir=images_dir)
     else:
-        evaluate_miniature(folder, record, n=arguments.scenes, steps=arguments.num_inference_steps)
-    tables = [scores_table(found), goals_table(found), instructions_table(found)]
+        steps = arguments.num_inference_steps
+        evaluate_miniature(folder, record, n=arguments.scenes, steps=steps, images_dir=images_dir)
+    tables = [scores_table(found), distances_table(found), goals_table(found), instructions_table(found)]
     print("\n\n".join([*filter(None, tables), f"written to {output}"]))
     return 0
 
@@ -58,7 +66,6 @@ def run_images(arguments: argparse.Namespace) -> int:
         files[kind] = (
             output_path(text, ".safetensors", f"--{kind}-statistics") if text and own else text and Path(text)
         )
-    image_sets.require_packages(arguments.pair_metrics)
     try:
         matches = image_sets.match_pairs(generated, reference)
     except ValueError as error:
@@ -69,6 +76,7 @@ def run_images(arguments: argparse.Namespace) -> int:
     extractor = choose_features(arguments.features, arguments.resize, choose_device(arguments))
     statistics = {}
     with as_user_errors():
+        image_sets.require_pair_metrics(arguments.pair_metrics, [extractor])
         for kind, images in (("generated", generated), ("reference", reference)):
             with progress(len(images), f"features of {kind} images", is_main) as advance:
                 statistics[kind] = image_sets.cached_statistics(
@@ -85,7 +93,7 @@ def run_images(arguments: argparse.Namespace) -> int:
             paired=matches == list(zip(generated, reference, strict=False)) and len(generated) == len(reference),
         )
         pairs = matches if arguments.pair_metrics else []
-        values: dict[str, list[float]] = {}
+        values: dict[str, Sequence[float]] = {}
         if reference and arguments.pair_metrics and len(pairs) < len(generated):
             notes.append(f"{len(generated) - len(pairs)} generated images have no reference of their name")
         if pairs:
@@ -95,13 +103,19 @@ def run_images(arguments: argparse.Namespace) -> int:
                     statistics["generated"].features[[rows[0][name] for name, _ in pairs]],
                     statistics["reference"].features[[rows[1][name] for _, name in pairs]],
                 )
-            others = [name for name in arguments.pair_metrics if name != "cosine"]
+            paths = [(generated[name], reference[original]) for name, original in pairs]
+            others = [name for name in arguments.pair_metrics if name not in image_sets.FEATURE_METRICS]
             if others:
-                paths = [(generated[name], reference[original]) for name, original in pairs]
                 with progress(len(paths), "pairs", is_main) as advance:
                     values |= image_sets.compare_pairs(paths, others, choose_device(arguments), advance)
-            found, more = image_sets.pair_figures(values, BOOTSTRAP_SAMPLES if samples is None else samples)
+            samples = BOOTSTRAP_SAMPLES if samples is None else samples
+            found, more = image_sets.pair_figures(values, samples)
             figures, notes = figures | found, notes + more
+            if "scenes" in arguments.pair_metrics:
+                found, scenes = image_sets.scene_figures(
+                    extractor, [path for path, _ in paths], [path for _, path in paths], samples
+                )
+                figures, values = figures | found, values | scenes
     counts = {f"num_{kind}": one.count for kind, one in statistics.items()}
     facts = {"features": extractor.name, **counts, "num_pairs": len(pairs)}
     facts["per_image"] = per_image(values, [name for name, _ in pairs])
@@ -110,11 +124,15 @@ def run_images(arguments: argparse.Namespace) -> int:
 
 def run_captions(arguments: argparse.Namespace) -> int:
     from vlv.evaluation import caption_sets
+    from vlv.evaluation.captioners import ImageCaption, caption_notes
     from vlv.evaluation.results import BOOTSTRAP_SAMPLES, per_image
+    from vlv.miniature.scene_agreement import measure_captions as measure_scenes
 
     output = _output(arguments)
     if bool(arguments.clip) != bool(arguments.images):
         raise UserError("CLIPScore needs both --clip MODEL and --images DIR")
+    if arguments.read_scenes and not arguments.references:
+        raise UserError("--read-scenes compares scenes with those of references; pass --references FILE")
     require_references(arguments)
     with as_user_errors():
         captions = caption_sets.read_captions(arguments.captions)
@@ -141,8 +159,13 @@ def run_captions(arguments: argparse.Namespace) -> int:
             arguments.batch_size,
             choose_device(arguments),
         )
+        if arguments.read_scenes:
+            scenes = measure_scenes(given.captions, given.references or [])
+            measured.statistics |= scenes.statistics
+            measured.means |= scenes.means
         samples = BOOTSTRAP_SAMPLES if arguments.bootstrap is None else arguments.bootstrap
         figures = measured.figures(len(names), samples)
+    measured.notes += caption_notes([ImageCaption(name, caption) for name, caption in captions.items()])
     facts = {"num_captions": len(names), "per_image": per_image(measured.values, names)}
     return _finish(arguments, output, figures, measured.notes, facts)
 

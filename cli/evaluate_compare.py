@@ -124,13 +124,13 @@ def _endpoint_settings(arguments: argparse.Namespace, captioners: Mapping[str, s
 
 
 def _require_models(arguments: argparse.Namespace) -> None:
-    """Raises `UserError` if a model that measures captions is not there, before captions are made and paid."""
-    from transformers import AutoConfig
+    """Raises `UserError` if a model that measures captions does not load or fit, before captions are made and paid."""
+    from vlv.evaluation.caption_metrics import load_text_encoder
 
-    for option in ("clip", "bert"):
-        if source := getattr(arguments, option):
-            with loading(f"--{option} {source}"):
-                AutoConfig.from_pretrained(source)
+    load_clip(arguments)
+    if arguments.bert:
+        with loading(f"--bert {arguments.bert}"):
+            load_text_encoder(arguments.bert, arguments.bert_layer)
     if arguments.score_model:
         from diffusers import DiffusionPipeline
 

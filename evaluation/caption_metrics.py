@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
-from .features import AutoModelFeatures, require
+from .features import AutoModelFeatures, load_encoder, require
 
 References = Sequence[Sequence[str]]
 """Of each image, one or more captions by people."""
@@ -169,15 +169,11 @@ def bert_score(
         batch_size: Images whose captions are compared at once, and texts in a batch of the encoder.
 
     Raises:
-        OSError: If the model cannot be loaded.
-        ValueError: If it has fewer layers.
+        OSError, ValueError: As `load_text_encoder`.
     """
     _check(captions, references)
-    encoder = AutoModel.from_pretrained(model).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    layers = encoder.config.num_hidden_layers
-    if num_layers is not None and not 0 < num_layers <= layers:
-        raise ValueError(f"{model} has {layers} layers, so there is no layer {num_layers}")
+    encoder, tokenizer = load_text_encoder(model, num_layers)
+    encoder, layers = encoder.to(device), encoder.config.num_hidden_layers
     scores: list[float] = []
     for start in range(0, len(captions), batch_size):
         pairs = list(zip(captions[start : start + batch_size], references[start : start + batch_size], strict=True))
@@ -185,6 +181,24 @@ def bert_score(
         states = _token_states(texts, encoder, tokenizer, layers if num_layers is None else num_layers, batch_size)
         scores += [max(greedy_match(*states[caption], *states[text]) for text in one) for caption, one in pairs]
     return scores
+
+
+def load_text_encoder(model: str, num_layers: int | None = None) -> tuple[Any, Any]:
+    """The text encoder of `bert_score` and its tokenizer.
+
+    Raises:
+        OSError: If it cannot be loaded, or has no weights in safetensors.
+        ValueError: If it has no text layers, or fewer than `num_layers`.
+    """
+    encoder = load_encoder(model)
+    layers = getattr(encoder.config, "num_hidden_layers", None)
+    if layers is None:
+        raise ValueError(
+            f"{model} ({encoder.config.model_type}) is not a text encoder; pass one such as roberta-large"
+        )
+    if num_layers is not None and not 0 < num_layers <= layers:
+        raise ValueError(f"{model} has {layers} layers, so there is no layer {num_layers}")
+    return encoder, AutoTokenizer.from_pretrained(model)
 
 
 def _token_states(

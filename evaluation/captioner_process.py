@@ -19,7 +19,7 @@ import torch
 
 from vlv.files import read_json, write_json
 
-from .captioners import caption_images, find_kind, open_captioner
+from .captioners import EndpointCaptioner, caption_images, caption_notes, find_kind, open_captioner
 from .endpoint import end_last_line
 
 STEP = "captioned"  # a line of the process for images that are done, followed by their number
@@ -56,8 +56,9 @@ def run_job(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None
         advance: Called with the number of images after each.
 
     Returns:
-        `kind`, `captions` and `failures` by name of the image, `fingerprint`, `load_seconds`, `num_new`, the captions
-        of this run, and `num_timed` and `seconds`, the captions of all runs and the time that they took.
+        `kind`, `captions` and `failures` by name of the image, `empty` and `cut`, the names of such captions, `notes`
+        on them, `fingerprint`, `load_seconds`, `num_new`, the captions of this run, and `num_timed` and `seconds`, the
+        captions of all runs and the time that they took.
 
     Raises:
         Exception: What the captioner raises.
@@ -83,14 +84,12 @@ def run_job(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None
             first, kept = False, images
         advance(images)
 
-    totals = getattr(getattr(captioner, "endpoint", None), "totals", None)
-    images, began = {name: Path(file) for name, file in job.images.items()}, perf_counter()
-    try:
-        found = caption_images(captioner, images, folder / "captions.jsonl", count)
-    finally:
-        if totals is not None and totals.answered:  # its requests overlap, so their times have no sum
-            run = {"num_timed": totals.answered, "seconds": perf_counter() - began}
-            add_run(folder, captioner.fingerprint, run)
+    images = {name: Path(file) for name, file in job.images.items()}
+    totals = None
+    if isinstance(captioner, EndpointCaptioner):
+        totals = captioner.endpoint.totals
+        captioner.on_answer = _AnswerClock(folder, captioner)
+    found = caption_images(captioner, images, folder / "captions.jsonl", count)
     captions = {own.name: own.caption for own in found if own.caption is not None}
     timed = [{"num_timed": len(captions), "seconds": sum(own.seconds for own in found if own.caption is not None)}]
     if totals is not None:
@@ -100,6 +99,9 @@ def run_job(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None
         "fingerprint": captioner.fingerprint,
         "captions": captions,
         "failures": {own.name: own.error for own in found if own.caption is None},
+        "empty": [own.name for own in found if own.is_empty],
+        "cut": [own.name for own in found if own.is_cut],
+        "notes": caption_notes(found, "--max-new-tokens"),
         "load_seconds": load_seconds,
         "num_new": sum(own.caption is not None for own in found) - kept if totals is None else totals.answered,
         "num_timed": sum(run["num_timed"] for run in timed),
@@ -107,8 +109,27 @@ def run_job(job: CaptionJob, advance: Callable[[int], Any] = lambda images: None
     }
 
 
+class _AnswerClock:
+    """Writes what an endpoint's answers took into `runs.jsonl` as they come, so that a killed run keeps its speed.
+
+    Requests overlap, so the time of an answer is that since the one before it.
+    """
+
+    def __init__(self, folder: Path, captioner: EndpointCaptioner):
+        self.folder, self.captioner = folder, captioner
+        self.counts, self.since = (0, 0), perf_counter()
+
+    def __call__(self, answers: int) -> None:
+        totals, now = self.captioner.endpoint.totals, perf_counter()
+        counts = totals.answered, totals.failed
+        if counts != self.counts:  # not an answer from the log
+            run = {"num_timed": counts[0] - self.counts[0], "seconds": now - self.since}
+            add_run(self.folder, self.captioner.fingerprint, run)
+            self.counts, self.since = counts, now
+
+
 def add_run(folder: Path, fingerprint: str, run: Mapping[str, Any]) -> None:
-    """Writes what was measured of a run of a captioner into `runs.jsonl`."""
+    """Writes what was measured of a run of a captioner, or of a part of one, into `runs.jsonl`."""
     end_last_line(folder / RUNS_FILE)
     with (folder / RUNS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"fingerprint": fingerprint, **run}) + "\n")

@@ -35,13 +35,21 @@ class ImageCaption:
 
     Attributes:
         name: Of the image.
+        caption: May be empty, if the captioner says nothing of the image.
         seconds: What the caption took: the share of its batch, or the time of its request.
+        is_cut: Whether an endpoint says that it ended the caption at the most tokens. False of other captioners, which
+            do not say so.
     """
 
     name: str
     caption: str | None
     error: str | None = None
     seconds: float = 0.0
+    is_cut: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return self.caption is not None and not self.caption.strip()
 
 
 class Captioner(Protocol):
@@ -131,8 +139,23 @@ def find_kind(source: str, revision: str | None = None) -> str:
         return "file"
     if not Path(source).exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"{source} does not exist; expected a folder with a model, or a repo id like org/name")
-    config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(f"{source} is not the folder of a model: it has no config.json")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor a model on the Hub that can be loaded; pass the folder of a model, a "
+            "repo id like org/name (a private one after `hf auth login`), a JSON file of captions, or "
+            f"https://host/v1#model: {first_line(error)}"
+        ) from error
     return "vlv" if config.get("model_type") == VLVConfig.model_type else "pipeline"
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def endpoint_settings(source: str, **settings: Any) -> EndpointSettings:
@@ -261,6 +284,7 @@ class EndpointCaptioner:
 
     Attributes:
         endpoint: With the `totals` of tokens and price.
+        on_answer: Called with 1 after each answer, as it comes.
     """
 
     kind, keeps_captions = "endpoint", True
@@ -269,6 +293,7 @@ class EndpointCaptioner:
         self.source, self.prompt = source, PROMPT if prompt is None else prompt
         log.parent.mkdir(parents=True, exist_ok=True)
         self.endpoint = Endpoint(settings, log)
+        self.on_answer: Callable[[int], Any] = lambda answers: None
         asked = (settings.base_url, settings.model, settings.max_tokens, settings.temperature)
         self.fingerprint = _digest(self.kind, *asked, self.prompt)
 
@@ -283,14 +308,14 @@ class EndpointCaptioner:
         for start in range(0, len(paths), size):
             batch = dict(zip(names[start : start + size], paths[start : start + size], strict=True))
             errors: dict[str, str] = {}
-            answers = {own.name: own for own in self.endpoint.ask(self._questions(batch, errors))}
+            answers = {own.name: own for own in self.endpoint.ask(self._questions(batch, errors), self.on_answer)}
             for name in batch:
                 if name in errors:
                     yield ImageCaption(name, None, errors[name])
                 else:
                     answer = answers[name]
                     text = None if answer.text is None else answer.text.strip()
-                    yield ImageCaption(name, text, answer.error, answer.seconds)
+                    yield ImageCaption(name, text, answer.error, answer.seconds, answer.finish_reason == "length")
 
     def _questions(self, batch: Mapping[str, Path], errors: dict[str, str]) -> Iterator[Question]:
         """The question of each image that can be read; the reasons of the others go into `errors`."""
@@ -301,7 +326,7 @@ class EndpointCaptioner:
                 errors[name] = f"it cannot be read: {error.strerror}"
                 continue
             words = [{"type": "text", "text": self.prompt}] if self.prompt else []
-            yield Question(name, [{"role": "user", "content": [image, *words]}])
+            yield Question(name, [{"role": "user", "content": [image, *words]}], can_be_empty=True)
 
 
 class FileCaptioner:
@@ -337,6 +362,8 @@ def caption_images(
 ) -> list[ImageCaption]:
     """The captions of images in their order, kept on disk, so that an ended run goes on. Failed images are repeated.
 
+    An empty caption is a caption: it is kept and measured. `caption_notes` counts those.
+
     Args:
         images: Files by name.
         log: JSON lines. A caption in it counts for the same captioner, name and content of the image.
@@ -358,6 +385,22 @@ def caption_images(
     return [known[name] for name in images]
 
 
+def caption_notes(found: Sequence[ImageCaption], limit: str = "max_new_tokens") -> list[str]:
+    """Notes on the captions that are empty and on those that are cut off, with the number and a name.
+
+    Args:
+        limit: What the setting of the most tokens is called.
+    """
+    count, notes = sum(own.caption is not None for own in found), []
+    if empty := [own.name for own in found if own.is_empty]:
+        notes.append(f"{len(empty)} of {count} captions are empty, such as that of {empty[0]!r}; they count")
+    if cut := [own.name for own in found if own.is_cut]:
+        notes.append(
+            f"{len(cut)} of {count} captions are cut off at the most tokens, such as that of {cut[0]!r}; raise {limit}"
+        )
+    return notes
+
+
 def _read_log(log: Path, captioner: Captioner, images: Mapping[str, Path]) -> dict[str, ImageCaption]:
     """The captions that a log has for this captioner and these images. Unfinished lines are passed over."""
     found: dict[str, ImageCaption] = {}
@@ -368,7 +411,7 @@ def _read_log(log: Path, captioner: Captioner, images: Mapping[str, Path]) -> di
         for line in file:
             with suppress(ValueError, KeyError, TypeError, OSError):
                 entry = json.loads(line)
-                own = ImageCaption(*(entry[name] for name in ImageCaption.__dataclass_fields__))
+                own = ImageCaption(**{key: entry[key] for key in ImageCaption.__dataclass_fields__ if key in entry})
                 if entry["captioner"] != captioner.fingerprint or own.name not in images:
                     continue
                 if own.name not in digests:

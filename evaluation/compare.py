@@ -39,6 +39,8 @@ class CaptionerRun:
         source, kind: As in `captioners.open_captioner`.
         captions: By name of the image.
         failures: The reasons of images without a caption.
+        empty, cut: The names of images whose caption is empty, or cut off at the most tokens as an endpoint says.
+        notes: On those.
         error: Why the captioner could not be used, or stopped.
         images_per_second: Of the captions that were made, in this run or an earlier one, without loading the model;
             None if none was.
@@ -50,6 +52,9 @@ class CaptionerRun:
     kind: str | None = None
     captions: dict[str, str] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     error: str | None = None
     images_per_second: float | None = None
     load_seconds: float | None = None
@@ -57,9 +62,10 @@ class CaptionerRun:
     peak_gpu_memory_mb: float | None = None
 
     def facts(self) -> dict[str, Any]:
-        """For the results: all but the captions."""
-        own = {key: value for key, value in asdict(self).items() if key != "captions"}
-        return own | {"num_captioned": len(self.captions), "num_failed": len(self.failures)}
+        """For the results: all but the captions and notes."""
+        own = {key: value for key, value in asdict(self).items() if key not in ("captions", "notes")}
+        counts = {"num_captioned": len(self.captions), "num_failed": len(self.failures)}
+        return own | counts | {"num_empty": len(self.empty), "num_cut": len(self.cut)}
 
 
 def run_captioner(
@@ -79,7 +85,8 @@ def run_captioner(
     except (ImportError, OSError, ValueError, RuntimeError, EndpointError, PriceReached) as error:
         found.error = str(error) if job.source in str(error) else f"{job.source}: {error}"
         return found
-    found.kind, found.captions, found.failures = result["kind"], result["captions"], result["failures"]
+    for key in ("kind", "captions", "failures", "empty", "cut", "notes"):
+        setattr(found, key, result[key])
     if not found.captions:
         reason = next(iter(found.failures.values()), "there are no images")
         found.error = f"it captioned no image: {reason}"
@@ -90,7 +97,7 @@ def run_captioner(
 
 def _measure(found: CaptionerRun, result: Mapping[str, Any], folder: Path) -> None:
     """Sets speed and memory from this run and the earlier ones of the same captioner."""
-    if result["seconds"]:
+    if result["num_timed"] and result["seconds"]:
         found.images_per_second = round(result["num_timed"] / result["seconds"], 3)
     if result.get("peak_memory") is None:  # it loaded no model
         return
@@ -198,6 +205,7 @@ def compare(
     """
     shared, notes = shared_names(runs, names)
     usable = {label: run for label, run in runs.items() if run.error is None}
+    notes += [f"{label}: {note}" for label, run in usable.items() for note in run.notes]
     sets = {label: CaptionSet(shared, [run.captions[name] for name in shared]) for label, run in usable.items()}
     measured = measure(shared, sets) if shared else {}
     for own in measured.values():

@@ -13,7 +13,15 @@ import torch
 from vlv.files import write_json
 
 from .caption_sets import entries_of, read_captions
-from .captioners import KINDS, Captioner, caption_images, endpoint_settings, open_captioner
+from .captioners import (
+    KINDS,
+    Captioner,
+    ImageCaption,
+    caption_images,
+    caption_notes,
+    endpoint_settings,
+    open_captioner,
+)
 from .endpoint import EndpointOptions
 from .features import FeatureExtractor
 from .generated_images import CaptionSource
@@ -157,12 +165,22 @@ def write_captions(
             "fingerprint": captioner.fingerprint,
             "seconds": round(sum(own.seconds for own in found), 3),
             "failed": failed,
-        }
+        },
+        **caption_facts(found),
     }
     if failed:
         shown = "; ".join(f"{name}: {error}" for name, error in list(failed.items())[:NAMES_IN_NOTES])
-        facts["notes"] = [f"{len(failed)} of {len(found)} images have no caption and are left out: {shown}"]
+        facts["notes"].insert(0, f"{len(failed)} of {len(found)} images have no caption and are left out: {shown}")
     return captions, facts
+
+
+def caption_facts(found: Sequence[ImageCaption]) -> dict[str, Any]:
+    """Which captions are empty and which are cut off, by the name of the image, and `notes` on their number."""
+    return {
+        "empty_captions": [own.name for own in found if own.is_empty],
+        "cut_captions": [own.name for own in found if own.is_cut],
+        "notes": caption_notes(found),
+    }
 
 
 def run_cycle(
@@ -183,11 +201,14 @@ def run_cycle(
         images: The captioned images by name.
         load_pipeline: Returns a text-to-image pipeline of diffusers. Called only if an image is missing.
         model_fingerprint: Of the text-to-image model.
-        facts: What the results say besides, as `write_captions` returns it.
+        facts: What the results say besides, as `write_captions` returns it; by default the `caption_facts` of
+            `captions`.
         advance: Called with the number of generated images after each batch.
 
     Returns, raises: As `compare_over_guidance`.
     """
     source = CaptionSource(captions, load_pipeline, model_fingerprint)
     originals = [images[name] for name in captions]
-    return compare_over_guidance(config, source, originals, extractors, facts or {}, device=device, advance=advance)
+    if facts is None:
+        facts = caption_facts([ImageCaption(name, caption) for name, caption in captions.items()])
+    return compare_over_guidance(config, source, originals, extractors, facts, device=device, advance=advance)

@@ -16,13 +16,15 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vlv.processing_vlv import to_rgb
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 OPENAI_HOST = "api.openai.com"
 ENDPOINT_FORMATS = ("png", "jpeg", "gif", "webp")
+UPRIGHT = 1  # the EXIF orientation of an image that needs no turning
+JPEG_SETTINGS: dict[str, Any] = {"quality": 95, "subsampling": 0}  # of an image that is turned and encoded again
 FATAL_STATUS = (401, 403, 404)  # wrong key, no right, no such model: no other request can succeed
 INSTALL = "pip install '.[eval]'"
 GRACE = 5.0  # seconds that a run which ends early waits for requests under way
@@ -120,10 +122,12 @@ class Question:
     Attributes:
         name: Unique among the questions of a run.
         messages: As in OpenAI's API. Images stand in them as data URIs or URLs.
+        can_be_empty: Whether an empty text is an answer, as an empty caption is. Otherwise it is an error.
     """
 
     name: str
     messages: list[dict[str, Any]]
+    can_be_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,7 @@ class Endpoint:
             return record(Answer(question.name, None, f"{error} ({type(reason).__name__})"))
         except (openai.OpenAIError, ValueError) as error:  # an answer that is not JSON
             return record(Answer(question.name, None, f"the answer cannot be read: {error}"))
-        answer = record(_read_response(question.name, response))
+        answer = record(_read_response(question, response))
         if self._lacks_price(answer):
             raise EndpointError(f"the endpoint does not report usage, the tokens of an answer, {NO_USAGE}")
         return answer
@@ -416,8 +420,9 @@ class Endpoint:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _read_response(name: str, response: Any) -> Answer:
+def _read_response(question: Question, response: Any) -> Answer:
     """The text of a response. Endpoints differ in what they leave out."""
+    name = question.name
     usage = getattr(response, "usage", None)
     counts: dict[str, Any] = {key: getattr(usage, key, None) or 0 for key in ("prompt_tokens", "completion_tokens")}
     choices = getattr(response, "choices", None)
@@ -427,7 +432,9 @@ def _read_response(name: str, response: Any) -> Answer:
     text = getattr(message, "content", None)
     if not isinstance(text, str) or not text.strip():
         refusal = getattr(message, "refusal", None)
-        return Answer(name, None, f"refused: {refusal}" if refusal else "the answer is empty", **counts)
+        if refusal or not question.can_be_empty:
+            return Answer(name, None, f"refused: {refusal}" if refusal else "the answer is empty", **counts)
+        text = ""
     return Answer(name, text, finish_reason=choices[0].finish_reason, **counts)
 
 
@@ -451,21 +458,30 @@ def _read_log(log: Path) -> Iterator[dict[str, Any]]:
 
 def end_last_line(log: Path) -> None:
     """Ends a line that a killed run left unfinished, so that the next entry has a line of its own."""
-    if log.exists() and (data := log.read_bytes()) and not data.endswith(b"\n"):
-        with log.open("ab") as file:
-            file.write(b"\n")
+    if log.exists() and log.stat().st_size:
+        with log.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
 
 
 def image_part(data: bytes) -> dict[str, Any]:
-    """The bytes of an image file as a part of a message. Formats that endpoints do not take become PNG."""
-    kind = "png"
+    """The bytes of an image file as a part of a message: upright, in a format that endpoints take.
+
+    Not every endpoint applies an EXIF orientation, so an image that has one is turned and encoded again, as JPEG if it
+    was one. Formats that endpoints do not take become PNG.
+    """
+    kind, orientation = "png", UPRIGHT
     with suppress(OSError), Image.open(io.BytesIO(data)) as image:
         kind = (image.format or kind).lower()
+        with suppress(Exception):  # EXIF that cannot be parsed counts for nothing, as in `to_rgb`
+            orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
     if kind == "mpo":  # a JPEG file with more pictures, such as phones write; its first is an ordinary JPEG
         kind = "jpeg"
-    if kind not in ENDPOINT_FORMATS:
+    if kind not in ENDPOINT_FORMATS or orientation != UPRIGHT:
         with suppress(ValueError):  # of a damaged image, which the endpoint refuses
-            file = io.BytesIO()
-            to_rgb(data).save(file, "PNG")
-            kind, data = "png", file.getvalue()
+            picture, file = to_rgb(data), io.BytesIO()
+            kind = "jpeg" if kind == "jpeg" else "png"
+            picture.save(file, kind, **(JPEG_SETTINGS if kind == "jpeg" else {}))
+            data = file.getvalue()
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}

@@ -88,7 +88,7 @@ class AutoModelFeatures:
         revision: A branch, tag or commit of the Hub repo.
 
     Raises:
-        OSError: If it cannot be loaded.
+        OSError: If it cannot be loaded, or has no weights in safetensors.
         ValueError: If the model does not take images.
     """
 
@@ -102,7 +102,7 @@ class AutoModelFeatures:
                 f"{source} has no image processor, so its model ({config.model_type}) gives no image features; pass a "
                 f"vision model such as facebook/dinov2-large or openai/clip-vit-large-patch14: {error}"
             ) from error
-        self.model = AutoModel.from_pretrained(source, dtype=torch.float32, **settings).to(device).eval()
+        self.model = load_encoder(source, dtype=torch.float32, **settings).to(device)
         self.source, self.settings = source, settings
         self.name = f"{config.model_type}: {source}"
         self.fingerprint = f"{hub.fingerprint(source)}/{config.model_type}"
@@ -144,6 +144,24 @@ class AutoModelFeatures:
             embeds.append(_pooled(self.model.get_text_features(**inputs)))
         lengths = [len(ids) for ids in self._tokenizer(list(texts)).input_ids]
         return torch.cat(embeds), [length > limit for length in lengths]
+
+
+def load_encoder(source: str, **settings: Any) -> Any:
+    """A model of transformers' `AutoModel` in evaluation mode, of weights in safetensors alone.
+
+    Raises:
+        OSError: If it cannot be loaded, or has its weights in other files, which may run code when they are read.
+    """
+    try:
+        return AutoModel.from_pretrained(source, use_safetensors=True, **settings).eval()
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{source} has no weights in safetensors, and other files may run code when they are read; pass a model "
+            "that has them, or convert this one where you trust it (from_pretrained, then save_pretrained) and pass "
+            f"the folder: {error}"
+        ) from error
 
 
 def _pooled(outputs: Any) -> torch.Tensor:

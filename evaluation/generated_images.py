@@ -26,6 +26,7 @@ from .results import RESULTS_FILE
 STEM_BYTES = 100  # of an image's name in that of a generated image; file systems take 255 bytes
 CUT_BY = "prompt cut by"  # of a generated image, in its file: what read only the beginning of its caption
 DTYPES = ("float32", "bfloat16", "float16")
+NOISE = ("name", "position")
 PARTIAL_FILE = "results-partial.json"  # of a run that has not ended, so that complete results stay as they are
 
 
@@ -49,7 +50,14 @@ class GenerationConfig:
     image_size: int | None = field(
         default=None, metadata={"help": "height and width in pixels (default: the model's)"}
     )
-    seed: int = field(default=42, metadata={"help": "with the name of an image, the seed of its noise"})
+    seed: int = field(default=42, metadata={"help": "of the noise, see noise"})
+    noise: str = field(
+        default="name",
+        metadata={
+            "help": "what the noise of an image depends on: name (seed and the image's name) or position (seed plus "
+            "its position, from 0), as in `vlv evaluate miniature`"
+        },
+    )
     batch_size: int = field(default=8, metadata={"help": "images in a batch"})
     dtype: str = field(default="float32", metadata={"help": f"precision of the model: {', '.join(DTYPES)}"})
     device: str | None = field(default=None, metadata={"help": "such as cpu or cuda"})
@@ -74,6 +82,8 @@ class GenerationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.noise not in NOISE:
+            raise ValueError(f"noise is one of {', '.join(NOISE)}, not {self.noise!r}")
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler is one of {', '.join(SCHEDULERS)}, not {self.scheduler!r}")
         if self.bootstrap < 0:
@@ -177,30 +187,35 @@ class ImageStore:
 
     Args:
         folder: Of one model and its settings.
-        config: For the seed.
+        config: For the seed, and what the noise depends on.
+        names: Of all images, in their order, for noise by position.
     """
 
-    def __init__(self, folder: Path, config: GenerationConfig):
+    def __init__(self, folder: Path, config: GenerationConfig, names: Sequence[str] = ()):
         self.folder, self.seed = folder, config.seed
+        self._positions = {name: place for place, name in enumerate(names)} if config.noise == "position" else None
 
     def path(self, name: str, identity: str, guidance: float) -> Path:
         """The file of an image. `identity` is that of an `ImageSource`, such as the caption."""
         digest = hashlib.blake2b(f"{name}\n{identity}".encode(), digest_size=8).hexdigest()
         stem = Path(name).stem.encode()[:STEM_BYTES].decode(errors="ignore")
-        return self.folder / f"guidance-{guidance:g}" / f"{stem}-{digest}-seed-{self.seed}.png"
+        noise = f"seed-{self.seed}" if self._positions is None else f"noise-{self.noise_seed(name)}"
+        return self.folder / f"guidance-{guidance:g}" / f"{stem}-{digest}-{noise}.png"
 
     def noise_seed(self, name: str) -> int:
         """The seed of an image's noise, which is the same for all guidance scales and depends on nothing else."""
+        if self._positions is not None:
+            return self.seed + self._positions[name]
         return int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest(), "big")
 
 
-def image_store(config: GenerationConfig, model_fingerprint: str) -> ImageStore:
+def image_store(config: GenerationConfig, model_fingerprint: str, names: Sequence[str] = ()) -> ImageStore:
     """The store of one model and its settings, in a folder below `output_dir`."""
     settings: tuple[Any, ...] = (model_fingerprint, config.num_inference_steps, config.image_size, config.dtype)
     if config.scheduler != OWN:
         settings += (config.scheduler,)
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=6).hexdigest()
-    return ImageStore(Path(config.output_dir) / f"images-{digest}", config)
+    return ImageStore(Path(config.output_dir) / f"images-{digest}", config, names)
 
 
 def generate_missing(
@@ -217,7 +232,7 @@ def generate_missing(
     Returns:
         The files of all images, in the order of the source's names.
     """
-    store = image_store(config, source.fingerprint)
+    store = image_store(config, source.fingerprint, source.names)
     files = {name: store.path(name, source.identity(name), guidance) for name in source.names}
     missing = [name for name, file in files.items() if not file.exists()]
     advance(len(files) - len(missing))

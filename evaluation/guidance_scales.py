@@ -19,6 +19,7 @@ from .generated_images import (
     write_results,
 )
 from .image_sets import (
+    FEATURE_METRICS,
     PAIR_METRICS,
     cached_statistics,
     compare_pairs,
@@ -26,7 +27,8 @@ from .image_sets import (
     cosine_similarities,
     extract_statistics,
     pair_figures,
-    require_packages,
+    require_pair_metrics,
+    scene_figures,
 )
 from .markdown import markdown_table
 from .published import published_figures, published_notes
@@ -87,9 +89,9 @@ def compare_over_guidance(
 
     Raises:
         ImportError: If the package of a pair metric is not installed.
-        ValueError: If an image cannot be read.
+        ValueError: If an image cannot be read, or no extractor computes a pair metric.
     """
-    require_packages(config.pair_metrics)
+    require_pair_metrics(config.pair_metrics, extractors)
     folder = Path(config.output_dir)
     images = fingerprint_images(originals)
     references = []
@@ -113,6 +115,7 @@ def compare_over_guidance(
         figures: dict[str, Any] = {}
         notes: list[str] = []
         each: dict[str, Sequence[float]] = {}
+        scenes: dict[str, Any] = {}
         for number, (extractor, reference) in enumerate(zip(extractors, references, strict=True), 1):
             found, more, cosines = _compare_features(config, files, extractor, reference)
             each |= {key if number == 1 else f"{key}_{number}": values for key, values in cosines.items()}
@@ -120,13 +123,18 @@ def compare_over_guidance(
                 found = {key: one | {"label": _label(one["label"], extractor)} for key, one in found.items()}
             figures |= {key if number == 1 else f"{key}_{number}": one for key, one in found.items()}
             notes += more
-        others = [name for name in config.pair_metrics if name != "cosine"]
+            if "scenes" in config.pair_metrics:
+                found, values = scene_figures(extractor, files, originals, config.bootstrap)
+                scenes |= found
+                each |= values
+        figures |= scenes
+        others = [name for name in config.pair_metrics if name not in FEATURE_METRICS]
         if others:
-            values = compare_pairs(zip(files, originals, strict=True), others, device)
-            pairs, more = pair_figures(values, config.bootstrap)
+            similarities = compare_pairs(zip(files, originals, strict=True), others, device)
+            pairs, more = pair_figures(similarities, config.bootstrap)
             figures |= pairs
             notes += more
-            each |= values
+            each |= similarities
         results["metrics"][f"{guidance:g}"] = figures
         results["per_image"][f"{guidance:g}"] = per_image(each, source.names)
         results["files"][f"{guidance:g}"] = relative_files(source.names, files, folder)

@@ -21,7 +21,10 @@ PAIR_METRICS = {
     "cosine": "cosine of features",
     "lpips": "LPIPS (AlexNet)",
     "dreamsim": "DreamSim",
+    "scenes": "scenes of the miniature",
 }
+FEATURE_METRICS = ("cosine", "scenes")
+"""Pair metrics that the feature extractor computes."""
 DISTANCE_SAMPLES = 100
 """Resamplings for the interval of a distance of sets, which costs as many computations of the distance."""
 
@@ -144,9 +147,16 @@ def match_pairs(generated: Mapping[str, Path], reference: Mapping[str, Path]) ->
     return list(match_names(generated, reference, "the reference images").items())
 
 
-def require_packages(metrics: Iterable[str]) -> None:
-    """Raises `ImportError` if the package of a pair metric is not installed."""
+def require_pair_metrics(metrics: Iterable[str], extractors: Iterable[FeatureExtractor]) -> None:
+    """Checks that pair metrics can be computed, before images are generated or read.
+
+    Raises:
+        ImportError: If the package of a metric is not installed.
+        ValueError: For `scenes` without an extractor that reads them.
+    """
     for name in metrics:
+        if name == "scenes" and not any(hasattr(own, "compare_scenes") for own in extractors):
+            raise ValueError("the pair metric scenes needs the features scene-classifier, which read them")
         if name in ("psnr", "ssim"):
             require("torchmetrics")
         elif name in ("lpips", "dreamsim"):
@@ -185,6 +195,21 @@ def compare_pairs(
             values[name].append(found[name])
         advance(1)
     return values
+
+
+def scene_figures(
+    extractor: FeatureExtractor, generated: Sequence[Path], originals: Sequence[Path], samples: int
+) -> tuple[dict[str, Any], dict[str, Sequence[float]]]:
+    """The figures of the pair metric `scenes`, and the values of each pair; none of an extractor that reads no scenes.
+
+    Args:
+        generated: One file for each of `originals`.
+        samples: Resamplings for the intervals; 0 for none.
+    """
+    if not hasattr(extractor, "compare_scenes"):
+        return {}, {}
+    measured = extractor.compare_scenes(generated, originals)
+    return measured.figures(len(generated), samples), measured.values
 
 
 def cosine_similarities(first: torch.Tensor, second: torch.Tensor) -> list[float]:

@@ -1,7 +1,7 @@
 """Protocols that ask a model behind an endpoint: a judge of captions, and questions answered from captions.
 
 Each has a configuration (a YAML file, with options that override it), goes on where an interrupted run stopped, and
-writes into its `output_dir` the answers (`answers.jsonl`), the figures (`results.json`) and a table (`results.md`).
+writes into its `output_dir` the answers (`answers.jsonl`), the metrics (`results.json`) and a table (`results.md`).
 """
 
 import json
@@ -25,15 +25,16 @@ from .judge import (
     weighted_kappa,
 )
 from .markdown import markdown_table
+from .published import JUDGE_SCORE, published_score, require_row
 from .results import package_versions
 from .vqa import VQAResult, answer_from_captions, plan_pass, read_vqa
 
-# Of the paper (arXiv 2507.07104 v2): Table 3 by benchmark and shots, and the mean of the arena's two judges (Table 2).
+# Of the paper (arXiv 2507.07104 v2): Table 3 by benchmark and shots.
 PUBLISHED_VQA = {
     "vqav2": {0: 58.55, 4: 61.72, 32: 63.60},
     "ok-vqa": {0: 45.31, 4: 54.10, 32: 60.25},
 }
-PUBLISHED_ARENA = 5.18
+SHARE_LABEL = "share won (ties half)"
 
 
 @dataclass
@@ -101,9 +102,14 @@ class JudgeConfig(EndpointConfig):
     images: str = field(default="", metadata={"help": "folder that the names in captions are relative to"})
     captions: str = field(default="", metadata={"help": "JSON of vlv caption"})
     against: str | None = field(default=None, metadata={"help": "captions of another captioner, to compare with"})
+    paper: str | None = field(
+        default=None,
+        metadata={"help": "row of the paper's Table 2 beside the scores, table2/vlv, where captions are a VLV's"},
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        require_row(self.paper, "judge")
         self.require("output_dir", "endpoint_model", "images", "captions")
         if not Path(self.images).is_dir():
             raise ValueError(f"images: {self.images} is not a folder")
@@ -191,12 +197,11 @@ def run_judge(config: JudgeConfig, advance: Callable[[int], None] = lambda done:
     figures["verdicts"] = {own.name: own.value for own in judgement.verdicts}
     mean = _interval(figures["value"])
     if against is None:
-        head, row = (
-            ["captions", "failed", "score, 0 to 6", "95% interval", "VLV, paper"],
-            [*mean, f"{PUBLISHED_ARENA}"],
-        )
+        head, row = ["captions", "failed", JUDGE_SCORE, "95% interval"], mean
+        if published := published_score(config.paper):
+            head, row = [*head, published[0]], [*mean, published[1]]
     else:
-        head = ["images", "failed", "share won (ties half)", "95% interval", "both orders agree"]
+        head = ["images", "failed", SHARE_LABEL, "95% interval", "both orders agree"]
         row = [*mean, f"{figures['orders_agree']:.2f}"]
     return run.finish(figures, markdown_table(head, [[len(judgement.verdicts), len(judgement.failed), *row]]))
 
@@ -216,7 +221,7 @@ class _Run:
         totals = asdict(self.endpoint.totals)
         write_json(
             self.folder / "results.json",
-            {"figures": figures, "config": asdict(self.config), "totals": totals, "versions": package_versions()},
+            {"metrics": figures, "config": asdict(self.config), "totals": totals, "versions": package_versions()},
         )
         (self.folder / "results.md").write_text(table + "\n", encoding="utf-8")
         return table
@@ -313,7 +318,7 @@ def _read_scores(path: Path) -> dict[str, int]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        scores = {name: int(value) for name, value in content["figures"]["verdicts"].items()}
+        scores = {name: int(value) for name, value in content["metrics"]["verdicts"].items()}
         against = content["config"]["against"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a results.json of vlv evaluate judge: {error!r}") from error

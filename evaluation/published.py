@@ -7,6 +7,7 @@ from typing import Any
 GUIDANCE = (1.0, 2.0, 3.0, 4.0)
 COCO = 30_000
 """Images of MS-COCO 2014 val in Tables 1 and 5 (left). The other tables do not state how many they have."""
+JUDGE_SCORE = "score, 0 to 6"
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Row:
     Attributes:
         protocol: The command of `vlv evaluate` that measures it.
         title: What it is, in words.
-        figures: Values by guidance scale, by the label of the figure. A scale of None is not published.
+        figures: Values by guidance scale, by the label of the figure. A scale of None is not published, or the
+            protocol has none.
         num_images: None if it is not published.
     """
 
@@ -37,6 +39,7 @@ def _spatial(images: int, angle: float, centre: float, scale: float) -> Row:
 
 
 ROWS = {
+    "table2/vlv": Row("judge", "VLV (Table 2, mean of two judges)", {JUDGE_SCORE: {None: 5.18}}),
     "table1/original": _fid("cycle", "COCO's captions (Table 1)", (16.62, 9.90, 12.69, 14.49), COCO),
     "table1/recap-7b": _fid("cycle", "Recap-7B (Table 1)", (12.26, 7.70, 10.16, 11.82), COCO),
     "table1/llava-v1.5-7b": _fid("cycle", "LLaVA-v1.5-7B (Table 1)", (14.54, 9.99, 12.93, 14.91), COCO),
@@ -88,6 +91,14 @@ def published_figures(name: str | None, label: str, scales: Sequence[str]) -> tu
         cells = [str(values[None]), *("" for _ in scales[1:])]
         return f"{label} of the paper's {row.title}, guidance not stated", cells
     return f"{label} of the paper's {row.title}", [str(values.get(float(scale), "")) for scale in scales]
+
+
+def published_score(name: str | None) -> tuple[str, str] | None:
+    """The label and the score of a row of the judge; None if `name` names no such row."""
+    row = None if name is None else ROWS.get(name)
+    if row is None or JUDGE_SCORE not in row.figures:
+        return None
+    return f"{JUDGE_SCORE} of the paper's {row.title}", str(row.figures[JUDGE_SCORE][None])
 
 
 def published_notes(config: Mapping[str, Any], num_images: int, labels: Sequence[str]) -> list[str]:

@@ -22,7 +22,8 @@ from .data import evaluation_items
 from .folding import fold_empty_positions
 from .grammar import parse_caption
 from .instructions import INSTRUCTIONS, NONE, score_obedience
-from .scene_classifier import SceneClassifier, measure_scene_classifier
+from .kept_images import KeptImages
+from .scene_classifier import SceneClassifier, SceneClassifierFeatures, measure_scene_classifier
 from .scoring import score_scenes
 from .teacher import assemble_pipeline, measure_prompt_alignment
 from .world import Scene
@@ -34,7 +35,13 @@ RECONSTRUCTION_GUIDANCE = (1.0, 2.0)
 MAX_NEW_TOKENS = 64
 
 
-def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n: int = 500, steps: int = 25) -> None:
+def evaluate_miniature(
+    folder: str | Path,
+    record: Callable[[str, Any], None],
+    n: int = 500,
+    steps: int = 25,
+    images_dir: Path | None = None,
+) -> None:
     """Measures the scene classifier, the autoencoder, the teacher, reconstructions and captions.
 
     Args:
@@ -42,6 +49,8 @@ def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n
         record: Called after each measurement with its name and its scores (for `"settings"`: with the settings).
         n: Number of scenes of each split.
         steps: Number of denoising steps.
+        images_dir: Keeps originals, reconstructions and captions, see `KeptImages`; the scores of reconstructions then
+            have their distances from the originals, too. Needs at least 2 scenes.
 
     Raises:
         FileNotFoundError: If `folder` has no scene classifier, or a part of the model is missing.
@@ -56,6 +65,7 @@ def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n
     record("settings", {"scenes of each split": n, "denoising steps": steps})
     for split in SPLITS:
         pixels, scenes = evaluation_items(split, n)
+        kept = None if images_dir is None else KeptImages(images_dir / split, pixels, scenes)
         record(f"scene classifier on clean images, {split}", measure_scene_classifier(scene_classifier, split, n))
         decoded = torch.cat([reconstruct_pixels(reconstruction.vae, chunk) for chunk in pixels.split(64)])
         psnr = {"psnr": round(measure_psnr(reconstruction.vae, split, n), 2)}
@@ -68,16 +78,23 @@ def evaluate_miniature(folder: str | Path, record: Callable[[str, Any], None], n
         for guidance in RECONSTRUCTION_GUIDANCE:
             images = reconstruct_images(reconstruction, pixels, guidance, steps)
             scores = score_scenes(scene_classifier.predict_scenes(images), scenes)
+            if kept is not None:
+                features = SceneClassifierFeatures(Path(folder) / SCENE_CLASSIFIER_FILE)
+                scores |= kept.add_reconstructions(guidance, images, features)
             record(f"reconstructions, {split}, guidance {guidance:g}", scores)
-        measure_captions(captioner, processor, split, pixels, scenes, record)
+        measure_captions(captioner, processor, split, pixels, scenes, record, kept)
 
 
-def evaluate_captions(folder: str | Path, record: Callable[[str, Any], None], n: int = 500) -> None:
+def evaluate_captions(
+    folder: str | Path, record: Callable[[str, Any], None], n: int = 500, images_dir: Path | None = None
+) -> None:
     """Measures captions alone. Arguments are those of `evaluate_miniature`."""
     captioner, processor = hub.load_captioner(folder)
     record("settings", {"scenes of each split": n})
     for split in SPLITS:
-        measure_captions(captioner, processor, split, *evaluation_items(split, n), record)
+        pixels, scenes = evaluation_items(split, n)
+        kept = None if images_dir is None else KeptImages(images_dir / split, pixels, scenes)
+        measure_captions(captioner, processor, split, pixels, scenes, record, kept)
 
 
 def measure_captions(
@@ -87,15 +104,19 @@ def measure_captions(
     pixels: torch.Tensor,
     scenes: Sequence[Scene],
     record: Callable[[str, Any], None],
+    kept: KeptImages | None = None,
 ) -> None:
     """Scores of captions, and of what the captioner writes for each instruction that it was trained to follow.
 
     Args:
         pixels: Images of the scenes, `(N, 3, 64, 64)` uint8.
         record: As in `evaluate_miniature`.
+        kept: Keeps the captions without an instruction.
     """
     embeds = encode_images(captioner, processor, pixels)
     captions = caption_embeddings(captioner, processor, embeds)
+    if kept is not None:
+        kept.add_captions(captions)
     record(f"captions, {split}", score_scenes([parse_caption(caption) for caption in captions], scenes))
     followed = [
         instruction for instruction in INSTRUCTIONS if instruction.text in (captioner.config.instructions or [])

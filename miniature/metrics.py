@@ -15,6 +15,8 @@ METRICS = {  # of `scoring.score_scenes`, with their titles
     "exact": "exact scene",
 }
 
+DISTANCES = {"frechet_distance": "Fréchet distance", "cosine": "cosine of features"}  # of kept images
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -84,6 +86,25 @@ def scores_table(scores: Mapping[str, Any]) -> str:
                 (label, split, *(f"{values[metric]:.3f}" for metric in METRICS))
             )
     return markdown_table(("on unseen scenes", "split", *METRICS.values()), list(chain.from_iterable(rows.values())))
+
+
+def distances_table(scores: Mapping[str, Any]) -> str:
+    """The distances of kept images from their originals, and the scores of the kept captions; empty without images.
+
+    Values have the digits of the tables of the other commands.
+
+    Args:
+        scores: As in `scores_table`.
+    """
+    titles = DISTANCES | METRICS
+    if not any(isinstance(values, Mapping) and values.keys() >= DISTANCES.keys() for values in scores.values()):
+        return ""
+    rows = [
+        (*name.partition(", ")[::2], *(f"{values[key]:.4g}" if key in values else "" for key in titles))
+        for name, values in scores.items()
+        if isinstance(values, Mapping) and (values.keys() >= DISTANCES.keys() or name.startswith("captions, "))
+    ]
+    return markdown_table(("kept in --images-dir", "split", *titles.values()), rows)
 
 
 def goals_table(scores: Mapping[str, Any]) -> str:

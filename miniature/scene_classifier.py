@@ -13,13 +13,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlv import hub
+from vlv.evaluation.caption_sets import Measured
+from vlv.evaluation.features import load_rgb
 
 from .data import SceneDataset, evaluation_items
+from .scene_agreement import measure_agreement
 from .scoring import score_scenes
 from .training import train_module
 from .world import COLOURS, OBJECTS, PLACES, SIZES, Scene, SceneObject
 
 ABSENT = len(OBJECTS)  # the class of an empty place
+BATCH_SIZE = 64  # image files that are read at once
 
 
 class SceneClassifier(nn.Module):
@@ -114,6 +118,19 @@ class SceneClassifierFeatures:
     def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Features `(N, 256)` of images `(3, H, W)` uint8, resized to 64 x 64 pixels where they differ."""
         return self.scene_classifier.embed(torch.stack([resize_to_scene(image) for image in images]))
+
+    def compare_scenes(self, generated: Sequence[Path], originals: Sequence[Path]) -> Measured:
+        """How well the scenes of generated images agree with those of their originals, both as the classifier reads
+        them. See `scene_agreement.measure_agreement`.
+        """
+        return measure_agreement(self._read(generated), self._read(originals))
+
+    def _read(self, paths: Sequence[Path]) -> list[Scene]:
+        scenes: list[Scene] = []
+        for start in range(0, len(paths), BATCH_SIZE):
+            images = [resize_to_scene(load_rgb(path)) for path in paths[start : start + BATCH_SIZE]]
+            scenes += self.scene_classifier.predict_scenes(torch.stack(images))
+        return scenes
 
 
 def resize_to_scene(image: torch.Tensor) -> torch.Tensor:

@@ -30,14 +30,23 @@ def score_scenes(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[str,
         raise ValueError(
             f"expected one predicted scene for each true scene, and at least one; got {len(predicted)} and {len(true)}"
         )
-    pairs = list(zip(predicted, true, strict=True))
-    scores = {"background": sum(p.background == t.background for p, t in pairs) / len(pairs)}
+    counts = [count_agreement(p, t) for p, t in zip(predicted, true, strict=True)]
+    scores = {}
+    for name in counts[0]:
+        agreeing, total = (sum(own[name][part] for own in counts) for part in (0, 1))
+        scores[name] = round(agreeing / total, 4) if total else 0.0
+    return scores
+
+
+def count_agreement(predicted: Scene, true: Scene) -> dict[str, tuple[int, int]]:
+    """Of one scene, the two counts of each score of `score_scenes`: what agrees, and of how much.
+
+    An F1 is the sum of the first counts over the sum of the second ones: twice the matches, and the objects of both.
+    """
+    found = {"background": (int(predicted.background == true.background), 1)}
     for name, aspect in ASPECTS.items():
-        matches = total = 0
-        for p, t in pairs:
-            predicted_counts, true_counts = Counter(map(aspect, p.objects)), Counter(map(aspect, t.objects))
-            matches += (predicted_counts & true_counts).total()
-            total += predicted_counts.total() + true_counts.total()
-        scores[name] = 2 * matches / total if total else 0.0
-    scores["exact"] = sum(p == t for p, t in pairs) / len(pairs)
-    return {name: round(value, 4) for name, value in scores.items()}
+        predicted_counts, true_counts = Counter(map(aspect, predicted.objects)), Counter(map(aspect, true.objects))
+        matches = (predicted_counts & true_counts).total()
+        found[name] = 2 * matches, predicted_counts.total() + true_counts.total()
+    found["exact"] = int(predicted == true), 1
+    return found

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -56,7 +56,9 @@ def _is_decodable(name: str) -> bool:
     return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
 
-def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None) -> Iterator[tuple[Path, str | None]]:
+def walk_images(
+    folder: str | os.PathLike, left_out: Counter[str] | None = None, others: Collection[str] = ()
+) -> Iterator[tuple[Path, str | None]]:
     """Each image below a folder, and each entry that cannot be read.
 
     A file is an image by its suffix (in any case), or else by its content. Hidden files and folders are left out.
@@ -65,6 +67,7 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
 
     Args:
         left_out: Counts the files that are not images, by suffix, or by name where there is no suffix.
+        others: Lower-case suffixes of files that count as images, such as `.tar`.
 
     Yields:
         The path, and None for an image or the reason why the entry cannot be read.
@@ -94,6 +97,8 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
                         yield path, f"the folder cannot be listed: {error.strerror}"
                         continue
                     stack.append(map(path.joinpath, names))
+            elif path.suffix.lower() in others:
+                yield path, None
             elif (problem := _judge(path, status.st_mode)) is not _NOT_AN_IMAGE:
                 yield path, problem
             elif left_out is not None:

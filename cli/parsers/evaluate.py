@@ -9,7 +9,7 @@ from .references import add_reference_arguments
 from .results import add_compare_parser, add_metric_parser, add_report_parser
 
 SCENE_CLASSIFIER, INCEPTION = "scene-classifier", "inception"
-PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim")
+PAIR_METRICS = ("psnr", "ssim", "cosine", "lpips", "dreamsim", "scenes")
 GENERATING_PROTOCOLS = {
     "cycle": "captions by the images that a text-to-image model generates from them (Table 1 of the paper)",
     "reconstruction": "images that are generated from caption embeddings, by their originals (Table 5)",
@@ -38,6 +38,12 @@ def add_parser(commands) -> None:
     miniature.add_argument("--scenes", type=positive, default=500, help="scenes of each split (default: 500)")
     miniature.add_argument(
         "--num-inference-steps", type=positive, default=25, help="denoising steps of each image (default: 25)"
+    )
+    miniature.add_argument(
+        "--images-dir",
+        metavar="DIR",
+        help="a new folder that keeps originals, reconstructions and captions of each split, on which the other "
+        "commands of `vlv evaluate` give the same figures; prints their distances, too",
     )
     miniature.add_argument(
         "--captions-only", action="store_true", help="measure captions and instructions alone, in about two minutes"
@@ -82,8 +88,8 @@ def _add_images_parser(subjects) -> None:
         choices=PAIR_METRICS,
         metavar="NAME",
         default=["psnr", "ssim", "cosine"],
-        help="metrics of each image and its original: psnr, ssim, cosine (of the features), lpips, dreamsim (default: "
-        "the first three); none without a name",
+        help="metrics of each image and its original: psnr, ssim, cosine (of the features), lpips, dreamsim, "
+        "and scenes, of --features scene-classifier (default: the first three); none without a name",
     )
     for kind in ("generated", "reference"):
         images.add_argument(
@@ -112,6 +118,11 @@ def _add_captions_parser(subjects) -> None:
     )
     add_reference_arguments(captions)
     captions.add_argument("--images", metavar="DIR", help="folder of the images, for CLIPScore")
+    captions.add_argument(
+        "--read-scenes",
+        action="store_true",
+        help="captions and references describe scenes of the miniature: measure how well the scenes agree",
+    )
     captions.add_argument(
         "--tokenizer",
         metavar="MODEL",

@@ -12,6 +12,8 @@ from .runs import ReportSettings, Run
 RUN_FIGURES = {  # of the run itself, with their titles
     "num_captioned": "captions",
     "num_failed": "failed",
+    "num_empty": "empty captions",
+    "num_cut": "cut off",
     "images_per_second": "images/s",
     "load_seconds": "loading, s",
     "peak_memory_mb": "peak memory, MB",

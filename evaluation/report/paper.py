@@ -1,6 +1,7 @@
 """The paper's figures of VLV that belong beside those of a run that asks a model."""
 
-from ..protocols import PUBLISHED_ARENA, PUBLISHED_VQA
+from .. import published
+from ..protocols import PUBLISHED_VQA
 from .runs import Run
 
 
@@ -11,6 +12,8 @@ def published_accuracy(run: Run, prompt: str) -> float | None:
     return values.get(int(shots)) if context == "captions" and shots.isdecimal() else None
 
 
-def published_score(run: Run) -> float | None:
-    """Of `vlv evaluate judge`; None for comparisons of two captioners."""
-    return None if run.config.get("against") else PUBLISHED_ARENA
+def published_score(run: Run) -> tuple[str, str] | None:
+    """Of `vlv evaluate judge`, the label and the score of the row that `paper` names; None for comparisons of two
+    captioners, and without a row.
+    """
+    return None if run.config.get("against") else published.published_score(run.config.get("paper"))

@@ -114,11 +114,11 @@ def recognise(content: Any) -> str | None:
     config: dict[str, Any] = given if isinstance(given, dict) else {}
     if _is_mapping_of(content.get("captioners"), _is_object):
         return "compare"
-    if isinstance(content.get("figures"), dict):
-        if _is_mapping_of(content["figures"].get("verdicts"), _is_number):
-            return "judge"
-        return "vqa" if "questions" in config and _is_mapping_of(content["figures"], _is_object) else None
     metrics = content.get("metrics")
+    if isinstance(metrics, dict) and _is_mapping_of(metrics.get("verdicts"), _is_number):
+        return "judge"
+    if "questions" in config and _is_mapping_of(metrics, _is_object):
+        return "vqa"
     if _is_mapping_of(metrics, is_figure):
         return "captions" if "captions" in config else "images"
     if _is_mapping_of(metrics, lambda group: _is_mapping_of(group, is_figure)):

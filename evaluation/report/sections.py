@@ -67,7 +67,7 @@ def _setting(value: Any) -> str:
 def per_image_of(run: Run) -> dict[str, dict[str, float]]:
     """The values of each image of a run, by figure."""
     if run.kind == "judge":
-        return read_per_image({"verdict": run.content["figures"]["verdicts"]})
+        return read_per_image({"verdict": run.content["metrics"]["verdicts"]})
     if run.kind == "score":
         return {"score": {name: _best(value) for name, value in run.content.items()}}
     return read_per_image(run.content.get("per_image"))
@@ -226,7 +226,7 @@ def _generated_grids(
 
 def _judge(run: Run, section: Section, settings: ReportSettings) -> None:
     """Results of `vlv evaluate judge`: scores, or comparisons."""
-    figures, config = run.content["figures"], run.config
+    figures, config = run.content["metrics"], run.config
     verdicts, failed = figures["verdicts"], figures.get("failed", {})
     mean = figures["value"]
     label = JUDGE_LABELS[bool(config.get("against"))]
@@ -237,7 +237,7 @@ def _judge(run: Run, section: Section, settings: ReportSettings) -> None:
         ("captions without a verdict", str(len(failed)), ""),
     ]
     if (published := published_score(run)) is not None:
-        rows.insert(1, (f"{label} of VLV in the paper", number(published), ""))
+        rows.insert(1, (*published, ""))
     if "orders_agree" in figures:
         rows.append(("both orders agree", number(float(figures["orders_agree"])), ""))
     section.tables.append(Table("Figures", ("figure", "value", "95% interval"), rows))
@@ -258,7 +258,7 @@ def _judge(run: Run, section: Section, settings: ReportSettings) -> None:
 def _vqa(run: Run, section: Section, settings: ReportSettings) -> None:
     """Results of `vlv evaluate vqa`: accuracy by prompt."""
     rows, places = [], []
-    for name, one in run.content["figures"].items():
+    for name, one in run.content["metrics"].items():
         row = [
             name,
             str(one.get("questions", "")),

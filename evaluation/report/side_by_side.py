@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from ..protocols import describe_agreement
-from ..published import published_figures
+from ..protocols import SHARE_LABEL, describe_agreement
+from ..published import JUDGE_SCORE, published_figures
 from ..results import format_figure
 from . import charts
-from .content import Chart, Section, Table, as_numbers, number, setting_title, value_of
+from .content import Chart, Section, Table, as_numbers, setting_title, value_of
 from .paper import published_accuracy, published_score
 from .runs import KINDS, Run
 
-JUDGE_LABELS = {False: "score, 0 to 6", True: "share won (ties half)"}
+JUDGE_LABELS = {False: JUDGE_SCORE, True: SHARE_LABEL}
 """What the value of `vlv evaluate judge` is, without and with other captions to compare with."""
 
 
@@ -68,7 +68,7 @@ def _settings(run: Run) -> list[_Column]:
 
 def _accuracies(run: Run) -> list[_Column]:
     figures, published = {}, {}
-    for prompt, one in run.content["figures"].items():
+    for prompt, one in run.content["metrics"].items():
         if accuracy := one.get("accuracy"):
             mean, *ends = (100 * accuracy[end] for end in ("mean", "low", "high"))
             label = f"accuracy, %, {prompt}"
@@ -79,10 +79,10 @@ def _accuracies(run: Run) -> list[_Column]:
 
 
 def _judgements(run: Run) -> list[_Column]:
-    label, value = JUDGE_LABELS[bool(run.config.get("against"))], run.content["figures"]["value"]
+    label, value = JUDGE_LABELS[bool(run.config.get("against"))], run.content["metrics"]["value"]
     one = {"label": label, "value": value["mean"], "interval": [value["low"], value["high"]]}
     paper = published_score(run)
-    published = {} if paper is None else {label: (f"{label} of VLV in the paper", number(paper))}
+    published = {} if paper is None else {label: paper}
     return [_Column(run.name, run.name, {label: one}, published)]
 
 

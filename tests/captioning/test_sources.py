@@ -107,6 +107,30 @@ def test_a_glob_names_images_from_the_folder_that_it_starts_in(folder, encoded):
         names(folder / "*.txt")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("**", ["a.png", "sub/b.png", "sub/deep/c.png"]),
+        ("**/deep/**/*.png", ["sub/deep/c.png"]),
+        ("su[ab]/**/?.png", ["sub/b.png", "sub/deep/c.png", "sub/loop/a.png"]),
+        ("**/*/c.*", ["sub/deep/c.png"]),
+    ],
+)
+def test_a_glob_goes_through_folders_once_and_in_order(folder, pattern, found):
+    for name in ("loop", "sub/loop"):
+        (folder / name).symlink_to(folder)
+    (folder / "sub" / ".cache").mkdir()
+    (folder / "sub" / ".cache" / "c.png").write_bytes((folder / "a.png").read_bytes())
+    assert names(folder / pattern) == found
+
+
+def test_a_glob_names_folders_that_cannot_be_listed_and_shards(folder_of_nobody, encoded):
+    (folder_of_nobody / "locked").mkdir(mode=0)
+    write_tar(folder_of_nobody / "0.tar", {"1.png": encoded[0]})
+    found = {item.name: item.problem for item in Inputs([str(folder_of_nobody / "**" / "*.tar")])}
+    assert found == {"0.tar/1.png": None, "locked": "the folder cannot be listed: Permission denied"}
+
+
 def test_a_list_on_standard_input_names_files_folders_and_what_is_missing(folder, monkeypatch):
     give_stdin(monkeypatch, folder / "a.png", "", folder / "gone.png", folder / "sub", folder / "a.png")
     inputs = list(Inputs(["-"]))

@@ -12,13 +12,14 @@ from typing import Any
 
 @dataclass
 class Reply:
-    """What the server sends: a text as a right answer, or another status, body or delay in seconds."""
+    """What the server sends: a text as a right answer and why it ends, or another status, body or delay in seconds."""
 
     text: str | None = None
     status: int = 200
     body: bytes | None = None
     delay: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
+    finish_reason: str = "stop"
 
 
 @dataclass
@@ -55,7 +56,7 @@ def scripted_endpoint(answer: Callable[[str, int], Reply]) -> Iterator[Script]:
                 "object": "chat.completion",
                 "created": 0,
                 "model": request["model"],
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason}],
                 "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
             }
             body = json.dumps(completion).encode() if reply.body is None else reply.body

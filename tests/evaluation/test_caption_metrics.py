@@ -1,6 +1,7 @@
 """Metrics of captions: equal to the code of coco-caption, and to values counted by hand."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer, BertModel
 
 from vlv.evaluation import caption_metrics as cm
 from vlv.evaluation.caption_sets import CaptionSet, entries_of, measure_captions, read_captions, read_lists
+from vlv.evaluation.features import AutoModelFeatures
 
 CAPTIONS = [
     "a red dog on the grass",
@@ -180,3 +182,19 @@ def test_chair_recognises_regular_plurals(word, plural):
 
 def test_chair_takes_no_other_word_for_a_plural():
     assert cm.Chair({"cafe": [], "chef": []}).mentions("caves and cheves") == []
+
+
+def test_empty_captions_are_measured_by_every_metric(clip_model, bert_model):
+    captions, vocabulary = ["a small dog", "", " "], {"dog": ["dog"], "cat": ["cat"]}
+    references = [["a small dog", "a dog"], ["two cats"], ["a dog"]]
+    clip = AutoModelFeatures(str(clip_model))
+    images = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    given = CaptionSet([*"abc"], captions, references, vocabulary=vocabulary, images=images)
+    measured = measure_captions(given, clip, bert_model=str(bert_model))
+    values = measured.values
+    for key in ("cider_d", "rouge_l", "meteor", "words", "repetition_4"):
+        assert values[key][1:] == [0, 0], key
+    assert all(math.isfinite(value) for each in values.values() for value in each)
+    figures = measured.figures(3, 5)
+    assert figures["chair_recall"]["value"] == pytest.approx(1 / 3, abs=1e-6) and figures["words"]["value"] == 1
+    assert all(math.isfinite(one["value"]) for one in figures.values())

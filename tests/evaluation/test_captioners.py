@@ -1,15 +1,26 @@
 """Captions of images by each kind of captioner, and a run that goes on."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 from transformers import CLIPImageProcessorPil, Florence2Processor, LlavaProcessor
 from transformers.image_utils import load_image
 
 from vlv.checkpoints import MINIATURE
 from vlv.cli.main import main
-from vlv.evaluation.captioners import CAPTION_TASK, PROMPT, caption_images, default_prompt, find_kind, open_captioner
+from vlv.evaluation.captioners import (
+    CAPTION_TASK,
+    PROMPT,
+    caption_images,
+    caption_notes,
+    default_prompt,
+    find_kind,
+    open_captioner,
+)
 from vlv.evaluation.endpoint import PriceReached
 from vlv.miniature.tokenizer import build_tokenizer
 
@@ -31,6 +42,65 @@ def test_the_kind_is_found_from_the_source(tmp_path, llava, files):
     found = [find_kind(source) for source in (str(MINIATURE), str(llava), "http://127.0.0.1/v1#m")]
     assert found == ["vlv", "pipeline", "endpoint"]
     assert find_kind(str(tmp_path / "captions.json")) == find_kind("absent.json") == "file"
+
+
+def test_a_source_that_is_nothing_is_named_with_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="runs/none is neither a folder nor a model on the Hub") as error:
+        find_kind("runs/none")
+    assert "pass the folder of a model, a repo id like org/name" in str(error.value)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileNotFoundError, match="model is not the folder of a model: it has no config"):
+        find_kind(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", ["endpoint", "file"])
+def test_empty_captions_are_captions_and_counted_and_those_cut_off_are(kind, files, tmp_path):
+    replies = {"a": Reply("a small dog"), "b": Reply(" "), "c": Reply("", finish_reason="length"), "d": Reply("a")}
+    replies["d"].finish_reason = "length"
+    images = dict(zip(replies, [files[0], files[2]] * 2, strict=True))
+    (tmp_path / "c.json").write_text(json.dumps({name: reply.text for name, reply in replies.items()}))
+
+    def answer(words: str, before: int) -> Reply:
+        return list(replies.values())[before]
+
+    with scripted_endpoint(answer) as script:
+        for _ in range(2):  # the second time from the log
+            source = f"{script.url}#m" if kind == "endpoint" else str(tmp_path / "c.json")
+            settings = {"log": tmp_path / "answers.jsonl", "endpoint": {"concurrency": 1, "max_retries": 0}}
+            found = caption_images(open_captioner(source, **settings), images, tmp_path / "log.jsonl")
+            assert [own.caption.strip() for own in found] == ["a small dog", "", "", "a"]
+            assert [own.is_empty for own in found] == [False, True, True, False]
+            assert [own.is_cut for own in found] == [False, False, kind == "endpoint", kind == "endpoint"]
+            empty, *cut = caption_notes(found)
+            assert empty == "2 of 4 captions are empty, such as that of 'b'; they count"
+            expected = "2 of 4 captions are cut off at the most tokens, such as that of 'c'; raise max_new_tokens"
+            assert cut == ([expected] if kind == "endpoint" else [])
+        assert len(script.requests) == (4 if kind == "endpoint" else 0)
+
+
+def test_an_endpoint_is_sent_images_that_are_upright(tmp_path):
+    corner = Image.new("RGB", (32, 16), "white")
+    corner.paste((200, 0, 0), (0, 0, 8, 8))  # at the top left, as it is stored
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # to be shown turned clockwise by 90 degrees
+    for kind in ("jpg", "png"):
+        corner.save(tmp_path / f"turned.{kind}", exif=turned, **({"quality": 95} if kind == "jpg" else {}))
+    corner.save(tmp_path / "upright.jpg")
+    with scripted_endpoint(lambda words, before: Reply("a corner")) as script:
+        names = ("turned.jpg", "turned.png", "upright.jpg")
+        captioner = open_captioner(f"{script.url}#m", log=tmp_path / "a.jsonl", endpoint={"concurrency": 1})
+        assert len(list(captioner.caption([tmp_path / name for name in names]))) == 3
+    sent = []
+    for request in script.requests:
+        head, _, data = request["messages"][0]["content"][0]["image_url"]["url"].partition(";base64,")
+        sent.append((head, base64.b64decode(data)))
+    assert [head for head, _ in sent] == ["data:image/jpeg", "data:image/png", "data:image/jpeg"]
+    for _, data in sent[:2]:
+        image = Image.open(io.BytesIO(data))
+        assert image.size == (16, 32) and not image.getexif()
+        red, white = image.convert("RGB").getpixel((12, 3)), image.convert("RGB").getpixel((3, 3))
+        assert red[0] > 180 and red[1] < 40 and min(white) > 220  # at the top right
+    assert sent[2][1] == (tmp_path / "upright.jpg").read_bytes()
 
 
 @pytest.mark.slow

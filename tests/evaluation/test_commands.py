@@ -175,3 +175,14 @@ def test_clip_must_be_a_model_that_embeds_texts(folders, tmp_path, dinov2_model,
     stderr = capsys.readouterr().err
     assert f"--clip {clip}" in stderr and ("embeds no texts" in stderr or model != "dinov2")
     assert "features of images" not in stderr  # refused before they are computed
+
+
+def test_empty_captions_of_a_file_are_counted_and_noted(tmp_path, capsys):
+    (tmp_path / "c.json").write_text(json.dumps({"a.png": "a small dog", "b.png": ""}))
+    output = tmp_path / "m.json"
+    command = ["evaluate", "captions", "--captions", str(tmp_path / "c.json"), "--output", str(output)]
+    assert main([*command, "--bootstrap", "0"]) == 0
+    found = json.loads(output.read_text())
+    assert found["metrics"]["words"]["value"] == 1.5 and found["num_captions"] == 2
+    assert found["notes"] == ["1 of 2 captions are empty, such as that of 'b.png'; they count"]
+    assert "note: 1 of 2 captions are empty" in capsys.readouterr().out

@@ -1,9 +1,12 @@
 """`vlv evaluate compare`: captioners on the same images, those that fail, runs that go on, and paired differences."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +78,7 @@ def test_an_endpoint_goes_on_and_keeps_its_speed(job):
         ("none.json", "none.json"),
         ("org/none", "org/none"),
         ("./none", "./none does not exist"),
+        ("runs/none", "runs/none is neither a folder nor a model on the Hub"),
         ("http://127.0.0.1:9/v1", "names no model"),
     ],
 )
@@ -113,10 +117,49 @@ def test_an_endpoint_that_stops_in_the_middle_keeps_the_speed_of_its_answers(job
         assert "max_price" in run_captioner(asked).error and len(server.requests) == 2
         again = run_captioner(replace(asked, endpoint=limits))
         assert len(server.requests) == 3 and len(again.captions) == 3
-    seconds = [json.loads(line)["seconds"] for line in (Path(job.folder) / "runs.jsonl").read_text().splitlines()]
-    assert (
-        len(seconds) == 2 and seconds[0] > 0.1 and again.images_per_second == pytest.approx(3 / sum(seconds), abs=1e-3)
-    )
+    parts = [json.loads(line) for line in (Path(job.folder) / "runs.jsonl").read_text().splitlines()]
+    seconds = sum(part["seconds"] for part in parts)
+    assert sum(part["num_timed"] for part in parts) == 3 and all(part["seconds"] >= 0.05 for part in parts)
+    assert again.images_per_second == pytest.approx(3 / seconds, abs=1e-3)
+
+
+def test_an_endpoint_whose_run_is_killed_keeps_the_speed_of_its_answers(job):
+    with scripted_endpoint(lambda words, before: Reply("a dog", delay=0.05 if before < 2 else 30)) as server:
+        asked = replace(job, source=f"{server.url}#m", endpoint={"concurrency": 1})
+        process = multiprocessing.get_context("fork").Process(target=run_captioner, args=(asked,))
+        process.start()
+        while len(server.requests) < 3 and process.is_alive():  # the third is not answered
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+    parts = [json.loads(line) for line in (Path(job.folder) / "runs.jsonl").read_text().splitlines()]
+    assert process.exitcode == -signal.SIGKILL and [part["num_timed"] for part in parts] == [1, 1]
+    again = run_captioner(replace(asked, images=dict(list(job.images.items())[:2])))  # nothing is left to ask
+    assert len(again.captions) == 2
+    assert again.images_per_second == pytest.approx(2 / sum(part["seconds"] for part in parts), abs=1e-3)
+    assert 2 < again.images_per_second <= 20  # each answer takes a twentieth of a second
+
+
+def test_captions_that_are_empty_or_cut_off_are_counted_and_measured(job, tmp_path):
+    def measure(names, sets):
+        return {label: measure_captions(own) for label, own in sets.items()}
+
+    Path(job.source).write_text(json.dumps(dict.fromkeys(NAMES, "")))
+    texts = [Reply("a dog"), Reply(""), Reply("a cat in", finish_reason="length")]
+    with scripted_endpoint(lambda words, before: texts[before]) as server:
+        asked = replace(job, source=f"{server.url}#m", endpoint={"concurrency": 1}, folder=str(tmp_path / "asked"))
+        runs = {"file": run_captioner(job), "endpoint": run_captioner(asked)}
+    results = compare(runs, NAMES, measure, {"images": "i"}, 0, tmp_path)
+    counts = {label: (own["num_empty"], own["num_cut"]) for label, own in results["captioners"].items()}
+    assert counts == {"file": (3, 0), "endpoint": (1, 1)} and results["num_images"] == 3
+    assert results["captioners"]["endpoint"]["empty"] == [NAMES[1]]
+    assert results["notes"] == [
+        f"file: 3 of 3 captions are empty, such as that of '{NAMES[0]}'; they count",
+        f"endpoint: 1 of 3 captions are empty, such as that of '{NAMES[1]}'; they count",
+        f"endpoint: 1 of 3 captions are cut off at the most tokens, such as that of '{NAMES[2]}'; raise "
+        "--max-new-tokens",
+    ]
+    assert results["captioners"]["endpoint"]["metrics"]["words"]["value"] == pytest.approx(5 / 3, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -189,7 +232,7 @@ def test_labels_are_short_and_different(tmp_path):
 @pytest.mark.slow
 def test_diffusion_scores_are_those_of_vlv_score(tmp_path):
     names = NAMES[:2]
-    captions = {"a": ["a large dog", "a small cat on a grey background"], "b": ["a sun", "a large tree"]}
+    captions = {"a": ["a large dog", "a small cat on a grey background"], "b": ["", "a large tree"]}
     scores = diffusion_scores(str(MINIATURE), [IMAGES / name for name in names], captions, {}, batch_size=1)
     (tmp_path / "c.json").write_text(
         json.dumps({name: [captions[k][i] for k in "ab"] for i, name in enumerate(names)})
@@ -197,6 +240,7 @@ def test_diffusion_scores_are_those_of_vlv_score(tmp_path):
     command = ["score", *(str(IMAGES / name) for name in names), "--captions", str(tmp_path / "c.json")]
     assert main([*command, "--output", str(tmp_path / "s.json")]) == 0
     own = json.loads((tmp_path / "s.json").read_text())
+    assert scores["b"][0] == pytest.approx(0, abs=1e-6)  # an empty caption explains as much as no words
     for place, name in enumerate(names):
         assert [scores[k][place] for k in "ab"] == pytest.approx(own[name], abs=1e-4)
 
@@ -228,6 +272,7 @@ def test_how_a_process_ends_is_told(job, script, error, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(program))
     (tmp_path / "job").mkdir()
     ready = {"kind": "vlv", "fingerprint": "f", "captions": {"a": "b"}, "failures": {}, "load_seconds": 1.5}
+    ready |= {"empty": [], "cut": [], "notes": []}
     ready |= {"num_new": 4, "num_timed": 4, "seconds": 2.0, "peak_memory": 3e9, "peak_gpu_memory": 5e9}
     (tmp_path / "job" / "ready.json").write_text(json.dumps(ready))
     counted: list[int] = []
@@ -260,7 +305,7 @@ def test_the_command_names_a_captioner_that_fails_and_its_results_make_a_report(
     assert main(["evaluate", "report", str(tmp_path / "out"), "--output", str(tmp_path / "r.html")]) == 0
 
 
-def test_options_that_do_not_fit_are_refused(tmp_path, capsys):
+def test_options_that_do_not_fit_are_refused(tmp_path, capsys, dinov2_model, bert_model):
     file = tmp_path / "c.json"
     file.write_text("{}")
     truth = tmp_path / "truth.json"
@@ -273,6 +318,8 @@ def test_options_that_do_not_fit_are_refused(tmp_path, capsys):
         ([str(file), "--references", "none.json"], "none.json cannot be read"),
         ([str(file), "--bert", "./none", "--references", str(truth)], "cannot load --bert ./none"),
         ([str(file), "--clip", "./none"], "cannot load --clip ./none"),
+        ([str(file), "--clip", str(dinov2_model)], "embeds no texts; pass a CLIP or SigLIP model"),
+        ([str(file), "--bert", str(bert_model), "--bert-layer", "9", "--references", str(truth)], "has 2 layers"),
         ([str(file), "--score-model", "./none"], "cannot load --score-model ./none"),
         ([str(file), "--prompt", "a", "--prompt", "b"], "--prompt is given twice without a name; the names are c"),
         (["https://a:b@host/v1#m"], "the endpoint at host has a user name or password"),

@@ -33,7 +33,7 @@ def config(tmp_path, images, stable_diffusion, dinov2_model) -> dict:
     folder.mkdir()
     for number, image in enumerate(images[:3]):
         image.save(folder / f"{number}.jpg")
-    captions = {"0.png": "a small dog", "1.png": "a large apple", "2.png": "a cat " * 9}
+    captions = {"0.png": "a small dog", "1.png": "", "2.png": "a cat " * 9}
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     return {
         "captions": str(tmp_path / "captions.json"),
@@ -66,6 +66,8 @@ def test_a_cycle_measures_each_guidance_and_goes_on_where_it_ended(config, tmp_p
     assert {"frechet_distance", "gaussian_mmd", "cosine"} <= set(results["metrics"]["1"])
     cut = "tokenizer (12 tokens) of the text-to-image model cut 1 of 3 captions: their ends are not in the images"
     assert results["notes"].count(cut) == 1
+    assert results["notes"].count("1 of 3 captions are empty, such as that of '1.png'; they count") == 1
+    assert (results["empty_captions"], results["cut_captions"]) == (["1.png"], [])
     assert results["metrics"]["1"] != results["metrics"]["4"] and results["config"]["seed"] == 42
     table = (tmp_path / "cycle" / "results.md").read_text()
     assert table.startswith("| metric | guidance 1 | guidance 4 |") and table.strip() in capsys.readouterr().out
@@ -151,15 +153,25 @@ def test_images_of_other_captions_seeds_and_models_have_other_files(config, tmp_
         ({"guidance": "strong"}, "guidance must be one or more scales of at least 0, not .'strong'."),
         ({"guidance": [float("nan")]}, "guidance must be one or more scales"),
         ({"bootstrap": -1}, "bootstrap must be at least 0, not -1"),
-        ({"pair_metrics": "fid"}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
-        ({"pair_metrics": ["fid"]}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, not fid"),
+        ({"pair_metrics": "fid"}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, scenes, not fid"),
+        ({"pair_metrics": ["fid"]}, "pair_metrics are psnr, ssim, cosine, lpips, dreamsim, scenes, not fid"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"noise": "seed"}, "noise is one of name, position, not 'seed'"),
         ({"scheduler": "dpm"}, r"scheduler is one of ddpm, ddim, .*, own, not 'dpm'"),
     ],
 )
 def test_wrong_settings_are_named(config, changed, message):
     with pytest.raises(ValueError, match=message):
         CycleConfig(**{**config, **changed})
+
+
+def test_noise_by_position_counts_from_the_seed_and_has_files_of_its_own(config, tmp_path):
+    names = ["a.png", "b.png"]
+    store = ImageStore(tmp_path, CycleConfig(**config, noise="position", seed=5), names)
+    moved = ImageStore(tmp_path, CycleConfig(**config, noise="position", seed=5), names[::-1])
+    assert [store.noise_seed(name) for name in names] == [5, 6]
+    by_name = ImageStore(tmp_path, CycleConfig(**config, seed=5))
+    assert len({own.path("a.png", "a dog", 1) for own in (store, moved, by_name)}) == 3
 
 
 def test_images_of_another_scheduler_are_in_another_folder(config):
@@ -177,6 +189,12 @@ def test_a_single_value_stands_for_a_list(config):
 def test_a_missing_package_is_named_before_images_are_generated(config, tmp_path, capsys):
     assert run({**config, "pair_metrics": "lpips"}, tmp_path) == 2
     assert "pip install lpips" in capsys.readouterr().err and not generated(config)
+
+
+def test_scenes_need_features_that_read_them_before_images_are_generated(config, tmp_path, capsys):
+    assert run({**config, "pair_metrics": "scenes"}, tmp_path) == 2
+    assert "the pair metric scenes needs the features scene-classifier" in capsys.readouterr().err
+    assert not generated(config)
 
 
 def test_long_names_have_files_whose_names_are_short_enough(config, tmp_path):
@@ -274,7 +292,7 @@ def paths(config: dict) -> list[Path]:
 
 @pytest.mark.slow
 def test_an_endpoint_captions_the_images_and_what_fails_is_named_and_asked_again(config, tmp_path, capsys):
-    replies = [Reply("a small dog"), Reply(status=400, body=b"{}"), Reply("a cat"), Reply("a large apple")]
+    replies = [Reply("a small dog"), Reply(status=400, body=b"{}"), Reply("", finish_reason="length"), Reply("a cat")]
     captions = config.pop("captions")
     with scripted_endpoint(lambda words, before: replies[before]) as script:
         config |= {"captioner": f"{script.url}#m", "prompt": "What?", "guidance": 1, "max_retries": 0}
@@ -286,10 +304,11 @@ def test_an_endpoint_captions_the_images_and_what_fails_is_named_and_asked_again
         assert run({**config, "concurrency": 1}, tmp_path) == 0
         assert len(script.requests) == 4
     again = json.loads((tmp_path / "cycle" / "captions.json").read_text())
-    assert again == {"0.jpg": "a small dog", "1.jpg": "a large apple", "2.jpg": "a cat"}
+    assert again == {"0.jpg": "a small dog", "1.jpg": "a cat", "2.jpg": ""}
     # The same captions from a file give the same figures.
     Path(captions).write_text(json.dumps(again))
     results = json.loads((tmp_path / "cycle" / "results.json").read_text())
+    assert results["empty_captions"] == results["cut_captions"] == ["2.jpg"] and len(results["notes"]) >= 2
     for name in ("captioner", "prompt", "max_retries"):
         del config[name]
     assert run({**config, "captions": captions}, tmp_path) == 0

@@ -1,12 +1,15 @@
 """Features of images by models of transformers, and the resizing of Inception's images."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor, Dinov2Model
 
-from vlv.evaluation.caption_metrics import clip_scores
+from vlv.evaluation.caption_metrics import bert_score, clip_scores
 from vlv.evaluation.features import AutoModelFeatures, InceptionFeatures, resize_for_inception, scale_for_inception
 
 
@@ -88,3 +91,14 @@ def test_pixels_are_scaled_for_inception_as_each_package_does():
 def test_inception_without_its_package_or_weights_says_what_to_do(tmp_path):
     with pytest.raises((ImportError, FileNotFoundError), match="torch-fidelity"):
         InceptionFeatures(weights=tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_encoders_have_weights_in_safetensors(kind, dinov2_model, bert_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(dinov2_model if kind == "vision" else bert_model, folder)
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(OSError, match=r"model has no weights in safetensors, .*; pass a model that has them"):
+        AutoModelFeatures(str(folder)) if kind == "vision" else bert_score(["a"], [["a"]], str(folder))

@@ -122,12 +122,15 @@ def test_scores_are_averaged_and_captions_without_one_are_named(files):
 
     with scripted_endpoint(answer) as script:
         table = run_judge(config(files, script.url))
+        beside = run_judge(config(files, script.url, paper="table2/vlv"))
         image = script.requests[0]["messages"][0]["content"][0]["image_url"]["url"]
     assert image.startswith("data:image/png;base64,")
-    assert "| 2 | 1 | 4.50 | 3.00 to 6.00 | 5.18 |" in table
+    assert "| 2 | 1 | 4.50 | 3.00 to 6.00 |\n" in f"{table}\n" and "paper" not in table
+    assert "| score, 0 to 6 of the paper's VLV (Table 2, mean of two judges) |" in beside.splitlines()[0]
+    assert "| 2 | 1 | 4.50 | 3.00 to 6.00 | 5.18 |" in beside
     results = json.loads((files / "run" / "results.json").read_text())
-    assert results["figures"]["verdicts"] == {"a.png": 6, "b.png": 3}
-    assert results["figures"]["failed"]["c.png"] == "the answer gives no score from 0 to 6: 'I refuse.'"
+    assert results["metrics"]["verdicts"] == {"a.png": 6, "b.png": 3}
+    assert results["metrics"]["failed"]["c.png"] == "the answer gives no score from 0 to 6: 'I refuse.'"
 
 
 @pytest.mark.parametrize(

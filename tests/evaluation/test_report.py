@@ -54,7 +54,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         "verdicts": dict(zip(NAMES, [0, 1, 2, 4, 5, 6], strict=True)),
     }
     judge = {
-        "figures": judged,
+        "metrics": judged,
         "config": {"captions": str(root / "captions.json"), "images": str(images), "against": None},
     }
     share = {"mean": 0.625, "low": 0.5, "high": 0.75}
@@ -87,7 +87,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
         ).parent,
         "judge": save(root / "judge" / "results.json", judge).parent,
         "second": save(root / "second" / "results.json", judge).parent,
-        "vqa": save(root / "vqa.json", {"figures": {"0 shots": answered}, "config": {"questions": "q.json"}}),
+        "vqa": save(root / "vqa.json", {"metrics": {"0 shots": answered}, "config": {"questions": "q.json"}}),
         "score": save(root / "scores.json", scores | {NAMES[0]: [0.1, 0.05]}),
         "compare": root / "compare",
         "parts": save(root / "evaluation.json", {"captions": {"f1": 0.9}, "pictures": {"f1": 0.8, "test": {"g": 1}}}),
@@ -190,10 +190,13 @@ def test_runs_of_a_kind_stand_side_by_side_with_the_papers_figures(tmp_path):
         "cycle": generation({"1": 12, "2": 8}, paper="table1/vlv"),
         "other": generation({"2": 7, "3": 9}, paper="table1/vlv"),
         "model": generation({"2": 6.5}, paper="table5/40m"),
-        "vqa": {"figures": {"4 shots, captions": answered}, "config": {"questions": "q", "benchmark": "vqav2"}},
-        "vqa2": {"figures": {"4 shots, captions": answered, "4 shots, blind": answered}, "config": {"questions": "q"}},
-        "judge": {"figures": {"value": share, "verdicts": {"a": 1}}, "config": {"captions": "c.json"}},
-        "judge2": {"figures": {"value": share, "verdicts": {"b": 1}}, "config": {"captions": "c.json"}},
+        "vqa": {"metrics": {"4 shots, captions": answered}, "config": {"questions": "q", "benchmark": "vqav2"}},
+        "vqa2": {"metrics": {"4 shots, captions": answered, "4 shots, blind": answered}, "config": {"questions": "q"}},
+        "judge": {
+            "metrics": {"value": share, "verdicts": {"a": 1}},
+            "config": {"captions": "c.json", "paper": "table2/vlv"},
+        },
+        "judge2": {"metrics": {"value": share, "verdicts": {"b": 1}}, "config": {"captions": "c.json"}},
     }
     files = [save(tmp_path / f"{name}.json", content) for name, content in contents.items()]
     sections = write_report(files, tmp_path / "r.html")
@@ -203,7 +206,9 @@ def test_runs_of_a_kind_stand_side_by_side_with_the_papers_figures(tmp_path):
     assert own["model"].tables[0].rows[1] == (after, "7.22")
     assert own["vqa"].tables[0].header[-1] == "VLV, paper" and own["vqa"].tables[0].rows[0][-1] == "61.72"
     assert "VLV, paper" not in own["vqa2"].tables[0].header
-    assert ("score, 0 to 6 of VLV in the paper", "5.18", "") in own["judge"].tables[0].rows
+    arena = "score, 0 to 6 of the paper's VLV (Table 2, mean of two judges)"
+    assert (arena, "5.18", "") in own["judge"].tables[0].rows
+    assert not any("paper" in row[0] for row in own["judge2"].tables[0].rows)
     generated, judged, answers = together
     names = [
         *("cycle, guidance 1", "cycle, guidance 2", "other, guidance 2", "other, guidance 3"),
@@ -216,7 +221,7 @@ def test_runs_of_a_kind_stand_side_by_side_with_the_papers_figures(tmp_path):
         (after, "", "", "", "", "7.22"),
     ]
     assert len(generated.charts) == 1
-    assert judged.tables[0].rows[0] == ("score, 0 to 6", *["0.5 (0.25 to 0.75)"] * 2)
+    assert judged.tables[0].rows == [("score, 0 to 6", *["0.5 (0.25 to 0.75)"] * 2), (arena, "5.18", "")]
     accuracy = "accuracy, %, 4 shots, captions"
     assert answers.tables[0].header == ("figure", "vqa", "vqa2")
     assert answers.tables[0].rows == [

@@ -94,7 +94,7 @@ def test_judges_and_questions_run_over_http_and_the_truth_has_full_marks(tmp_pat
         assert main([*vqa, "--output_dir", str(tmp_path / "vqa")]) == 0
         table = capsys.readouterr().out
     assert "100.00" in table.splitlines()[2] and "0 shots, captions" in table
-    figures = json.loads((tmp_path / "vqa" / "results.json").read_text())["figures"]
+    figures = json.loads((tmp_path / "vqa" / "results.json").read_text())["metrics"]
     assert figures["2 shots, captions"]["accuracy"]["mean"] == 1 > figures["2 shots, blind"]["accuracy"]["mean"]
 
 
