@@ -1,6 +1,6 @@
 """Reads inputs ahead, in processes of a `DataLoader` that hand over tensors in shared memory."""
 
-import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -11,22 +11,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlv.errors import UserError
 
 CHUNK = 8
-"""Inputs that a process reads at a time, and hands over together."""
-MAX_WORKERS = 8
-WORTH_WORKERS = 256
-"""Of fewer inputs, a process reads them as fast as it starts others."""
+"""Most inputs that a process reads at a time, and hands over together."""
+CHUNK_BYTES = 16 * 2**20
+"""Most bytes of tensors that are handed over together. A container often has 64 MiB of shared memory."""
+ENDED = re.compile("DataLoader worker .*(is killed by signal|exited unexpectedly)")
 
 
-def choose_num_workers(given: int | None, inputs: int | None) -> int:
-    """The processes that read images: those asked for, or one for each further core and at most `MAX_WORKERS`.
-
-    Args:
-        inputs: Their number; None if there are so many that it is not known yet.
-    """
-    if given is not None:
-        return given
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores - 1, MAX_WORKERS) if inputs is None or inputs >= WORTH_WORKERS else 0
+def chunk_of(item_bytes: int) -> int:
+    """How many inputs are handed over together whose tensors have so many bytes each: 1 to `CHUNK`."""
+    return max(1, min(CHUNK, CHUNK_BYTES // item_bytes))
 
 
 def map_ahead(
@@ -34,8 +27,9 @@ def map_ahead(
     inputs: Iterable[Any],
     num_workers: int,
     join: Callable[[list[Any]], Any] = list,
+    chunk: int = CHUNK,
 ) -> Iterator[Any]:
-    """`join` of what a function returns for each `CHUNK` of the inputs, in their order.
+    """`join` of what a function returns for each `chunk` of the inputs, in their order.
 
     Inputs are taken only as far as is read ahead. `ended_readers` explains what happens if a process ends.
 
@@ -44,7 +38,7 @@ def map_ahead(
         num_workers: At least 1.
         join: Runs in the processes, too: they hand over few large tensors faster than many small ones.
     """
-    yield from DataLoader(_Mapped(function), batch_sampler=_Chunks(inputs), num_workers=num_workers, collate_fn=join)
+    yield from DataLoader(_Mapped(function), batch_sampler=_Chunks(inputs, chunk), num_workers=num_workers, collate_fn=join)
 
 
 @contextmanager
@@ -53,11 +47,11 @@ def ended_readers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not ENDED.search(str(error)):
             raise
         raise UserError(
-            f"a process that reads images ended ({error}); it may lack memory, or space in /dev/shm: pass a smaller "
-            "--num-workers, or 0"
+            f"a process that reads images ended ({error}); it may lack memory, or space in /dev/shm (`docker run --shm-size`): "
+            "pass a smaller --num-workers, or 0"
         ) from error
 
 
@@ -72,9 +66,9 @@ class _Mapped(Dataset):
 
 
 class _Chunks(Sampler):
-    def __init__(self, inputs: Iterable[Any]):
-        self._inputs = inputs
+    def __init__(self, inputs: Iterable[Any], chunk: int):
+        self._inputs, self._chunk = inputs, chunk
 
     def __iter__(self) -> Iterator[list[Any]]:
         inputs = iter(self._inputs)
-        return iter(lambda: list(islice(inputs, CHUNK)), [])
+        return iter(lambda: list(islice(inputs, self._chunk)), [])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlv import VLVImageProcessor
 
-from .ahead import map_ahead
+from .ahead import chunk_of, map_ahead
 from .inputs import Input
 from .output import Summary
 
@@ -116,7 +116,9 @@ Failure = tuple[str, str]
 
 def _read_ahead(reader: RowReader, inputs: Iterable[Input], num_workers: int) -> Iterator[Batch | Failure]:
     """What `reader` returns for each input, in their order."""
-    for batches, failures in map_ahead(reader.read, map(_portable, inputs), num_workers, _join_chunk):
+    size = reader.image_processor.size
+    chunk = chunk_of(3 * size["height"] * size["width"] * 4)
+    for batches, failures in map_ahead(reader.read, map(_portable, inputs), num_workers, _join_chunk, chunk):
         rows = (row for batch in batches for row in split_batch(batch))
         for failure in failures:
             yield next(rows) if failure is None else failure

@@ -9,7 +9,7 @@ import torch
 
 from vlv import hub
 
-from .ahead import choose_num_workers, ended_readers
+from .ahead import ended_readers
 from .captioner import Captioner, CaptionSettings
 from .encoding import open_embeddings_cache, read_encoded_batches
 from .inputs import Input
@@ -32,7 +32,7 @@ class ShardJob:
         editor: Edits them.
         batch_size: Captions that are written together.
         encoder_batch_size: Images in a pass of the encoder.
-        num_workers: Processes that read images; None for those that `choose_num_workers` chooses.
+        num_workers: Processes that read images; 0 reads them in the process that captions.
         embeddings_cache: Folder of `open_embeddings_cache`.
     """
 
@@ -43,7 +43,7 @@ class ShardJob:
     editor: CaptionEditor = field(default_factory=CaptionEditor)
     batch_size: int = 8
     encoder_batch_size: int = 8
-    num_workers: int | None = None
+    num_workers: int = 0
     embeddings_cache: str | None = None
 
     def load(self) -> "ShardCaptioner":
@@ -110,7 +110,7 @@ class ShardCaptioner:
             identify=job.settings.num_captions > 1,  # the seed of samples depends on the image
             encoder_batch_size=job.encoder_batch_size,
             cache=self._cache,
-            num_workers=choose_num_workers(job.num_workers, len(inputs)),
+            num_workers=job.num_workers,
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.captioning.ahead import choose_num_workers, ended_readers
+from vlv.captioning.ahead import ended_readers
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
 from vlv.captioning.formats import has_results
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
             *(inputs, encoder, processor.image_processor, arguments.batch_size, summary, size, True),
             encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
             cache=cache,
-            num_workers=choose_num_workers(arguments.num_workers, total),
+            num_workers=arguments.num_workers,
         ):
             for batch, groups in caption_batch(captioner, read, summary):
                 done, entries = choose_captions(groups, batch, scorer, arguments, summary)

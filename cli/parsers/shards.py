@@ -53,9 +53,10 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-workers",
         type=not_negative,
+        default=0,
         metavar="N",
-        help="processes that read images while others are captioned (default: for 256 images or more, one for each "
-        "further core, at most 8; else 0)",
+        help="processes that read images while others are captioned, through shared memory (default: 0, which reads "
+        "them between batches)",
     )
 
 

@@ -7,10 +7,11 @@ import signal
 import pytest
 import torch
 
-from vlv.captioning.ahead import CHUNK, choose_num_workers, ended_readers, map_ahead
+from vlv.captioning.ahead import CHUNK, CHUNK_BYTES, chunk_of, ended_readers, map_ahead
 from vlv.captioning.batches import read_rows
 from vlv.captioning.inputs import collect_images
 from vlv.captioning.output import Summary
+from vlv.cli.main import build_parser
 from vlv.errors import UserError
 
 
@@ -50,6 +51,19 @@ def test_a_process_that_ends_is_explained():
         list(map_ahead(end_at_five, range(10), 1))
 
 
-def test_few_images_are_read_by_one_process(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
-    assert [choose_num_workers(None, 10), choose_num_workers(None, 1000), choose_num_workers(2, 10)] == [0, 3, 2]
+def fail(number: int) -> int:
+    raise RuntimeError(f"number {number} is not a number")
+
+
+def test_an_error_of_the_function_is_not_lack_of_memory():
+    with pytest.raises(RuntimeError, match="number 0 is not"), ended_readers():
+        list(map_ahead(fail, range(10), 1))
+
+
+def test_large_images_are_handed_over_in_small_chunks():
+    assert [chunk_of(3 * side**2 * 4) for side in (48, 384, 768, 4096)] == [CHUNK, CHUNK, 2, 1]
+    assert 2 * 3 * 768**2 * 4 <= CHUNK_BYTES
+
+
+def test_images_are_read_in_one_process_unless_asked():
+    assert build_parser().parse_args(["caption", "photos"]).num_workers == 0
