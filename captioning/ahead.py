@@ -38,7 +38,9 @@ def map_ahead(
         num_workers: At least 1.
         join: Runs in the processes, too: they hand over few large tensors faster than many small ones.
     """
-    yield from DataLoader(_Mapped(function), batch_sampler=_Chunks(inputs, chunk), num_workers=num_workers, collate_fn=join)
+    yield from DataLoader(
+        _Mapped(function), batch_sampler=_Chunks(inputs, chunk), num_workers=num_workers, collate_fn=join
+    )
 
 
 @contextmanager
@@ -50,8 +52,8 @@ def ended_readers() -> Iterator[None]:
         if not ENDED.search(str(error)):
             raise
         raise UserError(
-            f"a process that reads images ended ({error}); it may lack memory, or space in /dev/shm (`docker run --shm-size`): "
-            "pass a smaller --num-workers, or 0"
+            f"a process that reads images ended ({error}); it may lack memory, or space in /dev/shm (`docker run "
+            "--shm-size`): pass a smaller --num-workers, or 0"
         ) from error
 
 

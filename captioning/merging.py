@@ -67,6 +67,9 @@ def _rows(shards: ShardFolder, counts: dict[str, int]) -> Iterator[dict[str, Any
             raise UserError(f"{path} is damaged, or lacks its manifest ({error}); remove it, and run again") from error
         if found != expected:
             raise UserError(f"{path} has {found}, and its manifest says {expected}; remove it, and run again")
+        images, files = shards.listed(index)
+        if (total := sum(found.values())) < images or (not files and total > images):
+            raise UserError(f"{path} has {total} images, and its list {images}; remove it, and run again")
         for name, number in found.items():
             counts[name] += number
 

@@ -18,7 +18,7 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, read_json, set_default_permissions, to_json, write_json
 
-from .division import divide, list_path, read_division, shard_name
+from .division import divide, list_path, read_division, shard_name, sync_file
 from .inputs import Input
 
 try:
@@ -36,7 +36,8 @@ class ShardFolder:
 
     Args:
         folder: Holds a run: see `begin` and `open_existing`.
-        run: The content of `run.json`: `shards`, `model`, `fingerprint`, `settings`, `inputs` and `counts`.
+        run: The content of `run.json`: `shards`, `model`, `fingerprint`, `settings`, `inputs` (paths), `image_column`
+            and `counts`.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
@@ -46,7 +47,7 @@ class ShardFolder:
     def open_existing(cls, folder: Path) -> "ShardFolder":
         """Opens a folder that holds a run. Raises `UserError` if it does not."""
         try:
-            run = read_json(folder / RUN_FILE, "shards", "model", "fingerprint", "settings")
+            run = read_json(folder / RUN_FILE, "shards", "model", "fingerprint", "settings", "inputs", "counts")
         except FileNotFoundError as error:
             raise UserError(f"{folder} holds no shards of `vlv caption --shards`: {error}") from error
         except ValueError as error:
@@ -77,13 +78,21 @@ class ShardFolder:
             _remove_unfinished(folder, f"{UNFINISHED}-{INPUTS}-")
             try:
                 inputs.mkdir()
-                counts = divide(paths, run["shards"], inputs)
+                counts = divide(paths, run["shards"], inputs, run.get("image_column", "image"))
+                if (folder / RUN_FILE).exists():  # written by another process, on a file system without locks
+                    shutil.rmtree(inputs)
+                    found = cls.open_existing(folder)
+                    found._require_same(run)
+                    return found
                 shutil.rmtree(folder / INPUTS, ignore_errors=True)  # of a process that ended before it wrote run.json
                 inputs.rename(folder / INPUTS)
             except BaseException:
                 shutil.rmtree(inputs, ignore_errors=True)
                 raise
+            _sync_folder(folder / INPUTS)
             write_json(folder / RUN_FILE, {**run, "counts": counts})
+            sync_file(folder / RUN_FILE)
+            _sync_folder(folder)
         return cls.open_existing(folder)
 
     def _require_same(self, run: Mapping[str, Any]) -> None:
@@ -93,11 +102,11 @@ class ShardFolder:
                 f"{self.folder} has shards of another model, {self.run['model']} ({self.run['fingerprint']:.12}); "
                 "pass that --model and --revision, or another --output-dir"
             )
-        for name in ("shards", "inputs"):
-            if wanted[name] != self.run[name]:
+        for name in ("shards", "inputs", "image_column"):
+            if wanted.get(name) != self.run.get(name):
                 raise UserError(
-                    f"{self.folder} was begun with {name} {self.run[name]}, here {wanted[name]}; give those of then, "
-                    "or another --output-dir"
+                    f"{self.folder} was begun with {name} {self.run.get(name)}, here {wanted.get(name)}; give those "
+                    "of then, or another --output-dir"
                 )
         then, here = self.run["settings"], wanted["settings"]
         differ = [
@@ -120,8 +129,13 @@ class ShardFolder:
         return self.path(index).with_suffix(".json")
 
     def inputs(self, index: int) -> list[Input]:
-        """The inputs of a shard."""
-        return read_division(self.folder / INPUTS, index, self.count)
+        """The inputs of a shard. Raises `UserError` if their list is damaged."""
+        column = self.run.get("image_column", "image")
+        return read_division(self.folder / INPUTS, index, self.count, self.listed(index), column)
+
+    def listed(self, index: int) -> list[int]:
+        """The numbers of images and of files with many in the list of a shard."""
+        return self.run["counts"]["of_shards"][index]
 
     def facts(self, index: int) -> dict[str, Any]:
         """What a manifest says of the run."""

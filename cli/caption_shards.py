@@ -93,6 +93,7 @@ def _caption(arguments: argparse.Namespace) -> int:
         "fingerprint": fingerprint,
         "settings": settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded(),
         "inputs": [os.path.abspath(path) for path in arguments.paths],
+        "image_column": arguments.image_column or "image",
     }
     shards = ShardFolder.begin(folder, arguments.paths, run)
     own = _own_shards(arguments)

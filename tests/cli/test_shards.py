@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from vlv.captioning.batches import read_rows
 from vlv.captioning.division import divide, read_division
+from vlv.captioning.output import Summary
 from vlv.captioning.shards import ShardFolder
 from vlv.cli.main import main
 from vlv.cli.parsers.shards import distribution
@@ -128,8 +130,8 @@ def test_a_folder_is_divided_by_names_alone(folder, tmp_path):
     for number, place in enumerate((folder, moved)):
         lists = tmp_path / f"lists-{number}"
         lists.mkdir()
-        divide([str(place)], 4, lists)
-        names.append([[item.name for item in read_division(lists, index, 4)] for index in range(4)])
+        of_shards = divide([str(place)], 4, lists)["of_shards"]
+        names.append([[item.name for item in read_division(lists, i, 4, of_shards[i])] for i in range(4)])
     assert names[0] == names[1]
     assert sorted(chain.from_iterable(names[0])) == sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*.png")
@@ -167,9 +169,60 @@ def test_rows_of_parquet_and_list_files_are_inputs(folder, tmp_path):
     lists.mkdir()
     counts = divide([str(tmp_path / "some.parquet"), str(tmp_path / "list.jsonl")], 2, lists)
     assert counts["files"] == 2 and counts["images"] == 0
-    contents = [[item.open().image for item in read_division(lists, index, 2)] for index in range(2)]
+    assert counts["of_shards"] == [[0, 1], [0, 1]]
+    contents = [[item.open().image for item in read_division(lists, index, 2, [0, 1])] for index in range(2)]
     assert contents[0] == [path.read_bytes() for path in files[:2]]
     assert [Path(path) for path in contents[1]] == files[2:4]
+
+
+def test_a_list_that_is_not_the_one_of_the_run_is_refused(folder, tmp_path, capsys):
+    shards = begin(tmp_path / "out", [folder], 2)
+    path = shards.folder / shards.facts(0)["inputs"]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[1:]))
+    with pytest.raises(UserError, match=f"lists {len(lines) - 1} images and 0 files, and run.json says {len(lines)}"):
+        shards.inputs(0)
+    path.unlink()
+    with pytest.raises(UserError, match="damaged or missing"):
+        shards.inputs(0)
+    with shards.claim(0) as writer:
+        writer.finish({"counts": {"captioned": 0, "failed": 0}})
+    write_shard(shards, 1)
+    assert merge(shards.folder, tmp_path / "merged.json") == 2
+    assert f"has 0 images, and its list {len(lines)}" in capsys.readouterr().err
+
+
+def test_a_folder_with_images_beside_a_tar_file_is_refused(folder, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    parquet.write_table(pyarrow.table({"key": ["0"], "url": ["http://localhost/0.png"]}), mixed / "0.parquet")
+    assert begin(tmp_path / "out", [mixed], 2).run["counts"]["images"] == 12  # the table only describes images
+    tarfile.open(mixed / "0.tar", "w").close()
+    with pytest.raises(UserError, match=r"holds both 0\.tar and single images such as 0\.png"):
+        begin(tmp_path / "mixed-out", [mixed], 2)
+
+
+def test_a_file_that_cannot_be_read_is_one_bad_input(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_text("damaged")
+    with tarfile.open(tmp_path / "in" / "1.tar", "w") as tar:
+        tar.add(folder / "0.png", arcname="0.png")
+    inputs = begin(tmp_path / "out", [tmp_path / "in"], 1).inputs(0)
+    assert [item.name for item in inputs] == ["0.tar", "1.tar/0.png"]
+    assert "cannot be read" in inputs[0].problem and inputs[1].problem is None
+
+
+def test_an_image_that_changes_after_the_division_is_named(folder, tmp_path, image_processor):
+    copy = shutil.copytree(folder, tmp_path / "in")
+    shards = begin(tmp_path / "out", [copy], 1)
+    (copy / "0.png").write_bytes((copy / "2.png").read_bytes())
+    (copy / "2.png").unlink()
+    summary = Summary(12)
+    rows = list(read_rows(shards.inputs(0), image_processor, summary))
+    assert len(rows) == 9 and sorted(summary.failed) == ["0.png", "2.png", "sub/damaged.png"]
+    assert "has changed since" in summary.failed["0.png"]
 
 
 @pytest.mark.parametrize(
