@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlv.errors import UserError
-from vlv.files import read_json, to_json, write_atomically
+from vlv.files import to_json, write_atomically
 
 from .shards import ShardFolder
 
@@ -56,15 +56,15 @@ def _rows(shards: ShardFolder, counts: dict[str, int]) -> Iterator[dict[str, Any
     """The lines of all shards; counts them. Raises `UserError` if a shard has others than its manifest says."""
     for index in range(shards.count):
         path, found = shards.path(index), {"captioned": 0, "failed": 0}
+        expected = shards.counts(index)
         try:
-            expected = read_json(shards.manifest_path(index), "counts")["counts"]
             with open(path, encoding="utf-8", newline="\n") as file:
                 for line in file:
                     row = json.loads(line)
                     found["failed" if "error" in row else "captioned"] += 1
                     yield row
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged, or lacks its manifest ({error}); remove it, and run again") from error
+            raise UserError(f"{path} is damaged ({error}); remove it, and run again") from error
         if found != expected:
             raise UserError(f"{path} has {found}, and its manifest says {expected}; remove it, and run again")
         images, files = shards.listed(index)

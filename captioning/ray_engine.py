@@ -24,8 +24,9 @@ def caption_by_ray(
     """Captions shards; yields the counts of each when it is done.
 
     Args:
+        job: Its `device` is `cpu`, `cuda`, or empty for GPUs if the cluster has any.
         wanted: Numbers of shards.
-        actors: Models in the cluster; by default one for each GPU or, without GPUs, one for each core.
+        actors: Models in the cluster, at most and by default one for each GPU or, without GPUs, one for each core.
         address: Of a running cluster, which sees the same folders; by default one is started on this machine.
 
     Raises:
@@ -43,8 +44,16 @@ def caption_by_ray(
     try:
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
-        count = min(actors or gpus or int(resources.get("CPU", 1)), len(wanted))
+        if job.device == "cpu":
+            gpus = 0
+        elif job.device == "cuda" and not gpus:
+            raise UserError("--device cuda: the cluster of Ray has no GPU; leave it out, or give cpu")
         device = "cuda" if gpus else "cpu"
+        most = gpus or max(1, int(resources.get("CPU", 1)))  # an actor beyond would wait for another to end
+        count = min(actors or most, most, len(wanted))
+        if actors is not None and actors > most:
+            what = "GPUs" if gpus else "cores"
+            print(f"note: --ray-actors {actors}: the cluster has {most} {what}, and one for each actor is needed")
         options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": -1, "max_task_retries": TRIES - 1}
         actor = ray.remote(**options)(ShardActor)
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

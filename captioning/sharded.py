@@ -91,15 +91,19 @@ class ShardCaptioner:
                     summary.advance(len(batch.inputs))
             writer.add([{"name": name, "error": reason} for name, reason in summary.failed.items()])
             counts = {"captioned": summary.done, "failed": len(summary.failed)}
+            notes = self.job.editor.notes()
+            self.job.editor.counts.clear()
             writer.finish(
                 {
                     **shards.facts(index),
                     "counts": counts,
+                    "notes": notes,
                     "seconds": round(time.perf_counter() - since, 3),
                     "device": str(self.captioner.model.device),
                     "versions": {name: version(name) for name in PACKAGES},
                 }
             )
+        summary.say(*notes)
         summary.close("captioned", str(shards.path(index)))
         return counts
 

@@ -54,6 +54,11 @@ class ShardFolder:
             raise UserError(str(error)) from error
         return cls(folder, run)
 
+    @staticmethod
+    def is_begun(folder: Path) -> bool:
+        """Whether a folder holds a run."""
+        return (folder / RUN_FILE).exists()
+
     @classmethod
     def begin(cls, folder: Path, paths: Sequence[str], run: Mapping[str, Any]) -> "ShardFolder":
         """Opens a folder, and divides the inputs if no process has done so.
@@ -145,6 +150,18 @@ class ShardFolder:
 
     def is_done(self, index: int) -> bool:
         return self.path(index).exists()
+
+    def counts(self, index: int) -> dict[str, int]:
+        """The numbers of images of a shard that are `captioned` and `failed`, as its manifest says.
+
+        Raises:
+            UserError: If the manifest is damaged or missing.
+        """
+        try:
+            return read_json(self.manifest_path(index), "counts")["counts"]
+        except (OSError, ValueError) as error:
+            path = self.path(index)
+            raise UserError(f"{path} lacks its manifest ({error}); remove it, and run again") from error
 
     def missing(self) -> list[int]:
         """The shards that are not done."""

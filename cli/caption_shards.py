@@ -4,16 +4,16 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
 from vlv import VLVConfig, hub
-from vlv.captioning.captioner import CaptionSettings
+from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.merging import SUFFIXES, merge
 from vlv.captioning.output import refuse_existing, require_writable
-from vlv.captioning.sharded import ShardJob
+from vlv.captioning.sharded import ShardCaptioner, ShardJob, load_captioner
 from vlv.captioning.shards import ShardFolder
 from vlv.captioning.sources import STDIN, is_glob, is_url
 from vlv.captioning.texts import instruction_of_length, prompt_fields
@@ -22,12 +22,21 @@ from vlv.errors import UserError
 from .caption_io import open_editor
 from .choosing import complete_choice_arguments, recorded_choice, uses_scores
 from .models import choose_device, choose_model, loading
+from .parsers.caption import add_parser
 from .parsers.shards import ONLY_WITH_SHARDS, distribution
 
 ENCODER_BATCH_SIZE = 8
 DEFAULT_OUTPUT = "captions.json"
 SHARDS_OF_A_WRITER = 50
-NOT_WITH_SHARDS = ("dataset", "sidecar", "metadata", "dry_run")
+OF_SHARDS = {
+    *("paths", "shards", "shard_index", "output_dir", "engine", "ray_actors", "ray_address", "restart_every"),
+    *("image_column", "prompt", "length", "prefix", "suffix", "trigger_word", "trim", "loop_guard", "batch_size"),
+    *("encoder_batch_size", "max_new_tokens", "num_beams", "as_original", "num_captions", "temperature", "seed"),
+    *("embeddings_cache", "num_workers", "model", "revision", "device", "dtype"),
+}
+"""Options that `--shards` uses."""
+OF_MERGE = {"merge", "output", "overwrite"}
+"""Options that `--merge` uses."""
 
 
 def is_wanted(arguments: argparse.Namespace) -> bool:
@@ -49,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    if arguments.paths or arguments.shards is not None or arguments.output_dir is not None:
-        raise UserError("--merge DIR reads shards that are done; leave out image paths, --shards and --output-dir")
+    if others := _given(arguments) - OF_MERGE:
+        raise UserError(f"--merge DIR reads shards that are done; leave out {_named(others)}")
     output = Path(arguments.output or DEFAULT_OUTPUT)
     if output.suffix.lower() not in SUFFIXES:
         raise UserError(f"--output {output} must end in {', '.join(SUFFIXES)}")
@@ -79,7 +88,7 @@ def _caption(arguments: argparse.Namespace) -> int:
     job = ShardJob(
         model=str(model),
         dtype=arguments.dtype,
-        device=_device(arguments),
+        device=arguments.device or "" if arguments.engine == "ray" else _device(arguments),
         settings=settings,
         editor=editor,
         batch_size=arguments.batch_size,
@@ -95,19 +104,39 @@ def _caption(arguments: argparse.Namespace) -> int:
         "inputs": [os.path.abspath(path) for path in arguments.paths],
         "image_column": arguments.image_column or "image",
     }
+    captioner = None
+    if settings.prompt and not ShardFolder.is_begun(folder):
+        captioner = _checked_captioner(arguments, job, source)
     shards = ShardFolder.begin(folder, arguments.paths, run)
-    own = _own_shards(arguments)
+    own = own_shards(arguments)
     wanted = [index for index in own if not shards.is_done(index)]
     if len(own) > len(wanted):
         print(f"{len(own) - len(wanted)} of {len(own)} shards are done", file=sys.stderr)
-    failed = False
-    for counts in _run(arguments, job, shards, wanted, source):
-        failed |= counts is not None and counts["failed"] > 0
+    for _ in _run(arguments, job, shards, wanted, source, captioner):
+        pass
     if left := [index for index in own if not shards.is_done(index)]:
         print(f"{len(left)} shards are left out, since other processes write them", file=sys.stderr)
     if not shards.missing():
         print(f"all {shards.count} shards are done; next: vlv caption --merge {folder} --output FILE", file=sys.stderr)
-    return int(failed)
+    return int(any(shards.counts(index)["failed"] for index in own if shards.is_done(index)))
+
+
+def _checked_captioner(arguments: argparse.Namespace, job: ShardJob, source: str) -> Captioner | None:
+    """Loads the model and checks that it can read `--prompt`, before the inputs are listed.
+
+    Returns:
+        The model, if this process captions.
+
+    Raises:
+        UserError: If the prompt is too long.
+    """
+    from .caption import check_prompt  # it imports this module
+
+    here = arguments.engine in (None, "local")
+    with loading(source):
+        captioner = load_captioner(job if here else replace(job, device="cpu"))
+    check_prompt(arguments.prompt, source, captioner.model, captioner.processor)
+    return captioner if here else None
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -121,18 +150,19 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--shards needs --output-dir DIR, the folder of the shards")
     if arguments.output not in (None, DEFAULT_OUTPUT):
         raise UserError("--shards writes into --output-dir; give --output with --merge, when all shards are done")
-    for name in NOT_WITH_SHARDS:
-        if getattr(arguments, name):
-            raise UserError(f"--{name.replace('_', '-')} is not possible with --shards; leave it out")
     if prompt_fields(arguments.prompt):
         raise UserError("--prompt with fields such as {name} is not possible with --shards; leave them out")
     if arguments.overwrite:
         raise UserError("--shards replaces no shards; remove those to be made again, or pass another --output-dir")
     if uses_scores(arguments):
         raise UserError("--shards writes captions without scores; merge them, and score the file with `vlv score`")
+    if others := _given(arguments) - OF_SHARDS - {"output"}:
+        raise UserError(f"{_named(others)} cannot be used with --shards; leave out what is not of shards")
     for name, engine in (("ray_actors", "ray"), ("ray_address", "ray"), ("restart_every", "vllm")):
         if getattr(arguments, name) is not None and arguments.engine != engine:
             raise UserError(f"--{name.replace('_', '-')} needs --engine {engine}")
+    if arguments.engine == "ray" and arguments.device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {arguments.device}: Ray chooses the GPU of each actor; give cpu or cuda")
     if arguments.engine == "vllm" and (arguments.num_captions > 1 or arguments.num_beams > 1 or arguments.as_original):
         raise UserError(
             "--engine vllm writes one greedy caption; leave out --num-captions, --num-beams, --as-original"
@@ -141,17 +171,30 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--shard-index is {arguments.shard_index}; expected 0 to {arguments.shards - 1}")
 
 
-def _own_shards(arguments: argparse.Namespace) -> list[int]:
-    """The shards that this process does."""
+def _given(arguments: argparse.Namespace) -> set[str]:
+    """The options of a command line that have other values than by default."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    defaults = vars(parser.parse_args(["caption"]))
+    return {name for name, default in defaults.items() if getattr(arguments, name) != default}
+
+
+def _named(options: set[str]) -> str:
+    names = ["image paths" if name == "paths" else f"--{name.replace('_', '-')}" for name in sorted(options)]
+    return ", ".join(names)
+
+
+def own_shards(arguments: argparse.Namespace) -> list[int]:
+    """The shards that this process does, in order: its share, and for a task of an array those of the others."""
+    count = arguments.shards
     if arguments.shard_index is not None:
         return [arguments.shard_index]
     place = distribution()
-    if not isinstance(place, int):
-        rank, processes = place
-        return [*range(rank, arguments.shards, processes)]
-    if place >= arguments.shards:
-        raise UserError(f"SLURM_ARRAY_TASK_ID is {place}, and there are {arguments.shards} shards, from 0")
-    return [place]
+    share = [*range(place.rank, count, place.processes or count)]
+    if not place.takes_others:
+        return share
+    start = place.rank * count // (place.processes or count)  # tasks begin at different shards of the others
+    return list(dict.fromkeys([*share, *((start + number) % count for number in range(count))]))
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -163,7 +206,12 @@ def _device(arguments: argparse.Namespace) -> str:
 
 
 def _run(
-    arguments: argparse.Namespace, job: ShardJob, shards: ShardFolder, wanted: list[int], source: str
+    arguments: argparse.Namespace,
+    job: ShardJob,
+    shards: ShardFolder,
+    wanted: list[int],
+    source: str,
+    captioner: Captioner | None,
 ) -> Iterator[dict[str, int] | None]:
     """The counts of each wanted shard when it is done; None for one that another process writes."""
     if not wanted:
@@ -178,5 +226,5 @@ def _run(
         yield from caption_by_vllm(job, shards, wanted, arguments.restart_every or SHARDS_OF_A_WRITER)
     else:
         with loading(source):
-            captioner = job.load()
-        yield from (captioner.caption(shards, index) for index in wanted)
+            writer = ShardCaptioner(job, captioner)
+        yield from (writer.caption(shards, index) for index in wanted)

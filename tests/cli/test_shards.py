@@ -1,5 +1,6 @@
 """`vlv caption --shards`: each shard is complete or absent, and `--merge` has each image once."""
 
+import argparse
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from vlv.captioning.batches import read_rows
 from vlv.captioning.division import divide, read_division
 from vlv.captioning.output import Summary
 from vlv.captioning.shards import ShardFolder
+from vlv.cli.caption_shards import own_shards
 from vlv.cli.main import main
 from vlv.cli.parsers.shards import distribution
 from vlv.errors import UserError
@@ -60,6 +62,14 @@ def finished(tmp_path_factory, folder, model_folder) -> Path:
     return output
 
 
+def set_launcher(monkeypatch, variables) -> None:
+    """Sets the variables of a launcher, and no others."""
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def merge(folder: Path, output: Path, *arguments) -> int:
     return main(["caption", "--merge", str(folder), "--output", str(output), *arguments])
 
@@ -96,6 +106,8 @@ def test_a_manifest_says_how_a_shard_was_made(finished):
 def test_shards_that_are_done_are_left_alone(finished, folder, model_folder, tmp_path, capsys):
     output = shutil.copytree(finished, tmp_path / "again")
     before = {path: path.stat().st_mtime_ns for path in output.glob("shard-*")}
+    again = (folder, "--shards", 3, "--output-dir", output)
+    assert caption(model_folder, *again) == 1  # an image of a shard that is done has failed
     (output / "shard-00001-of-00003.jsonl").unlink()
     caption(model_folder, folder, "--shards", 3, "--output-dir", output, "--num-workers", 1)
     assert "2 of 3 shards are done" in capsys.readouterr().err
@@ -228,27 +240,51 @@ def test_an_image_that_changes_after_the_division_is_named(folder, tmp_path, ima
 @pytest.mark.parametrize(
     ("variables", "place"),
     [
-        ({}, (0, 1)),
-        ({"RANK": 3, "WORLD_SIZE": 4, "SLURM_ARRAY_TASK_ID": 9}, (3, 4)),
-        ({"SLURM_ARRAY_TASK_ID": 5, "SLURM_ARRAY_TASK_COUNT": 8, "SLURM_ARRAY_TASK_MIN": 1}, (4, 8)),
+        ({}, (0, 1, False)),
+        ({"RANK": 3, "WORLD_SIZE": 4, "SLURM_ARRAY_TASK_ID": 9}, (3, 4, False)),
+        ({"SLURM_ARRAY_TASK_ID": 5, "SLURM_ARRAY_TASK_COUNT": 8, "SLURM_ARRAY_TASK_MIN": 1}, (4, 8, True)),
         (
             {"SLURM_ARRAY_TASK_ID": 4, "SLURM_ARRAY_TASK_COUNT": 3, "SLURM_ARRAY_TASK_STEP": 2}
             | {"SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_MAX": 4},
-            (2, 3),
+            (2, 3, True),
         ),
         (
             {"SLURM_ARRAY_TASK_ID": 7, "SLURM_ARRAY_TASK_COUNT": 2}
             | {"SLURM_ARRAY_TASK_MIN": 3, "SLURM_ARRAY_TASK_MAX": 7},
-            7,
+            (7, None, True),
         ),
     ],
 )
 def test_launchers_give_a_process_its_shards(monkeypatch, variables, place):
-    for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
+    set_launcher(monkeypatch, variables)
     assert distribution() == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is ''; expected a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be smaller"),
+        ({"SLURM_ARRAY_TASK_ID": "a"}, "SLURM_ARRAY_TASK_ID is 'a'"),
+    ],
+)
+def test_variables_that_are_not_of_a_launcher_are_named(monkeypatch, variables, message):
+    set_launcher(monkeypatch, variables)
+    with pytest.raises(UserError, match=message):
+        distribution()
+
+
+@pytest.mark.parametrize("tasks", [[0], [3, 5], [2, 9]])
+def test_any_array_does_all_shards(monkeypatch, tasks):
+    """Each task begins with its share, and goes on with the others."""
+    own = []
+    for task in tasks:
+        variables = {"ID": task, "COUNT": len(tasks), "MIN": tasks[0], "MAX": tasks[-1]}
+        set_launcher(monkeypatch, {f"SLURM_ARRAY_TASK_{name}": value for name, value in variables.items()})
+        own.append(own_shards(argparse.Namespace(shards=6, shard_index=None)))
+    assert all(sorted(order) == [*range(6)] for order in own)
+    assert len({order[0] for order in own}) == len(tasks)
 
 
 @pytest.mark.slow
@@ -321,12 +357,26 @@ def test_a_shard_that_cannot_be_written_is_absent(folder, tmp_path, small_disk):
         (["--shards", "2", "--output-dir", "{out}", "--overwrite"], "--shards replaces no shards"),
         (["--shards", "2", "--output-dir", "{out}", "--confidence"], "score the file with `vlv score`"),
         (["--merge", "{out}"], "leave out image paths"),
+        (["--merge", "{out}", "--model", "x", "--trim"], "leave out --model, image paths, --trim"),
+        (["--shards", "2", "--output-dir", "{out}", "--resume"], "--resume cannot be used with --shards"),
+        (
+            ["--shards", "2", "--output-dir", "{out}", "--url-timeout", "3", "--sidecar", "txt"],
+            "--sidecar, --url-timeout cannot be used with --shards",
+        ),
+        (["--shards", "2", "--output-dir", "{out}", "--engine", "ray", "--device", "cuda:1"], "give cpu or cuda"),
     ],
 )
 def test_options_that_do_not_fit_are_named(folder, tmp_path, arguments, message, capsys):
     given = [argument.format(out=tmp_path / "out") for argument in arguments]
     assert main(["caption", str(folder), *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_named_before_the_inputs_are_listed(folder, model_folder, tmp_path, capsys):
+    arguments = (folder, "--shards", 2, "--output-dir", tmp_path / "out", "--prompt", "small " * 5000)
+    assert caption(model_folder, *arguments) == 2
+    assert "--prompt: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
