@@ -9,7 +9,7 @@ import json
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -242,6 +242,17 @@ def _read_list(path: Path, expected: Sequence[int]) -> list[Line]:
             f"{expected[1]}; {ANEW}"
         )
     return lines
+
+
+def owner(folder: Path, index: int, count: int, expected: Sequence[int]) -> Callable[[str], bool]:
+    """A function that says of a name whether its image belongs to a shard. No two shards have an image.
+
+    Args:
+        expected: As of `read_division`, whose errors it raises.
+    """
+    lines = _read_list(list_path(folder, index, count), expected) if expected[1] else []
+    files = tuple(line["prefix"] for line in lines if "rows" in line)
+    return lambda name: f"{name}/".startswith(files) or _hash(name) % count == index
 
 
 def unchanged_file(path: str, size: int, mtime_ns: int) -> str:

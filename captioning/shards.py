@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, read_json, set_default_permissions, to_json, write_json
 
-from .division import divide, list_path, read_division, shard_name, sync_file
+from .division import divide, list_path, owner, read_division, shard_name, sync_file
 from .inputs import Input
 
 try:
@@ -137,6 +137,10 @@ class ShardFolder:
         """The inputs of a shard. Raises `UserError` if their list is damaged."""
         column = self.run.get("image_column", "image")
         return read_division(self.folder / INPUTS, index, self.count, self.listed(index), column)
+
+    def owner(self, index: int) -> Callable[[str], bool]:
+        """A function that says of a name whether its image belongs to a shard. Raises as `inputs`."""
+        return owner(self.folder / INPUTS, index, self.count, self.listed(index))
 
     def listed(self, index: int) -> list[int]:
         """The numbers of images and of files with many in the list of a shard."""

@@ -11,7 +11,8 @@ import torch
 
 from vlv import VLVConfig, hub
 from vlv.captioning.captioner import Captioner, CaptionSettings
-from vlv.captioning.merging import SUFFIXES, merge
+from vlv.captioning.formats import SUFFIXES
+from vlv.captioning.merging import merge
 from vlv.captioning.output import refuse_existing, require_writable
 from vlv.captioning.sharded import ShardCaptioner, ShardJob, load_captioner
 from vlv.captioning.shards import ShardFolder

@@ -1,6 +1,7 @@
 """`vlv caption --shards`: each shard is complete or absent, and `--merge` has each image once."""
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from vlv.captioning.batches import read_rows
 from vlv.captioning.division import divide, read_division
+from vlv.captioning.formats import SUFFIXES
 from vlv.captioning.output import Summary
 from vlv.captioning.shards import ShardFolder
 from vlv.cli.caption_shards import own_shards
@@ -91,6 +93,31 @@ def test_merged_rows_have_captions_or_errors(finished, tmp_path):
     assert [row["name"] for row in rows if "error" in row] == ["sub/damaged.png"]
     table = parquet.read_table(tmp_path / "merged.parquet").to_pylist()
     assert table == [{"caption": None, "error": None, **row} for row in rows]
+    assert merge(finished, tmp_path / "merged.csv") == 1
+    with open(tmp_path / "merged.csv", newline="") as file:
+        assert [*csv.DictReader(file)] == [{"caption": "", "error": "", **row} for row in rows]
+
+
+def test_names_that_are_not_utf_8_are_merged_into_any_format(folder, tmp_path):
+    from pyarrow import parquet
+
+    (tmp_path / "in").mkdir()
+    shutil.copy(folder / "0.png", os.fsencode(tmp_path / "in") + b"/a\xff.png")
+    shards = begin(tmp_path / "out", [tmp_path / "in"], 1)
+    write_shard(shards, 0)
+    for suffix in SUFFIXES:
+        assert merge(shards.folder, tmp_path / f"merged{suffix}") == 0
+    assert parquet.read_table(tmp_path / "merged.parquet").to_pylist()[0]["name"] == "a\\udcff.png"
+    assert b"a\xff.png" in (tmp_path / "merged.csv").read_bytes()
+
+
+def test_merging_onto_a_full_disk_leaves_no_file(folder, tmp_path, small_disk, capsys):
+    shards = begin(tmp_path / "out", [folder], 1)
+    write_shard(shards, 0, [{"name": item.name, "caption": "a" * 500_000} for item in shards.inputs(0)])
+    for suffix in (".json", ".csv"):
+        assert merge(shards.folder, small_disk / f"merged{suffix}") == 2
+        assert "No space left" in capsys.readouterr().err
+        assert not list(small_disk.iterdir())
 
 
 def test_a_manifest_says_how_a_shard_was_made(finished):
@@ -327,7 +354,11 @@ def test_equal_names_and_lost_lines_are_not_merged(folder, tmp_path, capsys):
     write_shard(shards, 0)
     write_shard(shards, 1, [{"name": shards.inputs(0)[0].name, "caption": "b"}])
     assert merge(shards.folder, tmp_path / "merged.json") == 2
-    assert f"two images are called {shards.inputs(0)[0].name}" in capsys.readouterr().err
+    assert f"has {shards.inputs(0)[0].name}, which belongs to another shard" in capsys.readouterr().err
+    shards.path(1).unlink()
+    write_shard(shards, 1, [{"name": shards.inputs(1)[0].name, "caption": "b"}] * 2)
+    assert merge(shards.folder, tmp_path / "merged.json") == 2
+    assert f"has {shards.inputs(1)[0].name}, twice" in capsys.readouterr().err
     lines = shards.path(0).read_bytes().splitlines(keepends=True)
     shards.path(0).write_bytes(b"".join(lines[:-1]))
     assert merge(shards.folder, tmp_path / "merged.json") == 2
