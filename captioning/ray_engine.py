@@ -5,6 +5,7 @@ gives it the shard once more: it is absent until it is complete, so that nothing
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -53,13 +54,19 @@ def caption_by_ray(
         count = min(actors or most, most, len(wanted))
         if actors is not None and actors > most:
             what = "GPUs" if gpus else "cores"
-            print(f"note: --ray-actors {actors}: the cluster has {most} {what}, and one for each actor is needed")
+            print(f"note: --ray-actors {actors}: the cluster has {most} {what}, one for each actor", file=sys.stderr)
         options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "max_restarts": -1, "max_task_retries": TRIES - 1}
         actor = ray.remote(**options)(ShardActor)
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         environment = {"env_vars": {} if gpus else threads}
-        job = replace(job, device=device)
-        pool = [actor.options(runtime_env=environment).remote(job, shards.folder) for _ in range(count)]
+        job = replace(
+            job,
+            device=device,
+            model=os.path.abspath(job.model) if os.path.isdir(job.model) else job.model,
+            embeddings_cache=job.embeddings_cache and os.path.abspath(job.embeddings_cache),
+        )
+        folder = shards.folder.absolute()  # an actor has a working folder of its own
+        pool = [actor.options(runtime_env=environment).remote(job, folder) for _ in range(count)]
         yield from _map(ray, pool, list(wanted))
     finally:
         if started:
@@ -73,6 +80,9 @@ class ShardActor:
         self._job, self._shards = job, ShardFolder.open_existing(folder)
         self._captioner: ShardCaptioner | None = None
 
+    def start(self) -> None:
+        """Answers when the actor has a place in the cluster."""
+
     def caption(self, index: int) -> dict[str, int] | None:
         if self._captioner is None:
             self._captioner = self._job.load()
@@ -80,25 +90,25 @@ class ShardActor:
 
 
 def _map(ray: Any, pool: list[Any], wanted: list[int]) -> Iterator[dict[str, int] | None]:
-    """Gives each actor a shard, and the next one when it is done."""
-    running = {}
+    """Gives each actor that has started a shard, and the next one when it is done."""
+    running: dict[Any, tuple[Any, int | None]] = {actor.start.remote(): (actor, None) for actor in pool}
     wanted.reverse()
-    for actor in pool:
-        index = wanted.pop()
-        running[actor.caption.remote(index)] = (actor, index)
-    while running:
+    while wanted or any(index is not None for _, index in running.values()):
         (done, *_), _ = ray.wait(list(running))
         actor, index = running.pop(done)
         try:
             counts = ray.get(done)
         except ray.exceptions.RayActorError as error:
+            if index is None:
+                raise UserError(f"an actor of Ray could not start: {error}") from error
             raise UserError(
                 f"shard {index} ended {TRIES} processes of Ray ({error}); caption it alone with --shard-index {index}"
             ) from error
         if wanted:
-            index = wanted.pop()
-            running[actor.caption.remote(index)] = (actor, index)
-        yield counts
+            following = wanted.pop()
+            running[actor.caption.remote(following)] = (actor, following)
+        if index is not None:
+            yield counts
 
 
 def _import_ray() -> Any:
