@@ -34,7 +34,7 @@ def caption_by_ray(
         ImportError: If Ray is not installed.
         UserError: If Ray does not start, or a shard has ended `TRIES` processes.
     """
-    ray = _import_ray()
+    ray = import_ray()
     started = not ray.is_initialized()
     if started:
         local: dict[str, Any] = {"num_cpus": actors, "include_dashboard": False} if address is None else {}
@@ -111,7 +111,8 @@ def _map(ray: Any, pool: list[Any], wanted: list[int]) -> Iterator[dict[str, int
             yield counts
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """The module. Raises `ImportError` with a remedy if it is not installed."""
     try:
         import ray
     except ImportError as error:

@@ -125,6 +125,26 @@ class ShardFolder:
                 "--output-dir"
             )
 
+    def make_folder(self, name: str, write: Callable[[Path], object]) -> Path:
+        """A folder beside the shards that all processes read; complete or absent.
+
+        Args:
+            write: Writes it under the name that it gets, if no process has done so.
+        """
+        path, start = self.folder / name, f"{UNFINISHED}-{name}-"
+        with _locked(self.folder / f".{name}.lock", wait=True, remove=True):
+            if path.exists():
+                return path
+            _remove_unfinished(self.folder, start)
+            temporary = self.folder / f"{start}{_process()}"
+            try:
+                write(temporary)
+                temporary.rename(path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        return path
+
     def path(self, index: int) -> Path:
         """The file with the captions of a shard."""
         return self.folder / f"{shard_name(index, self.count)}.jsonl"
@@ -286,6 +306,8 @@ def _locked(path: Path, *, wait: bool = False, remove: bool = False) -> Iterator
             return
         except OSError:  # a file system without locks
             pass
-        yield True
-        if remove:
-            path.unlink(missing_ok=True)
+        try:
+            yield True
+        finally:
+            if remove:
+                path.unlink(missing_ok=True)

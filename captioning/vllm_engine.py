@@ -7,6 +7,7 @@ penalties with prompts of several lengths. It keeps prompts in memory, so that a
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,20 @@ def require_vllm() -> None:
         raise ImportError("--engine vllm needs vLLM (pip install vllm), which needs a GPU") from error
 
 
+def recorded_engine() -> dict[str, str]:
+    """What a run records of the engine, so that captions of two engines are not mixed. Raises as `require_vllm`."""
+    require_vllm()
+    return {"engine": "vllm", "vllm": version("vllm")}
+
+
 def _caption_group(job: ShardJob, folder: Path, group: Sequence[int], results: Connection) -> None:
     shards = ShardFolder.open_existing(folder)
-    captioner = ShardCaptioner(job, start_vllm(load_captioner(job), job.dtype, folder / LANGUAGE_MODEL))
+    captioner = load_captioner(job)
+    model, processor = captioner.model, captioner.processor
+    exported = shards.make_folder(LANGUAGE_MODEL, lambda path: hub.export_language_model(path, model, processor))
+    writer = ShardCaptioner(job, start_vllm(captioner, job.dtype, exported))
     for index in group:
-        results.send(captioner.caption(shards, index))
+        results.send(writer.caption(shards, index))
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,10 @@ class VllmCaptioner(Captioner):
 
 
 def start_vllm(captioner: Captioner, dtype: str, folder: Path) -> VllmCaptioner:
-    """Writes the language model of a captioner into a folder, and starts vLLM with it."""
+    """Starts vLLM with the language model of a captioner, which `hub.export_language_model` has written."""
     from vllm import LLM, SamplingParams
 
     model, processor, settings = captioner.model, captioner.processor, captioner.settings
-    if not (folder / "tokenizer_config.json").exists():  # which is written last
-        hub.export_language_model(folder, model, processor)
     llm = LLM(model=str(folder), dtype=dtype, enable_prompt_embeds=True, gpu_memory_utilization=MEMORY)
     sampling = SamplingParams(temperature=0.0, max_tokens=settings.max_new_tokens)
     return VllmCaptioner(model, processor, settings, llm=llm, sampling=sampling)

@@ -75,6 +75,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _caption(arguments: argparse.Namespace) -> int:
     _check(arguments)
     complete_choice_arguments(arguments)
+    engine = _engine(arguments)
     folder = Path(arguments.output_dir)
     require_writable(folder, "--output-dir", arguments.output_dir)
     source = choose_model(arguments)
@@ -101,7 +102,11 @@ def _caption(arguments: argparse.Namespace) -> int:
         "shards": arguments.shards,
         "model": source,
         "fingerprint": fingerprint,
-        "settings": settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded(),
+        "settings": settings.recorded()
+        | {"dtype": arguments.dtype}
+        | recorded_choice(arguments)
+        | editor.recorded()
+        | engine,
         "inputs": [os.path.abspath(path) for path in arguments.paths],
         "image_column": arguments.image_column or "image",
     }
@@ -196,6 +201,23 @@ def own_shards(arguments: argparse.Namespace) -> list[int]:
         return share
     start = place.rank * count // (place.processes or count)  # tasks begin at different shards of the others
     return list(dict.fromkeys([*share, *((start + number) % count for number in range(count))]))
+
+
+def _engine(arguments: argparse.Namespace) -> dict[str, str]:
+    """What is recorded of the engine: of those that write the captions of `generate`, nothing.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    if arguments.engine == "ray":
+        from vlv.captioning.ray_engine import import_ray
+
+        import_ray()
+    elif arguments.engine == "vllm":
+        from vlv.captioning.vllm_engine import recorded_engine
+
+        return recorded_engine()
+    return {}
 
 
 def _device(arguments: argparse.Namespace) -> str:

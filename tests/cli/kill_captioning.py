@@ -3,7 +3,8 @@
     python -m tests.cli.kill_captioning --times 20
 
 Every other run reads images in a process of its own, which is killed with it. Prints a line for each kill and a
-summary; the exit code is 1 if a caption was lost, doubled or changed, or a file is incomplete.
+summary; the exit code is 1 if a caption was lost, doubled or changed, a file is incomplete or left over, or no kill
+came while a shard was written.
 """
 
 import argparse
@@ -113,6 +114,9 @@ def kill_and_go_on(folder: Path, times: int, seed: int, model: str | None = None
         print(f"kill {number + 1}: {where}, {len(done)} of {count} shards done", flush=True)
     finish(start(arguments(images, output, count, model), log), log)
     problems += compare(output, whole, images)
+    problems += [f"{path.name} is left over" for path in output.glob(".unfinished*")]
+    if times and not hits:
+        problems.append("no kill came while a shard was written")
     print(
         f"{times} kills, {hits} of them while a shard was written; {count} shards with {len(list(images.iterdir()))} "
         "images compared with an unbroken run: "

@@ -82,7 +82,8 @@ def test_merged_shards_are_the_captions_of_one_run(finished, folder, model_folde
     assert merge(finished, tmp_path / "merged.json") == 1
     assert "merged 11, failed 1" in capsys.readouterr().err
     assert json.loads((tmp_path / "merged.json").read_text()) == json.loads((tmp_path / "alone.json").read_text())
-    assert [len(data.splitlines()) for data in shards_in(finished).values()] != [12, 0, 0]
+    lines = [len(data.splitlines()) for data in shards_in(finished).values()]
+    assert sum(lines) == 12 and max(lines) < 12
 
 
 def test_merged_rows_have_captions_or_errors(finished, tmp_path):
@@ -177,6 +178,7 @@ def test_a_folder_is_divided_by_names_alone(folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_tar_file_is_a_shard(folder, tmp_path, model_folder):
     files = sorted(folder.glob("*.png"))
     for number in range(2):
@@ -333,20 +335,46 @@ def test_two_processes_do_not_write_one_shard(folder, tmp_path):
     shards = begin(tmp_path / "out", [folder], 2)
     pid = os.fork()
     if not pid:
+        try:
+            with shards.claim(0) as writer:
+                writer.add([{"name": "half"}])
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    try:
+        ends = time.monotonic() + 30
+        while not list(shards.folder.glob(".unfinished-shard-*")):
+            assert time.monotonic() < ends, "the child does not write"
+            time.sleep(0.01)
         with shards.claim(0) as writer:
-            writer.add([{"name": "half"}])
-            time.sleep(60)
-    while not list(shards.folder.glob(".unfinished-shard-*")):
-        time.sleep(0.01)
-    with shards.claim(0) as writer:
-        assert writer is None
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+            assert writer is None
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     write_shard(shards, 0)
     with shards.claim(0) as writer:
         assert writer is None
     assert len(shards.path(0).read_text().splitlines()) == len(shards.inputs(0))
     assert not list(shards.folder.glob(".unfinished*")) and not list(shards.folder.glob(".shard*"))
+
+
+def test_a_folder_beside_the_shards_is_complete_or_absent(folder, tmp_path):
+    shards = begin(tmp_path / "out", [folder], 2)
+    written = []
+
+    def write(path: Path, fail: bool = False) -> None:
+        path.mkdir()
+        (path / "half").write_text("half")
+        if fail:
+            raise OSError("No space left")
+        written.append(path)
+
+    with pytest.raises(OSError, match="No space left"):
+        shards.make_folder("language-model", lambda path: write(path, fail=True))
+    assert not list(shards.folder.glob("*language-model*"))
+    for _ in range(2):
+        assert [path.name for path in shards.make_folder("language-model", write).iterdir()] == ["half"]
+    assert len(written) == 1
 
 
 def test_equal_names_and_lost_lines_are_not_merged(folder, tmp_path, capsys):
