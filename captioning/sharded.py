@@ -95,7 +95,7 @@ class ShardCaptioner:
             self.job.editor.counts.clear()
             writer.finish(
                 {
-                    **shards.facts(index),
+                    **shards.metadata(index),
                     "counts": counts,
                     "notes": notes,
                     "seconds": round(time.perf_counter() - since, 3),

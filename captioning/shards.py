@@ -166,11 +166,11 @@ class ShardFolder:
         """The numbers of images and of files with many in the list of a shard."""
         return self.run["counts"]["of_shards"][index]
 
-    def facts(self, index: int) -> dict[str, Any]:
+    def metadata(self, index: int) -> dict[str, Any]:
         """What a manifest says of the run."""
-        facts = {name: self.run[name] for name in ("model", "fingerprint", "settings")}
+        run = {name: self.run[name] for name in ("model", "fingerprint", "settings")}
         inputs = list_path(Path(INPUTS), index, self.count).as_posix()
-        return {"shard": index, "shards": self.count, **facts, "inputs": inputs}
+        return {"shard": index, "shards": self.count, **run, "inputs": inputs}
 
     def is_done(self, index: int) -> bool:
         return self.path(index).exists()

@@ -218,7 +218,7 @@ def test_rows_of_parquet_and_list_files_are_inputs(folder, tmp_path):
 
 def test_a_list_that_is_not_the_one_of_the_run_is_refused(folder, tmp_path, capsys):
     shards = begin(tmp_path / "out", [folder], 2)
-    path = shards.folder / shards.facts(0)["inputs"]
+    path = shards.folder / shards.metadata(0)["inputs"]
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[1:]))
     with pytest.raises(UserError, match=f"lists {len(lines) - 1} images and 0 files, and run.json says {len(lines)}"):
