@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, to_json, write_atomically
 
-from .output import GrowingJson, output_path
+from .output import GrowingFile, GrowingJson, output_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 METADATA = "metadata.jsonl"
@@ -20,7 +21,7 @@ METADATA = "metadata.jsonl"
 ROW_GROUP = 10_000
 
 
-class GrowingJsonLines(GrowingJson):
+class GrowingJsonLines(GrowingFile):
     """A JSON object for each entry, on a line of its own: `{"name": ..., "caption": ...}`.
 
     Several captions are a list called `captions`. Each addition is complete on disk when `add` returns.
@@ -32,26 +33,21 @@ class GrowingJsonLines(GrowingJson):
 
     def __init__(self, path: Path, entries: Mapping[str, Any] | None = None):
         super().__init__(path, entries)
-        self._opening, self._closing = b"", b""
         self._name = "file_name" if path.name == METADATA else "name"
 
     def _lines(self, entries: Mapping[str, Any]) -> bytes:
         return b"".join(to_json({self._name: n} | _columns(entry), None) + b"\n" for n, entry in entries.items())
 
 
-class GrowingCsv(GrowingJson):
+class GrowingCsv(GrowingFile):
     """A row for each entry: `name`, `caption`, and the other values of an object.
 
     Several captions are columns `caption_1`, `caption_2`, ... File names that are not UTF-8 keep their bytes.
     """
 
-    def __init__(self, path: Path, entries: Mapping[str, Any] | None = None):
-        super().__init__(path, entries)
-        self._opening, self._closing = b"", b""
-
     def _lines(self, entries: Mapping[str, Any]) -> bytes:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         for number, (name, entry) in enumerate(entries.items()):
             columns = _csv_columns(entry)
             if not (self._count or number):
@@ -90,12 +86,18 @@ class GrowingParquet(GrowingJsonLines):
                 group = list(islice(rows, ROW_GROUP))
 
 
+_NOT_UNICODE = re.compile(r"\\u(dc[89a-f][0-9a-f])")
 _NO_ROW = {"name": "", "caption": ""}
 
 
-def growing_file(path: Path, entries: Mapping[str, Any] | None = None) -> GrowingJson:
+def growing_file(path: Path, entries: Mapping[str, Any] | None = None) -> GrowingFile:
     """The file of a run's results, in the format of its suffix."""
-    kinds = {".json": GrowingJson, ".jsonl": GrowingJsonLines, ".csv": GrowingCsv, ".parquet": GrowingParquet}
+    kinds: dict[str, type[GrowingFile]] = {
+        ".json": GrowingJson,
+        ".jsonl": GrowingJsonLines,
+        ".csv": GrowingCsv,
+        ".parquet": GrowingParquet,
+    }
     return kinds[path.suffix.lower()](path, entries)
 
 
@@ -135,9 +137,15 @@ def lines_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.jsonl")
 
 
+def results_path(output: Path) -> Path:
+    """The file with the results of an earlier run, if there is one: of an interrupted run for parquet, its lines."""
+    has_lines = output.suffix.lower() == ".parquet" and lines_path(output).exists()
+    return lines_path(output) if has_lines else output
+
+
 def has_results(output: Path) -> bool:
     """Whether there are results of an earlier run in an output."""
-    return output.exists() or (output.suffix.lower() == ".parquet" and lines_path(output).exists())
+    return results_path(output).exists()
 
 
 def read_lines(path: Path, option: str) -> dict[str, Any]:
@@ -210,8 +218,9 @@ def _rows_of_csv(path: Path) -> Iterator[dict[str, Any]]:
             rows.append(row)
         if not data.endswith(b"\n"):
             del rows[-1:]
-    except csv.Error:  # the end of a text in quotation marks is missing
-        pass
+    except csv.Error as error:
+        if str(error) != "unexpected end of data":  # of a text in quotation marks: the last row was cut off
+            raise ValueError(f"row {len(rows) + 1} is not CSV: {error}") from error
     for cells in rows[1:]:
         if len(cells) != len(rows[0]):
             raise ValueError(f"a row has {len(cells)} values, and the first one {len(rows[0])}")
@@ -229,7 +238,8 @@ def _rows_of_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(ROW_GROUP):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield row | {"name": _NOT_UNICODE.sub(lambda code: chr(int(code[1], 16)), row["name"] or "")}
     except ArrowInvalid as error:
         raise ValueError(str(error)) from error
 
@@ -242,5 +252,5 @@ def _parquet_type(value: Any) -> Any:
 
 
 def unicode_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a name that parquet can hold: bytes that are not UTF-8 are escaped."""
+    """The row with a name that parquet can hold: bytes that are not UTF-8 are escaped, such as `\\udce9`."""
     return row | {"name": row["name"].encode("utf-8", "backslashreplace").decode("utf-8")}

@@ -32,6 +32,8 @@ class Input:
             `ValueError`.
         remote: The URL, or the place in a data set of the Hub, of an image that no file holds.
         content: What `read` has returned.
+        version: Tells the version of a data set that holds the image from others; "" if only the image itself does,
+            None for an image in a file of `path`.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Input:
     read: Callable[[], Any] | None = None
     remote: str | None = None
     content: Any = None
+    version: str | None = None
 
     @property
     def source(self) -> str:
@@ -67,20 +70,21 @@ class Input:
         return self if self.read is None or self.content is not None else replace(self, content=self.read())
 
     def status(self) -> tuple[int, int]:
-        """Size and time of change (ns) of the file; zeros for a remote image. Raises `OSError`."""
-        if self.remote is not None:
+        """Size and time of change (ns) of the file; zeros for a row of a data set or a URL. Raises `OSError`."""
+        if self.remote is not None or self.version is not None:
             return 0, 0
         status = self.path.stat()
         return status.st_size, status.st_mtime_ns
 
     def identify(self) -> dict[str, Any]:
-        """Source, size, time and content hash of the image, or the hash of the embeddings.
+        """Source, size, time, version and content hash of the image, or the hash of the embeddings.
 
         Raises:
             OSError, ValueError: If it cannot be read.
         """
         size, mtime_ns = self.status()
-        return {"source": self.source, "size": size, "mtime_ns": mtime_ns, "blake2b": self.digest()}
+        version = {"version": self.version} if self.version else {}
+        return {"source": self.source, "size": size, "mtime_ns": mtime_ns, "blake2b": self.digest()} | version
 
     def digest(self) -> str:
         """Hash of the image, or of the embeddings; empty for a pipe, which can be read once. Raises as `identify`."""
@@ -161,7 +165,7 @@ def require_existing(argument: str) -> None:
 
 
 def once(found: Iterable[Named]) -> Iterator[Named]:
-    """The inputs without those whose source came before. Keeps 16 bytes of each source."""
+    """The inputs without those whose source came before. Keeps a hash of each source, about 100 bytes."""
     seen: set[bytes] = set()
     for item, full in found:
         key = hashlib.blake2b(os.fsencode(item.source), digest_size=16).digest()

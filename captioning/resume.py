@@ -15,7 +15,7 @@ from vlv.files import errors_naming, to_json, write_atomically
 
 from .formats import METADATA, growing_file, read_lines
 from .inputs import Input
-from .output import GrowingJson
+from .output import GrowingFile
 
 try:
     import fcntl
@@ -45,7 +45,9 @@ class ResumableResults:
         self._run: dict[str, Any] = {"run": 0, "model": model[0], "fingerprint": model[1], "settings": dict(settings)}
         self._entries: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
-        self._json: GrowingJson | None = None
+        self.unconfirmed: dict[str, Any] = {}
+        """Results of inputs, by name, that an earlier run did not confirm before it ended."""
+        self._json: GrowingFile | None = None
         self._record_file: Any = self._open_record() if self.record_path.exists() else None
 
     def resume(self, inputs: Sequence[Input]) -> list[Input]:
@@ -90,6 +92,7 @@ class ResumableResults:
                 self._records[record["name"]] = record
         done = {record["name"] for record in kept.values()}
         self._run["run"] = len(self._runs)
+        self.unconfirmed = {name: entry for name, entry in entries.items() if name in names and name not in records}
         return [item for item in inputs if item.name not in done]
 
     def _require_same_model(self, run: Mapping[str, Any]) -> None:
@@ -134,18 +137,32 @@ class ResumableResults:
                 sentences.append(f"{count} of the kept results were made with other settings ({'; '.join(other)})")
         return sentences
 
+    def adopt(self, item: Input, result: Any) -> None:
+        """Keeps an unconfirmed result. Raises `OSError` or `ValueError` if the input cannot be read."""
+        run = self._runs[-1]["run"] if self._runs else self._run["run"]
+        self._records[item.name] = {"run": run, "name": item.name, **item.identify()}
+        self._entries[item.name] = result
+
     def add(self, inputs: list[Input], results: list[Any]) -> None:
-        """Adds the results of inputs, which have their `identity`.
+        """Adds the results of inputs, which have their `identity`, and confirms them.
 
         Raises:
             OSError: If they cannot be written. Results that were added before are in the file.
         """
+        self.put(inputs, results)
+        self.confirm(inputs)
+
+    def put(self, inputs: list[Input], results: list[Any]) -> None:
+        """Adds results that the next run makes again unless they are confirmed. Raises as `add`."""
         self._open().add({item.name: result for item, result in zip(inputs, results, strict=True)})
+
+    def confirm(self, inputs: list[Input]) -> None:
+        """Records what the results of inputs are of. Raises as `add`."""
         rows = [{"run": self._run["run"], "name": item.name, **(item.identity or {})} for item in inputs]
         with errors_naming(self.record_path):
             self._record_file.write(_to_lines(rows))  # after the results: a result without a record is made again
 
-    def _open(self) -> GrowingJson:
+    def _open(self) -> GrowingFile:
         if self._json is None:
             if self._record_file is None and self.record_path.exists():  # of a run that began after this one
                 self._record_file = self._open_record()
@@ -228,13 +245,15 @@ def _place(item: Input) -> dict[str, Any]:
         size, mtime_ns = item.status()
     except OSError:
         return {}
-    return {"source": item.source, "size": size, "mtime_ns": mtime_ns}
+    version = {"version": item.version} if item.version else {}
+    return {"source": item.source, "size": size, "mtime_ns": mtime_ns} | version
 
 
 def _is_unchanged(record: Mapping[str, Any], item: Input) -> bool:
     """Whether an input is the one of a record. An input that cannot be read is judged by its path alone."""
     try:
-        if (item.source, *item.status()) == (record["source"], record["size"], record["mtime_ns"]):
+        known = (item.source, *item.status()) == (record["source"], record["size"], record["mtime_ns"])
+        if known and (item.version is None or (item.version and item.version == record.get("version"))):
             return True
         return record["blake2b"] != "" and item.digest() == record["blake2b"]
     except (OSError, ValueError):

@@ -111,7 +111,7 @@ class ShardCaptioner:
         job = self.job
         return read_encoded_batches(
             *(inputs, self._encoder, self.captioner.processor.image_processor, job.batch_size, summary),
-            identify=job.settings.num_captions > 1,  # the seed of samples depends on the image
+            identify=job.settings.is_sampled,  # the seed of samples depends on the image
             encoder_batch_size=job.encoder_batch_size,
             cache=self._cache,
             num_workers=job.num_workers,

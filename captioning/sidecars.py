@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from copy import copy
 from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,15 +16,22 @@ from vlv.files import to_json, write_atomically
 from vlv.image_files import image_suffixes
 
 from .inputs import Input
-from .output import Summary
+from .output import Summary, require_writable
 
 ENDING_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of writing that the next file would have, too."""
 TAG_SUFFIXES, CAPTION_SUFFIXES = (".tags", ".txt", ".json"), (".caption", ".txt", ".json")
 
+OF_A_CAPTION = ("score", "confident")
+"""What a JSON sidecar has of its caption alone."""
+
 
 class ExistingCaption(UserError):
     """A caption is there already, and `--on-existing` is `error`."""
+
+
+class UnsupportedFile(UserError):
+    """An image file of a format that captions cannot be written into."""
 
 
 class CaptionFiles:
@@ -60,9 +69,16 @@ class CaptionFiles:
         """
         raise NotImplementedError
 
-    def forget(self) -> None:
-        """Lets each input be asked about once more."""
-        self.skipped = 0
+    def claim(self, item: Input) -> None:
+        """Keeps the place of an input's caption from other inputs. Raises `UserError` if another input has it."""
+
+    def copy(self) -> "CaptionFiles":
+        """The same settings and claims, which both change by themselves."""
+        return copy(self)
+
+    def holds(self, item: Input, entry: Any) -> bool:
+        """Whether the caption of an input is where it belongs. Raises `OSError` or `ValueError`."""
+        raise NotImplementedError
 
     def write(self, item: Input, entry: Any) -> Input:
         """Writes the caption of an input, and returns the input, whose `identity` changes if the image file does.
@@ -84,6 +100,8 @@ class CaptionFiles:
         """A caption with the one that exists. One that is there already is not added again."""
         if not existing or self.on_existing not in ("append", "prepend"):
             return caption
+        if not caption:
+            return existing
         if self.on_existing == "append":
             done = existing == caption or existing.endswith(self.separator + caption)
             return existing if done else existing + self.separator + caption
@@ -93,6 +111,8 @@ class CaptionFiles:
 
 class Sidecars(CaptionFiles):
     """Writes the captions of an image into files beside it, each complete or absent.
+
+    Keeps a hash of each image's sidecar, about 100 bytes.
 
     Args:
         kind: The suffix, one of `choices.KINDS`. `txt` and `caption` hold the caption alone, `json` an object.
@@ -113,6 +133,8 @@ class Sidecars(CaptionFiles):
         super().__init__(on_existing, separator)
         self.kind, self.folder, self.full_names, self.count = kind, folder, full_names, count
         self._taken: set[bytes] = set()
+        self._writable: Path | None = None
+        """The folder that was found writable last."""
 
     def paths(self, item: Input) -> list[Path]:
         """The sidecars of an input.
@@ -135,7 +157,7 @@ class Sidecars(CaptionFiles):
         paths = self.paths(item)
         return str(paths[0]) if len(paths) == 1 else f"{paths[0]} ... {paths[-1].name}"
 
-    def wants(self, item: Input) -> bool:
+    def claim(self, item: Input) -> None:
         paths = self.paths(item)
         key = hashlib.blake2b(os.fsencode(os.path.abspath(paths[0])), digest_size=16).digest()
         if key in self._taken:
@@ -144,33 +166,53 @@ class Sidecars(CaptionFiles):
                 f"writes {PurePosixPath(item.name).name}.{self.kind}"
             )
         self._taken.add(key)
+
+    def wants(self, item: Input) -> bool:
+        self.claim(item)
+        paths = self.paths(item)
+        if paths[0].parent != self._writable:
+            require_writable(paths[0].parent, "--sidecar", self.kind)
+            self._writable = paths[0].parent
         existing = [path for path in paths if os.path.lexists(path)]
         if existing and self.on_existing == "error":
             raise ExistingCaption(f"{existing[0]} exists; {advice()}")
         return not (self.on_existing == "skip" and len(existing) == len(paths))
 
-    def forget(self) -> None:
-        super().forget()
-        self._taken.clear()
+    def copy(self) -> "Sidecars":
+        other = copy(self)
+        other._taken = set(self._taken)
+        return other
+
+    def holds(self, item: Input, entry: Any) -> bool:
+        """Whether the sidecars are those of an entry, and not older than the image."""
+        changed = 0 if item.remote is not None else item.path.stat().st_mtime_ns
+        files = self._files(item, entry)
+        return all(path.read_bytes() == data and path.stat().st_mtime_ns >= changed for path, data in files)
 
     def write(self, item: Input, entry: Any) -> Input:
+        for path, data in self._files(item, entry):
+            self._write(path, data)
+        return item
+
+    def _files(self, item: Input, entry: Any) -> Iterator[tuple[Path, bytes]]:
+        """The sidecars of an input and what they hold with an entry. Raises `OSError` or `ValueError`."""
         paths = self.paths(item)
         if self.kind == "json":
-            self._write(
-                paths[0], self._merged_json(paths[0], entry if isinstance(entry, dict) else {"caption": entry})
-            )
-            return item
+            yield paths[0], self._merged_json(paths[0], entry if isinstance(entry, dict) else {"caption": entry})
+            return
         text = entry["caption"] if isinstance(entry, dict) else entry
         for path, caption in zip(paths, text if isinstance(text, list) else [text], strict=True):
             existing = _read_text(path) if self.on_existing in ("append", "prepend") else ""
-            self._write(path, (self.merged(existing, caption) + "\n").encode())
-        return item
+            yield path, (self.merged(existing, caption) + "\n").encode()
 
     def _write(self, path: Path, data: bytes) -> None:
-        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+        """Writes a sidecar. One that has appeared since `wants` is kept, or is an error, as `on_existing` says."""
+        replaces = self.on_existing not in ("error", "skip")
+        with suppress(FileExistsError) if self.on_existing == "skip" else nullcontext():
+            write_atomically(path, lambda temporary: temporary.write_bytes(data), replaces)
 
     def _merged_json(self, path: Path, values: dict[str, Any]) -> bytes:
-        """The object of a file with the new values; others that it has stay."""
+        """The object of a file with the new values; others that it has stay, but not those of another caption."""
         existing: Any = {}
         if path.exists():
             try:
@@ -186,9 +228,10 @@ class Sidecars(CaptionFiles):
             caption = self.merged(before, caption)
         elif self.on_existing in ("append", "prepend") and before:
             lists = [part if isinstance(part, list) else [part] for part in (before, caption)]
-            new = [text for text in lists[1] if text not in lists[0]]
+            new = [text for text in lists[1] if text and text not in lists[0]]
             caption = lists[0] + new if self.on_existing == "append" else new + lists[0]
-        return to_json(existing | values | {"caption": caption}) + b"\n"
+        kept = {name: value for name, value in existing.items() if name not in OF_A_CAPTION}
+        return to_json(kept | values | {"caption": caption}) + b"\n"
 
     def _namesake(self, item: Input) -> str:
         """The other image that has the sidecar of an input."""

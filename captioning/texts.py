@@ -64,11 +64,16 @@ class CaptionEditor:
             return entry | {"caption": self.edit(entry["caption"])}
         return [self._edit(text) for text in entry] if isinstance(entry, list) else self._edit(entry)
 
-    def _edit(self, text: str) -> str:
+    def cut(self, text: str) -> str:
+        """A caption without its repetitions, if `loop_guard` says so. Counts captions that repeat themselves."""
         end = end_of_first_pass(text)
-        if end is not None:
-            self.counts["loops"] += 1
-            text = text[:end].rstrip(",;: ") if self.loop_guard else text
+        if end is None:
+            return text
+        self.counts["loops"] += 1
+        return text[:end].rstrip(",;: ") if self.loop_guard else text
+
+    def _edit(self, text: str) -> str:
+        text = self.cut(text)
         if self.trigger_word and not re.search(rf"(?<!\w){re.escape(self.trigger_word)}(?!\w)", text):
             text = f"{self.trigger_word}, {text}" if text else self.trigger_word
         return f"{self.prefix}{text}{self.suffix}"
@@ -94,8 +99,15 @@ class PromptTemplate:
     read_sidecar: Callable[[Input, str], str]
 
     def render(self, item: Input) -> str:
-        """The prompt of an image."""
-        return _FIELD.sub(lambda match: self._value(match[1], item), self.text).strip()
+        """The prompt of an image. Raises `ValueError` if a value cannot be read, or is not Unicode."""
+        try:
+            text = _FIELD.sub(lambda match: self._value(match[1], item), self.text).strip()
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{text!r:.80} is not UTF-8") from error
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+        return text
 
     def _value(self, name: str, item: Input) -> str:
         place = PurePosixPath(item.path.absolute().as_posix() if item.is_file else item.name)

@@ -14,7 +14,7 @@ from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
 from vlv.captioning.ahead import ended_readers
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
-from vlv.captioning.formats import has_results
+from vlv.captioning.formats import has_results, results_path
 from vlv.captioning.inputs import Input, load_embeddings
 from vlv.captioning.output import Summary, refuse_existing
 from vlv.captioning.resume import ResumableResults, record_path
@@ -23,10 +23,12 @@ from vlv.errors import UserError
 
 from . import caption_shards
 from .caption_io import (
+    adopt_written,
     caption_batch,
     check_arguments,
     check_first,
     choose_output,
+    claim_kept,
     count_in_background,
     dry_run,
     open_caption_files,
@@ -60,17 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
         if record_path(output).is_dir():
             raise UserError(f"{record_path(output)} is a folder; pass another --output")
         if not (arguments.resume or arguments.overwrite):
-            refuse_existing(output, "--output", resumable=True)
+            refuse_existing(results_path(output), "--output", resumable=True)
     files, editor = open_caption_files(arguments), open_editor(arguments)
     found = None if arguments.embeddings else open_inputs(arguments)
-    if found is not None and not arguments.resume:
+    resumes = arguments.resume and output is not None and has_results(output)
+    if found is not None and not resumes:
         if files is not None:
             check_first(files, found.first)
         if arguments.dry_run:
             return dry_run(found, files, output)
     source = choose_model(arguments)
     with loading(source):
-        folder = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
+        needed = ["config.json"] if arguments.dry_run else hub.CAPTIONER_FILES
+        folder = hub.resolve(source, revision=arguments.revision, allow_patterns=needed)
         fingerprint = hub.fingerprint(folder, hub.CAPTIONER_FINGERPRINT)
         config = VLVConfig.from_dict(hub.read_config(folder))
         if arguments.embeddings:
@@ -88,10 +92,15 @@ def run(arguments: argparse.Namespace) -> int:
     results, kept = None, None
     if output is not None:
         results = ResumableResults(output, (source, fingerprint), recorded, shared_settings(arguments))
-        if arguments.resume and has_results(output):
+        if resumes:
             refuse_other_form(output, arguments)
             listed = list(inputs)
-            inputs = left = results.resume(listed)
+            left = results.resume(listed)
+            if files is not None:
+                left = adopt_written(results, files, left)
+                claim_kept(files, listed, left)
+                check_first(files, left)
+            inputs = left
             total, kept = len(left), len(listed) - len(left)
             if arguments.confidence:
                 from vlv.pipelines import mark_confidence  # it imports diffusers, which captions alone do not need
@@ -99,8 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
                 results.revise(partial(mark_confidence, min_score=arguments.min_score))
             for note in results.notes():
                 print(note, file=sys.stderr)
-            if files is not None:
-                check_first(files, left)
     if arguments.dry_run:
         if results is not None:
             results.release()
@@ -115,10 +122,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         scorer = BatchScorer(source, arguments)
     size = None if scorer is None else scorer.image_size
-    summary = Summary(total)
+    summary = Summary(total, names_failures=False)
     if found is not None and kept is None:
         count_in_background(found, summary)
-    captioner = Captioner(model, processor, settings, open_template(arguments.prompt))
+    cut = editor.cut if editor.loop_guard else None  # before captions are compared by their scores
+    captioner = Captioner(model, processor, settings, open_template(arguments.prompt), cut)
     encoder: Any = model.model
     cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
     if files is not None:
@@ -133,10 +141,12 @@ def run(arguments: argparse.Namespace) -> int:
             for batch, groups in caption_batch(captioner, read, summary):
                 done, entries = choose_captions(groups, batch, scorer, arguments, summary)
                 entries = [editor.edit(entry) for entry in entries]
-                if files is not None:
-                    done, entries = write_files(files, done, entries, summary)
                 if results is not None:
-                    results.add(done, entries)
+                    results.put(done, entries)
+                if files is not None:
+                    done = write_files(files, done, entries, summary)
+                if results is not None:
+                    results.confirm(done)
                 summary.done += len(done)
             summary.advance(len(read.inputs))
     if scorer is not None:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from threading import Thread
@@ -14,7 +15,8 @@ from vlv.captioning.formats import caption_output
 from vlv.captioning.inputs import Input
 from vlv.captioning.metadata import XmpCaptions
 from vlv.captioning.output import Summary, require_writable
-from vlv.captioning.sidecars import CaptionFiles, Sidecars, ends_the_run, read_sidecar
+from vlv.captioning.resume import ResumableResults
+from vlv.captioning.sidecars import CaptionFiles, Sidecars, UnsupportedFile, ends_the_run, read_sidecar
 from vlv.captioning.sources import LOOKAHEAD, DatasetArguments, Inputs
 from vlv.captioning.texts import CaptionEditor, PromptTemplate, prompt_fields
 from vlv.errors import UserError
@@ -75,7 +77,7 @@ def open_inputs(arguments: argparse.Namespace) -> Inputs:
     """The images that are given by paths or as a data set."""
     dataset, column = None, arguments.image_column or "image"
     if arguments.dataset:
-        dataset = DatasetArguments(arguments.dataset, arguments.split or "train", column, arguments.streaming)
+        dataset = DatasetArguments(arguments.dataset, arguments.split, column, arguments.streaming)
     quiet = [f".{arguments.sidecar}"] if arguments.sidecar else []
     return Inputs(arguments.paths, dataset, column, arguments.url_timeout, quiet)
 
@@ -99,10 +101,39 @@ def open_caption_files(arguments: argparse.Namespace) -> CaptionFiles | None:
 
 def check_first(files: CaptionFiles, inputs: Iterable[Input]) -> None:
     """Raises `UserError` if one of the first inputs has a caption, or its caption cannot be put there."""
+    trial = files.copy()
     for item in islice(inputs, LOOKAHEAD):
         if item.problem is None:
-            files.wants(item)
-    files.forget()
+            with suppress(UnsupportedFile):  # it is one image that fails
+                trial.wants(item)
+
+
+def claim_kept(files: CaptionFiles, listed: Iterable[Input], left: Sequence[Input]) -> None:
+    """Keeps the captions of inputs that are not captioned again from those that are."""
+    names = {item.name for item in left}
+    for item in listed:
+        if item.name not in names:
+            with suppress(UserError):
+                files.claim(item)
+
+
+def adopt_written(results: ResumableResults, files: CaptionFiles, left: Iterable[Input]) -> list[Input]:
+    """Keeps results of a run that ended after their captions were written and before they were confirmed.
+
+    Returns:
+        The other inputs.
+    """
+    others = []
+    for item in left:
+        try:
+            is_written = item.name in results.unconfirmed and files.holds(item, results.unconfirmed[item.name])
+            if is_written:
+                results.adopt(item, results.unconfirmed[item.name])
+        except (OSError, ValueError):
+            is_written = False
+        if not is_written:
+            others.append(item)
+    return others
 
 
 def open_editor(arguments: argparse.Namespace) -> CaptionEditor:
@@ -136,10 +167,8 @@ def caption_batch(captioner: Captioner, batch: Batch, summary: Summary) -> Itera
     yield batch, groups
 
 
-def write_files(
-    files: CaptionFiles, inputs: list[Input], entries: list[Any], summary: Summary
-) -> tuple[list[Input], list[Any]]:
-    """Writes captions beside or into images; returns the inputs and entries that are written.
+def write_files(files: CaptionFiles, inputs: list[Input], entries: list[Any], summary: Summary) -> list[Input]:
+    """Writes captions beside or into images; returns the inputs whose captions are written.
 
     Raises:
         OSError: If the disk is full, so that the next ones could not be written, too.
@@ -147,18 +176,18 @@ def write_files(
     written = []
     for item, entry in zip(inputs, entries, strict=True):
         try:
-            written.append((files.write(item, entry), entry))
+            written.append(files.write(item, entry))
         except (OSError, ValueError) as error:
             if ends_the_run(error):
                 raise
             reason = getattr(error, "strerror", None) or str(error)
             summary.fail(item.name, f"{files.place(item)}: {reason}", "write the caption of")
-    return [item for item, _ in written], [entry for _, entry in written]
+    return written
 
 
 def dry_run(inputs: Iterable[Input], files: CaptionFiles | None, output: Path | None, kept: int | None = None) -> int:
     """Prints the first inputs that would be captioned with where their captions would be, and counts all."""
-    summary, count = Summary(None), 0
+    summary, count = Summary(None, names_failures=False), 0
     for item in files.select(inputs, summary) if files is not None else inputs:
         if item.problem is not None:
             summary.fail(item.name, item.problem)
@@ -173,7 +202,7 @@ def dry_run(inputs: Iterable[Input], files: CaptionFiles | None, output: Path | 
     sys.stdout.flush()
     skipped = "" if files is None else f"skip {files.skipped:,}, "
     before = "" if kept is None else f"keep {kept:,}, "
-    failed = len(summary.failed)
+    failed = summary.num_failed
     summary.end()
     print(f"dry run: would {before}{skipped}caption {count:,}, fail {failed:,}; nothing is written", file=sys.stderr)
     return 1 if failed else 0

@@ -169,9 +169,11 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} needs --engine {engine}")
     if arguments.engine == "ray" and arguments.device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {arguments.device}: Ray chooses the GPU of each actor; give cpu or cuda")
-    if arguments.engine == "vllm" and (arguments.num_captions > 1 or arguments.num_beams > 1 or arguments.as_original):
+    sampled = arguments.num_captions > 1 or arguments.temperature is not None
+    if arguments.engine == "vllm" and (sampled or arguments.num_beams > 1 or arguments.as_original):
         raise UserError(
-            "--engine vllm writes one greedy caption; leave out --num-captions, --num-beams, --as-original"
+            "--engine vllm writes one greedy caption; leave out --num-captions, --temperature, --num-beams and "
+            "--as-original"
         )
     if arguments.shard_index is not None and arguments.shard_index >= arguments.shards:
         raise UserError(f"--shard-index is {arguments.shard_index}; expected 0 to {arguments.shards - 1}")

@@ -13,11 +13,11 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "caption",
         help="write captions of images",
-        description="Writes captions of images as JSON: {path relative to the argument: caption}. Folders are "
-        "searched recursively. The file is complete JSON at every moment. An image that cannot be read is named on "
+        description="Writes captions of images into a file (JSON: {path relative to the argument: caption}), beside "
+        "the images, or into their metadata. Images are given as files, folders (searched recursively), URLs, shards "
+        "or a data set. Every caption is on disk when its batch is done. An image that cannot be read is named on "
         "standard error, the other images are captioned, and the exit code is 1. A file beside the output, such as "
-        "captions.resume.jsonl, records what --resume goes on with. Other inputs, formats and captions beside the "
-        "images: docs/captioning.md.",
+        "captions.resume.jsonl, records what --resume goes on with. All of it: docs/captioning.md.",
     )
     add_input_arguments(parser)
     add_output_arguments(parser)
@@ -54,7 +54,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="PATH",
         help="image files, folders, globs such as 'photos/**/*.jpg', URLs, .parquet and .tar (WebDataset) files, or - "
-        "for a list of these on standard input, one a line",
+        "for a list of files, folders, shards and URLs on standard input, one a line",
     )
     group.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
     group.add_argument(
@@ -62,7 +62,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID_OR_DIR",
         help="a data set of the Hub, or one on disk, instead of paths: whatever `vlv train` reads",
     )
-    group.add_argument("--split", help="split of --dataset (default: train)")
+    group.add_argument(
+        "--split", help="split of --dataset (default: train, or all of a folder that has no saved splits)"
+    )
     group.add_argument(
         "--image-column", metavar="NAME", help="column of the images of --dataset and parquet files (default: image)"
     )

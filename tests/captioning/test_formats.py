@@ -64,13 +64,22 @@ def test_an_addition_is_on_disk_at_once_and_a_cut_one_is_left_out(tmp_path, suff
 
 
 def test_file_names_that_are_not_unicode_come_back(tmp_path):
-    for suffix in (".jsonl", ".csv"):
+    for suffix in (".jsonl", ".csv", ".parquet"):
         with growing_file(tmp_path / f"c{suffix}", {"caf\udce9.png": "a dog"}):
             pass
         assert read_results(tmp_path / f"c{suffix}", "--resume") == {"caf\udce9.png": "a dog"}
-    with growing_file(tmp_path / "c.parquet", {"caf\udce9.png": "a dog"}):
+    assert parquet.read_table(tmp_path / "c.parquet").column("name").to_pylist() == ["caf\\udce9.png"]
+
+
+def test_damage_within_a_csv_file_is_named_and_returns_in_captions_stay(tmp_path):
+    path = tmp_path / "c.csv"
+    entries = {"a.png": "one\rtwo", "b.png": "three", "c.png": "four"}
+    with growing_file(path, entries):
         pass
-    assert read_results(tmp_path / "c.parquet", "--resume") == {"caf\\udce9.png": "a dog"}
+    assert read_results(path, "--resume") == entries
+    path.write_bytes(path.read_bytes().replace(b"three", b'th"ree'))
+    with pytest.raises(UserError, match=r"c\.csv does not hold names and captions.*row 3 is not CSV"):
+        read_results(path, "--resume")
 
 
 def test_parquet_is_made_of_the_lines_of_an_interrupted_run(tmp_path, monkeypatch):

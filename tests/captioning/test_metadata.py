@@ -1,6 +1,7 @@
 """Captions in XMP: pixels and other metadata stay, and Pillow finds the description."""
 
 import io
+import zlib
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -85,6 +86,46 @@ def test_other_values_in_the_xmp_stay(kind, images):
     packet = packet if isinstance(packet, bytes) else packet.encode()
     assert read_description(changed) == TEXT
     assert b'xmp:Rating="5"' in packet and packet.count(b"<x:xmpmeta") == 1
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        b'<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/" dc:description="by hand"/>',
+        b'<rdf:Description xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:description>by hand</dc:description>'
+        b"</rdf:Description>",
+    ],
+)
+def test_a_description_of_another_form_is_read_before_it_is_replaced(form, images, tmp_path):
+    packet = FOREIGN.replace(b"</rdf:RDF>", form + b"</rdf:RDF>")
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(images[0], format="JPEG", xmp=packet))
+    assert read_description(path.read_bytes()) == "by hand"
+    with pytest.raises(ExistingCaption):
+        XmpCaptions().wants(Input("a.png", path))
+    XmpCaptions("append").write(Input("a.png", path), "new")
+    assert read_description(path.read_bytes()) == "by hand, new" and xmp_text(path.read_bytes()) == "by hand, new"
+    assert path.read_bytes().count(b"by hand") == 1
+
+
+def test_a_chunk_with_too_few_fields_is_damaged(images):
+    body = b"iTXtXML:com.adobe.xmp\0\0\0text"
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    data = encoded(images[0], format="PNG")
+    with pytest.raises(ValueError, match="its XMP is damaged: the chunk has too few fields"):
+        read_description(data[:33] + chunk + data[33:])
+
+
+def test_an_image_that_has_changed_since_it_was_read_is_left_alone(tmp_path, images):
+    path = tmp_path / "a.png"
+    images[0].save(path)
+    item = Input("a.png", path)
+    item = replace(item, identity=item.identify())
+    images[1].resize((40, 40)).save(path)
+    other = path.read_bytes()
+    with pytest.raises(ValueError, match="the file changed"):
+        XmpCaptions().write(item, "new")
+    assert path.read_bytes() == other
 
 
 def test_what_xml_cannot_hold_is_left_out(images):

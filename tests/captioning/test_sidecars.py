@@ -2,12 +2,14 @@
 
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 
 from vlv.captioning.inputs import Input
+from vlv.captioning.metadata import XmpCaptions
 from vlv.captioning.output import Summary
-from vlv.captioning.sidecars import ExistingCaption, Sidecars
+from vlv.captioning.sidecars import ExistingCaption, Sidecars, UnsupportedFile
 from vlv.errors import UserError
 
 
@@ -92,6 +94,35 @@ def test_a_json_sidecar_keeps_its_other_values(tmp_path):
     assert json.loads(path.read_text()) == {"caption": "new"}
 
 
+def test_a_sidecar_that_appears_while_its_image_is_captioned_is_kept(tmp_path):
+    (item,) = inputs(tmp_path, "a.png")
+    for kind, on_existing in (("txt", "error"), ("json", "error"), ("txt", "skip")):
+        sidecars, path = Sidecars(kind, on_existing=on_existing), tmp_path / f"a.{kind}"
+        path.unlink(missing_ok=True)
+        assert sidecars.wants(item)
+        path.write_text('{"caption": "mine"}')
+        with pytest.raises(FileExistsError) if on_existing == "error" else nullcontext():
+            sidecars.write(item, "new")
+        assert path.read_text() == '{"caption": "mine"}'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.png", "a.txt"]
+
+
+def test_of_several_sidecars_skip_writes_those_that_are_missing(tmp_path):
+    (item,) = inputs(tmp_path, "a.png")
+    (tmp_path / "a.1.txt").write_text("mine")
+    Sidecars("txt", count=2, on_existing="skip").write(item, ["one", "two"])
+    assert [(tmp_path / f"a.{n}.txt").read_text() for n in (1, 2)] == ["mine", "two\n"]
+
+
+def test_the_score_of_another_caption_goes_and_an_empty_caption_adds_nothing(tmp_path):
+    (item,) = inputs(tmp_path, "a.png")
+    path = tmp_path / "a.json"
+    path.write_text('{"caption": "old", "score": 0.5, "confident": true}')
+    for _ in range(2):
+        Sidecars("json", on_existing="append").write(item, "")
+    assert json.loads(path.read_text()) == {"caption": "old"}
+
+
 def test_a_sidecar_that_is_not_text_is_named_and_kept(tmp_path):
     (item,) = inputs(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
@@ -108,6 +139,22 @@ def test_skipped_images_are_not_read_and_are_counted(tmp_path):
     sidecars, summary = Sidecars("txt", on_existing="skip"), Summary(2)
     assert [item.name for item in sidecars.select(items, summary)] == ["b.png"]
     assert sidecars.skipped == 1 and not summary.failed
+
+
+def test_a_folder_that_cannot_be_written_into_is_named_before_its_images_are_captioned(folder_of_nobody):
+    (item,) = inputs(folder_of_nobody, "a.png")
+    folder_of_nobody.chmod(0o500)
+    for files in (Sidecars("txt"), XmpCaptions()):
+        (item.path).chmod(0o600)
+        item.path.write_bytes(b"\xff\xd8\xff")
+        with pytest.raises(UserError, match="no permission to write into"):
+            files.wants(item)
+
+
+def test_a_format_without_metadata_is_named_before_the_image_is_captioned(tmp_path):
+    (item,) = inputs(tmp_path, "a.gif")
+    with pytest.raises(UnsupportedFile, match=r"a\.gif: metadata can be written into JPEG, PNG and WebP files"):
+        XmpCaptions("overwrite").wants(item)
 
 
 def test_an_image_inside_another_file_needs_a_folder_for_its_sidecar(tmp_path):

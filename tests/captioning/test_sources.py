@@ -1,6 +1,7 @@
 """Inputs are found one by one: in folders, globs, lists, URLs, shards and data sets."""
 
 import base64
+import gc
 import io
 import json
 import sys
@@ -24,6 +25,7 @@ from vlv.captioning.output import Summary
 from vlv.captioning.resume import ResumableResults
 from vlv.captioning.sources import DatasetArguments, Inputs
 from vlv.errors import UserError
+from vlv.train.data import ParquetSource
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,18 @@ def test_a_glob_goes_through_folders_once_and_in_order(folder, pattern, found):
     assert names(folder / pattern) == found
 
 
+def test_a_glob_names_what_it_leaves_out(folder_of_nobody, encoded, capsys):
+    for name in ("locked", "open"):
+        (folder_of_nobody / name).mkdir()
+        (folder_of_nobody / name / "a.png").write_bytes(encoded[0])
+    (folder_of_nobody / "locked").chmod(0)
+    found = {item.name: item.problem for item in Inputs([str(folder_of_nobody / "*" / "*.png")])}
+    assert found == {"open/a.png": None, "locked": "the folder cannot be listed: Permission denied"}
+    (folder_of_nobody / "b.png").write_bytes(encoded[0])
+    assert names(folder_of_nobody / "*") == ["b.png"]
+    assert capsys.readouterr().err == "not images, left out: 2 folder\n"
+
+
 def test_a_glob_names_folders_that_cannot_be_listed_and_shards(folder_of_nobody, encoded):
     (folder_of_nobody / "locked").mkdir(mode=0)
     write_tar(folder_of_nobody / "0.tar", {"1.png": encoded[0]})
@@ -177,6 +191,48 @@ def test_images_in_tar_files_are_called_by_file_and_member(tmp_path, encoded, im
     assert inputs[1].source == f"{tar}#x/0.png"
 
 
+def test_each_image_of_a_tar_file_is_an_input_of_its_own(tmp_path, encoded, image_processor, capsys):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in zip(
+            ("a.2024.jpg", "b.png", "b.jpg", "b.png", "b.txt"), [*encoded, encoded[0], b""], strict=True
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    inputs = list(Inputs([str(path)]))
+    assert [item.member for item in inputs] == ["a.2024.jpg", "b.png", "b.jpg", "b.png#2"]
+    assert pixels(inputs, image_processor) == [*COLORS, COLORS[0]]
+    assert capsys.readouterr().err == "not images, left out: 1 .txt\n"
+    with pytest.raises(UserError, match="no images in"):
+        list(Inputs([str(tmp_path / "*.txt")]))
+
+
+def test_a_tar_file_that_changes_after_it_was_listed_is_named(tmp_path, encoded):
+    inputs = list(Inputs([str(write_tar(tmp_path / "0.tar", {"0.png": encoded[0], "1.png": encoded[1]}))]))
+    write_tar(tmp_path / "0.tar", {"0.png": encoded[2] * 20, "1.png": encoded[1]})
+    with pytest.raises(ValueError, match="changed after its images were listed"):
+        inputs[1].open()
+
+
+def test_of_many_shards_few_are_open(tmp_path, encoded, image_processor):
+    for number in range(6):
+        parquet.write_table(pyarrow.table({"image": [encoded[number % 3]]}), tmp_path / f"{number}.parquet")
+    gc.collect()
+    before = sum(isinstance(each, ParquetSource) for each in gc.get_objects())
+    inputs = Inputs([str(tmp_path / "*.parquet")])
+    assert pixels(list(inputs), image_processor) == 2 * COLORS
+    assert sum(isinstance(each, ParquetSource) for each in gc.get_objects()) - before == sources.OPEN_SHARDS
+
+
+def test_rows_that_are_not_images_fail_by_themselves(tmp_path, image_processor):
+    parquet.write_table(pyarrow.table({"number": [5, 6]}), tmp_path / "p.parquet")
+    summary = Summary(None)
+    rows = Inputs([str(tmp_path / "p.parquet")], column="number")
+    assert list(read_batches(rows, image_processor, 8, summary, identify=True)) == []
+    assert summary.failed["p.parquet/1"] == "the row has int 6 in place of an image"
+
+
 def test_a_damaged_shard_is_one_bad_input(tmp_path, encoded):
     (tmp_path / "0.tar").write_bytes(b"no tar at all" * 100)
     (tmp_path / "1.parquet").write_bytes(b"PAR1")
@@ -225,6 +281,54 @@ def test_a_data_set_of_the_hugging_face_libraries_is_read(tmp_path, encoded, ima
     assert pixels(inputs, image_processor) == COLORS
     if not streaming:
         assert [item.name for item in Inputs([], DatasetArguments(str(tmp_path), "test"))] == ["test/0"]
+        with pytest.raises(UserError, match="it has no split 'valid'; it has test, train"):
+            Inputs([], DatasetArguments(str(tmp_path), "valid"))
+
+
+def test_a_split_is_that_of_the_data_set_or_refused(tmp_path, encoded):
+    for split, images in (("train", encoded[:2]), ("test", encoded[2:])):
+        parquet.write_table(pyarrow.table({"image": images}), tmp_path / f"{split}-0.parquet")
+
+    def read(split):
+        return [(item.name, item.open().content) for item in Inputs([], DatasetArguments(str(tmp_path), split))]
+
+    assert read("test") == [("test/0", encoded[2])]
+    assert read(None) == [(f"train/{row}", encoded[place]) for row, place in enumerate((2, 0, 1))]  # all files
+    with pytest.raises(UserError, match=r'Unknown split "valid"'):
+        read("valid")
+    with pytest.raises(UserError, match="it has no splits; leave out --split test"):
+        Inputs([], DatasetArguments(str(tmp_path / "test-0.parquet"), "test"))
+
+
+def test_results_of_a_data_set_that_has_changed_are_made_again(tmp_path, encoded):
+    folder, output = tmp_path / "data", tmp_path / "c.jsonl"
+    (folder / "sub").mkdir(parents=True)
+
+    def write(*images):
+        parquet.write_table(pyarrow.table({"image": list(images)}), folder / "sub" / "0.parquet")
+        return list(Inputs([], DatasetArguments(str(folder))))
+
+    def resume(inputs):
+        results = ResumableResults(output, ("m", "1"), {})
+        left = [item.name for item in results.resume(inputs)]
+        results.release()
+        return left
+
+    with ResumableResults(output, ("m", "1"), {}) as results:
+        inputs = write(encoded[0], encoded[1])
+        results.add([replace(item, identity=item.identify()) for item in inputs], ["A", "B"])
+    assert resume(list(Inputs([], DatasetArguments(str(folder))))) == []
+    assert resume(write(encoded[0], encoded[2])) == ["train/1"]
+
+
+def test_a_row_of_a_stream_that_cannot_be_read_ends_the_run_with_its_number(tmp_path, encoded):
+    table = pyarrow.table({"image": [{"bytes": image, "path": None} for image in encoded]})
+    parquet.write_table(table, tmp_path / "0.parquet")
+    (tmp_path / "1.parquet").write_bytes(b"PAR1 no table at all PAR1")
+    inputs = iter(Inputs([], DatasetArguments(str(tmp_path), streaming=True)))
+    assert [next(inputs).name for _ in encoded] == ["train/0", "train/1", "train/2"]
+    with pytest.raises(UserError, match=rf"--dataset {tmp_path}: train/3 cannot be read: .*; the captions before it"):
+        next(inputs)
 
 
 def test_a_data_set_that_cannot_be_opened_is_named(tmp_path):

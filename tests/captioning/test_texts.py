@@ -79,6 +79,15 @@ def test_a_prompt_of_a_member_says_its_folder_in_the_archive(tmp_path):
     assert PromptTemplate("{folder} {name} {caption}", read_sidecar).render(item) == "cats tom"
 
 
+def test_a_prompt_that_cannot_be_made_is_named(tmp_path, folder_of_nobody):
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        PromptTemplate("{name}", read_sidecar).render(Input("x", tmp_path / "caf\udce9.png"))
+    (folder_of_nobody / "a.tags").write_text("iron")
+    (folder_of_nobody / "a.tags").chmod(0)
+    with pytest.raises(ValueError, match=r"a\.tags cannot be read: Permission denied"):
+        PromptTemplate("{tags}", read_sidecar).render(Input("a", folder_of_nobody / "a.png"))
+
+
 def test_an_unknown_field_of_a_prompt_is_refused():
     assert prompt_fields("as tags") == [] and prompt_fields("{name} {tags}") == ["name", "tags"]
     with pytest.raises(UserError, match=r"--prompt has \{nane\}; a prompt may say \{name\}, \{folder\}"):

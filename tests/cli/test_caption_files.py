@@ -2,11 +2,18 @@
 
 import io
 import json
+import re
+import shlex
 import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
 
+import pyarrow
 import pytest
 from datasets import load_dataset
 from PIL import Image
+from pyarrow import parquet
 
 from vlv import hub
 from vlv.captioning.batches import read_batches, split_batch
@@ -14,7 +21,7 @@ from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.inputs import Input
 from vlv.captioning.metadata import read_description
 from vlv.captioning.output import Summary
-from vlv.captioning.resume import read_results
+from vlv.captioning.resume import ResumableResults, read_results
 from vlv.captioning.texts import PromptTemplate
 from vlv.cli import caption_io
 from vlv.cli.main import main
@@ -65,6 +72,13 @@ def test_existing_sidecars_and_shared_names_are_refused_before_the_model_is_load
     assert caption("./no_model", folder, "--sidecar", "txt", "--on-existing", "overwrite") == 2
     said = capsys.readouterr().err
     assert "a.txt is that of a.png, too; pass --sidecar-name full, which writes a.webp.txt" in said
+
+
+def test_the_lines_of_an_interrupted_run_are_not_replaced_without_a_word(folder, tmp_path, capsys):
+    lines = tmp_path / "c.parquet.jsonl"
+    lines.write_text('{"name": "a.png", "caption": "one"}\n')
+    assert caption("./no_model", folder, "--output", tmp_path / "c.parquet") == 2
+    assert f"{lines} exists; pass --resume to go on with it, --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -135,7 +149,7 @@ def test_captions_in_metadata_are_read_by_the_next_run_which_keeps_them(model_fo
     Image.new("RGB", (9, 9)).save(folder / "d.bmp")
     assert caption(model_folder, folder, "--metadata", "xmp", "--output", output) == 1
     said = capsys.readouterr().err
-    assert "cannot write the caption of d.bmp: dc:description of" in said and "captioned 3, failed 1" in said
+    assert "cannot caption d.bmp: dc:description of" in said and "captioned 3, failed 1" in said
     captions = json.loads(output.read_text())
     assert {name: read_description((folder / name).read_bytes()) for name in captions} == captions
     (folder / "d.bmp").unlink()
@@ -143,6 +157,45 @@ def test_captions_in_metadata_are_read_by_the_next_run_which_keeps_them(model_fo
     assert "kept 3, skipped 0, captioned 0, failed 0" in capsys.readouterr().err
     assert caption(model_folder, folder, "--metadata", "xmp") == 2
     assert "a.png has a description; pass --on-existing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [("--sidecar", "txt"), ("--metadata", "xmp")])
+def test_captions_that_a_killed_run_wrote_beside_images_are_kept(
+    model_folder, folder, tmp_path, place, monkeypatch, capsys
+):
+    def end(self, inputs):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "c.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableResults, "confirm", end)
+        assert caption(model_folder, folder, "--output", output, *place) != 0
+    captions = json.loads(output.read_text())
+    Image.new("RGB", (9, 9)).save(folder / "d.png")
+    assert caption(model_folder, folder, "--output", output, *place, "--resume") == 0
+    assert "kept 3, skipped 0, captioned 1, failed 0" in capsys.readouterr().err
+    results = json.loads(output.read_text())
+    assert captions.items() < results.items() and list(results)[-1] == "d.png"
+    if "txt" in place:
+        Image.new("RGB", (9, 9)).save(folder / "d.webp")
+        assert caption(model_folder, folder, "--output", output, *place, "--resume") == 2
+        assert "d.txt is that of d.png, too; pass --sidecar-name full" in capsys.readouterr().err
+
+
+def test_csv_goes_on_with_as_many_captions_of_each_image(model_folder, folder, tmp_path, capsys):
+    (tmp_path / "c.csv").write_text("name,caption_1,caption_2\na.png,one,two\n")
+    (tmp_path / "c.csv.resume.jsonl").write_text("")
+    assert caption(model_folder, folder, "--output", tmp_path / "c.csv", "--num-captions", 3, "--resume") == 2
+    assert "has columns of 2 captions of each image, and this run writes 3; pass" in capsys.readouterr().err
+
+
+def test_a_result_whose_sidecar_cannot_be_written_is_in_the_output(model_folder, folder, tmp_path):
+    output = tmp_path / "c.json"
+    (folder / "b.txt").mkdir()
+    options = ("--sidecar", "txt", "--on-existing", "overwrite", "--output", output)
+    assert caption(model_folder, folder, *options) == 1
+    assert list(json.loads(output.read_text())) == ["a.png", "b.jpg", "sub/c.png"]
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folder, model_folder, monkeypatch, capsys):
@@ -158,15 +211,43 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folder, model_f
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_dry_run_knows_what_a_resumed_run_keeps(folder, model_folder, tmp_path, capsys):
+def test_the_commands_of_the_docs_say_what_they_would_do(folder, images, tmp_path, monkeypatch, capsys):
+    """As dry runs, with a local data set in place of that of the Hub."""
+    page = (Path(__file__).parents[2] / "docs" / "captioning.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = [shlex.split(line.rpartition("| ")[2], comments=True) for block in blocks for line in block.splitlines()]
+    commands = [words for words in lines if words[:2] == ["vlv", "caption"]]
+    assert len(commands) >= 9
+    monkeypatch.chdir(tmp_path)
+    folder.rename("photos")
+    for name in ("data", "shards"):
+        Path(name).mkdir()
+    with tarfile.open("shards/0.tar", "w") as archive:
+        archive.add("photos/a.png", "a.png")
+    parquet.write_table(pyarrow.table({"image": [Path("photos/a.png").read_bytes()]}), "data/test-0.parquet")
+    for _, *words in commands:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"photos/a.png\n")))
+        assert main([word.replace("org/name", "data") for word in words] + ["--dry-run"]) == 0, words
+        assert "dry run: would" in capsys.readouterr().err
+
+
+def test_a_dry_run_knows_what_a_resumed_run_keeps(folder, model_folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "c.jsonl"
     assert caption(model_folder, folder / "a.png", "--output", output) == 0
     content = {path: path.read_bytes() for path in tmp_path.glob("c.*")}
+    resolve, needed = hub.resolve, []
+
+    def recorded(*arguments, allow_patterns, **options):
+        needed.extend(allow_patterns)
+        return resolve(*arguments, allow_patterns=allow_patterns, **options)
+
+    monkeypatch.setattr(hub, "resolve", recorded)
     for _ in range(2):
         assert caption(model_folder, folder, "--output", output, "--resume", "--dry-run") == 0
         shown = capsys.readouterr()
         assert "would keep 1, caption 2, fail 0" in shown.err and shown.out.count(" -> ") == 2
     assert {path: path.read_bytes() for path in tmp_path.glob("c.*")} == content
+    assert set(needed) == {"config.json"}  # no weights are downloaded
 
 
 def test_prompts_of_different_lengths_give_the_captions_that_each_gives_alone(model_folder, folder, image_processor):
@@ -181,6 +262,8 @@ def test_prompts_of_different_lengths_give_the_captions_that_each_gives_alone(mo
     alone = [captioner.caption(row)[0] for row in split_batch(batch)]
     without = Captioner(model, processor, CaptionSettings(max_new_tokens=8)).caption(batch)
     assert together == alone and together[:2] != without[:2] and together[2] == without[2]
+    shortened = replace(captioner, cut=lambda text: text[:5])
+    assert shortened.caption(batch) == [[text[:5] for text in own] for own in together]
 
 
 def test_an_image_whose_own_prompt_is_too_long_fails_alone(model_folder, folder, tmp_path, capsys):

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from vlv.captioning.batches import read_rows
+from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.division import divide, read_division
 from vlv.captioning.formats import SUFFIXES
 from vlv.captioning.output import Summary
+from vlv.captioning.sharded import ShardCaptioner, ShardJob
 from vlv.captioning.shards import ShardFolder
+from vlv.captioning.texts import CaptionEditor
 from vlv.cli.caption_shards import own_shards
 from vlv.cli.main import main
 from vlv.cli.parsers.shards import distribution
@@ -62,6 +65,23 @@ def finished(tmp_path_factory, folder, model_folder) -> Path:
     output = tmp_path_factory.mktemp("out") / "shards"
     assert caption(model_folder, folder, "--shards", 3, "--output-dir", output) == 1  # an image is damaged
     return output
+
+
+def test_captions_that_repeat_themselves_are_named(folder, captioner, processor, tmp_path, capsys):
+    shards = begin(tmp_path / "out", [folder / "0.png", folder / "2.png"], 1)
+    job = ShardJob("unused", "float32", "cpu", CaptionSettings(max_new_tokens=4), CaptionEditor(loop_guard=True))
+    ShardCaptioner(job, Repeating(captioner, processor, job.settings)).caption(shards, 0)
+    note = "note: 2 captions repeat themselves over and over, cut after the first pass"
+    assert note in capsys.readouterr().err
+    assert json.loads(shards.manifest_path(0).read_text())["notes"] == [note]
+    assert json.loads(shards.path(0).read_text().splitlines()[0])["caption"] == "a b"
+
+
+class Repeating(Captioner):
+    """Writes a caption that repeats itself."""
+
+    def caption(self, batch):
+        return [["a b " * 8] for _ in batch.inputs]
 
 
 def set_launcher(monkeypatch, variables) -> None:
@@ -423,6 +443,7 @@ def test_a_shard_that_cannot_be_written_is_absent(folder, tmp_path, small_disk):
             "--sidecar, --url-timeout cannot be used with --shards",
         ),
         (["--shards", "2", "--output-dir", "{out}", "--engine", "ray", "--device", "cuda:1"], "give cpu or cuda"),
+        (["--shards", "2", "--output-dir", "{out}", "--engine", "vllm", "--temperature", "1"], "one greedy caption"),
     ],
 )
 def test_options_that_do_not_fit_are_named(folder, tmp_path, arguments, message, capsys):
