@@ -82,7 +82,7 @@ class GrowingParquet(GrowingJsonLines):
         with parquet.ParquetWriter(temporary, schema) as writer:
             group = first
             while group:
-                writer.write_table(pyarrow.Table.from_pylist([_unicode(row) for row in group], schema))
+                writer.write_table(pyarrow.Table.from_pylist([unicode_row(row) for row in group], schema))
                 group = list(islice(rows, ROW_GROUP))
 
 
@@ -251,6 +251,6 @@ def _parquet_type(value: Any) -> Any:
     return pyarrow.list_(pyarrow.string()) if isinstance(value, list) else types.get(type(value), pyarrow.string())
 
 
-def _unicode(row: dict[str, Any]) -> dict[str, Any]:
+def unicode_row(row: dict[str, Any]) -> dict[str, Any]:
     """The row with a name that parquet can hold: bytes that are not UTF-8 are escaped, such as `\\udce9`."""
     return row | {"name": row["name"].encode("utf-8", "backslashreplace").decode("utf-8")}

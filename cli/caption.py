@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
+from vlv.captioning.ahead import ended_readers
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
 from vlv.captioning.formats import has_results, results_path
@@ -20,6 +21,7 @@ from vlv.captioning.resume import ResumableResults, record_path
 from vlv.captioning.texts import instruction_of_length
 from vlv.errors import UserError
 
+from . import caption_shards
 from .caption_io import (
     adopt_written,
     caption_batch,
@@ -51,6 +53,8 @@ ENCODER_BATCH_SIZE = 8
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if caption_shards.is_wanted(arguments):
+        return caption_shards.run(arguments)
     check_arguments(arguments)
     complete_choice_arguments(arguments)
     output = choose_output(arguments)
@@ -127,11 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
     cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
     if files is not None:
         inputs = files.select(inputs, summary)
-    with results or nullcontext():
+    with results or nullcontext(), ended_readers():
         for read in read_encoded_batches(
             *(inputs, encoder, processor.image_processor, arguments.batch_size, summary, size, True),
             encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
             cache=cache,
+            num_workers=arguments.num_workers,
         ):
             for batch, groups in caption_batch(captioner, read, summary):
                 done, entries = choose_captions(groups, batch, scorer, arguments, summary)

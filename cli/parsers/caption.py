@@ -6,6 +6,7 @@ from vlv.captioning.choices import KINDS, LENGTHS, MIN_LOOP_WORDS, MIN_REPEATS, 
 
 from .choice import add_choice_arguments
 from .common import add_embeddings_cache, add_model_arguments, positive, positive_number
+from .shards import add_shard_arguments, add_speed_arguments
 
 
 def add_parser(commands) -> None:
@@ -39,7 +40,9 @@ def add_parser(commands) -> None:
     )
     add_choice_arguments(parser)
     add_embeddings_cache(parser)
+    add_speed_arguments(parser)
     add_model_arguments(parser)
+    add_shard_arguments(parser)
     parser.set_defaults(run="caption:run")
 
 
