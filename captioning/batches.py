@@ -54,7 +54,8 @@ def read_batches(
     Args:
         batch_size: The most inputs of a batch.
         original_size: Width and height in pixels of the originals in a batch; without it they are None.
-        identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read.
+        identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read. A file
+            that changes while it is read fails then.
     """
     yield from join_rows(read_rows(inputs, image_processor, summary, original_size, identify), batch_size)
 
@@ -74,13 +75,17 @@ def read_rows(
     """
     for item in inputs:
         try:
+            if item.problem is None:
+                item = item.open()
             if identify and item.problem is None:
                 item = replace(item, identity=item.identify())
-            yield _read(item, image_processor, original_size, cache)
+            row = _read(item, image_processor, original_size, cache)
+            item.require_unchanged()
+            yield row
         except ValueError as error:
             summary.fail(item.name, str(error))
         except OSError as error:
-            summary.fail(item.name, f"it cannot be read: {error.strerror}")
+            summary.fail(item.name, f"it cannot be read: {error.strerror or error}")
 
 
 def join_rows(rows: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
@@ -106,7 +111,8 @@ def _read(
         raise ValueError(item.problem)
     if item.embeds is not None:
         return Batch([item], {"caption_embeds": item.embeds[None]}, [None])
-    image = image_processor.load(item.path)
+    image = image_processor.load(item.image)
+    item = replace(item, content=None)  # a batch keeps its inputs until it is written
     original = None
     if original_size is not None:
         original = image.resize((original_size, original_size), Image.Resampling.BICUBIC)
@@ -115,6 +121,19 @@ def _read(
         return Batch([item], {"caption_embeds": embeds[None]}, [original])
     pixel_values = image_processor(image, return_tensors="pt").pixel_values  # (1, 3, height, width)
     return Batch([item], {"pixel_values": pixel_values}, [original], keys)
+
+
+def split_batch(batch: Batch) -> list[Batch]:
+    """Batches of one input."""
+    return [
+        Batch(
+            [item],
+            {name: tensor[row : row + 1] for name, tensor in batch.tensors.items()},
+            [batch.originals[row]],
+            batch.keys[row : row + 1],
+        )
+        for row, item in enumerate(batch.inputs)
+    ]
 
 
 def _shapes(batch: Batch) -> dict[str, torch.Size]:

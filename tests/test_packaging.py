@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["vlv", "vlv.hub", "vlv.diffusion_decoder", "vlv.pipelines", "vlv.train", "vlv.evaluation", "vlv.miniature"]
-PACKAGES += ["vlv.miniature.paper", "vlv.space", "vlv.serving", "vlv.captioning", "vlv.cli"]
+PACKAGES += ["vlv.preparation", "vlv.miniature.paper", "vlv.space", "vlv.serving", "vlv.captioning", "vlv.cli"]
 PACKAGES += ["vlv.cli.parsers", "vlv.checkpoints"]
 NOT_PACKAGED = shutil.ignore_patterns(".*", "build", "dist", "outputs", "runs", "tests", "__pycache__", "*.egg-info")
 NOT_FOR_LIGHT_USES = {"datasets", "gradio", "matplotlib", "torchvision", "torchmetrics"}

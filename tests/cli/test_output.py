@@ -50,6 +50,21 @@ def test_commands_print_no_warnings_of_libraries(mixed_folder, tmp_path):
     assert len(lines) == 3 * 6  # of caption, encode and reconstruct: what is left out, model, failures, summary
 
 
+def test_a_bar_without_an_end_gets_one_when_the_inputs_are_counted(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    summary = Summary(None)
+    summary.advance(1)
+    assert summary.shows_progress and "0 images [" in stream.getvalue() and "%" not in stream.getvalue()
+    summary.set_total(None)
+    summary.set_total(2)
+    summary.advance(1)
+    assert summary.close("captioned", "out.json", kept=3, skipped=1) == 0
+    bars = [line for line in re.split(r"[\r\n]+", stream.getvalue()) if "%|" in line]
+    assert bars[-1].startswith("100%") and " 2/2 " in bars[-1]
+    assert stream.getvalue().splitlines()[-1] == "kept 3, skipped 1, captioned 0, failed 0: out.json"
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
