@@ -1,5 +1,6 @@
 """Captions of many images: inputs read into batches, captions written by a model, results that survive a crash.
 
-`inputs.py` finds images, `batches.py` and `encoding.py` turn them into batches of caption embeddings, `captioner.py`
-writes the captions of a batch, and `output.py` and `resume.py` keep the results.
+`sources.py` and `inputs.py` find images, `batches.py` and `encoding.py` turn them into batches of caption embeddings,
+`captioner.py` and `texts.py` write the captions of a batch, `formats.py`, `output.py` and `resume.py` keep the
+results, and `sidecars.py` and `metadata.py` put them where the images are.
 """

@@ -1,5 +1,6 @@
 """Inputs of `vlv caption`, `vlv encode` and `vlv reconstruct`, read and gathered into batches."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from PIL import Image
 
 from vlv import VLVImageProcessor
 
+from .ahead import chunk_of, map_ahead
 from .inputs import Input
 from .output import Summary
 
@@ -54,7 +56,8 @@ def read_batches(
     Args:
         batch_size: The most inputs of a batch.
         original_size: Width and height in pixels of the originals in a batch; without it they are None.
-        identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read.
+        identify: Whether the inputs of a batch have their `identity`, which is taken before the file is read. A file
+            that changes while it is read fails then.
     """
     yield from join_rows(read_rows(inputs, image_processor, summary, original_size, identify), batch_size)
 
@@ -66,21 +69,79 @@ def read_rows(
     original_size: int | None = None,
     identify: bool = False,
     cache: "FeatureCache | None" = None,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """As `read_batches`, batches of one input.
 
     Args:
         cache: Has the caption embeddings of some images, which are taken in place of their pixels.
+        num_workers: Processes that read images ahead; 0 reads them in this one. The rows are the same.
     """
-    for item in inputs:
+    reader = RowReader(image_processor, original_size, identify, cache)
+    for row in _read_ahead(reader, inputs, num_workers) if num_workers else map(reader.read, inputs):
+        if isinstance(row, Batch):
+            yield row
+        else:
+            summary.fail(*row)
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads inputs with the settings of `read_rows`."""
+
+    image_processor: VLVImageProcessor
+    original_size: int | None = None
+    identify: bool = False
+    cache: "FeatureCache | None" = None
+
+    def read(self, item: Input) -> "Batch | Failure":
+        """A batch of one input, or why it cannot be read."""
         try:
-            if identify and item.problem is None:
+            if item.problem is None:
+                item = item.open()
+            if self.identify and item.problem is None:
                 item = replace(item, identity=item.identify())
-            yield _read(item, image_processor, original_size, cache)
+            row = _read(item, self.image_processor, self.original_size, self.cache)
+            item.require_unchanged()
+            return row
         except ValueError as error:
-            summary.fail(item.name, str(error))
+            return item.name, str(error)
         except OSError as error:
-            summary.fail(item.name, f"it cannot be read: {error.strerror}")
+            return item.name, f"it cannot be read: {error.strerror or error}"
+
+
+Failure = tuple[str, str]
+"""The name of an input that cannot be read, and the reason."""
+
+
+def _read_ahead(reader: RowReader, inputs: Iterable[Input], num_workers: int) -> Iterator[Batch | Failure]:
+    """What `reader` returns for each input, in their order."""
+    size = reader.image_processor.size
+    chunk = chunk_of(3 * size["height"] * size["width"] * 4)
+    for batches, failures in map_ahead(reader.read, map(_portable, inputs), num_workers, _join_chunk, chunk):
+        rows = (row for batch in batches for row in split_batch(batch))
+        for failure in failures:
+            yield next(rows) if failure is None else failure
+
+
+def _portable(item: Input) -> Input:
+    """The input as another process can read it: what only this one can open is opened."""
+    function = getattr(item.read, "func", item.read)
+    if item.read is None or inspect.isfunction(function):
+        return item
+    try:
+        return replace(item.open(), read=None)
+    except ValueError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"it cannot be read: {error.strerror or error}"
+    return replace(item, read=None, problem=problem)
+
+
+def _join_chunk(rows: list[Batch | Failure]) -> tuple[list[Batch], list[Failure | None]]:
+    """The neighbours that can be joined as batches, and for each row None or the failure."""
+    batches = join_rows((row for row in rows if isinstance(row, Batch)), len(rows))
+    return list(batches), [None if isinstance(row, Batch) else row for row in rows]
 
 
 def join_rows(rows: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
@@ -106,7 +167,8 @@ def _read(
         raise ValueError(item.problem)
     if item.embeds is not None:
         return Batch([item], {"caption_embeds": item.embeds[None]}, [None])
-    image = image_processor.load(item.path)
+    image = image_processor.load(item.image)
+    item = replace(item, content=None)  # a batch keeps its inputs until it is written
     original = None
     if original_size is not None:
         original = image.resize((original_size, original_size), Image.Resampling.BICUBIC)
@@ -115,6 +177,19 @@ def _read(
         return Batch([item], {"caption_embeds": embeds[None]}, [original])
     pixel_values = image_processor(image, return_tensors="pt").pixel_values  # (1, 3, height, width)
     return Batch([item], {"pixel_values": pixel_values}, [original], keys)
+
+
+def split_batch(batch: Batch) -> list[Batch]:
+    """Batches of one input."""
+    return [
+        Batch(
+            [item],
+            {name: tensor[row : row + 1] for name, tensor in batch.tensors.items()},
+            [batch.originals[row]],
+            batch.keys[row : row + 1],
+        )
+        for row, item in enumerate(batch.inputs)
+    ]
 
 
 def _shapes(batch: Batch) -> dict[str, torch.Size]:

@@ -75,14 +75,16 @@ def read_encoded_batches(
     *,
     encoder_batch_size: int,
     cache: "FeatureCache | None" = None,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
     """As `read_batches`, with the caption embeddings of images, on the CPU, in place of their pixels.
 
     Args:
         encoder_batch_size: The most images in a pass of the encoder, and the most inputs that are read ahead.
         cache: Has the embeddings of some images, and gets those of the others.
+        num_workers: Processes that read images while others are captioned.
     """
-    rows = read_rows(inputs, image_processor, summary, original_size, identify, cache)
+    rows = read_rows(inputs, image_processor, summary, original_size, identify, cache, num_workers)
     chunks = iter(lambda: list(islice(rows, encoder_batch_size)), [])
     yield from join_rows((row for chunk in chunks for row in _encode_rows(chunk, model, cache)), batch_size)
 

@@ -5,11 +5,12 @@ import os
 import stat
 import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -20,12 +21,19 @@ from vlv.image_files import walk_images
 
 @dataclass(frozen=True)
 class Input:
-    """An image file or caption embeddings, with the name that the output uses.
+    """An image or caption embeddings, with the name that the output uses.
 
     Args:
-        path: The image file, or the file that holds the embeddings.
-        problem: Why the file cannot be read, where that is known already.
+        path: The image file, or the file that holds the image or the embeddings.
+        problem: Why the image cannot be read, where that is known already.
         identity: See `identify`.
+        member: What the image is called in a file that holds many.
+        read: Reads an image that is not a file of its own: bytes, an array, or the path of a file. Raises `OSError` or
+            `ValueError`.
+        remote: The URL, or the place in a data set of the Hub, of an image that no file holds.
+        content: What `read` has returned.
+        version: Tells the version of a data set that holds the image from others; "" if only the image itself does,
+            None for an image in a file of `path`.
     """
 
     name: str
@@ -33,30 +41,82 @@ class Input:
     embeds: torch.Tensor | None = None  # (Q, d_text)
     problem: str | None = None
     identity: Mapping[str, Any] | None = None
+    member: str | None = None
+    read: Callable[[], Any] | None = None
+    remote: str | None = None
+    content: Any = None
+    version: str | None = None
 
     @property
     def source(self) -> str:
-        """The absolute path, with the name for embeddings, of which a file holds many."""
-        return os.path.abspath(self.path) + ("" if self.embeds is None else f"#{self.name}")
+        """The absolute path, with the name for embeddings and members, of which a file holds many; or `remote`."""
+        if self.remote is not None:
+            return self.remote
+        member = self.name if self.embeds is not None else self.member
+        return os.path.abspath(self.path) + ("" if member is None else f"#{member}")
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the image is a file of its own."""
+        return self.embeds is None and self.member is None and self.remote is None
+
+    @property
+    def image(self) -> Any:
+        """What the image processor loads."""
+        return self.path if self.content is None else self.content
+
+    def open(self) -> "Input":
+        """The input with its `content`, if the image is not a file of its own. Raises `OSError` or `ValueError`."""
+        return self if self.read is None or self.content is not None else replace(self, content=self.read())
+
+    def status(self) -> tuple[int, int]:
+        """Size and time of change (ns) of the file; zeros for a row of a data set or a URL. Raises `OSError`."""
+        if self.remote is not None or self.version is not None:
+            return 0, 0
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
 
     def identify(self) -> dict[str, Any]:
-        """Source, size, time and content hash of the file, or the hash of the embeddings. Raises `OSError`."""
-        status = self.path.stat()
-        return {
-            "source": self.source,
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
-            "blake2b": self.digest(),
-        }
+        """Source, size, time, version and content hash of the image, or the hash of the embeddings.
+
+        Raises:
+            OSError, ValueError: If it cannot be read.
+        """
+        size, mtime_ns = self.status()
+        version = {"version": self.version} if self.version else {}
+        return {"source": self.source, "size": size, "mtime_ns": mtime_ns, "blake2b": self.digest()} | version
 
     def digest(self) -> str:
-        """Hash of the file, or of the embeddings; empty for a pipe, which can be read once. Raises `OSError`."""
+        """Hash of the image, or of the embeddings; empty for a pipe, which can be read once. Raises as `identify`."""
         if self.embeds is not None:
-            return hashlib.blake2b(self.embeds.numpy().tobytes(), digest_size=16).hexdigest()
-        if not stat.S_ISREG(self.path.stat().st_mode):
+            return _digest(self.embeds.numpy().tobytes())
+        content = self.open().content
+        if isinstance(content, bytes):
+            return _digest(content)
+        if isinstance(content, np.ndarray):
+            return _digest(content.tobytes())
+        if isinstance(content, str) and not os.path.exists(content):  # a data URI or base64
+            return _digest(content.encode("utf-8", "surrogateescape"))
+        path = Path(self.path if content is None else content)
+        if not stat.S_ISREG(path.stat().st_mode):
             return ""
-        with open(self.path, "rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    def require_unchanged(self) -> None:
+        """Raises `ValueError` if the file is not the one that `identity` is of."""
+        if self.identity is None or self.identity["blake2b"] == "":
+            return
+        if self.status() != (self.identity["size"], self.identity["mtime_ns"]):
+            raise ValueError("the file changed while it was read; run again when it is complete, with --resume")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+Named = tuple[Input, str]
+"""An input, and its full name: the path as given, which is unique."""
 
 
 def collect_images(paths: list[str]) -> list[Input]:
@@ -69,40 +129,71 @@ def collect_images(paths: list[str]) -> list[Input]:
     Raises:
         UserError: If a path does not exist or no image is found.
     """
-    found: list[tuple[str, Path, str | None]] = []
     left_out: Counter[str] = Counter()
-    for argument in paths:
-        path = Path(argument)
-        if path.is_dir():
-            found += [
-                (image.relative_to(path).as_posix() if image != path else path.as_posix(), image, problem)
-                for image, problem in walk_images(path, left_out)
-            ]
-            continue
-        try:
-            path.lstat()
-        except OSError as error:
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-            raise UserError(f"{argument} {reason}") from error
-        found.append((path.name, path, None))
-    once: dict[str, tuple[str, Path, str | None]] = {}
-    for entry in found:
-        once.setdefault(os.path.abspath(entry[1]), entry)
-    found = list(once.values())
-    others = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
-    if len(left_out) > 5:
-        others += ", ..."
+    found = list(once(named for argument in paths for named in files_of(argument, left_out)))
     if not found:
-        raise UserError(f"no images in {', '.join(paths)}" + (f"; it holds {others}" if others else ""))
-    if others:
-        print(f"not images, left out: {others}", file=sys.stderr)
-    named = dict.fromkeys(found)
+        raise no_images(paths, left_out)
+    if left_out:
+        print(f"not images, left out: {describe_left_out(left_out)}", file=sys.stderr)
+    return unique_names(found)
+
+
+def files_of(argument: str, left_out: Counter[str] | None = None) -> Iterator[Named]:
+    """The image file, or the images of the folder, that an argument names. `left_out` is that of `walk_images`.
+
+    Raises:
+        UserError: If the argument does not exist.
+    """
+    path = Path(argument)
+    if not path.is_dir():
+        require_existing(argument)
+        yield Input(path.name, path), path.as_posix()
+        return
+    for image, problem in walk_images(path, left_out):
+        full = image.as_posix()
+        yield Input(image.relative_to(path).as_posix() if image != path else full, image, problem=problem), full
+
+
+def require_existing(argument: str) -> None:
+    """Raises `UserError` if a path does not exist, or cannot be looked at."""
+    try:
+        os.lstat(argument)
+    except (OSError, ValueError) as error:  # the second for a null byte
+        reason = getattr(error, "strerror", None) or str(error)
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"
+        raise UserError(f"{argument} {reason}") from error
+
+
+def once(found: Iterable[Named]) -> Iterator[Named]:
+    """The inputs without those whose source came before. Keeps a hash of each source, about 100 bytes."""
+    seen: set[bytes] = set()
+    for item, full in found:
+        key = hashlib.blake2b(os.fsencode(item.source), digest_size=16).digest()
+        if key not in seen:
+            seen.add(key)
+            yield item, full
+
+
+def unique_names(found: Iterable[Named]) -> list[Input]:
+    """The inputs; those with equal names get their full ones."""
+    found = list(found)
     while True:
-        names = Counter(name for name, *_ in named)
-        clashing = {name for name, count in names.items() if count > 1}
-        if not clashing:
-            return [Input(name, path, problem=problem) for name, path, problem in named]
-        named = dict.fromkeys((path.as_posix() if name in clashing else name, path, why) for name, path, why in named)
+        names = Counter(item.name for item, _ in found)
+        if len(names) == len(found):
+            return [item for item, _ in found]
+        found = [(replace(item, name=full) if names[item.name] > 1 else item, full) for item, full in found]
+
+
+def no_images(paths: Iterable[str], left_out: Counter[str]) -> UserError:
+    """The error of arguments that hold no image."""
+    others = f"; it holds {describe_left_out(left_out)}" if left_out else ""
+    return UserError(f"no images in {', '.join(paths)}{others}")
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """The most common kinds of files that are not images, with their numbers."""
+    others = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
+    return others + (", ..." if len(left_out) > 5 else "")
 
 
 def load_embeddings(file: str | os.PathLike, width: int, use: str) -> list[Input]:

@@ -1,8 +1,8 @@
 """What the results in an output are of: `--resume` goes on with them, and never takes over those of other images.
 
-Beside `captions.json` lies `captions.resume.jsonl`. It has a line for each run, `{"run": 0, "model": ...,
-"fingerprint": ..., "settings": ...}`, and a line for each result, `{"run": 0, "name": ..., "source": ..., "size": ...,
-"mtime_ns": ..., "blake2b": ...}`.
+Beside `captions.json` lies `captions.resume.jsonl`, and beside `captions.csv` `captions.csv.resume.jsonl`. It has a
+line for each run, `{"run": 0, "model": ..., "fingerprint": ..., "settings": ...}`, and a line for each result,
+`{"run": 0, "name": ..., "source": ..., "size": ..., "mtime_ns": ..., "blake2b": ...}`.
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, to_json, write_atomically
 
+from .formats import METADATA, growing_file, read_lines
 from .inputs import Input
-from .output import GrowingJson
+from .output import GrowingFile
 
 try:
     import fcntl
@@ -23,12 +24,12 @@ except ImportError:  # Windows
 
 
 class ResumableResults:
-    """Results in a JSON file `{name: result}`, with a record of the image, the model and the settings of each.
+    """Results in a file, by name, with a record of the image, the model and the settings of each.
 
     Nothing is written before the first result. While a run writes, no other may write into the same file.
 
     Args:
-        output: The JSON file.
+        output: The file, in a format of `formats.SUFFIXES`.
         model: `--model` and its `vlv.hub.fingerprint`.
         settings: Settings that change results.
         shared: Names of the settings in which all runs must agree.
@@ -44,7 +45,9 @@ class ResumableResults:
         self._run: dict[str, Any] = {"run": 0, "model": model[0], "fingerprint": model[1], "settings": dict(settings)}
         self._entries: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
-        self._json: GrowingJson | None = None
+        self.unconfirmed: dict[str, Any] = {}
+        """Results of inputs, by name, that an earlier run did not confirm before it ended."""
+        self._json: GrowingFile | None = None
         self._record_file: Any = self._open_record() if self.record_path.exists() else None
 
     def resume(self, inputs: Sequence[Input]) -> list[Input]:
@@ -89,6 +92,7 @@ class ResumableResults:
                 self._records[record["name"]] = record
         done = {record["name"] for record in kept.values()}
         self._run["run"] = len(self._runs)
+        self.unconfirmed = {name: entry for name, entry in entries.items() if name in names and name not in records}
         return [item for item in inputs if item.name not in done]
 
     def _require_same_model(self, run: Mapping[str, Any]) -> None:
@@ -133,25 +137,39 @@ class ResumableResults:
                 sentences.append(f"{count} of the kept results were made with other settings ({'; '.join(other)})")
         return sentences
 
+    def adopt(self, item: Input, result: Any) -> None:
+        """Keeps an unconfirmed result. Raises `OSError` or `ValueError` if the input cannot be read."""
+        run = self._runs[-1]["run"] if self._runs else self._run["run"]
+        self._records[item.name] = {"run": run, "name": item.name, **item.identify()}
+        self._entries[item.name] = result
+
     def add(self, inputs: list[Input], results: list[Any]) -> None:
-        """Adds the results of inputs, which have their `identity`.
+        """Adds the results of inputs, which have their `identity`, and confirms them.
 
         Raises:
             OSError: If they cannot be written. Results that were added before are in the file.
         """
+        self.put(inputs, results)
+        self.confirm(inputs)
+
+    def put(self, inputs: list[Input], results: list[Any]) -> None:
+        """Adds results that the next run makes again unless they are confirmed. Raises as `add`."""
         self._open().add({item.name: result for item, result in zip(inputs, results, strict=True)})
+
+    def confirm(self, inputs: list[Input]) -> None:
+        """Records what the results of inputs are of. Raises as `add`."""
         rows = [{"run": self._run["run"], "name": item.name, **(item.identity or {})} for item in inputs]
         with errors_naming(self.record_path):
             self._record_file.write(_to_lines(rows))  # after the results: a result without a record is made again
 
-    def _open(self) -> GrowingJson:
+    def _open(self) -> GrowingFile:
         if self._json is None:
             if self._record_file is None and self.record_path.exists():  # of a run that began after this one
                 self._record_file = self._open_record()
             lines = _to_lines([*self._runs, self._run, *self._records.values()])
             write_atomically(self.record_path, lambda temporary: temporary.write_bytes(lines))
             self._record_file = self._open_record()
-            self._json = GrowingJson(self.output, self._entries)
+            self._json = growing_file(self.output, self._entries)
         return self._json
 
     def _open_record(self) -> Any:
@@ -193,6 +211,11 @@ class ResumableResults:
                 records[row["name"]] = row
         return runs, records
 
+    def release(self) -> None:
+        """Lets other runs write into the file, which this one has not begun to write."""
+        if self._record_file is not None:
+            self._record_file.close()
+
     def __enter__(self) -> "ResumableResults":
         return self
 
@@ -206,8 +229,10 @@ class ResumableResults:
 
 
 def record_path(output: Path) -> Path:
-    """The file beside an output that records what its results are of."""
-    return output.with_suffix(".resume.jsonl")
+    """The file beside an output that records what its results are of; hidden in a folder of images."""
+    if output.name == METADATA:
+        return output.with_name(f".{output.stem}.resume.jsonl")
+    return output.with_suffix(".resume.jsonl") if output.suffix.lower() == ".json" else Path(f"{output}.resume.jsonl")
 
 
 def _to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -217,32 +242,35 @@ def _to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def _place(item: Input) -> dict[str, Any]:
     """Where an input is, and its size and time; empty if it cannot be read."""
     try:
-        status = item.path.stat()
+        size, mtime_ns = item.status()
     except OSError:
         return {}
-    return {"source": item.source, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    version = {"version": item.version} if item.version else {}
+    return {"source": item.source, "size": size, "mtime_ns": mtime_ns} | version
 
 
 def _is_unchanged(record: Mapping[str, Any], item: Input) -> bool:
     """Whether an input is the one of a record. An input that cannot be read is judged by its path alone."""
     try:
-        status = item.path.stat()
-        if (item.source, status.st_size, status.st_mtime_ns) == (record["source"], record["size"], record["mtime_ns"]):
+        known = (item.source, *item.status()) == (record["source"], record["size"], record["mtime_ns"])
+        if known and (item.version is None or (item.version and item.version == record.get("version"))):
             return True
         return record["blake2b"] != "" and item.digest() == record["blake2b"]
-    except OSError:
+    except (OSError, ValueError):
         return item.source == record["source"]
 
 
 def read_results(path: str | Path, option: str) -> dict[str, Any]:
-    """`{name: result}` of a JSON file. Of one whose last write was cut off, the results before it.
+    """`{name: result}` of a file of results. Of one whose last write was cut off, the results before it.
 
     Args:
         option: The option that gave the path, for the message.
 
     Raises:
-        UserError: If the file cannot be read or does not hold a JSON object.
+        UserError: If the file cannot be read or does not hold results.
     """
+    if Path(path).suffix.lower() in (".jsonl", ".csv", ".parquet"):
+        return read_lines(Path(path), option)
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:

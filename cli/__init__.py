@@ -1,4 +1,5 @@
 """The commands of the package.
 
-`vlv caption | reconstruct | encode | score | evaluate | convert | info | push | demo | serve | estimate | train`.
+`vlv caption | reconstruct | encode | score | evaluate | convert | info | push | demo | serve | estimate | data |
+train`.
 """

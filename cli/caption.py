@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -9,13 +11,32 @@ from typing import Any
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
+from vlv.captioning.ahead import ended_readers
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
-from vlv.captioning.inputs import collect_images, load_embeddings
-from vlv.captioning.output import Summary, output_path, refuse_existing
+from vlv.captioning.formats import has_results, results_path
+from vlv.captioning.inputs import Input, load_embeddings
+from vlv.captioning.output import Summary, refuse_existing
 from vlv.captioning.resume import ResumableResults, record_path
+from vlv.captioning.texts import instruction_of_length
 from vlv.errors import UserError
 
+from . import caption_shards
+from .caption_io import (
+    adopt_written,
+    caption_batch,
+    check_arguments,
+    check_first,
+    choose_output,
+    claim_kept,
+    count_in_background,
+    dry_run,
+    open_caption_files,
+    open_editor,
+    open_inputs,
+    open_template,
+    write_files,
+)
 from .choosing import (
     choose_captions,
     choose_min_score,
@@ -32,46 +53,65 @@ ENCODER_BATCH_SIZE = 8
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if bool(arguments.paths) == bool(arguments.embeddings):
-        raise UserError("give image paths or --embeddings FILE, and not both")
-    for option, value in (
-        ("--embeddings-cache", arguments.embeddings_cache),
-        ("--encoder-batch-size", arguments.encoder_batch_size),
-    ):
-        if arguments.embeddings and value is not None:
-            raise UserError(f"{option} is for images, which --embeddings replaces; leave one out")
+    if caption_shards.is_wanted(arguments):
+        return caption_shards.run(arguments)
+    check_arguments(arguments)
     complete_choice_arguments(arguments)
-    output = output_path(arguments.output, ".json")
-    if record_path(output).is_dir():
-        raise UserError(f"{record_path(output)} is a folder; pass another --output")
-    if not (arguments.resume or arguments.overwrite):
-        refuse_existing(output, "--output", resumable=True)
-    inputs = collect_images(arguments.paths) if arguments.paths else []
+    output = choose_output(arguments)
+    if output is not None:
+        if record_path(output).is_dir():
+            raise UserError(f"{record_path(output)} is a folder; pass another --output")
+        if not (arguments.resume or arguments.overwrite):
+            refuse_existing(results_path(output), "--output", resumable=True)
+    files, editor = open_caption_files(arguments), open_editor(arguments)
+    found = None if arguments.embeddings else open_inputs(arguments)
+    resumes = arguments.resume and output is not None and has_results(output)
+    if found is not None and not resumes:
+        if files is not None:
+            check_first(files, found.first)
+        if arguments.dry_run:
+            return dry_run(found, files, output)
     source = choose_model(arguments)
     with loading(source):
-        folder = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
+        needed = ["config.json"] if arguments.dry_run else hub.CAPTIONER_FILES
+        folder = hub.resolve(source, revision=arguments.revision, allow_patterns=needed)
         fingerprint = hub.fingerprint(folder, hub.CAPTIONER_FINGERPRINT)
+        config = VLVConfig.from_dict(hub.read_config(folder))
         if arguments.embeddings:
-            config = VLVConfig.from_dict(hub.read_config(folder))
-            inputs = load_embeddings(arguments.embeddings, config.caption_embed_dim, "caption")
+            embeddings = load_embeddings(arguments.embeddings, config.caption_embed_dim, "caption")
+    inputs: Iterable[Input] = embeddings if found is None else found
+    total = len(embeddings) if found is None else found.total
+    if arguments.length:
+        arguments.prompt = instruction_of_length(arguments.length, config.instructions, source)
     settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
-    recorded = settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments)
+    recorded = settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded()
     choose_min_score(arguments, source)
     if uses_scores(arguments):
         with loading(source):
             recorded["text_to_image"] = text_to_image_fingerprint(source, arguments.revision)
-    results = ResumableResults(output, (source, fingerprint), recorded, shared_settings(arguments))
-    total, kept = len(inputs), None
-    if arguments.resume and output.exists():
-        refuse_other_form(output, arguments)
-        inputs = results.resume(inputs)
-        kept = total - len(inputs)
-        if arguments.confidence:
-            from vlv.pipelines import mark_confidence  # it imports diffusers, which captions alone do not need
+    results, kept = None, None
+    if output is not None:
+        results = ResumableResults(output, (source, fingerprint), recorded, shared_settings(arguments))
+        if resumes:
+            refuse_other_form(output, arguments)
+            listed = list(inputs)
+            left = results.resume(listed)
+            if files is not None:
+                left = adopt_written(results, files, left)
+                claim_kept(files, listed, left)
+                check_first(files, left)
+            inputs = left
+            total, kept = len(left), len(listed) - len(left)
+            if arguments.confidence:
+                from vlv.pipelines import mark_confidence  # it imports diffusers, which captions alone do not need
 
-            results.revise(partial(mark_confidence, min_score=arguments.min_score))
-        for note in results.notes():
-            print(note, file=sys.stderr)
+                results.revise(partial(mark_confidence, min_score=arguments.min_score))
+            for note in results.notes():
+                print(note, file=sys.stderr)
+    if arguments.dry_run:
+        if results is not None:
+            results.release()
+        return dry_run(inputs, files, output, kept)
     with loading(source):
         model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
     if arguments.prompt:
@@ -82,23 +122,38 @@ def run(arguments: argparse.Namespace) -> int:
 
         scorer = BatchScorer(source, arguments)
     size = None if scorer is None else scorer.image_size
-    summary = Summary(len(inputs))
-    captioner = Captioner(model, processor, settings)
+    summary = Summary(total, names_failures=False)
+    if found is not None and kept is None:
+        count_in_background(found, summary)
+    cut = editor.cut if editor.loop_guard else None  # before captions are compared by their scores
+    captioner = Captioner(model, processor, settings, open_template(arguments.prompt), cut)
     encoder: Any = model.model
     cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
-    with results:
-        for batch in read_encoded_batches(
+    if files is not None:
+        inputs = files.select(inputs, summary)
+    with results or nullcontext(), ended_readers():
+        for read in read_encoded_batches(
             *(inputs, encoder, processor.image_processor, arguments.batch_size, summary, size, True),
             encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
             cache=cache,
+            num_workers=arguments.num_workers,
         ):
-            done, entries = choose_captions(captioner.caption(batch), batch, scorer, arguments, summary)
-            results.add(done, entries)
-            summary.done += len(done)
-            summary.advance(len(batch.inputs))
+            for batch, groups in caption_batch(captioner, read, summary):
+                done, entries = choose_captions(groups, batch, scorer, arguments, summary)
+                entries = [editor.edit(entry) for entry in entries]
+                if results is not None:
+                    results.put(done, entries)
+                if files is not None:
+                    done = write_files(files, done, entries, summary)
+                if results is not None:
+                    results.confirm(done)
+                summary.done += len(done)
+            summary.advance(len(read.inputs))
     if scorer is not None:
         scorer.print_notes()
-    return summary.close("captioned", str(output), kept)
+    summary.say(*editor.notes())
+    place = output or arguments.sidecar_dir or ("image files" if arguments.metadata else "sidecars beside the images")
+    return summary.close("captioned", str(place), kept, None if files is None else files.skipped)
 
 
 def check_prompt(prompt: str, source: str, model: VLVForConditionalGeneration, processor: VLVProcessor) -> None:

@@ -38,10 +38,10 @@ def check_min_score(arguments: argparse.Namespace) -> None:
 def complete_choice_arguments(arguments: argparse.Namespace) -> None:
     """Sets the defaults of the options that the others make usable; raises `UserError` for contradictions."""
     several, scored = arguments.num_captions > 1, uses_scores(arguments)
+    sampled = several or arguments.temperature is not None
     for option, value, usable, needed in (
         ("--best-by", arguments.best_by, several, "--num-captions 2 or more"),
-        ("--temperature", arguments.temperature, several, "--num-captions 2 or more"),
-        ("--seed", arguments.seed, several, "--num-captions 2 or more"),
+        ("--seed", arguments.seed, sampled, "--num-captions 2 or more, or --temperature"),
         ("--num-pairs", arguments.num_pairs, scored, "--best-by score or --confidence"),
     ):
         if value is not None and not usable:
@@ -51,10 +51,9 @@ def complete_choice_arguments(arguments: argparse.Namespace) -> None:
     check_min_score(arguments)
     if arguments.seed is not None and arguments.seed < 0:
         raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
-    if several and (arguments.as_original or arguments.num_beams > 1):
-        raise UserError(
-            "--num-captions samples captions; leave out --num-beams and --as-original, which search for one"
-        )
+    if sampled and (arguments.as_original or arguments.num_beams > 1):
+        option = "--num-captions" if several else "--temperature"
+        raise UserError(f"{option} samples captions; leave out --num-beams and --as-original, which search for one")
     if several and arguments.confidence and not arguments.best_by:
         raise UserError(
             "--confidence is of one caption of each image; add --best-by score, or leave out --num-captions"
@@ -62,7 +61,7 @@ def complete_choice_arguments(arguments: argparse.Namespace) -> None:
     if scored and arguments.embeddings:
         raise UserError("scores are of images, and --embeddings has none; give image paths")
     for name, default in DEFAULTS.items():
-        if getattr(arguments, name) is None:
+        if getattr(arguments, name) is None and (several or name != "temperature"):
             setattr(arguments, name, default)
 
 
@@ -125,6 +124,13 @@ def refuse_other_form(output: Path, arguments: argparse.Namespace) -> None:
         dict if arguments.confidence else list if arguments.num_captions > 1 and not arguments.best_by else str
     )
     for entry in read_results(output, "--resume").values():
+        columns = len(entry) if isinstance(entry, list) and output.suffix.lower() == ".csv" else None
+        if form is list and columns not in (None, arguments.num_captions):
+            raise UserError(
+                f"--resume: {output} has columns of {columns} captions of each image, and this run writes "
+                f"{arguments.num_captions}; pass --num-captions {columns}, another --output, or --overwrite to "
+                "replace it"
+            )
         if not isinstance(entry, form):
             there = next((name for kind, name in forms.items() if isinstance(entry, kind)), "other values")
             raise UserError(

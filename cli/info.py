@@ -4,16 +4,33 @@ import argparse
 import json
 from dataclasses import asdict
 
+from vlv.errors import UserError
 from vlv.hub import Description, describe
+from vlv.image_files import PLUGIN_SUFFIXES, readable_formats
 
 from .models import loading
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.formats == (arguments.source is not None):
+        raise UserError("give DIR_OR_REPO or --formats, and not both")
+    if arguments.formats:
+        formats = readable_formats()
+        print(json.dumps(formats, indent=2) if arguments.json else formats_as_text(formats))
+        return 0
     with loading(arguments.source):
         found = describe(arguments.source, revision=arguments.revision, token=arguments.token)
     print(json.dumps(asdict(found), indent=2) if arguments.json else as_text(found))
     return 0
+
+
+def formats_as_text(formats: dict[str, list[str]]) -> str:
+    """A line for each format, and one for those that need another package."""
+    lines = [f"{name}: {' '.join(suffixes)}" for name, suffixes in formats.items()]
+    missing = sorted(set(PLUGIN_SUFFIXES) - {suffix for suffixes in formats.values() for suffix in suffixes})
+    if missing:
+        lines.append(f"not readable here: {' '.join(missing)} (install pillow-heif, pillow-jxl-plugin)")
+    return "\n".join(lines)
 
 
 def as_text(found: Description) -> str:

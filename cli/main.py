@@ -14,7 +14,7 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.version import __version__
 
-from .parsers import caption, convert, demo, encode, estimate, evaluate, info, push, reconstruct, score, serve
+from .parsers import caption, convert, data, demo, encode, estimate, evaluate, info, push, reconstruct, score, serve
 from .settings_help import stored_help
 
 RENAMED_OPTIONS = {("push", "--decoder"): "--diffusion-model"}
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vlv {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (caption, reconstruct, encode, score, evaluate, convert, info, push, demo, serve, estimate):
+    for module in (caption, reconstruct, encode, score, evaluate, convert, info, push, demo, serve, estimate, data):
         module.add_parser(commands)
     commands.add_parser(
         "train", help="train stage 1 or 3 (images alone) or stage 2 (image-caption pairs)", add_help=False

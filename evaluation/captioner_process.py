@@ -19,8 +19,8 @@ import torch
 
 from vlv.files import read_json, write_json
 
+from .answer_log import end_last_line
 from .captioners import EndpointCaptioner, caption_images, caption_notes, find_kind, open_captioner
-from .endpoint import end_last_line
 
 STEP = "captioned"  # a line of the process for images that are done, followed by their number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

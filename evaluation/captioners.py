@@ -16,8 +16,9 @@ from vlv import VLVConfig, hub
 from vlv.pipelines import generate_captions
 from vlv.processing_vlv import to_rgb
 
+from .answer_log import end_last_line
 from .caption_sets import read_captions
-from .endpoint import Endpoint, EndpointSettings, Question, end_last_line, image_part
+from .endpoint import Endpoint, EndpointSettings, Question, image_part
 from .features import file_digest
 from .matching import match_names
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from vlv.processing_vlv import to_rgb
 
-from .endpoint import Answer, Endpoint, EndpointSettings, Question, image_part
+from .answer_log import Answer
+from .endpoint import Endpoint, EndpointSettings, Question, image_part
 
 OBJECT, BACKGROUND = "object", "background"
 BOXES = ("3d", "2d")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,13 +20,16 @@ from PIL import ExifTags, Image
 
 from vlv.processing_vlv import to_rgb
 
+from .answer_log import EMPTY, REFUSED, Answer, AnswerLog, JsonLines
+
 KEY_VARIABLE = "OPENAI_API_KEY"
 OPENAI_HOST = "api.openai.com"
 ENDPOINT_FORMATS = ("png", "jpeg", "gif", "webp")
 UPRIGHT = 1  # the EXIF orientation of an image that needs no turning
 JPEG_SETTINGS: dict[str, Any] = {"quality": 95, "subsampling": 0}  # of an image that is turned and encoded again
-FATAL_STATUS = (401, 403, 404)  # wrong key, no right, no such model: no other request can succeed
-INSTALL = "pip install '.[eval]'"
+FATAL_STATUS = (401, 402, 403, 404)  # wrong key, no credit, no right, no such model: no other request can succeed
+FATAL_CODES = ("insufficient_quota", "billing_hard_limit_reached")
+INSTALL = "pip install '.[eval]', or '.[data]' for vlv data"
 GRACE = 5.0  # seconds that a run which ends early waits for requests under way
 NO_USAGE = (
     "so what is spent is not known and max_price cannot be kept; leave max_price out, or use an endpoint that reports "
@@ -60,6 +63,8 @@ class EndpointSettings:
         price_in, price_out: Price of a million tokens of requests and of answers.
         max_price: What may be spent in all, the answers in the log included; above 0, needs the prices. The next
             answers are taken to cost as much as the most expensive one so far, and the first is asked alone.
+        max_failures: After so many failures without a reply of the model between them the endpoint counts as out of
+            order; None for no limit.
 
     Raises:
         ValueError: For `max_price` without prices, or not above 0, and for an address with a user name.
@@ -76,6 +81,7 @@ class EndpointSettings:
     price_in: float = 0.0
     price_out: float = 0.0
     max_price: float | None = None
+    max_failures: int | None = None
 
     def __post_init__(self):
         if self.max_price is not None and not (self.price_in or self.price_out):
@@ -123,30 +129,14 @@ class Question:
         name: Unique among the questions of a run.
         messages: As in OpenAI's API. Images stand in them as data URIs or URLs.
         can_be_empty: Whether an empty text is an answer, as an empty caption is. Otherwise it is an error.
+        key: Says which questions are the same to the log, besides model and sampling. By default those of one name,
+            one address of the endpoint and the same messages.
     """
 
     name: str
     messages: list[dict[str, Any]]
     can_be_empty: bool = False
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back. Either `text` or `error` is None.
-
-    Attributes:
-        name: The question's.
-        finish_reason: Why the text ends, as the endpoint says; `"length"` if it was cut.
-        seconds: From the request to the answer, repeats included.
-    """
-
-    name: str
-    text: str | None
-    error: str | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
+    key: str | None = None
 
 
 @dataclass
@@ -222,21 +212,25 @@ def _is_loopback(host: str) -> bool:
 class Endpoint:
     """A client of one endpoint with a log of its answers.
 
-    The log is a file of JSON lines. A question that it holds, with the same messages and settings, is not asked again,
-    so that an interrupted run goes on where it stopped. Failed questions are asked again.
+    A question that the log holds, with the same messages and settings, is not asked again, so that an interrupted run
+    goes on where it stopped. Failed questions are asked again.
+
+    Args:
+        log: A file of JSON lines, or another log.
 
     Raises:
         ImportError: Without the package `openai`.
         EndpointError: As `find_key`, or if `max_price` is set and the log has answers without tokens.
     """
 
-    def __init__(self, settings: EndpointSettings, log: Path):
+    def __init__(self, settings: EndpointSettings, log: Path | AnswerLog):
         try:
             import openai
         except ImportError as error:
             raise ImportError(f"a model behind an endpoint needs the package openai: {INSTALL}") from error
         self._openai = openai
-        self.settings, self.log = settings, log
+        self.settings = settings
+        self.log: AnswerLog = JsonLines(log) if isinstance(log, Path) else log
         self.totals = Totals()
         key = find_key(settings)
         self._client = openai.OpenAI(
@@ -246,16 +240,12 @@ class Endpoint:
             max_retries=settings.max_retries,
         )
         self._lock = threading.Lock()
-        end_last_line(log)
-        self._known: dict[str, dict[str, Any]] = {}
-        self._highest = 0.0  # price of the most expensive answer so far; 0 if none is known
-        for entry in _read_log(log):
-            answer = _answer_of(entry)
+        self._highest = 0.0  # the price of the most expensive answer so far; 0 if none is known
+        self._failures = 0  # since the last reply of the model
+        for answer in self.log.read():
             self._count(answer)
-            if answer.error is None:
-                self._known[entry["hash"]] = entry
             if self._lacks_price(answer):
-                raise EndpointError(f"{log} has answers without their tokens, {NO_USAGE}")
+                raise EndpointError(f"{self.log.path} has answers without their tokens, {NO_USAGE}")
 
     def ask(self, questions: Iterable[Question], advance: Callable[[int], None] = lambda done: None) -> list[Answer]:
         """Answers in the order of the questions; those that failed have an `error`.
@@ -264,8 +254,8 @@ class Endpoint:
             advance: Called with 1 after each.
 
         Raises:
-            EndpointError: If the endpoint refuses the key, does not have the model, or `max_price` is set and it does
-                not report usage. Nothing more is asked then.
+            EndpointError: If the endpoint refuses the key, does not have the model, has failed `max_failures` times in
+                a row, or `max_price` is set and it does not report usage. Nothing more is asked then.
             PriceReached: If the next answer could exceed `max_price`.
         """
         answers: dict[str, Answer | None] = {}  # None: asked, or to be asked
@@ -283,6 +273,12 @@ class Endpoint:
             raise
         return [answer for answer in answers.values() if answer is not None]
 
+    def find(self, question: Question) -> Answer | None:
+        """The answer in the log, or None."""
+        with self._lock:
+            answer = self.log.find(self._hash(question))
+        return None if answer is None else replace(answer, name=question.name)
+
     def _unknown(
         self,
         questions: Iterable[Question],
@@ -294,12 +290,12 @@ class Endpoint:
             if question.name in answers:
                 raise ValueError(f"two questions are named {question.name!r}")
             answers[question.name] = None
-            entry = self._known.get(self._hash(question))
-            if entry is None:
+            known = self.find(question)
+            if known is None:
                 yield question
                 continue
             self.totals.kept += 1
-            answers[question.name] = replace(_answer_of(entry), name=question.name)
+            answers[question.name] = known
             advance(1)
 
     def _collect(
@@ -309,8 +305,11 @@ class Endpoint:
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
             question = running.pop(future)
-            answers[question.name] = future.result()
+            answer = answers[question.name] = future.result()
             advance(1)
+            self._failures = 0 if answer.is_reply else self._failures + 1
+            if self._failures == self.settings.max_failures:
+                raise EndpointError(f"the last {self._failures} requests failed, the last one with: {answer.error}")
 
     def _start(self, question: Question) -> Future:
         """Asks in a thread of its own, which does not keep an interrupted program from ending."""
@@ -340,7 +339,7 @@ class Endpoint:
                 temperature=settings.temperature,
             )
         except openai.APIStatusError as error:
-            if error.status_code in FATAL_STATUS:
+            if error.status_code in FATAL_STATUS or error.code in FATAL_CODES:
                 raise EndpointError(f"the endpoint answers {error.status_code}: {error.message}") from error
             return record(Answer(question.name, None, f"status {error.status_code}: {error.message}"))
         except openai.APIConnectionError as error:  # also after a time-out
@@ -363,9 +362,7 @@ class Endpoint:
                 totals.failed += 1
                 totals.problems.append(f"{answer.name}: {answer.error}")
             self._count(answer)
-            entry = {"hash": self._hash(question), **asdict(answer)}
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            self.log.add(self._hash(question), answer)
         return answer
 
     def _count(self, answer: Answer) -> None:
@@ -392,8 +389,8 @@ class Endpoint:
         while not self._allows(len(running) + 1):
             if not running:
                 raise PriceReached(
-                    f"the answers in {self.log} cost {self.totals.price:.4f}, and the next could exceed max_price "
-                    f"{self.settings.max_price:g}; raise it to go on"
+                    f"the answers in {self.log.path} cost {self.totals.price:.4f}, and the next could exceed "
+                    f"max_price {self.settings.max_price:g}; raise it to go on"
                 )
             self._collect(running, answers, advance)
 
@@ -409,60 +406,41 @@ class Endpoint:
 
     def _hash(self, question: Question) -> str:
         """Of what the answer depends on."""
-        asked = {
-            "base_url": self.settings.base_url and self.settings.base_url.rstrip("/"),
-            "model": self.settings.model,
-            "max_tokens": self.settings.max_tokens,
-            "temperature": self.settings.temperature,
-            "name": question.name,
-            "messages": question.messages,
+        settings = self.settings
+        asked: dict[str, Any] = {
+            "model": settings.model,
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
         }
+        if question.key is not None:
+            asked["key"] = question.key
+        else:
+            address = settings.base_url and settings.base_url.rstrip("/")
+            asked |= {"base_url": address, "name": question.name, "messages": question.messages}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _read_response(question: Question, response: Any) -> Answer:
-    """The text of a response. Endpoints differ in what they leave out."""
+    """The text of a response. Endpoints differ in what they leave out, and the client does not check types."""
     name = question.name
     usage = getattr(response, "usage", None)
-    counts: dict[str, Any] = {key: getattr(usage, key, None) or 0 for key in ("prompt_tokens", "completion_tokens")}
+    counts: dict[str, Any] = {
+        key: number if isinstance(number := getattr(usage, key, None), int) and number > 0 else 0
+        for key in ("prompt_tokens", "completion_tokens")
+    }
     choices = getattr(response, "choices", None)
     if not choices:
         return Answer(name, None, "the answer has no choices", **counts)
-    message = choices[0].message
-    text = getattr(message, "content", None)
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) else None
+    if message is None:
+        return Answer(name, None, f"the answer's choices cannot be read: {choices!r:.200}", **counts)
+    text, reason = getattr(message, "content", None), getattr(choices[0], "finish_reason", None)
     if not isinstance(text, str) or not text.strip():
         refusal = getattr(message, "refusal", None)
         if refusal or not question.can_be_empty:
-            return Answer(name, None, f"refused: {refusal}" if refusal else "the answer is empty", **counts)
+            return Answer(name, None, f"{REFUSED}{refusal}" if refusal else EMPTY, **counts)
         text = ""
-    return Answer(name, text, finish_reason=choices[0].finish_reason, **counts)
-
-
-def _answer_of(entry: dict[str, Any]) -> Answer:
-    """The answer in an entry of a log. Fields that an entry lacks have their defaults."""
-    return Answer(**{own.name: entry[own.name] for own in fields(Answer) if own.name in entry})
-
-
-def _read_log(log: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log. A last line that a killed run left unfinished is passed over."""
-    if not log.exists():
-        return
-    needed = {"hash", *(own.name for own in fields(Answer) if own.default is MISSING)}
-    with log.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with suppress(ValueError):
-                entry = json.loads(line)
-                if isinstance(entry, dict) and entry.keys() >= needed:
-                    yield entry
-
-
-def end_last_line(log: Path) -> None:
-    """Ends a line that a killed run left unfinished, so that the next entry has a line of its own."""
-    if log.exists() and log.stat().st_size:
-        with log.open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.write(b"\n")
+    return Answer(name, text, finish_reason=reason if isinstance(reason, str) else None, **counts)
 
 
 def image_part(data: bytes) -> dict[str, Any]:

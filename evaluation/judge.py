@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from .endpoint import Answer, Endpoint, Question, image_part
+from .answer_log import Answer
+from .endpoint import Endpoint, Question, image_part
 
 SCORES = range(7)
 SCORE_PROMPT = """\

@@ -9,6 +9,7 @@ from .decoder import DiffusionModel, diffusion_model_of, find_diffusion_model, h
 from .describe import Description, describe
 from .export import add_diffusion_model, export
 from .fingerprint import fingerprint
+from .language_model import export_language_model
 from .layout import (
     CAPTIONER_FILES,
     CAPTIONER_FINGERPRINT,
@@ -53,6 +54,7 @@ __all__ = [
     "describe",
     "diffusion_model_of",
     "export",
+    "export_language_model",
     "find_diffusion_model",
     "fingerprint",
     "has_own_diffusion_model",

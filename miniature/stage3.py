@@ -1,11 +1,10 @@
 """Stage 3 of the miniature against the truth: captions by round, from few pairs and images without captions.
 
 `python -m vlv.miniature.stage3 ROOT` trains what is missing in ROOT (the language model, the captioner of stage 2,
-stage 3 itself) and prints the table of docs/stage3.md. A run that was interrupted goes on.
+stage 3 itself) and prints a table of scores by round. A run that was interrupted goes on.
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from vlv.evaluation import markdown_table
 from vlv.files import write_atomically, write_json
 from vlv.pipelines import DiffusionScorer
 from vlv.train import freeze_for_stage2, stage3
-from vlv.train.rounds import ROUNDS_FOLDER, ScoredCaptions, update_buffer
+from vlv.train.rounds import ROUNDS_FOLDER, RoundFile, update_buffer
 
 from .data import SceneDataset, evaluation_items
 from .evaluation import caption_images
@@ -107,9 +106,7 @@ def measure_kept(run: Path, number: int, scenes: Sequence[Scene]) -> dict[str, f
         scenes: Of all images.
     """
     buffer: dict = {}
-    for path in sorted((run / ROUNDS_FOLDER).glob(f"round-{number:04d}.rank-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            update_buffer(buffer, [ScoredCaptions(**image) for image in json.loads(line)["images"]], number)
+    update_buffer(buffer, RoundFile(run / ROUNDS_FOLDER, number, None, None).images(), number)
     return measure([own.caption for own in buffer.values()], [scenes[own.image] for own in buffer.values()])
 
 
@@ -149,14 +146,17 @@ def stage3_arguments(options: argparse.Namespace, run: Path, start: Path, images
 def run_stage3(options: argparse.Namespace) -> dict[str, Any]:
     """Trains what is missing, and measures each round. The results are those of `RUN.json`."""
     root = Path(options.root)
-    start = Path(options.start) if options.start else root / f"start-{options.pairs}-pairs-seed-{options.seed}"
+    encoder = f"{Path(options.encoder).name}-{hub.fingerprint(options.encoder)[:8]}"
+    start = root / f"start-{encoder}-{options.pairs}-pairs-seed-{options.seed}"
+    if options.start:
+        start = Path(options.start)
     if not (start / "config.json").exists():
         language_model = root / "language-model"
         if not (language_model / "tokenizer_config.json").exists():
             train_language_model(language_model, root / "language-model-work")
         train_start(start, options.encoder, language_model, options.pairs, options.seed)
     held_out = {split: evaluation_items(split, options.scenes) for split in ("combo", "test")}
-    images = root / f"images-{options.split}-{options.images}"
+    images = root / f"images-{options.split}-{options.images}-without-{options.scenes}"
     excluded = [scene for _, own in held_out.values() for scene in own]
     scenes = write_images(images, options.images, options.split, IMAGE_SEED, excluded)
 

@@ -53,16 +53,20 @@ def read_json(path: str | os.PathLike, *needed: str) -> dict[str, Any]:
     return content
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], replaces: bool = True) -> None:
     """Calls `write` with a temporary file beside `path`, then renames it: no reader sees an incomplete file.
 
     Of a link, the file that it leads to is replaced. An existing file keeps its permissions.
+
+    Args:
+        replaces: Whether an existing file is replaced. It is `FileExistsError` otherwise, also if the file appears
+            during the write.
 
     Raises:
         OSError: If the file cannot be written; its `filename` is `path`.
     """
     with errors_naming(path):
-        path = Path(os.path.realpath(path))
+        path = Path(os.path.realpath(path)) if replaces else path
         path.parent.mkdir(parents=True, exist_ok=True)
         # The name of the temporary file is short, whatever the length of the name of `path`.
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=path.suffix[:10])
@@ -74,10 +78,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
                 shutil.copymode(path, temporary)
             else:
                 set_default_permissions(temporary)
-            temporary.replace(path)
+            if replaces:
+                temporary.replace(path)
+            else:
+                _move_to_new(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """Gives a file a name that no file has. Raises `FileExistsError` if one has it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        temporary.replace(path)
+    else:
+        temporary.unlink()
 
 
 def nearest_existing(path: Path) -> Path:

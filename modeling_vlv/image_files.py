@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,16 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(s for s, name in Image.EXTENSION.items() if _is_decodable(name)) | frozenset(PLUGIN_SUFFIXES)
 
 
+def readable_formats() -> dict[str, list[str]]:
+    """The formats that Pillow decodes here, each with the suffixes of its files."""
+    image_suffixes()
+    formats: dict[str, list[str]] = {}
+    for suffix, name in sorted(Image.EXTENSION.items()):
+        if _is_decodable(name):
+            formats.setdefault(name, []).append(suffix)
+    return dict(sorted(formats.items()))
+
+
 @cache
 def _formats_with_a_signature() -> tuple[str, ...]:
     """Formats whose files begin with bytes of their own, so that other files are not taken for them."""
@@ -46,7 +56,9 @@ def _is_decodable(name: str) -> bool:
     return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
 
-def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None) -> Iterator[tuple[Path, str | None]]:
+def walk_images(
+    folder: str | os.PathLike, left_out: Counter[str] | None = None, others: Collection[str] = ()
+) -> Iterator[tuple[Path, str | None]]:
     """Each image below a folder, and each entry that cannot be read.
 
     A file is an image by its suffix (in any case), or else by its content. Hidden files and folders are left out.
@@ -55,6 +67,7 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
 
     Args:
         left_out: Counts the files that are not images, by suffix, or by name where there is no suffix.
+        others: Lower-case suffixes of files that count as images, such as `.tar`.
 
     Yields:
         The path, and None for an image or the reason why the entry cannot be read.
@@ -62,7 +75,7 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
     links: deque[Path] = deque([Path(folder)])  # folders to search: the root, then those that links lead to
     seen: set[tuple[int, int]] = set()
     while links:
-        stack = [iter([links.popleft()])]
+        stack: list[Iterator[Path]] = [iter([links.popleft()])]
         while stack:
             path = next(stack[-1], None)
             if path is None:
@@ -83,7 +96,9 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
                     except OSError as error:
                         yield path, f"the folder cannot be listed: {error.strerror}"
                         continue
-                    stack.append(iter([path / name for name in names]))
+                    stack.append(map(path.joinpath, names))
+            elif path.suffix.lower() in others:
+                yield path, None
             elif (problem := _judge(path, status.st_mode)) is not _NOT_AN_IMAGE:
                 yield path, problem
             elif left_out is not None:
@@ -91,6 +106,14 @@ def walk_images(folder: str | os.PathLike, left_out: Counter[str] | None = None)
 
 
 _NOT_AN_IMAGE = "not an image"
+
+
+def is_image_file(path: Path) -> bool:
+    """Whether a file is an image by its suffix or its content, as in `walk_images`; also if it cannot be read."""
+    try:
+        return _judge(path, os.stat(path).st_mode) is not _NOT_AN_IMAGE
+    except OSError:
+        return path.suffix.lower() in image_suffixes()
 
 
 def _judge(path: Path, mode: int) -> str | None:

@@ -124,8 +124,13 @@ class DiffusionScorer:
 
     def settings(self) -> dict[str, Any]:
         """What losses depend on besides the models and the image, as JSON values."""
-        dtype = str(self.diffusion_decoder.denoiser.dtype)
-        return {"scorer": type(self).__name__, "timesteps": self.timesteps.tolist(), "seed": self.seed, "dtype": dtype}
+        return {
+            "scorer": type(self).__name__,
+            "timesteps": self.timesteps.tolist(),
+            "seed": self.seed,
+            "dtype": str(self.diffusion_decoder.denoiser.dtype),
+            "vae_dtype": str(self.diffusion_decoder.vae.dtype),
+        }
 
     def score(
         self,

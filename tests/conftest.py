@@ -1,11 +1,13 @@
 """Fixtures of all tests: real components, built small and untrained."""
 
+import gc
 import os
 
+if gc.isenabled():
+    gc.disable()  # imports leave many objects and little garbage
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; a test that needs a hub starts one
 
-import gc
 import json
 import shutil
 import tempfile
@@ -38,6 +40,8 @@ from .builders import (
     with_text_encoder,
 )
 
+gc.freeze()
+gc.enable()
 torch.set_num_threads(1)
 LONG_FILES = ("train/test_scale.py", "hub/test_push_and_load.py", "train/test_families.py", "hub/test_saved_parts.py")
 NOBODY = 65534  # the user without privileges

@@ -21,6 +21,7 @@ READ_AT_IMPORT = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|DIFFUSERS|DATASETS|AC
 # The first process imports torch alone. It forks the servers, which import the other libraries.
 SERVER = """
 import gc, importlib, json, os, signal, sys, traceback
+gc.disable()  # until `serve`: imports leave many objects and little garbage
 from contextlib import suppress
 WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # a process that has started CUDA cannot fork one that uses it
 os.environ.update(WITHOUT_CUDA)
@@ -30,6 +31,7 @@ servers = {}  # of each combination of variables: a pipe to it, and a pipe from 
 parents = {}  # of each running child: the pipes of the server that has started it, or None
 
 def import_libraries():
+    gc.disable()
     shown = os.dup(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print when they are imported
     try:
@@ -70,6 +72,7 @@ def start_server(environment):
 def serve(requests, answers):
     gc.collect()
     gc.freeze()  # a child does not visit the many objects of the libraries again and again
+    gc.enable()
     for line in requests:
         request = json.loads(line)
         key = request.pop("key", None)

@@ -14,6 +14,7 @@ LAYERS = [
     "pipelines",
     "train",
     "evaluation",
+    "preparation",
     "miniature",
     "space",
     "serving",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vlv.preparation.filter import filter_metadata
+from vlv.preparation.rules import Rules
 from vlv.train import Stage1Config, Stage2Config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -28,6 +30,12 @@ def test_every_setting_of_the_ladder_exists(gpu, stage, config):
     known = {field.name for field in dataclasses.fields(config)}
     named = [(step["name"], name) for step in gpu.LADDERS[stage] for name in step["settings"]]
     assert not [step for step in named if step[1] not in known]
+
+
+def test_the_metadata_of_the_filters_benchmark_have_rows_that_pass_and_rows_that_do_not(tmp_path):
+    load("bulk_filter").make_metadata(tmp_path / "metadata.parquet", 500, seed=0)
+    counts = filter_metadata([tmp_path / "metadata.parquet"], tmp_path / "out.parquet", Rules())
+    assert counts["rows"] == 500 and 50 < counts["written"] < 200 and counts["rules"]["watermark"]["missing"] > 0
 
 
 @pytest.mark.slow

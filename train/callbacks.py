@@ -46,12 +46,16 @@ class TerminationCallback(TrainerCallback):
     def _request(self, number: int, frame: Any) -> None:
         self.requested = True
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def share(self, args: Any) -> bool:
+        """Tells all processes, which call it together, whether one of them has to end. Sets `requested`."""
         if args.world_size > 1:
             requests = torch.tensor(float(self.requested), device=args.device)
             torch.distributed.all_reduce(requests)
             self.requested = bool(requests > 0)
-        if self.requested:
+        return self.requested
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.share(args):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):

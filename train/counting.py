@@ -103,7 +103,8 @@ def count_step(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(_as_on_a_gpu(model, model in bf16))
-        for mode in (attribution.hooks(parts), flops, memory, _MetaMode(num_labels), _FusedAttentionMode()):
+        modes = (MetaResults(), flops, memory, _MetaMode(num_labels), _FusedAttentionMode())
+        for mode in (attribution.hooks(parts), *modes):
             stack.enter_context(mode)
         value = loss()
         attribution.switch(OTHER, "backward")
@@ -267,6 +268,55 @@ class _MetaMode(TorchDispatchMode):
             else:
                 found.append(index)
         return found
+
+
+class MetaResults(TorchDispatchMode):
+    """Gives an operation on meta tensors the shapes, strides and dtypes of an equal one before, in new tensors.
+
+    The layers of a model repeat the same operations, and working out what results takes milliseconds. Operations that
+    return or change their arguments' memory run each time.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._results: dict[Any, Any] = {}
+        self._is_pure: dict[Any, bool] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in self._is_pure:
+            values = (*func._schema.arguments, *func._schema.returns)
+            self._is_pure[func] = not any(value.alias_info for value in values)
+        if not self._is_pure[func]:
+            return func(*args, **kwargs)
+        key = (func, _described(args), _described(tuple(kwargs.items())))
+        try:
+            known = self._results.get(key)
+        except TypeError:  # of an argument without a hash
+            return func(*args, **kwargs)
+        if known is not None:
+            tensors = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in known[1]]
+            return known[0](tensors)
+        result = func(*args, **kwargs)
+        several = isinstance(result, tuple | list)
+        results = result if several else [result]
+        tensors = [value for value in (*tree_leaves((args, kwargs)), *results) if isinstance(value, torch.Tensor)]
+        if all(isinstance(value, torch.Tensor) for value in results) and all(tensor.is_meta for tensor in tensors):
+            self._results[key] = (type(result) if several else _only, [_described(tensor) for tensor in results])
+        return result
+
+
+def _only(values: Sequence) -> Any:
+    return values[0]
+
+
+def _described(value: Any) -> Any:
+    """A key for an argument: of a tensor its shape, strides and dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_described, value))
+    return type(value), value
 
 
 class _FusedAttentionMode(TorchFunctionMode):

@@ -1,12 +1,13 @@
 """Captions of a part of a round: the present model samples them, the frozen text-to-image model gives rewards."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from vlv import VLVForConditionalGeneration, VLVProcessor
@@ -78,6 +79,33 @@ class ImageParts(Dataset):
         return number, ImagePart(indices, names, pixel_values, diffusion_pixels(loaded, self.image_size), unreadable)
 
 
+@contextlib.contextmanager
+def plain_generation(model: VLVForConditionalGeneration, eos_token_id: int) -> Iterator[list[int]]:
+    """A context in which `generate` draws from the model's distribution as it is, whatever settings the model has.
+
+    Kept are its special tokens and the tokens that it must not write.
+
+    Args:
+        eos_token_id: Of the tokenizer.
+
+    Returns:
+        All tokens that end a caption.
+    """
+    parts: list[Any] = [model, model.language_model]
+    kept = [part.generation_config for part in parts]
+    own = model.generation_config.eos_token_id
+    ends = sorted({eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+    names = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "suppress_tokens")
+    plain = GenerationConfig(eos_token_id=ends, **{name: getattr(kept[0], name) for name in names})
+    try:
+        for part in parts:
+            part.generation_config = plain
+        yield ends
+    finally:
+        for part, settings in zip(parts, kept, strict=True):
+            part.generation_config = settings
+
+
 def read_parts(parts: ImageParts, num_workers: int) -> DataLoader:
     """The parts in their order, read by processes ahead of their use."""
     return DataLoader(parts, batch_size=None, num_workers=num_workers)
@@ -136,12 +164,14 @@ class Proposer:
         for number, (index, name) in enumerate(zip(images.indices, images.names, strict=True)):
             own = slice(number * count, (number + 1) * count)
             captions, finished = [greedy[number], *sampled[own]], [greedy_ends[number], *ends[own]]
-            rewards: list[float | None] = [0.0 if whole else None for whole in finished]
+            empty = [whole and not text for whole, text in zip(finished, captions, strict=True)]
+            scored = zip(finished, empty, strict=True)
+            rewards: list[float | None] = [0.0 if whole and not blank else None for whole, blank in scored]
             if (earlier := buffer.get(index)) is not None:
                 captions.append(earlier.caption)
                 rewards.append(0.0)
             unfinished = len(finished) - sum(finished)
-            found.append(ScoredCaptions(index, name, captions, rewards, count, unfinished=unfinished))
+            found.append(ScoredCaptions(index, name, captions, rewards, count, unfinished, sum(empty)))
         self.reward(images.diffusion_pixels, found)
         if self.at_start is not None:
             self.measure_log_probabilities(model, images.pixel_values, embeds, found)
@@ -152,15 +182,17 @@ class Proposer:
     ) -> tuple[list[str], list[bool]]:
         """Captions of images `(N, Q, d_text)`, and whether each ended before `max_caption_tokens`.
 
-        A model that is trained without EOS ends nowhere; all its captions count as ended.
+        The model's own generation settings (penalties, cut-offs of the distribution) do not count. A model that is
+        trained without EOS ends nowhere; all its captions count as ended.
         """
-        ids = model.generate(
-            caption_embeds=embeds,
-            max_new_tokens=self.args.max_caption_tokens,
-            **{"do_sample": False, "num_beams": 1, **({"top_k": 0} if settings else {}), **settings},
-        )
+        with plain_generation(model, self.processor.tokenizer.eos_token_id) as eos_token_ids:
+            ids = model.generate(
+                caption_embeds=embeds,
+                max_new_tokens=self.args.max_caption_tokens,
+                **{"do_sample": False, "num_beams": 1, **({"top_k": 0} if settings else {}), **settings},
+            )
         captions = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
-        ended = (ids == self.processor.tokenizer.eos_token_id).any(dim=1).tolist()
+        ended = torch.isin(ids, torch.tensor(eos_token_ids, device=ids.device)).any(dim=1).tolist()
         return captions, ended if self.args.append_eos else [True] * len(captions)
 
     def reward(self, pixels: torch.Tensor, found: Sequence[ScoredCaptions]) -> None:
@@ -230,9 +262,11 @@ class Proposer:
         )
         by_model = measure_log_probabilities(model, embeds, *arguments)
         assert self.at_start is not None
-        with self.at_start(model), torch.no_grad():
-            embeds = model.model.get_caption_embeds(pixel_values.to(model.device, model.dtype))
-            by_start = measure_log_probabilities(model, embeds, *arguments)
+        by_start = by_model  # without an effect where the divergence has no weight
+        if self.args.kl_weight:
+            with self.at_start(model), torch.no_grad():
+                embeds = model.model.get_caption_embeds(pixel_values.to(model.device, model.dtype))
+                by_start = measure_log_probabilities(model, embeds, *arguments)
         for image in found:
             image.sampled_log_probs = [[] for _ in range(image.num_samples)]
             image.start_log_probs = [[] for _ in range(image.num_samples)]

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,10 @@ class ScoredCaptions:
         index: Of the image in the data set.
         name: What messages call it.
         captions: The greedy one, the samples, and, if there is one, the best of earlier rounds.
-        rewards: Of each caption; None if it has none: it did not end, or its loss is not finite.
+        rewards: Of each caption; None if it has none: it did not end, is empty, or its loss is not finite.
         num_samples: The captions from place 1 on that were sampled.
-        unfinished: How many of them did not end within `max_caption_tokens`.
+        unfinished: How many of the captions did not end within `max_caption_tokens`.
+        empty: How many ended without a word.
         not_finite: How many have a loss that is not finite.
         split: How many were scored as several sentences, because the text encoder reads fewer tokens.
         cut: How many sentences are too long for it.
@@ -42,6 +43,7 @@ class ScoredCaptions:
     rewards: list[float | None]
     num_samples: int
     unfinished: int = 0
+    empty: int = 0
     not_finite: int = 0
     split: int = 0
     cut: int = 0
@@ -66,16 +68,27 @@ class RoundFile:
     Args:
         folder: `OUTPUT_DIR/rounds`.
         number: Of the round, from 0.
-        num_parts: Of the complete round.
-        made_of: Settings and weights that the captions depend on; parts that were made of others are left out. None
-            reads parts whatever they were made of.
+        parts: The indices of the images of each part of the complete round; None if the file says how many there are.
+        made_of: Settings, data and weights that the captions depend on; parts that were made of others, or hold other
+            images, are left out. None reads parts whatever they were made of.
         rank: Of this process.
+
+    Attributes:
+        found_made_of: What the part that was read last was made of; None if there is no part.
     """
 
     def __init__(
-        self, folder: str | Path, number: int, num_parts: int, made_of: Mapping[str, Any] | None, rank: int = 0
+        self,
+        folder: str | Path,
+        number: int,
+        parts: Sequence[Sequence[int]] | None,
+        made_of: Mapping[str, Any] | None,
+        rank: int = 0,
     ):
-        self.folder, self.number, self.num_parts, self.made_of = Path(folder), number, num_parts, made_of
+        self.folder, self.number, self.made_of = Path(folder), number, made_of
+        self.indices = None if parts is None else [list(part) for part in parts]
+        self.num_parts = 0 if parts is None else len(parts)
+        self.found_made_of: dict[str, Any] | None = None
         self.path = self.folder / f"round-{number:04d}.rank-{rank}.jsonl"
         self.parts: dict[int, list[ScoredCaptions]] = {}
         self.unreadable: dict[int, int] = {}
@@ -84,24 +97,31 @@ class RoundFile:
     def read(self) -> None:
         """Reads what all processes have written so far."""
         self.parts.clear()
-        for path in sorted(self.folder.glob(f"round-{self.number:04d}.rank-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # cut off
-                    continue
-                if self.made_of is None or row["made_of"] == self.made_of:
+        for path in files_of_round(self.folder, self.number):
+            for row in read_rows(path):
+                if self._is_of_this_round(row):
                     self.parts[row["part"]] = [ScoredCaptions(**image) for image in row["images"]]
                     self.unreadable[row["part"]] = row["unreadable"]
+                    self.found_made_of = row["made_of"]
+                    if self.indices is None:
+                        self.num_parts = row["num_parts"]
 
     def remove_others(self) -> None:
-        """Removes the parts that were made of other settings or weights, in the files of all processes."""
-        for path in sorted(self.folder.glob(f"round-{self.number:04d}.rank-*.jsonl")):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _made_of(line) == self.made_of]
-            if len(kept) < len(lines):
-                content = "".join(f"{line}\n" for line in kept).encode()
+        """Removes the parts that were made of other settings, data or weights, in the files of all processes."""
+        for path in files_of_round(self.folder, self.number):
+            kept = [row for row in read_rows(path) if self._is_of_this_round(row)]
+            content = b"".join(to_json(row, indent=None) + b"\n" for row in kept)
+            if content != path.read_bytes():
                 write_atomically(path, partial(Path.write_bytes, data=content))
+
+    def _is_of_this_round(self, row: Mapping[str, Any]) -> bool:
+        """Whether a part belongs to this round as it is configured."""
+        if self.made_of is not None and row["made_of"] != self.made_of:
+            return False
+        if self.indices is None:
+            return True
+        place = row["part"]
+        return row["num_parts"] == self.num_parts and row["indices"] == self.indices[place]
 
     @property
     def missing(self) -> list[int]:
@@ -111,6 +131,8 @@ class RoundFile:
         """Appends a part, on the disk when this returns."""
         row = {
             "part": part,
+            "num_parts": self.num_parts,
+            "indices": None if self.indices is None else self.indices[part],
             "made_of": self.made_of,
             "unreadable": unreadable,
             "images": [asdict(image) for image in images],
@@ -128,7 +150,7 @@ class RoundFile:
         Raises:
             ValueError: If a part is missing.
         """
-        if self.missing:
+        if self.missing or not self.num_parts:
             raise ValueError(
                 f"{self.folder} lacks parts of round {self.number}, which this run has trained on; restore the files "
                 "round-*.jsonl, or pass --overwrite_output_dir to start anew"
@@ -136,12 +158,18 @@ class RoundFile:
         return [image for part in range(self.num_parts) for image in self.parts[part]]
 
 
-def _made_of(line: str) -> Any:
-    """What the part of a line was made of; None if the line is cut off."""
-    try:
-        return json.loads(line)["made_of"]
-    except ValueError:
-        return None
+def files_of_round(folder: Path, number: int) -> list[Path]:
+    """The files of all processes."""
+    return sorted(folder.glob(f"round-{number:04d}.rank-*.jsonl"))
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The parts in a file of a round. A line that a kill has cut off, within a character even, is left out."""
+    for line in path.read_bytes().split(b"\n"):  # `str.splitlines` would split captions at U+2028 and others
+        try:
+            yield json.loads(line.decode())
+        except ValueError:
+            continue
 
 
 def summarise(images: Sequence[ScoredCaptions], unreadable: int) -> dict[str, float]:
@@ -152,11 +180,12 @@ def summarise(images: Sequence[ScoredCaptions], unreadable: int) -> dict[str, fl
 
     Returns:
         `images`, and of them those that were `unreadable` (beside them), have `equal_groups` (the samples with a
-        reward are all the same text) or are `without_reward`; samples that are `unfinished` or `not_finite`;
+        reward are all the same text) or are `without_reward`; captions that are `unfinished`, `empty` or `not_finite`;
         captions that were `split` into sentences, and sentences that were `cut`; means of `reward_greedy`,
         `reward_sampled` and `reward_best`, and of the words in the greedy and the best captions.
     """
-    counts = {name: sum(getattr(i, name) for i in images) for name in ("unfinished", "not_finite", "split", "cut")}
+    counted = ("unfinished", "empty", "not_finite", "split", "cut")
+    counts = {name: sum(getattr(i, name) for i in images) for name in counted}
     best = [own for image in images if (own := image.best()) is not None]
     samples = [r for image in images for r in image.sample_rewards if r is not None]
     equal = sum(
@@ -200,10 +229,15 @@ def update_buffer(buffer: dict[int, BufferEntry], images: Iterable[ScoredCaption
 def write_buffer(path: Path, buffer: Mapping[int, BufferEntry]) -> None:
     """Writes the buffer as lines `{"image": name, "caption": ..., "reward": ..., "round": ...}`, atomically.
 
-    Where images are files, `vlv train stage2 --pairs` reads it.
+    Where images are files, their paths are absolute, and `vlv train stage2 --pairs` reads the buffer.
     """
     rows = [
-        {"image": own.name, "caption": own.caption, "reward": own.reward, "round": own.round}
+        {
+            "image": os.path.abspath(own.name) if os.path.isfile(own.name) else own.name,
+            "caption": own.caption,
+            "reward": own.reward,
+            "round": own.round,
+        }
         for own in buffer.values()
     ]
     content = b"".join(to_json(row, None) + b"\n" for row in rows)

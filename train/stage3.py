@@ -60,6 +60,11 @@ def main(
         if config.model is None:
             raise ValueError("model is not set: give the captioner to start from (--model runs/stage2)")
         images = load_images(config.images, **config.data_options())
+        if set(images.weights) != {1.0}:
+            raise ValueError(
+                "images have weights (@...), but stage 3 goes through all images in turn; leave the weights out, and "
+                "name lists of the images that it shall see"
+            )
         columns = {
             "caption_column": config.caption_column,
             "prompt_column": config.prompt_column,
@@ -124,7 +129,7 @@ def main(
             features=features,
             conditioning=conditioning,
         )
-        trainer.settings = {**config.result_settings(), **sources}
+        trainer.settings = {**config.result_settings(), **sources, "scorer": scorer.settings()}
         trainer.provenance = provenance("stage3", config.model, sources, diffusion_model)
 
         if rehearsal is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from vlv.pipelines.diffusion_score import NUM_PAIRS, TIMESTEP_RANGE
 
 from .parsing import GatherAction
+from .stage1_trainer import VAE_DTYPES
 from .stage2_trainer import Stage2Config
 
 METHODS = ("best_of_n", "grpo")
@@ -35,6 +36,7 @@ class Stage3Config(Stage2Config):
     replace_language_model: bool = _unused(False)
     load_in_4bit: bool = _unused(False)
     streaming: bool = _unused(False)
+    num_train_epochs: float = _unused(0)
     random_crop: bool = _unused(False)
     horizontal_flip: bool = _unused(False)
     eval_share: float = _unused(0.0)
@@ -42,7 +44,7 @@ class Stage3Config(Stage2Config):
         default=None,
         metadata={
             "help": "Where the images are: a folder, a list (.jsonl, .json, .csv, .tsv), parquet or tar files, or a "
-            "data set such as org/name; several with weights as `a b@0.5`, in YAML as [a, {source: b, weight: 0.5}].",
+            "data set such as org/name; several as `a b`, in YAML as [a, b], without weights.",
             "nargs": "+",
             "action": GatherAction,
         },
@@ -137,7 +139,8 @@ class Stage3Config(Stage2Config):
 
     def __post_init__(self):
         steps = self.rounds * self.round_steps
-        for name in ("rounds", "round_images", "round_steps", "sample_batch_size", "reward_num_pairs"):
+        counts = ("rounds", "round_images", "round_steps", "sample_batch_size", "max_caption_tokens")
+        for name in (*counts, "reward_num_pairs", "reward_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if self.max_steps not in (-1, steps) or self.num_train_epochs:
@@ -178,7 +181,9 @@ class Stage3Config(Stage2Config):
             )
         if not 0 <= self.pairs_share < 1:
             raise ValueError(f"pairs_share is {self.pairs_share}; expected a share, 0 to below 1")
-        if self.kl_weight < 0 or not 0 < self.clip_range < 1 or self.buffer_rounds < 0:
+        if self.vae_dtype not in VAE_DTYPES:
+            raise ValueError(f"vae_dtype is {self.vae_dtype!r}; expected one of {VAE_DTYPES}")
+        if not 0 <= self.kl_weight < float("inf") or not 0 < self.clip_range < 1 or self.buffer_rounds < 0:
             raise ValueError(
                 f"kl_weight is {self.kl_weight}, clip_range {self.clip_range} and buffer_rounds {self.buffer_rounds}; "
                 "expected 0 or more, a number between 0 and 1, and 0 or more"

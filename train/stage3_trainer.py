@@ -1,7 +1,6 @@
 """The trainer of stage 3."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +39,16 @@ from .rounds import (
 )
 from .stage2_trainer import Stage2Trainer
 from .stage3_config import Stage3Config
-from .trainer import HALF_DTYPES, RESUMABLE_EXIT_CODE
+from .trainer import HALF_DTYPES
 
 logger = logging.get_logger(__name__)
 
-SAMPLING_SETTINGS = ("num_captions", "temperature", "top_p", "max_caption_tokens", "append_eos", "seed", "method")
+SAMPLING_SETTINGS = (
+    *("num_captions", "temperature", "top_p", "max_caption_tokens", "append_eos", "seed", "method"),
+    *("buffer_rounds", "on_bad_image"),
+)
+SOURCES = ("images", "model", "diffusion_model")
+"""Entries of the run's settings with fingerprints that captions and rewards depend on."""
 PROGRESS_LINES = 10  # of a round
 
 
@@ -75,6 +79,7 @@ class Stage3Trainer(Stage2Trainer):
     """
 
     args: Any
+    length = "rounds"
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class Stage3Trainer(Stage2Trainer):
         super().__init__(model, args, dataset, processor, **kwargs)
         if self.is_sharded or self.is_deepspeed_enabled:
             raise ValueError(
-                "stage 3 generates captions, which FSDP and DeepSpeed slow down to a crawl; launch with DDP "
+                "stage 3 generates captions, which FSDP and DeepSpeed make very slow; launch with DDP "
                 "(ddp_8gpu.yaml) or one process, and pass --lora_rank to save memory"
             )
         self.images, self.image_size = images, image_size
@@ -105,7 +110,7 @@ class Stage3Trainer(Stage2Trainer):
         self._starting_weights: dict[str, torch.Tensor] = {}
         at_start = None
         if args.method == "grpo":
-            at_start = self.starting_weights if args.kl_weight else contextlib.nullcontext
+            at_start = self.starting_weights
             if args.kl_weight:
                 trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
                 self._starting_weights = {name: parameter.detach().cpu().clone() for name, parameter in trained}
@@ -120,10 +125,14 @@ class Stage3Trainer(Stage2Trainer):
                 features=collator.caches["image_features"],
                 conditioning=collator.caches["conditioning"],
             )
-        cache = RewardCache(
-            Path(args.cache_rewards or args.output_dir) / f"rewards-{settings.process_index}.sqlite",
-            {**scorer.settings(), "diffusion_model": scored_by, "image_size": image_size},
-        )
+        self.scored_by: dict[str, Any] = {
+            **scorer.settings(),
+            "diffusion_model": scored_by,
+            "image_size": image_size,
+            "precision": self.accelerator.mixed_precision,
+        }
+        folder = args.output_dir if args.dry_run else args.cache_rewards or args.output_dir
+        cache = RewardCache(Path(folder or ".") / f"rewards-{settings.process_index}.sqlite", self.scored_by)
         self.proposer = Proposer(args, processor, scorer, cache, at_start)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -165,24 +174,39 @@ class Stage3Trainer(Stage2Trainer):
         What is on disk is not computed again.
 
         Raises:
-            ValueError: If nothing is left to train on, or too many images cannot be read.
+            ValueError: If nothing is left to train on, too many images cannot be read, or an earlier round is of
+                other images.
+            SystemExit: With code 75 after SIGTERM to one of the processes. Finished parts are on disk.
         """
-        args = self.args
+        args: Any = self.args
         resumed = self.state.global_step > number * args.round_steps  # within the round
         if args.method == "best_of_n":
             first = max(0, number + 1 - args.buffer_rounds) if args.buffer_rounds else 0
             self.buffer = {}
             for earlier in range(first, number):
-                update_buffer(self.buffer, self._round_file(earlier, None).images(), earlier)
+                update_buffer(self.buffer, self._finished_round(earlier).images(), earlier)
         if resumed:
-            file = self._round_file(number, None)
+            file = self._finished_round(number)
+            if file.found_made_of is not None and file.found_made_of["method"] != args.method:
+                raise ValueError(
+                    f"round {number} has begun with --method {file.found_made_of['method']}; go on with it to the end "
+                    "of the round, or name another --output_dir"
+                )
         else:
-            made_of = {"weights": trained_fingerprint(self.model), **{n: getattr(args, n) for n in SAMPLING_SETTINGS}}
-            file = self._round_file(number, made_of)
+            file = RoundFile(
+                Path(args.output_dir) / ROUNDS_FOLDER,
+                number,
+                list(self._parts_of_round(number).values()),
+                self._made_of(),
+                args.process_index,
+            )
             if self.is_world_process_zero():
                 file.remove_others()
             self.accelerator.wait_for_everyone()
             self.collect(file)
+            if self.termination.share(args):
+                self.termination.on_train_end(None, None, None)
+                self.end_terminated(f"in round {number}")
             self.accelerator.wait_for_everyone()
             file.read()
         found = file.images()
@@ -199,18 +223,36 @@ class Stage3Trainer(Stage2Trainer):
         starts = range(0, args.sample_batch_size if args.dry_run else len(indices), args.sample_batch_size)
         return {part: indices[start : start + args.sample_batch_size] for part, start in enumerate(starts)}
 
-    def _round_file(self, number: int, made_of: dict[str, Any] | None) -> RoundFile:
-        folder, rank = Path(self.args.output_dir) / ROUNDS_FOLDER, self.args.process_index
-        return RoundFile(folder, number, len(self._parts_of_round(number)), made_of, rank)
+    def _made_of(self) -> dict[str, Any]:
+        """What the captions of a round and their rewards depend on, besides the images of a part, as JSON values."""
+        args: Any = self.args
+        return {
+            "weights": trained_fingerprint(self.model),
+            **{name: getattr(args, name) for name in SAMPLING_SETTINGS},
+            **{name: self.settings[name]["fingerprint"] for name in SOURCES if name in self.settings},
+            "scored_by": self.scored_by,
+            "measures_start": bool(args.method == "grpo" and args.kl_weight),
+        }
 
-    def collect(self, file: RoundFile) -> None:
-        """Computes the parts of this process that the file lacks.
+    def _finished_round(self, number: int) -> RoundFile:
+        """The captions of a round that this run has trained on.
 
         Raises:
-            SystemExit: With code 75 after SIGTERM. Finished parts are on disk.
+            ValueError: If they are of other images, which the present settings do not have at the same places.
         """
+        file = RoundFile(Path(self.args.output_dir) / ROUNDS_FOLDER, number, None, None)
+        found, images = file.found_made_of or {}, self.settings.get("images", {}).get("fingerprint")
+        if found and found.get("images") != images:
+            raise ValueError(
+                f"round {number} in {self.args.output_dir} is of other images; pass the former --images, or another "
+                "--output_dir with --model, to start from what the run has trained"
+            )
+        return file
+
+    def collect(self, file: RoundFile) -> None:
+        """Computes this process's share of the parts that the file lacks. SIGTERM ends it after a part."""
         args, parts = self.args, self._parts_of_round(file.number)
-        missing = {part: parts[part] for part in file.missing if part % args.world_size == args.process_index}
+        missing = {part: parts[part] for part in file.missing[args.process_index :: args.world_size]}
         processor: Any = self.processing_class
         reading = ImageParts(self.images, missing, processor.image_processor, self.image_size)
         half = HALF_DTYPES.get(self.accelerator.mixed_precision)
@@ -230,11 +272,7 @@ class Stage3Trainer(Stage2Trainer):
                     if done * PROGRESS_LINES // len(missing) > (done - 1) * PROGRESS_LINES // len(missing):
                         say(f"round {file.number}: captions of {done} of {len(missing)} batches of images are scored")
                     if self.termination.requested:
-                        self.termination.on_train_end(None, None, None)
-                        print(
-                            f"terminated in round {file.number}; the same command goes on from there", file=sys.stderr
-                        )
-                        raise SystemExit(RESUMABLE_EXIT_CODE)
+                        break
         finally:
             model.train(was_training)
 
@@ -312,13 +350,17 @@ class Stage3Trainer(Stage2Trainer):
     def save_captions(self, model: VLVForConditionalGeneration, step: int, folder: Path) -> None:
         """Writes `step-N.json`, a list of `{"generated", "reward", "reference"}`, and logs the mean reward.
 
-        Captions are greedy. The reference is there where the validation images have captions.
+        Captions are greedy; one that is empty or does not end has no reward. The reference is there
+        where the validation images have captions.
         """
         processor: Any = self.processing_class
         loaded = [item["image"] for item in self.validation_items]
         pixel_values = processor(images=loaded).pixel_values.to(model.device, model.dtype)
-        captions, _ = self.proposer.generate(model, model.model.get_caption_embeds(pixel_values))
-        scored = [ScoredCaptions(place, "", [caption], [0.0], 0) for place, caption in enumerate(captions)]
+        captions, ended = self.proposer.generate(model, model.model.get_caption_embeds(pixel_values))
+        scored = [
+            ScoredCaptions(place, "", [caption], [0.0 if caption and whole else None], 0)
+            for place, (caption, whole) in enumerate(zip(captions, ended, strict=True))
+        ]
         self.proposer.reward(diffusion_pixels(loaded, self.image_size), scored)
         rows = [
             {

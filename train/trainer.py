@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -54,6 +54,9 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
     share of time spent waiting for data, and `images_skipped`, the number of unreadable images so far, if there were
     any; on GPUs `peak_memory_gb`, the most of any, and where their peak speed is known `model_flops_utilisation`.
     """
+
+    length = "max_steps"
+    """The setting to raise to train a finished run further."""
 
     def __init__(self, model, args: Any, *more, **kwargs):
         if isinstance(args, StageConfig):
@@ -160,7 +163,7 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
             self.changes = check_settings(checkpoint or args.output_dir, self.settings, args.accept_changes, other)
         last = self.last_step()
         if done >= last:
-            say(f"{args.output_dir} holds the finished run of {done} steps; raise max_steps to train it further")
+            say(f"{args.output_dir} holds the finished run of {done} steps; raise {self.length} to train it further")
             return False
         if checkpoint is None and done:
             raise ValueError(
@@ -180,10 +183,19 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
         self.speed.flops, self.speed.peak = count_flops(args)
         self.train(resume_from_checkpoint=checkpoint)
         if self.termination.requested:
-            command = "the same command" + (" without overwrite_output_dir" if args.overwrite_output_dir else "")
-            print(f"terminated at step {self.state.global_step}; {command} goes on from there", file=sys.stderr)
-            raise SystemExit(RESUMABLE_EXIT_CODE)
+            self.end_terminated(f"at step {self.state.global_step}")
         return True
+
+    def end_terminated(self, where: str) -> NoReturn:
+        """Ends the process after SIGTERM, with a message that says how to go on.
+
+        Raises:
+            SystemExit: With code 75.
+        """
+        args: Any = self.args
+        command = "the same command" + (" without overwrite_output_dir" if args.overwrite_output_dir else "")
+        print(f"terminated {where}; {command} goes on from there", file=sys.stderr)
+        raise SystemExit(RESUMABLE_EXIT_CODE)
 
     def last_step(self) -> int:
         """The number of optimiser steps of the complete run."""

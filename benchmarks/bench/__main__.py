@@ -12,6 +12,7 @@ anything, and `profile.py`, where the time of a path goes.
 """
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -36,7 +37,10 @@ def main() -> None:
         "--growth", nargs="*", choices=CURVES, metavar="CURVE", help="how the cost grows; all by default"
     )
     parser.add_argument("--output", type=Path, help="folder of report.md and report.json (default: print)")
+    parser.add_argument("--add", action="store_true", help="replace these rows of --output, keep the others")
     options = parser.parse_args()
+    if options.add and options.output is None:
+        parser.error("--add needs --output")
     limit_threads()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -47,6 +51,10 @@ def main() -> None:
         "parameters": {size: in_child(lambda size=size: build(size).describe()) for size in options.sizes},
         "sizes": {},
     }
+    if options.add:
+        earlier = json.loads((options.output / "report.json").read_text())
+        results |= {name: earlier[name] for name in ("command", "sizes")}
+        results["parameters"] = earlier["parameters"] | results["parameters"]
     failed = False
     for size in options.sizes:
         rows = results["sizes"].setdefault(size, {})

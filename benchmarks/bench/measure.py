@@ -27,6 +27,7 @@ def in_child(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     child = os.fork()
     if not child:
         os.close(reader)
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # its threads race for torch's pool
         status = 1
         try:
             with os.fdopen(writer, "w") as file:

@@ -16,8 +16,10 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sample N captions of each image; without --best-by the output has lists (default: 1, not sampled)",
     )
-    parser.add_argument("--temperature", type=float, help="of the samples of --num-captions (default: 1.0)")
-    parser.add_argument("--seed", type=int, help="of the samples of --num-captions (default: 0)")
+    parser.add_argument(
+        "--temperature", type=float, help="of the samples (default: 1.0 for several captions; one is not sampled)"
+    )
+    parser.add_argument("--seed", type=int, help="of the samples (default: 0)")
     parser.add_argument(
         "--best-by", choices=["score"], help="keep the caption of --num-captions with the highest score (`vlv score`)"
     )

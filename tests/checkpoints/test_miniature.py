@@ -24,7 +24,7 @@ from vlv.miniature.scene_classifier import SceneClassifier, measure_scene_classi
 from vlv.miniature.scoring import score_scenes
 from vlv.pipelines import load_reconstruction
 
-N = 48  # scenes: enough to notice a broken part in a short time
+N = 24  # scenes: enough to notice a broken part in a short time
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """A complete, untrained VLV in the Hub's layout, and a folder of readable and unreadable images."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +42,17 @@ def mixed_folder(tmp_path, images) -> Path:
     (folder / "empty.webp").touch()
     (folder / "notes.txt").write_text("has no suffix of an image")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 256 KiB, where mounting is permitted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

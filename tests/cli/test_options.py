@@ -52,7 +52,7 @@ def test_the_package_lists_all_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     commands = re.findall(r"^    (\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert vlv.cli.__doc__.split("`")[1] == f"vlv {' | '.join(commands)}"
+    assert " ".join(vlv.cli.__doc__.split("`")[1].split()) == f"vlv {' | '.join(commands)}"
 
 
 def test_the_default_of_num_pairs_is_that_of_the_scorer():

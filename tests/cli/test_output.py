@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,8 @@ from PIL import Image
 
 from vlv.captioning.output import Summary
 from vlv.checkpoints import MINIATURE
+
+from ..interpreter import run_python
 
 COMMANDS = """
 import sys
@@ -41,16 +42,27 @@ def test_commands_print_no_warnings_of_libraries(mixed_folder, tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # announces five entries, holds one
     Image.new("RGB", (64, 64)).save(mixed_folder / "exif.jpg", exif=exif)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, str(mixed_folder), str(MINIATURE), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    arguments = [str(mixed_folder), str(MINIATURE), str(tmp_path)]
+    done = run_python(COMMANDS, arguments, cwd=tmp_path, env=environment, with_libraries=False)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert [line for line in lines if not OWN_LINES.fullmatch(line)] == []
     assert len(lines) == 3 * 6  # of caption, encode and reconstruct: what is left out, model, failures, summary
+
+
+def test_a_bar_without_an_end_gets_one_when_the_inputs_are_counted(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    summary = Summary(None)
+    summary.advance(1)
+    assert summary.shows_progress and "0 images [" in stream.getvalue() and "%" not in stream.getvalue()
+    summary.set_total(None)
+    summary.set_total(2)
+    summary.advance(1)
+    assert summary.close("captioned", "out.json", kept=3, skipped=1) == 0
+    bars = [line for line in re.split(r"[\r\n]+", stream.getvalue()) if "%|" in line]
+    assert bars[-1].startswith("100%") and " 2/2 " in bars[-1]
+    assert stream.getvalue().splitlines()[-1] == "kept 3, skipped 1, captioned 0, failed 0: out.json"
 
 
 class Terminal(io.StringIO):

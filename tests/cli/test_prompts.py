@@ -72,6 +72,19 @@ def test_a_prompt_that_the_language_model_cannot_read_is_refused(instructed_fold
     assert not (tmp_path / "c.json").exists()
 
 
+@pytest.mark.slow
+def test_a_length_is_the_instruction_of_the_model_that_asks_for_it(model_folder, image, tmp_path, capsys):
+    folder = shutil.copytree(model_folder, tmp_path / "vlv")
+    config = json.loads((folder / "config.json").read_text())
+    short = "a dog in brief"
+    (folder / "config.json").write_text(json.dumps(config | {"instructions": [KNOWN, short]}))
+    assert caption(folder, tmp_path / "length.json", image, "--length", "short") == 0
+    assert "note:" not in capsys.readouterr().err
+    assert caption(folder, tmp_path / "prompt.json", image, "--prompt", short) == 0
+    assert (tmp_path / "length.json").read_text() == (tmp_path / "prompt.json").read_text()
+    assert json.loads((tmp_path / "length.resume.jsonl").read_text().split("\n")[0])["settings"]["prompt"] == short
+
+
 def test_a_model_without_a_language_model_takes_no_prompt(stage1_checkpoint, image, tmp_path, capsys):
     assert caption(stage1_checkpoint, tmp_path / "c.json", image, "--prompt", KNOWN) == 2
     assert f"cannot load {stage1_checkpoint}: " in capsys.readouterr().err

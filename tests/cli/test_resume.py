@@ -273,11 +273,11 @@ def test_a_terminated_run_keeps_its_results(model_folder, folder, tmp_path, monk
     from vlv.cli import caption as module
 
     def terminate(self, *arguments):
-        add(self, *arguments)
+        confirm(self, *arguments)
         signal.raise_signal(signal.SIGTERM)
 
-    add = module.ResumableResults.add
-    monkeypatch.setattr(module.ResumableResults, "add", terminate)
+    confirm = module.ResumableResults.confirm
+    monkeypatch.setattr(module.ResumableResults, "confirm", terminate)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ending:
         caption(model_folder, tmp_path / "c.json", folder, "--batch-size", 1, "--max-new-tokens", 2)

@@ -151,12 +151,22 @@ def test_samples_depend_on_the_seed_and_not_on_the_other_images(model_folder, ph
     assert json.loads((tmp_path / "other.json").read_text()) != found
 
 
+def test_one_caption_is_sampled_at_a_temperature(model_folder, photos, tmp_path):
+    options = ["--temperature", 2.0, "--max-new-tokens", 4]
+    found = []
+    for seed in (1, 1, 2):
+        output = tmp_path / f"{len(found)}.json"
+        assert caption(model_folder, output, photos / "2.png", *options, "--seed", seed) == 0
+        found.append(json.loads(output.read_text())["2.png"])
+    assert isinstance(found[0], str) and found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--best-by", "score"], "--best-by needs --num-captions 2 or more"),
-        (["--temperature", "0.5"], "--temperature needs --num-captions 2 or more"),
-        (["--seed", "1"], "--seed needs --num-captions 2 or more"),
+        (["--temperature", "0.5", "--num-beams", "2"], "--temperature samples captions; leave out --num-beams"),
+        (["--seed", "1"], "--seed needs --num-captions 2 or more, or --temperature"),
         (["--min-score", "0.1"], "--min-score needs --confidence"),
         (["--num-captions", "2", "--num-pairs", "2"], "--num-pairs needs --best-by score or --confidence"),
         (["--num-captions", "2", "--temperature", "0"], "--temperature is 0; expected a number above 0"),

@@ -45,6 +45,11 @@ def test_faults_that_pass_are_asked_again_and_others_fail_by_name(tmp_path):
         "no choices": [Reply(body=b'{"choices": []}')],
         "empty": [Reply("  ")],
         "refused": [Reply(body=b'{"choices": [{"message": {"content": null, "refusal": "I will not"}}]}')],
+        "null choice": [Reply(body=b'{"choices": [null]}')],
+        "text choice": [Reply(body=b'{"choices": ["x"]}')],
+        "choices by name": [Reply(body=b'{"choices": {"a": 1}}')],
+        "null message": [Reply(body=b'{"choices": [{"message": null}]}')],
+        "a list": [Reply(body=b"[]")],
         "bad request": [Reply(status=400, body=b'{"error": {"message": "too long"}}')],
         "right": [Reply("d")],
     }
@@ -66,7 +71,37 @@ def test_faults_that_pass_are_asked_again_and_others_fail_by_name(tmp_path):
     assert "status 500" in errors["always 500"] and "too long" in errors["bad request"]
     assert errors["refused"] == "refused: I will not" and errors["empty"] == "the answer is empty"
     assert "no choices" in errors["no choices"] and errors["no JSON"]
-    assert (endpoint.totals.answered, endpoint.totals.failed) == (4, 6)
+    assert (endpoint.totals.answered, endpoint.totals.failed) == (4, 11)
+    unread = ("null choice", "text choice", "choices by name", "null message")
+    assert all("choices cannot be read" in errors[name] for name in unread) and errors["a list"]
+
+
+def test_usage_that_is_not_numbers_counts_as_none(tmp_path):
+    usage = {"prompt_tokens": "many", "completion_tokens": [1]}
+    body = json.dumps({"choices": [{"message": {"content": "a"}, "finish_reason": 3}], "usage": usage}).encode()
+    with scripted_endpoint(lambda words, before: Reply(body=body)) as script:
+        endpoint = build(script.url, tmp_path, price_in=1.0)
+        (answer,) = endpoint.ask([ask("a")])
+    assert (answer.text, answer.finish_reason, endpoint.totals.price) == ("a", None, 0)
+
+
+def test_many_failures_in_a_row_end_the_run_and_a_right_answer_between_them_counts_anew(tmp_path):
+    def answer(words: str, before: int) -> Reply:
+        return Reply("right") if int(words) == 3 else Reply(status=500)
+
+    with scripted_endpoint(answer) as script:
+        endpoint = build(script.url, tmp_path, concurrency=1, max_retries=0, max_failures=4)
+        with pytest.raises(EndpointError, match="the last 4 requests failed, the last one with: status 500"):
+            endpoint.ask(ask(str(number)) for number in range(50))
+        assert len(script.requests) == 8
+
+
+def test_an_endpoint_without_credit_ends_the_run(tmp_path):
+    body = json.dumps({"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}).encode()
+    with scripted_endpoint(lambda words, before: Reply(status=429, body=body)) as script:
+        with pytest.raises(EndpointError, match="exceeded your quota"):
+            build(script.url, tmp_path, concurrency=1, max_retries=0).ask(map(ask, "abc"))
+        assert len(script.requests) == 1
 
 
 def test_a_run_goes_on_with_the_answers_in_its_log(tmp_path):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from ..interpreter import run_python
 
-NOWHERE = "http://127.0.0.1:9"
-"""An endpoint where nothing answers."""
 _links = tempfile.TemporaryDirectory(prefix="vlv-hf-home-")
 
 # Makes `import vlv` fail, as where this package is not installed.

@@ -396,7 +396,16 @@ class Hub:
         return recorded  # type: ignore[return-value]
 
 
-_ports: list[int] = []  # of servers that have ended: processes with the same address share imported libraries
+_ports: list[int] = []  # where no server runs: processes with the same address share imported libraries
+
+
+def nowhere() -> str:
+    """An address where nothing answers until the next server, which has it, runs."""
+    if not _ports:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            _ports.append(free.getsockname()[1])
+    return f"http://127.0.0.1:{_ports[-1]}"
 
 
 @contextmanager

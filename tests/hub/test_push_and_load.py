@@ -17,8 +17,8 @@ from vlv.cli.main import main
 from vlv.pipelines import VLVReconstructionPipeline
 
 from ..builders import GOLDEN
-from .machine import NOWHERE, WITHOUT_PACKAGE, Machine
-from .server import Hub, serve
+from .machine import WITHOUT_PACKAGE, Machine
+from .server import Hub, nowhere, serve
 
 pytestmark = pytest.mark.slow
 REPO = "org/vlv"
@@ -224,7 +224,7 @@ processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = model.generate(**processor(images=sys.argv[2]), max_new_tokens=5, do_sample=False)
 print(json.dumps(processor.batch_decode(ids, skip_special_tokens=True)[0]))
 """
-    found = Machine(tmp_path / "reader", NOWHERE).without_package(script, tmp_path / "saved", image_file)
+    found = Machine(tmp_path / "reader", nowhere()).without_package(script, tmp_path / "saved", image_file)
     assert found == expected["caption"]
 
 
@@ -312,7 +312,7 @@ def test_a_cached_model_loads_without_a_network(pushed, expected, image_file, tm
     command = ["caption", image_file, "--model", REPO, "--max-new-tokens", 5, "--output"]
     done = Machine(tmp_path / "machine", pushed[1]).vlv(*command, tmp_path / "first.json")
     assert done.returncode == 0, done.stderr
-    machine = Machine(tmp_path / "machine", NOWHERE)  # nothing answers there
+    machine = Machine(tmp_path / "machine", nowhere())  # nothing answers there
     done = machine.vlv(*command, tmp_path / "second.json")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "second.json").read_text()) == {"image.png": expected["caption"]}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from .machine import NOWHERE, Machine
-from .server import Hub, serve
+from .machine import Machine
+from .server import Hub, nowhere, serve
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,7 @@ def check_code_is_there(folder: Path) -> None:
 
 @pytest.fixture
 def offline(tmp_path) -> Machine:
-    return Machine(tmp_path / "reader", NOWHERE)
+    return Machine(tmp_path / "reader", nowhere())
 
 
 def check_captions(found: dict, names: tuple[str, ...]) -> None:

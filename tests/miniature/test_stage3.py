@@ -47,6 +47,7 @@ def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(tmp_path
         "cache_conditioning": tmp_path / "conditioning",
         "conditioning_dtype": "float32",
         "validation_steps": 24,
+        "num_validation_images": 32,
         "dataloader_num_workers": 0,
         "use_cpu": True,
         "disable_tqdm": True,
@@ -61,7 +62,9 @@ def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(tmp_path
     assert after["invented"] < before["invented"] and after["missing"] < before["missing"]
     summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
     (sample,) = (tmp_path / "run" / "samples").iterdir()
-    rewards = [row["reward"] for row in json.loads(sample.read_text())]  # of images that were trained on
+    rewards = [row["reward"] for row in json.loads(sample.read_text())]  # of the images of the round, all of them
+    assert len(rewards) == summary["images"]
+    rewards = [reward for reward in rewards if reward is not None]
     assert summary["reward_best"] > summary["reward_greedy"] > summary["reward_sampled"]
     assert sum(rewards) / len(rewards) > summary["reward_greedy"]
 

@@ -9,8 +9,8 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 from vlv.pipelines import VLVCaptioningPipeline, generate_captions
 
-from ..hub.machine import NOWHERE, Machine
-from ..hub.server import Hub, serve
+from ..hub.machine import Machine
+from ..hub.server import Hub, nowhere, serve
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_what_is_saved_opens_without_the_package_and_so_does_what_that_saves(pip
     images[0].save(tmp_path / "image.png")
     pipe.save_pretrained(tmp_path / "1", max_shard_size="20KB")
     assert len(list((tmp_path / "1").glob("*.safetensors"))) > 1
-    machine = Machine(tmp_path / "machine", NOWHERE)
+    machine = Machine(tmp_path / "machine", nowhere())
     for source, target in (("1", "2"), ("2", "3")):
         arguments = (tmp_path / source, tmp_path / target, tmp_path / "image.png")
         assert machine.without_package(WITHOUT_PACKAGE, *arguments) == pipe(images[0])

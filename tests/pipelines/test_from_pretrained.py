@@ -15,8 +15,8 @@ from vlv.miniature.tokenizer import build_tokenizer
 from vlv.pipelines import VLVReconstructionPipeline, load_reconstruction
 
 from ..builders import assert_close_to_scale, stable_diffusion_parts, text_encoder_config, vlv_config
-from ..hub.machine import NOWHERE, Machine
-from ..hub.server import Hub, serve
+from ..hub.machine import Machine
+from ..hub.server import Hub, nowhere, serve
 from ..interpreter import run_python
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
@@ -301,7 +301,7 @@ def test_load_reconstruction_refuses_pickles(saved):
 
 @pytest.mark.slow
 def test_a_saved_pipeline_loads_without_the_package_and_so_does_what_that_saves(saved, image_file, expected, tmp_path):
-    machine = Machine(tmp_path / "machine", NOWHERE)
+    machine = Machine(tmp_path / "machine", nowhere())
     first = machine.without_package(WITHOUT_PACKAGE, image_file, tmp_path / "2", json.dumps(FORMS), saved)
     second = machine.without_package(WITHOUT_PACKAGE, image_file, tmp_path / "3", json.dumps(FORMS), tmp_path / "2")
     for form, (_, arguments) in FORMS.items():

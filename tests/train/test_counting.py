@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vlv.train.counting import MemoryMode, MetaAutocast, count_step
+from vlv.train.counting import MemoryMode, MetaAutocast, MetaResults, count_step
 
 ROWS, WIDE, NARROW = 10, 64, 16
 
@@ -127,3 +127,29 @@ def test_autocast_on_meta_tensors_gives_the_dtypes_of_autocast_on_a_gpu():
         y = linear(x)
         results = [y, nn.functional.gelu(y), x @ x.T, norm(y), y + x, nn.functional.mse_loss(y, y)]
     assert [t.dtype for t in results] == [torch.bfloat16] * 3 + [torch.float32] * 3
+
+
+def test_a_repeated_operation_on_meta_tensors_gives_what_the_first_gave_in_a_new_tensor():
+    with torch.device("meta"):
+        x, whole = torch.ones(4, 6), torch.ones(4, dtype=torch.long)
+    operations = [
+        *(lambda number=number: whole + number for number in (1, 1.0, True)),
+        *(lambda tensor=tensor: tensor * tensor for tensor in (x, x.t(), x[:, ::2])),
+        lambda: torch.aminmax(x, dim=1),
+        lambda: x.view(24),
+    ]
+
+    def run() -> list[list[tuple]]:
+        found = []
+        for operation in operations:
+            result = operation()
+            tensors = [result] if isinstance(result, torch.Tensor) else [*result]
+            found.append([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+        return found
+
+    expected = run()
+    with MetaResults():
+        assert run() == run() == expected
+        tensors = [x, x.view(24), x.view(24), x + x, x + x]
+    memory = [tensor.untyped_storage()._cdata for tensor in tensors]
+    assert memory[0] == memory[1] == memory[2] and len(set(memory)) == 3

@@ -13,7 +13,8 @@ from vlv.cli.main import main
 from vlv.pipelines import load_reconstruction
 from vlv.train import stage1, stage2
 
-from ..hub.machine import NOWHERE, Machine
+from ..hub.machine import Machine
+from ..hub.server import nowhere
 
 pytestmark = pytest.mark.slow
 COMMON = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
@@ -71,7 +72,7 @@ def reconstruct(folder, image) -> float:
 
 
 def test_transformers_and_diffusers_open_it_without_the_package(runs, image, tmp_path):
-    machine = Machine(tmp_path / "machine", NOWHERE)
+    machine = Machine(tmp_path / "machine", nowhere())
     found = machine.without_package(OPEN, runs / "stage1", runs / "stage2" / "checkpoint-1", image)
     assert isinstance(found["caption"][0]["generated_text"], str)
     assert found["stage1"] == pytest.approx(reconstruct(runs / "stage1", image), rel=1e-5)

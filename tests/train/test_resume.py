@@ -14,7 +14,7 @@ from vlv.train import stage1
 
 from ..interpreter import MODULE, PythonProcess
 
-STEPS, KILLED_AT, SAVED_EVERY = 12, 4, 4
+STEPS, KILLED_AT, SAVED_EVERY = 6, 2, 2
 
 
 def settings(output_dir: Path, **inputs) -> list[str]:
@@ -28,7 +28,7 @@ def settings(output_dir: Path, **inputs) -> list[str]:
         "dataloader_num_workers": 1,
         "use_cpu": True,
         "disable_tqdm": True,
-        "validation_steps": 5,
+        "validation_steps": 3,
         "num_validation_images": 2,
         **inputs,
     }

@@ -15,16 +15,9 @@ from vlv import VLVForConditionalGeneration, hub
 from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
 from vlv.train import stage3
 from vlv.train.parsing import FailedRun
-from vlv.train.policy_gradient import group_advantages, policy_loss, token_log_probabilities
-from vlv.train.reward_cache import RewardCache
 from vlv.train.rounds import (
-    RoundDataset,
     RoundFile,
     ScoredCaptions,
-    images_of_round,
-    summarise,
-    update_buffer,
-    write_buffer,
 )
 
 from ..builders import VOCABULARY, language_model_config, vlv_config, with_text_encoder
@@ -82,14 +75,16 @@ def history(folder: Path) -> list[dict]:
 
 
 def images_in(folder: Path, number: int) -> list[ScoredCaptions]:
-    lines = (folder / "rounds" / f"round-{number:04d}.rank-0.jsonl").read_text().splitlines()
-    return [ScoredCaptions(**image) for line in lines for image in json.loads(line)["images"]]
+    return RoundFile(folder / "rounds", number, None, None).images()
 
 
 class _Counts(stage3.DiffusionScorer):
     """Counts the texts that it scores."""
 
     texts = 0
+
+    def settings(self):
+        return {**super().settings(), "scorer": "DiffusionScorer"}  # which computes the same
 
     def text_losses(self, latents, texts, seeds):
         type(self).texts += sum(map(len, texts))
@@ -193,6 +188,28 @@ def test_a_run_that_is_ended_while_it_samples_and_while_it_trains_goes_on_as_an_
 
 
 @pytest.mark.slow
+def test_captions_of_other_images_or_by_another_reward_are_not_trained_on(settings, unbroken, image_folder, tmp_path):
+    other, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(image_folder, other)
+    next(other.rglob("*.png")).unlink()
+    _Terminates.parts = 2
+    with pytest.raises(SystemExit):  # before the first checkpoint
+        stage3.main(settings(run), scorer_class=_Terminates)
+    first = (run / "rounds" / "round-0000.rank-0.jsonl").read_bytes()
+    stage3.main(settings(run, images=other, rounds=1, round_steps=1, reward_num_pairs=2))
+    found = images_in(run, 0)
+    assert found and all(Path(image.name).is_relative_to(other) for image in found)
+    assert first.splitlines()[0] not in (run / "rounds" / "round-0000.rank-0.jsonl").read_bytes()
+    finished = tmp_path / "finished"
+    shutil.copytree(unbroken["best_of_n"], finished)
+    with pytest.raises(FailedRun, match=r"round 0 in .* is of other images; pass the former --images"):
+        stage3.main(settings(finished, save_steps=1, images=other, rounds=ROUNDS + 1, accept_changes=True))
+    # Parts of another size: those of earlier rounds are read as they are.
+    stage3.main(settings(finished, save_steps=1, sample_batch_size=5, rounds=ROUNDS + 1, accept_changes=True))
+    assert len(images_in(finished, ROUNDS)) >= 6
+
+
+@pytest.mark.slow
 def test_a_policy_gradient_starts_at_the_start_and_measures_the_way_from_there(unbroken):
     run = unbroken["grpo"]
     for number in range(ROUNDS):
@@ -231,7 +248,7 @@ def test_rewards_that_are_not_finite_are_dropped_and_counted_as_are_unreadable_i
     summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
     assert summary["not_finite"] == sum(image.not_finite for image in found) > 0
     missing = sum(reward is None for image in found for reward in image.rewards)
-    assert missing == summary["not_finite"] + summary["unfinished"]
+    assert missing == summary["not_finite"] + summary["unfinished"] + summary["empty"]
     rewards = [reward for image in found for reward in image.rewards if reward is not None]
     assert rewards and all(map(math.isfinite, rewards))
     assert summary["unreadable"] == 1 and len(found) == 15
@@ -266,9 +283,13 @@ def test_a_captioner_without_a_decoder_or_with_another_text_encoder_is_refused(
         stage3.main(settings(tmp_path / "run", model=tmp_path / "other", diffusion_model=stable_diffusion))
 
 
-def test_a_model_of_stage_1_and_missing_models_are_refused(settings, stage1_checkpoint, tmp_path):
+def test_a_model_of_stage_1_a_missing_one_and_weighted_images_are_refused(
+    settings, stage1_checkpoint, image_folder, tmp_path
+):
     with pytest.raises(FailedRun, match="is a stage-1 model, which writes no captions; train stage 2"):
         stage3.main(settings(tmp_path / "run", model=stage1_checkpoint))
+    with pytest.raises(FailedRun, match=r"images have weights .*leave the weights out"):
+        stage3.main(settings(tmp_path / "run", images=f"{image_folder}@0.5"))
     with pytest.raises(FailedRun, match="model is not set: give the captioner to start from"):
         stage3.main([argument for argument in settings(tmp_path / "run") if "--model" not in argument])
 
@@ -290,6 +311,10 @@ def test_a_model_of_stage_1_and_missing_models_are_refused(settings, stage1_chec
         ({"clip_range": 1.5}, "clip_range 1.5"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential'"),
         ({"pairs_share": 1}, "pairs_share is 1.0; expected a share"),
+        ({"vae_dtype": "float8"}, "vae_dtype is 'float8'; expected one of ('float32', 'bfloat16')"),
+        ({"reward_batch_size": 0}, "reward_batch_size is 0; expected 1 or more"),
+        ({"max_caption_tokens": 0}, "max_caption_tokens is 0; expected 1 or more"),
+        ({"method": "grpo", "kl_weight": "nan"}, "kl_weight is nan"),
     ],
 )
 def test_settings_that_cannot_be_used_are_errors(own, message, settings, tmp_path, capsys):
@@ -300,11 +325,12 @@ def test_settings_that_cannot_be_used_are_errors(own, message, settings, tmp_pat
 
 @pytest.mark.slow
 def test_a_dry_run_scores_one_part_and_leaves_nothing(settings, tmp_path, capsys):
-    stage3.main(settings(tmp_path / "run", dry_run=True))
+    stage3.main(settings(tmp_path / "run", dry_run=True, cache_rewards=tmp_path / "rewards"))
     said = capsys.readouterr().out
     assert "plan of the run" in said and "round 0: images 4, " in said
     assert "sampling and scoring 4 images took " in said and " for the 20 of all rounds" in said
     assert "cannot tell it: stage 3 is not counted" in said
+    assert not (tmp_path / "rewards").exists()
     assert not (tmp_path / "run").exists() or not [p for p in (tmp_path / "run").iterdir() if p.name != ".run.lock"]
 
 
@@ -320,127 +346,3 @@ def test_pairs_are_mixed_in_and_lora_layers_are_merged(settings, start, image_fo
     before, _ = hub.load_captioner(start)
     names = {name for name, own in loaded.named_parameters() if not torch.equal(own, before.get_parameter(name))}
     assert any("q_proj" in name for name in names) and not any("norm" in name for name in names)
-
-
-# The parts.
-
-
-def test_advantages_are_deviations_within_the_group():
-    assert group_advantages([1.0, 3.0, None, 2.0]) == pytest.approx([-(1.5**0.5), 1.5**0.5, None, 0.0])
-    assert group_advantages([2.0, 2.0, None]) == [None] * 3
-    assert group_advantages([2.0]) == [None] and group_advantages([None, None]) == [None] * 2
-
-
-def test_the_first_gradient_is_that_of_the_weighted_log_probabilities():
-    torch.manual_seed(0)
-    logits = torch.randn(3, 4, 7, requires_grad=True)
-    labels = torch.tensor([[1, 2, 3, -100], [4, 5, -100, -100], [6, 0, 1, 2]])
-    gains, mask = torch.tensor([1.0, -2.0, 0.5]), labels != -100
-    probs = token_log_probabilities(logits, labels, temperature=2.0)
-    by_hand = torch.log_softmax(logits / 2.0, dim=-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
-    assert torch.allclose(probs[mask], by_hand[mask])
-    found = policy_loss(probs, probs.detach(), probs.detach(), gains, mask, 0.2, 0.1)
-    (own,) = torch.autograd.grad(found.loss, logits, retain_graph=True)
-    (expected,) = torch.autograd.grad(-(by_hand * gains[:, None])[mask].sum(), logits)
-    assert torch.allclose(own, expected, atol=1e-6)
-    assert found.kl == 0 and found.clipped == 0 and found.tokens == 9
-
-
-def test_ratios_out_of_range_have_no_gradient_and_are_counted():
-    sampled = torch.zeros(2, 2)
-    log_probs = torch.tensor([[0.5, 0.1], [0.5, -0.5]], requires_grad=True)  # ratios 1.65, 1.11, 1.65, 0.61
-    gains, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 2, dtype=torch.bool)
-    found = policy_loss(log_probs, sampled, log_probs.detach(), gains, mask, 0.2, 0.0)
-    (gradient,) = torch.autograd.grad(found.loss, log_probs)
-    assert (gradient == 0).tolist() == [[True, False], [False, True]]  # better and likelier already, worse and rarer
-    assert found.clipped == 2 and found.loss.item() == pytest.approx(-1.2 - math.exp(0.1) + math.exp(0.5) + 0.8)
-
-
-def test_the_divergence_from_the_start_is_never_negative_and_pulls_back():
-    log_probs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
-    start = torch.tensor([[-2.0, -2.0]])
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    found = policy_loss(log_probs, log_probs.detach(), start, torch.zeros(1), mask, 0.2, 1.0)
-    assert found.kl == pytest.approx(math.exp(-1) + math.exp(1) - 2)
-    (gradient,) = torch.autograd.grad(found.loss, log_probs)
-    assert gradient[0, 0] > 0 > gradient[0, 1]  # towards the start
-
-
-def test_rewards_are_kept_by_scorer_image_and_text(tmp_path):
-    scorer = {"timesteps": [1, 2], "seed": 0}
-    cache = RewardCache(tmp_path / "a" / "rewards.sqlite", scorer)
-    cache.add({7: {None: 1.0, "": 2.0, "a dog": 0.1 + 0.2, "a cat": math.nan}, 2**64 - 1: {"a dog": 4.0}})
-    cache.close()
-    again = RewardCache(tmp_path / "a" / "rewards.sqlite", dict(reversed(scorer.items())))
-    assert again.read(7) == {None: 1.0, "": 2.0, "a dog": 0.1 + 0.2}
-    assert again.read(2**64 - 1) == {"a dog": 4.0} and again.read(8) == {}
-    assert RewardCache(tmp_path / "a" / "rewards.sqlite", {**scorer, "seed": 1}).read(7) == {}
-    (tmp_path / "damaged").write_bytes(b"not a database " * 100)
-    with pytest.raises(OSError, match=r"the cache of rewards .*damaged: file is not a database; name another"):
-        RewardCache(tmp_path / "damaged", scorer)
-
-
-def scored(index: int, *rewards: float | None) -> ScoredCaptions:
-    return ScoredCaptions(index, f"{index}.png", [f"caption {n}" for n in range(len(rewards))], list(rewards), 2)
-
-
-def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
-    made_of = {"weights": "a", "seed": 0}
-    file = RoundFile(tmp_path, 3, 3, made_of)
-    file.add(1, [scored(5, 1.0, None, 3.0)], unreadable=2)
-    RoundFile(tmp_path, 3, 3, made_of, rank=1).add(2, [scored(6, 1.0, 2.0, 3.0)], 0)
-    with open(file.path, "ab") as cut:
-        cut.write(b'{"part": 0, "made_of": {"we')
-    again = RoundFile(tmp_path, 3, 3, made_of)
-    assert again.missing == [0] and again.parts[1] == [scored(5, 1.0, None, 3.0)] and again.unreadable[1] == 2
-    with pytest.raises(ValueError, match="lacks parts of round 3, which this run has trained on"):
-        again.images()
-    again.remove_others()
-    again.add(0, [], 0)
-    assert [image.index for image in RoundFile(tmp_path, 3, 3, None).images()] == [5, 6]
-
-
-def test_parts_of_other_weights_are_not_used_and_removed(tmp_path):
-    RoundFile(tmp_path, 0, 1, {"weights": "a"}).add(0, [scored(1, 1.0, 2.0, 3.0)], 0)
-    other = RoundFile(tmp_path, 0, 1, {"weights": "b"})
-    assert other.missing == [0]
-    other.remove_others()
-    assert RoundFile(tmp_path, 0, 1, None).missing == [0]
-
-
-def test_rounds_go_through_all_images_in_turn():
-    rounds = [images_of_round(10, 4, number, seed=3) for number in range(5)]
-    assert sorted(rounds[0] + rounds[1] + rounds[2][:2]) == list(range(10))
-    assert all(len(own) == len(set(own)) for own in rounds) and rounds[0] != images_of_round(10, 4, 0, seed=4)
-    assert sorted(images_of_round(3, 8, 1, seed=0)) == [0, 1, 2]
-
-
-def test_the_buffer_keeps_an_image_that_got_no_reward_and_takes_the_newest_best(tmp_path):
-    buffer: dict = {}
-    update_buffer(buffer, [scored(1, 1.0, 5.0, 2.0), scored(2, None, None, 1.0), scored(3, None, None, None)], 0)
-    update_buffer(buffer, [scored(1, None, None, None), scored(2, 2.0, 2.0, 1.0)], 1)
-    write_buffer(tmp_path / "buffer.jsonl", buffer)
-    rows = [json.loads(line) for line in (tmp_path / "buffer.jsonl").read_text().splitlines()]
-    assert rows == [
-        {"image": "1.png", "caption": "caption 1", "reward": 5.0, "round": 0},
-        {"image": "2.png", "caption": "caption 0", "reward": 2.0, "round": 1},
-    ]
-
-
-def test_groups_stay_together_and_pass_after_pass_is_complete():
-    dataset = RoundDataset([{"image": n} for n in range(3)], length=12)
-    dataset.fill([[(n, {"caption": f"{n}{x}"}) for x in "ab"] for n in range(3)], number=0, seed=0, share=0.5)
-    items = [dataset[place] for place in range(12)]
-    assert all(items[i]["image"] == items[i + 1]["image"] for i in range(0, 12, 2))
-    assert sorted(item["caption"] for item in items[:6]) == ["0a", "0b", "1a", "1b", "2a", "2b"]
-    assert sorted(item["caption"] for item in items[6:]) == ["0a", "0b", "1a", "1b", "2a", "2b"]
-
-
-def test_a_summary_counts_what_was_dropped():
-    images = [scored(1, 1.0, 5.0, 2.0), scored(2, None, 3.0, None), scored(3, None, None, None)]
-    images[1].unfinished, images[2].not_finite = 2, 3
-    summary = summarise(images, unreadable=4)
-    assert summary["images"] == 3 and summary["unreadable"] == 4 and summary["without_reward"] == 1
-    assert summary["equal_groups"] == 1 and summary["unfinished"] == 2 and summary["not_finite"] == 3
-    assert summary["reward_greedy"] == 1 and summary["reward_best"] == 4
-    assert summary["reward_sampled"] == pytest.approx(10 / 3, abs=1e-6)

@@ -14,7 +14,8 @@ from vlv.train.encoder_lora import add_encoder_lora, merge_encoder_lora
 from vlv.train.freezing import trainable_names
 
 from ..builders import QUERY_DECODER_CONFIG, assert_close_to_scale, backbone_configs, language_model_config, vlv_config
-from ..hub.machine import NOWHERE, Machine
+from ..hub.machine import Machine
+from ..hub.server import nowhere
 
 FAMILIES = list(backbone_configs())
 START = {"query_tokens", "projector"}
@@ -140,7 +141,7 @@ def test_stage_1_starts_from_a_folder_and_what_it_saves_loads_everywhere(
     assert_close_to_scale(found, model(pixels).conditioning)
     assert captioner.generate(pixel_values=pixels, max_new_tokens=2).shape[0] == 1
     folder = hub.export(tmp_path / "exported", encoder=model, image_processor=processor, diffusion_model=decoder)
-    remote = Machine(tmp_path / "machine", NOWHERE).without_package(REMOTE, folder)
+    remote = Machine(tmp_path / "machine", nowhere()).without_package(REMOTE, folder)
     assert remote == pytest.approx(found.double().square().sum().item(), rel=1e-5)
     assert trainer.state.global_step == 2
 

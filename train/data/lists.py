@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 LIST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-RESUME_SUFFIX = ".resume.jsonl"  # beside the output of `vlv caption`
+NO_LISTS = (".resume.jsonl", ".rejected.jsonl")  # beside the outputs of `vlv caption` and `vlv data recaption`
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -105,7 +105,7 @@ def image_files(folder: Path) -> Iterator[Path]:
 
 def lists_of_a_folder(folder: Path) -> list[Path]:
     """The list files of a folder of images: its `.jsonl` files, or else `metadata.csv`."""
-    found = sorted(path for path in folder.glob("*.jsonl") if not path.name.endswith(RESUME_SUFFIX))
+    found = sorted(path for path in folder.glob("*.jsonl") if not path.name.endswith(NO_LISTS))
     return found or [path for path in (folder / "metadata.csv", folder / "metadata.tsv") if path.is_file()]
 
 

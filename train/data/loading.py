@@ -251,7 +251,7 @@ def _open_folder(
     if _is_saved_dataset(folder):
         return ColumnDataset(_saved_dataset(folder), image_column, caption_column, root, prompt_column=prompt_column)
     tars, parquets = _files(folder, ".tar"), _files(folder, ".parquet")
-    if parquets and not tars and _is_metadata(parquets[0], image_column, folder):
+    if parquets and not tars and is_metadata(parquets[0], image_column, folder):
         logger.warning(f"{parquets[0]} has no column of images and is left out as a downloader's metadata")
         parquets = []
     if tars:
@@ -301,7 +301,7 @@ def _files(folder: Path, suffix: str) -> list[str]:
     return sorted(found)
 
 
-def _is_metadata(file: str, image_column: str, folder: Path) -> bool:
+def is_metadata(file: str, image_column: str, folder: Path) -> bool:
     """Whether a parquet file only describes the images that lie beside it."""
     names = parquet_columns(file)
     wanted = IMAGE_COLUMNS if image_column == IMAGE_COLUMN else (image_column,)

@@ -219,7 +219,7 @@ MEMBER = np.dtype(
 def _index(file: str | os.PathLike) -> dict[str, np.ndarray]:
     """The members of a tar file: one row for each sample with an image, and the images' names, each ended by 0."""
     samples: dict[tuple[int, str], dict[str, tuple[int, int, str]]] = {}
-    for archive, member in _members(file):
+    for archive, member in read_members(file):
         if not member.isfile():
             continue
         folder, _, base = member.name.rpartition("/")
@@ -247,7 +247,7 @@ def _index(file: str | os.PathLike) -> dict[str, np.ndarray]:
     }
 
 
-def _members(file: str | os.PathLike) -> Iterator[tuple[int, tarfile.TarInfo]]:
+def read_members(file: str | os.PathLike) -> Iterator[tuple[int, tarfile.TarInfo]]:
     """The members of a tar file, each with the number of its archive, because tar files may be concatenated.
 
     Says where the file is damaged, and goes on behind that; says where it is cut off.

@@ -1,0 +1,76 @@
+"""Reads inputs ahead, in processes of a `DataLoader` that hand over tensors in shared memory."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vlv.errors import UserError
+
+CHUNK = 8
+"""Most inputs that a process reads at a time, and hands over together."""
+CHUNK_BYTES = 16 * 2**20
+"""Most bytes of tensors that are handed over together. A container often has 64 MiB of shared memory."""
+ENDED = re.compile("DataLoader worker .*(is killed by signal|exited unexpectedly)")
+
+
+def chunk_of(item_bytes: int) -> int:
+    """How many inputs are handed over together whose tensors have so many bytes each: 1 to `CHUNK`."""
+    return max(1, min(CHUNK, CHUNK_BYTES // item_bytes))
+
+
+def map_ahead(
+    function: Callable[[Any], Any],
+    inputs: Iterable[Any],
+    num_workers: int,
+    join: Callable[[list[Any]], Any] = list,
+    chunk: int = CHUNK,
+) -> Iterator[Any]:
+    """`join` of what a function returns for each `chunk` of the inputs, in their order.
+
+    Inputs are taken only as far as is read ahead. `ended_readers` explains what happens if a process ends.
+
+    Args:
+        function: Can be pickled.
+        num_workers: At least 1.
+        join: Runs in the processes, too: they hand over few large tensors faster than many small ones.
+    """
+    yield from DataLoader(
+        _Mapped(function), batch_sampler=_Chunks(inputs, chunk), num_workers=num_workers, collate_fn=join
+    )
+
+
+@contextmanager
+def ended_readers() -> Iterator[None]:
+    """Turns the error of a process of `map_ahead` that ends, which torch raises anywhere, into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ENDED.search(str(error)):
+            raise
+        raise UserError(
+            f"a process that reads images ended ({error}); it may lack memory, or space in /dev/shm (`docker run "
+            "--shm-size`): pass a smaller --num-workers, or 0"
+        ) from error
+
+
+class _Mapped(Dataset):
+    """What a function returns for the inputs that a sampler asks for: an input is its own index."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self._function = function
+
+    def __getitem__(self, item: Any) -> Any:
+        return self._function(item)
+
+
+class _Chunks(Sampler):
+    def __init__(self, inputs: Iterable[Any], chunk: int):
+        self._inputs, self._chunk = inputs, chunk
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        inputs = iter(self._inputs)
+        return iter(lambda: list(islice(inputs, self._chunk)), [])

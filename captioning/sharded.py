@@ -1,0 +1,129 @@
+"""Captions the images of shards: what a process needs to know of a run, and what it does with a shard."""
+
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from vlv import hub
+
+from .ahead import ended_readers
+from .captioner import Captioner, CaptionSettings
+from .encoding import open_embeddings_cache, read_encoded_batches
+from .inputs import Input
+from .output import Summary
+from .shards import ShardFolder
+from .texts import CaptionEditor
+
+PACKAGES = ("vlv", "torch", "transformers", "pillow")
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """How shards are captioned. It can be sent to other processes, which need the same folders.
+
+    Args:
+        model: A folder, or a repo id.
+        dtype: Name of the precision, such as `bfloat16`.
+        device: Such as `cuda:1`.
+        settings: Of the captions.
+        editor: Edits them.
+        batch_size: Captions that are written together.
+        encoder_batch_size: Images in a pass of the encoder.
+        num_workers: Processes that read images; 0 reads them in the process that captions.
+        embeddings_cache: Folder of `open_embeddings_cache`.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    settings: CaptionSettings
+    editor: CaptionEditor = field(default_factory=CaptionEditor)
+    batch_size: int = 8
+    encoder_batch_size: int = 8
+    num_workers: int = 0
+    embeddings_cache: str | None = None
+
+    def load(self) -> "ShardCaptioner":
+        """Loads the model. Raises `OSError` and `ValueError` as `hub.load_captioner` does."""
+        return ShardCaptioner(self)
+
+
+class ShardCaptioner:
+    """A model that captions shards.
+
+    Args:
+        captioner: Writes the captions; by default the language model of the job's model.
+    """
+
+    def __init__(self, job: ShardJob, captioner: Captioner | None = None):
+        self.job, self.captioner = job, captioner or load_captioner(job)
+        processor = self.captioner.processor.image_processor
+        self._cache = open_embeddings_cache(job.embeddings_cache, self._encoder, processor)
+
+    @property
+    def _encoder(self) -> Any:
+        return self.captioner.model.model
+
+    def caption(self, shards: ShardFolder, index: int) -> dict[str, int] | None:
+        """Captions the images of a shard.
+
+        Returns:
+            The numbers of images that are `captioned` and `failed`; None if the shard is done, or another process
+            writes it.
+
+        Raises:
+            UserError: If a file of the shard cannot be read at all.
+            OSError: If the shard cannot be written. It is then absent.
+        """
+        with shards.claim(index) as writer:
+            if writer is None:
+                return None
+            since, inputs = time.perf_counter(), shards.inputs(index)
+            summary = Summary(len(inputs))
+            with ended_readers():
+                for batch in self._batches(inputs, summary):
+                    captions = [self.job.editor.edit(own) for own in self.captioner.caption(batch)]
+                    writer.add([to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)])
+                    summary.done += len(batch.inputs)
+                    summary.advance(len(batch.inputs))
+            writer.add([{"name": name, "error": reason} for name, reason in summary.failed.items()])
+            counts = {"captioned": summary.done, "failed": len(summary.failed)}
+            notes = self.job.editor.notes()
+            self.job.editor.counts.clear()
+            writer.finish(
+                {
+                    **shards.metadata(index),
+                    "counts": counts,
+                    "notes": notes,
+                    "seconds": round(time.perf_counter() - since, 3),
+                    "device": str(self.captioner.model.device),
+                    "versions": {name: version(name) for name in PACKAGES},
+                }
+            )
+        summary.say(*notes)
+        summary.close("captioned", str(shards.path(index)))
+        return counts
+
+    def _batches(self, inputs: list[Input], summary: Summary) -> Any:
+        job = self.job
+        return read_encoded_batches(
+            *(inputs, self._encoder, self.captioner.processor.image_processor, job.batch_size, summary),
+            identify=job.settings.is_sampled,  # the seed of samples depends on the image
+            encoder_batch_size=job.encoder_batch_size,
+            cache=self._cache,
+            num_workers=job.num_workers,
+        )
+
+
+def load_captioner(job: ShardJob) -> Captioner:
+    """The model of a job with its settings. Raises as `hub.load_captioner`."""
+    model, processor = hub.load_captioner(job.model, dtype=getattr(torch, job.dtype), device=job.device)
+    return Captioner(model, processor, job.settings)
+
+
+def to_row(item: Input, captions: list[str]) -> dict[str, Any]:
+    """The line of an image: `caption`, or `captions` if there are several."""
+    return {"name": item.name, **({"caption": captions[0]} if len(captions) == 1 else {"captions": captions})}

@@ -1,0 +1,255 @@
+"""`vlv caption --shards` and `--merge`: captions of many images, a file for each shard."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from vlv import VLVConfig, hub
+from vlv.captioning.captioner import Captioner, CaptionSettings
+from vlv.captioning.formats import SUFFIXES
+from vlv.captioning.merging import merge
+from vlv.captioning.output import refuse_existing, require_writable
+from vlv.captioning.sharded import ShardCaptioner, ShardJob, load_captioner
+from vlv.captioning.shards import ShardFolder
+from vlv.captioning.sources import STDIN, is_glob, is_url
+from vlv.captioning.texts import instruction_of_length, prompt_fields
+from vlv.errors import UserError
+
+from .caption_io import open_editor
+from .choosing import complete_choice_arguments, recorded_choice, uses_scores
+from .models import choose_device, choose_model, loading
+from .parsers.caption import add_parser
+from .parsers.shards import ONLY_WITH_SHARDS, distribution
+
+ENCODER_BATCH_SIZE = 8
+DEFAULT_OUTPUT = "captions.json"
+SHARDS_OF_A_WRITER = 50
+OF_SHARDS = {
+    *("paths", "shards", "shard_index", "output_dir", "engine", "ray_actors", "ray_address", "restart_every"),
+    *("image_column", "prompt", "length", "prefix", "suffix", "trigger_word", "trim", "loop_guard", "batch_size"),
+    *("encoder_batch_size", "max_new_tokens", "num_beams", "as_original", "num_captions", "temperature", "seed"),
+    *("embeddings_cache", "num_workers", "model", "revision", "device", "dtype"),
+}
+"""Options that `--shards` uses."""
+OF_MERGE = {"merge", "output", "overwrite"}
+"""Options that `--merge` uses."""
+
+
+def is_wanted(arguments: argparse.Namespace) -> bool:
+    """Whether a command line of `vlv caption` is of shards.
+
+    Raises:
+        UserError: If it has options of shards without `--shards`.
+    """
+    if arguments.shards is not None or arguments.merge is not None:
+        return True
+    for name in ONLY_WITH_SHARDS:
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} needs --shards N")
+    return False
+
+
+def run(arguments: argparse.Namespace) -> int:
+    return _merge(arguments) if arguments.merge is not None else _caption(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    if others := _given(arguments) - OF_MERGE:
+        raise UserError(f"--merge DIR reads shards that are done; leave out {_named(others)}")
+    output = Path(arguments.output or DEFAULT_OUTPUT)
+    if output.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--output {output} must end in {', '.join(SUFFIXES)}")
+    require_writable(output.parent, "--output", str(output))
+    if not arguments.overwrite:
+        refuse_existing(output, "--output")
+    counts = merge(ShardFolder.open_existing(Path(arguments.merge)), output)
+    print(f"merged {counts['captioned']}, failed {counts['failed']}: {output}", file=sys.stderr)
+    return 1 if counts["failed"] else 0
+
+
+def _caption(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    complete_choice_arguments(arguments)
+    engine = _engine(arguments)
+    folder = Path(arguments.output_dir)
+    require_writable(folder, "--output-dir", arguments.output_dir)
+    source = choose_model(arguments)
+    with loading(source):
+        model = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
+        fingerprint = hub.fingerprint(model, hub.CAPTIONER_FINGERPRINT)
+        config = VLVConfig.from_dict(hub.read_config(model))
+    if arguments.length:
+        arguments.prompt = instruction_of_length(arguments.length, config.instructions, source)
+    editor = open_editor(arguments)
+    settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
+    job = ShardJob(
+        model=str(model),
+        dtype=arguments.dtype,
+        device=arguments.device or "" if arguments.engine == "ray" else _device(arguments),
+        settings=settings,
+        editor=editor,
+        batch_size=arguments.batch_size,
+        encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
+        num_workers=arguments.num_workers,
+        embeddings_cache=arguments.embeddings_cache,
+    )
+    run = {
+        "shards": arguments.shards,
+        "model": source,
+        "fingerprint": fingerprint,
+        "settings": settings.recorded()
+        | {"dtype": arguments.dtype}
+        | recorded_choice(arguments)
+        | editor.recorded()
+        | engine,
+        "inputs": [os.path.abspath(path) for path in arguments.paths],
+        "image_column": arguments.image_column or "image",
+    }
+    captioner = None
+    if settings.prompt and not ShardFolder.is_begun(folder):
+        captioner = _checked_captioner(arguments, job, source)
+    shards = ShardFolder.begin(folder, arguments.paths, run)
+    own = own_shards(arguments)
+    wanted = [index for index in own if not shards.is_done(index)]
+    if len(own) > len(wanted):
+        print(f"{len(own) - len(wanted)} of {len(own)} shards are done", file=sys.stderr)
+    for _ in _run(arguments, job, shards, wanted, source, captioner):
+        pass
+    if left := [index for index in own if not shards.is_done(index)]:
+        print(f"{len(left)} shards are left out, since other processes write them", file=sys.stderr)
+    if not shards.missing():
+        print(f"all {shards.count} shards are done; next: vlv caption --merge {folder} --output FILE", file=sys.stderr)
+    return int(any(shards.counts(index)["failed"] for index in own if shards.is_done(index)))
+
+
+def _checked_captioner(arguments: argparse.Namespace, job: ShardJob, source: str) -> Captioner | None:
+    """Loads the model and checks that it can read `--prompt`, before the inputs are listed.
+
+    Returns:
+        The model, if this process captions.
+
+    Raises:
+        UserError: If the prompt is too long.
+    """
+    from .caption import check_prompt  # it imports this module
+
+    here = arguments.engine in (None, "local")
+    with loading(source):
+        captioner = load_captioner(job if here else replace(job, device="cpu"))
+    check_prompt(arguments.prompt, source, captioner.model, captioner.processor)
+    return captioner if here else None
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for options that do not fit shards."""
+    if arguments.embeddings or not arguments.paths:
+        raise UserError("--shards needs image paths: folders, images, tar, parquet and list files")
+    for path in arguments.paths:
+        if path == STDIN or is_url(path) or is_glob(path):
+            raise UserError(f"--shards reads folders and files, and {path} is neither; give a list file in its place")
+    if arguments.output_dir is None:
+        raise UserError("--shards needs --output-dir DIR, the folder of the shards")
+    if arguments.output not in (None, DEFAULT_OUTPUT):
+        raise UserError("--shards writes into --output-dir; give --output with --merge, when all shards are done")
+    if prompt_fields(arguments.prompt):
+        raise UserError("--prompt with fields such as {name} is not possible with --shards; leave them out")
+    if arguments.overwrite:
+        raise UserError("--shards replaces no shards; remove those to be made again, or pass another --output-dir")
+    if uses_scores(arguments):
+        raise UserError("--shards writes captions without scores; merge them, and score the file with `vlv score`")
+    if others := _given(arguments) - OF_SHARDS - {"output"}:
+        raise UserError(f"{_named(others)} cannot be used with --shards; leave out what is not of shards")
+    for name, engine in (("ray_actors", "ray"), ("ray_address", "ray"), ("restart_every", "vllm")):
+        if getattr(arguments, name) is not None and arguments.engine != engine:
+            raise UserError(f"--{name.replace('_', '-')} needs --engine {engine}")
+    if arguments.engine == "ray" and arguments.device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {arguments.device}: Ray chooses the GPU of each actor; give cpu or cuda")
+    sampled = arguments.num_captions > 1 or arguments.temperature is not None
+    if arguments.engine == "vllm" and (sampled or arguments.num_beams > 1 or arguments.as_original):
+        raise UserError(
+            "--engine vllm writes one greedy caption; leave out --num-captions, --temperature, --num-beams and "
+            "--as-original"
+        )
+    if arguments.shard_index is not None and arguments.shard_index >= arguments.shards:
+        raise UserError(f"--shard-index is {arguments.shard_index}; expected 0 to {arguments.shards - 1}")
+
+
+def _given(arguments: argparse.Namespace) -> set[str]:
+    """The options of a command line that have other values than by default."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    defaults = vars(parser.parse_args(["caption"]))
+    return {name for name, default in defaults.items() if getattr(arguments, name) != default}
+
+
+def _named(options: set[str]) -> str:
+    names = ["image paths" if name == "paths" else f"--{name.replace('_', '-')}" for name in sorted(options)]
+    return ", ".join(names)
+
+
+def own_shards(arguments: argparse.Namespace) -> list[int]:
+    """The shards that this process does, in order: its share, and for a task of an array those of the others."""
+    count = arguments.shards
+    if arguments.shard_index is not None:
+        return [arguments.shard_index]
+    place = distribution()
+    share = [*range(place.rank, count, place.processes or count)]
+    if not place.takes_others:
+        return share
+    start = place.rank * count // (place.processes or count)  # tasks begin at different shards of the others
+    return list(dict.fromkeys([*share, *((start + number) % count for number in range(count))]))
+
+
+def _engine(arguments: argparse.Namespace) -> dict[str, str]:
+    """What is recorded of the engine: of those that write the captions of `generate`, nothing.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    if arguments.engine == "ray":
+        from vlv.captioning.ray_engine import import_ray
+
+        import_ray()
+    elif arguments.engine == "vllm":
+        from vlv.captioning.vllm_engine import recorded_engine
+
+        return recorded_engine()
+    return {}
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    """The device of `choose_device`; of several processes on a machine with GPUs, each has its own."""
+    local = os.environ.get("LOCAL_RANK")
+    if arguments.device is None and local is not None and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return choose_device(arguments)
+
+
+def _run(
+    arguments: argparse.Namespace,
+    job: ShardJob,
+    shards: ShardFolder,
+    wanted: list[int],
+    source: str,
+    captioner: Captioner | None,
+) -> Iterator[dict[str, int] | None]:
+    """The counts of each wanted shard when it is done; None for one that another process writes."""
+    if not wanted:
+        return
+    if arguments.engine == "ray":
+        from vlv.captioning.ray_engine import caption_by_ray
+
+        yield from caption_by_ray(job, shards, wanted, arguments.ray_actors, arguments.ray_address)
+    elif arguments.engine == "vllm":
+        from vlv.captioning.vllm_engine import caption_by_vllm
+
+        yield from caption_by_vllm(job, shards, wanted, arguments.restart_every or SHARDS_OF_A_WRITER)
+    else:
+        with loading(source):
+            writer = ShardCaptioner(job, captioner)
+        yield from (writer.caption(shards, index) for index in wanted)

@@ -1,0 +1,225 @@
+"""Images of a source as records: a name that does not depend on the place of the source, the file, the caption."""
+
+import hashlib
+import io
+import json
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlv.processing_vlv import to_rgb
+from vlv.train.data.captions import CAPTION_COLUMN, FIRST, IMAGE_COLUMN, PROMPT_COLUMN, alternatives
+from vlv.train.data.lists import ListDataset
+from vlv.train.data.loading import open_source
+from vlv.train.data.source import Source, UnreadableImage
+
+from .run import describe_files
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image file, with what its source says of it.
+
+    Attributes:
+        name: Unique in the source.
+        image: A path, or the bytes of a file, or what else a source holds; see `file_of`.
+        captions: The captions with words; empty if there is none, None for a source of images alone.
+        prompt: The instruction, "" for none.
+    """
+
+    name: str
+    image: Any
+    captions: list[str] | None = None
+    prompt: str = ""
+
+
+class Records:
+    """The records of a source, by number.
+
+    Args:
+        source: A folder, a list, the JSON of captions, parquet or tar files, or a data set, as for training.
+        pairs: Whether the captions are read, too; each image needs one then.
+        image_root: The folder that paths in lists and tables start from; by default that of the list.
+        captions: A list of `vlv data recaption` of the same source: its captions are read in place of the source's
+            own, and the images alone that it has.
+
+    Raises:
+        ImportError: If the source needs `datasets`, and it is not installed.
+        ValueError: If nothing is found, an image has no caption and `pairs` asks for one, or `captions` names an image
+            that the source does not have.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        pairs: bool = False,
+        image_root: str | None = None,
+        image_column: str = IMAGE_COLUMN,
+        caption_column: str = CAPTION_COLUMN,
+        captions: str | None = None,
+    ):
+        if pairs and captions is not None:
+            raise ValueError("pairs are read with the captions of the source or with those of a list, not with both")
+        caption, prompt = (caption_column, PROMPT_COLUMN) if pairs else (None, None)
+        self.pairs, self.description, self.captions = pairs or captions is not None, source, captions
+        self.source: Source = open_source(source, "train", image_column, caption, image_root, FIRST, prompt)
+        self._root = self._common_folder()
+        self._rows: Sequence[int] = range(len(self.source))
+        self._texts: list[list[str]] = []  # of the rows, from the list of captions
+        if captions is not None:
+            self._rows, self._texts = self._read_captions(captions)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there are instructions."""
+        return self.captions is None and self.source.has_prompts
+
+    def has_several_captions(self) -> bool:
+        """Whether an image has more than one caption."""
+        if self.captions is not None:
+            return any(len(texts) > 1 for texts in self._texts)
+        return self.pairs and bool((self.source.count_captions() > 1).any())
+
+    def name(self, number: int) -> str:
+        """The path of an image from the folder of the source; of a shard's image, that of the shard and its place."""
+        name = self.source.name(self._rows[number])
+        return os.path.relpath(name, self._root) if self._root is not None else name
+
+    def path(self, number: int) -> str | None:
+        """The absolute path of an image that is a file of its own."""
+        if not isinstance(self.source, ListDataset):
+            return None
+        return os.path.abspath(self.source[self._rows[number]]["image"])
+
+    def read(self, number: int) -> Record:
+        """A record.
+
+        Raises:
+            OSError, ValueError: If it cannot be read from the source.
+        """
+        item = self.source[self._rows[number]]
+        if self.captions is not None:
+            return Record(self.name(number), item["image"], self._texts[number])
+        captions = (alternatives(item.get("caption")) or []) if self.pairs else None
+        prompt = item.get("prompt") or ""
+        return Record(self.name(number), item["image"], captions, prompt if isinstance(prompt, str) else "")
+
+    def read_or_reason(self, number: int) -> Record:
+        """A record; of one that cannot be read from the source, the image is an `UnreadableImage`."""
+        try:
+            return self.read(number)
+        except (OSError, ValueError) as error:
+            name = self.name(number)
+            return Record(name, UnreadableImage(name, reason_of(error)), [] if self.pairs else None)
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the source: its place, number of records, and hashes of names, sizes, captions and times."""
+        place = os.path.abspath(self.description) if os.path.exists(self.description) else self.description
+        known: dict[str, Any] = {"source": place, "records": len(self), "pairs": self.pairs}
+        if self.captions is not None:
+            known["captions"] = describe_files([self.captions])
+        return known | {"fingerprint": self.source.fingerprint(), "times": self._times()}
+
+    def place_in(self, output: Path) -> Path | None:
+        """The folder of the source, if an output is that folder or lies in it."""
+        folder = Path(self.description)
+        return folder if folder.is_dir() and output.resolve().is_relative_to(folder.resolve()) else None
+
+    def _times(self) -> str:
+        """A hash of the times of the files that hold the images."""
+        files: Iterable[str] = getattr(self.source, "files", ())
+        if isinstance(self.source, ListDataset):
+            files = (item["image"] for item in self.source)
+        digest = hashlib.blake2b(digest_size=16)
+        for file in files:
+            digest.update(os.stat(file).st_mtime_ns.to_bytes(8, "big", signed=True))
+        return digest.hexdigest()
+
+    def _read_captions(self, file: str) -> tuple[Sequence[int], list[list[str]]]:
+        """The rows of the images that a list names, and their captions."""
+        texts, folder = _captions_by_name(file), os.path.dirname(os.path.abspath(file))
+        rows, found = array("q"), list[list[str]]()
+        for number in self._rows:
+            path = self.path(number)
+            text = texts.pop(self.name(number) if path is None else os.path.relpath(path, folder), None)
+            if text is not None:
+                rows.append(number)
+                found.append(text)
+        if texts:
+            raise ValueError(
+                f"{file} names {next(iter(texts))!r}, which is not in {self.description}; give the source that was "
+                "captioned"
+            )
+        return rows, found
+
+    def _common_folder(self) -> str | None:
+        if isinstance(self.source, ListDataset):
+            return os.path.abspath(self.source.root)
+        files: Sequence[str] | None = getattr(self.source, "files", None)
+        return None if files is None else os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
+
+
+def _captions_by_name(file: str) -> dict[str, list[str]]:
+    """The captions of a list of `{"file_name": ..., "caption": ...}`.
+
+    Raises:
+        ValueError: If it cannot be read; the message names the line.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                entry = json.loads(line)
+                name = entry.get("file_name") if isinstance(entry, dict) else None
+                texts = alternatives(entry.get("caption")) if isinstance(name, str) else None
+                if not texts:
+                    raise ValueError(f'line {number} lacks {{"file_name": ..., "caption": ...}}')
+                found[str(name)] = texts
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a list of `vlv data recaption`: {error}") from error
+    return found
+
+
+def file_of(image: Any) -> bytes:
+    """The bytes of an image file. Arrays become PNG.
+
+    Raises:
+        OSError, ValueError: If it cannot be read; the message does not repeat a path.
+    """
+    if isinstance(image, UnreadableImage):
+        raise ValueError(image.reason)
+    if isinstance(image, bytes):
+        return bytes(image)
+    if isinstance(image, str) and not image.startswith("data:") and os.path.exists(image):
+        with open(image, "rb") as file:
+            return file.read()
+    content = io.BytesIO()
+    to_rgb(image).save(content, "PNG")
+    return content.getvalue()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a record cannot be read, in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def list_entry(records: Records, record: Record, number: int, folder: str | os.PathLike) -> dict[str, Any]:
+    """The line of a record in a list that the trainers read: the path from the folder of the list, the captions.
+
+    An image that is not a file of its own has its name in place of the path.
+    """
+    path = records.path(number)
+    entry: dict[str, Any] = {
+        "file_name": record.name if path is None else os.path.relpath(path, os.path.abspath(folder))
+    }
+    if record.captions is not None:
+        entry["caption"] = record.captions[0] if len(record.captions) == 1 else record.captions
+    return entry | ({"prompt": record.prompt} if record.prompt else {})

@@ -1,0 +1,86 @@
+"""What every step survives: kills at any moment, a full disk."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vlv.cli.main import main
+from vlv.preparation.run import Run
+
+from ..interpreter import MODULE, run_python
+from .inputs import write_metadata, write_pictures
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_double_and_break_nothing():
+    """In a process of its own: it forks."""
+    command = ["tests.preparation.kill_repeatedly", "--times=1", "--steps", "filter", "pack", "recaption"]
+    done = run_python(MODULE, command, cwd=Path.cwd(), env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r": 1 kills in \d+ runs to the end, 0 problems$", done.stdout, re.MULTILINE)) == 3
+
+
+def test_a_kill_while_a_part_is_written_leaves_no_half_of_it(tmp_path):
+    pid = os.fork()
+    if not pid:
+        with Run("pack", tmp_path, {}, {}, is_folder=True) as run, run.writing(run.progress / "part.json") as file:
+            file.write_text("half of")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    with Run("pack", tmp_path, {}, {}, is_folder=True) as run:
+        assert not (run.progress / "part.json").exists()
+        run.write(run.progress / "part.json", b"{}")
+        run.finish([], {})
+    assert not run.progress.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 96 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+COMMANDS = {
+    "filter": ["metadata.parquet", "--min-side", "none", "--aspect-ratio", "none", "--max-watermark", "none"],
+    "pack": ["pictures", "--pairs", "--shard-images", "5"],
+    "pack to parquet": ["pictures", "--format", "parquet", "--shard-images", "5"],
+    "inspect": ["pictures", "--thumbnails", "60"],
+}
+
+
+@pytest.mark.parametrize("step", COMMANDS)
+def test_a_full_disk_leaves_no_broken_file_and_the_run_goes_on_when_there_is_room(
+    tmp_path, small_disk, monkeypatch, capsys, step
+):
+    write_metadata(tmp_path / "metadata.parquet", 20_000)
+    write_pictures(tmp_path / "pictures", 60, side=64)
+    monkeypatch.chdir(tmp_path)
+    name, source, *options = step.partition(" ")[0], *COMMANDS[step]
+    output = "out.parquet" if name == "filter" else "out"
+    command = ["data", name, source, *options, "--output"]
+    assert main([*command, str(tmp_path / "large" / output)]) == 0
+    place = tmp_path / "large" if name == "filter" else tmp_path / "large" / output
+    expected = {path.name: path.read_bytes() for path in place.iterdir() if "manifest" not in path.name}
+    capsys.readouterr()
+    assert main([*command, str(small_disk / output)]) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "Traceback" not in said
+    place = small_disk if name == "filter" else small_disk / output
+    left = {path.name: path.read_bytes() for path in place.glob("[!.]*") if "manifest" not in path.name}
+    assert left.items() <= expected.items() and left != expected
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    assert main([*command, str(small_disk / output)]) == 0
+    assert {path.name: path.read_bytes() for path in place.iterdir() if "manifest" not in path.name} == expected
