@@ -107,12 +107,15 @@ class _ImportWatcher:
     def _register(self, keep_errors: bool) -> None:
         """Registers if that is due, and else leaves it to the next import that ends.
 
-        Another thread may be importing the modules that registration needs; waiting for it could be a deadlock.
+        It is not due where vlv was taken out of `sys.modules`: its next import asks for it again. Another thread may be
+        importing the modules that registration needs; waiting for it could be a deadlock.
 
         Args:
             keep_errors: Whether an error is not raised, since that of the import is.
         """
-        if self.is_done or AUTO_CLASSES not in sys.modules or not self.registering.acquire(blocking=False):
+        if self.is_done or AUTO_CLASSES not in sys.modules or sys.modules.get(__package__) is None:
+            return
+        if not self.registering.acquire(blocking=False):
             return
         try:
             register_auto_classes()

@@ -84,6 +84,20 @@ check("a second import")
 assert "_ImportWatcher" not in [type(finder).__name__ for finder in sys.meta_path]
 """
 )
+REMOVED = """
+import sys
+import vlv
+assert "transformers.models.auto.configuration_auto" not in sys.modules
+for name in [name for name in sys.modules if name.split(".")[0] == "vlv"]:
+    sys.modules[name] = None
+from transformers import AutoConfig
+try:
+    AutoConfig.for_model("vlv")
+except ValueError:
+    pass
+else:
+    raise AssertionError("a package that was removed is registered")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -106,4 +120,10 @@ def test_the_auto_classes_know_vlv_after_a_reload_a_failing_import_and_imports_o
 @pytest.mark.slow
 def test_the_auto_classes_know_vlv_where_transformers_is_imported_first(arguments, tmp_path):
     done = run_python(AFTER_TRANSFORMERS, arguments, cwd=tmp_path, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_auto_classes_can_be_imported_where_vlv_was_removed(tmp_path):
+    done = run_python(REMOVED, [], cwd=tmp_path, env=os.environ, with_libraries=False)
     assert done.returncode == 0, done.stderr[-2000:]
