@@ -107,8 +107,8 @@ class _ImportWatcher:
     def _register(self, keep_errors: bool) -> None:
         """Registers if that is due, and else leaves it to the next import that ends.
 
-        It is not due where vlv was taken out of `sys.modules`: its next import asks for it again. Another thread may be
-        importing the modules that registration needs; waiting for it could be a deadlock.
+        It is not due where vlv was taken out of `sys.modules`: its next import asks for it again. Another thread may
+        be importing the modules that registration needs; waiting for it could be a deadlock.
 
         Args:
             keep_errors: Whether an error is not raised, since that of the import is.
