@@ -48,7 +48,7 @@ def run_filter(arguments: argparse.Namespace) -> int:
 def run_download(arguments: argparse.Namespace) -> int:
     from vlv.preparation.download import DownloadConfig, download
 
-    how = DownloadConfig(
+    config = DownloadConfig(
         arguments.image_size,
         arguments.resize_mode,
         arguments.shard_images,
@@ -63,7 +63,7 @@ def run_download(arguments: argparse.Namespace) -> int:
         counts = download(
             arguments.files,
             arguments.output,
-            how,
+            config,
             program=arguments.img2dataset,
             url_column=arguments.url_column,
             caption_column=arguments.caption_column,
@@ -111,20 +111,13 @@ def run_recaption(arguments: argparse.Namespace) -> int:
     from vlv.preparation.recaption import DEFAULT_PROMPT, RecaptionConfig, Stopped, estimate, recaption
 
     output = output_path(arguments.output, ".jsonl")
-    named: tuple[str, ...] = (
-        "model",
-        "base_url",
-        "key_variable",
-        "concurrency",
-        "timeout",
-        "max_retries",
-        "max_tokens",
-        "temperature",
+    of_endpoint = (
+        *("model", "base_url", "key_variable", "concurrency", "timeout", "max_retries", "max_tokens", "temperature"),
+        *("price_in", "price_out", "max_price", "max_failures"),
     )
-    named = (*named, "price_in", "price_out", "max_price", "max_failures")
     with _step("images") as advance:
-        how = RecaptionConfig(
-            EndpointSettings(**{name: getattr(arguments, name) for name in named}),
+        config = RecaptionConfig(
+            EndpointSettings(**{name: getattr(arguments, name) for name in of_endpoint}),
             DEFAULT_PROMPT if arguments.prompt is None else _read_prompt(arguments.prompt),
             arguments.max_side,
             arguments.min_words,
@@ -133,10 +126,10 @@ def run_recaption(arguments: argparse.Namespace) -> int:
         )
         try:
             if arguments.estimate:
-                _say_estimate(estimate(_records(arguments), output, how, arguments.estimate))
+                _say_estimate(estimate(_records(arguments), output, config, arguments.estimate))
                 return 0
             records = _records(arguments)
-            counts = recaption(records, output, how, overwrite=arguments.overwrite, advance=advance)
+            counts = recaption(records, output, config, overwrite=arguments.overwrite, advance=advance)
         except Stopped as error:
             raise UserError(str(error)) from error
     said = "captioned {captioned} of {images} images (refused {refused}, malformed {malformed}, unreadable "
