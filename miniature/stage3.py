@@ -1,7 +1,8 @@
 """Stage 3 of the miniature against the truth: captions by round, from few pairs and images without captions.
 
 `python -m vlv.miniature.stage3 ROOT` trains what is missing in ROOT (the language model, the captioner of stage 2,
-stage 3 itself) and prints a table of scores by round. A run that was interrupted goes on.
+stage 3 itself) and prints a table of scores by round. A run that was interrupted goes on. Options that are not listed
+here are passed on to `vlv train stage3`.
 """
 
 import argparse
@@ -20,11 +21,12 @@ from vlv.pipelines import DiffusionScorer
 from vlv.train import freeze_for_stage2, stage3
 from vlv.train.rounds import ROUNDS_FOLDER, RoundFile, update_buffer
 
+from .captioner import ImageCaptionPairs
 from .data import SceneDataset, evaluation_items
 from .evaluation import caption_images
 from .grammar import parse_caption
 from .language_model import train_language_model
-from .paper.data_efficiency import CachedConditioning, CaptionedImages, compute_conditioning, train_from_pairs
+from .paper.data_efficiency import UPDATES, CachedConditioning, compute_conditioning, train_from_pairs
 from .sampled_image_score import SampledImageScorer
 from .scoring import count_mentions, score_scenes
 from .world import SPLITS, Scene
@@ -67,13 +69,23 @@ def write_images(folder: Path, count: int, split: str, seed: int, held_out: Sequ
     return scenes
 
 
-def train_start(folder: Path, encoder: str | Path, language_model: Path, pairs: int, seed: int) -> None:
-    """Trains stage 2 on `pairs` pairs of `train` with a frozen encoder, as the table of few pairs does.
+def train_captioner(
+    folder: Path,
+    encoder: str | Path,
+    language_model: Path,
+    conditioning: torch.Tensor,
+    captions: Sequence[str],
+    seed: int,
+    updates: int = UPDATES,
+) -> None:
+    """Trains the projection and the language model as the table of few pairs does, and writes the captioner.
 
     Args:
         folder: The captioner is written there, with a reference to the text-to-image model of `encoder`.
-        encoder: A miniature.
-        seed: Of the projection, of the pairs and of their order.
+        encoder: A miniature, which stays frozen.
+        conditioning: `(N, Q, d_text)`, of images or of texts.
+        captions: `N` texts.
+        seed: Of the projection and of the order of the captions.
     """
     torch.manual_seed(seed)
     vlv, image_processor = hub.load_encoder(encoder)
@@ -82,13 +94,20 @@ def train_start(folder: Path, encoder: str | Path, language_model: Path, pairs: 
         vlv, AutoModelForCausalLM.from_pretrained(language_model)
     )
     freeze_for_stage2(model, "projector+lm")
-    data = CaptionedImages(pairs, processor, seed)
-    conditioning = compute_conditioning(vlv, data.images)
     model.model = CachedConditioning()
-    train_from_pairs(model, conditioning, data.labels, seed=seed)
+    train_from_pairs(model, conditioning, processor(suffix=list(captions)).labels, updates, seed)
     model.model = vlv
     model.config.image_token_id = processor.image_token_id
     hub.export(folder, captioner=model, processor=processor, diffusion_model=hub.find_diffusion_model(str(encoder)))
+
+
+def train_start(folder: Path, encoder: str | Path, language_model: Path, pairs: int, seed: int) -> None:
+    """`train_captioner` on `pairs` pairs of `train`, which `seed` chooses."""
+    data = ImageCaptionPairs(pairs, seed=seed + 4)
+    items = [data[index] for index in range(pairs)]
+    images, captions = torch.stack([item["image"] for item in items]), [item["caption"] for item in items]
+    conditioning = compute_conditioning(hub.load_encoder(encoder)[0], images)
+    train_captioner(folder, encoder, language_model, conditioning, captions, seed)
 
 
 def measure(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
@@ -111,7 +130,7 @@ def measure_kept(run: Path, number: int, scenes: Sequence[Scene]) -> dict[str, f
 
 
 def stage3_arguments(options: argparse.Namespace, run: Path, start: Path, images: Path) -> list[str]:
-    """The command line of `vlv train stage3`."""
+    """The command line of `vlv train stage3`, without the options that are passed on."""
     settings = {
         "images": images,
         "model": start,
@@ -143,8 +162,12 @@ def stage3_arguments(options: argparse.Namespace, run: Path, start: Path, images
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def run_stage3(options: argparse.Namespace) -> dict[str, Any]:
-    """Trains what is missing, and measures each round. The results are those of `RUN.json`."""
+def run_stage3(options: argparse.Namespace, passed_on: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains what is missing, and measures each round. The results are those of `RUN.json`.
+
+    Args:
+        passed_on: Options of `vlv train stage3`.
+    """
     root = Path(options.root)
     encoder = f"{Path(options.encoder).name}-{hub.fingerprint(options.encoder)[:8]}"
     start = root / f"start-{encoder}-{options.pairs}-pairs-seed-{options.seed}"
@@ -161,8 +184,9 @@ def run_stage3(options: argparse.Namespace) -> dict[str, Any]:
     scenes = write_images(images, options.images, options.split, IMAGE_SEED, excluded)
 
     run, results_file = root / options.name, root / f"{options.name}.json"
-    stage3.main(stage3_arguments(options, run, start, images), scorer_class=SCORERS[options.reward])
-    results: dict[str, Any] = {"settings": vars(options), "rounds": []}
+    command_line = [*stage3_arguments(options, run, start, images), *passed_on]
+    stage3.main(command_line, scorer_class=SCORERS[options.reward])
+    results: dict[str, Any] = {"settings": vars(options), "passed_on": list(passed_on), "rounds": []}
     folders = [start, *(run / f"checkpoint-{options.round_steps * number}" for number in range(1, options.rounds + 1))]
     for number, folder in enumerate(folders):
         captioner, processor = hub.load_captioner(folder)
@@ -215,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
     parser.add_argument("--scenes", type=int, default=300, help="captioned of each split (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    results = run_stage3(parser.parse_args(arguments))
+    results = run_stage3(*parser.parse_known_args(arguments))
     for split, title in (("combo", "combo"), ("test", "test"), ("kept", "kept by the round, of its own images")):
         print(f"{title}\n\n{table(results, split)}\n")
 
