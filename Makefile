@@ -60,9 +60,10 @@ miniature: $(READY)
 evaluate: $(READY)
 	$(BIN)/vlv evaluate miniature --output outputs/evaluation.json --overwrite
 
-# Each path beside the authors' method, and how its cost grows: reports in benchmarks/. An hour.
+# Each path beside the authors' method, and how its cost grows: reports in benchmarks/. An hour or two.
 bench: $(READY)
 	$(BIN)/python -m benchmarks.bench --growth --output benchmarks
+	$(BIN)/python -m benchmarks.bench.profile --missed benchmarks
 	$(BIN)/python -m benchmarks.bench.options --output benchmarks
 	$(BIN)/python -m benchmarks.bench.startup --output benchmarks
 

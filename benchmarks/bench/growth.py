@@ -188,6 +188,7 @@ def _plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
         values, seconds = [point["value"] for point in points], [point["seconds"] for point in points]
         axis.loglog(values, seconds, "o-", color="#2a6f97")
         axis.set_xticks(values, map(str, values))
+        axis.set_yticks(seconds, [f"{second:.3g}" for second in seconds], fontsize=7)
         axis.minorticks_off()
         axis.set_title(CURVES[name].title, fontsize=8)
         axis.set_xlabel(f"{CURVES[name].unit}; exponent {exponent(values, seconds):.2f}", fontsize=8)
