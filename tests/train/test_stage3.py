@@ -75,7 +75,7 @@ def history(folder: Path) -> list[dict]:
 
 
 def images_in(folder: Path, number: int) -> list[ScoredCaptions]:
-    return RoundFile(folder / "rounds", number, None, None).images()
+    return list(RoundFile(folder / "rounds", number, None, None).images())
 
 
 class _Counts(stage3.DiffusionScorer):

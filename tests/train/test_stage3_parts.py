@@ -20,6 +20,7 @@ from vlv.train.rounds import (
     RoundDataset,
     RoundFile,
     ScoredCaptions,
+    as_caption,
     images_of_round,
     summarise,
     update_buffer,
@@ -99,7 +100,7 @@ def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
     with open(file.path, "ab") as cut:
         cut.write('{"part": 0, "made_of": {"weights": "é'.encode()[:-1])  # within a character
     again = RoundFile(tmp_path, 3, parts, made_of)
-    assert again.missing == [0] and again.parts[1] == [scored(5, 1.0, None, 3.0)] and again.unreadable[1] == 2
+    assert again.missing == [0] and again.read_part(1) == [scored(5, 1.0, None, 3.0)] and again.num_unreadable == 2
     with pytest.raises(ValueError, match="lacks parts of round 3, which this run has trained on"):
         again.images()
     again.remove_others()
@@ -111,9 +112,9 @@ def test_captions_may_have_any_line_separator_of_unicode(tmp_path):
     image = ScoredCaptions(0, "0.png", ["a\u2028dog", "a\x85cat", "a\x0bcar é"], [1.0, 2.0, 3.0], 2)
     RoundFile(tmp_path, 0, [[0]], {}).add(0, [image], 0)
     file = RoundFile(tmp_path, 0, [[0]], {})
-    assert file.missing == [] and file.images() == [image]
+    assert file.missing == [] and list(file.images()) == [image]
     file.remove_others()
-    assert RoundFile(tmp_path, 0, [[0]], {}).images() == [image]
+    assert list(RoundFile(tmp_path, 0, [[0]], {}).images()) == [image]
 
 
 def test_parts_of_other_images_are_not_used_and_a_finished_round_knows_its_number_of_parts(tmp_path):
@@ -167,7 +168,10 @@ def test_stage_2_reads_the_buffer_of_images_with_relative_paths(image_folder, tm
 
 @pytest.fixture(scope="module")
 def proposer(processor, tmp_path_factory) -> Proposer:
-    args = SimpleNamespace(max_caption_tokens=8, append_eos=True, num_captions=3, temperature=1.0, top_p=1.0)
+    args = SimpleNamespace(
+        **{"max_caption_tokens": 8, "append_eos": True, "num_captions": 3, "temperature": 1.0, "top_p": 1.0},
+        **{"method": "best_of_n", "fluency_floor": None, "length_penalty": 0.0, "per_device_train_batch_size": 2},
+    )
     cache = RewardCache(tmp_path_factory.mktemp("rewards") / "rewards.sqlite", {})
     scorer: Any = None
     return Proposer(args, processor, scorer, cache)
@@ -180,29 +184,29 @@ def captioner() -> VLVForConditionalGeneration:
 
 
 def test_samples_do_not_depend_on_the_generation_settings_of_the_model(captioner, proposer):
-    embeds = torch.randn(2, *captioner.model.get_caption_embeds(torch.zeros(1, 3, 64, 64)).shape[1:])
+    conditioning = torch.randn(2, *captioner.model(torch.zeros(1, 3, 64, 64)).conditioning.shape[1:])
     found = []
     for settings in ({}, {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_p": 0.9, "typical_p": 0.1}):
         for part in (captioner, captioner.language_model):
             part.generation_config.update(**settings)
         torch.manual_seed(1)
-        found.append(proposer.generate(captioner, embeds, do_sample=True, temperature=1.0, num_return_sequences=3))
+        found.append(proposer.generate(captioner, conditioning, do_sample=True, temperature=1.0, num_return_sequences=3))
     assert found[0] == found[1]
     assert captioner.generation_config.repetition_penalty == 9.0
 
 
 def test_each_end_token_of_the_model_ends_a_caption_and_empty_captions_have_no_reward(captioner, proposer):
     pixels = torch.zeros(1, 3, 64, 64)
-    embeds = captioner.model.get_caption_embeds(pixels)
+    conditioning = captioner.model(pixels).conditioning
     other_end = 7
     captioner.language_model.lm_head.register_forward_hook(lambda module, inputs, logits: _only(logits, token))
     captioner.generation_config.eos_token_id = [proposer.processor.tokenizer.eos_token_id, other_end]
     token = other_end
-    assert proposer.generate(captioner, embeds)[1] == [True]
+    assert proposer.generate(captioner, conditioning)[1] == [True]
     token = other_end + 1
-    assert proposer.generate(captioner, embeds)[1] == [False]
+    assert proposer.generate(captioner, conditioning)[1] == [False]
     token = proposer.processor.tokenizer.eos_token_id
-    part = ImagePart([0], ["0.png"], pixels, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [])
+    part = ImagePart([0], ["0.png"], pixels, None, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [])
     (found,) = proposer.propose(captioner, part, {}, (0, 0, 0))
     assert found.captions == [""] * 4 and found.rewards == [None] * 4
     assert (found.empty, found.unfinished) == (4, 0) and summarise([found], 0)["empty"] == 4
@@ -223,7 +227,7 @@ def test_recipes_are_valid(recipe):
 
 def test_groups_stay_together_and_pass_after_pass_is_complete():
     dataset = RoundDataset([{"image": n} for n in range(3)], length=12)
-    dataset.fill([[(n, {"caption": f"{n}{x}"}) for x in "ab"] for n in range(3)], number=0, seed=0, share=0.5)
+    dataset.fill([[(n, f"{n}{x}") for x in "ab"] for n in range(3)], as_caption, number=0, seed=0, share=0.5)
     items = [dataset[place] for place in range(12)]
     assert all(items[i]["image"] == items[i + 1]["image"] for i in range(0, 12, 2))
     assert sorted(item["caption"] for item in items[:6]) == ["0a", "0b", "1a", "1b", "2a", "2b"]
