@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if stage == 3 and model is not None and not Path(model).exists():
             beside, stage2 = _recipe_of_captioner(path, model, arguments.stage2)
             if stage2 is not None:
-                notes.append(f"{model} does not exist: counted as the recipe {beside.name} will make it")
+                notes.append(f"{model} does not exist: counted as a recipe of stage 2 will make it")
                 model = stage2.model
         if stage > 1 and model is not None and not Path(model).exists():
             stage1 = recipe_beside(beside, model, PROGRAM)

@@ -217,7 +217,7 @@ def _stage3(
     )
     step.models.append(decoder)
     vae_precision = "bf16" if config.vae_dtype == "bfloat16" else "fp32"
-    step.precision = {name: step.default_precision for name in step.round.parts} | {VAE_ENCODER: vae_precision}
+    step.precision = dict.fromkeys(step.round.parts, step.default_precision) | {VAE_ENCODER: vae_precision}
     return step
 
 

@@ -79,8 +79,8 @@ class StoredPart:
 class RoundFile:
     """The finished parts of a round: a line of JSON for each.
 
-    Several processes have a file each, and each reads all of them. A line that a kill has cut off is left out. Captions
-    are read from the files when they are needed; the memory holds where each part is.
+    Several processes have a file each, and each reads all of them. A line that a kill has cut off is left out.
+    Captions are read from the files when they are needed; the memory holds where each part is.
 
     Args:
         folder: `OUTPUT_DIR/rounds`.

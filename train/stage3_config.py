@@ -108,9 +108,7 @@ class Stage3Config(Stage2Config):
         default=TIMESTEP_RANGE[1], metadata={"help": "Highest timestep of a score, as a share of the schedule."}
     )
     reward_batch_size: int = field(default=64, metadata={"help": "Most passes of the denoiser at once."})
-    length_penalty: float = field(
-        default=0.0, metadata={"help": "Taken from the reward for each word of a caption."}
-    )
+    length_penalty: float = field(default=0.0, metadata={"help": "Taken from the reward for each word of a caption."})
     fluency_floor: float | None = field(
         default=None,
         metadata={

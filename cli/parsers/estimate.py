@@ -19,7 +19,9 @@ def add_parser(commands) -> None:
         "the rounds are counted, too. Validation, saving, waiting for data and communication between cards are not.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the training's configuration")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="default: found from the configuration's settings")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2, 3), help="default: found from the configuration's settings"
+    )
     parser.add_argument(
         "--stage2",
         metavar="RECIPE.yaml",

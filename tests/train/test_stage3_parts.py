@@ -2,18 +2,24 @@
 
 import json
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from vlv import VLVForConditionalGeneration
+from vlv import VLVForConditionalGeneration, hub
+from vlv.checkpoints import MINIATURE
+from vlv.miniature.data import evaluation_items
+from vlv.miniature.grammar import write_caption
 from vlv.train import stage3
 from vlv.train.data import load_images, load_pairs
+from vlv.train.fluency import measure_fluency
 from vlv.train.parsing import parse_config
-from vlv.train.policy_gradient import group_advantages, policy_loss, token_log_probabilities
+from vlv.train.policy_gradient import PolicySamples, group_advantages, policy_loss, token_log_probabilities
 from vlv.train.proposals import ImagePart, Proposer
 from vlv.train.reward_cache import RewardCache
 from vlv.train.rounds import (
@@ -22,6 +28,7 @@ from vlv.train.rounds import (
     ScoredCaptions,
     as_caption,
     images_of_round,
+    repeated_share,
     summarise,
     update_buffer,
     write_buffer,
@@ -108,6 +115,43 @@ def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
     assert [image.index for image in RoundFile(tmp_path, 3, None, None).images()] == [5, 6]
 
 
+def test_a_part_whose_line_has_no_end_is_computed_again(tmp_path):
+    file = RoundFile(tmp_path, 0, [[1], [2]], {})
+    file.add(0, [scored(1, 1.0, 2.0, 3.0)], 0)
+    file.path.write_bytes(file.path.read_bytes()[:-1])  # the next part would be in the same line
+    again = RoundFile(tmp_path, 0, [[1], [2]], {})
+    assert again.missing == [0, 1]
+    again.remove_others()
+    for part in again.missing:
+        again.add(part, [scored(part + 1, 1.0, 2.0, 3.0)], 0)
+    assert [image.index for image in RoundFile(tmp_path, 0, None, None).images()] == [1, 2]
+
+
+def test_training_items_are_read_from_the_files_when_they_are_needed(tmp_path):
+    """The captions on the disk change after a round has chosen its samples: items have the changed ones."""
+    file = RoundFile(tmp_path, 0, [[0, 1], [2]], {})
+    for part, indices in enumerate(([0, 1], [2])):
+        images = [scored(index, 1.0, 2.0, None, 4.0) for index in indices]
+        for image in images:
+            image.num_samples = 3
+            image.sampled_log_probs = image.start_log_probs = [[-1.0], [], [-3.0]]
+        file.add(part, images, 0)
+    samples = PolicySamples(file)
+    dataset = RoundDataset([{"image": n} for n in range(3)], length=6)
+    dataset.fill(samples.groups(), samples, number=0, seed=0, share=0.0)
+    file.path.write_bytes(file.path.read_bytes().replace(b"caption ", b"CAPTION "))
+    items = [pickle.loads(pickle.dumps(dataset))[place] for place in range(6)]
+    assert sorted(item["image"] for item in items) == [0, 0, 1, 1, 2, 2]
+    assert {item["caption"] for item in items} == {"CAPTION 1", "CAPTION 3"}
+    assert {item["caption"]: item["advantage"] for item in items} == {"CAPTION 1": -1.0, "CAPTION 3": 1.0}
+    assert {item["caption"]: item["start_log_probs"] for item in items} == {"CAPTION 1": [-1.0], "CAPTION 3": [-3.0]}
+
+
+def test_repeated_words_are_those_of_three_in_a_row():
+    assert repeated_share("a dog and a cat") == repeated_share("a dog") == 0.0
+    assert repeated_share("a red dog a red dog a red dog") == pytest.approx(4 / 7)
+
+
 def test_captions_may_have_any_line_separator_of_unicode(tmp_path):
     image = ScoredCaptions(0, "0.png", ["a\u2028dog", "a\x85cat", "a\x0bcar é"], [1.0, 2.0, 3.0], 2)
     RoundFile(tmp_path, 0, [[0]], {}).add(0, [image], 0)
@@ -190,7 +234,9 @@ def test_samples_do_not_depend_on_the_generation_settings_of_the_model(captioner
         for part in (captioner, captioner.language_model):
             part.generation_config.update(**settings)
         torch.manual_seed(1)
-        found.append(proposer.generate(captioner, conditioning, do_sample=True, temperature=1.0, num_return_sequences=3))
+        found.append(
+            proposer.generate(captioner, conditioning, do_sample=True, temperature=1.0, num_return_sequences=3)
+        )
     assert found[0] == found[1]
     assert captioner.generation_config.repetition_penalty == 9.0
 
@@ -210,6 +256,25 @@ def test_each_end_token_of_the_model_ends_a_caption_and_empty_captions_have_no_r
     (found,) = proposer.propose(captioner, part, {}, (0, 0, 0))
     assert found.captions == [""] * 4 and found.rewards == [None] * 4
     assert (found.empty, found.unfinished) == (4, 0) and summarise([found], 0)["empty"] == 4
+
+
+def test_fluency_is_the_mean_log_probability_of_the_text_alone(captioner, processor):
+    captions = ["a small dog at the top left", "a cat"]
+    found = measure_fluency(captioner, processor, captions, max_tokens=30, append_eos=True, batch_size=2)
+    for caption, value in zip(captions, found, strict=True):
+        ids = torch.tensor([*processor.tokenizer(caption, add_special_tokens=False).input_ids, processor.tokenizer.eos_token_id])
+        logits = captioner.language_model(ids[None]).logits[0]
+        by_hand = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None]).mean()
+        assert value == pytest.approx(by_hand.item(), abs=1e-5)
+    assert measure_fluency(captioner, processor, ["a"], 1, True, 1) == [0.0]
+
+
+def test_words_without_an_order_are_less_fluent_than_captions():
+    model, processor = hub.load_captioner(MINIATURE)
+    captions = [write_caption(scene) for scene in evaluation_items("combo", 8)[1]]
+    shuffled = [" ".join(np.random.default_rng(0).permutation(caption.split())) for caption in captions]
+    values = measure_fluency(model, processor, captions + shuffled, max_tokens=64, append_eos=True, batch_size=16)
+    assert min(values[:8]) > max(values[8:]) + 0.5
 
 
 def _only(logits: torch.Tensor, token: int) -> torch.Tensor:
@@ -236,9 +301,11 @@ def test_groups_stay_together_and_pass_after_pass_is_complete():
 
 def test_a_summary_counts_what_was_dropped():
     images = [scored(1, 1.0, 5.0, 2.0), scored(2, None, 3.0, None), scored(3, None, None, None)]
-    images[1].unfinished, images[2].not_finite = 2, 3
+    images[1].unfinished, images[2].not_finite, images[2].not_fluent = 2, 3, 1
+    images[0].fluency = [-1.0, -2.0, -3.0]
     summary = summarise(images, unreadable=4)
     assert summary["images"] == 3 and summary["unreadable"] == 4 and summary["without_reward"] == 1
     assert summary["equal_groups"] == 1 and summary["unfinished"] == 2 and summary["not_finite"] == 3
+    assert summary["not_fluent"] == 1 and (summary["fluency_greedy"], summary["fluency_best"]) == (-1, -2)
     assert summary["reward_greedy"] == 1 and summary["reward_best"] == 4
     assert summary["reward_sampled"] == pytest.approx(10 / 3, abs=1e-6)
