@@ -178,9 +178,7 @@ def test_rounds_read_cached_conditioning_and_take_length_and_language_into_accou
     floor = sorted(set(fluency))[1] - 1e-3  # one is less likely
     monkeypatch.setattr(VLVModel, "get_caption_embeds", None)
     _Counts.texts = 0
-    stage3.main(
-        settings(tmp_path / "held", **own, fluency_floor=floor, length_penalty=0.01), scorer_class=_Counts
-    )
+    stage3.main(settings(tmp_path / "held", **own, fluency_floor=floor, length_penalty=0.01), scorer_class=_Counts)
     assert _Counts.texts == 0  # another run has scored them
     held = images_in(tmp_path / "held", 0)
     assert [image.captions for image in held] == [image.captions for image in expected]

@@ -262,7 +262,9 @@ def test_fluency_is_the_mean_log_probability_of_the_text_alone(captioner, proces
     captions = ["a small dog at the top left", "a cat"]
     found = measure_fluency(captioner, processor, captions, max_tokens=30, append_eos=True, batch_size=2)
     for caption, value in zip(captions, found, strict=True):
-        ids = torch.tensor([*processor.tokenizer(caption, add_special_tokens=False).input_ids, processor.tokenizer.eos_token_id])
+        ids = torch.tensor(
+            [*processor.tokenizer(caption, add_special_tokens=False).input_ids, processor.tokenizer.eos_token_id]
+        )
         logits = captioner.language_model(ids[None]).logits[0]
         by_hand = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None]).mean()
         assert value == pytest.approx(by_hand.item(), abs=1e-5)
