@@ -16,6 +16,7 @@ from vlv.miniature.scoring import count_mentions
 from vlv.miniature.stage3 import measure, measure_kept, new_scenes, table, write_images
 from vlv.miniature.world import Scene, SceneObject
 from vlv.train import Stage3Trainer, stage3
+from vlv.train.rounds import RoundFile
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +97,18 @@ def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(start, s
 
 
 @pytest.mark.slow
-def test_a_policy_gradient_raises_the_reward_of_the_samples(train, tmp_path):
+def test_a_policy_gradient_raises_the_reward_and_the_truth_of_the_samples(seen, train, tmp_path):
     """Two rounds of the same images: in the second, the samples are of the model that the first has trained."""
     train(tmp_path, method="grpo", kl_weight=0, rounds=2, round_steps=12, learning_rate=1e-3, validation_steps=0)
     first, second = (summary(tmp_path, number) for number in range(2))
-    assert second["reward_sampled"] > first["reward_sampled"] + 0.002, (first, second)
+    assert second["reward_sampled"] > first["reward_sampled"] + 0.03
+    truth = []
+    for number in range(2):
+        images = list(RoundFile(tmp_path / "rounds", number, None, None).images())
+        samples = [(caption, seen[1][image.index]) for image in images for caption in image.captions[1:]]
+        truth.append(measure(*zip(*samples, strict=True)))
+    for name in ("object_place_f1", "exact"):
+        assert truth[1][name] > truth[0][name] + 0.04, truth
 
 
 def test_scenes_that_are_measured_are_not_trained_on():
