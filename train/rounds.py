@@ -306,17 +306,19 @@ def write_buffer(path: Path, buffer: Mapping[int, BufferEntry]) -> None:
 
     Where images are files, their paths are absolute, and `vlv train stage2 --pairs` reads the buffer.
     """
-    rows = [
-        {
-            "image": os.path.abspath(own.name) if os.path.isfile(own.name) else own.name,
-            "caption": own.caption,
-            "reward": own.reward,
-            "round": own.round,
-        }
-        for own in buffer.values()
-    ]
-    content = b"".join(to_json(row, None) + b"\n" for row in rows)
-    write_atomically(path, partial(Path.write_bytes, data=content))
+
+    def write(target: Path) -> None:
+        with open(target, "wb") as file:
+            for own in buffer.values():
+                row = {
+                    "image": os.path.abspath(own.name) if os.path.isfile(own.name) else own.name,
+                    "caption": own.caption,
+                    "reward": own.reward,
+                    "round": own.round,
+                }
+                file.write(to_json(row, None) + b"\n")
+
+    write_atomically(path, write)
 
 
 def as_caption(caption: str) -> dict[str, Any]:

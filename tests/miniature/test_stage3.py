@@ -99,7 +99,11 @@ def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(start, s
 @pytest.mark.slow
 def test_a_policy_gradient_raises_the_reward_and_the_truth_of_the_samples(seen, train, tmp_path):
     """Two rounds of the same images: in the second, the samples are of the model that the first has trained."""
-    train(tmp_path, method="grpo", kl_weight=0, rounds=2, round_steps=12, learning_rate=1e-3, validation_steps=0)
+    train(
+        tmp_path,
+        **{"method": "grpo", "kl_weight": 0, "rounds": 2, "round_steps": 8, "num_captions": 4},
+        **{"learning_rate": 1e-3, "validation_steps": 0},
+    )
     first, second = (summary(tmp_path, number) for number in range(2))
     assert second["reward_sampled"] > first["reward_sampled"] + 0.03
     truth = []
