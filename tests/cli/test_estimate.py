@@ -66,9 +66,8 @@ def test_stage_3_is_counted_with_the_recipes_of_the_stages_before_it(recipe, tmp
     )
     found = estimate(capsys, stage3, "--count", 1)
     before = estimate(capsys, stage2, "--count", 1, "--caption-tokens", 10)
-    assert (found["stage"], found["steps"]) == (3, 6) and found["parameters"]["trained"] == before["parameters"][
-        "trained"
-    ]
+    assert (found["stage"], found["steps"]) == (3, 6)
+    assert found["parameters"]["trained"] == before["parameters"]["trained"]
     own = found["round"]
     assert (own["rounds"], own["images"], own["captions_per_image"]) == (2, 100, 3)
     assert own["denoiser_passes_per_image"] == (3 + 2 + 1) * 2  # samples, greedy and best caption, and no words
@@ -79,12 +78,11 @@ def test_stage_3_is_counted_with_the_recipes_of_the_stages_before_it(recipe, tmp
     parts = stable_diffusion_parts()
     denoiser = StableDiffusionDecoder(parts["vae"], parts["unet"], parts["scheduler"].config)
     assert frozen[0] - frozen[1] == sum(parameter.nbytes for parameter in denoiser.parameters())
-    more = estimate(capsys, stage3, "--count", 1, "--num_captions", 7, "--reward_num_pairs", 4)["round"]
+    named = (stage3, "--model", "nowhere", "--stage2", stage2)
+    more = estimate(capsys, *named, "--count", 1, "--num_captions", 7, "--reward_num_pairs", 4)["round"]
     assert more["denoiser_passes_per_image"] == (7 + 2 + 1) * 4
     assert more["cache_bytes"] * 3 == own["cache_bytes"] * 7
     assert more["tflop_per_image"]["vae_encoder"] == own["tflop_per_image"]["vae_encoder"]
-    named = estimate(capsys, stage3, "--model", "nowhere", "--stage2", stage2, "--count", 1)
-    assert named["round"] == own
     assert main(["estimate", str(stage3), "--method", "grpo"]) == 0
     printed = capsys.readouterr().out
     assert "2 rounds of 100 images, 3 samples" in printed and "counted as a recipe of stage 2 will make it" in printed

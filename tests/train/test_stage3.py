@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -303,8 +304,11 @@ def test_rewards_that_are_not_finite_are_dropped_and_counted_as_are_unreadable_i
 @pytest.mark.slow
 def test_groups_of_equal_captions_are_counted_and_leave_no_policy_gradient(settings, tmp_path):
     own = {"rounds": 1, "round_steps": 1, "round_images": 4, "temperature": 1e-4, "max_caption_tokens": 60}
+    _Counts.texts = 0
     with pytest.raises(FailedRun, match=r"round 0 leaves nothing to train on: .*raise --temperature"):
-        stage3.main(settings(tmp_path / "run", method="grpo", **own))
+        stage3.main(settings(tmp_path / "run", method="grpo", **own), scorer_class=_Counts)
+    with sqlite3.connect(tmp_path / "run" / "rewards-0.sqlite") as cache:
+        assert cache.execute("SELECT COUNT(*) FROM losses").fetchone() == (_Counts.texts,)  # each text once
     summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
     assert summary["equal_groups"] == 4 - summary["without_reward"] > 0
 
