@@ -244,7 +244,7 @@ class Stage3Trainer(Stage2Trainer):
             **{name: self.settings[name]["fingerprint"] for name in SOURCES if name in self.settings},
             "scored_by": self.scored_by,
             "measures_start": bool(args.method == "grpo" and args.kl_weight),
-            "conditioning_dtype": None if self.conditioning is None else args.conditioning_dtype,
+            "rounded_conditioning": args.rounding_caches().get("cache_conditioning", False),
         }
 
     def _finished_round(self, number: int) -> RoundFile:
