@@ -583,9 +583,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             if (streamer := kwargs.get("streamer")) is not None:
                 kwargs["streamer"] = PromptStreamer(streamer, prompt)
         else:
-            prefix, mask, _ = self.get_prefix(
-                input_ids=input_ids, attention_mask=attention_mask, conditioning=conditioning, **images
-            )
+            images["conditioning"] = conditioning
+            prefix, mask, _ = self.get_prefix(input_ids=input_ids, attention_mask=attention_mask, **images)
         check_generation_arguments(explicit)
         check_generation_arguments(kwargs)
         if prefix_dtype is not None:
