@@ -22,19 +22,26 @@ def run(arguments: argparse.Namespace) -> int:
     from vlv.train.parsing import parse_config
     from vlv.train.stage1_trainer import Stage1Config
     from vlv.train.stage2_trainer import Stage2Config
+    from vlv.train.stage3_config import Stage3Config
 
     path = Path(arguments.config)
-    notes, stage1 = [], None
+    notes: list[str] = []
+    stage1 = stage2 = None
     try:
         gpu = find_gpu(arguments.gpu)
         stage = arguments.stage or find_stage(_settings(path, arguments.settings))
-        config: Any = parse_config(
-            Stage1Config if stage == 1 else Stage2Config, [arguments.config, *arguments.settings, *ON_CPU], PROGRAM
-        )
-        if stage == 2 and config.model is not None and not Path(config.model).exists():
-            stage1 = recipe_beside(path, config.model, PROGRAM)
+        classes: dict[int, Any] = {1: Stage1Config, 2: Stage2Config, 3: Stage3Config}
+        config: Any = parse_config(classes[stage], [arguments.config, *arguments.settings, *ON_CPU], PROGRAM)
+        beside, model = path, config.model
+        if stage == 3 and model is not None and not Path(model).exists():
+            beside, stage2 = _recipe_of_captioner(path, model, arguments.stage2)
+            if stage2 is not None:
+                notes.append(f"{model} does not exist: counted as a recipe of stage 2 will make it")
+                model = stage2.model
+        if stage > 1 and model is not None and not Path(model).exists():
+            stage1 = recipe_beside(beside, model, PROGRAM)
             if stage1 is not None:
-                notes.append(f"{config.model} does not exist: counted as the recipe beside {path.name} will make it")
+                notes.append(f"{model} does not exist: counted as the recipe beside {beside.name} will make it")
         found = estimate(
             config,
             gpu,
@@ -42,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             price=arguments.price,
             utilization=_utilization(arguments.utilization),
             stage1=stage1,
+            stage2=stage2,
             samples=arguments.samples,
             caption_tokens=arguments.caption_tokens,
             cached_moments=arguments.cached_moments,
@@ -53,6 +61,28 @@ def run(arguments: argparse.Namespace) -> int:
     found.notes = notes + found.notes
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else as_text(found))
     return 0
+
+
+def _recipe_of_captioner(path: Path, model: str, stage2: str | None) -> tuple[Path, Any]:
+    """The recipe of stage 2 that will make the captioner of a recipe of stage 3, and its configuration.
+
+    Args:
+        path: Of the recipe of stage 3. Recipes of stage 2 are beside it, or beside its folder.
+        stage2: The recipe that the user names.
+
+    Returns:
+        The path and None if there is no such recipe.
+    """
+    from vlv.train.estimate import recipe_beside
+    from vlv.train.parsing import parse_config
+    from vlv.train.stage2_trainer import Stage2Config
+
+    if stage2 is not None:
+        return Path(stage2), parse_config(Stage2Config, [stage2, *ON_CPU], PROGRAM)
+    for beside in (path, path.absolute().parent):
+        if (found := recipe_beside(beside, model, PROGRAM, stage=2)) is not None:
+            return beside, found
+    return path, None
 
 
 def _settings(path: Path, options: list[str]) -> set[str]:
@@ -76,6 +106,22 @@ def _utilization(options: list[str]) -> dict[str, float]:
         except ValueError:
             raise UserError(f"--utilization is {option!r}; expected a share, or PART=SHARE") from None
     return shares
+
+
+def _text_of_rounds(figures: dict[str, Any], count: int) -> list[str]:
+    """What comes before the steps of each round, as lines of text."""
+    parts = ", ".join(
+        f"{name.replace('_', ' ')} {seconds:.3f} s ({figures['tflop_per_image'][name]:.2f} TFLOP)"
+        for name, seconds in figures["seconds_per_image"].items()
+    )
+    return [
+        "",
+        f"{figures['rounds']} rounds of {figures['images']:,} images, {figures['captions_per_image']} samples and at "
+        f"most {figures['denoiser_passes_per_image']} passes of the denoiser an image",
+        f"an image on a card: {parts}",
+        f"{figures['hours_of_all_rounds']:,.1f} hours of all rounds on {count} cards, besides the steps; keys and "
+        f"values of the samples {figures['cache_bytes'] / 1e9:.1f} GB",
+    ]
 
 
 def as_text(found: "Estimate") -> str:
@@ -102,6 +148,7 @@ def as_text(found: "Estimate") -> str:
         f"{'total':22}{figures['tflop_per_image_total']:20.3f}",
         "",
         f"{figures['images_per_second']:,.0f} images/s, {figures['seconds_per_step']:.2f} s a step",
+        *(_text_of_rounds(figures["round"], found.count) if "round" in figures else []),
         f"{found.hours():,.1f} hours, {found.gpu_hours():,.0f} GPU-hours, ${found.dollars():,.0f} at "
         f"${found.price:.2f} a GPU-hour",
         "",

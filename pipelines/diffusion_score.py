@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,7 +190,9 @@ class DiffusionScorer:
             raise ValueError(f"image {empty} has no captions; give at least one, or leave the image out")
         if len(counts) != 1:
             raise ValueError(f"images have {counts} captions; score those with the same number together")
-        parts = [self.split_captions(texts) for texts in captions]  # sentences of each caption
+        fitting = self.fitting(text for row in captions for text in row)
+        parts = [self.split_captions(row, fitting) for row in captions]  # sentences of each caption
+        fitting |= self.fitting({s for row in parts for own in row for s in own} - fitting.keys())
         texts = [dict.fromkeys([NO_WORDS, *(s for own in row for s in own)]) for row in parts]  # of each image, once
         own = [{} for _ in texts] if known is None else known
         missing = [[text for text in row if text not in found] for row, found in zip(texts, own, strict=True)]
@@ -201,7 +203,7 @@ class DiffusionScorer:
             [[sum(found[s] for s in own) / len(own) for own in row] for found, row in zip(own, parts, strict=True)]
         )  # (N, G)
         num_texts = torch.tensor([[len(own) for own in row] for row in parts])
-        num_cut = torch.tensor([[sum(not self.fits(s) for s in own) for own in row] for row in parts])
+        num_cut = torch.tensor([[sum(not fitting[s] for s in own) for own in row] for row in parts])
         result = CaptionScores(unconditional - means, means, unconditional, num_texts, num_cut)
         if not allow_nan and not result.scores.isfinite().all():
             image, number = (~result.scores.isfinite()).nonzero()[0].tolist()
@@ -216,16 +218,19 @@ class DiffusionScorer:
         shape = (len(self.timesteps), *shape)
         return torch.stack([randn_tensor(shape, own, self.device) for own in self._generators(seeds, NOISE)])
 
-    def fits(self, text: str) -> bool:
-        """Whether every text encoder has positions for all tokens of a text."""
-        positions = self.model.config.num_text_positions
-        return all(
-            len(tokenizer(text, verbose=False).input_ids) <= positions for tokenizer in self.tokenizers.values()
-        )
+    def fitting(self, texts: Iterable[str]) -> dict[str, bool]:
+        """Of each text whether every text encoder has positions for all of its tokens."""
+        words = list(dict.fromkeys(texts))
+        positions, found = self.model.config.num_text_positions, dict.fromkeys(words, True)
+        for tokenizer in self.tokenizers.values() if words else ():
+            for text, ids in zip(words, tokenizer(words, verbose=False).input_ids, strict=True):
+                found[text] &= len(ids) <= positions
+        return found
 
-    def split_captions(self, captions: Sequence[str]) -> list[list[str]]:
+    @staticmethod
+    def split_captions(captions: Sequence[str], fitting: Mapping[str, bool]) -> list[list[str]]:
         """The texts that each caption of an image is scored as: itself where all fit, otherwise its sentences."""
-        if all(map(self.fits, captions)):
+        if all(fitting[caption] for caption in captions):
             return [[caption] for caption in captions]
         return [
             [sentence for part in _SENTENCE_END.split(caption) if (sentence := part.strip())] or [caption]

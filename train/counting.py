@@ -83,6 +83,7 @@ def count_step(
     models: Sequence[nn.Module],
     bf16: Sequence[nn.Module] = (),
     num_labels: int = 0,
+    backward: bool = True,
 ) -> StepCount:
     """Counts one forward and backward pass of `loss()`.
 
@@ -93,9 +94,10 @@ def count_step(
         models: All models that `loss` uses; their weights are not counted as activations.
         bf16: Those of the models that compute under bfloat16 autocast.
         num_labels: Number of positions that boolean masks choose, because masks have no values on the meta device.
+        backward: False counts the forward pass alone, without gradients.
     """
     for parameter in (parameter for model in models for parameter in model.parameters()):
-        if parameter.requires_grad:  # as with gradient accumulation: gradients exist from the start
+        if backward and parameter.requires_grad:  # as with gradient accumulation: gradients exist from the start
             parameter.grad = torch.zeros_like(parameter)
     flops = FlopCounterMode(display=False)
     attribution = _Attribution(flops)
@@ -106,9 +108,11 @@ def count_step(
         modes = (MetaResults(), flops, memory, _MetaMode(num_labels), _FusedAttentionMode())
         for mode in (attribution.hooks(parts), *modes):
             stack.enter_context(mode)
+        stack.enter_context(torch.set_grad_enabled(backward))
         value = loss()
         attribution.switch(OTHER, "backward")
-        value.backward()
+        if backward:
+            value.backward()
         attribution.switch(OTHER, "backward")
     for model in models:
         model.zero_grad(set_to_none=True)

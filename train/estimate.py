@@ -11,6 +11,7 @@ import yaml
 from .counting import StepCount, count_step
 from .hardware import Gpu
 from .meta_models import MetaStep, build_step
+from .meta_rounds import SAMPLING, RoundCount
 from .parsing import parse_config
 from .stage1_trainer import Stage1Config
 from .stage2_trainer import Stage2Config
@@ -18,6 +19,9 @@ from .stage3_config import Stage3Config
 
 UTILIZATION = 0.35
 """Share of a card's peak speed that a training reaches: MLPerf's Stable Diffusion training on an H100 has 0.34."""
+SECONDS_PER_LAYER = 0.0008
+"""Of writing a token, whatever the number of captions: 300 greedy tokens of 16 images by Qwen2.5-3B, which has 36
+layers, take 8.7 s on an H200 (benchmarks/gpu.md). Launches of kernels take that time, not arithmetic."""
 PRICE = 2.5  # dollars for a GPU and an hour
 
 BYTES_PER_TRAINED_WEIGHT = {  # of the optimiser's state, by a part of its name
@@ -62,6 +66,41 @@ class Memory:
 
 
 @dataclass
+class RoundCost:
+    """What a round of stage 3 computes before it trains.
+
+    Args:
+        images: Of the round, on all cards.
+        captions: Sampled of an image.
+        count: FLOPs of an image, and memory.
+        seconds: For an image on a card, by part.
+    """
+
+    rounds: int
+    images: int
+    captions: int
+    count: RoundCount
+    seconds: dict[str, float]
+
+    def hours(self, count: int) -> float:
+        """Of all rounds on so many cards."""
+        return self.rounds * self.images * sum(self.seconds.values()) / count / 3600
+
+    def to_dict(self, count: int) -> dict[str, Any]:
+        """All figures as JSON values, for so many cards."""
+        return {
+            "rounds": self.rounds,
+            "images": self.images,
+            "captions_per_image": self.captions,
+            "denoiser_passes_per_image": self.count.passes,
+            "tflop_per_image": {name: part.total() / 1e12 for name, part in self.count.parts.items()},
+            "seconds_per_image": self.seconds,
+            "hours_of_all_rounds": self.hours(count),
+            "cache_bytes": self.count.cache_bytes,
+        }
+
+
+@dataclass
 class Estimate:
     """The cost of a training.
 
@@ -71,6 +110,7 @@ class Estimate:
         seconds: Of such a pass, by part.
         accumulation: Passes before each optimiser step.
         trained, frozen: Numbers of parameters.
+        round: Of stage 3: sampling and scoring, which come before the steps of each round.
     """
 
     stage: int
@@ -87,6 +127,7 @@ class Estimate:
     memory: Memory
     trained: int
     frozen: int
+    round: RoundCost | None = None
     notes: list[str] = field(default_factory=list)
 
     def images(self) -> int:
@@ -94,7 +135,8 @@ class Estimate:
         return self.steps * self.batch * self.accumulation * self.count
 
     def hours(self) -> float:
-        return self.steps * self.accumulation * sum(self.seconds.values()) / 3600
+        steps = self.steps * self.accumulation * sum(self.seconds.values()) / 3600
+        return steps + (self.round.hours(self.count) if self.round is not None else 0.0)
 
     def gpu_hours(self) -> float:
         return self.hours() * self.count
@@ -110,6 +152,7 @@ class Estimate:
         """All figures as JSON values."""
         total = sum(self.seconds.values())
         return {
+            **({} if self.round is None else {"round": self.round.to_dict(self.count)}),
             "stage": self.stage,
             "gpu": self.gpu.name,
             "count": self.count,
@@ -186,26 +229,31 @@ def estimate(
     Raises:
         ValueError: If a model is not known, the number of steps is open, or `utilization` names no part.
     """
-    if isinstance(config, Stage3Config):
-        raise ValueError(NOT_STAGE_3)
     steps = _steps(config, config.per_device_train_batch_size * config.gradient_accumulation_steps * count, samples)
     shares = dict(utilization) if isinstance(utilization, Mapping) else {"": utilization}
     step = counted.step if counted else build_step(config, **kwargs)
     _check_utilization(shares, step)
     count_of_step = counted.count if counted else _count(step)
     parts = count_of_step.parts
-    names = list(parts)
+    of_round = step.round.parts if step.round else {}
+    names = [*parts, *of_round]
     precision = {name: step.precision.get(name, step.default_precision) for name in names}
     reached = {name: shares.get(name, shares.get("", UTILIZATION)) for name in names}
     seconds = {
         name: sum(
-            flops / (gpu.peak(precision[name], kind, tf32) * reached[name])
-            for kind, flops in parts[name].kinds().items()
+            flops / (gpu.peak(precision[name], kind, tf32) * reached[name]) for kind, flops in part.kinds().items()
         )
-        for name in names
+        for name, part in {**parts, **of_round}.items()
     }
+    cost = None
+    if isinstance(config, Stage3Config) and step.round is not None:
+        own = {name: seconds.pop(name) for name in of_round}
+        written = step.round.layer_steps * SECONDS_PER_LAYER / config.sample_batch_size
+        own[SAMPLING] = max(own[SAMPLING], written)
+        cost = RoundCost(config.rounds, config.round_images, config.num_captions, step.round, own)
     found = Estimate(
-        stage=1 if isinstance(config, Stage1Config) else 2,
+        stage=_stage_of(config),
+        round=cost,
         gpu=gpu,
         count=count,
         price=price,
@@ -242,10 +290,15 @@ def speed_estimate(counted: StepCount, rates: Mapping[str, Mapping[str, float]])
     )
 
 
+def _stage_of(config: Any) -> int:
+    return 1 if isinstance(config, Stage1Config) else 3 if isinstance(config, Stage3Config) else 2
+
+
 def _check_utilization(shares: Mapping[str, float], step: MetaStep) -> None:
+    known = [*step.parts, *(step.round.parts if step.round else ())]
     for name, share in shares.items():
-        if name and name not in step.parts:
-            raise ValueError(f"utilization names the part {name!r}; expected one of {', '.join(step.parts)}")
+        if name and name not in known:
+            raise ValueError(f"utilization names the part {name!r}; expected one of {', '.join(known)}")
         if not 0 < share <= 1:
             raise ValueError(f"utilization is {share}; expected a share of the card's peak, above 0 and at most 1")
 
@@ -270,6 +323,9 @@ def _memory(step: MetaStep, counted: StepCount, config: Any, count: int) -> Memo
     for model in step.models:
         for parameter in model.parameters():
             weights[parameter.requires_grad] += parameter.nbytes
+    peak, peak_at = counted.peak_bytes, counted.peak_at
+    if step.round is not None and step.round.peak_bytes > peak:
+        peak, peak_at = step.round.peak_bytes, step.round.peak_at
     state = next((size for name, size in BYTES_PER_TRAINED_WEIGHT.items() if name in optimizer), 8)
     return Memory(
         frozen_weights=weights[False],
@@ -278,30 +334,23 @@ def _memory(step: MetaStep, counted: StepCount, config: Any, count: int) -> Memo
         optimizer=state * _parameters(step, True),
         averaged_weights=weights[True] if config.ema_decay else 0,
         ddp_buckets=weights[True] if count > 1 else 0,
-        activations=counted.peak_bytes,
-        activations_peak_at=counted.peak_at,
+        activations=peak,
+        activations_peak_at=peak_at,
     )
-
-
-NOT_STAGE_3 = (
-    "stage 3 is not counted: its samples and scores take a time that depends on the captions (docs/stage3.md); "
-    "`vlv train stage3 --dry_run` measures both"
-)
 
 
 def find_stage(names: set[str]) -> int:
     """The stage whose settings these are.
 
     Raises:
-        ValueError: If they are of both stages, of none alone, or of stage 3.
+        ValueError: If they are of two stages, or of none alone.
     """
-    if names & (
-        set(Stage3Config.__dataclass_fields__)
-        - set(Stage1Config.__dataclass_fields__)
-        - set(Stage2Config.__dataclass_fields__)
-    ):
-        raise ValueError(NOT_STAGE_3)
-    own = {stage: set(config.__dataclass_fields__) for stage, config in ((1, Stage1Config), (2, Stage2Config))}
+    own = {
+        stage: set(config.__dataclass_fields__)
+        for stage, config in ((1, Stage1Config), (2, Stage2Config), (3, Stage3Config))
+    }
+    if names & (own[3] - own[1] - own[2]):
+        return 3
     only = {1: names & (own[1] - own[2]), 2: names & (own[2] - own[1])}
     if bool(only[1]) == bool(only[2]):
         found = f"has settings of both stages ({min(only[1])}, {min(only[2])})" if only[1] else "fits both stages"
@@ -309,22 +358,27 @@ def find_stage(names: set[str]) -> int:
     return 1 if only[1] else 2
 
 
-def _is_stage1(names: set[str]) -> bool:
+def _has_stage(names: set[str], stage: int) -> bool:
     try:
-        return find_stage(names) == 1
+        return find_stage(names) == stage
     except ValueError:
         return False
 
 
-def recipe_beside(path: Path, model: str | None, program: str) -> Stage1Config | None:
-    """The stage-1 recipe in the folder of a stage-2 recipe that will make its `model`, by its `output_dir`."""
+def recipe_beside(path: Path, model: str | None, program: str, stage: int = 1) -> Any:
+    """The recipe of an earlier stage, in the folder of another recipe, that will make its `model`, by `output_dir`.
+
+    Returns:
+        The configuration; None if there is none.
+    """
+    config_class: Any = {1: Stage1Config, 2: Stage2Config}[stage]
     for other in sorted(path.parent.glob("*.y*ml")):
         try:
             settings = yaml.safe_load(other.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             continue
-        if not isinstance(settings, dict) or not _is_stage1(set(map(str, settings))):
+        if not isinstance(settings, dict) or not _has_stage(set(map(str, settings)), stage):
             continue
-        if model is not None and settings.get("output_dir", Stage1Config.output_dir) == model:
-            return parse_config(Stage1Config, [str(other), "--use_cpu", "true"], program)
+        if model is not None and settings.get("output_dir", config_class.output_dir) == model:
+            return parse_config(config_class, [str(other), "--use_cpu", "true"], program)
     return None

@@ -22,9 +22,11 @@ from .caches import check_conditioning_is_fixed, vision_features
 from .freezing import freeze_for_stage1, freeze_for_stage2
 from .lora import add_lora
 from .memory import enable_activation_checkpointing
+from .meta_rounds import VAE_ENCODER, RoundCount, count_round
 from .modes import set_train_mode
 from .stage1_trainer import FLORENCE_IMAGE_SIZE, Stage1Config
 from .stage2_trainer import LANGUAGE_MODEL, Stage2Config
+from .stage3_config import Stage3Config
 
 FLORENCES = {f"florence-community/Florence-2-{size}": size for size in reference.FLORENCE}
 QWENS = {f"Qwen/Qwen2.5-{size}": size for size in reference.QWEN}
@@ -41,6 +43,7 @@ class MetaStep:
         bf16: Those under bfloat16 autocast.
         precision: `"bf16"` or `"fp32"` by part; parts that are not named have the precision of `default_precision`.
         num_labels: Number of caption tokens of a batch with a loss.
+        round: Stage 3: what sampling and scoring cost before the steps of a round.
     """
 
     loss: Callable[[], torch.Tensor]
@@ -50,12 +53,14 @@ class MetaStep:
     default_precision: str
     precision: dict[str, str] = field(default_factory=dict)
     num_labels: int = 0
+    round: RoundCount | None = None
 
 
 def build_step(
     config: Stage1Config | Stage2Config,
     *,
     stage1: Stage1Config | None = None,
+    stage2: Stage2Config | None = None,
     caption_tokens: int | None = None,
     cached_moments: bool = False,
     cached_features: bool = False,
@@ -63,7 +68,8 @@ def build_step(
     """The step that a configuration describes.
 
     Args:
-        stage1: For stage 2: the recipe that will make `config.model`, where that does not exist.
+        stage1: The recipe that will make the model of stage 2, where that does not exist.
+        stage2: For stage 3: the recipe that will make `config.model`, where that does not exist.
         caption_tokens: Tokens of the longest caption in a batch; by default `max_caption_tokens`.
         cached_moments: The autoencoder's encoder does not run, as with `cache_moments`.
         cached_features: The vision tower does not run, as with `cache_vision_features`.
@@ -75,7 +81,9 @@ def build_step(
     cached_features = cached_features or config.cache_vision_features is not None
     if isinstance(config, Stage1Config):
         return _stage1(config, cached_moments or config.cache_moments is not None, cached_features)
-    return _stage2(config, stage1, caption_tokens, cached_features)
+    if isinstance(config, Stage3Config):
+        return _stage3(config, stage1, stage2, caption_tokens, cached_features)
+    return _stage2(config, _captioner_of(config, stage1), caption_tokens, cached_features)
 
 
 def _encoder_input(config: Any, model: VLVModel, side: int, cached_features: bool) -> Callable[[], dict[str, Any]]:
@@ -132,7 +140,7 @@ def _stage1(config: Stage1Config, cached_moments: bool, cached_features: bool) -
     )
 
 
-def _diffusion_model_of(config: Stage1Config) -> str:
+def _diffusion_model_of(config: Stage1Config | Stage3Config) -> str:
     """The text-to-image model that is set, or else the one of the model to continue from."""
     if config.diffusion_model is not None:
         return config.diffusion_model
@@ -143,9 +151,12 @@ def _diffusion_model_of(config: Stage1Config) -> str:
 
 
 def _stage2(
-    config: Stage2Config, stage1: Stage1Config | None, caption_tokens: int | None, cached_features: bool
+    config: Stage2Config,
+    captioner: tuple[VLVConfig, int, int | None],
+    caption_tokens: int | None,
+    cached_features: bool,
 ) -> MetaStep:
-    vlv_config, encoder_size = _captioner_of(config, stage1)
+    vlv_config, encoder_size, _ = captioner
     with torch.device("meta"):
         model = VLVForConditionalGeneration(vlv_config)
     freeze_for_stage2(model, config.trainable)
@@ -175,6 +186,39 @@ def _stage2(
         "bf16" if half else "fp32",
         num_labels=batch * tokens,
     )
+
+
+def _stage3(
+    config: Stage3Config,
+    stage1: Stage1Config | None,
+    stage2: Stage2Config | None,
+    caption_tokens: int | None,
+    cached_features: bool,
+) -> MetaStep:
+    if stage1 is not None and config.diffusion_model is not None:
+        stage1 = copy.copy(stage1)
+        stage1.diffusion_model = config.diffusion_model
+    captioner = _captioner_of(config if stage2 is None else stage2, stage1)
+    vlv_config, encoder_size, crop = captioner
+    if vlv_config.text_config is None:
+        raise ValueError(f"{config.model} is a stage-1 model, which writes no captions; give a captioner as --model")
+    step = _stage2(config, captioner, caption_tokens, cached_features)
+    half = config.bf16 or config.fp16
+    source = stage1.diffusion_model if stage1 is not None else _diffusion_model_of(config)
+    dtype = torch.bfloat16 if half else torch.float32
+    decoder = build_diffusion_decoder(str(source), dtype, getattr(torch, config.vae_dtype))
+    model: Any = step.models[0]
+    images = None
+    if config.cache_conditioning is None:
+        images = _encoder_input(config, model.model, encoder_size, cached_features=False)
+    image_size = config.diffusion_image_size or crop or decoder.image_size
+    step.round = count_round(
+        *(config, model, decoder, images, image_size, caption_tokens or config.max_caption_tokens), half=half
+    )
+    step.models.append(decoder)
+    vae_precision = "bf16" if config.vae_dtype == "bfloat16" else "fp32"
+    step.precision = dict.fromkeys(step.round.parts, step.default_precision) | {VAE_ENCODER: vae_precision}
+    return step
 
 
 def _encoder_parts(model: VLVModel) -> dict[str, nn.Module]:
@@ -276,16 +320,17 @@ def text_to_image_configs(
     return family, {name: config_of(part, name) for name, part in parts.items()}
 
 
-def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VLVConfig, int]:
+def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VLVConfig, int, int | None]:
+    """As `encoder_of`, with a language model."""
     if config.model in FLORENCES:
-        vlv_config, size, _ = encoder_of(Stage1Config(image_encoder=config.model))
+        vlv_config, size, crop = encoder_of(Stage1Config(image_encoder=config.model))
     elif stage1 is not None and not Path(config.model or "").exists():
-        vlv_config, size, _ = encoder_of(stage1)
+        vlv_config, size, crop = encoder_of(stage1)
     elif config.model is None:
         raise ValueError(f"model is not set; give a stage-1 model's folder, or one of {', '.join(FLORENCES)}")
     else:
         vlv_config, processor = _local_vlv(config.model)
-        size = processor.size["height"]
+        size, crop = processor.size["height"], processor.pre_crop_size or None
     if vlv_config.text_config is None or config.replace_language_model:
         language_model = config.language_model or LANGUAGE_MODEL
         if language_model in QWENS:
@@ -294,7 +339,7 @@ def _captioner_of(config: Stage2Config, stage1: Stage1Config | None) -> tuple[VL
             vlv_config.text_config = _gguf_config(language_model, config.gguf_file) or _local(
                 AutoConfig, language_model, "language_model", QWENS
             )
-    return vlv_config, size
+    return vlv_config, size, crop
 
 
 def _gguf_config(source: str, gguf_file: str | None) -> Any:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vlv import VLVForConditionalGeneration
 
 from .data import Stage2Collator
+from .rounds import RoundFile
 
 SMALLEST_DEVIATION = 1e-8
 """Rewards of a group that differ by less are equal."""
@@ -38,6 +39,11 @@ def group_advantages(rewards: Sequence[float | None]) -> list[float | None]:
 def token_log_probabilities(logits: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities `(B, L)` of labels `(B, L)` at logits `(B, L, vocab)`; 0 where a label is -100."""
     return -F.cross_entropy((logits.float() / temperature).transpose(1, 2), labels, reduction="none")
+
+
+def without_padding(labels: torch.Tensor) -> torch.Tensor:
+    """Labels `(B, L)` up to the end of the longest row; -100 is padding, on the right."""
+    return labels[:, : int((labels != -100).sum(dim=1).max())]
 
 
 @dataclass
@@ -87,7 +93,7 @@ def policy_loss(
 @torch.no_grad()
 def measure_log_probabilities(
     model: VLVForConditionalGeneration,
-    caption_embeds: torch.Tensor,
+    conditioning: torch.Tensor,
     places: Sequence[int],
     labels: torch.Tensor,
     temperature: float,
@@ -96,7 +102,7 @@ def measure_log_probabilities(
     """Log-probabilities of the tokens of captions.
 
     Args:
-        caption_embeds: `(N, Q, d_text)`, of images.
+        conditioning: `(N, Q, d_cond)`, of images.
         places: Of each of `B` captions, the row of its image.
         labels: `(B, L)`, padded with -100.
 
@@ -105,12 +111,45 @@ def measure_log_probabilities(
     """
     found: list[list[float]] = []
     for start in range(0, len(labels), batch_size):
-        own = labels[start : start + batch_size].to(caption_embeds.device)
-        embeds = caption_embeds[list(places[start : start + batch_size])]
-        logits = model(caption_embeds=embeds, labels=own, return_logits=True).logits
-        rows = token_log_probabilities(logits, own, temperature).cpu()
-        found += [row[label != -100].tolist() for row, label in zip(rows, own.cpu(), strict=True)]
+        own = without_padding(labels[start : start + batch_size]).to(conditioning.device)
+        rows = torch.tensor(places[start : start + batch_size], device=conditioning.device)
+        logits = model(conditioning=conditioning[rows], labels=own, return_logits=True).logits
+        values = token_log_probabilities(logits, own, temperature).cpu()
+        found += [row[label != -100].tolist() for row, label in zip(values, own.cpu(), strict=True)]
     return found
+
+
+class PolicySamples:
+    """Reads the sampled captions of a round from its file, with their advantages and log-probabilities.
+
+    Args:
+        file: Of a finished round.
+    """
+
+    def __init__(self, file: RoundFile):
+        self.file = file
+
+    def groups(self) -> list[list[tuple[int, tuple[int, int, int]]]]:
+        """For each image its index and the key of each sample that has an advantage: part, place in it, and sample."""
+        found = []
+        for part in range(self.file.num_parts):
+            for place, image in enumerate(self.file.read_part(part)):
+                gains = group_advantages(image.sample_rewards)
+                own = [(image.index, (part, place, n)) for n, gain in enumerate(gains) if gain is not None]
+                if own:
+                    found.append(own)
+        return found
+
+    def __call__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+        """What a training item has besides its image."""
+        part, place, number = key
+        image = self.file.read_part(part)[place]
+        return {
+            "caption": image.captions[1 + number],
+            "advantage": group_advantages(image.sample_rewards)[number],
+            "sampled_log_probs": image.sampled_log_probs[number],
+            "start_log_probs": image.start_log_probs[number],
+        }
 
 
 class PolicyCollator(Stage2Collator):

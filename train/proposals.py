@@ -14,9 +14,11 @@ from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.pipelines import DiffusionScorer
 from vlv.pipelines.diffusion_score import seed_of_pixels
 
-from .data.collators import diffusion_pixels, load_item, name_of
+from .data.collators import diffusion_pixels, load_item, look_up, name_of
+from .data.feature_cache import FeatureCache
 from .data.mixture import drawn
 from .evaluating import kept_random_state
+from .fluency import measure_fluency
 from .policy_gradient import measure_log_probabilities
 from .reward_cache import RewardCache
 from .rounds import BufferEntry, ScoredCaptions
@@ -32,14 +34,16 @@ class ImagePart:
 
     Attributes:
         indices, names: Of the images, in the data set.
-        pixel_values: `(N, 3, height, width)`, for the encoder.
-        diffusion_pixels: `(N, 3, S, S)`, uint8, for the text-to-image model.
+        pixel_values: `(N, 3, height, width)`, for the encoder; None where there is `conditioning`.
+        conditioning: `(N, Q, d_cond)`, of the cache; None without one.
+        diffusion_pixels: `(N, 3, S, S)`, uint8, for the text-to-image model; None without readable images.
         unreadable: Messages about the others.
     """
 
     indices: list[int]
     names: list[str]
     pixel_values: torch.Tensor | None
+    conditioning: torch.Tensor | None
     diffusion_pixels: torch.Tensor | None
     unreadable: list[str]
 
@@ -51,32 +55,45 @@ class ImageParts(Dataset):
         images: Items with `image`.
         parts: The indices of the images of each part, by its number.
         image_size: Side of `diffusion_pixels`.
+        conditioning: The cache of `cache_conditioning`.
     """
 
-    def __init__(self, images: Any, parts: Mapping[int, Sequence[int]], image_processor: Any, image_size: int):
+    def __init__(
+        self,
+        images: Any,
+        parts: Mapping[int, Sequence[int]],
+        image_processor: Any,
+        image_size: int,
+        conditioning: FeatureCache | None = None,
+    ):
         self.images, self.parts, self.numbers = images, parts, list(parts)
-        self.image_processor, self.image_size = image_processor, image_size
+        self.image_processor, self.image_size, self.conditioning = image_processor, image_size, conditioning
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, place: int) -> tuple[int, ImagePart]:
         number = self.numbers[place]
-        indices, names, loaded, unreadable = [], [], [], []
+        indices, items, loaded, unreadable = [], [], [], []
         for index in self.parts[number]:
             item = self.images[index]
-            name = name_of(item["image"])
             try:
                 loaded.append(load_item(item, self.image_processor))
             except ValueError as error:
+                name = name_of(item["image"])
                 unreadable.append(str(error) if name in str(error) else f"{name}: {error}")
                 continue
             indices.append(index)
-            names.append(name)
+            items.append(item)
         if not loaded:
-            return number, ImagePart([], [], None, None, unreadable)
-        pixel_values = self.image_processor(loaded, return_tensors="pt", pre_crop_size=None).pixel_values
-        return number, ImagePart(indices, names, pixel_values, diffusion_pixels(loaded, self.image_size), unreadable)
+            return number, ImagePart([], [], None, None, None, unreadable)
+        pixel_values = conditioning = None
+        if self.conditioning is None:
+            pixel_values = self.image_processor(loaded, return_tensors="pt", pre_crop_size=None).pixel_values
+        else:
+            conditioning = look_up(self.conditioning, loaded, items)
+        names, pixels = [name_of(item["image"]) for item in items], diffusion_pixels(loaded, self.image_size)
+        return number, ImagePart(indices, names, pixel_values, conditioning, pixels, unreadable)
 
 
 @contextlib.contextmanager
@@ -111,6 +128,14 @@ def read_parts(parts: ImageParts, num_workers: int) -> DataLoader:
     return DataLoader(parts, batch_size=None, num_workers=num_workers)
 
 
+def read_images(model: VLVForConditionalGeneration, images: ImagePart) -> torch.Tensor:
+    """What the language projection reads of images, `(N, Q, d_cond)`."""
+    if images.conditioning is not None:
+        return images.conditioning.to(model.device)
+    assert images.pixel_values is not None
+    return model.model(images.pixel_values.to(model.device, model.dtype)).conditioning
+
+
 class Proposer:
     """Samples and scores captions.
 
@@ -119,7 +144,8 @@ class Proposer:
         processor: Of the captioner.
         scorer: Of the frozen text-to-image model.
         cache: Of the scorer's losses.
-        at_start: A context in which the model has the weights of the start of the run; for `grpo` alone.
+        at_start: A context in which the model has the weights of the start of the run, for `grpo` and
+            `fluency_floor`.
     """
 
     def __init__(
@@ -128,7 +154,7 @@ class Proposer:
         processor: VLVProcessor,
         scorer: DiffusionScorer,
         cache: RewardCache,
-        at_start: Callable[[VLVForConditionalGeneration], contextlib.AbstractContextManager] | None = None,
+        at_start: Callable[[VLVForConditionalGeneration], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.args, self.processor, self.scorer, self.cache, self.at_start = args, processor, scorer, cache, at_start
 
@@ -145,15 +171,15 @@ class Proposer:
             model: In evaluation mode.
             seed: The samples depend on it, on the model and on the images of the part alone.
         """
-        if images.pixel_values is None or images.diffusion_pixels is None:
+        if images.diffusion_pixels is None:
             return []
         with kept_random_state(), torch.no_grad():
             torch.manual_seed(int(drawn(*seed, SAMPLING).integers(2**63)))
-            embeds = model.model.get_caption_embeds(images.pixel_values.to(model.device, model.dtype))
-            greedy, greedy_ends = self.generate(model, embeds)
+            conditioning = read_images(model, images)
+            greedy, greedy_ends = self.generate(model, conditioning)
             sampled, ends = self.generate(
                 model,
-                embeds,
+                conditioning,
                 do_sample=True,
                 temperature=self.args.temperature,
                 top_p=self.args.top_p,
@@ -172,22 +198,24 @@ class Proposer:
                 rewards.append(0.0)
             unfinished = len(finished) - sum(finished)
             found.append(ScoredCaptions(index, name, captions, rewards, count, unfinished, sum(empty)))
+        if self.args.fluency_floor is not None:
+            self.drop_gibberish(model, found)
         self.reward(images.diffusion_pixels, found)
-        if self.at_start is not None:
-            self.measure_log_probabilities(model, images.pixel_values, embeds, found)
+        if self.args.method == "grpo":
+            self.measure_log_probabilities(model, images, conditioning, found)
         return found
 
     def generate(
-        self, model: VLVForConditionalGeneration, embeds: torch.Tensor, **settings: Any
+        self, model: VLVForConditionalGeneration, conditioning: torch.Tensor, **settings: Any
     ) -> tuple[list[str], list[bool]]:
-        """Captions of images `(N, Q, d_text)`, and whether each ended before `max_caption_tokens`.
+        """Captions of images `(N, Q, d_cond)`, and whether each ended before `max_caption_tokens`.
 
         The model's own generation settings (penalties, cut-offs of the distribution) do not count. A model that is
         trained without EOS ends nowhere; all its captions count as ended.
         """
         with plain_generation(model, self.processor.tokenizer.eos_token_id) as eos_token_ids:
             ids = model.generate(
-                caption_embeds=embeds,
+                conditioning=conditioning,
                 max_new_tokens=self.args.max_caption_tokens,
                 **{"do_sample": False, "num_beams": 1, **({"top_k": 0} if settings else {}), **settings},
             )
@@ -195,8 +223,34 @@ class Proposer:
         ended = torch.isin(ids, torch.tensor(eos_token_ids, device=ids.device)).any(dim=1).tolist()
         return captions, ended if self.args.append_eos else [True] * len(captions)
 
+    def drop_gibberish(self, model: VLVForConditionalGeneration, found: Sequence[ScoredCaptions]) -> None:
+        """Takes the rewards of captions that the language model of the start finds less likely than `fluency_floor`.
+
+        Sets their fluency, of captions that have none None.
+        """
+        texts = {c for image in found for c, r in zip(image.captions, image.rewards, strict=True) if r is not None}
+        words = sorted(texts, key=lambda text: (len(text), text))  # captions of one length are padded least
+        if not words:
+            return
+        args = self.args
+        with self.at_start(model):
+            values = measure_fluency(
+                *(model, self.processor, words, args.max_caption_tokens, args.append_eos),
+                batch_size=args.per_device_train_batch_size,
+            )
+        fluency = dict(zip(words, values, strict=True))
+        for image in found:
+            scored = zip(image.captions, image.rewards, strict=True)
+            image.fluency = [None if reward is None else round(fluency[caption], 4) for caption, reward in scored]
+            pairs = zip(image.rewards, image.fluency, strict=True)
+            image.rewards = [None if own is not None and own < args.fluency_floor else r for r, own in pairs]
+            image.not_fluent = sum(own is not None and own < args.fluency_floor for own in image.fluency)
+
     def reward(self, pixels: torch.Tensor, found: Sequence[ScoredCaptions]) -> None:
-        """Sets the rewards that are not None, and counts what could not be scored as it is."""
+        """Sets the rewards that are not None, and counts what could not be scored as it is.
+
+        A reward is the score less `length_penalty` for each word.
+        """
         seeds = [seed_of_pixels(image) for image in pixels]
         known = [self.cache.read(seed) for seed in seeds]
         before = [set(losses) for losses in known]
@@ -219,9 +273,10 @@ class Proposer:
             image, count = found[place], len(groups[place])
             finite = scores.scores[row].isfinite().tolist()
             values = iter(zip(scores.scores[row].tolist(), finite, strict=True))
-            for number, reward in enumerate(image.rewards):
+            for number, (caption, reward) in enumerate(zip(image.captions, image.rewards, strict=True)):
                 if reward is not None:
                     value, is_finite = next(values)
+                    value -= self.args.length_penalty * len(caption.split())
                     image.rewards[number] = round(value, 6) if is_finite else None
             image.not_finite = count - sum(finite[:count])
             image.split = int((scores.num_texts[row, :count] > 1).sum())
@@ -236,8 +291,8 @@ class Proposer:
     def measure_log_probabilities(
         self,
         model: VLVForConditionalGeneration,
-        pixel_values: torch.Tensor,
-        embeds: torch.Tensor,
+        images: ImagePart,
+        conditioning: torch.Tensor,
         found: Sequence[ScoredCaptions],
     ) -> None:
         """Adds the log-probabilities of the samples that have a reward, by the model and by the start of the run."""
@@ -260,13 +315,13 @@ class Proposer:
             self.args.temperature,
             self.args.per_device_train_batch_size,
         )
-        by_model = measure_log_probabilities(model, embeds, *arguments)
-        assert self.at_start is not None
+        by_model = measure_log_probabilities(model, conditioning, *arguments)
         by_start = by_model  # without an effect where the divergence has no weight
         if self.args.kl_weight:
             with self.at_start(model), torch.no_grad():
-                embeds = model.model.get_caption_embeds(pixel_values.to(model.device, model.dtype))
-                by_start = measure_log_probabilities(model, embeds, *arguments)
+                if any(parameter.requires_grad for parameter in model.model.parameters()):
+                    conditioning = read_images(model, images)
+                by_start = measure_log_probabilities(model, conditioning, *arguments)
         for image in found:
             image.sampled_log_probs = [[] for _ in range(image.num_samples)]
             image.start_log_probs = [[] for _ in range(image.num_samples)]

@@ -1,12 +1,14 @@
 """The rounds of stage 3 on disk: captions of a slice of the images and their rewards, in parts that survive a kill."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch.utils.data import Dataset
 
@@ -34,6 +36,8 @@ class ScoredCaptions:
         not_finite: How many have a loss that is not finite.
         split: How many were scored as several sentences, because the text encoder reads fewer tokens.
         cut: How many sentences are too long for it.
+        not_fluent: How many have no reward because of `fluency_floor`.
+        fluency: With `fluency_floor`: of each caption its mean log-probability as text alone, if it was measured.
         sampled_log_probs, start_log_probs: Of each sample's tokens, for `grpo`; empty without a reward.
     """
 
@@ -47,6 +51,8 @@ class ScoredCaptions:
     not_finite: int = 0
     split: int = 0
     cut: int = 0
+    not_fluent: int = 0
+    fluency: list[float | None] = field(default_factory=list)
     sampled_log_probs: list[list[float]] = field(default_factory=list)
     start_log_probs: list[list[float]] = field(default_factory=list)
 
@@ -60,20 +66,32 @@ class ScoredCaptions:
         return max(found, key=lambda pair: pair[1], default=None)
 
 
+@dataclass(frozen=True)
+class StoredPart:
+    """Where a finished part is: the place of its line in a file, and how many images it has and lacks."""
+
+    path: Path
+    offset: int
+    images: int
+    unreadable: int
+
+
 class RoundFile:
     """The finished parts of a round: a line of JSON for each.
 
     Several processes have a file each, and each reads all of them. A line that a kill has cut off is left out.
+    Captions are read from the files when they are needed; the memory holds where each part is.
 
     Args:
         folder: `OUTPUT_DIR/rounds`.
         number: Of the round, from 0.
-        parts: The indices of the images of each part of the complete round; None if the file says how many there are.
+        indices: Of the images of each part of the complete round; None if the file says how many there are.
         made_of: Settings, data and weights that the captions depend on; parts that were made of others, or hold other
             images, are left out. None reads parts whatever they were made of.
         rank: Of this process.
 
     Attributes:
+        parts: The finished parts by their number.
         found_made_of: What the part that was read last was made of; None if there is no part.
     """
 
@@ -81,27 +99,30 @@ class RoundFile:
         self,
         folder: str | Path,
         number: int,
-        parts: Sequence[Sequence[int]] | None,
+        indices: Sequence[Sequence[int]] | None,
         made_of: Mapping[str, Any] | None,
         rank: int = 0,
     ):
         self.folder, self.number, self.made_of = Path(folder), number, made_of
-        self.indices = None if parts is None else [list(part) for part in parts]
-        self.num_parts = 0 if parts is None else len(parts)
+        self.indices = None if indices is None else [list(part) for part in indices]
+        self.num_parts = 0 if indices is None else len(indices)
         self.found_made_of: dict[str, Any] | None = None
         self.path = self.folder / f"round-{number:04d}.rank-{rank}.jsonl"
-        self.parts: dict[int, list[ScoredCaptions]] = {}
-        self.unreadable: dict[int, int] = {}
+        self.parts: dict[int, StoredPart] = {}
+        self._last: tuple[int, list[ScoredCaptions]] | None = None
         self.read()
 
+    def __getstate__(self):
+        return self.__dict__ | {"_last": None}
+
     def read(self) -> None:
-        """Reads what all processes have written so far."""
+        """Finds what all processes have written so far."""
         self.parts.clear()
+        self._last = None
         for path in files_of_round(self.folder, self.number):
-            for row in read_rows(path):
+            for offset, row in read_rows(path):
                 if self._is_of_this_round(row):
-                    self.parts[row["part"]] = [ScoredCaptions(**image) for image in row["images"]]
-                    self.unreadable[row["part"]] = row["unreadable"]
+                    self.parts[row["part"]] = StoredPart(path, offset, len(row["images"]), row["unreadable"])
                     self.found_made_of = row["made_of"]
                     if self.indices is None:
                         self.num_parts = row["num_parts"]
@@ -109,10 +130,12 @@ class RoundFile:
     def remove_others(self) -> None:
         """Removes the parts that were made of other settings, data or weights, in the files of all processes."""
         for path in files_of_round(self.folder, self.number):
-            kept = [row for row in read_rows(path) if self._is_of_this_round(row)]
-            content = b"".join(to_json(row, indent=None) + b"\n" for row in kept)
-            if content != path.read_bytes():
-                write_atomically(path, partial(Path.write_bytes, data=content))
+            kept = [(offset, row["part"]) for offset, row in read_rows(path) if self._is_of_this_round(row)]
+            with open(path, "rb") as file:
+                lengths = [len(_line_at(file, offset)) for offset, _ in kept]
+            if sum(lengths) != path.stat().st_size:
+                write_atomically(path, partial(_copy_lines, path, [offset for offset, _ in kept]))
+        self.read()
 
     def _is_of_this_round(self, row: Mapping[str, Any]) -> bool:
         """Whether a part belongs to this round as it is configured."""
@@ -127,6 +150,10 @@ class RoundFile:
     def missing(self) -> list[int]:
         return [part for part in range(self.num_parts) if part not in self.parts]
 
+    @property
+    def num_unreadable(self) -> int:
+        return sum(part.unreadable for part in self.parts.values())
+
     def add(self, part: int, images: Sequence[ScoredCaptions], unreadable: int) -> None:
         """Appends a part, on the disk when this returns."""
         row = {
@@ -139,13 +166,23 @@ class RoundFile:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
+            offset = file.tell()
             file.write(to_json(row, indent=None) + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.parts[part], self.unreadable[part] = list(images), unreadable
+        self.parts[part] = StoredPart(self.path, offset, len(images), unreadable)
 
-    def images(self) -> list[ScoredCaptions]:
-        """Those of all parts, in their order.
+    def read_part(self, part: int) -> list[ScoredCaptions]:
+        """The images of a finished part. The part that was read last stays in memory."""
+        if self._last is None or self._last[0] != part:
+            stored = self.parts[part]
+            with open(stored.path, "rb") as file:
+                row = json.loads(_line_at(file, stored.offset))
+            self._last = part, [ScoredCaptions(**image) for image in row["images"]]
+        return self._last[1]
+
+    def images(self) -> Iterator[ScoredCaptions]:
+        """Those of all parts, in their order, read one part after the other.
 
         Raises:
             ValueError: If a part is missing.
@@ -155,7 +192,7 @@ class RoundFile:
                 f"{self.folder} lacks parts of round {self.number}, which this run has trained on; restore the files "
                 "round-*.jsonl, or pass --overwrite_output_dir to start anew"
             )
-        return [image for part in range(self.num_parts) for image in self.parts[part]]
+        return (image for part in range(self.num_parts) for image in self.read_part(part))
 
 
 def files_of_round(folder: Path, number: int) -> list[Path]:
@@ -163,16 +200,40 @@ def files_of_round(folder: Path, number: int) -> list[Path]:
     return sorted(folder.glob(f"round-{number:04d}.rank-*.jsonl"))
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The parts in a file of a round. A line that a kill has cut off, within a character even, is left out."""
-    for line in path.read_bytes().split(b"\n"):  # `str.splitlines` would split captions at U+2028 and others
-        try:
-            yield json.loads(line.decode())
-        except ValueError:
-            continue
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The parts in a file of a round, each with the place of its line in bytes.
+
+    A line that a kill has cut off, within a character even, is left out.
+    """
+    offset = 0
+    with open(path, "rb") as file:  # as text, captions would be split at U+2028 and others
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if line.endswith(b"\n"):
+                    yield offset, json.loads(line.decode())
+            offset += len(line)
 
 
-def summarise(images: Sequence[ScoredCaptions], unreadable: int) -> dict[str, float]:
+def _line_at(file: BinaryIO, offset: int) -> bytes:
+    file.seek(offset)
+    return file.readline()
+
+
+def _copy_lines(source: Path, offsets: Sequence[int], target: Path) -> None:
+    """Writes the lines of a file that begin at these places into another."""
+    with open(source, "rb") as file, open(target, "wb") as copy:
+        for offset in offsets:
+            copy.write(_line_at(file, offset))
+
+
+COUNTED = ("unfinished", "empty", "not_fluent", "not_finite", "split", "cut")
+MEANS = (
+    *("reward_greedy", "reward_sampled", "reward_best", "words_greedy", "words_best"),
+    *("repeated_greedy", "repeated_best", "fluency_greedy", "fluency_best"),
+)
+
+
+def summarise(images: Iterable[ScoredCaptions], unreadable: int) -> dict[str, float]:
     """Means and counts of a round.
 
     Args:
@@ -180,35 +241,49 @@ def summarise(images: Sequence[ScoredCaptions], unreadable: int) -> dict[str, fl
 
     Returns:
         `images`, and of them those that were `unreadable` (beside them), have `equal_groups` (the samples with a
-        reward are all the same text) or are `without_reward`; captions that are `unfinished`, `empty` or `not_finite`;
-        captions that were `split` into sentences, and sentences that were `cut`; means of `reward_greedy`,
-        `reward_sampled` and `reward_best`, and of the words in the greedy and the best captions.
+        reward are all the same text) or are `without_reward`; captions that are `unfinished`, `empty`, `not_fluent`
+        or `not_finite`; captions that were `split` into sentences, and sentences that were `cut`; means of
+        `reward_greedy`, `reward_sampled` and `reward_best`, and of the greedy and the best captions means of their
+        words, of the share of their words that are `repeated`, and of their `fluency`, if it was measured.
     """
-    counted = ("unfinished", "empty", "not_finite", "split", "cut")
-    counts = {name: sum(getattr(i, name) for i in images) for name in counted}
-    best = [own for image in images if (own := image.best()) is not None]
-    samples = [r for image in images for r in image.sample_rewards if r is not None]
-    equal = sum(
-        len({c for c, r in zip(i.captions[1:], i.sample_rewards, strict=False) if r is not None}) == 1 for i in images
-    )
-    means: dict[str, list[Any]] = {
-        "reward_greedy": [i.rewards[0] for i in images if i.rewards[0] is not None],
-        "reward_sampled": samples,
-        "reward_best": [reward for _, reward in best],
-        "words_greedy": [len(i.captions[0].split()) for i in images],
-        "words_best": [len(caption.split()) for caption, _ in best],
-    }
-    return {
-        "images": len(images),
-        "unreadable": unreadable,
-        "equal_groups": equal,
-        "without_reward": len(images) - len(best),
-        **counts,
-        **{name: round(sum(values) / len(values), 6) for name, values in means.items() if values},
-    }
+    counts = dict.fromkeys(("images", "unreadable", "equal_groups", "without_reward", *COUNTED), 0)
+    counts["unreadable"] = unreadable
+    sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+
+    def add(name: str, value: float | None) -> None:
+        if value is not None:
+            sums[name][0] += value
+            sums[name][1] += 1
+
+    for image in images:
+        counts["images"] += 1
+        for name in COUNTED:
+            counts[name] += getattr(image, name)
+        samples = zip(image.captions[1:], image.sample_rewards, strict=False)
+        counts["equal_groups"] += len({caption for caption, reward in samples if reward is not None}) == 1
+        add("reward_greedy", image.rewards[0])
+        for reward in image.sample_rewards:
+            add("reward_sampled", reward)
+        best = image.best()
+        counts["without_reward"] += best is None
+        add("reward_best", best and best[1])
+        chosen = {"greedy": image.captions[0]} | ({} if best is None else {"best": best[0]})
+        for kind, caption in chosen.items():
+            add(f"words_{kind}", len(caption.split()))
+            add(f"repeated_{kind}", repeated_share(caption))
+            if image.fluency:
+                add(f"fluency_{kind}", image.fluency[image.captions.index(caption)])
+    return {**counts, **{name: round(sums[name][0] / sums[name][1], 6) for name in MEANS if name in sums}}
 
 
-@dataclass
+def repeated_share(caption: str) -> float:
+    """The share of three words in a row that are in the caption before, 0 to 1."""
+    words = caption.split()
+    found = list(zip(words, words[1:], words[2:], strict=False))
+    return 1 - len(set(found)) / len(found) if found else 0.0
+
+
+@dataclass(slots=True)
 class BufferEntry:
     """The best caption of an image so far, its reward, and the round in which it was found or confirmed."""
 
@@ -231,17 +306,24 @@ def write_buffer(path: Path, buffer: Mapping[int, BufferEntry]) -> None:
 
     Where images are files, their paths are absolute, and `vlv train stage2 --pairs` reads the buffer.
     """
-    rows = [
-        {
-            "image": os.path.abspath(own.name) if os.path.isfile(own.name) else own.name,
-            "caption": own.caption,
-            "reward": own.reward,
-            "round": own.round,
-        }
-        for own in buffer.values()
-    ]
-    content = b"".join(to_json(row, None) + b"\n" for row in rows)
-    write_atomically(path, partial(Path.write_bytes, data=content))
+
+    def write(target: Path) -> None:
+        with open(target, "wb") as file:
+            for own in buffer.values():
+                row = {
+                    "image": os.path.abspath(own.name) if os.path.isfile(own.name) else own.name,
+                    "caption": own.caption,
+                    "reward": own.reward,
+                    "round": own.round,
+                }
+                file.write(to_json(row, None) + b"\n")
+
+    write_atomically(path, write)
+
+
+def as_caption(caption: str) -> dict[str, Any]:
+    """What a training item has besides its image, of a caption that is kept in memory."""
+    return {"caption": caption}
 
 
 def images_of_round(count: int, size: int, number: int, seed: int) -> list[int]:
@@ -272,22 +354,30 @@ class RoundDataset(Dataset):
 
     def __init__(self, images: Any, length: int, pairs: Any = None):
         self.images, self.length, self.pairs = images, length, pairs
-        self._samples: list[tuple[Any, int, dict[str, Any]]] = []
+        self._samples: list[tuple[Any, int, Any]] = []
+        self._load: Callable[[Any], dict[str, Any]] = dict
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, place: int) -> dict[str, Any]:
-        source, index, more = self._samples[place]
-        return {**source[index], **more}
+        source, index, key = self._samples[place]
+        return {**source[index], **(self._load(key) if source is self.images else {})}
 
     def fill(
-        self, groups: Sequence[Sequence[tuple[int, dict[str, Any]]]], number: int, seed: int, share: float
+        self,
+        groups: Sequence[Sequence[tuple[int, Any]]],
+        load: Callable[[Any], dict[str, Any]],
+        number: int,
+        seed: int,
+        share: float,
     ) -> None:
         """Chooses the samples of a round.
 
         Args:
-            groups: Samples that stay together, each the index of an image and what is added to its item.
+            groups: Samples that stay together, each the index of an image and what `load` gives the caption of.
+            load: Gives what is added to an item, `caption` among it, when the item is read. The data loader's workers
+                have copies of it.
             number: Of the round.
             share: Of the samples, that are pairs.
 
@@ -305,6 +395,6 @@ class RoundDataset(Dataset):
         own = [(self.images, *sample) for place in order for sample in groups[place]][: self.length - num_pairs]
         if num_pairs:
             mixed = shuffled_passes(len(self.pairs), num_pairs, seed, PAIR_ORDER, number)
-            own += [(self.pairs, place, {}) for place in mixed]
+            own += [(self.pairs, place, None) for place in mixed]
             own = [own[int(place)] for place in drawn(seed, PAIR_ORDER, number).permutation(len(own))]
-        self._samples = own
+        self._samples, self._load = own, load

@@ -20,6 +20,7 @@ GROUPS = {
     ),
     "rewards": (
         *("reward_num_pairs", "reward_min_timestep", "reward_max_timestep", "reward_batch_size", "cache_rewards"),
+        *("length_penalty", "fluency_floor"),
     ),
     "what is trained": (
         *("trainable", "unfreeze", "lora_rank", "encoder_lora_rank", "num_query_tokens", "attend_all_queries"),

@@ -108,6 +108,14 @@ class Stage3Config(Stage2Config):
         default=TIMESTEP_RANGE[1], metadata={"help": "Highest timestep of a score, as a share of the schedule."}
     )
     reward_batch_size: int = field(default=64, metadata={"help": "Most passes of the denoiser at once."})
+    length_penalty: float = field(default=0.0, metadata={"help": "Taken from the reward for each word of a caption."})
+    fluency_floor: float | None = field(
+        default=None,
+        metadata={
+            "help": "A caption has no reward if the mean log-probability of its tokens is lower, by the language "
+            "model of `model` without an image, such as -4; -1000 only measures it."
+        },
+    )
     cache_rewards: str | None = field(
         default=None,
         metadata={
@@ -187,6 +195,12 @@ class Stage3Config(Stage2Config):
             raise ValueError(
                 f"kl_weight is {self.kl_weight}, clip_range {self.clip_range} and buffer_rounds {self.buffer_rounds}; "
                 "expected 0 or more, a number between 0 and 1, and 0 or more"
+            )
+        if not 0 <= self.length_penalty < float("inf"):
+            raise ValueError(f"length_penalty is {self.length_penalty}; expected 0 or more, in units of the reward")
+        if self.fluency_floor is not None and not float("-inf") < self.fluency_floor < 0:
+            raise ValueError(
+                f"fluency_floor is {self.fluency_floor}; expected a mean log-probability, below 0, such as -4"
             )
         if self.pairs is not None and self.method == "grpo":
             raise ValueError("pairs are mixed in by best_of_n alone; leave pairs out, or pass --method best_of_n")

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.data import SequentialSampler
 from transformers.utils import logging
 
 from vlv import VLVForConditionalGeneration, VLVProcessor
+from vlv.diffusion_decoder import DiffusionDecoder
 from vlv.files import write_json
 from vlv.pipelines import DiffusionScorer
 
@@ -18,11 +19,12 @@ from .caches import trained_fingerprint
 from .census import format_time
 from .checkpoints import say
 from .data.collators import diffusion_pixels
+from .data.feature_cache import FeatureCache
 from .data_loading import ENOUGH_IMAGES
 from .evaluating import kept_random_state
 from .meters import QUARTILES, Means
 from .modes import set_train_mode
-from .policy_gradient import PolicyCollator, group_advantages, policy_loss, token_log_probabilities
+from .policy_gradient import PolicyCollator, PolicySamples, policy_loss, token_log_probabilities
 from .proposals import ImageParts, Proposer, read_parts
 from .reward_cache import RewardCache
 from .rounds import (
@@ -32,6 +34,7 @@ from .rounds import (
     RoundDataset,
     RoundFile,
     ScoredCaptions,
+    as_caption,
     images_of_round,
     summarise,
     update_buffer,
@@ -45,7 +48,7 @@ logger = logging.get_logger(__name__)
 
 SAMPLING_SETTINGS = (
     *("num_captions", "temperature", "top_p", "max_caption_tokens", "append_eos", "seed", "method"),
-    *("buffer_rounds", "on_bad_image"),
+    *("buffer_rounds", "on_bad_image", "length_penalty", "fluency_floor"),
 )
 SOURCES = ("images", "model", "diffusion_model")
 """Entries of the run's settings with fingerprints that captions and rewards depend on."""
@@ -107,15 +110,15 @@ class Stage3Trainer(Stage2Trainer):
         scorer.diffusion_decoder.to(args.device)
         scorer.model.to(args.device)
         self.buffer: dict[int, BufferEntry] = {}
+        self._rounds_in_buffer = 0  # from the first on
+        collator: Any = self.data_collator
+        self.conditioning: FeatureCache | None = collator.caches["conditioning"]
         self._starting_weights: dict[str, torch.Tensor] = {}
-        at_start = None
+        if args.fluency_floor is not None or (args.method == "grpo" and args.kl_weight):
+            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            self._starting_weights = {name: parameter.detach().cpu().clone() for name, parameter in trained}
         if args.method == "grpo":
-            at_start = self.starting_weights
-            if args.kl_weight:
-                trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-                self._starting_weights = {name: parameter.detach().cpu().clone() for name, parameter in trained}
             self.means = Means((*QUARTILES, "kl", "clipped_share"), args.device)
-            collator: Any = self.data_collator
             self.data_collator = PolicyCollator(
                 processor,
                 args.max_caption_tokens,
@@ -123,7 +126,7 @@ class Stage3Trainer(Stage2Trainer):
                 append_eos=args.append_eos,
                 pad_to_max_length=args.pad_to_max_length,
                 features=collator.caches["image_features"],
-                conditioning=collator.caches["conditioning"],
+                conditioning=self.conditioning,
             )
         self.scored_by: dict[str, Any] = {
             **scorer.settings(),
@@ -133,7 +136,12 @@ class Stage3Trainer(Stage2Trainer):
         }
         folder = args.output_dir if args.dry_run else args.cache_rewards or args.output_dir
         cache = RewardCache(Path(folder or ".") / f"rewards-{settings.process_index}.sqlite", self.scored_by)
-        self.proposer = Proposer(args, processor, scorer, cache, at_start)
+        self.proposer = Proposer(args, processor, scorer, cache, self.starting_weights)
+
+    @property
+    def diffusion_decoder(self) -> DiffusionDecoder:
+        """The frozen text-to-image model."""
+        return self.proposer.scorer.diffusion_decoder
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)  # `RoundDataset.fill` chooses the order
@@ -181,10 +189,7 @@ class Stage3Trainer(Stage2Trainer):
         args: Any = self.args
         resumed = self.state.global_step > number * args.round_steps  # within the round
         if args.method == "best_of_n":
-            first = max(0, number + 1 - args.buffer_rounds) if args.buffer_rounds else 0
-            self.buffer = {}
-            for earlier in range(first, number):
-                update_buffer(self.buffer, self._finished_round(earlier).images(), earlier)
+            self._fill_buffer(number)
         if resumed:
             file = self._finished_round(number)
             if file.found_made_of is not None and file.found_made_of["method"] != args.method:
@@ -209,12 +214,19 @@ class Stage3Trainer(Stage2Trainer):
                 self.end_terminated(f"in round {number}")
             self.accelerator.wait_for_everyone()
             file.read()
-        found = file.images()
         if not resumed:
-            self._report_round(number, found, sum(file.unreadable.values()))
-        groups = self._choose(found, number)
+            self._report_round(number, file)
         dataset: Any = self.train_dataset
-        dataset.fill(groups, number, args.seed, args.pairs_share)
+        dataset.fill(*self._choose(file, number), number, args.seed, args.pairs_share)
+
+    def _fill_buffer(self, number: int) -> None:
+        """Makes the buffer that of the rounds before one, of the last `buffer_rounds`, this one counted."""
+        keep: int = self.args.buffer_rounds
+        if keep or self._rounds_in_buffer != number:
+            self.buffer = {}
+            for earlier in range(max(0, number + 1 - keep) if keep else 0, number):
+                update_buffer(self.buffer, self._finished_round(earlier).images(), earlier)
+        self._rounds_in_buffer = number + 1  # `_choose` adds this one
 
     def _parts_of_round(self, number: int) -> dict[int, list[int]]:
         """The indices of the images of each part of a round. A dry run has one part."""
@@ -232,6 +244,7 @@ class Stage3Trainer(Stage2Trainer):
             **{name: self.settings[name]["fingerprint"] for name in SOURCES if name in self.settings},
             "scored_by": self.scored_by,
             "measures_start": bool(args.method == "grpo" and args.kl_weight),
+            "rounded_conditioning": args.rounding_caches().get("cache_conditioning", False),
         }
 
     def _finished_round(self, number: int) -> RoundFile:
@@ -254,7 +267,7 @@ class Stage3Trainer(Stage2Trainer):
         args, parts = self.args, self._parts_of_round(file.number)
         missing = {part: parts[part] for part in file.missing[args.process_index :: args.world_size]}
         processor: Any = self.processing_class
-        reading = ImageParts(self.images, missing, processor.image_processor, self.image_size)
+        reading = ImageParts(self.images, missing, processor.image_processor, self.image_size, self.conditioning)
         half = HALF_DTYPES.get(self.accelerator.mixed_precision)
         model: Any = self.model
         was_training = model.training
@@ -277,17 +290,17 @@ class Stage3Trainer(Stage2Trainer):
             model.train(was_training)
 
     def _check_readable(self, file: RoundFile) -> None:
-        unreadable = sum(file.unreadable.values())
-        read = unreadable + sum(map(len, file.parts.values()))
+        unreadable = file.num_unreadable
+        read = unreadable + sum(part.images for part in file.parts.values())
         if unreadable > self.args.max_bad_share * max(read, ENOUGH_IMAGES):
             raise ValueError(
                 f"{unreadable} of {read} images of this round cannot be read (they are named above), which is more "
                 f"than max_bad_share ({self.args.max_bad_share:g}) allows; remove them, or raise --max_bad_share"
             )
 
-    def _report_round(self, number: int, found: list[ScoredCaptions], unreadable: int) -> None:
-        summary = summarise(found, unreadable)
-        self._skipped += unreadable
+    def _report_round(self, number: int, file: RoundFile) -> None:
+        summary = summarise(file.images(), file.num_unreadable)
+        self._skipped += file.num_unreadable
         should_log = self.control.should_log  # logging turns it off
         self.log({"round": number, **summary})
         self.control.should_log = should_log
@@ -296,33 +309,15 @@ class Stage3Trainer(Stage2Trainer):
             values = ", ".join(f"{name} {value:g}" for name, value in summary.items())
             say(f"round {number}: {values}")
 
-    def _choose(self, found: list[ScoredCaptions], number: int) -> list[list[tuple[int, dict[str, Any]]]]:
-        """What a round trains on, see `RoundDataset.fill`."""
-        if self.args.method == "best_of_n":
-            update_buffer(self.buffer, found, number)
-            if self.is_world_process_zero():
-                write_buffer(Path(self.args.output_dir) / BUFFER_FILE, self.buffer)
-            return [[(own.image, {"caption": own.caption})] for own in self.buffer.values() if own.caption]
-        groups = []
-        for image in found:
-            samples = zip(
-                image.captions[1:],
-                group_advantages(image.sample_rewards),
-                image.sampled_log_probs,
-                image.start_log_probs,
-                strict=False,
-            )
-            group = [
-                (
-                    image.index,
-                    {"caption": caption, "advantage": gain, "sampled_log_probs": own, "start_log_probs": start},
-                )
-                for caption, gain, own, start in samples
-                if gain is not None and caption
-            ]
-            if group:
-                groups.append(group)
-        return groups
+    def _choose(self, file: RoundFile, number: int) -> tuple[list, Callable[[Any], dict[str, Any]]]:
+        """What a round trains on: `groups` and `load` of `RoundDataset.fill`."""
+        if self.args.method == "grpo":
+            samples = PolicySamples(file)
+            return samples.groups(), samples
+        update_buffer(self.buffer, file.images(), number)
+        if self.is_world_process_zero():
+            write_buffer(Path(self.args.output_dir) / BUFFER_FILE, self.buffer)
+        return [[(own.image, own.caption)] for own in self.buffer.values()], as_caption
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "advantages" not in inputs:
@@ -356,7 +351,7 @@ class Stage3Trainer(Stage2Trainer):
         processor: Any = self.processing_class
         loaded = [item["image"] for item in self.validation_items]
         pixel_values = processor(images=loaded).pixel_values.to(model.device, model.dtype)
-        captions, ended = self.proposer.generate(model, model.model.get_caption_embeds(pixel_values))
+        captions, ended = self.proposer.generate(model, model.model(pixel_values).conditioning)
         scored = [
             ScoredCaptions(place, "", [caption], [0.0 if caption and whole else None], 0)
             for place, (caption, whole) in enumerate(zip(captions, ended, strict=True))

@@ -533,6 +533,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         inputs: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        conditioning: torch.Tensor | None = None,
         **kwargs,
     ):
         """Writes captions. Takes what the language model's own `generate` takes, unless it cannot follow a prefix.
@@ -552,6 +553,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
                 of the model, which can change the result of beam search.
             inputs (`torch.Tensor`): Another name of `pixel_values` or, of two dimensions, of `input_ids`.
             image_features (`torch.Tensor` of shape `(B, P, d_model)`), mm_token_type_ids: As in `forward`.
+            conditioning (`torch.Tensor` of shape `(B, Q, d_cond)`): As in `forward`. In place of images.
 
         Returns:
             `(B * num_return_sequences, length)` new token ids, without the prefix. After `input_ids` with image tokens
@@ -570,6 +572,8 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         explicit = {} if generation_config is None else generation_config.to_diff_dict()
         prompt: torch.Tensor | None = None
         if input_ids is not None and self._are_image_tokens(input_ids).any():
+            if conditioning is not None:
+                raise ValueError("image tokens in input_ids stand for images; leave conditioning out")
             prompt = input_ids
             mask = torch.ones_like(prompt) if attention_mask is None else attention_mask
             sequence, _, _ = self._read_sequence(prompt, mask, None, None, images)
@@ -579,6 +583,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             if (streamer := kwargs.get("streamer")) is not None:
                 kwargs["streamer"] = PromptStreamer(streamer, prompt)
         else:
+            images["conditioning"] = conditioning
             prefix, mask, _ = self.get_prefix(input_ids=input_ids, attention_mask=attention_mask, **images)
         check_generation_arguments(explicit)
         check_generation_arguments(kwargs)

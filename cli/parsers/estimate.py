@@ -15,11 +15,19 @@ def add_parser(commands) -> None:
         epilog="Any other --name value overrides a setting of CONFIG.yaml, as in `vlv train`: --encoder_image_size "
         "384, --bf16 true, --max_steps 50000. Models are those of the paper by their repo ids (Florence-2-large and "
         "-base, Stable Diffusion 2.1, XL, 3 and 3.5, Qwen2.5-3B, -1.5B, -0.5B), or folders with a config.json or, of "
-        "a text-to-image model, a model_index.json. Validation, saving, waiting for data and communication between "
-        "cards are not counted.",
+        "a text-to-image model, a model_index.json. Of stage 3, samples and scores of "
+        "the rounds are counted, too. Validation, saving, waiting for data and communication between cards are not.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the training's configuration")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="default: found from the configuration's settings")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2, 3), help="default: found from the configuration's settings"
+    )
+    parser.add_argument(
+        "--stage2",
+        metavar="RECIPE.yaml",
+        help="stage 3: the recipe of stage 2 that will make its model, where that does not exist (default: the one of "
+        "this output_dir beside CONFIG.yaml or its folder)",
+    )
     parser.add_argument("--gpu", default="H100", help="the card (default: H100); an unknown name lists those known")
     parser.add_argument("--count", type=positive, default=8, help="number of cards (default: 8)")
     parser.add_argument("--price", type=float, default=2.5, help="dollars for a card and an hour (default: 2.5)")

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from vlv.cli.main import main
+from vlv.diffusion_decoder import StableDiffusionDecoder
+
+from ..builders import stable_diffusion_parts
 
 
 @pytest.fixture
@@ -45,6 +48,46 @@ def test_stage_2_is_counted_with_the_stage_1_recipe_beside_it(recipe, tmp_path, 
     recipe.unlink()
     assert main(["estimate", str(stage2)]) == 2
     assert f"model {tmp_path / 'run'} is not known" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_stage_3_is_counted_with_the_recipes_of_the_stages_before_it(recipe, tmp_path, language_model, capsys):
+    """Samples, passes of the denoiser, and the frozen model's memory, beside the same steps of stage 2."""
+    stage2 = tmp_path / "stage2.yaml"
+    stage2.write_text(
+        f"model: {tmp_path / 'run'}\nlanguage_model: {language_model}\npairs: none\nmax_steps: 6\n"
+        f"trainable: projector+lm\noutput_dir: {tmp_path / 'run2'}\n"
+    )
+    (tmp_path / "stage3").mkdir()
+    stage3 = tmp_path / "stage3" / "small.yaml"
+    stage3.write_text(
+        f"model: {tmp_path / 'run2'}\nimages: none\nrounds: 2\nround_images: 100\nround_steps: 3\n"
+        "num_captions: 3\nreward_num_pairs: 2\nmax_caption_tokens: 10\nsample_batch_size: 4\n"
+    )
+    found = estimate(capsys, stage3, "--count", 1)
+    before = estimate(capsys, stage2, "--count", 1, "--caption-tokens", 10)
+    assert (found["stage"], found["steps"]) == (3, 6)
+    assert found["parameters"]["trained"] == before["parameters"]["trained"]
+    own = found["round"]
+    assert (own["rounds"], own["images"], own["captions_per_image"]) == (2, 100, 3)
+    assert own["denoiser_passes_per_image"] == (3 + 2 + 1) * 2  # samples, greedy and best caption, and no words
+    hours = 2 * 100 * sum(own["seconds_per_image"].values()) / 3600
+    assert own["hours_of_all_rounds"] == pytest.approx(hours)
+    assert found["hours"] == pytest.approx(before["hours"] + hours)
+    frozen = [figures["memory_bytes"]["frozen_weights"] for figures in (found, before)]
+    parts = stable_diffusion_parts()
+    denoiser = StableDiffusionDecoder(parts["vae"], parts["unet"], parts["scheduler"].config)
+    assert frozen[0] - frozen[1] == sum(parameter.nbytes for parameter in denoiser.parameters())
+    named = (stage3, "--model", "nowhere", "--stage2", stage2)
+    more = estimate(capsys, *named, "--count", 1, "--num_captions", 7, "--reward_num_pairs", 4)["round"]
+    assert more["denoiser_passes_per_image"] == (7 + 2 + 1) * 4
+    assert more["cache_bytes"] * 3 == own["cache_bytes"] * 7
+    assert more["tflop_per_image"]["vae_encoder"] == own["tflop_per_image"]["vae_encoder"]
+    assert main(["estimate", str(stage3), "--method", "grpo"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 rounds of 100 images, 3 samples" in printed and "counted as a recipe of stage 2 will make it" in printed
+    assert main(["estimate", str(stage3), "--model", "nowhere"]) == 2
+    assert "model nowhere is not known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

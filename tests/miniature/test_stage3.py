@@ -1,6 +1,7 @@
 """Stage 3 of the miniature: captions that are right or wrong get better from images alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,59 +15,104 @@ from vlv.miniature.score_ranking import load_scorer
 from vlv.miniature.scoring import count_mentions
 from vlv.miniature.stage3 import measure, measure_kept, new_scenes, table, write_images
 from vlv.miniature.world import Scene, SceneObject
-from vlv.train import stage3
+from vlv.train import Stage3Trainer, stage3
+from vlv.train.rounds import RoundFile
 
 
-@pytest.mark.slow
-def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(tmp_path):
-    """The embedded captioner, whose language projection has noise."""
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """The embedded captioner, whose language projection has noise, so that its captions have errors."""
     model, processor = hub.load_captioner(MINIATURE)
     torch.manual_seed(0)
     with torch.no_grad():
         for weight in (parameter for parameter in model.language_projection.parameters() if parameter.ndim == 2):
             weight += 1.1 * weight.std() * torch.randn_like(weight)
     decoder = hub.find_diffusion_model(str(MINIATURE))
-    hub.export(tmp_path / "start", captioner=model, processor=processor, diffusion_model=decoder)
+    return hub.export(tmp_path_factory.mktemp("start"), captioner=model, processor=processor, diffusion_model=decoder)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> tuple[Path, list[Scene]]:
+    """A folder of 32 images, and their scenes."""
+    folder = tmp_path_factory.mktemp("images")
+    return folder, write_images(folder, 32, "combo", 41, evaluation_items("combo", 32)[1])
+
+
+@pytest.fixture(scope="module")
+def train(start, seen, tmp_path_factory):
+    """Trains the projection on the images, with 6 samples of each and 2 passes of the denoiser a caption."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def train(folder: Path, **own) -> Stage3Trainer:
+        settings = {
+            "model": start,
+            "images": seen[0],
+            "output_dir": folder,
+            "trainable": "projector",
+            "round_images": 32,
+            "num_captions": 6,
+            "sample_batch_size": 32,
+            "reward_num_pairs": 2,
+            "max_caption_tokens": 64,
+            "per_device_train_batch_size": 16,
+            "cache_conditioning": cache / "conditioning",
+            "conditioning_dtype": "float32",
+            "cache_rewards": cache,
+            "dataloader_num_workers": 0,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **own,
+        }
+        return stage3.main([f"--{name}={value}" for name, value in settings.items()])
+
+    return train
+
+
+def summary(folder: Path, number: int) -> dict[str, float]:
+    return json.loads((folder / "rounds" / f"round-{number:04d}.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(start, seen, train, tmp_path):
+    model, processor = hub.load_captioner(start)
     pixels, truth = evaluation_items("combo", 32)
-    scenes = write_images(tmp_path / "images", 32, "combo", 41, truth)
-    seen = torch.stack([image for image, _ in new_scenes(32, "combo", 41, truth)])
-    settings = {
-        "model": tmp_path / "start",
-        "images": tmp_path / "images",
-        "output_dir": tmp_path / "run",
-        "trainable": "projector",
-        "rounds": 1,
-        "round_images": 32,
-        "round_steps": 24,
-        "num_captions": 6,
-        "sample_batch_size": 32,
-        "reward_num_pairs": 2,
-        "max_caption_tokens": 64,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-3,
-        "cache_conditioning": tmp_path / "conditioning",
-        "conditioning_dtype": "float32",
-        "validation_steps": 24,
-        "num_validation_images": 32,
-        "dataloader_num_workers": 0,
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    trainer = stage3.main([f"--{name}={value}" for name, value in settings.items()])
+    trainer = train(
+        tmp_path, rounds=1, round_steps=24, learning_rate=1e-3, validation_steps=24, num_validation_images=32
+    )
     before, after = (measure(caption_images(own, processor, pixels), truth) for own in (model, trainer.model))
-    greedy = measure(caption_images(model, processor, seen), scenes)
-    kept = measure_kept(tmp_path / "run", 0, scenes)
+    images = torch.stack([image for image, _ in new_scenes(32, "combo", 41, truth)])
+    greedy = measure(caption_images(model, processor, images), seen[1])
+    kept = measure_kept(tmp_path, 0, seen[1])
     assert kept["exact"] > greedy["exact"] and kept["object_place_f1"] > greedy["object_place_f1"]
     for name in ("object_place_f1", "object_size_place_f1", "exact"):
         assert after[name] > before[name], (before, after)
     assert after["invented"] < before["invented"] and after["missing"] < before["missing"]
-    summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
-    (sample,) = (tmp_path / "run" / "samples").iterdir()
+    found = summary(tmp_path, 0)
+    (sample,) = (tmp_path / "samples").iterdir()
     rewards = [row["reward"] for row in json.loads(sample.read_text())]  # of the images of the round, all of them
-    assert len(rewards) == summary["images"]
+    assert len(rewards) == found["images"]
     rewards = [reward for reward in rewards if reward is not None]
-    assert summary["reward_best"] > summary["reward_greedy"] > summary["reward_sampled"]
-    assert sum(rewards) / len(rewards) > summary["reward_greedy"]
+    assert found["reward_best"] > found["reward_greedy"] > found["reward_sampled"]
+    assert sum(rewards) / len(rewards) > found["reward_greedy"]
+
+
+@pytest.mark.slow
+def test_a_policy_gradient_raises_the_reward_and_the_truth_of_the_samples(seen, train, tmp_path):
+    """Two rounds of the same images: in the second, the samples are of the model that the first has trained."""
+    train(
+        tmp_path,
+        **{"method": "grpo", "kl_weight": 0, "rounds": 2, "round_steps": 8, "num_captions": 4},
+        **{"learning_rate": 1e-3, "validation_steps": 0},
+    )
+    first, second = (summary(tmp_path, number) for number in range(2))
+    assert second["reward_sampled"] > first["reward_sampled"] + 0.03
+    truth = []
+    for number in range(2):
+        images = list(RoundFile(tmp_path / "rounds", number, None, None).images())
+        samples = [(caption, seen[1][image.index]) for image in images for caption in image.captions[1:]]
+        truth.append(measure(*zip(*samples, strict=True)))
+    for name in ("object_place_f1", "exact"):
+        assert truth[1][name] > truth[0][name] + 0.04, truth
 
 
 def test_scenes_that_are_measured_are_not_trained_on():

@@ -132,7 +132,7 @@ def test_the_noise_depends_on_the_seed_and_on_the_image(scorer, pixels):
 
 def test_a_caption_that_is_too_long_is_scored_as_the_mean_of_its_sentences(scorer, pixels):
     sentences = ["a small dog at the top left.", "a large apple is on the right!", "a red car?"]
-    assert all(map(scorer.fits, sentences)) and not scorer.fits(LONG)
+    assert scorer.fitting([*sentences, LONG]) == {**dict.fromkeys(sentences, True), LONG: False}
     found = scorer.score(pixels[:1], [[LONG, *sentences]])
     assert found.num_texts.tolist() == [[3, 1, 1, 1]] and not found.num_cut.any()
     assert_close_to_scale(found.scores[0, 0], found.scores[0, 1:].mean(), 1e-4)

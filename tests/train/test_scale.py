@@ -22,7 +22,7 @@ from vlv.train.lora import ADAPTER_FILE
 
 from ..builders import assert_close_to_scale
 from ..interpreter import run_python
-from .two_processes import CONFIGS, LORA, STEPS, launch_environment, train, trainer_of
+from .two_processes import CONFIGS, LORA, STEPS, launch_environment, stage3, train, trainer_of
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("ddp", "fsdp2")
@@ -63,7 +63,12 @@ def alone(tmp_path_factory) -> dict[str, Any]:
     """The trainings of one process, in a folder `folder`."""
     folder = tmp_path_factory.mktemp("alone")
     runs = {stage: train(int(stage[-1]), folder / stage, **settings(stage)) for stage in STAGES}
-    return {**runs, "lora": train(2, folder / "lora", **LORA), "folder": folder}
+    return {
+        **runs,
+        "lora": train(2, folder / "lora", **LORA),
+        "stage3": stage3(folder / "stage3"),
+        "folder": folder,
+    }
 
 
 def settings(stage: str) -> dict[str, Any]:
@@ -89,6 +94,19 @@ def test_a_resumed_run_ends_as_the_unbroken_one(results, folder, engine, run):
     if run == "stage1":
         resumed, unbroken = (load_file(folder / engine / place / ENCODER_FILE) for place in (f"{run}-resumed", run))
         assert all(torch.equal(resumed[name], tensor) for name, tensor in unbroken.items())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_captions_of_a_round_and_train_on_those_of_one(results, alone):
+    """Later rounds may differ: samples follow the weights, which differ in the last digits."""
+    found = results["ddp"]["stage3"]
+    assert found["parts"] == [2, 2, 2, 2] and alone["stage3"]["parts"] == [4, 4]
+    assert found["rounds"][0] == json.loads(json.dumps(alone["stage3"]["rounds"][0]))
+    assert any(reward is not None for _, _, rewards in found["rounds"][0] for reward in rewards)
+    assert found["losses"][0] == pytest.approx(alone["stage3"]["losses"][0], rel=1e-5)
+    resumed = results["ddp"]["stage3-resumed"]
+    assert resumed["parts"] == [2, 2, 3, 1]  # of the two that were missing each process has one
+    assert resumed["rounds"] == found["rounds"] and resumed["losses"] == found["losses"]
 
 
 @pytest.mark.slow

@@ -5,15 +5,17 @@ import math
 import os
 import shutil
 import signal
+import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from vlv import VLVForConditionalGeneration, hub
+from vlv import VLVForConditionalGeneration, VLVModel, hub
 from vlv.pipelines import DiffusionScorer, load_reconstruction, resized_pixels
 from vlv.train import stage3
+from vlv.train.fluency import measure_fluency
 from vlv.train.parsing import FailedRun
 from vlv.train.rounds import (
     RoundFile,
@@ -75,7 +77,7 @@ def history(folder: Path) -> list[dict]:
 
 
 def images_in(folder: Path, number: int) -> list[ScoredCaptions]:
-    return RoundFile(folder / "rounds", number, None, None).images()
+    return list(RoundFile(folder / "rounds", number, None, None).images())
 
 
 class _Counts(stage3.DiffusionScorer):
@@ -157,6 +159,47 @@ def test_rewards_are_the_scores_of_vlv_score(unbroken):
             assert found.tolist() == pytest.approx([reward for _, reward in scored], abs=2e-6)
             compared += len(scored)
     assert compared > 5
+
+
+@pytest.mark.slow
+def test_rounds_read_cached_conditioning_and_take_length_and_language_into_account(
+    settings, unbroken, start, tmp_path, monkeypatch
+):
+    own = {"cache_conditioning": tmp_path / "cache", "conditioning_dtype": "float32", "cache_rewards": tmp_path}
+    own |= {"rounds": 1, "round_steps": 1}
+    stage3.main(settings(tmp_path / "cached", **own))
+    expected, found = images_in(unbroken["best_of_n"], 0), images_in(tmp_path / "cached", 0)
+    assert [image.captions for image in found] == [image.captions for image in expected]
+    rewards = [[reward for image in images for reward in image.rewards] for images in (found, expected)]
+    assert rewards[0] == pytest.approx(rewards[1], abs=2e-6)
+
+    model, processor = hub.load_captioner(start)
+    texts = [c for image in found for c, r in zip(image.captions, image.rewards, strict=True) if r is not None]
+    fluency = measure_fluency(model, processor, texts, 24, True, batch_size=3)
+    floor = sorted(set(fluency))[1] - 1e-3  # one is less likely
+    monkeypatch.setattr(VLVModel, "get_caption_embeds", None)
+    _Counts.texts = 0
+    stage3.main(settings(tmp_path / "held", **own, fluency_floor=floor, length_penalty=0.01), scorer_class=_Counts)
+    assert _Counts.texts == 0  # another run has scored them
+    held = images_in(tmp_path / "held", 0)
+    assert [image.captions for image in held] == [image.captions for image in expected]
+    of_text = dict(zip(texts, fluency, strict=True))
+    dropped = 0
+    for image, before in zip(held, found, strict=True):
+        for caption, reward, own_fluency, score in zip(
+            image.captions, image.rewards, image.fluency or [None] * 5, before.rewards, strict=True
+        ):
+            if score is None:
+                assert reward is None and own_fluency is None
+                continue
+            assert own_fluency == pytest.approx(of_text[caption], abs=1e-3)
+            if own_fluency < floor:
+                dropped += 1
+                assert reward is None
+            else:
+                assert reward == pytest.approx(score - 0.01 * len(caption.split()), abs=2e-6)
+    summary = json.loads((tmp_path / "held" / "rounds" / "round-0000.json").read_text())
+    assert summary["not_fluent"] == dropped > 0 and summary["fluency_best"] > floor
 
 
 @pytest.mark.slow
@@ -261,8 +304,11 @@ def test_rewards_that_are_not_finite_are_dropped_and_counted_as_are_unreadable_i
 @pytest.mark.slow
 def test_groups_of_equal_captions_are_counted_and_leave_no_policy_gradient(settings, tmp_path):
     own = {"rounds": 1, "round_steps": 1, "round_images": 4, "temperature": 1e-4, "max_caption_tokens": 60}
+    _Counts.texts = 0
     with pytest.raises(FailedRun, match=r"round 0 leaves nothing to train on: .*raise --temperature"):
-        stage3.main(settings(tmp_path / "run", method="grpo", **own))
+        stage3.main(settings(tmp_path / "run", method="grpo", **own), scorer_class=_Counts)
+    with sqlite3.connect(tmp_path / "run" / "rewards-0.sqlite") as cache:
+        assert cache.execute("SELECT COUNT(*) FROM losses").fetchone() == (_Counts.texts,)  # each text once
     summary = json.loads((tmp_path / "run" / "rounds" / "round-0000.json").read_text())
     assert summary["equal_groups"] == 4 - summary["without_reward"] > 0
 
@@ -312,6 +358,8 @@ def test_a_model_of_stage_1_a_missing_one_and_weighted_images_are_refused(
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy is 'sequential'"),
         ({"pairs_share": 1}, "pairs_share is 1.0; expected a share"),
         ({"vae_dtype": "float8"}, "vae_dtype is 'float8'; expected one of ('float32', 'bfloat16')"),
+        ({"length_penalty": -1}, "length_penalty is -1.0; expected 0 or more"),
+        ({"fluency_floor": 0}, "fluency_floor is 0.0; expected a mean log-probability, below 0"),
         ({"reward_batch_size": 0}, "reward_batch_size is 0; expected 1 or more"),
         ({"max_caption_tokens": 0}, "max_caption_tokens is 0; expected 1 or more"),
         ({"method": "grpo", "kl_weight": "nan"}, "kl_weight is nan"),
@@ -328,8 +376,8 @@ def test_a_dry_run_scores_one_part_and_leaves_nothing(settings, tmp_path, capsys
     stage3.main(settings(tmp_path / "run", dry_run=True, cache_rewards=tmp_path / "rewards"))
     said = capsys.readouterr().out
     assert "plan of the run" in said and "round 0: images 4, " in said
+    assert "diffusion model: unet: 0 trainable" in said and "vlv estimate counts" in said
     assert "sampling and scoring 4 images took " in said and " for the 20 of all rounds" in said
-    assert "cannot tell it: stage 3 is not counted" in said
     assert not (tmp_path / "rewards").exists()
     assert not (tmp_path / "run").exists() or not [p for p in (tmp_path / "run").iterdir() if p.name != ".run.lock"]
 

@@ -2,25 +2,33 @@
 
 import json
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from vlv import VLVForConditionalGeneration
+from vlv import VLVForConditionalGeneration, hub
+from vlv.checkpoints import MINIATURE
+from vlv.miniature.data import evaluation_items
+from vlv.miniature.grammar import write_caption
 from vlv.train import stage3
 from vlv.train.data import load_images, load_pairs
+from vlv.train.fluency import measure_fluency
 from vlv.train.parsing import parse_config
-from vlv.train.policy_gradient import group_advantages, policy_loss, token_log_probabilities
+from vlv.train.policy_gradient import PolicySamples, group_advantages, policy_loss, token_log_probabilities
 from vlv.train.proposals import ImagePart, Proposer
 from vlv.train.reward_cache import RewardCache
 from vlv.train.rounds import (
     RoundDataset,
     RoundFile,
     ScoredCaptions,
+    as_caption,
     images_of_round,
+    repeated_share,
     summarise,
     update_buffer,
     write_buffer,
@@ -99,7 +107,7 @@ def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
     with open(file.path, "ab") as cut:
         cut.write('{"part": 0, "made_of": {"weights": "é'.encode()[:-1])  # within a character
     again = RoundFile(tmp_path, 3, parts, made_of)
-    assert again.missing == [0] and again.parts[1] == [scored(5, 1.0, None, 3.0)] and again.unreadable[1] == 2
+    assert again.missing == [0] and again.read_part(1) == [scored(5, 1.0, None, 3.0)] and again.num_unreadable == 2
     with pytest.raises(ValueError, match="lacks parts of round 3, which this run has trained on"):
         again.images()
     again.remove_others()
@@ -107,13 +115,50 @@ def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
     assert [image.index for image in RoundFile(tmp_path, 3, None, None).images()] == [5, 6]
 
 
+def test_a_part_whose_line_has_no_end_is_computed_again(tmp_path):
+    file = RoundFile(tmp_path, 0, [[1], [2]], {})
+    file.add(0, [scored(1, 1.0, 2.0, 3.0)], 0)
+    file.path.write_bytes(file.path.read_bytes()[:-1])  # the next part would be in the same line
+    again = RoundFile(tmp_path, 0, [[1], [2]], {})
+    assert again.missing == [0, 1]
+    again.remove_others()
+    for part in again.missing:
+        again.add(part, [scored(part + 1, 1.0, 2.0, 3.0)], 0)
+    assert [image.index for image in RoundFile(tmp_path, 0, None, None).images()] == [1, 2]
+
+
+def test_training_items_are_read_from_the_files_when_they_are_needed(tmp_path):
+    """The captions on the disk change after a round has chosen its samples: items have the changed ones."""
+    file = RoundFile(tmp_path, 0, [[0, 1], [2]], {})
+    for part, indices in enumerate(([0, 1], [2])):
+        images = [scored(index, 1.0, 2.0, None, 4.0) for index in indices]
+        for image in images:
+            image.num_samples = 3
+            image.sampled_log_probs = image.start_log_probs = [[-1.0], [], [-3.0]]
+        file.add(part, images, 0)
+    samples = PolicySamples(file)
+    dataset = RoundDataset([{"image": n} for n in range(3)], length=6)
+    dataset.fill(samples.groups(), samples, number=0, seed=0, share=0.0)
+    file.path.write_bytes(file.path.read_bytes().replace(b"caption ", b"CAPTION "))
+    items = [pickle.loads(pickle.dumps(dataset))[place] for place in range(6)]
+    assert sorted(item["image"] for item in items) == [0, 0, 1, 1, 2, 2]
+    assert {item["caption"] for item in items} == {"CAPTION 1", "CAPTION 3"}
+    assert {item["caption"]: item["advantage"] for item in items} == {"CAPTION 1": -1.0, "CAPTION 3": 1.0}
+    assert {item["caption"]: item["start_log_probs"] for item in items} == {"CAPTION 1": [-1.0], "CAPTION 3": [-3.0]}
+
+
+def test_repeated_words_are_those_of_three_in_a_row():
+    assert repeated_share("a dog and a cat") == repeated_share("a dog") == 0.0
+    assert repeated_share("a red dog a red dog a red dog") == pytest.approx(4 / 7)
+
+
 def test_captions_may_have_any_line_separator_of_unicode(tmp_path):
     image = ScoredCaptions(0, "0.png", ["a\u2028dog", "a\x85cat", "a\x0bcar é"], [1.0, 2.0, 3.0], 2)
     RoundFile(tmp_path, 0, [[0]], {}).add(0, [image], 0)
     file = RoundFile(tmp_path, 0, [[0]], {})
-    assert file.missing == [] and file.images() == [image]
+    assert file.missing == [] and list(file.images()) == [image]
     file.remove_others()
-    assert RoundFile(tmp_path, 0, [[0]], {}).images() == [image]
+    assert list(RoundFile(tmp_path, 0, [[0]], {}).images()) == [image]
 
 
 def test_parts_of_other_images_are_not_used_and_a_finished_round_knows_its_number_of_parts(tmp_path):
@@ -167,7 +212,10 @@ def test_stage_2_reads_the_buffer_of_images_with_relative_paths(image_folder, tm
 
 @pytest.fixture(scope="module")
 def proposer(processor, tmp_path_factory) -> Proposer:
-    args = SimpleNamespace(max_caption_tokens=8, append_eos=True, num_captions=3, temperature=1.0, top_p=1.0)
+    args = SimpleNamespace(
+        **{"max_caption_tokens": 8, "append_eos": True, "num_captions": 3, "temperature": 1.0, "top_p": 1.0},
+        **{"method": "best_of_n", "fluency_floor": None, "length_penalty": 0.0, "per_device_train_batch_size": 2},
+    )
     cache = RewardCache(tmp_path_factory.mktemp("rewards") / "rewards.sqlite", {})
     scorer: Any = None
     return Proposer(args, processor, scorer, cache)
@@ -180,32 +228,55 @@ def captioner() -> VLVForConditionalGeneration:
 
 
 def test_samples_do_not_depend_on_the_generation_settings_of_the_model(captioner, proposer):
-    embeds = torch.randn(2, *captioner.model.get_caption_embeds(torch.zeros(1, 3, 64, 64)).shape[1:])
+    conditioning = torch.randn(2, *captioner.model(torch.zeros(1, 3, 64, 64)).conditioning.shape[1:])
     found = []
     for settings in ({}, {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "min_p": 0.9, "typical_p": 0.1}):
         for part in (captioner, captioner.language_model):
             part.generation_config.update(**settings)
         torch.manual_seed(1)
-        found.append(proposer.generate(captioner, embeds, do_sample=True, temperature=1.0, num_return_sequences=3))
+        found.append(
+            proposer.generate(captioner, conditioning, do_sample=True, temperature=1.0, num_return_sequences=3)
+        )
     assert found[0] == found[1]
     assert captioner.generation_config.repetition_penalty == 9.0
 
 
 def test_each_end_token_of_the_model_ends_a_caption_and_empty_captions_have_no_reward(captioner, proposer):
     pixels = torch.zeros(1, 3, 64, 64)
-    embeds = captioner.model.get_caption_embeds(pixels)
+    conditioning = captioner.model(pixels).conditioning
     other_end = 7
     captioner.language_model.lm_head.register_forward_hook(lambda module, inputs, logits: _only(logits, token))
     captioner.generation_config.eos_token_id = [proposer.processor.tokenizer.eos_token_id, other_end]
     token = other_end
-    assert proposer.generate(captioner, embeds)[1] == [True]
+    assert proposer.generate(captioner, conditioning)[1] == [True]
     token = other_end + 1
-    assert proposer.generate(captioner, embeds)[1] == [False]
+    assert proposer.generate(captioner, conditioning)[1] == [False]
     token = proposer.processor.tokenizer.eos_token_id
-    part = ImagePart([0], ["0.png"], pixels, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [])
+    part = ImagePart([0], ["0.png"], pixels, None, torch.zeros(1, 3, 32, 32, dtype=torch.uint8), [])
     (found,) = proposer.propose(captioner, part, {}, (0, 0, 0))
     assert found.captions == [""] * 4 and found.rewards == [None] * 4
     assert (found.empty, found.unfinished) == (4, 0) and summarise([found], 0)["empty"] == 4
+
+
+def test_fluency_is_the_mean_log_probability_of_the_text_alone(captioner, processor):
+    captions = ["a small dog at the top left", "a cat"]
+    found = measure_fluency(captioner, processor, captions, max_tokens=30, append_eos=True, batch_size=2)
+    for caption, value in zip(captions, found, strict=True):
+        ids = torch.tensor(
+            [*processor.tokenizer(caption, add_special_tokens=False).input_ids, processor.tokenizer.eos_token_id]
+        )
+        logits = captioner.language_model(ids[None]).logits[0]
+        by_hand = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None]).mean()
+        assert value == pytest.approx(by_hand.item(), abs=1e-5)
+    assert measure_fluency(captioner, processor, ["a"], 1, True, 1) == [0.0]
+
+
+def test_words_without_an_order_are_less_fluent_than_captions():
+    model, processor = hub.load_captioner(MINIATURE)
+    captions = [write_caption(scene) for scene in evaluation_items("combo", 8)[1]]
+    shuffled = [" ".join(np.random.default_rng(0).permutation(caption.split())) for caption in captions]
+    values = measure_fluency(model, processor, captions + shuffled, max_tokens=64, append_eos=True, batch_size=16)
+    assert min(values[:8]) > max(values[8:]) + 0.5
 
 
 def _only(logits: torch.Tensor, token: int) -> torch.Tensor:
@@ -223,7 +294,7 @@ def test_recipes_are_valid(recipe):
 
 def test_groups_stay_together_and_pass_after_pass_is_complete():
     dataset = RoundDataset([{"image": n} for n in range(3)], length=12)
-    dataset.fill([[(n, {"caption": f"{n}{x}"}) for x in "ab"] for n in range(3)], number=0, seed=0, share=0.5)
+    dataset.fill([[(n, f"{n}{x}") for x in "ab"] for n in range(3)], as_caption, number=0, seed=0, share=0.5)
     items = [dataset[place] for place in range(12)]
     assert all(items[i]["image"] == items[i + 1]["image"] for i in range(0, 12, 2))
     assert sorted(item["caption"] for item in items[:6]) == ["0a", "0b", "1a", "1b", "2a", "2b"]
@@ -232,9 +303,11 @@ def test_groups_stay_together_and_pass_after_pass_is_complete():
 
 def test_a_summary_counts_what_was_dropped():
     images = [scored(1, 1.0, 5.0, 2.0), scored(2, None, 3.0, None), scored(3, None, None, None)]
-    images[1].unfinished, images[2].not_finite = 2, 3
+    images[1].unfinished, images[2].not_finite, images[2].not_fluent = 2, 3, 1
+    images[0].fluency = [-1.0, -2.0, -3.0]
     summary = summarise(images, unreadable=4)
     assert summary["images"] == 3 and summary["unreadable"] == 4 and summary["without_reward"] == 1
     assert summary["equal_groups"] == 1 and summary["unfinished"] == 2 and summary["not_finite"] == 3
+    assert summary["not_fluent"] == 1 and (summary["fluency_greedy"], summary["fluency_best"]) == (-1, -2)
     assert summary["reward_greedy"] == 1 and summary["reward_best"] == 4
     assert summary["reward_sampled"] == pytest.approx(10 / 3, abs=1e-6)

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -23,11 +24,14 @@ import vlv.train.configs
 from vlv import VLVForConditionalGeneration, VLVImageProcessor, VLVModel, VLVProcessor
 from vlv.diffusion_decoder import StableDiffusionDecoder
 from vlv.miniature.tokenizer import build_tokenizer
+from vlv.pipelines import DiffusionScorer
 from vlv.train import (
     Stage1Config,
     Stage1Trainer,
     Stage2Config,
     Stage2Trainer,
+    Stage3Config,
+    Stage3Trainer,
     UnfreezingCallback,
     freeze_for_stage1,
     freeze_for_stage2,
@@ -35,6 +39,7 @@ from vlv.train import (
 )
 from vlv.train.lora import add_lora
 from vlv.train.parsing import errors_in_one_line
+from vlv.train.rounds import RoundFile
 
 from ..builders import language_model_config, stable_diffusion_parts, vlv_config
 
@@ -113,6 +118,52 @@ def trainer_of(stage: int, folder: Path, **settings: Any) -> Stage1Trainer | Sta
     if later is not None:
         trainer.add_callback(UnfreezingCallback({later: [LATER]}))
     return trainer
+
+
+def stage3(folder: Path, broken: Path | None = None) -> dict[str, Any]:
+    """Two rounds of a small captioner; returns the losses, the captions and rewards, and how many parts are whose.
+
+    Args:
+        broken: A finished run, which is gone on with in `folder` from the end of its first round and from what was
+            left of the second if the other process had been killed before its first part.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    torch.manual_seed(0)
+    config = vlv_config(text_config=language_model_config())
+    config.image_encoder_config.text_config.dropout = 0.0
+    model = VLVForConditionalGeneration(config)
+    args = Stage3Config(
+        output_dir=str(folder),
+        **{"rounds": 2, "round_images": 8, "round_steps": 1, "num_captions": 3, "sample_batch_size": 2},
+        **{"reward_num_pairs": 1, "max_caption_tokens": 12, "append_eos": False, "validation_steps": 0},
+        per_device_train_batch_size=GLOBAL_BATCH // world_size,
+        learning_rate=1e-3,
+        logging_steps=1,
+        dataloader_num_workers=0,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    freeze_for_stage2(model, args.trainable)
+    parts = stable_diffusion_parts()
+    decoder = StableDiffusionDecoder(parts["vae"], parts["unet"], parts["scheduler"].config)
+    scorer = DiffusionScorer(model.model, decoder, {"tokenizer": build_tokenizer(for_text_encoder=True)}, num_pairs=1)
+    processor = VLVProcessor(
+        VLVImageProcessor(size={"height": 64, "width": 64}), build_tokenizer(for_text_encoder=False)
+    )
+    trainer = Stage3Trainer(model, args, [{"image": image} for image in images()], processor, scorer, 32)
+    state = PartialState()
+    if broken is not None and state.is_main_process:
+        shutil.copytree(broken / "rounds", folder / "rounds")
+        (folder / "rounds" / "round-0001.rank-1.jsonl").unlink()
+    state.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=None if broken is None else str(broken / "checkpoint-1"))
+    files = [RoundFile(folder / "rounds", number, None, None) for number in range(2)]
+    return {
+        "losses": losses(trainer),
+        "rounds": [[[image.index, image.captions, image.rewards] for image in file.images()] for file in files],
+        "parts": [len(path.read_text().splitlines()) for path in sorted(folder.glob("rounds/*.jsonl"))],
+    }
 
 
 def losses(trainer: Any) -> list[float]:
@@ -200,6 +251,9 @@ def trainings(folder: Path, shard_diffusion_model: bool) -> dict[str, Any]:
         "stage2": train(2, folder / "stage2", validation_steps=STEPS),
         "unfreezing": unfreeze(folder / "unfreezing"),
     }
+    if not shard_diffusion_model:
+        found["stage3"] = stage3(folder / "stage3")
+        found["stage3-resumed"] = stage3(folder / "stage3-resumed", folder / "stage3")
     second, settings = "stage2", {}
     if shard_diffusion_model:
         second, settings = "lora", LORA

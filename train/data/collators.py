@@ -163,7 +163,7 @@ def prompts_of(items: list[dict]) -> list[str] | None:
     return prompts if any(prompts) else None
 
 
-def _look_up(cache: "FeatureCache", images: list[Image.Image], items: list[dict]) -> torch.Tensor:
+def look_up(cache: "FeatureCache", images: list[Image.Image], items: list[dict]) -> torch.Tensor:
     """The tensors of images in a cache, `(B, ...)`."""
     return torch.stack([cache.get(image, item_name(item)) for image, item in zip(images, items, strict=True)])
 
@@ -219,11 +219,11 @@ class Stage1Collator(_SkippingCollator):
         if self.moments is None:
             targets = {"diffusion_pixels": diffusion_pixels(images, self.diffusion_image_size)}
         else:
-            targets = {"moments": _look_up(self.moments, images, items)}
+            targets = {"moments": look_up(self.moments, images, items)}
         if self.features is None:
             inputs = self.image_processor(images, return_tensors="pt", pre_crop_size=None)
         else:
-            inputs = {"image_features": _look_up(self.features, images, items)}
+            inputs = {"image_features": look_up(self.features, images, items)}
         return {
             **inputs,
             **targets,
@@ -277,7 +277,7 @@ class Stage2Collator(_SkippingCollator):
         )
         images_once, items_once = [images[n] for n in first], [items[n] for n in first]
         if caches:
-            batch |= {name: _look_up(cache, images_once, items_once) for name, cache in caches.items()}
+            batch |= {name: look_up(cache, images_once, items_once) for name, cache in caches.items()}
         else:
             batch |= self.processor.image_processor(images_once, return_tensors="pt", pre_crop_size=None)
         if len(first) < len(items):
