@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-LFS_THRESHOLD = 100_000  # bytes; larger files, and weights of any size, are uploaded by LFS
+LFS_THRESHOLD = 100_000  # bytes; larger files, and weights and tables of any size, are uploaded by LFS
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -74,7 +74,7 @@ def git_oid(data: bytes) -> str:
 
 
 def is_lfs(path: str, size: int) -> bool:
-    return size > LFS_THRESHOLD or path.endswith(".safetensors")
+    return size > LFS_THRESHOLD or path.endswith((".safetensors", ".parquet"))
 
 
 class Hub:
