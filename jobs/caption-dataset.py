@@ -64,15 +64,15 @@ from vlv.cli.parsers.choice import add_sampling_arguments
 from vlv.cli.parsers.common import add_model_arguments, positive
 from vlv.cli.parsers.shards import add_speed_arguments
 from vlv.errors import UserError
-from vlv.files import to_json
+from vlv.files import read_json, to_json
 from vlv.hub.card import is_as_pushed, stamp
 from vlv.train.data.captions import IMAGE_COLUMNS, find_column
 from vlv.train.data.loading import find_dataset
 from vlv.train.data.tables import ColumnDataset
 
-RECORDS = "captioning"
-"""The folder of the records in the pushed data set, one for each split."""
-CARD = "README.md"
+RECORDS = ".captioning"
+"""The folder of the records in the pushed data set, one for each split. `datasets` leaves out folders with a dot."""
+CARD, HUB_URL = "README.md", "https://huggingface.co"
 SHARD_SIZE = 1000
 RESULTS = ("shards", "complete", "command")
 """What differs between the records of two runs that are the same."""
@@ -178,6 +178,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("--model is missing: folder or Hub repo id of a VLV")
     if not re.fullmatch(r"\w+(\.\w+)*", options.split):
         raise UserError(f"--split {options.split} is not the name of a split; for a part of one, pass --max-samples")
+    if options.output_dataset == options.input_dataset:
+        raise UserError(f"OUTPUT is INPUT, {options.input_dataset}; give another name")
     if options.shuffle and options.streaming:
         raise UserError("--shuffle is of a whole data set, and --streaming reads it in order; leave one of them out")
     if prompt_fields(options.prompt):
@@ -230,7 +232,7 @@ def read_shards(options: argparse.Namespace, revision: str, features: Features, 
         if options.max_samples:
             dataset = dataset.take(options.max_samples)
         rows = iter((dataset.decode(False) if dataset.features else dataset).skip(done))
-        while chunk := list(islice(rows, size)):
+        while chunk := read_rows(options.input_dataset, rows, size):
             yield Dataset.from_list(chunk, features=features)
         return
     if options.shuffle:
@@ -238,6 +240,15 @@ def read_shards(options: argparse.Namespace, revision: str, features: Features, 
     end = min(len(dataset), options.max_samples or len(dataset))
     for first in range(done, end, size):
         yield dataset.select(range(first, min(first + size, end)))
+
+
+def read_rows(name: str, rows: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The next rows of a stream, fewer at its end. Raises `UserError` if they cannot be read."""
+    try:
+        return list(islice(rows, count))
+    except Exception as error:  # of the libraries for data sets, tables and downloads
+        reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
+        raise UserError(f"{name} cannot be read: {reason:.300}; give the command again to go on") from error
 
 
 def caption_shard(options: argparse.Namespace, writer: ShardCaptioner, shard: Dataset, output: "Output") -> None:
@@ -314,7 +325,7 @@ class Output:
             self._files = self._api.list_repo_files(name, repo_type="dataset")
             for file in self._files:
                 if file.startswith(f"{RECORDS}/"):
-                    self._records[Path(file).stem] = json.loads(self._download(file))
+                    self._records[Path(file).stem] = read_json(self._download(file), "dataset", "shards")
 
     @property
     def _record(self) -> dict[str, Any]:
@@ -343,8 +354,12 @@ class Output:
             UserError: If the data set has another run, or other data of this split.
         """
         if self.split not in self._records:
-            if other := next((file for file in self._files if file.startswith(f"data/{self.split}-")), None):
-                raise UserError(f"{self.name} has {other}, which is not of this command; give another OUTPUT")
+            own = ("data/", ".", CARD) if self._records else (".", CARD)
+            others = [
+                file for file in self._files if file.startswith(f"data/{self.split}-") or not file.startswith(own)
+            ]
+            if others:
+                raise UserError(f"{self.name} has {others[0]}, which is not of this command; give another OUTPUT")
             self._records[self.split] = {**run, "shards": [], "complete": False}
         run, then = json.loads(to_json(run)), self._record
         names = [name for name in {**then, **run} if name not in RESULTS and then.get(name) != run.get(name)]
@@ -382,13 +397,13 @@ class Output:
                 self.name, [*operations, record, *card], commit_message=message, repo_type="dataset"
             )
 
-    def _download(self, file: str) -> str:
-        return Path(self._api.hf_hub_download(self.name, file, repo_type="dataset")).read_text(encoding="utf-8")
+    def _download(self, file: str) -> Path:
+        return Path(self._api.hf_hub_download(self.name, file, repo_type="dataset"))
 
     def _has_edited_card(self) -> bool:
         """Whether there is a card that this script has not written."""
         try:
-            return not is_as_pushed(self._download(CARD))
+            return not is_as_pushed(self._download(CARD).read_text(encoding="utf-8"))
         except EntryNotFoundError:
             return False
 
@@ -410,9 +425,9 @@ def _describe(split: str, record: dict[str, Any]) -> str:
     """The section of a split in the card."""
     counts = {name: sum(shard[name] for shard in record["shards"]) for name in ("rows", "captioned")}
     failed = sum(len(shard["failed"]) for shard in record["shards"])
-    model = record["model"] if os.path.isdir(record["model"]) else f"[{record['model']}](/{record['model']})"
+    model = record["model"] if os.path.isdir(record["model"]) else f"[{record['model']}]({HUB_URL}/{record['model']})"
     rows = [
-        ("images", f"[{record['dataset']}](/datasets/{record['dataset']}), `{record['dataset_revision']}`"),
+        ("images", f"[{record['dataset']}]({HUB_URL}/datasets/{record['dataset']}), `{record['dataset_revision']}`"),
         ("model", f"{model}, `{record['fingerprint']}`"),
         ("captions", f"{counts['captioned']:,} in the column `{record['caption_column']}`"),
         ("rows", f"{counts['rows']:,}" + ("" if record["complete"] else ", more are being added")),

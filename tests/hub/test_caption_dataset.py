@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +17,8 @@ from huggingface_hub import constants
 
 from vlv.captioning.sharded import ShardCaptioner
 from vlv.cli.main import main
+
+from ..builders import NOT_PACKAGED
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "jobs" / "caption-dataset.py"
@@ -132,12 +136,18 @@ def test_a_job_that_is_given_again_goes_on_and_pushes_the_captions_of_vlv_captio
     images = pushed.cast_column("image", ImageFeature(decode=False))["image"]
     assert images[4]["bytes"] == b"damaged" and images[5] is None  # the file of this machine is not pushed
     files = hub.repos["datasets/org/captioned"].at("main").files
-    record = json.loads(files["captioning/train.json"])
+    record = json.loads(files[".captioning/train.json"])
     assert [list(shard["failed"]) for shard in record["shards"]] == [[], [], ["train/4", "train/5"], []]
     model = hub.repos["org/vlv"].at("main").sha
     assert record["fingerprint"] == model and record["settings"]["max_new_tokens"] == "4"
     card = files["README.md"].decode()
-    for text in ("[org/vlv](/org/vlv)", model, record["dataset_revision"], "`4`", "caption-dataset.py org/pictures"):
+    for text in (
+        "[org/vlv](https://huggingface.co/org/vlv)",
+        model,
+        record["dataset_revision"],
+        "`4`",
+        "caption-dataset.py org/pictures",
+    ):
         assert text in card
 
     assert run_script("org/pictures", "org/captioned", *SETTINGS, "--split", "test", "--streaming") == 0
@@ -179,7 +189,8 @@ def test_errors_of_a_job_say_what_to_do(hub, monkeypatch, capsys):
         (whole[:2], "--model is missing"),
         ([whole[0], "other/out", *whole[2:]], "this token may not write to other/out"),
         ([whole[0], "org/files", *whole[2:], "--private"], "org/files exists and is public"),
-        ([whole[0], "org/pictures", *whole[2:]], "data/train-00000-of-00002.parquet, which is not of this command"),
+        ([whole[0], "org/files", *whole[2:]], "org/files has 0.png, which is not of this command"),
+        ([whole[0], whole[0], *whole[2:]], "OUTPUT is INPUT, org/pictures"),
     ):
         assert run_script(*arguments) == 2
         assert message in capsys.readouterr().err
@@ -195,8 +206,16 @@ def test_errors_of_a_job_say_what_to_do(hub, monkeypatch, capsys):
 def test_uv_runs_the_script_with_the_dependencies_in_its_header(hub_server, hub, tmp_path):
     environment = os.environ | {"HF_ENDPOINT": hub_server[1], "HF_HOME": str(tmp_path / "home")}
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = ["uv", "run", "--with", str(ROOT), str(SCRIPT), "org/pictures", "org/by-uv", *SETTINGS]
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=NOT_PACKAGED)  # where setuptools may write
+    command = ["uv", "run", "--with", str(source), str(SCRIPT), "org/pictures", "org/by-uv", *SETTINGS]
     done = subprocess.run([*command, "--max-samples", "3"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pushed, expected = load_dataset("org/by-uv", split="train"), caption("--dataset", "org/pictures")
     assert pushed["caption"] == [expected[f"train/{row}"] for row in range(3)]
+
+
+def test_the_commands_of_the_documentation_are_understood():
+    text = (ROOT / "docs" / "bulk.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^[^`\n]* jobs/caption-dataset\.py (.*)$", text, re.MULTILINE)
+    parser = runpy.run_path(str(SCRIPT))["build_parser"]()
+    assert len(commands) == 2 and all(parser.parse_args(shlex.split(line, comments=True)).model for line in commands)
