@@ -26,6 +26,7 @@ import shlex
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ from typing import Any
 import pyarrow
 import pyarrow.compute
 from datasets import Dataset, DatasetInfo, Features, Image, List, Value
+from datasets import disable_progress_bars as disable_dataset_bars
 from datasets.table import InMemoryTable
 from huggingface_hub import CommitOperationAdd, DatasetCardData, HfApi, get_token
 from huggingface_hub.errors import (
@@ -43,6 +45,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import disable_progress_bars as disable_hub_bars
 
 try:
     from vlv import hub
@@ -58,6 +61,7 @@ from vlv.captioning.texts import prompt_fields
 from vlv.cli.caption import check_prompt
 from vlv.cli.caption_shards import prepare_job
 from vlv.cli.choosing import complete_choice_arguments
+from vlv.cli.main import IGNORED_WARNINGS, quieten_libraries
 from vlv.cli.models import choose_device, loading
 from vlv.cli.parsers.caption import add_generation_arguments, add_text_arguments
 from vlv.cli.parsers.choice import add_sampling_arguments
@@ -74,8 +78,8 @@ RECORDS = ".captioning"
 """The folder of the records in the pushed data set, one for each split. `datasets` leaves out folders with a dot."""
 CARD, HUB_URL = "README.md", "https://huggingface.co"
 SHARD_SIZE = 1000
-RESULTS = ("shards", "complete", "command")
-"""What differs between the records of two runs that are the same."""
+MAY_DIFFER = ("shards", "complete", "command", "model")
+"""In the records of a run and of one that goes on with it. The fingerprint tells models apart."""
 FIRST_ROWS = 100
 """Rows that tell the columns of a stream that does not name them."""
 
@@ -129,9 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(given)
     options.command = shlex.join(["caption-dataset.py", *given])
+    quieten_libraries()
+    if not sys.stderr.isatty():  # bars would fill the log of a job
+        disable_dataset_bars()
+        disable_hub_bars()
     try:
-        return run(options)
-    except (UserError, hub.UploadError) as error:
+        with warnings.catch_warnings():
+            for message in IGNORED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            return run(options)
+    except (UserError, hub.UploadError, OSError) as error:  # the last of a full disk
         print(f"caption-dataset: {error}", file=sys.stderr)
         return 2
 
@@ -362,7 +373,7 @@ class Output:
                 raise UserError(f"{self.name} has {others[0]}, which is not of this command; give another OUTPUT")
             self._records[self.split] = {**run, "shards": [], "complete": False}
         run, then = json.loads(to_json(run)), self._record
-        names = [name for name in {**then, **run} if name not in RESULTS and then.get(name) != run.get(name)]
+        names = [name for name in {**then, **run} if name not in MAY_DIFFER and then.get(name) != run.get(name)]
         if names:
             differ = "; ".join(f"{name} {then.get(name)}, here {run.get(name)}" for name in names)
             raise UserError(
