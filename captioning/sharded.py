@@ -1,6 +1,7 @@
 """Captions the images of shards: what a process needs to know of a run, and what it does with a shard."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -83,12 +84,8 @@ class ShardCaptioner:
                 return None
             since, inputs = time.perf_counter(), shards.inputs(index)
             summary = Summary(len(inputs))
-            with ended_readers():
-                for batch in self._batches(inputs, summary):
-                    captions = [self.job.editor.edit(own) for own in self.captioner.caption(batch)]
-                    writer.add([to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)])
-                    summary.done += len(batch.inputs)
-                    summary.advance(len(batch.inputs))
+            for rows in self.caption_inputs(inputs, summary):
+                writer.add(rows)
             writer.add([{"name": name, "error": reason} for name, reason in summary.failed.items()])
             counts = {"captioned": summary.done, "failed": len(summary.failed)}
             notes = self.job.editor.notes()
@@ -99,13 +96,28 @@ class ShardCaptioner:
                     "counts": counts,
                     "notes": notes,
                     "seconds": round(time.perf_counter() - since, 3),
-                    "device": str(self.captioner.model.device),
-                    "versions": {name: version(name) for name in PACKAGES},
+                    **self.environment(),
                 }
             )
         summary.say(*notes)
         summary.close("captioned", str(shards.path(index)))
         return counts
+
+    def caption_inputs(self, inputs: list[Input], summary: Summary) -> Iterator[list[dict[str, Any]]]:
+        """Lines of the inputs that can be read, batch by batch. `summary` counts them, and names the others."""
+        with ended_readers():
+            for batch in self._batches(inputs, summary):
+                captions = [self.job.editor.edit(own) for own in self.captioner.caption(batch)]
+                yield [to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)]
+                summary.done += len(batch.inputs)
+                summary.advance(len(batch.inputs))
+
+    def environment(self) -> dict[str, Any]:
+        """What a record says of the machine: device, and versions of packages."""
+        return {
+            "device": str(self.captioner.model.device),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
 
     def _batches(self, inputs: list[Input], summary: Summary) -> Any:
         job = self.job

@@ -220,22 +220,7 @@ class Inputs:
 
     def _parquet_row(self, file: str, status: tuple[int, int], row: int) -> Any:
         _require_same(file, status)
-        return self._content(self._opened(file)[row]["image"])
-
-    def _row(self, source: "Source", row: int) -> Any:
-        return self._content(source[row]["image"])
-
-    def _content(self, image: Any) -> Any:
-        """The image of a row as an `Input` has it."""
-        from vlv.train.data.source import UnreadableImage
-
-        if isinstance(image, UnreadableImage):
-            raise ValueError(image.reason)
-        if image is None:
-            raise ValueError("the row has no image")
-        if not isinstance(image, bytes | str | os.PathLike | np.ndarray):
-            raise ValueError(f"the row has {type(image).__name__} {image!r:.40} in place of an image")
-        return download(image, self._timeout) if isinstance(image, str) and is_url(image) else image
+        return _content(self._opened(file)[row]["image"], self._timeout)
 
     def _rows_of_dataset(self, dataset: DatasetArguments) -> Iterator[Input]:
         """The rows of a data set: `SPLIT/ROW`. Raises `UserError` if it cannot be opened."""
@@ -274,15 +259,54 @@ class Inputs:
             ) from error
 
     def _streamed(self, source: Any, row: dict[str, Any]) -> Any:
-        return self._content(source.image(row, source.name))
+        return _content(source.image(row, source.name), self._timeout)
 
     def _rows_of_source(self, dataset: DatasetArguments, source: "Source") -> Iterator[Input]:
         from vlv.train.data.lists import ListDataset
 
         version = "" if isinstance(source, ListDataset) else _version(source)
-        for row in range(len(source)):
+        for row, item in enumerate(rows_of_source(dataset, source, url_timeout=self._timeout)):
             own = _version_of_file(source[row]["image"]) if isinstance(source, ListDataset) else version
-            yield _named_row(dataset, row, partial(self._row, source, row), own)
+            yield replace(item, version=own)
+
+
+def rows_of_source(
+    dataset: DatasetArguments, source: "Source", first: int = 0, url_timeout: float = TIME_LIMIT
+) -> Iterator[Input]:
+    """The rows of an open data set, or of a part of it.
+
+    Args:
+        dataset: What it is called.
+        first: Number of the first row in the whole data set.
+        url_timeout: Seconds that a download may take.
+    """
+    reader = _SourceRows(source, url_timeout)
+    for row in range(len(source)):
+        yield _named_row(dataset, first + row, partial(reader.read, row))
+
+
+@dataclass(frozen=True)
+class _SourceRows:
+    """Reads the images of a data set that this process has opened."""
+
+    source: "Source"
+    url_timeout: float
+
+    def read(self, row: int) -> Any:
+        return _content(self.source[row]["image"], self.url_timeout)
+
+
+def _content(image: Any, url_timeout: float) -> Any:
+    """The image of a row as an `Input` has it. Raises `ValueError` if it has none."""
+    from vlv.train.data.source import UnreadableImage
+
+    if isinstance(image, UnreadableImage):
+        raise ValueError(image.reason)
+    if image is None:
+        raise ValueError("the row has no image")
+    if not isinstance(image, bytes | str | os.PathLike | np.ndarray):
+        raise ValueError(f"the row has {type(image).__name__} {image!r:.40} in place of an image")
+    return download(image, url_timeout) if isinstance(image, str) and is_url(image) else image
 
 
 def _open_dataset(dataset: DatasetArguments) -> "Source":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,34 +80,13 @@ def _caption(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output_dir)
     require_writable(folder, "--output-dir", arguments.output_dir)
     source = choose_model(arguments)
-    with loading(source):
-        model = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
-        fingerprint = hub.fingerprint(model, hub.CAPTIONER_FINGERPRINT)
-        config = VLVConfig.from_dict(hub.read_config(model))
-    if arguments.length:
-        arguments.prompt = instruction_of_length(arguments.length, config.instructions, source)
-    editor = open_editor(arguments)
-    settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
-    job = ShardJob(
-        model=str(model),
-        dtype=arguments.dtype,
-        device=arguments.device or "" if arguments.engine == "ray" else _device(arguments),
-        settings=settings,
-        editor=editor,
-        batch_size=arguments.batch_size,
-        encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
-        num_workers=arguments.num_workers,
-        embeddings_cache=arguments.embeddings_cache,
-    )
+    device = arguments.device or "" if arguments.engine == "ray" else _device(arguments)
+    job, recorded = prepare_job(arguments, source, device)
+    settings = job.settings
     run = {
         "shards": arguments.shards,
-        "model": source,
-        "fingerprint": fingerprint,
-        "settings": settings.recorded()
-        | {"dtype": arguments.dtype}
-        | recorded_choice(arguments)
-        | editor.recorded()
-        | engine,
+        **recorded,
+        "settings": recorded["settings"] | engine,
         "inputs": [os.path.abspath(path) for path in arguments.paths],
         "image_column": arguments.image_column or "image",
     }
@@ -125,6 +105,38 @@ def _caption(arguments: argparse.Namespace) -> int:
     if not shards.missing():
         print(f"all {shards.count} shards are done; next: vlv caption --merge {folder} --output FILE", file=sys.stderr)
     return int(any(shards.counts(index)["failed"] for index in own if shards.is_done(index)))
+
+
+def prepare_job(arguments: argparse.Namespace, source: str, device: str) -> tuple[ShardJob, dict[str, Any]]:
+    """Downloads the model of a command line.
+
+    Returns:
+        How its shards are captioned, and what is recorded of that: `model`, `fingerprint` and `settings`.
+
+    Raises:
+        UserError: If the model cannot be loaded, or has no instruction for `--length`.
+    """
+    with loading(source):
+        model = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
+        fingerprint = hub.fingerprint(model, hub.CAPTIONER_FINGERPRINT)
+        config = VLVConfig.from_dict(hub.read_config(model))
+    if arguments.length:
+        arguments.prompt = instruction_of_length(arguments.length, config.instructions, source)
+    editor = open_editor(arguments)
+    settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
+    job = ShardJob(
+        model=str(model),
+        dtype=arguments.dtype,
+        device=device,
+        settings=settings,
+        editor=editor,
+        batch_size=arguments.batch_size,
+        encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
+        num_workers=arguments.num_workers,
+        embeddings_cache=arguments.embeddings_cache,
+    )
+    recorded = settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded()
+    return job, {"model": source, "fingerprint": fingerprint, "settings": recorded}
 
 
 def _checked_captioner(arguments: argparse.Namespace, job: ShardJob, source: str) -> Captioner | None:

@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
         if settings and not getattr(options, "takes_settings", False):
             parser.error(f"unrecognized arguments: {' '.join(settings)}")
         options.settings = settings
-        _quieten_libraries()
+        quieten_libraries()
         module, _, function = options.run.partition(":")
         run = getattr(import_module(f".{module}", __package__), function)
         with warnings.catch_warnings(), _ending_on_sigterm():
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Turns warnings and progress bars of transformers and diffusers off, but not those of downloads and uploads."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub import constants

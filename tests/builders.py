@@ -1,5 +1,6 @@
 """Builders of small, untrained components, and assertions that several tests share."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from vlv import VLVConfig, VLVModel
 
 GOLDEN = Path(__file__).parent / "golden" / "original-a"
 """Checkpoints and values of the authors' code (tests/golden/README.md)."""
+
+NOT_PACKAGED = shutil.ignore_patterns(".*", "build", "dist", "outputs", "runs", "tests", "__pycache__", "*.egg-info")
+"""What a copy of the source, from which a wheel is built, does without."""
 
 TEXT_WIDTH, POSITIONS, QUERIES, VOCABULARY = 32, 12, 8, 55
 TEXT_2_WIDTH, POOLED_WIDTH = 48, 20  # of a second text encoder

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from .builders import NOT_PACKAGED
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ["vlv", "vlv.hub", "vlv.diffusion_decoder", "vlv.pipelines", "vlv.train", "vlv.evaluation", "vlv.miniature"]
 PACKAGES += ["vlv.preparation", "vlv.miniature.paper", "vlv.space", "vlv.serving", "vlv.captioning", "vlv.cli"]
 PACKAGES += ["vlv.cli.parsers", "vlv.checkpoints"]
-NOT_PACKAGED = shutil.ignore_patterns(".*", "build", "dist", "outputs", "runs", "tests", "__pycache__", "*.egg-info")
 NOT_FOR_LIGHT_USES = {"datasets", "gradio", "matplotlib", "torchvision", "torchmetrics"}
 NOT_FOR_CAPTIONS = {*NOT_FOR_LIGHT_USES, "diffusers.models.autoencoders", "diffusers.pipelines.pipeline_utils"}
 

@@ -22,6 +22,17 @@ def add_parser(commands) -> None:
     add_input_arguments(parser)
     add_output_arguments(parser)
     add_text_arguments(parser)
+    add_generation_arguments(parser)
+    add_choice_arguments(parser)
+    add_embeddings_cache(parser)
+    add_speed_arguments(parser)
+    add_model_arguments(parser)
+    add_shard_arguments(parser)
+    parser.set_defaults(run="caption:run")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of batches and of the search for a caption."""
     parser.add_argument(
         "--batch-size", type=positive, default=8, help="captions that are written together (default: 8)"
     )
@@ -38,12 +49,6 @@ def add_parser(commands) -> None:
         help="settings of the authors' Caption_inference.py: 4 beams, at most 300 tokens, the prefix rounded to "
         "bfloat16, --trim (docs/from_the_original.md)",
     )
-    add_choice_arguments(parser)
-    add_embeddings_cache(parser)
-    add_speed_arguments(parser)
-    add_model_arguments(parser)
-    add_shard_arguments(parser)
-    parser.set_defaults(run="caption:run")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,17 +9,7 @@ MIN_SCORE = 0.08  # 1% of the embedded miniature's captions of its own world are
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of several captions and of scores."""
-    parser.add_argument(
-        "--num-captions",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="sample N captions of each image; without --best-by the output has lists (default: 1, not sampled)",
-    )
-    parser.add_argument(
-        "--temperature", type=float, help="of the samples (default: 1.0 for several captions; one is not sampled)"
-    )
-    parser.add_argument("--seed", type=int, help="of the samples (default: 0)")
+    add_sampling_arguments(parser)
     parser.add_argument(
         "--best-by", choices=["score"], help="keep the caption of --num-captions with the highest score (`vlv score`)"
     )
@@ -31,6 +21,21 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_min_score(parser)
     add_num_pairs(parser, default=None)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of sampled captions."""
+    parser.add_argument(
+        "--num-captions",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="sample N captions of each image; without --best-by the output has lists (default: 1, not sampled)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="of the samples (default: 1.0 for several captions; one is not sampled)"
+    )
+    parser.add_argument("--seed", type=int, help="of the samples (default: 0)")
 
 
 def add_min_score(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""A Hub in memory: the endpoints that huggingface_hub calls to create, fill and read models, and to fill Spaces.
+"""A Hub in memory: the endpoints that huggingface_hub calls to create, fill and read models, data sets and Spaces.
 
 A test double, checked against huggingface_hub's own client in `test_server.py`. Tokens are `hf_NAME`, each allowed to
 write to the organisation of that name and to read its private repositories.
@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-LFS_THRESHOLD = 100_000  # bytes; larger files, and weights of any size, are uploaded by LFS
+LFS_THRESHOLD = 100_000  # bytes; larger files, and weights and tables of any size, are uploaded by LFS
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -74,7 +74,7 @@ def git_oid(data: bytes) -> str:
 
 
 def is_lfs(path: str, size: int) -> bool:
-    return size > LFS_THRESHOLD or path.endswith(".safetensors")
+    return size > LFS_THRESHOLD or path.endswith((".safetensors", ".parquet"))
 
 
 class Hub:
@@ -99,7 +99,7 @@ class Hub:
         self.requests, self.downloads, self.uploads = [], {}, 0
 
     def add_folder(self, name: str, folder: Path) -> None:
-        """A public repository with the files of a folder."""
+        """A public repository with the files of a folder. The name of a data set begins with `datasets/`."""
         self.repos[name] = Repo(name, private=False)
         files = {
             path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
@@ -111,9 +111,9 @@ class Hub:
         return header.removeprefix("Bearer hf_") if header.startswith("Bearer hf_") else None
 
     def repo(self, request: Request, write: bool = False) -> Repo:
-        path = request.url.path
-        kind = "spaces/" if path.startswith(("/spaces/", "/api/spaces/")) else ""
-        name = f"{kind}{request.path_params['org']}/{request.path_params['name']}"
+        kind = request.url.path.removeprefix("/api").split("/")[1]
+        start = f"{kind}/" if kind in ("datasets", "spaces") else ""
+        name = f"{start}{request.path_params['org']}/{request.path_params['name']}"
         user, repo = self.user(request), self.repos.get(name)
         if write:
             self.require_writer(request, request.path_params["org"])
@@ -138,10 +138,11 @@ class Hub:
         body = await request.json()
         org = body.get("organization") or self.user(request) or ""
         self.require_writer(request, org)
-        name = ("spaces/" if body.get("type") == "space" else "") + f"{org}/{body['name']}"
+        kind = body.get("type") or "model"
+        name = ("" if kind == "model" else f"{kind}s/") + f"{org}/{body['name']}"
         url = f"{request.base_url}{name}"
         if name in self.repos:
-            return JSONResponse({"error": "You already created this model repo", "url": url}, 409)
+            return JSONResponse({"error": f"You already created this {kind} repo", "url": url}, 409)
         repo = self.repos[name] = Repo(name, bool(body.get("private")) or body.get("visibility") == "private")
         repo.commit(
             "main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
@@ -359,32 +360,34 @@ class Hub:
             Route("/api/validate-yaml", self.validate_yaml, methods=["POST"]),
             Route("/api/repos/create", self.create, methods=["POST"]),
             Route("/api/repos/delete", self.delete, methods=["DELETE"]),
-            Route(f"/api/models/{repo}", self.info),
-            Route(f"/api/models/{repo}/revision/{{revision}}", self.info),
-            Route(f"/api/models/{repo}/refs", self.refs),
-            Route(f"/api/models/{repo}/commits/{{revision}}", self.commits),
-            Route(f"/api/models/{repo}/tree/{{revision}}", self.tree),
-            Route(f"/api/models/{repo}/tree/{{revision}}/{{path:path}}", self.tree),
-            Route(f"/api/models/{repo}/paths-info/{{revision}}", self.paths_info, methods=["POST"]),
-            Route(f"/api/models/{repo}/preupload/{{revision}}", self.preupload, methods=["POST"]),
-            Route(f"/api/models/{repo}/commit/{{revision}}", self.commit, methods=["POST"]),
-            Route(f"/api/models/{repo}/branch/{{revision}}", self.branch, methods=["POST"]),
-            Route(f"/api/models/{repo}/tag/{{revision}}", self.tag, methods=["POST"]),
             *(
-                Route(f"/api/spaces/{repo}{path}", endpoint, methods=["GET" if path.startswith("/tree") else "POST"])
-                for path, endpoint in (
-                    ("/tree/{revision}", self.tree),
-                    ("/preupload/{revision}", self.preupload),
-                    ("/commit/{revision}", self.commit),
+                Route(f"/api/{kind}/{repo}{path}", endpoint, methods=[method])
+                for kind in ("models", "datasets", "spaces")
+                for path, endpoint, method in (
+                    ("", self.info, "GET"),
+                    ("/revision/{revision}", self.info, "GET"),
+                    ("/refs", self.refs, "GET"),
+                    ("/commits/{revision}", self.commits, "GET"),
+                    ("/tree/{revision}", self.tree, "GET"),
+                    ("/tree/{revision}/{path:path}", self.tree, "GET"),
+                    ("/paths-info/{revision}", self.paths_info, "POST"),
+                    ("/preupload/{revision}", self.preupload, "POST"),
+                    ("/commit/{revision}", self.commit, "POST"),
+                    ("/branch/{revision}", self.branch, "POST"),
+                    ("/tag/{revision}", self.tag, "POST"),
                 )
             ),
-            Route(f"/api/spaces/{repo}", self.info),
             Route(f"/api/spaces/{repo}/variables", self.variable, methods=["GET", "POST", "DELETE"]),
-            Route("/spaces/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
-            Route("/{org}/{name}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
+            *(
+                route
+                for start in ("/datasets", "/spaces", "")
+                for route in (
+                    Route(f"{start}/{{org}}/{{name}}.git/info/lfs/objects/batch", self.lfs_batch, methods=["POST"]),
+                    Route(f"{start}/{repo}/resolve/{{revision}}/{{path:path}}", self.resolve),
+                )
+            ),
             Route("/lfs/verify", self.lfs_verify, methods=["POST"]),
             Route("/lfs/{oid}", self.lfs_put, methods=["PUT"]),
-            Route(f"/{repo}/resolve/{{revision}}/{{path:path}}", self.resolve),
         ]
         wrapped = Starlette(routes=routes, exception_handlers={Refusal: lambda _, refusal: refusal.response()})  # type: ignore[dict-item, union-attr]
 

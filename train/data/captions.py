@@ -44,8 +44,8 @@ def find_column(names: Sequence[str], wanted: str, candidates: Sequence[str], wh
     hint = ""
     if urls and candidates is IMAGE_COLUMNS:
         hint = f"; {urls[0]!r} holds URLs, not images: download the images first (for example with img2dataset)"
-    setting = "image_column" if candidates is IMAGE_COLUMNS else "caption_column"
-    raise ValueError(f"{where} has the columns {list(names)}, but no {wanted!r}{hint or f'; name one by --{setting}'}")
+    option = "--image-column" if candidates is IMAGE_COLUMNS else "--caption-column"
+    raise ValueError(f"{where} has the columns {list(names)}, but no {wanted!r}{hint or f'; name one by {option}'}")
 
 
 def find_prompt_column(

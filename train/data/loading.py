@@ -341,8 +341,12 @@ def _open_dataset(
     return ColumnDataset(table, image_column, caption_column, root, repository=source, prompt_column=prompt_column)
 
 
-def find_dataset(source: str, split: str, streaming: bool = False) -> Any:
-    """A data set of the library `datasets`. Raises `ValueError` with the name if it cannot be read."""
+def find_dataset(source: str, split: str, streaming: bool = False, **options) -> Any:
+    """A data set of the library `datasets`. Raises `ValueError` with the name if it cannot be read.
+
+    Args:
+        options: More arguments of `datasets.load_dataset`, such as `revision`.
+    """
     require_datasets()
     import datasets
     from pyarrow import ArrowException
@@ -350,7 +354,7 @@ def find_dataset(source: str, split: str, streaming: bool = False) -> Any:
     if not os.path.exists(source) and _is_path(source):
         raise ValueError(f"{source} does not exist; give {KINDS}")
     try:
-        return datasets.load_dataset(source, split=split, streaming=streaming)
+        return datasets.load_dataset(source, split=split, streaming=streaming, **options)
     except (datasets.exceptions.DatasetsError, ArrowException) as error:
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
 

@@ -69,8 +69,6 @@ class StreamSource:
         repository: str | None = None,
         prompt_column: str | None = None,
     ):
-        from datasets import Image
-
         names = stream.column_names or list(next(iter(stream)))
         columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, name)}
         if caption_column is not None:
@@ -86,9 +84,9 @@ class StreamSource:
             if stream.features is not None:
                 require_text(stream.features.arrow_schema.field(prompt).type, prompt, name)
             columns["prompt"] = prompt
+        if stream.features is not None:
+            stream = stream.decode(False)  # before columns are selected: streams of the Hub decode as they read
         stream = stream.select_columns(list(dict.fromkeys(columns.values())))
-        if stream.features is not None and isinstance(stream.features[columns["image"]], Image):
-            stream = stream.cast_column(columns["image"], Image(decode=False))
         self.stream, self.name, self.columns = stream, name, columns
         self.has_captions, self.has_prompts = caption_column is not None, "prompt" in columns
         self.folder, self.repository = folder, repository

@@ -273,12 +273,12 @@ class ColumnDataset(Source):
         repository: str | None = None,
         prompt_column: str | None = None,
     ):
-        names = table.column_names
-        columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, "the data")}
+        names, where = table.column_names, repository or "the data"
+        columns = {"image": find_column(names, image_column, IMAGE_COLUMNS, where)}
         if caption_column is not None:
-            columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, "the data")
-        if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), repository or "the data"):
-            require_text(table.features.arrow_schema.field(prompt).type, prompt, repository or "the data")
+            columns["caption"] = find_column(names, caption_column, CAPTION_COLUMNS, where)
+        if prompt := find_prompt_column(names, prompt_column, columns.get("caption"), where):
+            require_text(table.features.arrow_schema.field(prompt).type, prompt, where)
             columns["prompt"] = prompt
         from datasets import Image
 
