@@ -9,11 +9,11 @@ import torch
 
 from vlv import hub
 
-from .ahead import ended_readers
 from .captioner import Captioner, CaptionSettings
 from .encoding import open_embeddings_cache, read_encoded_batches
 from .inputs import Input
 from .output import Summary
+from .prefetch import worker_errors
 from .shards import ShardFolder
 from .texts import CaptionEditor
 
@@ -83,7 +83,7 @@ class ShardCaptioner:
                 return None
             since, inputs = time.perf_counter(), shards.inputs(index)
             summary = Summary(len(inputs))
-            with ended_readers():
+            with worker_errors():
                 for batch in self._batches(inputs, summary):
                     captions = [self.job.editor.edit(own) for own in self.captioner.caption(batch)]
                     writer.add([to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)])

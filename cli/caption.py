@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.captioning.ahead import ended_readers
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
 from vlv.captioning.formats import has_results, results_path
 from vlv.captioning.inputs import Input, load_embeddings
 from vlv.captioning.output import Summary, refuse_existing
+from vlv.captioning.prefetch import worker_errors
 from vlv.captioning.resume import ResumableResults, record_path
 from vlv.captioning.texts import instruction_of_length
 from vlv.errors import UserError
@@ -131,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
     if files is not None:
         inputs = files.select(inputs, summary)
-    with results or nullcontext(), ended_readers():
+    with results or nullcontext(), worker_errors():
         for read in read_encoded_batches(
             *(inputs, encoder, processor.image_processor, arguments.batch_size, summary, size, True),
             encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
