@@ -9,6 +9,7 @@ import torch
 
 from vlv import hub
 
+from .acceleration import accelerate
 from .captioner import Captioner, CaptionSettings
 from .encoding import open_embeddings_cache, read_encoded_batches
 from .inputs import Input
@@ -34,6 +35,7 @@ class ShardJob:
         encoder_batch_size: Images in a pass of the encoder.
         num_workers: Processes that read images; 0 reads them in the process that captions.
         embeddings_cache: Folder of `open_embeddings_cache`.
+        static_cache, compiled: As of `accelerate`.
     """
 
     model: str
@@ -45,6 +47,8 @@ class ShardJob:
     encoder_batch_size: int = 8
     num_workers: int = 0
     embeddings_cache: str | None = None
+    static_cache: bool = False
+    compiled: bool = False
 
     def load(self) -> "ShardCaptioner":
         """Loads the model. Raises `OSError` and `ValueError` as `hub.load_captioner` does."""
@@ -119,9 +123,10 @@ class ShardCaptioner:
 
 
 def load_captioner(job: ShardJob) -> Captioner:
-    """The model of a job with its settings. Raises as `hub.load_captioner`."""
+    """The model of a job with its settings. Raises as `hub.load_captioner` and `accelerate`."""
     model, processor = hub.load_captioner(job.model, dtype=getattr(torch, job.dtype), device=job.device)
-    return Captioner(model, processor, job.settings)
+    acceleration = accelerate(model, job.static_cache, job.compiled)
+    return Captioner(model, processor, job.settings, acceleration=acceleration)
 
 
 def to_row(item: Input, captions: list[str]) -> dict[str, Any]:

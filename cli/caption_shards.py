@@ -33,7 +33,7 @@ OF_SHARDS = {
     *("paths", "shards", "shard_index", "output_dir", "engine", "ray_actors", "ray_address", "restart_every"),
     *("image_column", "prompt", "length", "prefix", "suffix", "trigger_word", "trim", "loop_guard", "batch_size"),
     *("encoder_batch_size", "max_new_tokens", "num_beams", "as_original", "num_captions", "temperature", "seed"),
-    *("embeddings_cache", "num_workers", "model", "revision", "device", "dtype"),
+    *("embeddings_cache", "num_workers", "static_cache", "compile", "model", "revision", "device", "dtype"),
 }
 """Options that `--shards` uses."""
 OF_MERGE = {"merge", "output", "overwrite"}
@@ -97,6 +97,8 @@ def _caption(arguments: argparse.Namespace) -> int:
         encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
         num_workers=arguments.num_workers,
         embeddings_cache=arguments.embeddings_cache,
+        static_cache=arguments.static_cache,
+        compiled=arguments.compile,
     )
     run = {
         "shards": arguments.shards,
@@ -175,6 +177,8 @@ def _check(arguments: argparse.Namespace) -> None:
             "--engine vllm writes one greedy caption; leave out --num-captions, --temperature, --num-beams and "
             "--as-original"
         )
+    if arguments.engine == "vllm" and (arguments.static_cache or arguments.compile):
+        raise UserError("--engine vllm has a cache of its own and compiles; leave out --static-cache and --compile")
     if arguments.shard_index is not None and arguments.shard_index >= arguments.shards:
         raise UserError(f"--shard-index is {arguments.shard_index}; expected 0 to {arguments.shards - 1}")
 

@@ -65,6 +65,17 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that read images while others are captioned, through shared memory (default: 0, which reads "
         "them between batches)",
     )
+    parser.add_argument(
+        "--static-cache",
+        action="store_true",
+        help="give the language model's cache its full size at once; the captions are the same (docs/bulk.md)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the vision tower and the step that writes a token with torch.compile, with --static-cache; the "
+        "first batch takes minutes",
+    )
 
 
 class Place(NamedTuple):
