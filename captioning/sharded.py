@@ -11,6 +11,7 @@ from vlv import hub
 
 from .acceleration import accelerate
 from .captioner import Captioner, CaptionSettings
+from .choices import TIME_LIMIT
 from .encoding import open_embeddings_cache, read_encoded_batches
 from .inputs import Input
 from .output import Summary
@@ -36,6 +37,7 @@ class ShardJob:
         num_workers: Processes that read images; 0 reads them in the process that captions.
         embeddings_cache: Folder of `open_embeddings_cache`.
         static_cache, compiled: As of `accelerate`.
+        url_timeout: Seconds that a download may take.
     """
 
     model: str
@@ -49,6 +51,7 @@ class ShardJob:
     embeddings_cache: str | None = None
     static_cache: bool = False
     compiled: bool = False
+    url_timeout: float = TIME_LIMIT
 
     def load(self) -> "ShardCaptioner":
         """Loads the model. Raises `OSError` and `ValueError` as `hub.load_captioner` does."""
@@ -85,7 +88,7 @@ class ShardCaptioner:
         with shards.claim(index) as writer:
             if writer is None:
                 return None
-            since, inputs = time.perf_counter(), shards.inputs(index)
+            since, inputs = time.perf_counter(), shards.inputs(index, self.job.url_timeout)
             summary = Summary(len(inputs))
             with worker_errors():
                 for batch in self._batches(inputs, summary):
