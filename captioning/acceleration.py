@@ -10,7 +10,7 @@ from vlv.train.memory import check_compiler
 
 
 def accelerate(
-    model: VLVForConditionalGeneration, static_cache: bool = False, compiled: bool = False, backend: str = "inductor"
+    model: VLVForConditionalGeneration, static_cache: bool = False, compiled: bool = False, backend: Any = "inductor"
 ) -> dict[str, Any]:
     """Prepares a model in place, and returns the arguments of its `generate` that make use of it.
 
@@ -18,7 +18,7 @@ def accelerate(
         static_cache: Whether keys and values of the language model get room for all tokens of a caption at once.
         compiled: Whether the vision tower, and the step that writes a token, are compiled. The step needs tensors of
             one size, and so `static_cache`, which it implies.
-        backend: Of `torch.compile`.
+        backend: Of `torch.compile`: a name, or a function.
 
     Raises:
         UserError: If nothing can be compiled on the model's device, or its language model has no such cache.
@@ -28,8 +28,8 @@ def accelerate(
     if getattr(model.language_model, "_is_stateful", False):
         option = "--compile" if compiled else "--static-cache"
         raise UserError(
-            f"{option}: {type(model.language_model).__name__} keeps states besides keys and values, which have no "
-            "static cache; leave it out"
+            f"{option}: {type(model.language_model).__name__} keeps states besides keys and values, and has no static "
+            "cache; leave it out"
         )
     static: dict[str, Any] = {"use_cache": True, "cache_implementation": "static"}
     if not compiled:

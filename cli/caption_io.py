@@ -51,9 +51,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def check_dependent_arguments(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for options that need others."""
     beside = arguments.sidecar or arguments.metadata
-    tables = arguments.shards is not None or any(
-        path.lower().endswith((".parquet", *LIST_SUFFIXES)) for path in arguments.paths
-    )
+    with_columns = (".parquet", *LIST_SUFFIXES)
+    tables = arguments.shards is not None or any(path.lower().endswith(with_columns) for path in arguments.paths)
     for option, value, usable, needed in (
         ("--split", arguments.split, arguments.dataset, "--dataset"),
         ("--streaming", arguments.streaming, arguments.dataset, "--dataset"),

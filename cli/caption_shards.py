@@ -39,22 +39,10 @@ DEFAULT_OUTPUT = "captions.json"
 SHARDS_OF_A_WRITER = 50
 OF_SHARDS = {
     *("paths", "shards", "shard_index", "output_dir", "engine", "ray_actors", "ray_address", "restart_every"),
-    *(
-        "dataset",
-        "split",
-        "image_column",
-        "url_timeout",
-        "prompt",
-        "length",
-        "prefix",
-        "suffix",
-        "trigger_word",
-        "trim",
-        "loop_guard",
-        "batch_size",
-    ),
-    *("encoder_batch_size", "max_new_tokens", "num_beams", "as_original", "num_captions", "temperature", "seed"),
-    *("embeddings_cache", "num_workers", "static_cache", "compile", "model", "revision", "device", "dtype"),
+    *("dataset", "split", "image_column", "url_timeout", "prompt", "length", "prefix", "suffix", "trigger_word"),
+    *("trim", "loop_guard", "batch_size", "encoder_batch_size", "max_new_tokens", "num_beams", "as_original"),
+    *("num_captions", "temperature", "seed", "embeddings_cache", "num_workers", "static_cache", "compile"),
+    *("model", "revision", "device", "dtype"),
 }
 """Options that `--shards` uses."""
 OF_MERGE = {"merge", "output", "overwrite", "sidecar", "sidecar_dir", "sidecar_name", "on_existing", "separator"}
@@ -105,11 +93,12 @@ def _merge_into_file(shards: ShardFolder, output: Path, overwrite: bool) -> int:
 
 
 def _write_sidecars(shards: ShardFolder, arguments: argparse.Namespace) -> int:
-    """Writes the captions beside their images; returns the number of images whose caption could not be written."""
+    """Writes the captions beside their images; returns a number above 0 if an image has none."""
     arguments.num_captions = int(shards.run["settings"].get("num_captions", 1))
     files = open_caption_files(arguments)
     assert files is not None
-    summary = Summary(sum(images for images, _ in shards.run["counts"]["of_shards"]), names_failures=False)
+    counts = shards.run["counts"]
+    summary = Summary(None if counts["files"] else counts["images"], names_failures=False)
     for inputs, entries in read_shards(shards):
         left = [item for item in inputs if not is_written(files, item, entries[item.name])]
         claim_kept(files, inputs, left)
@@ -119,7 +108,8 @@ def _write_sidecars(shards: ShardFolder, arguments: argparse.Namespace) -> int:
             summary.done += len(write_files(files, [item], [entries[item.name]], summary))
             summary.advance(1)
         files.skipped += len(inputs) - len(left)
-    return summary.close("wrote the captions of", arguments.sidecar_dir or "beside the images", None, files.skipped)
+    failed = summary.close("wrote", arguments.sidecar_dir or "sidecars beside the images", None, files.skipped)
+    return failed + sum(shards.counts(index)["failed"] for index in range(shards.count))
 
 
 def _caption(arguments: argparse.Namespace) -> int:
@@ -202,11 +192,9 @@ def _checked_captioner(arguments: argparse.Namespace, job: ShardJob, source: str
 def _check(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for options that do not fit shards."""
     if arguments.embeddings or bool(arguments.paths) == bool(arguments.dataset):
-        raise UserError(
-            "--shards needs images: paths (folders, globs, URLs, tar, parquet and list files) or --dataset"
-        )
+        raise UserError("--shards needs images: either paths (folders, globs, URLs, tar files, ...) or --dataset")
     if STDIN in arguments.paths:
-        raise UserError("--shards reads its inputs again when it goes on, which - cannot be; give a list file instead")
+        raise UserError("--shards cannot tell whether - has the same list when it goes on; give a list file instead")
     if arguments.streaming:
         raise UserError("--shards reads rows by their number, which --streaming cannot; leave it out")
     if arguments.sidecar:

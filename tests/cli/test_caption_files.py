@@ -62,6 +62,12 @@ def test_sidecars_have_the_captions_of_the_json_and_are_skipped_by_the_next_run(
     assert "skipped 2, captioned 1, failed 0: sidecars beside the images" in capsys.readouterr().err
     assert not (tmp_path / "captions.json").exists()
     assert texts(folder)["b.txt"].startswith("sks, ") and not texts(folder)["a.txt"].startswith("sks, ")
+    monkeypatch.setattr(hub, "load_captioner", None)  # nothing is left to caption, so no model is loaded
+    assert caption(model_folder, folder, "--sidecar", "txt", "--on-existing", "skip") == 0
+    assert "skipped 3, captioned 0, failed 0" in capsys.readouterr().err
+    assert caption(model_folder, folder, "--output", "c.json", "--trigger-word", "sks", "--resume") == 0
+    assert "kept 3, captioned 0, failed 0: c.json" in capsys.readouterr().err
+    assert json.loads((tmp_path / "c.json").read_text()) == captions
 
 
 def test_existing_sidecars_and_shared_names_are_refused_before_the_model_is_loaded(folder, images, capsys):
