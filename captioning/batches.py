@@ -40,6 +40,10 @@ class Batch:
         """One for each input."""
         return [item.name for item in self.inputs]
 
+    def pin_memory(self) -> "Batch":
+        """The batch with its tensors in memory that is copied to a GPU while the program goes on."""
+        return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
+
 
 def read_batches(
     inputs: Iterable[Input],
@@ -70,15 +74,18 @@ def read_rows(
     identify: bool = False,
     cache: "FeatureCache | None" = None,
     num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """As `read_batches`, batches of one input.
 
     Args:
         cache: Has the caption embeddings of some images, which are taken in place of their pixels.
         num_workers: Processes that prefetch images; 0 reads them in this one. The rows are the same.
+        pin_memory: Whether the tensors of prefetched images are pinned, for a GPU.
     """
     reader = RowReader(image_processor, original_size, identify, cache)
-    for row in _prefetch_rows(reader, inputs, num_workers) if num_workers else map(reader.read, inputs):
+    rows = _prefetch_rows(reader, inputs, num_workers, pin_memory) if num_workers else map(reader.read, inputs)
+    for row in rows:
         if isinstance(row, Batch):
             yield row
         else:
@@ -114,11 +121,14 @@ Failure = tuple[str, str]
 """The name of an input that cannot be read, and the reason."""
 
 
-def _prefetch_rows(reader: RowReader, inputs: Iterable[Input], num_workers: int) -> Iterator[Batch | Failure]:
+def _prefetch_rows(
+    reader: RowReader, inputs: Iterable[Input], num_workers: int, pin_memory: bool
+) -> Iterator[Batch | Failure]:
     """What `reader` returns for each input, in their order."""
     size = reader.image_processor.size
     chunk = chunk_size(3 * size["height"] * size["width"] * 4)
-    for batches, failures in prefetch_map(reader.read, map(_picklable, inputs), num_workers, _join_chunk, chunk):
+    readable = map(_picklable, inputs)
+    for batches, failures in prefetch_map(reader.read, readable, num_workers, _join_chunk, chunk, pin_memory):
         rows = (row for batch in batches for row in split_batch(batch))
         for failure in failures:
             yield next(rows) if failure is None else failure

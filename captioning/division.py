@@ -66,7 +66,7 @@ def find_inputs(paths: Sequence[str], image_column: str, left_out: Counter[str])
     arguments = list({absolute(path): path for path in paths}.values())
     for argument in arguments:
         require_argument(argument)
-    found = (named for argument in arguments for named in _found_in(argument, image_column, left_out))
+    found: Iterator[Named] = (named for argument in arguments for named in _found_in(argument, image_column, left_out))
     if len(arguments) > 1 and not all(map(os.path.isdir, arguments)):  # an image may be named twice
         found = once(found)
     for item, full in found:

@@ -28,6 +28,7 @@ def prefetch_map(
     num_workers: int,
     join: Callable[[list[Any]], Any] = list,
     chunk: int = CHUNK,
+    pin_memory: bool = False,
 ) -> Iterator[Any]:
     """`join` of what a function returns for each `chunk` of the inputs, in their order.
 
@@ -37,9 +38,14 @@ def prefetch_map(
         function: Can be pickled.
         num_workers: At least 1.
         join: Runs in the workers, too: they hand over few large tensors faster than many small ones.
+        pin_memory: Whether a thread pins the tensors, and objects with `pin_memory`, for copies to a GPU.
     """
     yield from DataLoader(
-        _MappedDataset(function), batch_sampler=_ChunkSampler(inputs, chunk), num_workers=num_workers, collate_fn=join
+        _MappedDataset(function),
+        batch_sampler=_ChunkSampler(inputs, chunk),
+        num_workers=num_workers,
+        collate_fn=join,
+        pin_memory=pin_memory,
     )
 
 
