@@ -532,7 +532,7 @@ def test_a_shard_that_cannot_be_written_is_absent(folder, tmp_path, small_disk):
         (["--shards", "2", "--output-dir", "{out}", "--metadata", "xmp"], "--metadata cannot be used with --shards"),
         (["--shards", "2", "--output-dir", "{out}", "--split", "train"], "--split needs --dataset"),
         (["--shards", "2", "--output-dir", "{out}", "--dataset", "x"], "either paths"),
-        (["--shards", "2", "--output-dir", "{out}", "-"], "cannot tell whether - has the same list"),
+        (["-", "--shards", "2", "--output-dir", "{out}"], "cannot tell whether - has the same list"),
         (["--shards", "2", "--output-dir", "{out}", "--engine", "vllm", "--compile"], "has a cache of its own"),
         (["--shards", "2", "--output-dir", "{out}", "--engine", "ray", "--device", "cuda:1"], "give cpu or cuda"),
         (["--shards", "2", "--output-dir", "{out}", "--engine", "vllm", "--temperature", "1"], "one greedy caption"),
