@@ -11,13 +11,14 @@ from typing import Any
 
 from vlv.captioning.batches import Batch, split_batch
 from vlv.captioning.captioner import Captioner
+from vlv.captioning.dataset_rows import DatasetArguments
 from vlv.captioning.formats import caption_output
 from vlv.captioning.inputs import Input
 from vlv.captioning.metadata import XmpCaptions
 from vlv.captioning.output import Summary, require_writable
 from vlv.captioning.resume import ResumableResults
 from vlv.captioning.sidecars import CaptionFiles, Sidecars, UnsupportedFile, ends_the_run, read_sidecar
-from vlv.captioning.sources import LOOKAHEAD, DatasetArguments, Inputs
+from vlv.captioning.sources import LOOKAHEAD, Inputs
 from vlv.captioning.tables import LIST_SUFFIXES
 from vlv.captioning.texts import CaptionEditor, PromptTemplate, prompt_fields
 from vlv.errors import UserError

@@ -21,9 +21,10 @@ from pyarrow import parquet
 
 from vlv.captioning import sources, tables
 from vlv.captioning.batches import read_batches
+from vlv.captioning.dataset_rows import DatasetArguments
 from vlv.captioning.output import Summary
 from vlv.captioning.resume import ResumableResults
-from vlv.captioning.sources import DatasetArguments, Inputs
+from vlv.captioning.sources import Inputs
 from vlv.errors import UserError
 from vlv.train.data import ParquetSource
 
