@@ -34,7 +34,7 @@ def test_a_static_cache_writes_the_same_ids(captioner, processor):
 def test_compiled_models_write_the_same_captions(captioner, processor):
     model, graphs = copy.deepcopy(captioner), []
 
-    def backend(graph: torch.fx.GraphModule, example_inputs: list):
+    def backend(graph: torch.fx.GraphModule, example_inputs: list, **options):
         graphs.append(graph)
         return graph.forward
 
