@@ -6,7 +6,6 @@ from transformers import CompileConfig
 
 from vlv import VLVForConditionalGeneration
 from vlv.errors import UserError
-from vlv.train.memory import check_compiler
 
 
 def accelerate(
@@ -34,6 +33,8 @@ def accelerate(
     static: dict[str, Any] = {"use_cache": True, "cache_implementation": "static"}
     if not compiled:
         return {**static, "disable_compile": True}
+    from vlv.train.memory import check_compiler  # it imports the trainers, which captions do not need
+
     try:
         check_compiler(model.device, backend, "--compile")
     except ValueError as error:
