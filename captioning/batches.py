@@ -11,9 +11,9 @@ from PIL import Image
 
 from vlv import VLVImageProcessor
 
-from .ahead import chunk_of, map_ahead
 from .inputs import Input
 from .output import Summary
+from .prefetch import chunk_size, prefetch_map
 
 if TYPE_CHECKING:
     from vlv.train.data.feature_cache import FeatureCache
@@ -39,6 +39,10 @@ class Batch:
     def names(self) -> list[str]:
         """One for each input."""
         return [item.name for item in self.inputs]
+
+    def pin_memory(self) -> "Batch":
+        """The batch with its tensors in memory that is copied to a GPU while the program goes on."""
+        return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
 
 
 def read_batches(
@@ -70,15 +74,18 @@ def read_rows(
     identify: bool = False,
     cache: "FeatureCache | None" = None,
     num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """As `read_batches`, batches of one input.
 
     Args:
         cache: Has the caption embeddings of some images, which are taken in place of their pixels.
-        num_workers: Processes that read images ahead; 0 reads them in this one. The rows are the same.
+        num_workers: Processes that prefetch images; 0 reads them in this one. The rows are the same.
+        pin_memory: Whether the tensors of prefetched images are pinned, for a GPU.
     """
     reader = RowReader(image_processor, original_size, identify, cache)
-    for row in _read_ahead(reader, inputs, num_workers) if num_workers else map(reader.read, inputs):
+    rows = _prefetch_rows(reader, inputs, num_workers, pin_memory) if num_workers else map(reader.read, inputs)
+    for row in rows:
         if isinstance(row, Batch):
             yield row
         else:
@@ -114,18 +121,21 @@ Failure = tuple[str, str]
 """The name of an input that cannot be read, and the reason."""
 
 
-def _read_ahead(reader: RowReader, inputs: Iterable[Input], num_workers: int) -> Iterator[Batch | Failure]:
+def _prefetch_rows(
+    reader: RowReader, inputs: Iterable[Input], num_workers: int, pin_memory: bool
+) -> Iterator[Batch | Failure]:
     """What `reader` returns for each input, in their order."""
     size = reader.image_processor.size
-    chunk = chunk_of(3 * size["height"] * size["width"] * 4)
-    for batches, failures in map_ahead(reader.read, map(_portable, inputs), num_workers, _join_chunk, chunk):
+    chunk = chunk_size(3 * size["height"] * size["width"] * 4)
+    readable = map(_picklable, inputs)
+    for batches, failures in prefetch_map(reader.read, readable, num_workers, _join_chunk, chunk, pin_memory):
         rows = (row for batch in batches for row in split_batch(batch))
         for failure in failures:
             yield next(rows) if failure is None else failure
 
 
-def _portable(item: Input) -> Input:
-    """The input as another process can read it: what only this one can open is opened."""
+def _picklable(item: Input) -> Input:
+    """The input as a worker process can read it: what only this process can open is opened."""
     function = getattr(item.read, "func", item.read)
     if item.read is None or inspect.isfunction(function):
         return item

@@ -1,8 +1,8 @@
 """Writes the captions of batches, with settings that say all that changes a caption."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ class Captioner:
     Args:
         template: Writes the prompt of each input, in place of the one of `settings`.
         cut: Shortens captions, those of which one is chosen, too.
+        acceleration: Arguments of `generate` that do not change captions: see `accelerate`.
     """
 
     model: VLVForConditionalGeneration
@@ -76,6 +77,7 @@ class Captioner:
     settings: CaptionSettings
     template: PromptTemplate | None = None
     cut: Callable[[str], str] | None = None
+    acceleration: Mapping[str, Any] = field(default_factory=dict)
 
     def caption(self, batch: Batch) -> list[list[str]]:
         """The captions of each input of a batch: one, or samples.
@@ -92,7 +94,7 @@ class Captioner:
     def _generate(self, batch: Batch) -> list[list[str]]:
         settings = self.settings
         prompts = None if self.template is None else [self.template.render(item) for item in batch.inputs]
-        generation: dict[str, Any] = {"text": prompts or settings.prompt, **settings.generation}
+        generation: dict[str, Any] = {"text": prompts or settings.prompt, **settings.generation, **self.acceleration}
         if not settings.is_sampled:
             captions = generate_captions(self.model, self.processor, **(batch.tensors | generation))
             return [[caption] for caption in captions]

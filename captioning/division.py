@@ -1,7 +1,8 @@
 """Divides the inputs of a run into shards, once: files that list each shard's images, which all processes read.
 
-A tar, parquet or list file is a shard as it is. Single images, and those in folders, are divided by a hash of their
-names. So neither a process nor a later run needs the names of all images in memory.
+A tar, parquet or list file is a shard as it is. Single images, those in folders, and URLs are divided by a hash of
+their names, and a data set by ranges of its rows. So neither a process nor a later run needs the names of all images
+in memory.
 """
 
 import hashlib
@@ -9,25 +10,33 @@ import json
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlv.errors import UserError
 from vlv.files import to_json
 from vlv.image_files import walk_images
 
-from .inputs import Input
+from .choices import TIME_LIMIT
+from .dataset_rows import DatasetArguments, dataset_version, rows_of_dataset
+from .downloads import is_url
+from .inputs import Input, Named, no_images, once
+from .sources import at_url, is_glob, renamed, require_argument, walk
+from .tables import SHARD_SUFFIXES, expand_tables, is_table
 
-TABLE_SUFFIXES = (".tar", ".parquet")
-LIST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+if TYPE_CHECKING:
+    from vlv.train.data import Source
+
 ANEW = "begin the run anew in another --output-dir"
 BUFFER = 2**23
 """Bytes of lines in memory while the lists of shards are written."""
 
 Line = dict[str, Any]
-"""Of a list: `{"name", "path"}` of an image, with `"problem"` if it cannot be read, or `{"rows": file, "prefix"}`.
+"""Of a list: `{"name", "path"}` of an image, with `"problem"` if it cannot be read, `{"name", "url"}`, or
+`{"rows": file, "prefix"}`.
 
 Regular files have `"size"` and `"mtime_ns"`, by which a file that changes later is found.
 """
@@ -38,30 +47,46 @@ def shard_name(index: int, count: int) -> str:
     return f"shard-{index:05}-of-{count:05}"
 
 
-def find_files(paths: Sequence[str], image_column: str) -> list[tuple[Path, str]]:
-    """The files with many images among arguments and in folders that hold such, each with the prefix of its names.
+def absolute(argument: str) -> str:
+    """An argument whatever the working folder."""
+    return argument if is_url(argument) else os.path.abspath(argument)
+
+
+def find_inputs(paths: Sequence[str], image_column: str, left_out: Counter[str]) -> Iterator[Input]:
+    """The images, and the files with many, of all arguments: named relative to the argument, or as given of several.
+
+    Args:
+        left_out: Counts what is neither, by suffix.
 
     Raises:
-        UserError: If an argument does not exist, or lies in another, or a folder holds images beside such files.
+        UserError: If an argument does not exist, or lies in another, or a folder holds images beside tar or parquet
+            files.
     """
     _refuse_overlaps(paths)
-    found = []
-    for argument in paths:
-        path, suffix = Path(argument), Path(argument).suffix.lower()
-        if path.is_dir():
-            files = _tables_in(path, image_column)
-            start = "" if len(paths) == 1 else f"{os.path.normpath(argument)}/"
-            found += [(file, f"{start}{file.relative_to(path).as_posix()}/") for file in files]
-        elif not os.path.lexists(path):
-            raise UserError(f"{argument} does not exist")
-        elif suffix in (*TABLE_SUFFIXES, *LIST_SUFFIXES):
-            found.append((path, f"{path.name if len(paths) == 1 else os.path.normpath(argument)}/"))
-    return list({os.path.abspath(file): (file, prefix) for file, prefix in found}.values())
+    arguments = list({absolute(path): path for path in paths}.values())
+    for argument in arguments:
+        require_argument(argument)
+    found: Iterator[Named] = (named for argument in arguments for named in _found_in(argument, image_column, left_out))
+    if len(arguments) > 1 and not all(map(os.path.isdir, arguments)):  # an image may be named twice
+        found = once(found)
+    for item, full in found:
+        yield renamed(item, full) if len(arguments) > 1 else item
+
+
+def _found_in(argument: str, image_column: str, left_out: Counter[str]) -> Iterator[Named]:
+    folder = Path(argument)
+    tables = _tables_in(folder, image_column) if folder.is_dir() else []
+    for file in tables:
+        yield Input(file.relative_to(folder).as_posix(), file), file.as_posix()
+    if not tables:  # a folder of tar or parquet files has no single images
+        yield from walk(argument, left_out)
 
 
 def _refuse_overlaps(paths: Sequence[str]) -> None:
     folders = {os.path.abspath(path): path for path in paths if os.path.isdir(path)}
     for path in paths:
+        if is_url(path) or is_glob(path):
+            continue
         for parent in Path(os.path.abspath(path)).parents:
             if (folder := folders.get(str(parent))) is not None:
                 raise UserError(f"{path} lies in {folder}, which is given, too; give one of them")
@@ -72,7 +97,7 @@ def _tables_in(folder: Path, image_column: str) -> list[Path]:
 
     Parquet files without images, which a downloader writes beside tar files or images, are left out, too.
     """
-    found: dict[str, list[Path]] = {suffix: [] for suffix in TABLE_SUFFIXES}
+    found: dict[str, list[Path]] = {suffix: [] for suffix in SHARD_SUFFIXES}
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -110,10 +135,9 @@ def divide(paths: Sequence[str], count: int, folder: Path, image_column: str = "
     Raises:
         UserError: If there are no inputs, or more shards than inputs can fill.
     """
-    files = find_files(paths, image_column)
     of_shards = [[0, 0] for _ in range(count)]
     lines: defaultdict[int, bytearray] = defaultdict(bytearray)
-    held, images, left_out = 0, 0, Counter[str]()
+    held, images, tables, left_out = 0, 0, 0, Counter[str]()
 
     def flush() -> None:
         for index, data in lines.items():
@@ -121,34 +145,37 @@ def divide(paths: Sequence[str], count: int, folder: Path, image_column: str = "
                 file.write(data)
         lines.clear()
 
-    def add(index: int, line: Line) -> int:
-        data = to_json(line, None) + b"\n"
-        lines[index] += data
-        return len(data)
-
-    for number, (file, prefix) in enumerate(files):
-        add(number % count, {"rows": os.path.abspath(file), "prefix": prefix} | _status(file))
-        of_shards[number % count][1] += 1
-    for name, path, problem in _single_images(paths, {os.path.abspath(file) for file, _ in files}, left_out):
-        line = {"name": name, "path": os.path.abspath(path)} | ({"problem": problem} if problem else _status(path))
-        index = _hash(name) % count
-        held += add(index, line)
-        of_shards[index][0] += 1
-        images += 1
+    for item in find_inputs(paths, image_column, left_out):
+        if is_table(item):
+            index = tables % count
+            tables += 1
+        else:
+            index = _hash(item.name) % count
+            images += 1
+        of_shards[index][is_table(item)] += 1
+        line = to_json(_line(item), None) + b"\n"
+        lines[index] += line
+        held += len(line)
         if held > BUFFER:
             flush()
             held = 0
     flush()
     for path in folder.iterdir():
         sync_file(path)
-    if not images and not files:
-        others = ", ".join(f"{number} {suffix}" for suffix, number in left_out.most_common(5))
-        raise UserError(f"no images in {', '.join(paths)}" + (f"; it holds {others}" if others else ""))
-    if not images and count > len(files):
-        raise UserError(
-            f"--shards {count}: the inputs are {len(files)} files; a file is a shard, so give at most that"
-        )
-    return {"images": images, "files": len(files), "left_out": sum(left_out.values()), "of_shards": of_shards}
+    if not images and not tables:
+        raise no_images(paths, left_out)
+    if not images and count > tables:
+        raise UserError(f"--shards {count}: the inputs are {tables} files; a file is a shard, so give at most that")
+    return {"images": images, "files": tables, "left_out": sum(left_out.values()), "of_shards": of_shards}
+
+
+def _line(item: Input) -> Line:
+    if item.remote is not None:
+        return {"name": item.name, "url": item.remote}
+    path = os.path.abspath(item.path)
+    if is_table(item):
+        return {"rows": path, "prefix": f"{item.name}/"} | _status(item.path)
+    return {"name": item.name, "path": path} | ({"problem": item.problem} if item.problem else _status(item.path))
 
 
 def sync_file(path: Path) -> None:
@@ -166,23 +193,6 @@ def _status(path: Path) -> Line:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns} if stat.S_ISREG(status.st_mode) else {}
 
 
-def _single_images(
-    paths: Sequence[str], files: set[str], left_out: Counter[str]
-) -> Iterator[tuple[str, Path, str | None]]:
-    """Name, path and problem of each image that is a file of its own. `files` are those with many images."""
-    for argument in dict.fromkeys(map(os.path.normpath, paths)):
-        path = Path(argument)
-        start = "" if len(paths) == 1 else f"{argument}/"
-        if path.is_dir():
-            if any(Path(file).is_relative_to(os.path.abspath(path)) for file in files):
-                continue  # a folder of tar or parquet files has no single images
-            for image, problem in walk_images(path, left_out):
-                name = image.relative_to(path).as_posix() if image != path else argument
-                yield start + name, image, problem
-        elif os.path.abspath(path) not in files:
-            yield path.name if len(paths) == 1 else argument, path, None
-
-
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest())
 
@@ -193,39 +203,44 @@ def list_path(folder: Path, index: int, count: int) -> Path:
 
 
 def read_division(
-    folder: Path, index: int, count: int, expected: Sequence[int], image_column: str = "image"
+    folder: Path,
+    index: int,
+    count: int,
+    expected: Sequence[int],
+    image_column: str = "image",
+    url_timeout: float = TIME_LIMIT,
 ) -> list[Input]:
     """The inputs of a shard. No two have the same name. A file of many images that cannot be read is one bad input.
 
     Args:
         expected: The numbers of images and of files in the list, as `divide` returns them.
+        url_timeout: Seconds that a download may take.
 
     Raises:
         UserError: If the list is damaged, or does not have as many.
     """
     lines = _read_list(list_path(folder, index, count), expected)
+    found = ((item, item.name) for item in (_listed(line, url_timeout) for line in lines))
     inputs: dict[str, Input] = {}
-    for line in lines:
-        if "rows" not in line:
-            read = partial(unchanged_file, line["path"], line["size"], line["mtime_ns"]) if "size" in line else None
-            item = Input(line["name"], Path(line["path"]), problem=line.get("problem"), read=read)
-            inputs.setdefault(item.name, item)
-            continue
-        try:
-            if "size" in line:
-                unchanged_file(line["rows"], line["size"], line["mtime_ns"])
-            source = open_rows(line["rows"], image_column)
-        except (OSError, ValueError) as error:
-            name = line["prefix"].removesuffix("/")
-            inputs[name] = Input(name, Path(line["rows"]), problem=f"it cannot be read: {error}")
-            continue
-        for number in range(len(source)):
-            name = line["prefix"] + _row_name(source, number, line["rows"])
-            if name in inputs:  # concatenated tar files may have members of one name
-                name = f"{name}#{number}"
-            row = partial(read_row, line["rows"], number, image_column)
-            inputs[name] = Input(name, Path(line["rows"]), member=str(number), read=row)
+    for item, _ in expand_tables(found, image_column, url_timeout, Counter()):
+        inputs.setdefault(item.name, item)
     return list(inputs.values())
+
+
+def _listed(line: Line, url_timeout: float) -> Input:
+    """The image, or the file with many, of a line. One that has changed since cannot be read."""
+    if "url" in line:
+        return at_url(line["url"], url_timeout)
+    if "rows" not in line:
+        read = partial(unchanged_file, line["path"], line["size"], line["mtime_ns"]) if "size" in line else None
+        return Input(line["name"], Path(line["path"]), problem=line.get("problem"), read=read)
+    problem = None
+    try:
+        if "size" in line:
+            unchanged_file(line["rows"], line["size"], line["mtime_ns"])
+    except (OSError, ValueError) as error:
+        problem = f"it cannot be read: {error}"
+    return Input(line["prefix"].removesuffix("/"), Path(line["rows"]), problem=problem)
 
 
 def _read_list(path: Path, expected: Sequence[int]) -> list[Line]:
@@ -263,29 +278,30 @@ def unchanged_file(path: str, size: int, mtime_ns: int) -> str:
     return path
 
 
-def _row_name(source: Any, number: int, file: str) -> str:
-    """What an image is called in its file: its number in a parquet file, its member in a tar, its path in a list."""
-    if file.lower().endswith(".parquet"):
-        return str(number)
-    name = source.name(number)
-    for start in (f"{file}:", f"{os.path.dirname(file)}/"):
-        name = name.removeprefix(start)
-    return name
+def divide_dataset(source: "Source", count: int) -> dict[str, Any]:
+    """What `divide` returns, of a data set that is divided by ranges of its rows, and its `version`.
+
+    Raises:
+        UserError: If it has no rows.
+    """
+    if not len(source):
+        raise UserError("the data set has no rows")
+    ends = [index * len(source) // count for index in range(count + 1)]
+    of_shards = [[stop - start, 0] for start, stop in pairwise(ends)]
+    found = {"images": len(source), "files": 0, "left_out": 0, "of_shards": of_shards}
+    return found | {"version": dataset_version(source)}
 
 
-@lru_cache(maxsize=4)
-def open_rows(file: str, image_column: str) -> Any:
-    """The `vlv.train.data` source of a tar, parquet or list file. Each process opens a file once."""
-    from vlv.train.data.loading import open_source
-
-    return open_source(file, "train", image_column, None, None)
+def dataset_rows(counts: Mapping[str, Any], index: int) -> range:
+    """The rows of a shard, of what `divide_dataset` has returned."""
+    start = sum(images for images, _ in counts["of_shards"][:index])
+    return range(start, start + counts["of_shards"][index][0])
 
 
-def read_row(file: str, number: int, image_column: str) -> Any:
-    """An image of a tar, parquet or list file: bytes, an array or a path. Raises `OSError` or `ValueError`."""
-    from vlv.train.data.source import UnreadableImage
-
-    image = open_rows(file, image_column)[number]["image"]
-    if image is None or isinstance(image, UnreadableImage):
-        raise ValueError("the row has no image" if image is None else image.reason)
-    return image
+def read_dataset_rows(
+    dataset: DatasetArguments, source: "Source", counts: Mapping[str, Any], index: int, url_timeout: float
+) -> list[Input]:
+    """The inputs of a shard of a data set. Raises `UserError` if it is not the one that was divided."""
+    if (len(source), dataset_version(source)) != (counts["images"], counts["version"]):
+        raise UserError(f"--dataset {dataset.name} has changed since the run was begun; {ANEW}")
+    return list(rows_of_dataset(dataset, source, url_timeout, dataset_rows(counts, index)))

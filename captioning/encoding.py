@@ -84,7 +84,8 @@ def read_encoded_batches(
         cache: Has the embeddings of some images, and gets those of the others.
         num_workers: Processes that read images while others are captioned.
     """
-    rows = read_rows(inputs, image_processor, summary, original_size, identify, cache, num_workers)
+    pin_memory = model.device.type == "cuda"
+    rows = read_rows(inputs, image_processor, summary, original_size, identify, cache, num_workers, pin_memory)
     chunks = iter(lambda: list(islice(rows, encoder_batch_size)), [])
     yield from join_rows((row for chunk in chunks for row in _encode_rows(chunk, model, cache)), batch_size)
 
@@ -94,7 +95,8 @@ def _encode_rows(rows: list[Batch], model: VLVModel, cache: "FeatureCache | None
     encoded = list(rows)
     images = [number for number, row in enumerate(rows) if "pixel_values" in row.tensors]
     places = iter(images)
-    for batch in join_rows([rows[number] for number in images], len(rows)):
+    on_device = (_copied(rows[number], model.device) for number in images)
+    for batch in join_rows(on_device, len(rows)):
         embeds = encode(model, batch).cpu()
         if cache is not None:
             cache.add(batch.keys, embeds)
@@ -102,6 +104,13 @@ def _encode_rows(rows: list[Batch], model: VLVModel, cache: "FeatureCache | None
             place = next(places)
             encoded[place] = replace(rows[place], tensors={"caption_embeds": embed[None]}, keys=[])
     return encoded
+
+
+def _copied(row: Batch, device: torch.device) -> Batch:
+    """The row with its tensors on a device. The program does not wait for copies of pinned memory."""
+    waits = device.type != "cuda"
+    tensors = {name: tensor.to(device, non_blocking=not waits) for name, tensor in row.tensors.items()}
+    return replace(row, tensors=tensors)
 
 
 @torch.no_grad()

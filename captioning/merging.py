@@ -1,9 +1,10 @@
 """One file of the captions of all shards. In memory are the names of one shard, and some rows."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from vlv.errors import UserError
 from vlv.files import to_json, write_atomically
 
 from .formats import GrowingCsv, unicode_row
+from .inputs import Input
 from .shards import ShardFolder
+from .sidecars import CaptionFiles
 
 ROWS_PER_GROUP = 10_000
 """That are written together into a CSV or parquet file."""
@@ -29,46 +32,68 @@ def merge(shards: ShardFolder, output: Path) -> dict[str, int]:
     Raises:
         UserError: If a shard is missing or damaged, has images of another, or has one twice.
     """
+    _require_all(shards)
+    counts = {"captioned": 0, "failed": 0}
+    writers = {".json": _write_json, ".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+    write = writers[output.suffix.lower()]
+    rows = chain.from_iterable(_rows(shards, index, counts) for index in range(shards.count))
+    num_captions = int(shards.run["settings"].get("num_captions", 1))
+    write_atomically(output, lambda temporary: write(temporary, rows, num_captions))
+    return counts
+
+
+def read_shards(shards: ShardFolder) -> Iterator[tuple[list[Input], dict[str, Any]]]:
+    """The images of each shard that have captions, and their captions by name. Raises `UserError` as `merge`."""
+    _require_all(shards)
+    for index in range(shards.count):
+        rows = _rows(shards, index, Counter())
+        entries = {row["name"]: row.get("captions", row.get("caption")) for row in rows if "error" not in row}
+        yield [item for item in shards.inputs(index) if item.name in entries], entries
+
+
+def is_written(files: CaptionFiles, item: Input, entry: Any) -> bool:
+    """Whether the caption of an image is where it belongs."""
+    try:
+        return files.holds(item, entry)
+    except (OSError, ValueError, UserError):
+        return False
+
+
+def _require_all(shards: ShardFolder) -> None:
+    """Raises `UserError` if a shard is missing."""
     if missing := shards.missing():
         names = ", ".join(shards.path(index).name for index in missing[:5])
         raise UserError(
             f"{shards.folder} lacks {len(missing)} of {shards.count} shards: {names}"
             f"{', ...' if len(missing) > 5 else ''}; run `vlv caption` with the same arguments again"
         )
-    counts = {"captioned": 0, "failed": 0}
-    writers = {".json": _write_json, ".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
-    write, rows = writers[output.suffix.lower()], _rows(shards, counts)
-    num_captions = int(shards.run["settings"].get("num_captions", 1))
-    write_atomically(output, lambda temporary: write(temporary, rows, num_captions))
-    return counts
 
 
-def _rows(shards: ShardFolder, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """The lines of all shards; counts them. Raises `UserError` as `merge`."""
-    for index in range(shards.count):
-        path, found = shards.path(index), {"captioned": 0, "failed": 0}
-        expected, is_own = shards.counts(index), shards.owner(index)
-        names: set[str] = set()
-        try:
-            with open(path, encoding="utf-8", newline="\n") as file:
-                for line in file:
-                    row = json.loads(line)
-                    name = row["name"]
-                    if name in names or not is_own(name):
-                        what = "twice" if name in names else "which belongs to another shard"
-                        raise UserError(f"{path} has {name}, {what}; remove it, and run again")
-                    names.add(name)
-                    found["failed" if "error" in row else "captioned"] += 1
-                    yield row
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it, and run again") from error
-        if found != expected:
-            raise UserError(f"{path} has {found}, and its manifest says {expected}; remove it, and run again")
-        images, files = shards.listed(index)
-        if (total := sum(found.values())) < images or (not files and total > images):
-            raise UserError(f"{path} has {total} images, and its list {images}; remove it, and run again")
-        for name, number in found.items():
-            counts[name] += number
+def _rows(shards: ShardFolder, index: int, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The lines of a shard; adds to the counts. Raises `UserError` as `merge`."""
+    path, found = shards.path(index), {"captioned": 0, "failed": 0}
+    expected, is_own = shards.counts(index), shards.owner(index)
+    names: set[str] = set()
+    try:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in file:
+                row = json.loads(line)
+                name = row["name"]
+                if name in names or not is_own(name):
+                    what = "twice" if name in names else "which belongs to another shard"
+                    raise UserError(f"{path} has {name}, {what}; remove it, and run again")
+                names.add(name)
+                found["failed" if "error" in row else "captioned"] += 1
+                yield row
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, and run again") from error
+    if found != expected:
+        raise UserError(f"{path} has {found}, and its manifest says {expected}; remove it, and run again")
+    images, files = shards.listed(index)
+    if (total := sum(found.values())) < images or (not files and total > images):
+        raise UserError(f"{path} has {total} images, and its list {images}; remove it, and run again")
+    for name, number in found.items():
+        counts[name] += number
 
 
 def _write_json(path: Path, rows: Iterable[dict[str, Any]], num_captions: int) -> None:

@@ -10,11 +10,13 @@ import torch
 
 from vlv import hub
 
-from .ahead import ended_readers
+from .acceleration import accelerate
 from .captioner import Captioner, CaptionSettings
+from .choices import TIME_LIMIT
 from .encoding import open_embeddings_cache, read_encoded_batches
 from .inputs import Input
 from .output import Summary
+from .prefetch import worker_errors
 from .shards import ShardFolder
 from .texts import CaptionEditor
 
@@ -35,6 +37,8 @@ class ShardJob:
         encoder_batch_size: Images in a pass of the encoder.
         num_workers: Processes that read images; 0 reads them in the process that captions.
         embeddings_cache: Folder of `open_embeddings_cache`.
+        static_cache, compiled: As of `accelerate`.
+        url_timeout: Seconds that a download may take.
     """
 
     model: str
@@ -46,6 +50,9 @@ class ShardJob:
     encoder_batch_size: int = 8
     num_workers: int = 0
     embeddings_cache: str | None = None
+    static_cache: bool = False
+    compiled: bool = False
+    url_timeout: float = TIME_LIMIT
 
     def load(self) -> "ShardCaptioner":
         """Loads the model. Raises `OSError` and `ValueError` as `hub.load_captioner` does."""
@@ -82,7 +89,7 @@ class ShardCaptioner:
         with shards.claim(index) as writer:
             if writer is None:
                 return None
-            since, inputs = time.perf_counter(), shards.inputs(index)
+            since, inputs = time.perf_counter(), shards.inputs(index, self.job.url_timeout)
             summary = Summary(len(inputs))
             for rows in self.caption_inputs(inputs, summary):
                 writer.add(rows)
@@ -105,7 +112,7 @@ class ShardCaptioner:
 
     def caption_inputs(self, inputs: list[Input], summary: Summary) -> Iterator[list[dict[str, Any]]]:
         """Lines of the inputs that can be read, batch by batch. `summary` counts them, and names the others."""
-        with ended_readers():
+        with worker_errors():
             for batch in self._batches(inputs, summary):
                 captions = [self.job.editor.edit(own) for own in self.captioner.caption(batch)]
                 yield [to_row(item, own) for item, own in zip(batch.inputs, captions, strict=True)]
@@ -131,9 +138,10 @@ class ShardCaptioner:
 
 
 def load_captioner(job: ShardJob) -> Captioner:
-    """The model of a job with its settings. Raises as `hub.load_captioner`."""
+    """The model of a job with its settings. Raises as `hub.load_captioner` and `accelerate`."""
     model, processor = hub.load_captioner(job.model, dtype=getattr(torch, job.dtype), device=job.device)
-    return Captioner(model, processor, job.settings)
+    acceleration = accelerate(model, job.static_cache, job.compiled)
+    return Captioner(model, processor, job.settings, acceleration=acceleration)
 
 
 def to_row(item: Input, captions: list[str]) -> dict[str, Any]:

@@ -12,13 +12,26 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vlv.errors import UserError
 from vlv.files import errors_naming, read_json, set_default_permissions, to_json, write_json
 
-from .division import divide, list_path, owner, read_division, shard_name, sync_file
+from .choices import TIME_LIMIT
+from .dataset_rows import DatasetArguments, open_dataset
+from .division import (
+    dataset_rows,
+    divide,
+    divide_dataset,
+    list_path,
+    owner,
+    read_dataset_rows,
+    read_division,
+    shard_name,
+    sync_file,
+)
 from .inputs import Input
 
 try:
@@ -36,12 +49,20 @@ class ShardFolder:
 
     Args:
         folder: Holds a run: see `begin` and `open_existing`.
-        run: The content of `run.json`: `shards`, `model`, `fingerprint`, `settings`, `inputs` (paths), `image_column`
-            and `counts`.
+        run: The content of `run.json`: `shards`, `model`, `fingerprint`, `settings`, `inputs` (paths), `image_column`,
+            `dataset` (None, or `name` and `split`) and `counts`.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
         self.folder, self.run, self.count = folder, run, int(run["shards"])
+
+    @cached_property
+    def _dataset(self) -> tuple[DatasetArguments, Any] | None:
+        """The data set that the shards are of, and its source. Raises `UserError` if it cannot be opened."""
+        if self.run.get("dataset") is None:
+            return None
+        arguments = DatasetArguments(**self.run["dataset"], column=self.run.get("image_column", "image"))
+        return arguments, open_dataset(arguments)
 
     @classmethod
     def open_existing(cls, folder: Path) -> "ShardFolder":
@@ -64,7 +85,7 @@ class ShardFolder:
         """Opens a folder, and divides the inputs if no process has done so.
 
         Args:
-            paths: The inputs: images, folders, and tar, parquet and list files.
+            paths: The inputs: images, folders, globs, URLs, and tar, parquet and list files; none with a data set.
             run: As of the class, without `counts`.
 
         Raises:
@@ -83,7 +104,10 @@ class ShardFolder:
             _remove_unfinished(folder, f"{UNFINISHED}-{INPUTS}-")
             try:
                 inputs.mkdir()
-                counts = divide(paths, run["shards"], inputs, run.get("image_column", "image"))
+                if (dataset := cls(folder, run)._dataset) is not None:
+                    counts = divide_dataset(dataset[1], run["shards"])
+                else:
+                    counts = divide(paths, run["shards"], inputs, run.get("image_column", "image"))
                 if (folder / RUN_FILE).exists():  # written by another process, on a file system without locks
                     shutil.rmtree(inputs)
                     found = cls.open_existing(folder)
@@ -107,7 +131,7 @@ class ShardFolder:
                 f"{self.folder} has shards of another model, {self.run['model']} ({self.run['fingerprint']:.12}); "
                 "pass that --model and --revision, or another --output-dir"
             )
-        for name in ("shards", "inputs", "image_column"):
+        for name in ("shards", "inputs", "image_column", "dataset"):
             if wanted.get(name) != self.run.get(name):
                 raise UserError(
                     f"{self.folder} was begun with {name} {self.run.get(name)}, here {wanted.get(name)}; give those "
@@ -153,13 +177,25 @@ class ShardFolder:
         """The file that says how a shard was made. It is written before the shard."""
         return self.path(index).with_suffix(".json")
 
-    def inputs(self, index: int) -> list[Input]:
-        """The inputs of a shard. Raises `UserError` if their list is damaged."""
+    def inputs(self, index: int, url_timeout: float = TIME_LIMIT) -> list[Input]:
+        """The inputs of a shard.
+
+        Args:
+            url_timeout: Seconds that a download may take.
+
+        Raises:
+            UserError: If their list is damaged, or the data set has changed.
+        """
+        if self._dataset is not None:
+            return read_dataset_rows(*self._dataset, self.run["counts"], index, url_timeout)
         column = self.run.get("image_column", "image")
-        return read_division(self.folder / INPUTS, index, self.count, self.listed(index), column)
+        return read_division(self.folder / INPUTS, index, self.count, self.listed(index), column, url_timeout)
 
     def owner(self, index: int) -> Callable[[str], bool]:
         """A function that says of a name whether its image belongs to a shard. Raises as `inputs`."""
+        if self.run.get("dataset") is not None:
+            rows = dataset_rows(self.run["counts"], index)
+            return lambda name: int(name.rpartition("/")[2]) in rows
         return owner(self.folder / INPUTS, index, self.count, self.listed(index))
 
     def listed(self, index: int) -> list[int]:
@@ -169,7 +205,11 @@ class ShardFolder:
     def metadata(self, index: int) -> dict[str, Any]:
         """What a manifest says of the run."""
         run = {name: self.run[name] for name in ("model", "fingerprint", "settings")}
-        inputs = list_path(Path(INPUTS), index, self.count).as_posix()
+        if self.run.get("dataset") is not None:
+            rows = dataset_rows(self.run["counts"], index)
+            inputs: Any = {**self.run["dataset"], "rows": [rows.start, rows.stop]}
+        else:
+            inputs = list_path(Path(INPUTS), index, self.count).as_posix()
         return {"shard": index, "shards": self.count, **run, "inputs": inputs}
 
     def is_done(self, index: int) -> bool:

@@ -5,27 +5,23 @@ names in the folder that is searched, and those of the images in the tar file th
 to `LISTED` images are listed first.
 """
 
-import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import partial
 from glob import has_magic
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from huggingface_hub.errors import HTTPError
 
 from vlv.errors import UserError
 from vlv.image_files import is_image_file, walk_images
 
-from .archives import read_member, tar_images
 from .choices import TIME_LIMIT
+from .dataset_rows import DatasetArguments, open_dataset, rows_of_dataset, stream_dataset
 from .downloads import download, is_url
 from .inputs import (
     Input,
@@ -37,35 +33,13 @@ from .inputs import (
     require_existing,
     unique_names,
 )
-
-if TYPE_CHECKING:
-    from vlv.train.data import Source
+from .tables import SHARD_SUFFIXES, expand_tables, file_status, open_table
 
 STDIN = "-"
-SHARD_SUFFIXES = (".tar", ".parquet")
 LOOKAHEAD = 1000
 """Inputs that are found before the model is loaded."""
-OPEN_SHARDS = 2
-"""Parquet files that are open at a time. Images of a file mostly follow each other."""
 LISTED = 10_000
 """Several arguments with at most so many images are listed first, so that only names that clash get longer."""
-
-
-@dataclass(frozen=True)
-class DatasetArguments:
-    """A data set, as the training reads it.
-
-    Args:
-        name: Folder, file, or `org/name` on the Hub.
-        split: Split of a data set; None for `train`, or for all of a local folder that `vlv train` reads whole.
-        column: Column of the images. Without one of the default name, other usual names are looked for.
-        streaming: Whether its files are read while captions are written, and not downloaded first.
-    """
-
-    name: str
-    split: str | None = None
-    column: str = "image"
-    streaming: bool = False
 
 
 class Inputs:
@@ -75,9 +49,9 @@ class Inputs:
     once more, to count them.
 
     Args:
-        paths: Image files, folders, globs, URLs, parquet files, tar files, or `-` for a list on standard input.
+        paths: Image files, folders, globs, URLs, parquet, tar and list files, or `-` for a list on standard input.
         dataset: A data set in their place.
-        column: Of the images in parquet files.
+        column: Of the images in parquet files and lists.
         url_timeout: Seconds that a download may take.
         quiet_suffixes: Of files that are not named among those that are left out.
 
@@ -97,14 +71,19 @@ class Inputs:
         self._quiet_suffixes = quiet_suffixes
         self.left_out: Counter[str] = Counter()
         self._length: int | None = None
-        self._opened = lru_cache(maxsize=OPEN_SHARDS)(self._open_parquet)
-        if dataset is not None:
-            found = self._rows_of_dataset(dataset)
-        else:
+        if dataset is None:
             for argument in paths:
-                if not (argument == STDIN or is_url(argument) or is_glob(argument)):
-                    require_existing(argument)
+                require_argument(argument)
             found = self._find(self.left_out)
+            if len(paths) == 1 and paths[0].lower().endswith(".parquet"):
+                with suppress(OSError, ValueError):  # a damaged file is a bad input
+                    self._length = len(open_table(paths[0], column, file_status(paths[0])))
+        elif dataset.streaming:
+            found = stream_dataset(dataset, url_timeout)
+        else:
+            source = open_dataset(dataset)
+            self._length = len(source)
+            found = rows_of_dataset(dataset, source, url_timeout)
         at_once = 1 if STDIN in paths or (dataset and dataset.streaming) else LOOKAHEAD
         self.first = list(islice(found, at_once + 1))
         self._rest = found
@@ -148,230 +127,53 @@ class Inputs:
             yield from unique_names(listed)
             return
         for item, full in chain(listed, found):
-            yield _renamed(item, full)
+            yield renamed(item, full)
 
     def _found_in(self, argument: str, left_out: Counter[str]) -> Iterator[Named]:
-        if argument == STDIN:
-            for line in _lines_of_stdin():
-                yield from self._found_in_line(line)
-        elif is_url(argument):
-            yield self._at_url(argument), argument
-        elif is_glob(argument):
-            yield from self._matching(argument, left_out)
-        elif is_shard(argument):
-            yield from self._rows_of_shard(argument, Path(argument).name, left_out)
-        else:
-            yield from files_of(argument, left_out)
-
-    def _found_in_line(self, line: str) -> Iterator[Named]:
-        """What a line of a list names. A path that does not exist is an input that cannot be read."""
-        if is_url(line):
-            yield self._at_url(line), line
-            return
-        path = Path(line)
-        try:
-            require_existing(line)
-        except UserError as error:
-            yield Input(path.as_posix(), path, problem=str(error)), path.as_posix()
-            return
-        found = self._rows_of_shard(line, path.name, Counter()) if is_shard(line) else files_of(line)
-        yield from ((_renamed(item, full), full) for item, full in found)
-
-    def _at_url(self, url: str) -> Input:
-        return Input(url, Path(), remote=url, read=partial(download, url, self._timeout))
-
-    def _matching(self, pattern: str, left_out: Counter[str]) -> Iterator[Named]:
-        """The images and shards that a glob names, called by their path in the folder that it starts from."""
-        folder = _fixed_folder(pattern)
-        for path, problem in _matching_files(pattern, left_out):
-            name = path.relative_to(folder).as_posix()
-            if problem is None and is_shard(str(path)):
-                yield from self._rows_of_shard(str(path), name, left_out)
-            else:
-                yield Input(name, path, problem=problem), path.as_posix()
-
-    def _rows_of_shard(self, file: str, name: str, left_out: Counter[str]) -> Iterator[Named]:
-        """The images of a tar or parquet file: `NAME/MEMBER` or `NAME/ROW`. A damaged file is one bad input."""
-        path = Path(file)
-        try:
-            for member, read in self._members(file, left_out):
-                item = Input(f"{name}/{member}", path, member=member, read=read)
-                yield item, f"{path.as_posix()}/{member}"
-        except (ValueError, OSError) as error:
-            yield Input(name, path, problem=str(error)), path.as_posix()
-
-    def _members(self, file: str, left_out: Counter[str]) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """What each image of a tar or parquet file is called, and what reads it. Raises `OSError` or `ValueError`."""
-        status = _status(file)
-        if file.lower().endswith(".tar"):
-            for member, offset, size in tar_images(file, left_out):
-                yield member, partial(_tar_member, file, status, offset, size)
-            return
-        length = len(self._open_parquet(file))
-        if len(self._paths) == 1 and file == self._paths[0]:
-            self._length = length
-        for row in range(length):
-            yield str(row), partial(self._parquet_row, file, status, row)
-
-    def _open_parquet(self, file: str) -> "Source":
-        from vlv.train.data import ParquetSource
-
-        return ParquetSource([file], self._column, None)
-
-    def _parquet_row(self, file: str, status: tuple[int, int], row: int) -> Any:
-        _require_same(file, status)
-        return _content(self._opened(file)[row]["image"], self._timeout)
-
-    def _rows_of_dataset(self, dataset: DatasetArguments) -> Iterator[Input]:
-        """The rows of a data set: `SPLIT/ROW`. Raises `UserError` if it cannot be opened."""
-        from vlv.train.data.loading import find_dataset
-
-        try:
-            if dataset.streaming:
-                stream = find_dataset(dataset.name, dataset.split or "train", streaming=True)
-                return self._rows_of_stream(dataset, stream)
-            source = _open_dataset(dataset)
-            self._length = len(source)
-            return self._rows_of_source(dataset, source)
-        except (ValueError, OSError, HTTPError) as error:
-            raise UserError(f"--dataset {dataset.name}: {error}") from error
-
-    def _rows_of_stream(self, dataset: DatasetArguments, stream: Any) -> Iterator[Input]:
-        """The rows as they come. Raises `UserError` with the number of a row that cannot be read."""
-        from vlv.train.data import StreamSource
-
-        is_folder = os.path.isdir(dataset.name)
-        place = {"folder": dataset.name} if is_folder else {"repository": dataset.name}
-        row = 0
-        try:
-            source = StreamSource(stream, dataset.name, dataset.column, None, **place)
-        except ValueError as error:  # a column is missing
-            raise UserError(f"--dataset {dataset.name}: {error}") from error
-        try:
-            for row, content in enumerate(source.stream):
-                yield _named_row(dataset, row, partial(self._streamed, source, content))
-                row += 1
-        except Exception as error:  # of the libraries for data sets, tables, images and downloads
-            reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
-            raise UserError(
-                f"--dataset {dataset.name}: {dataset.split or 'train'}/{row} cannot be read: {reason:.300}; "
-                "the captions before it are written"
-            ) from error
-
-    def _streamed(self, source: Any, row: dict[str, Any]) -> Any:
-        return _content(source.image(row, source.name), self._timeout)
-
-    def _rows_of_source(self, dataset: DatasetArguments, source: "Source") -> Iterator[Input]:
-        from vlv.train.data.lists import ListDataset
-
-        version = "" if isinstance(source, ListDataset) else _version(source)
-        for row, item in enumerate(rows_of_source(dataset, source, url_timeout=self._timeout)):
-            own = _version_of_file(source[row]["image"]) if isinstance(source, ListDataset) else version
-            yield replace(item, version=own)
+        found = _listed_on_stdin(self._timeout) if argument == STDIN else walk(argument, left_out, self._timeout)
+        return expand_tables(found, self._column, self._timeout, left_out)
 
 
-def rows_of_source(
-    dataset: DatasetArguments, source: "Source", first: int = 0, url_timeout: float = TIME_LIMIT
-) -> Iterator[Input]:
-    """The rows of an open data set, or of a part of it.
+def require_argument(argument: str) -> None:
+    """Raises `UserError` if an argument is a path that does not exist."""
+    if not (argument == STDIN or is_url(argument) or is_glob(argument)):
+        require_existing(argument)
+
+
+def walk(argument: str, left_out: Counter[str], timeout: float = TIME_LIMIT) -> Iterator[Named]:
+    """The images, and the files with many, that a path, a glob or a URL names. Files with many are not opened.
 
     Args:
-        dataset: What it is called.
-        first: Number of the first row in the whole data set.
-        url_timeout: Seconds that a download may take.
+        left_out: Counts what is neither, by suffix.
+        timeout: Seconds that a download may take.
+
+    Raises:
+        UserError: If the path does not exist.
     """
-    reader = _SourceRows(source, url_timeout)
-    for row in range(len(source)):
-        yield _named_row(dataset, first + row, partial(reader.read, row))
+    if is_url(argument):
+        yield at_url(argument, timeout), argument
+    elif is_glob(argument):
+        folder = _fixed_folder(argument)
+        for path, problem in _matching_files(argument, left_out):
+            yield Input(path.relative_to(folder).as_posix(), path, problem=problem), path.as_posix()
+    else:
+        yield from files_of(argument, left_out)
 
 
-@dataclass(frozen=True)
-class _SourceRows:
-    """Reads the images of a data set that this process has opened."""
-
-    source: "Source"
-    url_timeout: float
-
-    def read(self, row: int) -> Any:
-        return _content(self.source[row]["image"], self.url_timeout)
+def at_url(url: str, timeout: float) -> Input:
+    """An image that is downloaded when it is read."""
+    return Input(url, Path(), remote=url, read=partial(download, url, timeout))
 
 
-def _content(image: Any, url_timeout: float) -> Any:
-    """The image of a row as an `Input` has it. Raises `ValueError` if it has none."""
-    from vlv.train.data.source import UnreadableImage
-
-    if isinstance(image, UnreadableImage):
-        raise ValueError(image.reason)
-    if image is None:
-        raise ValueError("the row has no image")
-    if not isinstance(image, bytes | str | os.PathLike | np.ndarray):
-        raise ValueError(f"the row has {type(image).__name__} {image!r:.40} in place of an image")
-    return download(image, url_timeout) if isinstance(image, str) and is_url(image) else image
-
-
-def _open_dataset(dataset: DatasetArguments) -> "Source":
-    """A data set, or the split that is asked for. Raises `OSError` or `ValueError`.
-
-    A local folder of images, tables or tar files has splits if the library `datasets` finds them; without a split
-    that is asked for it is read whole.
-    """
-    from vlv.train.data.loading import find_dataset, open_source
-    from vlv.train.data.tables import ColumnDataset
-
-    folder, split = Path(dataset.name), dataset.split or "train"
-    if (folder / "dataset_dict.json").is_file():
-        if not (folder / split).is_dir():
-            known = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-            raise ValueError(f"it has no split {split!r}; it has {known}")
-        return open_source(str(folder / split), split, dataset.column, None, None)
-    if dataset.split is None or not folder.exists():
-        return open_source(dataset.name, split, dataset.column, None, None)
-    if not folder.is_dir() or (folder / "state.json").is_file():
-        raise ValueError(f"it has no splits; leave out --split {split}")
-    return ColumnDataset(find_dataset(dataset.name, split), dataset.column, None, folder)
-
-
-def _named_row(dataset: DatasetArguments, row: int, read: Callable[[], Any], version: str = "") -> Input:
-    name = f"{dataset.split or 'train'}/{row}"
-    remote = None if Path(dataset.name).exists() else f"hf://datasets/{dataset.name}#{name}"
-    return Input(name, Path(dataset.name), member=name, read=read, remote=remote, version=version)
-
-
-def _version(source: "Source") -> str:
-    """A hash of what is known of a data set without reading all of it; "" if that says nothing of its images."""
-    try:
-        if isinstance(source[0]["image"], str):  # images in files, which may change
-            return ""
-        files = getattr(source, "files", None)
-        if files is None:
-            files = [file["filename"] for file in getattr(source, "table").cache_files]  # noqa: B009
-        known = [source.fingerprint(), *((os.path.abspath(file), *_status(file)) for file in files)]
-    except (LookupError, OSError, ValueError):
-        return ""
-    return hashlib.blake2b(repr(known).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-
-
-def _version_of_file(image: Any) -> str:
-    try:
-        return "{} bytes, {} ns".format(*_status(image))
-    except (OSError, TypeError, ValueError):
-        return ""
-
-
-def _status(file: str) -> tuple[int, int]:
-    """Size and time of change (ns) of a file. Raises `OSError`."""
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns
-
-
-def _tar_member(file: str, status: tuple[int, int], offset: int, size: int) -> bytes:
-    _require_same(file, status)
-    return read_member(file, offset, size)
-
-
-def _require_same(file: str, status: tuple[int, int]) -> None:
-    if _status(file) != status:
-        raise ValueError(f"{file} changed after its images were listed; run again when it is complete")
+def _listed_on_stdin(timeout: float) -> Iterator[Named]:
+    """What the lines of standard input name. A path that does not exist is an input that cannot be read."""
+    for line in _lines_of_stdin():
+        try:
+            found = [(at_url(line, timeout), line)] if is_url(line) else files_of(line)
+            yield from ((renamed(item, full), full) for item, full in found)
+        except UserError as error:
+            path = Path(line)
+            yield Input(path.as_posix(), path, problem=str(error)), path.as_posix()
 
 
 def is_shard(argument: str) -> bool:
@@ -443,7 +245,8 @@ def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
-def _renamed(item: Input, name: str) -> Input:
+def renamed(item: Input, name: str) -> Input:
+    """The input with another name."""
     return item if item.name == name else replace(item, name=name)
 
 

@@ -2,23 +2,27 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
-from vlv.captioning.ahead import ended_readers
+from vlv.captioning.acceleration import accelerate
+from vlv.captioning.batches import Batch
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
 from vlv.captioning.formats import has_results, results_path
 from vlv.captioning.inputs import Input, load_embeddings
 from vlv.captioning.output import Summary, refuse_existing
+from vlv.captioning.prefetch import worker_errors
 from vlv.captioning.resume import ResumableResults, record_path
-from vlv.captioning.texts import instruction_of_length
+from vlv.captioning.texts import CaptionEditor, instruction_of_length
 from vlv.errors import UserError
 
 from . import caption_shards
@@ -49,6 +53,9 @@ from .choosing import (
 )
 from .models import choose_device, choose_model, loading, precision
 
+if TYPE_CHECKING:
+    from .scoring import BatchScorer
+
 ENCODER_BATCH_SIZE = 8
 
 
@@ -75,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     with loading(source):
         needed = ["config.json"] if arguments.dry_run else hub.CAPTIONER_FILES
         folder = hub.resolve(source, revision=arguments.revision, allow_patterns=needed)
-        fingerprint = hub.fingerprint(folder, hub.CAPTIONER_FINGERPRINT)
+        fingerprint = "" if output is None else hub.fingerprint(folder, hub.CAPTIONER_FINGERPRINT)
         config = VLVConfig.from_dict(hub.read_config(folder))
         if arguments.embeddings:
             embeddings = load_embeddings(arguments.embeddings, config.caption_embed_dim, "caption")
@@ -112,48 +119,67 @@ def run(arguments: argparse.Namespace) -> int:
         if results is not None:
             results.release()
         return dry_run(inputs, files, output, kept)
-    with loading(source):
-        model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
-    if arguments.prompt:
-        check_prompt(arguments.prompt, source, model, processor)
-    scorer = None
-    if uses_scores(arguments):
-        from .scoring import BatchScorer  # it loads diffusers, which captions alone do not need
-
-        scorer = BatchScorer(source, arguments)
-    size = None if scorer is None else scorer.image_size
     summary = Summary(total, names_failures=False)
     if found is not None and kept is None:
         count_in_background(found, summary)
-    cut = editor.cut if editor.loop_guard else None  # before captions are compared by their scores
-    captioner = Captioner(model, processor, settings, open_template(arguments.prompt), cut)
-    encoder: Any = model.model
-    cache = open_embeddings_cache(arguments.embeddings_cache, encoder, processor.image_processor)
-    if files is not None:
-        inputs = files.select(inputs, summary)
-    with results or nullcontext(), ended_readers():
-        for read in read_encoded_batches(
-            *(inputs, encoder, processor.image_processor, arguments.batch_size, summary, size, True),
-            encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
-            cache=cache,
-            num_workers=arguments.num_workers,
-        ):
-            for batch, groups in caption_batch(captioner, read, summary):
-                done, entries = choose_captions(groups, batch, scorer, arguments, summary)
-                entries = [editor.edit(entry) for entry in entries]
-                if results is not None:
-                    results.put(done, entries)
-                if files is not None:
-                    done = write_files(files, done, entries, summary)
-                if results is not None:
-                    results.confirm(done)
-                summary.done += len(done)
-            summary.advance(len(read.inputs))
+    selected = iter(inputs if files is None else files.select(inputs, summary))
+    first = list(islice(selected, 1))
+    scorer: Any = None
+    with results or nullcontext(), worker_errors():
+        if first:  # where every image is skipped, the model is not needed
+            captioner = load(arguments, folder, source, settings, editor)
+            if uses_scores(arguments):
+                from .scoring import BatchScorer  # it loads diffusers, which captions alone do not need
+
+                scorer = BatchScorer(source, arguments)
+            for read in read_inputs(arguments, chain(first, selected), captioner, summary, scorer):
+                for batch, groups in caption_batch(captioner, read, summary):
+                    done, entries = choose_captions(groups, batch, scorer, arguments, summary)
+                    entries = [editor.edit(entry) for entry in entries]
+                    if results is not None:
+                        results.put(done, entries)
+                    if files is not None:
+                        done = write_files(files, done, entries, summary)
+                    if results is not None:
+                        results.confirm(done)
+                    summary.done += len(done)
+                summary.advance(len(read.inputs))
     if scorer is not None:
         scorer.print_notes()
     summary.say(*editor.notes())
     place = output or arguments.sidecar_dir or ("image files" if arguments.metadata else "sidecars beside the images")
     return summary.close("captioned", str(place), kept, None if files is None else files.skipped)
+
+
+def load(
+    arguments: argparse.Namespace, folder: Path, source: str, settings: CaptionSettings, editor: CaptionEditor
+) -> Captioner:
+    """The model in a folder, as the command line asks for it. Raises `UserError` if that cannot be."""
+    with loading(source):
+        model, processor = hub.load_captioner(folder, dtype=precision(arguments), device=choose_device(arguments))
+    if arguments.prompt:
+        check_prompt(arguments.prompt, source, model, processor)
+    cut = editor.cut if editor.loop_guard else None  # before captions are compared by their scores
+    acceleration = accelerate(model, arguments.static_cache, arguments.compile)
+    return Captioner(model, processor, settings, open_template(arguments.prompt), cut, acceleration)
+
+
+def read_inputs(
+    arguments: argparse.Namespace,
+    inputs: Iterable[Input],
+    captioner: Captioner,
+    summary: Summary,
+    scorer: "BatchScorer | None",
+) -> Iterator[Batch]:
+    """The inputs as batches of caption embeddings, with the images that a scorer needs."""
+    encoder: Any = captioner.model.model
+    image_processor, size = captioner.processor.image_processor, None if scorer is None else scorer.image_size
+    return read_encoded_batches(
+        *(inputs, encoder, image_processor, arguments.batch_size, summary, size, True),
+        encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
+        cache=open_embeddings_cache(arguments.embeddings_cache, encoder, image_processor),
+        num_workers=arguments.num_workers,
+    )
 
 
 def check_prompt(prompt: str, source: str, model: VLVForConditionalGeneration, processor: VLVProcessor) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 
 from vlv.captioning.batches import Batch, split_batch
 from vlv.captioning.captioner import Captioner
+from vlv.captioning.dataset_rows import DatasetArguments
 from vlv.captioning.formats import caption_output
 from vlv.captioning.inputs import Input
 from vlv.captioning.metadata import XmpCaptions
 from vlv.captioning.output import Summary, require_writable
 from vlv.captioning.resume import ResumableResults
 from vlv.captioning.sidecars import CaptionFiles, Sidecars, UnsupportedFile, ends_the_run, read_sidecar
-from vlv.captioning.sources import LOOKAHEAD, DatasetArguments, Inputs
+from vlv.captioning.sources import LOOKAHEAD, Inputs
+from vlv.captioning.tables import LIST_SUFFIXES
 from vlv.captioning.texts import CaptionEditor, PromptTemplate, prompt_fields
 from vlv.errors import UserError
 
@@ -37,12 +39,25 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     ):
         if arguments.embeddings and value:
             raise UserError(f"{option} is for images, which --embeddings replaces; leave one out")
+    check_dependent_arguments(arguments)
+    if arguments.metadata and arguments.num_captions > 1 and not arguments.best_by:
+        raise UserError("--metadata has one caption of an image; add --best-by score, or leave out --num-captions")
+    if arguments.resume and arguments.streaming:
+        raise UserError("--resume would keep all rows of --streaming in memory to list them first; leave one out")
+    if arguments.dataset and arguments.sidecar and not arguments.sidecar_dir:
+        raise UserError("--sidecar with --dataset needs --sidecar-dir DIR, since its images are not files")
+    prompt_fields(arguments.prompt)
+
+
+def check_dependent_arguments(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for options that need others."""
     beside = arguments.sidecar or arguments.metadata
-    shards = any(path.lower().endswith(".parquet") for path in arguments.paths)
+    with_columns = (".parquet", *LIST_SUFFIXES)
+    tables = arguments.shards is not None or any(path.lower().endswith(with_columns) for path in arguments.paths)
     for option, value, usable, needed in (
         ("--split", arguments.split, arguments.dataset, "--dataset"),
         ("--streaming", arguments.streaming, arguments.dataset, "--dataset"),
-        ("--image-column", arguments.image_column, arguments.dataset or shards, "--dataset or parquet files"),
+        ("--image-column", arguments.image_column, arguments.dataset or tables, "--dataset, or parquet or list files"),
         ("--sidecar-dir", arguments.sidecar_dir, arguments.sidecar, "--sidecar"),
         ("--sidecar-name", arguments.sidecar_name, arguments.sidecar, "--sidecar"),
         ("--on-existing", arguments.on_existing, beside, "--sidecar or --metadata"),
@@ -55,13 +70,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     ):
         if value and not usable:
             raise UserError(f"{option} needs {needed}")
-    if arguments.metadata and arguments.num_captions > 1 and not arguments.best_by:
-        raise UserError("--metadata has one caption of an image; add --best-by score, or leave out --num-captions")
-    if arguments.resume and (arguments.streaming or "-" in arguments.paths):
-        raise UserError("--resume needs inputs that can be listed first; leave out --streaming, or give paths for -")
-    if arguments.dataset and arguments.sidecar and not arguments.sidecar_dir:
-        raise UserError("--sidecar with --dataset needs --sidecar-dir DIR, since its images are not files")
-    prompt_fields(arguments.prompt)
 
 
 def choose_output(arguments: argparse.Namespace) -> Path | None:

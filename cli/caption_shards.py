@@ -12,16 +12,24 @@ import torch
 
 from vlv import VLVConfig, hub
 from vlv.captioning.captioner import Captioner, CaptionSettings
+from vlv.captioning.division import absolute
 from vlv.captioning.formats import SUFFIXES
-from vlv.captioning.merging import merge
-from vlv.captioning.output import refuse_existing, require_writable
+from vlv.captioning.merging import is_written, merge, read_shards
+from vlv.captioning.output import Summary, refuse_existing, require_writable
 from vlv.captioning.sharded import ShardCaptioner, ShardJob, load_captioner
 from vlv.captioning.shards import ShardFolder
-from vlv.captioning.sources import STDIN, is_glob, is_url
+from vlv.captioning.sources import STDIN
 from vlv.captioning.texts import instruction_of_length, prompt_fields
 from vlv.errors import UserError
 
-from .caption_io import open_editor
+from .caption_io import (
+    check_dependent_arguments,
+    check_first,
+    claim_kept,
+    open_caption_files,
+    open_editor,
+    write_files,
+)
 from .choosing import complete_choice_arguments, recorded_choice, uses_scores
 from .models import choose_device, choose_model, loading
 from .parsers.caption import add_parser
@@ -32,12 +40,13 @@ DEFAULT_OUTPUT = "captions.json"
 SHARDS_OF_A_WRITER = 50
 OF_SHARDS = {
     *("paths", "shards", "shard_index", "output_dir", "engine", "ray_actors", "ray_address", "restart_every"),
-    *("image_column", "prompt", "length", "prefix", "suffix", "trigger_word", "trim", "loop_guard", "batch_size"),
-    *("encoder_batch_size", "max_new_tokens", "num_beams", "as_original", "num_captions", "temperature", "seed"),
-    *("embeddings_cache", "num_workers", "model", "revision", "device", "dtype"),
+    *("dataset", "split", "image_column", "url_timeout", "prompt", "length", "prefix", "suffix", "trigger_word"),
+    *("trim", "loop_guard", "batch_size", "encoder_batch_size", "max_new_tokens", "num_beams", "as_original"),
+    *("num_captions", "temperature", "seed", "embeddings_cache", "num_workers", "static_cache", "compile"),
+    *("model", "revision", "device", "dtype"),
 }
 """Options that `--shards` uses."""
-OF_MERGE = {"merge", "output", "overwrite"}
+OF_MERGE = {"merge", "output", "overwrite", "sidecar", "sidecar_dir", "sidecar_name", "on_existing", "separator"}
 """Options that `--merge` uses."""
 
 
@@ -62,15 +71,46 @@ def run(arguments: argparse.Namespace) -> int:
 def _merge(arguments: argparse.Namespace) -> int:
     if others := _given(arguments) - OF_MERGE:
         raise UserError(f"--merge DIR reads shards that are done; leave out {_named(others)}")
-    output = Path(arguments.output or DEFAULT_OUTPUT)
+    check_dependent_arguments(arguments)
+    shards = ShardFolder.open_existing(Path(arguments.merge))
+    failed = 0
+    if arguments.output or not arguments.sidecar:
+        failed += _merge_into_file(shards, Path(arguments.output or DEFAULT_OUTPUT), arguments.overwrite)
+    if arguments.sidecar:
+        failed += _write_sidecars(shards, arguments)
+    return int(failed > 0)
+
+
+def _merge_into_file(shards: ShardFolder, output: Path, overwrite: bool) -> int:
+    """Writes the captions into one file; returns the number of images without a caption."""
     if output.suffix.lower() not in SUFFIXES:
         raise UserError(f"--output {output} must end in {', '.join(SUFFIXES)}")
     require_writable(output.parent, "--output", str(output))
-    if not arguments.overwrite:
+    if not overwrite:
         refuse_existing(output, "--output")
-    counts = merge(ShardFolder.open_existing(Path(arguments.merge)), output)
+    counts = merge(shards, output)
     print(f"merged {counts['captioned']}, failed {counts['failed']}: {output}", file=sys.stderr)
-    return 1 if counts["failed"] else 0
+    return counts["failed"]
+
+
+def _write_sidecars(shards: ShardFolder, arguments: argparse.Namespace) -> int:
+    """Writes the captions beside their images; returns a number above 0 if an image has none."""
+    arguments.num_captions = int(shards.run["settings"].get("num_captions", 1))
+    files = open_caption_files(arguments)
+    assert files is not None
+    counts = shards.run["counts"]
+    summary = Summary(None if counts["files"] else counts["images"], names_failures=False)
+    for inputs, entries in read_shards(shards):
+        left = [item for item in inputs if not is_written(files, item, entries[item.name])]
+        claim_kept(files, inputs, left)
+        if not summary.done:
+            check_first(files, left)
+        for item in files.select(left, summary):
+            summary.done += len(write_files(files, [item], [entries[item.name]], summary))
+            summary.advance(1)
+        files.skipped += len(inputs) - len(left)
+    failed = summary.close("wrote", arguments.sidecar_dir or "sidecars beside the images", None, files.skipped)
+    return failed + sum(shards.counts(index)["failed"] for index in range(shards.count))
 
 
 def _caption(arguments: argparse.Namespace) -> int:
@@ -87,8 +127,9 @@ def _caption(arguments: argparse.Namespace) -> int:
         "shards": arguments.shards,
         **recorded,
         "settings": recorded["settings"] | engine,
-        "inputs": [os.path.abspath(path) for path in arguments.paths],
+        "inputs": [absolute(path) for path in arguments.paths],
         "image_column": arguments.image_column or "image",
+        "dataset": _dataset(arguments),
     }
     captioner = None
     if settings.prompt and not ShardFolder.is_begun(folder):
@@ -134,6 +175,9 @@ def prepare_job(arguments: argparse.Namespace, source: str, device: str) -> tupl
         encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
         num_workers=arguments.num_workers,
         embeddings_cache=arguments.embeddings_cache,
+        static_cache=arguments.static_cache,
+        compiled=arguments.compile,
+        url_timeout=arguments.url_timeout,
     )
     recorded = settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded()
     return job, {"model": source, "fingerprint": fingerprint, "settings": recorded}
@@ -159,11 +203,14 @@ def _checked_captioner(arguments: argparse.Namespace, job: ShardJob, source: str
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for options that do not fit shards."""
-    if arguments.embeddings or not arguments.paths:
-        raise UserError("--shards needs image paths: folders, images, tar, parquet and list files")
-    for path in arguments.paths:
-        if path == STDIN or is_url(path) or is_glob(path):
-            raise UserError(f"--shards reads folders and files, and {path} is neither; give a list file in its place")
+    if arguments.embeddings or bool(arguments.paths) == bool(arguments.dataset):
+        raise UserError("--shards needs images: either paths (folders, globs, URLs, tar files, ...) or --dataset")
+    if STDIN in arguments.paths:
+        raise UserError("--shards cannot tell whether - has the same list when it goes on; give a list file instead")
+    if arguments.streaming:
+        raise UserError("--shards reads rows by their number, which --streaming cannot; leave it out")
+    if arguments.sidecar:
+        raise UserError("--sidecar is given with --merge, when all shards are done; leave it out of --shards")
     if arguments.output_dir is None:
         raise UserError("--shards needs --output-dir DIR, the folder of the shards")
     if arguments.output not in (None, DEFAULT_OUTPUT):
@@ -176,6 +223,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--shards writes captions without scores; merge them, and score the file with `vlv score`")
     if others := _given(arguments) - OF_SHARDS - {"output"}:
         raise UserError(f"{_named(others)} cannot be used with --shards; leave out what is not of shards")
+    check_dependent_arguments(arguments)
     for name, engine in (("ray_actors", "ray"), ("ray_address", "ray"), ("restart_every", "vllm")):
         if getattr(arguments, name) is not None and arguments.engine != engine:
             raise UserError(f"--{name.replace('_', '-')} needs --engine {engine}")
@@ -187,8 +235,19 @@ def _check(arguments: argparse.Namespace) -> None:
             "--engine vllm writes one greedy caption; leave out --num-captions, --temperature, --num-beams and "
             "--as-original"
         )
+    if arguments.engine == "vllm" and (arguments.static_cache or arguments.compile):
+        raise UserError("--engine vllm has a cache of its own and compiles; leave out --static-cache and --compile")
     if arguments.shard_index is not None and arguments.shard_index >= arguments.shards:
         raise UserError(f"--shard-index is {arguments.shard_index}; expected 0 to {arguments.shards - 1}")
+
+
+def _dataset(arguments: argparse.Namespace) -> dict[str, str | None] | None:
+    """What a run records of `--dataset`: a local one by its absolute path."""
+    if arguments.dataset is None:
+        return None
+    is_local = os.path.exists(arguments.dataset)
+    name = os.path.abspath(arguments.dataset) if is_local else arguments.dataset
+    return {"name": name, "split": arguments.split}
 
 
 def _given(arguments: argparse.Namespace) -> set[str]:

@@ -53,10 +53,11 @@ except ModuleNotFoundError as error:
     if error.name != "vlv":
         raise
     sys.exit("caption-dataset: vlv is not installed; name its wheel or source folder: uv run --with FOLDER ...")
+from vlv.captioning.choices import TIME_LIMIT
+from vlv.captioning.dataset_rows import DatasetArguments, rows_of_dataset
 from vlv.captioning.inputs import Input
 from vlv.captioning.output import Summary
 from vlv.captioning.sharded import ShardCaptioner
-from vlv.captioning.sources import DatasetArguments, rows_of_source
 from vlv.captioning.texts import prompt_fields
 from vlv.cli.caption import check_prompt
 from vlv.cli.caption_shards import prepare_job
@@ -120,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     # Options of `vlv caption` that are not offered here.
     parser.set_defaults(best_by=None, confidence=False, min_score=None, num_pairs=None, embeddings=None)
-    parser.set_defaults(embeddings_cache=None)
+    parser.set_defaults(embeddings_cache=None, url_timeout=TIME_LIMIT)
     return parser
 
 
@@ -267,7 +268,7 @@ def caption_shard(options: argparse.Namespace, writer: ShardCaptioner, shard: Da
     since, first = time.perf_counter(), output.num_rows
     source = ColumnDataset(shard, options.image_column, None, repository=options.input_dataset)
     place = DatasetArguments(options.input_dataset, options.split)
-    inputs: list[Input] = list(rows_of_source(place, source, first))
+    inputs: list[Input] = list(rows_of_dataset(place, source, options.url_timeout, first=first))
     summary = Summary(len(inputs))
     lines = {line["name"]: line for lines in writer.caption_inputs(inputs, summary) for line in lines}
     summary.say(*writer.job.editor.notes())

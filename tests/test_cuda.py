@@ -50,8 +50,18 @@ def test_captions_are_those_of_the_cpu(tmp_path, captions_of_the_cpu, dtype):
     found = captions(tmp_path, "--device", "cuda", "--dtype", dtype)
     if dtype == "float32":
         assert found == captions_of_the_cpu
-    scenes, expected = ([parse_caption(caption) for caption in own] for own in (found, captions_of_the_cpu))
-    assert sum(own != other for own, other in zip(scenes, expected, strict=True)) <= 1
+    assert differing_scenes(found, captions_of_the_cpu) <= 1
+
+
+def differing_scenes(captions: list[str], expected: list[str]) -> int:
+    return sum(parse_caption(own) != parse_caption(other) for own, other in zip(captions, expected, strict=True))
+
+
+@pytest.mark.parametrize("options", [["--num-workers", "1"], ["--static-cache"], ["--compile"]])
+def test_options_of_speed_leave_the_captions_as_they_are(tmp_path, captions_of_the_cpu, options):
+    """Images are prefetched into pinned memory; compiled models round in another way."""
+    found = captions(tmp_path, "--device", "cuda", *options)
+    assert differing_scenes(found, captions_of_the_cpu) <= ("--compile" in options)
 
 
 def test_the_pipelines_of_both_libraries_work_on_a_gpu(captions_of_the_cpu):

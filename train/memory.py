@@ -37,8 +37,11 @@ def compile_layers(model: nn.Module, device: torch.device, backend: str = "induc
     return len(layers)
 
 
-def check_compiler(device: torch.device, backend: str = "inductor") -> None:
+def check_compiler(device: torch.device, backend: str = "inductor", setting: str = "compile_blocks") -> None:
     """Compiles and calls a small function.
+
+    Args:
+        setting: That asks for it, for the message.
 
     Raises:
         ValueError: If that fails, for example because there is no C++ compiler.
@@ -47,7 +50,7 @@ def check_compiler(device: torch.device, backend: str = "inductor") -> None:
         torch.compile(lambda x: x * 2 + 1, backend=backend)(torch.ones(2, device=device))
     except Exception as error:  # of many libraries
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"compile_blocks does not work on {device}: {reason}; leave it out") from error
+        raise ValueError(f"{setting} does not work on {device}: {reason}; leave it out") from error
 
 
 def prepare_diffusion_decoder(decoder: DiffusionDecoder, args: Any) -> None:

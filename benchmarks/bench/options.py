@@ -1,4 +1,6 @@
-"""What bfloat16, channels-last memory and torch.compile gain on this machine: `python -m benchmarks.bench.options`.
+"""What bfloat16, channels-last memory, a static cache and torch.compile gain on this machine.
+
+    python -m benchmarks.bench.options
 
 Each part of the medium model runs without and with each option, in turns, on one thread (one CUDA card where there is
 one). A ratio above 1 says that the option is faster.
@@ -8,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,13 +18,14 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from vlv.captioning.acceleration import accelerate
 from vlv.pipelines import generate_captions
 
 from .measure import in_child, limit_threads, ratios
 from .models import Models, build
 from .report import machine
 
-OPTIONS = ("bfloat16", "channels-last", "compiled")
+OPTIONS = ("bfloat16", "channels-last", "static cache", "compiled")
 PARTS = ("vision tower", "encoder", "autoencoder, encoding", "denoiser", "denoiser, backward", "greedy captions")
 BATCH, TOKENS = 4, 32
 
@@ -50,7 +54,8 @@ def main() -> None:
 
 def compare(part: str, option: str, rounds: int) -> dict[str, str]:
     """The ratio plain / with the option, as a cell of the table; where the option has no meaning, a dash."""
-    if option == "channels-last" and part == "greedy captions":
+    is_of_captions = part == "greedy captions"
+    if (option == "channels-last" and is_of_captions) or (option == "static cache" and not is_of_captions):
         return {"cell": "-"}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = {"plain": work_of(part, device, None), option: work_of(part, device, option)}
@@ -76,12 +81,15 @@ def work_of(part: str, device: str, option: str | None) -> Callable[[], Any]:
     module.to(device, dtype)
     if option == "channels-last":
         module.to(memory_format=torch.channels_last)
+    if part == "greedy captions":
+        acceleration = accelerate(models.captioner, option == "static cache", option == "compiled")
+        return partial(run, **acceleration)
     if option == "compiled":
         module.compile()
     return run
 
 
-def _parts(models: Models, part: str, device: str, dtype: torch.dtype) -> tuple[Any, Callable[[], Any]]:
+def _parts(models: Models, part: str, device: str, dtype: torch.dtype) -> tuple[Any, Callable[..., Any]]:
     captioner, decoder = models.captioner, models.decoder
     side, latent = models.processor.image_processor.size["height"], models.image_size // 8
     width = models.captioner.config.caption_embed_dim
@@ -110,7 +118,9 @@ def _parts(models: Models, part: str, device: str, dtype: torch.dtype) -> tuple[
         "denoiser, backward": (unet, backward),
         "greedy captions": (
             captioner,
-            lambda: generate_captions(captioner, models.processor, caption_embeds=embeds, **settings),
+            lambda **acceleration: generate_captions(
+                captioner, models.processor, caption_embeds=embeds, **settings, **acceleration
+            ),
         ),
     }[part]
 

@@ -58,8 +58,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="*",
         metavar="PATH",
-        help="image files, folders, globs such as 'photos/**/*.jpg', URLs, .parquet and .tar (WebDataset) files, or - "
-        "for a list of files, folders, shards and URLs on standard input, one a line",
+        help="image files, folders, globs such as 'photos/**/*.jpg', URLs, .parquet and .tar (WebDataset) files, "
+        "lists (.jsonl, .json, .csv, .tsv), or - for files, folders, shards and URLs on standard input, one a line",
     )
     group.add_argument("--embeddings", metavar="FILE", help="caption embeddings from `vlv encode`, instead of images")
     group.add_argument(
@@ -71,7 +71,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", help="split of --dataset (default: train, or all of a folder that has no saved splits)"
     )
     group.add_argument(
-        "--image-column", metavar="NAME", help="column of the images of --dataset and parquet files (default: image)"
+        "--image-column",
+        metavar="NAME",
+        help="column of the images of --dataset, parquet files and lists (default: image)",
     )
     group.add_argument("--streaming", action="store_true", help="read --dataset while captions are written")
     group.add_argument(

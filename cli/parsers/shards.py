@@ -19,17 +19,18 @@ def add_shard_arguments(parser: argparse.ArgumentParser) -> None:
         "--shards",
         type=positive,
         metavar="N",
-        help="write N files into --output-dir, each complete or absent; those that exist are skipped. Folders are "
-        "divided by the images' names; a tar, parquet or list file is a shard, or a part of one. A process of "
-        "`accelerate launch` or of a Slurm array does its share of the shards; a task of an array then does "
-        "what is left",
+        help="write N files into --output-dir, each complete or absent; those that exist are skipped. Images are "
+        "divided by their names, and --dataset by its rows; a tar, parquet or list file is a shard, or a part of one. "
+        "A process of `accelerate launch` or of a Slurm array does its share of the shards; a task of an array then "
+        "does what is left",
     )
     group.add_argument("--shard-index", type=not_negative, metavar="I", help="caption shard I alone, from 0")
     group.add_argument("--output-dir", metavar="DIR", help="the folder of the shards")
     group.add_argument(
         "--merge",
         metavar="DIR",
-        help="write the captions of all shards in a folder into --output: json, jsonl, csv, parquet",
+        help="write the captions of all shards in a folder into --output (json, jsonl, csv, parquet), or by --sidecar "
+        "beside their images",
     )
     group.add_argument(
         "--engine",
@@ -64,6 +65,17 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that read images while others are captioned, through shared memory (default: 0, which reads "
         "them between batches)",
+    )
+    parser.add_argument(
+        "--static-cache",
+        action="store_true",
+        help="give the language model's cache its full size at once; the captions are the same (docs/bulk.md)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the vision tower and the step that writes a token with torch.compile, with --static-cache; the "
+        "first batch takes minutes",
     )
 
 

@@ -19,11 +19,12 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
 
-from vlv.captioning import sources
+from vlv.captioning import sources, tables
 from vlv.captioning.batches import read_batches
+from vlv.captioning.dataset_rows import DatasetArguments
 from vlv.captioning.output import Summary
 from vlv.captioning.resume import ResumableResults
-from vlv.captioning.sources import DatasetArguments, Inputs
+from vlv.captioning.sources import Inputs
 from vlv.errors import UserError
 from vlv.train.data import ParquetSource
 
@@ -218,11 +219,12 @@ def test_a_tar_file_that_changes_after_it_was_listed_is_named(tmp_path, encoded)
 def test_of_many_shards_few_are_open(tmp_path, encoded, image_processor):
     for number in range(6):
         parquet.write_table(pyarrow.table({"image": [encoded[number % 3]]}), tmp_path / f"{number}.parquet")
+    tables.open_table.cache_clear()
     gc.collect()
     before = sum(isinstance(each, ParquetSource) for each in gc.get_objects())
     inputs = Inputs([str(tmp_path / "*.parquet")])
     assert pixels(list(inputs), image_processor) == 2 * COLORS
-    assert sum(isinstance(each, ParquetSource) for each in gc.get_objects()) - before == sources.OPEN_SHARDS
+    assert sum(isinstance(each, ParquetSource) for each in gc.get_objects()) - before == tables.OPEN_TABLES
 
 
 def test_rows_that_are_not_images_fail_by_themselves(tmp_path, image_processor):
@@ -250,6 +252,17 @@ def test_images_in_parquet_files_are_called_by_file_and_row(tmp_path, encoded, i
     inputs = Inputs([str(tmp_path / "p.parquet")], column="picture")
     assert inputs.total == 3 and [item.name for item in inputs] == [f"p.parquet/{row}" for row in range(3)]
     assert pixels(list(inputs), image_processor) == COLORS
+
+
+def test_the_images_of_a_list_are_called_by_list_and_path(folder, encoded, image_processor):
+    lines = [{"image": "a.png"}, {"image": "sub/b.png"}, {"image": "a.png"}]
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inputs = list(Inputs([str(folder / "list.jsonl")]))
+    assert [item.name for item in inputs] == ["list.jsonl/a.png", "list.jsonl/sub/b.png", "list.jsonl/a.png#2"]
+    assert pixels(inputs, image_processor) == [COLORS[0], COLORS[1], COLORS[0]]
+    known = inputs[0].identify()
+    (folder / "a.png").write_bytes(encoded[2])
+    assert inputs[0].identify()["blake2b"] != known["blake2b"]
 
 
 def test_rows_that_hold_a_path_or_base64_are_read(tmp_path, encoded, image_processor):

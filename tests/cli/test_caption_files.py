@@ -62,6 +62,12 @@ def test_sidecars_have_the_captions_of_the_json_and_are_skipped_by_the_next_run(
     assert "skipped 2, captioned 1, failed 0: sidecars beside the images" in capsys.readouterr().err
     assert not (tmp_path / "captions.json").exists()
     assert texts(folder)["b.txt"].startswith("sks, ") and not texts(folder)["a.txt"].startswith("sks, ")
+    monkeypatch.setattr(hub, "load_captioner", None)  # nothing is left to caption, so no model is loaded
+    assert caption(model_folder, folder, "--sidecar", "txt", "--on-existing", "skip") == 0
+    assert "skipped 3, captioned 0, failed 0" in capsys.readouterr().err
+    assert caption(model_folder, folder, "--output", "c.json", "--trigger-word", "sks", "--resume") == 0
+    assert "kept 3, captioned 0, failed 0: c.json" in capsys.readouterr().err
+    assert json.loads((tmp_path / "c.json").read_text()) == captions
 
 
 def test_existing_sidecars_and_shared_names_are_refused_before_the_model_is_loaded(folder, images, capsys):
@@ -280,11 +286,16 @@ def test_a_length_needs_an_instruction_of_the_model(model_folder, folder, tmp_pa
 
 
 def test_a_list_on_standard_input_is_captioned(model_folder, folder, tmp_path, monkeypatch, capsys):
-    lines = f"{folder}/a.png\n{folder}/gone.png\n".encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    assert caption(model_folder, "-", "--output", tmp_path / "c.jsonl") == 1
+    def caption_list(*names, options=()) -> int:
+        lines = "".join(f"{folder}/{name}\n" for name in names).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        return caption(model_folder, "-", "--output", tmp_path / "c.jsonl", *options)
+
+    assert caption_list("a.png", "gone.png") == 1
     assert list(read_results(tmp_path / "c.jsonl", "--resume")) == [f"{folder}/a.png"]
     assert f"cannot read {folder}/gone.png: {folder}/gone.png does not exist" in capsys.readouterr().err
+    assert caption_list("a.png", "b.jpg", options=["--resume"]) == 0
+    assert "kept 1, captioned 1, failed 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -292,12 +303,15 @@ def test_a_list_on_standard_input_is_captioned(model_folder, folder, tmp_path, m
     [
         (["x.png", "--dataset", "org/name"], "and not several of them"),
         (["x.png", "--split", "test"], "--split needs --dataset"),
-        (["x.png", "--image-column", "jpg"], "--image-column needs --dataset or parquet files"),
+        (["x.png", "--image-column", "jpg"], "--image-column needs --dataset, or parquet or list files"),
         (["x.png", "--on-existing", "skip"], "--on-existing needs --sidecar or --metadata"),
         (["x.png", "--sidecar-dir", "out"], "--sidecar-dir needs --sidecar"),
         (["x.png", "--sidecar", "txt", "--separator", ""], "--separator needs --on-existing append or prepend"),
         (["x.png", "--sidecar", "txt", "--resume"], "--resume needs --output (or pass --on-existing skip)"),
-        (["--dataset", "org/name", "--streaming", "--resume"], "--resume needs inputs that can be listed first"),
+        (
+            ["--dataset", "org/name", "--streaming", "--resume"],
+            "--resume would keep all rows of --streaming in memory",
+        ),
         (["x.png", "--metadata", "xmp", "--num-captions", "2"], "--metadata has one caption of an image"),
         (["--dataset", "org/name", "--sidecar", "txt"], "--sidecar with --dataset needs --sidecar-dir DIR"),
         (["x.png", "--prompt", "{nme}"], "--prompt has {nme}; a prompt may say {name}"),

@@ -157,7 +157,7 @@ def test_shards_that_are_done_are_left_alone(finished, folder, model_folder, tmp
     again = (folder, "--shards", 3, "--output-dir", output)
     assert caption(model_folder, *again) == 1  # an image of a shard that is done has failed
     (output / "shard-00001-of-00003.jsonl").unlink()
-    caption(model_folder, folder, "--shards", 3, "--output-dir", output, "--num-workers", 1)
+    caption(model_folder, folder, "--shards", 3, "--output-dir", output, "--num-workers", 1, "--static-cache")
     assert "2 of 3 shards are done" in capsys.readouterr().err
     assert shards_in(output) == shards_in(finished)
     after = {path: path.stat().st_mtime_ns for path in output.glob("shard-*")}
@@ -234,6 +234,96 @@ def test_rows_of_parquet_and_list_files_are_inputs(folder, tmp_path):
     contents = [[item.open().image for item in read_division(lists, index, 2, [0, 1])] for index in range(2)]
     assert contents[0] == [path.read_bytes() for path in files[:2]]
     assert [Path(path) for path in contents[1]] == files[2:4]
+
+
+def shards_of(shards: ShardFolder) -> list[list[str]]:
+    """The names of the images of each shard."""
+    return [[item.name for item in shards.inputs(index)] for index in range(shards.count)]
+
+
+def test_globs_urls_and_lists_are_divided(folder, tmp_path):
+    """An image that two arguments name is in one shard, once."""
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": str(folder / "0.png")}) + "\n")
+    url = "http://localhost/a.png"
+    paths = [f"{folder}/**/*.png", f"{folder}/sub/1*.png", url, tmp_path / "list.jsonl", folder / "2.png"]
+    shards = begin(tmp_path / "out", paths, 3)
+    names = [name for own in shards_of(shards) for name in own]
+    expected = [str(path) for path in folder.rglob("*.png")] + [url, f"{tmp_path}/list.jsonl/{folder}/0.png"]
+    assert sorted(names) == sorted(expected)
+    assert max(map(len, shards_of(shards))) < len(names)
+    (remote,) = [item for index in range(3) for item in shards.inputs(index, url_timeout=1.0) if item.name == url]
+    assert remote.source == url
+    for index in range(3):
+        write_shard(shards, index)
+    assert merge(shards.folder, tmp_path / "merged.json") == 0
+    assert len(json.loads((tmp_path / "merged.json").read_text())) == len(names)
+    one = begin(tmp_path / "one", [f"{folder}/sub/*.png"], 1)
+    assert sorted(shards_of(one)[0]) == sorted(path.name for path in (folder / "sub").iterdir())
+
+
+def test_a_data_set_is_divided_by_its_rows(folder, tmp_path, capsys):
+    import pyarrow
+    from pyarrow import parquet
+
+    def write(first: int) -> None:
+        contents = [path.read_bytes() for path in sorted(folder.glob("*.png"))[first:]]
+        parquet.write_table(pyarrow.table({"image": contents}), tmp_path / "in.parquet")
+
+    write(0)
+    run = {**RUN, "shards": 4, "inputs": [], "dataset": {"name": str(tmp_path / "in.parquet"), "split": None}}
+    shards = ShardFolder.begin(tmp_path / "out", [], run)
+    assert shards_of(shards) == [["train/0"], ["train/1", "train/2"], ["train/3"], ["train/4", "train/5"]]
+    assert shards.inputs(1)[1].open().content == sorted(folder.glob("*.png"))[2].read_bytes()
+    assert shards.metadata(1)["inputs"]["rows"] == [1, 3]
+    write_shard(shards, 0, [{"name": "train/1", "caption": "a"}])
+    for index in range(1, 4):
+        write_shard(shards, index)
+    assert merge(shards.folder, tmp_path / "merged.json") == 2
+    assert "has train/1, which belongs to another shard" in capsys.readouterr().err
+    with pytest.raises(UserError, match="begun with dataset"):
+        ShardFolder.begin(tmp_path / "out", [], run | {"dataset": {"name": "other", "split": None}})
+    write(1)
+    with pytest.raises(UserError, match="has changed since the run was begun"):
+        ShardFolder.open_existing(shards.folder).inputs(0)
+
+
+@pytest.mark.slow
+def test_the_shards_of_a_data_set_have_the_captions_of_one_run(folder, model_folder, tmp_path):
+    """With processes that read, too: the rows are read by the one that has opened the data set."""
+    arguments = ("--dataset", folder / "sub", "--num-workers", 1)
+    assert caption(model_folder, *arguments, "--output", tmp_path / "alone.json") == 1
+    assert caption(model_folder, *arguments, "--shards", 2, "--output-dir", tmp_path / "out") == 1
+    assert merge(tmp_path / "out", tmp_path / "merged.json") == 1
+    assert json.loads((tmp_path / "merged.json").read_text()) == json.loads((tmp_path / "alone.json").read_text())
+
+
+def test_merging_writes_the_sidecars_of_a_run(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "in")
+    shards = begin(tmp_path / "out", [copy], 2)
+    for index in range(2):
+        captions = [{"name": item.name, "caption": f"of {item.name}"} for item in shards.inputs(index)]
+        write_shard(shards, index, captions)
+
+    def texts() -> dict[str, str]:
+        return {path.relative_to(copy).as_posix(): path.read_text() for path in copy.rglob("*.txt")}
+
+    def write(*options) -> int:
+        return main(["caption", "--merge", str(shards.folder), "--sidecar", "txt", *options])
+
+    (first, *_), _ = names = shards_of(shards)
+    (copy / first).with_suffix(".txt").write_text("mine")
+    assert write() == 2
+    assert f"{(copy / first).with_suffix('.txt')} exists; pass --on-existing skip" in capsys.readouterr().err
+    assert write("--on-existing", "append", "--output", str(tmp_path / "merged.json")) == 0
+    assert "skipped 0, wrote 12, failed 0" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "merged.json").read_text())) == 12
+    expected = {f"{name.removesuffix('.png')}.txt": f"of {name}\n" for name in chain.from_iterable(names)}
+    expected[f"{first.removesuffix('.png')}.txt"] = f"mine, of {first}\n"
+    assert texts() == expected
+    (copy / names[1][0]).with_suffix(".txt").unlink()  # as if the command had been killed
+    assert write("--on-existing", "append") == 0
+    assert "skipped 11, wrote 1, failed 0" in capsys.readouterr().err
+    assert texts() == expected
 
 
 def test_a_list_that_is_not_the_one_of_the_run_is_refused(folder, tmp_path, capsys):
@@ -438,10 +528,12 @@ def test_a_shard_that_cannot_be_written_is_absent(folder, tmp_path, small_disk):
         (["--merge", "{out}"], "leave out image paths"),
         (["--merge", "{out}", "--model", "x", "--trim"], "leave out --model, image paths, --trim"),
         (["--shards", "2", "--output-dir", "{out}", "--resume"], "--resume cannot be used with --shards"),
-        (
-            ["--shards", "2", "--output-dir", "{out}", "--url-timeout", "3", "--sidecar", "txt"],
-            "--sidecar, --url-timeout cannot be used with --shards",
-        ),
+        (["--shards", "2", "--output-dir", "{out}", "--sidecar", "txt"], "--sidecar is given with --merge"),
+        (["--shards", "2", "--output-dir", "{out}", "--metadata", "xmp"], "--metadata cannot be used with --shards"),
+        (["--shards", "2", "--output-dir", "{out}", "--split", "train"], "--split needs --dataset"),
+        (["--shards", "2", "--output-dir", "{out}", "--dataset", "x"], "either paths"),
+        (["-", "--shards", "2", "--output-dir", "{out}"], "cannot tell whether - has the same list"),
+        (["--shards", "2", "--output-dir", "{out}", "--engine", "vllm", "--compile"], "has a cache of its own"),
         (["--shards", "2", "--output-dir", "{out}", "--engine", "ray", "--device", "cuda:1"], "give cpu or cuda"),
         (["--shards", "2", "--output-dir", "{out}", "--engine", "vllm", "--temperature", "1"], "one greedy caption"),
     ],

@@ -1,4 +1,4 @@
-"""Reads inputs ahead, in processes of a `DataLoader` that hand over tensors in shared memory."""
+"""Prefetches inputs in worker processes of a `DataLoader`, which hand over tensors in shared memory."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -11,41 +11,47 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vlv.errors import UserError
 
 CHUNK = 8
-"""Most inputs that a process reads at a time, and hands over together."""
+"""Most inputs that a worker reads at a time, and hands over together."""
 CHUNK_BYTES = 16 * 2**20
 """Most bytes of tensors that are handed over together. A container often has 64 MiB of shared memory."""
 ENDED = re.compile("DataLoader worker .*(is killed by signal|exited unexpectedly)")
 
 
-def chunk_of(item_bytes: int) -> int:
+def chunk_size(item_bytes: int) -> int:
     """How many inputs are handed over together whose tensors have so many bytes each: 1 to `CHUNK`."""
     return max(1, min(CHUNK, CHUNK_BYTES // item_bytes))
 
 
-def map_ahead(
+def prefetch_map(
     function: Callable[[Any], Any],
     inputs: Iterable[Any],
     num_workers: int,
     join: Callable[[list[Any]], Any] = list,
     chunk: int = CHUNK,
+    pin_memory: bool = False,
 ) -> Iterator[Any]:
     """`join` of what a function returns for each `chunk` of the inputs, in their order.
 
-    Inputs are taken only as far as is read ahead. `ended_readers` explains what happens if a process ends.
+    Inputs are taken only as far as they are prefetched. `worker_errors` explains what happens if a worker ends.
 
     Args:
         function: Can be pickled.
         num_workers: At least 1.
-        join: Runs in the processes, too: they hand over few large tensors faster than many small ones.
+        join: Runs in the workers, too: they hand over few large tensors faster than many small ones.
+        pin_memory: Whether a thread pins the tensors, and objects with `pin_memory`, for copies to a GPU.
     """
     yield from DataLoader(
-        _Mapped(function), batch_sampler=_Chunks(inputs, chunk), num_workers=num_workers, collate_fn=join
+        _MappedDataset(function),
+        batch_sampler=_ChunkSampler(inputs, chunk),
+        num_workers=num_workers,
+        collate_fn=join,
+        pin_memory=pin_memory,
     )
 
 
 @contextmanager
-def ended_readers() -> Iterator[None]:
-    """Turns the error of a process of `map_ahead` that ends, which torch raises anywhere, into a `UserError`."""
+def worker_errors() -> Iterator[None]:
+    """Turns the error of a worker of `prefetch_map` that ends, which torch raises anywhere, into a `UserError`."""
     try:
         yield
     except RuntimeError as error:
@@ -57,7 +63,7 @@ def ended_readers() -> Iterator[None]:
         ) from error
 
 
-class _Mapped(Dataset):
+class _MappedDataset(Dataset):
     """What a function returns for the inputs that a sampler asks for: an input is its own index."""
 
     def __init__(self, function: Callable[[Any], Any]):
@@ -67,7 +73,7 @@ class _Mapped(Dataset):
         return self._function(item)
 
 
-class _Chunks(Sampler):
+class _ChunkSampler(Sampler):
     def __init__(self, inputs: Iterable[Any], chunk: int):
         self._inputs, self._chunk = inputs, chunk
 
