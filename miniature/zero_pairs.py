@@ -105,7 +105,8 @@ def _place(item: SceneObject) -> int:
 def search_caption(scorer: DiffusionScorer, image: torch.Tensor, rng: random.Random) -> str:
     """The caption of an image `(3, 64, 64)` uint8 by `search_scene`; `rng` chooses its phrasing."""
     seed = seed_of_pixels(image)
-    latents, known = scorer.encode_images(image[None], [seed]), [{}]
+    latents = scorer.encode_images(image[None], [seed])
+    known: list[dict[str | None, float]] = [{}]
 
     def score(scenes: Sequence[Scene]) -> list[float]:
         return scorer.score_latents(latents, [list(map(describe, scenes))], [seed], known=known).scores[0].tolist()
