@@ -1,9 +1,9 @@
 """Captions that please the frozen denoiser and are not true: `python -m vlv.miniature.reward_hacking`.
 
 True captions of scenes are changed in ways that a reward could favour. The table says how often the score of a
-changed caption is above that of the true one, how fluent it is, and how often it is above and as fluent as a floor
-demands, which is the lowest fluency of the true captions, less a margin. The last row appends, one after the other,
-the words of the vocabulary that raise the score most, whatever they say.
+changed caption is above that of the true one, how fluent it is, and how often it is above with what stage 3 has
+against it: a floor of fluency, here the lowest of the true captions less a margin, and a penalty for each word. The
+last row appends, one after the other, the words of the vocabulary that raise the score most, whatever they say.
 """
 
 import argparse
@@ -29,15 +29,7 @@ from .world import Scene
 
 APPENDED = 3  # words
 MARGIN = 0.5  # between the lowest fluency of true captions and the floor, in nats a token
-HEADER = (
-    "caption",
-    "scenes",
-    "above the true one",
-    "score, less that of the true one",
-    "words",
-    "fluency",
-    "above it",
-)
+HEADER = ("caption", "scenes", "above the true one", "score, less that of the true one", "words", "fluency")
 
 
 def repeat_object(scene: Scene, rng: random.Random) -> str | None:
@@ -117,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=100, help="of combo (default: %(default)s)")
     parser.add_argument("--fewer-scenes", type=int, default=20, help="of the last row (default: %(default)s)")
     parser.add_argument("--num-pairs", type=int, default=4, metavar="K", help="of a score (default: %(default)s)")
+    parser.add_argument("--length-penalty", type=float, default=0.003, help="for each word (default: %(default)s)")
     options = parser.parse_args(arguments)
     _, scorer = load_scorer(options.model, num_pairs=options.num_pairs)
     captioner, processor = hub.load_captioner(options.captioner or options.model)
@@ -130,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_true = fluency(true)
     floor = min(of_true) - MARGIN
     words = fmean(len(caption.split()) for caption in true)
-    rows = [["the true one", str(len(true)), "", "", f"{words:.1f}", f"{fmean(of_true):.2f}", ""]]
+    rows = [["the true one", str(len(true)), "", "", f"{words:.1f}", f"{fmean(of_true):.2f}", "", ""]]
     changed: dict[str, list[tuple[int, str]]] = {}
     for name, hack in HACKS.items():
         made = ((place, hack(scene, random.Random(f"{name}/{place}"))) for place, scene in enumerate(scenes))
@@ -146,10 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fluent = fluency(captions)
         above = [gain > 0 for gain in gains]
         kept = [own and value >= floor for own, value in zip(above, fluent, strict=True)]
+        longer = [len(caption.split()) - len(true[place].split()) for place, caption in own]
+        still = [gain > options.length_penalty * more for gain, more in zip(gains, longer, strict=True)]
         length = fmean(len(caption.split()) for caption in captions)
         figures = f"{fmean(above):.2f}", f"{fmean(gains):+.3f}", f"{length:.1f}", f"{fmean(fluent):.2f}"
-        rows.append([name, str(len(own)), *figures, f"{fmean(kept):.2f}"])
-    print(markdown_table((*HEADER, f"above, with a fluency of {floor:.2f}"), rows))
+        rows.append([name, str(len(own)), *figures, f"{fmean(kept):.2f}", f"{fmean(still):.2f}"])
+    held = f"above, with a fluency of {floor:.2f}", f"above, less {options.length_penalty:g} for each word"
+    print(markdown_table((*HEADER, *held), rows))
     print("\n".join(["", *(f"- {caption}" for _, caption in changed[BY_WORDS][:3])]))
 
 
