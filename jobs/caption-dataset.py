@@ -329,19 +329,18 @@ class Output:
 
     def __init__(self, name: str, split: str, private: bool):
         self.name, self.split, self._api = name, split, HfApi()
-        self._records: dict[str, dict[str, Any]] = {}
+        self._record: dict[str, Any] = {}
         with hub.upload_errors(name):
             self._api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
             if private and not self._api.dataset_info(name).private:
                 raise ValueError(f"{name} exists and is public; make it private, or push to another data set")
             self._files = self._api.list_repo_files(name, repo_type="dataset")
-            for file in self._files:
-                if file.startswith(f"{RECORDS}/"):
-                    self._records[Path(file).stem] = read_json(self._download(file), "dataset", "shards")
+            self._records = self._read_records(self._files)
 
-    @property
-    def _record(self) -> dict[str, Any]:
-        return self._records[self.split]
+    def _read_records(self, files: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The record of each split."""
+        records = [file for file in files if file.startswith(f"{RECORDS}/")]
+        return {Path(file).stem: read_json(self._download(file), "dataset", "shards") for file in records}
 
     @property
     def is_complete(self) -> bool:
@@ -372,7 +371,7 @@ class Output:
             ]
             if others:
                 raise UserError(f"{self.name} has {others[0]}, which is not of this command; give another OUTPUT")
-            self._records[self.split] = {**run, "shards": [], "complete": False}
+        self._record = self._records.get(self.split) or {**run, "shards": [], "complete": False}
         run, then = json.loads(to_json(run)), self._record
         names = [name for name in {**then, **run} if name not in MAY_DIFFER and then.get(name) != run.get(name)]
         if names:
@@ -404,6 +403,9 @@ class Output:
     def _commit(self, message: str, *operations: CommitOperationAdd) -> None:
         record = CommitOperationAdd(f"{RECORDS}/{self.split}.json", to_json(self._record))
         with hub.upload_errors(self.name):
+            # Another job may write another split.
+            self._records = self._read_records(self._api.list_repo_files(self.name, repo_type="dataset"))
+            self._records[self.split] = self._record
             card = [] if self._has_edited_card() else [CommitOperationAdd(CARD, self._card().encode())]
             self._api.create_commit(
                 self.name, [*operations, record, *card], commit_message=message, repo_type="dataset"
