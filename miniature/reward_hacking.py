@@ -23,7 +23,7 @@ from .data import evaluation_items
 from .evaluation import MAX_NEW_TOKENS
 from .grammar import write_caption
 from .scene_changes import invent_object
-from .score_ranking import BATCH_SIZE, load_scorer
+from .score_ranking import load_scorer, score_in_batches
 from .tokenizer import vocabulary
 from .world import Scene
 
@@ -91,15 +91,6 @@ def append_words(scorer: DiffusionScorer, image: torch.Tensor, caption: str) -> 
     return caption
 
 
-def score_each(scorer: DiffusionScorer, images: torch.Tensor, captions: Sequence[str]) -> list[float]:
-    """The score of the caption of each image `(N, 3, 64, 64)` uint8."""
-    found: list[float] = []
-    for start in range(0, len(images), BATCH_SIZE):
-        own = [[caption] for caption in captions[start : start + BATCH_SIZE]]
-        found += scorer.score(images[start : start + BATCH_SIZE], own).scores[:, 0].tolist()
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.reward_hacking", description=__doc__)
     parser.add_argument("model", help="folder of a miniature, whose denoiser gives the scores")
@@ -115,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     captioner, processor = hub.load_captioner(options.captioner or options.model)
     images, scenes = evaluation_items("combo", options.scenes)
     true = [write_caption(scene) for scene in scenes]
-    true_scores = score_each(scorer, images, true)
+    true_scores = score_in_batches(scorer, images, [[caption] for caption in true])[:, 0].tolist()
 
     def fluency(captions: Sequence[str]) -> list[float]:
         return measure_fluency(captioner, processor, captions, MAX_NEW_TOKENS, True, 64)
@@ -131,11 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     few = range(min(options.fewer_scenes, len(scenes)))
     changed[BY_WORDS] = [(place, append_words(scorer, images[place], true[place])) for place in few]
     for name, own in changed.items():
+        if not own:
+            continue
         places, captions = [place for place, _ in own], [caption for _, caption in own]
-        gains = [
-            score - true_scores[place]
-            for place, score in zip(places, score_each(scorer, images[places], captions), strict=True)
-        ]
+        scores = score_in_batches(scorer, images[places], [[caption] for caption in captions])[:, 0].tolist()
+        gains = [score - true_scores[place] for place, score in zip(places, scores, strict=True)]
         fluent = fluency(captions)
         above = [gain > 0 for gain in gains]
         kept = [own and value >= floor for own, value in zip(above, fluent, strict=True)]

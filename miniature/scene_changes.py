@@ -1,7 +1,7 @@
 """Scenes that differ from a scene in one fact or more, for captions that are wrong in a known way."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .world import COLOURS, CORNERS, MAX_OBJECTS, OBJECTS, PLACES, SIZES, Scene, SceneObject
@@ -14,10 +14,11 @@ def _change_object(scene: Scene, rng: random.Random, field: str, values: tuple[s
     value = rng.choice([value for value in values if value != getattr(own, field)])
     objects = list(scene.objects)
     objects[number] = replace(own, **{field: value})
-    return _in_order(scene.background, objects)
+    return in_order(scene.background, objects)
 
 
-def _in_order(background: str | None, objects: list[SceneObject]) -> Scene:
+def in_order(background: str | None, objects: Sequence[SceneObject]) -> Scene:
+    """A scene whose objects are given in any order."""
     return Scene(background, tuple(sorted(objects, key=lambda o: PLACES.index(o.place))))
 
 
@@ -54,7 +55,7 @@ def invent_object(scene: Scene, rng: random.Random) -> Scene | None:
     if len(scene.objects) == MAX_OBJECTS or "centre" in taken:
         return None
     place = rng.choice([place for place in CORNERS if place not in taken])
-    return _in_order(scene.background, [*scene.objects, SceneObject(rng.choice(OBJECTS), rng.choice(SIZES), place)])
+    return in_order(scene.background, [*scene.objects, SceneObject(rng.choice(OBJECTS), rng.choice(SIZES), place)])
 
 
 CHANGES: dict[str, Callable[[Scene, random.Random], Scene | None]] = {

@@ -102,12 +102,20 @@ def train_captioner(
 
 
 def train_start(folder: Path, encoder: str | Path, language_model: Path, pairs: int, seed: int) -> None:
-    """`train_captioner` on `pairs` pairs of `train`, which `seed` chooses."""
+    """`train_captioner` on `pairs` pairs of `train`, those of the table of few pairs with this seed."""
     data = ImageCaptionPairs(pairs, seed=seed + 4)
     items = [data[index] for index in range(pairs)]
     images, captions = torch.stack([item["image"] for item in items]), [item["caption"] for item in items]
     conditioning = compute_conditioning(hub.load_encoder(encoder)[0], images)
     train_captioner(folder, encoder, language_model, conditioning, captions, seed)
+
+
+def find_language_model(root: Path) -> Path:
+    """The folder of the language model in a root, which is trained on text alone if it is missing."""
+    folder = root / "language-model"
+    if not (folder / "tokenizer_config.json").exists():
+        train_language_model(folder, root / "language-model-work")
+    return folder
 
 
 def measure(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[str, float]:
@@ -173,11 +181,8 @@ def run_stage3(options: argparse.Namespace, passed_on: Sequence[str] = ()) -> di
     start = root / f"start-{encoder}-{options.pairs}-pairs-seed-{options.seed}"
     if options.start:
         start = Path(options.start)
-    if not (start / "config.json").exists():
-        language_model = root / "language-model"
-        if not (language_model / "tokenizer_config.json").exists():
-            train_language_model(language_model, root / "language-model-work")
-        train_start(start, options.encoder, language_model, options.pairs, options.seed)
+    elif not (start / "config.json").exists():
+        train_start(start, options.encoder, find_language_model(root), options.pairs, options.seed)
     held_out = {split: evaluation_items(split, options.scenes) for split in ("combo", "test")}
     images = root / f"images-{options.split}-{options.images}-without-{options.scenes}"
     excluded = [scene for _, own in held_out.values() for scene in own]
@@ -210,8 +215,25 @@ def table(results: dict[str, Any], split: str) -> str:
     return markdown_table(("round", *COLUMNS.values()), rows)
 
 
+def check_passed_on(parser: argparse.ArgumentParser, options: argparse.Namespace, passed_on: Sequence[str]) -> None:
+    """Ends with a message if an option cannot be passed on, or `--start` is not a model."""
+    own = {
+        argument.split("=")[0] for argument in stage3_arguments(options, Path("run"), Path("start"), Path("images"))
+    }
+    for argument in passed_on:
+        name, equals, _ = argument.partition("=")
+        if not (name.startswith("--") and equals):
+            parser.error(
+                f"{argument} is not an option of this command; pass those of `vlv train stage3` as --name=value"
+            )
+        if name.replace("-", "_").replace("__", "--", 1) in own:
+            parser.error(f"{name} is set by this command; --help lists its own options, with dashes")
+    if options.start and not (Path(options.start) / "config.json").exists():
+        parser.error(f"--start {options.start}: there is no config.json; give the folder of a captioner")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlv.miniature.stage3", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m vlv.miniature.stage3", description=__doc__, allow_abbrev=False)
     parser.add_argument("root", help="folder of everything that is trained")
     parser.add_argument("--name", default="stage3", help="of the run in ROOT (default: %(default)s)")
     parser.add_argument(
@@ -239,7 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="default: %(default)s")
     parser.add_argument("--scenes", type=int, default=300, help="captioned of each split (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    results = run_stage3(*parser.parse_known_args(arguments))
+    options, passed_on = parser.parse_known_args(arguments)
+    check_passed_on(parser, options, passed_on)
+    results = run_stage3(options, passed_on)
     for split, title in (("combo", "combo"), ("test", "test"), ("kept", "kept by the round, of its own images")):
         print(f"{title}\n\n{table(results, split)}\n")
 

@@ -19,6 +19,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -32,10 +33,10 @@ from vlv.pipelines.diffusion_score import seed_of_pixels
 from .data import SceneDataset, evaluation_items
 from .evaluation import caption_images
 from .grammar import write_caption
-from .language_model import train_language_model
 from .paper.data_efficiency import UPDATES, compute_conditioning, to_pixel_values
+from .scene_changes import in_order
 from .score_ranking import load_scorer
-from .stage3 import COLUMNS, IMAGE_SEED, measure, new_scenes, train_captioner
+from .stage3 import COLUMNS, IMAGE_SEED, find_language_model, measure, new_scenes, train_captioner
 from .world import COLOURS, CORNERS, MAX_OBJECTS, OBJECTS, PLACES, SIZES, SPLITS, Scene, SceneObject
 
 TEXT_SEED = 53  # of the texts that are repeated
@@ -94,11 +95,7 @@ def _best(scenes: Sequence[Scene], score: Callable[[Sequence[Scene]], Sequence[f
 
 def describe(scene: Scene, rng: random.Random | None = None) -> str:
     """The caption of a scene, whose objects may be in any order."""
-    return write_caption(Scene(scene.background, tuple(sorted(scene.objects, key=_place))), rng)
-
-
-def _place(item: SceneObject) -> int:
-    return PLACES.index(item.place)
+    return write_caption(in_order(scene.background, scene.objects), rng)
 
 
 @torch.no_grad()
@@ -172,45 +169,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=300, help="captioned of each split (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
+    print(table(measure_ways(options)))
+
+
+def measure_ways(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Scores of the proposals and of the captioners that learn from them; trains what is missing.
+
+    Returns:
+        A row for each, with `captions`, `images` and the scores; also as `zero-pairs-WAYS-seed-N.json` in the root.
+    """
     root: Path = options.root
-    language_model = root / "language-model"
-    if not (language_model / "tokenizer_config.json").exists():
-        train_language_model(language_model, root / "language-model-work")
+    name = f"{Path(options.encoder).name}-{hub.fingerprint(options.encoder)[:8]}"
     pipeline, scorer = load_scorer(options.encoder, num_pairs=options.num_pairs, batch_size=128)
     if options.bf16:
         scorer.diffusion_decoder.denoiser.to(torch.bfloat16)
     encoder, _ = hub.load_encoder(options.encoder)
     held_out = {split: evaluation_items(split, options.scenes) for split in ("combo", "test")}
-    excluded = [scene for _, own in held_out.values() for scene in own]
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(captions: str, images: str, *measured: Any) -> None:
+        rows.append({"captions": captions, "images": images, **measure(*measured)})
+
     for way in options.ways:
-        folder = root / f"zero-pairs-{way}-seed-{options.seed}"
         if way == "nearest":
             for split, (images, truth) in held_out.items():
-                rows.append((way, split, measure(nearest_words(encoder, pipeline.tokenizer, images), truth)))
+                add(way, split, nearest_words(encoder, pipeline.tokenizer, images), truth)
             continue
         if way == "search":
+            excluded = [scene for _, own in held_out.values() for scene in own]
             seen = list(new_scenes(options.images, options.split, IMAGE_SEED, excluded))
-            file = root / f"search-{options.split}-K{options.num_pairs}-seed-{options.seed}.jsonl"
+            of_search = f"{name}-{options.split}-without-{options.scenes}-K{options.num_pairs}"
+            file = root / f"search-{of_search}{'-bf16' if options.bf16 else ''}-seed-{options.seed}.jsonl"
             captions = search_captions(scorer, (image for image, _ in seen), options.images, file, options.seed)
-            rows.append(("search itself", "its images", measure(captions, [scene for _, scene in seen])))
+            add("search itself", "its own", captions, [scene for _, scene in seen])
             conditioning = compute_conditioning(encoder, torch.stack([image for image, _ in seen]))
+            start = f"{file.stem}-{options.images}-images"
         else:
             texts = SceneDataset(options.texts, seed=TEXT_SEED + options.seed, fields=("caption",))
             captions = [texts[index]["caption"] for index in range(options.texts)]
             conditioning = text_conditioning(encoder, pipeline.tokenizer, captions)
+            start = f"repeat-{name}-seed-{options.seed}-{options.texts}-texts"
+        folder = root / f"start-{start}-{options.updates}-updates"
         if not (folder / "config.json").exists():
-            updates, seed = options.updates, options.seed
-            train_captioner(folder, options.encoder, language_model, conditioning, captions, seed, updates)
+            arguments = options.encoder, find_language_model(root), conditioning, captions
+            train_captioner(folder, *arguments, options.seed, options.updates)
         captioner, processor = hub.load_captioner(folder)
         for split, (images, truth) in held_out.items():
-            rows.append((f"captioner of {way}", split, measure(caption_images(captioner, processor, images), truth)))
-    write_json(
-        root / f"zero-pairs-seed-{options.seed}.json",
-        [{"proposals": way, "of": split, **scores} for way, split, scores in rows],
-    )
-    cells = [[way, split, *(f"{scores[name]:.3f}" for name in COLUMNS)] for way, split, scores in rows]
-    print(markdown_table(("captions of", "images of", *COLUMNS.values()), cells))
+            add(f"captioner of {way}", split, caption_images(captioner, processor, images), truth)
+    settings = {name: str(value) for name, value in vars(options).items()}
+    file = root / f"zero-pairs-{'-'.join(options.ways)}-seed-{options.seed}.json"
+    write_json(file, {"settings": settings, "rows": rows})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `measure_ways` as Markdown."""
+    cells = [[row["captions"], row["images"], *(f"{row[name]:.3f}" for name in COLUMNS)] for row in rows]
+    return markdown_table(("captions of", "images", *COLUMNS.values()), cells)
 
 
 if __name__ == "__main__":

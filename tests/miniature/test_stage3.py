@@ -13,6 +13,7 @@ from vlv.miniature.evaluation import caption_images
 from vlv.miniature.sampled_image_score import SampledImageScorer
 from vlv.miniature.score_ranking import load_scorer
 from vlv.miniature.scoring import count_mentions
+from vlv.miniature.stage3 import main as command
 from vlv.miniature.stage3 import measure, measure_kept, new_scenes, table, write_images
 from vlv.miniature.world import Scene, SceneObject
 from vlv.train import Stage3Trainer, stage3
@@ -148,3 +149,17 @@ def test_an_image_sampled_from_the_true_caption_is_closer_to_the_original():
     other = next(colour for colour in ("dark blue", "yellow") if colour != scenes[0].background)
     scores = sampled.score(pixels, [[caption, f"{true}, on a {other} background"]]).scores[0]
     assert scores[0] > scores[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--round_steps=4"], "--round_steps is set by this command"),
+        (["--bf16", "true"], "--name=value"),
+        (["--start", "nowhere"], "there is no config.json"),
+    ],
+)
+def test_options_that_cannot_be_passed_on_are_refused_before_anything_is_trained(tmp_path, capsys, given, message):
+    with pytest.raises(SystemExit):
+        command(["runs", *given] if given[0] != "--bf16" else [*given, "runs"])
+    assert message in capsys.readouterr().err
