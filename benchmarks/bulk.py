@@ -3,12 +3,13 @@
     python -m benchmarks.bulk --output benchmarks/bulk.md
     python -m benchmarks.bulk --pictures 10000 100000 --output benchmarks/bulk_memory.md
 
-The first measures `vlv caption --shards` from image files to a finished shard, with one process that reads images, and
-`generate` on the same images as tensors that are ready, in turns. The start of the process that reads is part of the
-time, so that few images make the share smaller than that of a shard of thousands. Wall-clock time needs a core for
-each of the two processes; the CPU time of the process with the model is what other programs on the machine change
-little. The second captions pictures of 48 pixels in shards of 1,000, and records the peak memory of the process with
-the model and of the process that reads. Both compute on one thread.
+The first measures `vlv caption --shards` from image files to a finished shard, with one process that reads images,
+and `generate` on the same images as tensors that are ready, in turns. The start of the process that reads is part of
+the time, so that few images make the share smaller than that of a shard of thousands: by default there are so many
+that a round takes some ten seconds. Wall-clock time needs a core for each of the two processes; the CPU time of the
+process with the model is what other programs on the machine change little. The second captions pictures of 48 pixels
+in shards of 1,000, and records the peak memory of the process with the model and of the process that reads. Both
+compute on one thread.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from .bench.measure import in_child
 from .bench.models import SIZES, build, write_files
 
 TOKENS = {"tiny": 64, "miniature": 64, "medium": 32}
+IMAGES = {"tiny": 512, "miniature": 512, "medium": 32}
 BATCH_SIZE = 8
 PICTURES_IN_A_SHARD = 1000
 DISTINCT_PICTURES = 500
@@ -123,22 +125,23 @@ def write_pictures(folder: Path, count: int) -> None:
         os.link(folder / f"{number % len(scenes):07}.jpg", folder / f"{number:07}.jpg")
 
 
-def throughput_table(sizes: Sequence[str], images: int, rounds: int) -> str:
+def throughput_table(sizes: Sequence[str], wanted: int | None, rounds: int) -> str:
     lines = [
-        f"{images} images, {rounds} rounds in turns; medians. Throughput of shards as a share of bare `generate`.",
+        f"{rounds} rounds in turns; medians. Throughput of shards as a share of bare `generate`.",
         "",
-        "| size | bare, images/s of CPU time | shards, images/s of CPU time | share, CPU time | share, wall clock |",
-        "|---|---|---|---|---|",
+        "| size | images | bare, images/s of CPU time | shards, the same | share, CPU time | share, wall clock |",
+        "|---|---|---|---|---|---|",
     ]
     for size in sizes:
-        times = in_child(lambda size=size: measure_size(size, images, rounds))
+        images = wanted or IMAGES[size]
+        times = in_child(lambda size=size, images=images: measure_size(size, images, rounds))
         rate = {name: images / median(values) for name, values in times.items()}
         share = {
             kind: median(a / b for a, b in zip(times[f"bare {kind}"], times[f"shards {kind}"], strict=True))
             for kind in ("cpu", "wall")
         }
         cells = [f"{rate['bare cpu']:.1f}", f"{rate['shards cpu']:.1f}", f"{share['cpu']:.0%}", f"{share['wall']:.0%}"]
-        lines.append(f"| {size} | {' | '.join(cells)} |")
+        lines.append(f"| {size} | {images} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
 
@@ -163,7 +166,7 @@ def memory_table(counts: Sequence[int], size: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, help=f"of each size (default: {IMAGES})")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pictures", nargs="+", type=int, metavar="N", help="measure memory for so many pictures")
     parser.add_argument("--output", type=Path, required=True)
@@ -173,7 +176,8 @@ def main() -> None:
         command = f"python -m benchmarks.bulk --pictures {' '.join(map(str, options.pictures))}"
         table = memory_table(options.pictures, "tiny")
     else:
-        command = f"python -m benchmarks.bulk --images {options.images} --rounds {options.rounds}"
+        images = f" --images {options.images}" if options.images else ""
+        command = f"python -m benchmarks.bulk{images} --rounds {options.rounds}"
         table = throughput_table(options.sizes, options.images, options.rounds)
     load = os.getloadavg()[0]
     machine = f"{os.cpu_count()} cores ({platform.machine()}), load {load:.0f}, torch {torch.__version__}"
