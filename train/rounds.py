@@ -295,10 +295,15 @@ class BufferEntry:
 
 
 def update_buffer(buffer: dict[int, BufferEntry], images: Iterable[ScoredCaptions], number: int) -> None:
-    """Takes the best caption of each image of a round. An image without a reward keeps the caption that it has."""
+    """Takes the best caption of each image of a round.
+
+    An image without a reward keeps the caption that it has, unless that was judged again and lost its reward.
+    """
     for image in images:
         if (best := image.best()) is not None:
             buffer[image.index] = BufferEntry(image.index, image.name, *best, number)
+        elif len(image.captions) > 1 + image.num_samples:
+            buffer.pop(image.index, None)
 
 
 def write_buffer(path: Path, buffer: Mapping[int, BufferEntry]) -> None:

@@ -268,12 +268,11 @@ class Stage3Trainer(Stage2Trainer):
         missing = {part: parts[part] for part in file.missing[args.process_index :: args.world_size]}
         processor: Any = self.processing_class
         reading = ImageParts(self.images, missing, processor.image_processor, self.image_size, self.conditioning)
-        half = HALF_DTYPES.get(self.accelerator.mixed_precision)
         model: Any = self.model
         was_training = model.training
         model.eval()
         try:
-            with torch.autocast(args.device.type, dtype=half, enabled=half is not None):
+            with self._scoring_autocast():
                 for done, (part, images) in enumerate(read_parts(reading, args.dataloader_num_workers), start=1):
                     for message in images.unreadable:
                         if args.on_bad_image == "error":
@@ -288,6 +287,11 @@ class Stage3Trainer(Stage2Trainer):
                         break
         finally:
             model.train(was_training)
+
+    def _scoring_autocast(self) -> torch.autocast:
+        """The precision of captions and losses; the cache of rewards has its name in its key."""
+        half = HALF_DTYPES.get(self.accelerator.mixed_precision)
+        return torch.autocast(self.args.device.type, dtype=half, enabled=half is not None)
 
     def _check_readable(self, file: RoundFile) -> None:
         unreadable = file.num_unreadable
@@ -351,12 +355,13 @@ class Stage3Trainer(Stage2Trainer):
         processor: Any = self.processing_class
         loaded = [item["image"] for item in self.validation_items]
         pixel_values = processor(images=loaded).pixel_values.to(model.device, model.dtype)
-        captions, ended = self.proposer.generate(model, model.model(pixel_values).conditioning)
-        scored = [
-            ScoredCaptions(place, "", [caption], [0.0 if caption and whole else None], 0)
-            for place, (caption, whole) in enumerate(zip(captions, ended, strict=True))
-        ]
-        self.proposer.reward(diffusion_pixels(loaded, self.image_size), scored)
+        with self._scoring_autocast():
+            captions, ended = self.proposer.generate(model, model.model(pixel_values).conditioning)
+            scored = [
+                ScoredCaptions(place, "", [caption], [0.0 if caption and whole else None], 0)
+                for place, (caption, whole) in enumerate(zip(captions, ended, strict=True))
+            ]
+            self.proposer.reward(diffusion_pixels(loaded, self.image_size), scored)
         rows = [
             {
                 "generated": own.captions[0],

@@ -190,7 +190,9 @@ def test_rounds_go_through_all_images_in_turn():
 def test_the_buffer_keeps_an_image_that_got_no_reward_and_takes_the_newest_best(tmp_path):
     buffer: dict = {}
     update_buffer(buffer, [scored(1, 1.0, 5.0, 2.0), scored(2, None, None, 1.0), scored(3, None, None, None)], 0)
+    update_buffer(buffer, [scored(4, 1.0, 2.0, 3.0)], 0)
     update_buffer(buffer, [scored(1, None, None, None), scored(2, 2.0, 2.0, 1.0)], 1)
+    update_buffer(buffer, [scored(4, None, None, None, None)], 1)  # the last is that of the buffer, not fluent now
     write_buffer(tmp_path / "buffer.jsonl", buffer)
     rows = [json.loads(line) for line in (tmp_path / "buffer.jsonl").read_text().splitlines()]
     assert rows == [
