@@ -148,17 +148,20 @@ class Stage3Trainer(Stage2Trainer):
 
     @contextlib.contextmanager
     def starting_weights(self, model: torch.nn.Module) -> Iterator[None]:
-        """A context in which the trained weights of a model are those of the start of the run."""
-        own = {name: p for name, p in model.named_parameters() if name in self._starting_weights}
-        kept = {name: parameter.data for name, parameter in own.items()}
+        """A context in which the trained weights of a model are those of the start of the run.
+
+        The others wait in the CPU's memory, so that the GPU holds one set.
+        """
+        own = {name: p.data for name, p in model.named_parameters() if name in self._starting_weights}
+        kept = {name: weights.to("cpu", copy=True) for name, weights in own.items()}
         try:
-            for name, parameter in own.items():
-                parameter.data = self._starting_weights[name].to(parameter.device)
+            for name, weights in own.items():
+                weights.copy_(self._starting_weights[name])
             torch.clear_autocast_cache()
             yield
         finally:
-            for name, parameter in own.items():
-                parameter.data = kept[name]
+            for name, weights in own.items():
+                weights.copy_(kept[name])
             torch.clear_autocast_cache()
 
     def _run_epoch(self, *args, **kwargs):
@@ -295,7 +298,7 @@ class Stage3Trainer(Stage2Trainer):
 
     def _check_readable(self, file: RoundFile) -> None:
         unreadable = file.num_unreadable
-        read = unreadable + sum(part.images for part in file.parts.values())
+        read = unreadable + file.num_images
         if unreadable > self.args.max_bad_share * max(read, ENOUGH_IMAGES):
             raise ValueError(
                 f"{unreadable} of {read} images of this round cannot be read (they are named above), which is more "
