@@ -123,7 +123,7 @@ class RoundFile:
         """Finds what all processes have written so far."""
         self.parts.clear()
         for path in files_of_round(self.folder, self.number):
-            for row, part in read_parts(path):
+            for row, part in parts_in_file(path):
                 if self._is_of_this_round(row):
                     self.parts[row["part"]] = part
                     self.found_made_of = row["made_of"]
@@ -133,7 +133,7 @@ class RoundFile:
     def remove_others(self) -> None:
         """Removes the parts that were made of other settings, data or weights, in the files of all processes."""
         for path in files_of_round(self.folder, self.number):
-            kept = [part for row, part in read_parts(path) if self._is_of_this_round(row)]
+            kept = [part for row, part in parts_in_file(path) if self._is_of_this_round(row)]
             if sum(part.size for part in kept) != path.stat().st_size:
                 write_atomically(path, partial(_copy_parts, path, kept))
         self.read()
@@ -210,7 +210,7 @@ def files_of_round(folder: Path, number: int) -> list[Path]:
     return sorted(folder.glob(f"round-{number:04d}.rank-*.jsonl"))
 
 
-def read_parts(path: Path) -> Iterator[tuple[dict[str, Any], StoredPart]]:
+def parts_in_file(path: Path) -> Iterator[tuple[dict[str, Any], StoredPart]]:
     """The complete parts in a file of a round, each with what its first line says. Images are not parsed.
 
     A part that a kill has cut off, within a character even, is left out.
