@@ -33,6 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
         classes: dict[int, Any] = {1: Stage1Config, 2: Stage2Config, 3: Stage3Config}
         config: Any = parse_config(classes[stage], [arguments.config, *arguments.settings, *ON_CPU], PROGRAM)
         beside, model = path, config.model
+        if stage != 3 and arguments.stage2 is not None:
+            raise ValueError(f"--stage2 makes the captioner of stage 3, and {path} is of stage {stage}; leave it out")
+        if stage == 3 and arguments.stage2 is not None and model is not None and Path(model).exists():
+            notes.append(f"{model} exists: --stage2 is not read")
         if stage == 3 and model is not None and not Path(model).exists():
             beside, stage2 = _recipe_of_captioner(path, model, arguments.stage2)
             if stage2 is not None:
@@ -41,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         if stage > 1 and model is not None and not Path(model).exists():
             stage1 = recipe_beside(beside, model, PROGRAM)
             if stage1 is not None:
-                notes.append(f"{model} does not exist: counted as the recipe beside {beside.name} will make it")
+                notes.append(f"{model} does not exist: counted as a recipe of stage 1 in {beside.parent} will make it")
         found = estimate(
             config,
             gpu,
@@ -116,8 +120,8 @@ def _text_of_rounds(figures: dict[str, Any], count: int) -> list[str]:
     )
     return [
         "",
-        f"{figures['rounds']} rounds of {figures['images']:,} images, {figures['captions_per_image']} samples and at "
-        f"most {figures['denoiser_passes_per_image']} passes of the denoiser an image",
+        f"{figures['rounds']} rounds of {figures['images']:,} images, {figures['captions_per_image']} samples and "
+        f"{figures['denoiser_passes_per_image']} passes of the denoiser an image",
         f"an image on a card: {parts}",
         f"{figures['hours_of_all_rounds']:,.1f} hours of all rounds on {count} cards, besides the steps; keys and "
         f"values of the samples {figures['cache_bytes'] / 1e9:.1f} GB",

@@ -222,7 +222,7 @@ def estimate(
         counted: From `count_training_step`; by default the step is counted here.
         price: Dollars for a card and an hour.
         utilization: Share of the card's peak that the operations reach, or a share by part, with `""` for the others.
-        samples: Size of the data, which `num_train_epochs` needs.
+        samples: Size of the data, which `num_train_epochs` needs; a round has no more images.
         tf32: Whether float32 matrix products use TF32.
         kwargs: Of `count_training_step`.
 
@@ -250,7 +250,8 @@ def estimate(
         own = {name: seconds.pop(name) for name in of_round}
         written = step.round.layer_steps * SECONDS_PER_LAYER / config.sample_batch_size
         own[SAMPLING] = max(own[SAMPLING], written)
-        cost = RoundCost(config.rounds, config.round_images, config.num_captions, step.round, own)
+        images = config.round_images if samples is None else min(config.round_images, samples)
+        cost = RoundCost(config.rounds, images, config.num_captions, step.round, own)
     found = Estimate(
         stage=_stage_of(config),
         round=cost,
@@ -353,8 +354,8 @@ def find_stage(names: set[str]) -> int:
         return 3
     only = {1: names & (own[1] - own[2]), 2: names & (own[2] - own[1])}
     if bool(only[1]) == bool(only[2]):
-        found = f"has settings of both stages ({min(only[1])}, {min(only[2])})" if only[1] else "fits both stages"
-        raise ValueError(f"the configuration {found}; give --stage 1 or --stage 2")
+        found = f"has settings of two stages ({min(only[1])}, {min(only[2])})" if only[1] else "fits several stages"
+        raise ValueError(f"the configuration {found}; give --stage 1, 2 or 3")
     return 1 if only[1] else 2
 
 

@@ -106,7 +106,7 @@ def _stage1(config: Stage1Config, cached_moments: bool, cached_features: bool) -
     half = config.bf16 or config.fp16
     vae_dtype = getattr(torch, config.vae_dtype)
     dtype = torch.bfloat16 if half else torch.float32
-    decoder = build_diffusion_decoder(_diffusion_model_of(config), dtype, vae_dtype)
+    decoder = build_diffusion_decoder(_diffusion_model_of(config.diffusion_model, config.model), dtype, vae_dtype)
     freeze_for_stage1(model, config.trainable)
     _checkpoint(config, model)
     if config.diffusion_gradient_checkpointing:
@@ -140,13 +140,13 @@ def _stage1(config: Stage1Config, cached_moments: bool, cached_features: bool) -
     )
 
 
-def _diffusion_model_of(config: Stage1Config | Stage3Config) -> str:
+def _diffusion_model_of(diffusion_model: str | None, model: str | None) -> str:
     """The text-to-image model that is set, or else the one of the model to continue from."""
-    if config.diffusion_model is not None:
-        return config.diffusion_model
-    found = hub.diffusion_model_of(str(config.model), Path(str(config.model)))
+    if diffusion_model is not None:
+        return diffusion_model
+    found = hub.diffusion_model_of(str(model), Path(str(model)))
     if found is None:
-        raise ValueError(f"diffusion_model is not set, and {config.model} does not name the one it was trained with")
+        raise ValueError(f"diffusion_model is not set, and {model} does not name the one it was trained with")
     return found.source
 
 
@@ -198,15 +198,18 @@ def _stage3(
     if stage1 is not None and config.diffusion_model is not None:
         stage1 = copy.copy(stage1)
         stage1.diffusion_model = config.diffusion_model
+    if stage2 is None:
+        _check_writes_captions(config, stage1)
     captioner = _captioner_of(config if stage2 is None else stage2, stage1)
-    vlv_config, encoder_size, crop = captioner
-    if vlv_config.text_config is None:
-        raise ValueError(f"{config.model} is a stage-1 model, which writes no captions; give a captioner as --model")
+    _, encoder_size, crop = captioner
     step = _stage2(config, captioner, caption_tokens, cached_features)
     half = config.bf16 or config.fp16
-    source = stage1.diffusion_model if stage1 is not None else _diffusion_model_of(config)
+    if stage1 is not None:
+        source = _diffusion_model_of(stage1.diffusion_model, stage1.model)
+    else:
+        source = _diffusion_model_of(config.diffusion_model, (config if stage2 is None else stage2).model)
     dtype = torch.bfloat16 if half else torch.float32
-    decoder = build_diffusion_decoder(str(source), dtype, getattr(torch, config.vae_dtype))
+    decoder = build_diffusion_decoder(source, dtype, getattr(torch, config.vae_dtype))
     model: Any = step.models[0]
     images = None
     if config.cache_conditioning is None:
@@ -219,6 +222,26 @@ def _stage3(
     vae_precision = "bf16" if config.vae_dtype == "bfloat16" else "fp32"
     step.precision = dict.fromkeys(step.round.parts, step.default_precision) | {VAE_ENCODER: vae_precision}
     return step
+
+
+def _check_writes_captions(config: Stage3Config, stage1: Stage1Config | None) -> None:
+    """Raises `ValueError` unless the model of stage 3 exists and has a language model."""
+    if config.model is None:
+        raise ValueError("model is not set: give the captioner to start from")
+    if stage1 is None and config.model not in FLORENCES:
+        try:
+            if _local(VLVConfig, config.model, "model", FLORENCES).text_config is not None:
+                return
+        except ValueError as error:
+            raise ValueError(
+                f"model {config.model} is not known: it is neither a captioner's folder nor in the cache of "
+                "downloads, and no recipe of stage 2 beside the configuration or its folder makes it; name that "
+                "recipe by --stage2"
+            ) from error
+    raise ValueError(
+        f"{config.model} is a stage-1 model, which writes no captions; give a captioner as --model, or the recipe of "
+        "stage 2 that will make it as --stage2"
+    )
 
 
 def _encoder_parts(model: VLVModel) -> dict[str, nn.Module]:

@@ -107,14 +107,14 @@ def measure_log_probabilities(
         labels: `(B, L)`, padded with -100.
 
     Returns:
-        Of each caption as many as it has tokens.
+        Of each caption as many as it has tokens, rounded to 6 digits.
     """
     found: list[list[float]] = []
     for start in range(0, len(labels), batch_size):
         own = without_padding(labels[start : start + batch_size]).to(conditioning.device)
         rows = torch.tensor(places[start : start + batch_size], device=conditioning.device)
         logits = model(conditioning=conditioning[rows], labels=own, return_logits=True).logits
-        values = token_log_probabilities(logits, own, temperature).cpu()
+        values = token_log_probabilities(logits, own, temperature).double().cpu().round(decimals=6)
         found += [row[label != -100].tolist() for row, label in zip(values, own.cpu(), strict=True)]
     return found
 
@@ -143,7 +143,7 @@ class PolicySamples:
     def __call__(self, key: tuple[int, int, int]) -> dict[str, Any]:
         """What a training item has besides its image."""
         part, place, number = key
-        image = self.file.read_part(part)[place]
+        image = self.file.read_image(part, place)
         return {
             "caption": image.captions[1 + number],
             "advantage": group_advantages(image.sample_rewards)[number],

@@ -124,8 +124,9 @@ def plain_generation(model: VLVForConditionalGeneration, eos_token_id: int) -> I
 
 
 def read_parts(parts: ImageParts, num_workers: int) -> DataLoader:
-    """The parts in their order, read by processes ahead of their use."""
-    return DataLoader(parts, batch_size=None, num_workers=num_workers)
+    """The parts in their order, each read ahead of its use by one of at most two processes: a part is large."""
+    num_workers = min(num_workers, 2)
+    return DataLoader(parts, batch_size=None, num_workers=num_workers, prefetch_factor=1 if num_workers else None)
 
 
 def read_images(model: VLVForConditionalGeneration, images: ImagePart) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """The rounds of stage 3 on disk: captions of a slice of the images and their rewards, in parts that survive a kill."""
 
-import contextlib
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -18,6 +18,7 @@ from .data.mixture import drawn
 
 ROUNDS_FOLDER = "rounds"
 BUFFER_FILE = "buffer.jsonl"
+FIRST_LINE = b'{"part": '  # of a part begins so
 IMAGE_ORDER, PAIR_ORDER, SAMPLE_ORDER = 20, 21, 22  # what random numbers are for
 
 
@@ -68,19 +69,26 @@ class ScoredCaptions:
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Where a finished part is: the place of its line in a file, and how many images it has and lacks."""
+    """Where a finished part is in a file.
+
+    Attributes:
+        start, size: Of its lines, in bytes.
+        places: Where the line of each of its images begins.
+        unreadable: Images that it lacks.
+    """
 
     path: Path
-    offset: int
-    images: int
+    start: int
+    size: int
+    places: tuple[int, ...]
     unreadable: int
 
 
 class RoundFile:
-    """The finished parts of a round: a line of JSON for each.
+    """The finished parts of a round: a line of JSON for each, and after it a line for each of its images.
 
-    Several processes have a file each, and each reads all of them. A line that a kill has cut off is left out.
-    Captions are read from the files when they are needed; the memory holds where each part is.
+    Several processes have a file each, and each reads all of them. A part that a kill has cut off is left out.
+    Captions are read from the files when they are needed; the memory holds where each image is.
 
     Args:
         folder: `OUTPUT_DIR/rounds`.
@@ -109,20 +117,15 @@ class RoundFile:
         self.found_made_of: dict[str, Any] | None = None
         self.path = self.folder / f"round-{number:04d}.rank-{rank}.jsonl"
         self.parts: dict[int, StoredPart] = {}
-        self._last: tuple[int, list[ScoredCaptions]] | None = None
         self.read()
-
-    def __getstate__(self):
-        return self.__dict__ | {"_last": None}
 
     def read(self) -> None:
         """Finds what all processes have written so far."""
         self.parts.clear()
-        self._last = None
         for path in files_of_round(self.folder, self.number):
-            for offset, row in read_rows(path):
+            for row, part in parts_in_file(path):
                 if self._is_of_this_round(row):
-                    self.parts[row["part"]] = StoredPart(path, offset, len(row["images"]), row["unreadable"])
+                    self.parts[row["part"]] = part
                     self.found_made_of = row["made_of"]
                     if self.indices is None:
                         self.num_parts = row["num_parts"]
@@ -130,11 +133,9 @@ class RoundFile:
     def remove_others(self) -> None:
         """Removes the parts that were made of other settings, data or weights, in the files of all processes."""
         for path in files_of_round(self.folder, self.number):
-            kept = [(offset, row["part"]) for offset, row in read_rows(path) if self._is_of_this_round(row)]
-            with open(path, "rb") as file:
-                lengths = [len(_line_at(file, offset)) for offset, _ in kept]
-            if sum(lengths) != path.stat().st_size:
-                write_atomically(path, partial(_copy_lines, path, [offset for offset, _ in kept]))
+            kept = [part for row, part in parts_in_file(path) if self._is_of_this_round(row)]
+            if sum(part.size for part in kept) != path.stat().st_size:
+                write_atomically(path, partial(_copy_parts, path, kept))
         self.read()
 
     def _is_of_this_round(self, row: Mapping[str, Any]) -> bool:
@@ -154,32 +155,41 @@ class RoundFile:
     def num_unreadable(self) -> int:
         return sum(part.unreadable for part in self.parts.values())
 
+    @property
+    def num_images(self) -> int:
+        """Of the finished parts."""
+        return sum(len(part.places) for part in self.parts.values())
+
     def add(self, part: int, images: Sequence[ScoredCaptions], unreadable: int) -> None:
         """Appends a part, on the disk when this returns."""
+        lines = [to_json(asdict(image), indent=None) + b"\n" for image in images]
         row = {
             "part": part,
             "num_parts": self.num_parts,
             "indices": None if self.indices is None else self.indices[part],
             "made_of": self.made_of,
             "unreadable": unreadable,
-            "images": [asdict(image) for image in images],
+            "lengths": [len(line) for line in lines],
         }
+        header = to_json(row, indent=None) + b"\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
-            offset = file.tell()
-            file.write(to_json(row, indent=None) + b"\n")
+            start = file.tell()
+            file.writelines([header, *lines])
             file.flush()
             os.fsync(file.fileno())
-        self.parts[part] = StoredPart(self.path, offset, len(images), unreadable)
+        self.parts[part] = _stored(self.path, start, len(header), row)
 
-    def read_part(self, part: int) -> list[ScoredCaptions]:
-        """The images of a finished part. The part that was read last stays in memory."""
-        if self._last is None or self._last[0] != part:
-            stored = self.parts[part]
-            with open(stored.path, "rb") as file:
-                row = json.loads(_line_at(file, stored.offset))
-            self._last = part, [ScoredCaptions(**image) for image in row["images"]]
-        return self._last[1]
+    def read_image(self, part: int, place: int) -> ScoredCaptions:
+        """The image at a place of a finished part."""
+        stored = self.parts[part]
+        with open(stored.path, "rb") as file:
+            file.seek(stored.places[place])
+            return ScoredCaptions(**json.loads(file.readline()))
+
+    def read_part(self, part: int) -> Iterator[ScoredCaptions]:
+        """The images of a finished part, read one after the other."""
+        return (self.read_image(part, place) for place in range(len(self.parts[part].places)))
 
     def images(self) -> Iterator[ScoredCaptions]:
         """Those of all parts, in their order, read one part after the other.
@@ -200,30 +210,46 @@ def files_of_round(folder: Path, number: int) -> list[Path]:
     return sorted(folder.glob(f"round-{number:04d}.rank-*.jsonl"))
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The parts in a file of a round, each with the place of its line in bytes.
+def parts_in_file(path: Path) -> Iterator[tuple[dict[str, Any], StoredPart]]:
+    """The complete parts in a file of a round, each with what its first line says. Images are not parsed.
 
-    A line that a kill has cut off, within a character even, is left out.
+    A part that a kill has cut off, within a character even, is left out.
+
+    Raises:
+        ValueError: If an earlier version wrote the file.
     """
-    offset = 0
     with open(path, "rb") as file:  # as text, captions would be split at U+2028 and others
-        for line in file:
-            with contextlib.suppress(ValueError):
-                if line.endswith(b"\n"):
-                    yield offset, json.loads(line.decode())
-            offset += len(line)
+        while line := file.readline():
+            end = file.tell()
+            if not line.startswith(FIRST_LINE) or not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off, and another part begins in the same line
+                continue
+            if "lengths" not in row:
+                raise ValueError(
+                    f"{path} was written by an earlier version, with all captions of a part in one line; pass another "
+                    "--output_dir with --model, to start from what the run has trained"
+                )
+            if all(len(file.readline()) == length for length in row["lengths"]):
+                yield row, _stored(path, end - len(line), len(line), row)
+            else:
+                file.seek(end)
 
 
-def _line_at(file: BinaryIO, offset: int) -> bytes:
-    file.seek(offset)
-    return file.readline()
+def _stored(path: Path, start: int, header: int, row: Mapping[str, Any]) -> StoredPart:
+    """Where a part is whose first line begins at a byte and has so many."""
+    *places, end = accumulate(row["lengths"], initial=start + header)
+    return StoredPart(path, start, end - start, tuple(places), row["unreadable"])
 
 
-def _copy_lines(source: Path, offsets: Sequence[int], target: Path) -> None:
-    """Writes the lines of a file that begin at these places into another."""
+def _copy_parts(source: Path, parts: Sequence[StoredPart], target: Path) -> None:
+    """Writes parts of a file into another."""
     with open(source, "rb") as file, open(target, "wb") as copy:
-        for offset in offsets:
-            copy.write(_line_at(file, offset))
+        for part in parts:
+            file.seek(part.start)
+            copy.write(file.read(part.size))
 
 
 COUNTED = ("unfinished", "empty", "not_fluent", "not_finite", "split", "cut")
@@ -295,10 +321,15 @@ class BufferEntry:
 
 
 def update_buffer(buffer: dict[int, BufferEntry], images: Iterable[ScoredCaptions], number: int) -> None:
-    """Takes the best caption of each image of a round. An image without a reward keeps the caption that it has."""
+    """Takes the best caption of each image of a round.
+
+    An image without a reward keeps the caption that it has, unless that was judged again and lost its reward.
+    """
     for image in images:
         if (best := image.best()) is not None:
             buffer[image.index] = BufferEntry(image.index, image.name, *best, number)
+        elif len(image.captions) > 1 + image.num_samples:
+            buffer.pop(image.index, None)
 
 
 def write_buffer(path: Path, buffer: Mapping[int, BufferEntry]) -> None:

@@ -148,17 +148,20 @@ class Stage3Trainer(Stage2Trainer):
 
     @contextlib.contextmanager
     def starting_weights(self, model: torch.nn.Module) -> Iterator[None]:
-        """A context in which the trained weights of a model are those of the start of the run."""
-        own = {name: p for name, p in model.named_parameters() if name in self._starting_weights}
-        kept = {name: parameter.data for name, parameter in own.items()}
+        """A context in which the trained weights of a model are those of the start of the run.
+
+        The others wait in the CPU's memory, so that the GPU holds one set.
+        """
+        own = {name: p.data for name, p in model.named_parameters() if name in self._starting_weights}
+        kept = {name: weights.to("cpu", copy=True) for name, weights in own.items()}
         try:
-            for name, parameter in own.items():
-                parameter.data = self._starting_weights[name].to(parameter.device)
+            for name, weights in own.items():
+                weights.copy_(self._starting_weights[name])
             torch.clear_autocast_cache()
             yield
         finally:
-            for name, parameter in own.items():
-                parameter.data = kept[name]
+            for name, weights in own.items():
+                weights.copy_(kept[name])
             torch.clear_autocast_cache()
 
     def _run_epoch(self, *args, **kwargs):
@@ -268,12 +271,11 @@ class Stage3Trainer(Stage2Trainer):
         missing = {part: parts[part] for part in file.missing[args.process_index :: args.world_size]}
         processor: Any = self.processing_class
         reading = ImageParts(self.images, missing, processor.image_processor, self.image_size, self.conditioning)
-        half = HALF_DTYPES.get(self.accelerator.mixed_precision)
         model: Any = self.model
         was_training = model.training
         model.eval()
         try:
-            with torch.autocast(args.device.type, dtype=half, enabled=half is not None):
+            with self._scoring_autocast():
                 for done, (part, images) in enumerate(read_parts(reading, args.dataloader_num_workers), start=1):
                     for message in images.unreadable:
                         if args.on_bad_image == "error":
@@ -289,9 +291,14 @@ class Stage3Trainer(Stage2Trainer):
         finally:
             model.train(was_training)
 
+    def _scoring_autocast(self) -> torch.autocast:
+        """The precision of captions and losses; the cache of rewards has its name in its key."""
+        half = HALF_DTYPES.get(self.accelerator.mixed_precision)
+        return torch.autocast(self.args.device.type, dtype=half, enabled=half is not None)
+
     def _check_readable(self, file: RoundFile) -> None:
         unreadable = file.num_unreadable
-        read = unreadable + sum(part.images for part in file.parts.values())
+        read = unreadable + file.num_images
         if unreadable > self.args.max_bad_share * max(read, ENOUGH_IMAGES):
             raise ValueError(
                 f"{unreadable} of {read} images of this round cannot be read (they are named above), which is more "
@@ -351,12 +358,13 @@ class Stage3Trainer(Stage2Trainer):
         processor: Any = self.processing_class
         loaded = [item["image"] for item in self.validation_items]
         pixel_values = processor(images=loaded).pixel_values.to(model.device, model.dtype)
-        captions, ended = self.proposer.generate(model, model.model(pixel_values).conditioning)
-        scored = [
-            ScoredCaptions(place, "", [caption], [0.0 if caption and whole else None], 0)
-            for place, (caption, whole) in enumerate(zip(captions, ended, strict=True))
-        ]
-        self.proposer.reward(diffusion_pixels(loaded, self.image_size), scored)
+        with self._scoring_autocast():
+            captions, ended = self.proposer.generate(model, model.model(pixel_values).conditioning)
+            scored = [
+                ScoredCaptions(place, "", [caption], [0.0 if caption and whole else None], 0)
+                for place, (caption, whole) in enumerate(zip(captions, ended, strict=True))
+            ]
+            self.proposer.reward(diffusion_pixels(loaded, self.image_size), scored)
         rows = [
             {
                 "generated": own.captions[0],

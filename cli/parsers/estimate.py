@@ -43,6 +43,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--cached-moments", action="store_true", help="the autoencoder's moments come from a cache")
     parser.add_argument("--cached-vision-features", action="store_true", help="the vision tower's features do, too")
     parser.add_argument("--caption-tokens", type=positive, help="longest caption of a batch (default: the greatest)")
-    parser.add_argument("--samples", type=positive, help="size of the data, for num_train_epochs")
+    parser.add_argument(
+        "--samples", type=positive, help="size of the data, for num_train_epochs and the rounds of stage 3"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run="estimate:run", takes_settings=True)

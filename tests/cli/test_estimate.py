@@ -1,14 +1,19 @@
 """`vlv estimate`: small models in folders, and the recipes of the package."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen2ForCausalLM
 
+from vlv import hub
 from vlv.cli.main import main
 from vlv.diffusion_decoder import StableDiffusionDecoder
+from vlv.hub.decoder import refer_to
 
-from ..builders import stable_diffusion_parts
+from ..builders import QUERIES, language_model_config, stable_diffusion_parts
 
 
 @pytest.fixture
@@ -44,14 +49,16 @@ def test_stage_2_is_counted_with_the_stage_1_recipe_beside_it(recipe, tmp_path, 
     assert rows["language_model"][3:5] == ["fp32", "20%"] and rows["projector"][3:5] == ["fp32", "10%"]
     assert "10 steps of 64 images (8 a card)" in printed and "at $3.00 a GPU-hour" in printed
     assert {"frozen", "trained", "gradients", "optimizer", "activations"} <= set(rows)
-    assert f"note: {tmp_path / 'run'} does not exist: counted as the recipe beside stage2.yaml" in printed
+    assert f"note: {tmp_path / 'run'} does not exist: counted as a recipe of stage 1 in {tmp_path}" in printed
     recipe.unlink()
     assert main(["estimate", str(stage2)]) == 2
     assert f"model {tmp_path / 'run'} is not known" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_stage_3_is_counted_with_the_recipes_of_the_stages_before_it(recipe, tmp_path, language_model, capsys):
+def test_stage_3_is_counted_with_the_recipes_of_the_stages_before_it(
+    recipe, tmp_path, language_model, stage1_checkpoint, stable_diffusion, capsys
+):
     """Samples, passes of the denoiser, and the frozen model's memory, beside the same steps of stage 2."""
     stage2 = tmp_path / "stage2.yaml"
     stage2.write_text(
@@ -83,11 +90,33 @@ def test_stage_3_is_counted_with_the_recipes_of_the_stages_before_it(recipe, tmp
     assert more["denoiser_passes_per_image"] == (7 + 2 + 1) * 4
     assert more["cache_bytes"] * 3 == own["cache_bytes"] * 7
     assert more["tflop_per_image"]["vae_encoder"] == own["tflop_per_image"]["vae_encoder"]
+    long = estimate(capsys, stage3, "--count", 1, "--max_caption_tokens", 60, "--fluency_floor=-9")["round"]
+    assert long["denoiser_passes_per_image"] == (5 * 3 + 1) * 2  # sentences of 25 tokens: 12 positions are fewer
+    assert long["seconds_per_image"]["reading"] > own["seconds_per_image"]["reading"]  # fluency
+    assert long["seconds_per_image"]["sampling"] == pytest.approx(6 * own["seconds_per_image"]["sampling"])  # launches
+    states = torch.zeros(4 * 3, QUERIES + 10, language_model_config().hidden_size)
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+            cache = Qwen2ForCausalLM(language_model_config())(inputs_embeds=states, use_cache=True).past_key_values
+        counted = estimate(capsys, stage3, "--count", 1, "--bf16", str(half))["round"]["cache_bytes"]
+        assert counted == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert main(["estimate", str(stage3), "--method", "grpo"]) == 0
     printed = capsys.readouterr().out
     assert "2 rounds of 100 images, 3 samples" in printed and "counted as a recipe of stage 2 will make it" in printed
     assert main(["estimate", str(stage3), "--model", "nowhere"]) == 2
-    assert "model nowhere is not known" in capsys.readouterr().err
+    assert "model nowhere is not known" in (error := capsys.readouterr().err) and "by --stage2" in error
+    for model in (stage1_checkpoint, "florence-community/Florence-2-base"):
+        assert main(["estimate", str(stage3), "--model", str(model)]) == 2
+        assert "is a stage-1 model, which writes no captions" in capsys.readouterr().err
+    # The model of stage 1, or the one that it goes on from, exists and says what text-to-image model is its own.
+    existing = tmp_path / "existing"
+    shutil.copytree(stage1_checkpoint, existing)
+    refer_to(existing, hub.find_diffusion_model(str(stable_diffusion)))
+    recipe.write_text(f"model: {existing}\nimages: none\nbf16: true\nmax_steps: 10\noutput_dir: {tmp_path / 'run'}\n")
+    assert estimate(capsys, stage3, "--count", 1)["round"] == own
+    existing.rename(tmp_path / "run")
+    found = estimate(capsys, stage3, "--count", 1, "--samples", 30)["round"]
+    assert found["seconds_per_image"] == own["seconds_per_image"] and found["images"] == 30
 
 
 @pytest.mark.parametrize(
@@ -96,8 +125,9 @@ def test_stage_3_is_counted_with_the_recipes_of_the_stages_before_it(recipe, tmp
         (["--gpu", "V100"], "the GPU 'V100' is not known; expected one of A100, H100"),
         (["--utilization", "much"], "--utilization is 'much'; expected a share, or PART=SHARE"),
         (["--utilization", "unet=0.2"], "utilization names the part 'unet'; expected one of"),
-        (["--pairs", "x"], "has settings of both stages (diffusion_model, pairs); give --stage 1 or --stage 2"),
+        (["--pairs", "x"], "has settings of two stages (diffusion_model, pairs); give --stage 1, 2 or 3"),
         (["--diffusion_model", "a/b"], "diffusion_model a/b is not known"),
+        (["--stage2", "x.yaml"], "stage1.yaml is of stage 1; leave it out"),
     ],
 )
 def test_wrong_arguments_say_what_is_expected(recipe, arguments, message, capsys):

@@ -158,6 +158,6 @@ def test_gpus_are_found_by_their_usual_spellings():
 def test_the_stage_is_found_from_the_settings():
     assert find_stage({"images", "learning_rate"}) == 1 and find_stage({"pairs"}) == 2
     for names in ({"learning_rate"}, {"images", "pairs"}):
-        with pytest.raises(ValueError, match="give --stage 1 or --stage 2"):
+        with pytest.raises(ValueError, match="give --stage 1, 2 or 3"):
             find_stage(names)
     assert find_stage({"images", "num_captions"}) == 3

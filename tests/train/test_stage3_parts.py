@@ -107,7 +107,9 @@ def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
     with open(file.path, "ab") as cut:
         cut.write('{"part": 0, "made_of": {"weights": "é'.encode()[:-1])  # within a character
     again = RoundFile(tmp_path, 3, parts, made_of)
-    assert again.missing == [0] and again.read_part(1) == [scored(5, 1.0, None, 3.0)] and again.num_unreadable == 2
+    assert (
+        again.missing == [0] and list(again.read_part(1)) == [scored(5, 1.0, None, 3.0)] and again.num_unreadable == 2
+    )
     with pytest.raises(ValueError, match="lacks parts of round 3, which this run has trained on"):
         again.images()
     again.remove_others()
@@ -115,16 +117,25 @@ def test_a_part_that_a_kill_has_cut_off_is_computed_again(tmp_path):
     assert [image.index for image in RoundFile(tmp_path, 3, None, None).images()] == [5, 6]
 
 
-def test_a_part_whose_line_has_no_end_is_computed_again(tmp_path):
-    file = RoundFile(tmp_path, 0, [[1], [2]], {})
-    file.add(0, [scored(1, 1.0, 2.0, 3.0)], 0)
-    file.path.write_bytes(file.path.read_bytes()[:-1])  # the next part would be in the same line
-    again = RoundFile(tmp_path, 0, [[1], [2]], {})
+@pytest.mark.parametrize("lost", [1, 200])
+def test_a_part_that_lacks_the_end_of_its_lines_is_computed_again(lost, tmp_path):
+    file = RoundFile(tmp_path, 0, [[1, 5], [2]], {})
+    file.add(0, [scored(1, 1.0, 2.0, 3.0), scored(5, 1.0, 2.0, 3.0)], 0)
+    file.path.write_bytes(file.path.read_bytes()[:-lost])  # within the last line
+    RoundFile(tmp_path, 0, [[1, 5], [2]], {}).add(1, [scored(2, 1.0, 2.0, 3.0)], 0)  # begins in the same line
+    again = RoundFile(tmp_path, 0, [[1, 5], [2]], {})
     assert again.missing == [0, 1]
     again.remove_others()
-    for part in again.missing:
-        again.add(part, [scored(part + 1, 1.0, 2.0, 3.0)], 0)
-    assert [image.index for image in RoundFile(tmp_path, 0, None, None).images()] == [1, 2]
+    assert file.path.read_bytes() == b""
+    again.add(0, [], 2)
+    again.add(1, [scored(2, 1.0, 2.0, 3.0)], 0)
+    assert [image.index for image in RoundFile(tmp_path, 0, None, None).images()] == [2]
+
+
+def test_files_of_an_earlier_version_are_refused(tmp_path):
+    (tmp_path / "round-0000.rank-0.jsonl").write_text('{"part": 0, "num_parts": 1, "images": []}\n')
+    with pytest.raises(ValueError, match=r"rank-0\.jsonl was written by an earlier version.*another --output_dir"):
+        RoundFile(tmp_path, 0, None, None)
 
 
 def test_training_items_are_read_from_the_files_when_they_are_needed(tmp_path):
@@ -190,7 +201,9 @@ def test_rounds_go_through_all_images_in_turn():
 def test_the_buffer_keeps_an_image_that_got_no_reward_and_takes_the_newest_best(tmp_path):
     buffer: dict = {}
     update_buffer(buffer, [scored(1, 1.0, 5.0, 2.0), scored(2, None, None, 1.0), scored(3, None, None, None)], 0)
+    update_buffer(buffer, [scored(4, 1.0, 2.0, 3.0)], 0)
     update_buffer(buffer, [scored(1, None, None, None), scored(2, 2.0, 2.0, 1.0)], 1)
+    update_buffer(buffer, [scored(4, None, None, None, None)], 1)  # the last is that of the buffer, not fluent now
     write_buffer(tmp_path / "buffer.jsonl", buffer)
     rows = [json.loads(line) for line in (tmp_path / "buffer.jsonl").read_text().splitlines()]
     assert rows == [
