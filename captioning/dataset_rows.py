@@ -67,7 +67,12 @@ def _open(dataset: DatasetArguments) -> "Source":
 
 
 def rows_of_dataset(
-    dataset: DatasetArguments, source: "Source", timeout: float, rows: Iterable[int] | None = None, first: int = 0
+    dataset: DatasetArguments,
+    source: "Source",
+    timeout: float,
+    rows: Iterable[int] | None = None,
+    first: int = 0,
+    versions: bool = True,
 ) -> Iterator[Input]:
     """The rows of a data set: `SPLIT/ROW`.
 
@@ -75,13 +80,15 @@ def rows_of_dataset(
         timeout: Seconds that a download may take.
         rows: Their numbers; by default all.
         first: Number of the first row of `source` in the whole data set.
+        versions: Whether the inputs have their `version`, which `--resume` compares.
     """
     from vlv.train.data.lists import ListDataset
 
     reader = _RowReader(source, timeout)
-    version = "" if isinstance(source, ListDataset) else dataset_version(source)
+    of_files = versions and isinstance(source, ListDataset)
+    version = dataset_version(source) if versions and not of_files else ""
     for row in range(len(source)) if rows is None else rows:
-        own = file_version(source[row]["image"]) if isinstance(source, ListDataset) else version
+        own = file_version(source[row]["image"]) if of_files else version
         yield _named_row(dataset, first + row, partial(reader.read, row), own)
 
 
@@ -156,3 +163,29 @@ def dataset_version(source: "Source") -> str:
     except (LookupError, OSError, ValueError):
         return ""
     return hashlib.blake2b(repr(known).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def dataset_fingerprint(source: "Source") -> str:
+    """A hash by which each machine tells a data set from others: of its rows, and of the commit on the Hub.
+
+    Of a list, and of a folder of images, the names of all images count. Of others what their `fingerprint` reads.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    from vlv.train.data.lists import ListDataset
+
+    if isinstance(source, ListDataset):
+        root = f"{os.fspath(source.root)}/"
+        known: Iterable[str] = (str(item["image"]).removeprefix(root) for item in source)
+    else:
+        info = getattr(getattr(source, "table", None), "info", None)
+        files = sorted(file for file in getattr(info, "download_checksums", None) or () if file.startswith("hf://"))
+        try:
+            known = [source.fingerprint(), *files]
+        except (LookupError, OSError, ValueError) as error:
+            raise UserError(f"the data set cannot be read: {error}") from error
+    digest = hashlib.blake2b(digest_size=16)
+    for text in known:
+        digest.update(repr(text).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

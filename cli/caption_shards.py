@@ -100,7 +100,9 @@ def _write_sidecars(shards: ShardFolder, arguments: argparse.Namespace) -> int:
     assert files is not None
     counts = shards.run["counts"]
     summary = Summary(None if counts["files"] else counts["images"], names_failures=False)
-    for inputs, entries in read_shards(shards):
+    for inputs, entries, lost in read_shards(shards):
+        for name, reason in lost.items():
+            summary.fail(name, reason, "write the caption of")
         left = [item for item in inputs if not is_written(files, item, entries[item.name])]
         claim_kept(files, inputs, left)
         if not summary.done:

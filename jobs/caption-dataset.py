@@ -268,7 +268,7 @@ def caption_shard(options: argparse.Namespace, writer: ShardCaptioner, shard: Da
     since, first = time.perf_counter(), output.num_rows
     source = ColumnDataset(shard, options.image_column, None, repository=options.input_dataset)
     place = DatasetArguments(options.input_dataset, options.split)
-    inputs: list[Input] = list(rows_of_dataset(place, source, options.url_timeout, first=first))
+    inputs: list[Input] = list(rows_of_dataset(place, source, options.url_timeout, first=first, versions=False))
     summary = Summary(len(inputs))
     lines = {line["name"]: line for lines in writer.caption_inputs(inputs, summary) for line in lines}
     summary.say(*writer.job.editor.notes())

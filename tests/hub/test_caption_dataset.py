@@ -16,7 +16,9 @@ from datasets import Image as ImageFeature
 from huggingface_hub import constants
 
 from vlv.captioning.sharded import ShardCaptioner
+from vlv.captioning.shards import ShardFolder
 from vlv.cli.main import main
+from vlv.errors import UserError
 
 from ..builders import NOT_PACKAGED
 
@@ -105,6 +107,23 @@ def test_a_data_set_of_the_hub_is_captioned_by_its_name(hub, capsys):
     ):
         assert main(["caption", *SETTINGS, "--output", "x.json", "--dataset", *options]) == 2
         assert f"--dataset {options[0]}: " in (said := capsys.readouterr().err) and message in said
+
+
+def test_shards_of_a_data_set_of_the_hub_are_of_one_commit(hub, tmp_path, monkeypatch):
+    """Whatever the machine: here, with another cache."""
+    run = {"shards": 2, "model": "m", "fingerprint": "f", "settings": {}, "inputs": []}
+    run |= {"dataset": {"name": "org/pictures", "split": "train"}}
+    ShardFolder.begin(tmp_path / "out", [], run)
+    repo = hub.repos["datasets/org/pictures"]
+    for cache in ("second", "third"):
+        monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / cache))
+        shards = ShardFolder.open_existing(tmp_path / "out")
+        if cache == "second":
+            assert [item.name for item in shards.inputs(0)] == ["train/0", "train/1", "train/2"]
+            repo.commit("main", "another commit", dict(repo.at("main").files))
+            continue
+        with pytest.raises(UserError, match="org/pictures has changed since the run was begun"):
+            shards.inputs(0)
 
 
 def test_a_job_that_is_given_again_goes_on_and_pushes_the_captions_of_vlv_caption(hub, monkeypatch, capsys):
