@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from .tables import file_status, file_version, image_content
 
 if TYPE_CHECKING:
     from vlv.train.data import Source
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,10 @@ def dataset_fingerprint(source: "Source") -> str:
         root = f"{os.fspath(source.root)}/"
         known: Iterable[str] = (str(item["image"]).removeprefix(root) for item in source)
     else:
-        info = getattr(getattr(source, "table", None), "info", None)
-        files = sorted(file for file in getattr(info, "download_checksums", None) or () if file.startswith("hf://"))
+        files = getattr(getattr(source, "table", None), "cache_files", ())
+        folders = {Path(file["filename"]).parent.name for file in files}  # by `datasets` called as the commit
         try:
-            known = [source.fingerprint(), *files]
+            known = [source.fingerprint(), *sorted(filter(COMMIT.fullmatch, folders))]
         except (LookupError, OSError, ValueError) as error:
             raise UserError(f"the data set cannot be read: {error}") from error
     digest = hashlib.blake2b(digest_size=16)
