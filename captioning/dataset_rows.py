@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HTTPError
 
-from vlv.errors import UserError
+from vlv.errors import UserError, first_line
 
 from .inputs import Input
 from .tables import file_status, file_version, image_content
@@ -127,9 +127,8 @@ def _rows_of_stream(dataset: DatasetArguments, stream: Any, timeout: float) -> I
             yield _named_row(dataset, row, partial(reader.decode, content))
             row += 1
     except Exception as error:  # of the libraries for data sets, tables, images and downloads
-        reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
         raise UserError(
-            f"--dataset {dataset.name}: {dataset.split or 'train'}/{row} cannot be read: {reason:.300}; "
+            f"--dataset {dataset.name}: {dataset.split or 'train'}/{row} cannot be read: {first_line(error):.300}; "
             "the captions before it are written"
         ) from error
 
