@@ -97,8 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="caption-dataset.py",
         description="Captions the images of a data set of the Hub, and pushes a data set with its columns and the "
         "captions. The same command, given again, goes on with a run that has ended. An image that cannot be read "
-        "gets no caption; it is named in the record, and the exit code is 1, or 0 where nothing was left to do. The token of the Hub is the "
-        "variable HF_TOKEN, or the one of `hf auth login`.",
+        "gets no caption; it is named in the record, and the exit code is 1, or 0 where nothing was left to do. The "
+        "token of the Hub is the variable HF_TOKEN, or the one of `hf auth login`.",
         allow_abbrev=False,
     )
     parser.add_argument("input_dataset", metavar="INPUT", help="data set of the Hub, such as org/name")
