@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import HTTPError
 
-from vlv.errors import UserError
+from vlv.errors import UserError, first_line
 
 from .inputs import Input
 from .tables import file_status, file_version, image_content
 
 if TYPE_CHECKING:
     from vlv.train.data import Source
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,12 @@ def _open(dataset: DatasetArguments) -> "Source":
 
 
 def rows_of_dataset(
-    dataset: DatasetArguments, source: "Source", timeout: float, rows: Iterable[int] | None = None, first: int = 0
+    dataset: DatasetArguments,
+    source: "Source",
+    timeout: float,
+    rows: Iterable[int] | None = None,
+    first: int = 0,
+    versions: bool = True,
 ) -> Iterator[Input]:
     """The rows of a data set: `SPLIT/ROW`.
 
@@ -75,13 +83,15 @@ def rows_of_dataset(
         timeout: Seconds that a download may take.
         rows: Their numbers; by default all.
         first: Number of the first row of `source` in the whole data set.
+        versions: Whether the inputs have their `version`, which `--resume` compares.
     """
     from vlv.train.data.lists import ListDataset
 
     reader = _RowReader(source, timeout)
-    version = "" if isinstance(source, ListDataset) else dataset_version(source)
+    of_files = versions and isinstance(source, ListDataset)
+    version = dataset_version(source) if versions and not of_files else ""
     for row in range(len(source)) if rows is None else rows:
-        own = file_version(source[row]["image"]) if isinstance(source, ListDataset) else version
+        own = file_version(source[row]["image"]) if of_files else version
         yield _named_row(dataset, first + row, partial(reader.read, row), own)
 
 
@@ -117,9 +127,8 @@ def _rows_of_stream(dataset: DatasetArguments, stream: Any, timeout: float) -> I
             yield _named_row(dataset, row, partial(reader.decode, content))
             row += 1
     except Exception as error:  # of the libraries for data sets, tables, images and downloads
-        reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
         raise UserError(
-            f"--dataset {dataset.name}: {dataset.split or 'train'}/{row} cannot be read: {reason:.300}; "
+            f"--dataset {dataset.name}: {dataset.split or 'train'}/{row} cannot be read: {first_line(error):.300}; "
             "the captions before it are written"
         ) from error
 
@@ -156,3 +165,29 @@ def dataset_version(source: "Source") -> str:
     except (LookupError, OSError, ValueError):
         return ""
     return hashlib.blake2b(repr(known).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def dataset_fingerprint(source: "Source") -> str:
+    """A hash by which each machine tells a data set from others: of its rows, and of the commit on the Hub.
+
+    Of a list, and of a folder of images, the names of all images count. Of others what their `fingerprint` reads.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    from vlv.train.data.lists import ListDataset
+
+    if isinstance(source, ListDataset):
+        root = f"{os.fspath(source.root)}/"
+        known: Iterable[str] = (str(item["image"]).removeprefix(root) for item in source)
+    else:
+        files = getattr(getattr(source, "table", None), "cache_files", ())
+        folders = {Path(file["filename"]).parent.name for file in files}  # by `datasets` called as the commit
+        try:
+            known = [source.fingerprint(), *sorted(filter(COMMIT.fullmatch, folders))]
+        except (LookupError, OSError, ValueError) as error:
+            raise UserError(f"the data set cannot be read: {error}") from error
+    digest = hashlib.blake2b(digest_size=16)
+    for text in known:
+        digest.update(repr(text).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

@@ -21,7 +21,7 @@ from vlv.files import to_json
 from vlv.image_files import walk_images
 
 from .choices import TIME_LIMIT
-from .dataset_rows import DatasetArguments, dataset_version, rows_of_dataset
+from .dataset_rows import DatasetArguments, dataset_fingerprint, rows_of_dataset
 from .downloads import is_url
 from .inputs import Input, Named, no_images, once
 from .sources import at_url, is_glob, renamed, require_argument, walk
@@ -279,17 +279,17 @@ def unchanged_file(path: str, size: int, mtime_ns: int) -> str:
 
 
 def divide_dataset(source: "Source", count: int) -> dict[str, Any]:
-    """What `divide` returns, of a data set that is divided by ranges of its rows, and its `version`.
+    """What `divide` returns, of a data set that is divided by ranges of its rows, and its `fingerprint`.
 
     Raises:
-        UserError: If it has no rows.
+        UserError: If it has no rows, or cannot be read.
     """
     if not len(source):
         raise UserError("the data set has no rows")
     ends = [index * len(source) // count for index in range(count + 1)]
     of_shards = [[stop - start, 0] for start, stop in pairwise(ends)]
     found = {"images": len(source), "files": 0, "left_out": 0, "of_shards": of_shards}
-    return found | {"version": dataset_version(source)}
+    return found | {"fingerprint": dataset_fingerprint(source)}
 
 
 def dataset_rows(counts: Mapping[str, Any], index: int) -> range:
@@ -298,10 +298,14 @@ def dataset_rows(counts: Mapping[str, Any], index: int) -> range:
     return range(start, start + counts["of_shards"][index][0])
 
 
+def require_same_dataset(dataset: DatasetArguments, source: "Source", counts: Mapping[str, Any]) -> None:
+    """Raises `UserError` if a data set is not the one that was divided."""
+    if (len(source), dataset_fingerprint(source)) != (counts["images"], counts.get("fingerprint")):
+        raise UserError(f"--dataset {dataset.name} has changed since the run was begun; {ANEW}")
+
+
 def read_dataset_rows(
     dataset: DatasetArguments, source: "Source", counts: Mapping[str, Any], index: int, url_timeout: float
 ) -> list[Input]:
-    """The inputs of a shard of a data set. Raises `UserError` if it is not the one that was divided."""
-    if (len(source), dataset_version(source)) != (counts["images"], counts["version"]):
-        raise UserError(f"--dataset {dataset.name} has changed since the run was begun; {ANEW}")
-    return list(rows_of_dataset(dataset, source, url_timeout, dataset_rows(counts, index)))
+    """The inputs of a shard of a data set."""
+    return list(rows_of_dataset(dataset, source, url_timeout, dataset_rows(counts, index), versions=False))

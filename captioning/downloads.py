@@ -4,6 +4,8 @@ import time
 
 from huggingface_hub.utils import get_session
 
+from vlv.errors import first_line
+
 from .choices import SIZE_LIMIT, TIME_LIMIT
 
 SCHEMES = ("http://", "https://")
@@ -34,6 +36,5 @@ def download(url: str, time_limit: float = TIME_LIMIT) -> bytes:
     except ValueError:
         raise
     except Exception as error:  # the HTTP library of huggingface_hub and its exceptions differ between versions
-        reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
-        raise ValueError(f"it cannot be downloaded: {reason:.200}") from error
+        raise ValueError(f"it cannot be downloaded: {first_line(error):.200}") from error
     return b"".join(chunks)

@@ -20,6 +20,9 @@ from .output import Summary
 if TYPE_CHECKING:
     from vlv.train.data.feature_cache import FeatureCache
 
+ENCODER_BATCH_SIZE = 8
+"""Images in a pass of the encoder, by default."""
+
 
 def open_embeddings_cache(
     folder: str | None, model: VLVModel, image_processor: VLVImageProcessor

@@ -42,13 +42,27 @@ def merge(shards: ShardFolder, output: Path) -> dict[str, int]:
     return counts
 
 
-def read_shards(shards: ShardFolder) -> Iterator[tuple[list[Input], dict[str, Any]]]:
-    """The images of each shard that have captions, and their captions by name. Raises `UserError` as `merge`."""
+def read_shards(shards: ShardFolder) -> Iterator[tuple[list[Input], dict[str, Any], dict[str, str]]]:
+    """What each shard has: the images with captions, their captions by name, and captions whose images are gone.
+
+    The last are reasons by name: of a tar, parquet or list file that has changed or cannot be read any more.
+    Raises `UserError` as `merge`.
+    """
     _require_all(shards)
     for index in range(shards.count):
         rows = _rows(shards, index, Counter())
         entries = {row["name"]: row.get("captions", row.get("caption")) for row in rows if "error" not in row}
-        yield [item for item in shards.inputs(index) if item.name in entries], entries
+        inputs = shards.inputs(index)
+        found = [item for item in inputs if item.name in entries]
+        names, problems = {item.name for item in found}, {item.name: item.problem for item in inputs if item.problem}
+        lost = {name: _problem(name, problems) for name in entries if name not in names}
+        yield found, entries, lost
+
+
+def _problem(name: str, problems: dict[str, str]) -> str:
+    """Why an image is gone, of the problems by file."""
+    own = (problem for file, problem in problems.items() if name.startswith(f"{file}/"))
+    return next(own, "it is no longer among the inputs")
 
 
 def is_written(files: CaptionFiles, item: Input, entry: Any) -> bool:

@@ -13,7 +13,7 @@ from vlv import hub
 from .acceleration import accelerate
 from .captioner import Captioner, CaptionSettings
 from .choices import TIME_LIMIT
-from .encoding import open_embeddings_cache, read_encoded_batches
+from .encoding import ENCODER_BATCH_SIZE, open_embeddings_cache, read_encoded_batches
 from .inputs import Input
 from .output import Summary
 from .prefetch import worker_errors
@@ -47,7 +47,7 @@ class ShardJob:
     settings: CaptionSettings
     editor: CaptionEditor = field(default_factory=CaptionEditor)
     batch_size: int = 8
-    encoder_batch_size: int = 8
+    encoder_batch_size: int = ENCODER_BATCH_SIZE
     num_workers: int = 0
     embeddings_cache: str | None = None
     static_cache: bool = False

@@ -29,6 +29,7 @@ from .division import (
     owner,
     read_dataset_rows,
     read_division,
+    require_same_dataset,
     shard_name,
     sync_file,
 )
@@ -63,6 +64,13 @@ class ShardFolder:
             return None
         arguments = DatasetArguments(**self.run["dataset"], column=self.run.get("image_column", "image"))
         return arguments, open_dataset(arguments)
+
+    @cached_property
+    def _divided_dataset(self) -> tuple[DatasetArguments, Any] | None:
+        """`_dataset`, which is compared with the one that was divided, once. Raises `UserError` if it has changed."""
+        if self._dataset is not None:
+            require_same_dataset(*self._dataset, self.run["counts"])
+        return self._dataset
 
     @classmethod
     def open_existing(cls, folder: Path) -> "ShardFolder":
@@ -186,8 +194,8 @@ class ShardFolder:
         Raises:
             UserError: If their list is damaged, or the data set has changed.
         """
-        if self._dataset is not None:
-            return read_dataset_rows(*self._dataset, self.run["counts"], index, url_timeout)
+        if self._divided_dataset is not None:
+            return read_dataset_rows(*self._divided_dataset, self.run["counts"], index, url_timeout)
         column = self.run.get("image_column", "image")
         return read_division(self.folder / INPUTS, index, self.count, self.listed(index), column, url_timeout)
 

@@ -4,19 +4,16 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import fields
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from vlv import VLVConfig, VLVForConditionalGeneration, VLVProcessor, hub
+from vlv import VLVConfig, hub
 from vlv.captioning.acceleration import accelerate
 from vlv.captioning.batches import Batch
 from vlv.captioning.captioner import Captioner, CaptionSettings
-from vlv.captioning.encoding import open_embeddings_cache, read_encoded_batches
+from vlv.captioning.encoding import ENCODER_BATCH_SIZE, open_embeddings_cache, read_encoded_batches
 from vlv.captioning.formats import has_results, results_path
 from vlv.captioning.inputs import Input, load_embeddings
 from vlv.captioning.output import Summary, refuse_existing
@@ -41,11 +38,11 @@ from .caption_io import (
     open_template,
     write_files,
 )
+from .caption_job import check_prompt, recorded_settings, settings_of
 from .choosing import (
     choose_captions,
     choose_min_score,
     complete_choice_arguments,
-    recorded_choice,
     refuse_other_form,
     shared_settings,
     text_to_image_fingerprint,
@@ -55,8 +52,6 @@ from .models import choose_device, choose_model, loading, precision
 
 if TYPE_CHECKING:
     from .scoring import BatchScorer
-
-ENCODER_BATCH_SIZE = 8
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,8 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     total = len(embeddings) if found is None else found.total
     if arguments.length:
         arguments.prompt = instruction_of_length(arguments.length, config.instructions, source)
-    settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
-    recorded = settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded()
+    settings = settings_of(arguments)
+    recorded = recorded_settings(arguments, settings, editor)
     choose_min_score(arguments, source)
     if uses_scores(arguments):
         with loading(source):
@@ -180,22 +175,3 @@ def read_inputs(
         cache=open_embeddings_cache(arguments.embeddings_cache, encoder, image_processor),
         num_workers=arguments.num_workers,
     )
-
-
-def check_prompt(prompt: str, source: str, model: VLVForConditionalGeneration, processor: VLVProcessor) -> None:
-    """Says if the model was not trained to follow an instruction.
-
-    Raises:
-        UserError: If the instruction is longer than the language model can read.
-    """
-    embeds = torch.zeros(1, model.config.num_query_tokens, model.config.caption_embed_dim)
-    try:
-        model.get_prefix(
-            caption_embeds=embeds.to(model.device, model.dtype), **processor(text=prompt).to(model.device)
-        )
-    except ValueError as error:
-        raise UserError(f"--prompt: {error}") from error
-    known = model.config.instructions or []
-    if prompt not in known:
-        reason = f"was trained to follow {', '.join(map(repr, known))}" if known else "records no instructions"
-        print(f"note: {source} {reason}; it reads {prompt!r} as the beginning of captions", file=sys.stderr)

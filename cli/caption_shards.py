@@ -4,14 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vlv import VLVConfig, hub
-from vlv.captioning.captioner import Captioner, CaptionSettings
+from vlv.captioning.captioner import Captioner
 from vlv.captioning.division import absolute
 from vlv.captioning.formats import SUFFIXES
 from vlv.captioning.merging import is_written, merge, read_shards
@@ -19,7 +17,7 @@ from vlv.captioning.output import Summary, refuse_existing, require_writable
 from vlv.captioning.sharded import ShardCaptioner, ShardJob, load_captioner
 from vlv.captioning.shards import ShardFolder
 from vlv.captioning.sources import STDIN
-from vlv.captioning.texts import instruction_of_length, prompt_fields
+from vlv.captioning.texts import prompt_fields
 from vlv.errors import UserError
 
 from .caption_io import (
@@ -27,15 +25,14 @@ from .caption_io import (
     check_first,
     claim_kept,
     open_caption_files,
-    open_editor,
     write_files,
 )
-from .choosing import complete_choice_arguments, recorded_choice, uses_scores
+from .caption_job import check_prompt, prepare_job
+from .choosing import complete_choice_arguments, uses_scores
 from .models import choose_device, choose_model, loading
 from .parsers.caption import add_parser
 from .parsers.shards import ONLY_WITH_SHARDS, distribution
 
-ENCODER_BATCH_SIZE = 8
 DEFAULT_OUTPUT = "captions.json"
 SHARDS_OF_A_WRITER = 50
 OF_SHARDS = {
@@ -100,7 +97,9 @@ def _write_sidecars(shards: ShardFolder, arguments: argparse.Namespace) -> int:
     assert files is not None
     counts = shards.run["counts"]
     summary = Summary(None if counts["files"] else counts["images"], names_failures=False)
-    for inputs, entries in read_shards(shards):
+    for inputs, entries, lost in read_shards(shards):
+        for name, reason in lost.items():
+            summary.fail(name, reason, "write the caption of")
         left = [item for item in inputs if not is_written(files, item, entries[item.name])]
         claim_kept(files, inputs, left)
         if not summary.done:
@@ -148,41 +147,6 @@ def _caption(arguments: argparse.Namespace) -> int:
     return int(any(shards.counts(index)["failed"] for index in own if shards.is_done(index)))
 
 
-def prepare_job(arguments: argparse.Namespace, source: str, device: str) -> tuple[ShardJob, dict[str, Any]]:
-    """Downloads the model of a command line.
-
-    Returns:
-        How its shards are captioned, and what is recorded of that: `model`, `fingerprint` and `settings`.
-
-    Raises:
-        UserError: If the model cannot be loaded, or has no instruction for `--length`.
-    """
-    with loading(source):
-        model = hub.resolve(source, revision=arguments.revision, allow_patterns=hub.CAPTIONER_FILES)
-        fingerprint = hub.fingerprint(model, hub.CAPTIONER_FINGERPRINT)
-        config = VLVConfig.from_dict(hub.read_config(model))
-    if arguments.length:
-        arguments.prompt = instruction_of_length(arguments.length, config.instructions, source)
-    editor = open_editor(arguments)
-    settings = CaptionSettings(**{field.name: getattr(arguments, field.name) for field in fields(CaptionSettings)})
-    job = ShardJob(
-        model=str(model),
-        dtype=arguments.dtype,
-        device=device,
-        settings=settings,
-        editor=editor,
-        batch_size=arguments.batch_size,
-        encoder_batch_size=arguments.encoder_batch_size or ENCODER_BATCH_SIZE,
-        num_workers=arguments.num_workers,
-        embeddings_cache=arguments.embeddings_cache,
-        static_cache=arguments.static_cache,
-        compiled=arguments.compile,
-        url_timeout=arguments.url_timeout,
-    )
-    recorded = settings.recorded() | {"dtype": arguments.dtype} | recorded_choice(arguments) | editor.recorded()
-    return job, {"model": source, "fingerprint": fingerprint, "settings": recorded}
-
-
 def _checked_captioner(arguments: argparse.Namespace, job: ShardJob, source: str) -> Captioner | None:
     """Loads the model and checks that it can read `--prompt`, before the inputs are listed.
 
@@ -192,11 +156,9 @@ def _checked_captioner(arguments: argparse.Namespace, job: ShardJob, source: str
     Raises:
         UserError: If the prompt is too long.
     """
-    from .caption import check_prompt  # it imports this module
-
     here = arguments.engine in (None, "local")
     with loading(source):
-        captioner = load_captioner(job if here else replace(job, device="cpu"))
+        captioner = load_captioner(job if here else replace(job, device="cpu", static_cache=False, compiled=False))
     check_prompt(arguments.prompt, source, captioner.model, captioner.processor)
     return captioner if here else None
 

@@ -49,6 +49,11 @@ def complete_choice_arguments(arguments: argparse.Namespace) -> None:
     if arguments.temperature is not None and not 0 < arguments.temperature < float("inf"):
         raise UserError(f"--temperature is {arguments.temperature:g}; expected a number above 0, such as 1.0")
     check_min_score(arguments)
+    if arguments.compile and (arguments.as_original or arguments.num_beams > 1):
+        raise UserError(
+            "--compile compiles the step that writes one token of each caption, which a search by beams does not "
+            "take; leave out --num-beams and --as-original, or --compile"
+        )
     if arguments.seed is not None and arguments.seed < 0:
         raise UserError(f"--seed is {arguments.seed}; expected 0 or more")
     if sampled and (arguments.as_original or arguments.num_beams > 1):

@@ -34,14 +34,16 @@ from typing import Any
 
 import pyarrow
 import pyarrow.compute
-from datasets import Dataset, DatasetInfo, Features, Image, List, Value
+from datasets import Dataset, DatasetInfo, Features, Image, List, Value, concatenate_datasets
 from datasets import disable_progress_bars as disable_dataset_bars
+from datasets.features.features import require_storage_embed
 from datasets.table import InMemoryTable
 from huggingface_hub import CommitOperationAdd, DatasetCardData, HfApi, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -59,8 +61,7 @@ from vlv.captioning.inputs import Input
 from vlv.captioning.output import Summary
 from vlv.captioning.sharded import ShardCaptioner
 from vlv.captioning.texts import prompt_fields
-from vlv.cli.caption import check_prompt
-from vlv.cli.caption_shards import prepare_job
+from vlv.cli.caption_job import check_prompt, prepare_job
 from vlv.cli.choosing import complete_choice_arguments
 from vlv.cli.main import IGNORED_WARNINGS, quieten_libraries
 from vlv.cli.models import choose_device, loading
@@ -68,7 +69,7 @@ from vlv.cli.parsers.caption import add_generation_arguments, add_text_arguments
 from vlv.cli.parsers.choice import add_sampling_arguments
 from vlv.cli.parsers.common import add_model_arguments, positive
 from vlv.cli.parsers.shards import add_speed_arguments
-from vlv.errors import UserError
+from vlv.errors import UserError, first_line
 from vlv.files import read_json, to_json
 from vlv.hub.card import is_as_pushed, stamp
 from vlv.train.data.captions import IMAGE_COLUMNS, find_column
@@ -83,6 +84,12 @@ MAY_DIFFER = ("shards", "complete", "command", "model")
 """In the records of a run and of one that goes on with it. The fingerprint tells models apart."""
 FIRST_ROWS = 100
 """Rows that tell the columns of a stream that does not name them."""
+ROWS_OF_A_CHUNK = 20
+"""Images of at most `SIZE_LIMIT` that are one array: arrow's arrays end at 2 GiB."""
+WAITS = (0, 1, 2, 4, 8, 16)
+"""Seconds before a commit is tried again behind that of another job."""
+CONFLICT = 412
+"""The Hub's status of a commit whose parent is no longer the last."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,8 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="caption-dataset.py",
         description="Captions the images of a data set of the Hub, and pushes a data set with its columns and the "
         "captions. The same command, given again, goes on with a run that has ended. An image that cannot be read "
-        "gets no caption; it is named in the record, and the exit code is 1. The token of the Hub is the variable "
-        "HF_TOKEN, or the one of `hf auth login`.",
+        "gets no caption; it is named in the record, and the exit code is 1, or 0 where nothing was left to do. The "
+        "token of the Hub is the variable HF_TOKEN, or the one of `hf auth login`.",
         allow_abbrev=False,
     )
     parser.add_argument("input_dataset", metavar="INPUT", help="data set of the Hub, such as org/name")
@@ -129,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Captions a data set.
 
     Returns:
-        The exit code: 0 if all images have captions, 1 if some could not be read, 2 if the run could not go on.
+        The exit code: 0 if all images have captions, or nothing was left to do, 1 if some could not be read, 2 if the
+        run could not go on.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = build_parser().parse_args(given)
@@ -143,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for message in IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             return run(options)
-    except (UserError, hub.UploadError, OSError) as error:  # the last of a full disk
+    except (UserError, hub.UploadError, OSError, ValueError) as error:  # of a full disk, and of data that do not fit
         print(f"caption-dataset: {error}", file=sys.stderr)
         return 2
 
@@ -152,12 +160,14 @@ def run(options: argparse.Namespace) -> int:
     check_options(options)
     if get_token() is None:
         raise UserError(f"no token to push {options.output_dataset}; set HF_TOKEN, or run `hf auth login`")
-    revision = find_revision(options)
+    info = find_input(options)
+    revision = str(info.sha)
     features = read_features(options, revision)
-    with loading(options.model):
-        hub.resolve(options.model, revision=options.revision, allow_patterns=["config.json"])
-    output = Output(options.output_dataset, options.split, options.private)
-    job, recorded = prepare_job(options, options.model, choose_device(options))
+    device = choose_device(options)
+    _, recorded = prepare_job(options, options.model, device, ["config.json"])
+    if not os.path.isdir(options.model):
+        options.revision = recorded["fingerprint"]  # the branch may move
+    output = Output(options.output_dataset, options.split, options.private, bool(info.private or info.gated))
     done = output.begin(
         {
             "dataset": options.input_dataset,
@@ -170,10 +180,11 @@ def run(options: argparse.Namespace) -> int:
     )
     if output.is_complete:
         print(f"{options.output_dataset} has the captions of {done:,} rows; nothing is left to do", file=sys.stderr)
-        return output.exit_code
+        return 0  # so that a launcher does not start the run again for images that cannot be read
     if done:
         print(f"{done:,} rows of {options.output_dataset} are done", file=sys.stderr)
     shards = read_shards(options, revision, features, done)
+    job, _ = prepare_job(options, options.model, device)
     with loading(options.model):
         writer = ShardCaptioner(job)
     if options.prompt:
@@ -196,17 +207,19 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError("--shuffle is of a whole data set, and --streaming reads it in order; leave one of them out")
     if prompt_fields(options.prompt):
         raise UserError("--prompt with fields such as {name} is of image files; leave the fields out")
+    if options.seed is not None and options.seed < 0:
+        raise UserError(f"--seed is {options.seed}; expected 0 or more")
     options.shuffle_seed = (options.seed or 0) if options.shuffle else None
     if options.shuffle and options.num_captions == 1 and options.temperature is None:
         options.seed = None  # it is not of samples
     complete_choice_arguments(options)
 
 
-def find_revision(options: argparse.Namespace) -> str:
-    """The commit of the input. Raises `UserError` if there is none."""
+def find_input(options: argparse.Namespace) -> Any:
+    """What the Hub says of the input, such as its commit. Raises `UserError` if there is none."""
     name, revision = options.input_dataset, options.dataset_revision
     try:
-        return str(HfApi().dataset_info(name, revision=revision).sha)
+        return HfApi().dataset_info(name, revision=revision)
     except RevisionNotFoundError as error:
         raise UserError(f"{name} has no revision {revision}; give a branch, tag or commit") from error
     except RepositoryNotFoundError as error:
@@ -225,13 +238,19 @@ def open_dataset(options: argparse.Namespace, revision: str, streaming: bool) ->
 
 
 def read_features(options: argparse.Namespace, revision: str) -> Features:
-    """The columns of the input. Raises `UserError` if it has no images, or a column that captions would replace."""
+    """The columns of the input. Raises `UserError` for columns that cannot be captioned, replaced or pushed."""
     name, stream = options.input_dataset, open_dataset(options, revision, streaming=True)
     try:
         features = stream.features or Dataset.from_list(list(stream.take(FIRST_ROWS))).features
         find_column(list(features), options.image_column, IMAGE_COLUMNS, name)
     except (ValueError, OSError, HTTPError) as error:
         raise UserError(str(error)) from error
+    # Images alone are read, and are pushed with their content; others would be pushed as paths of this machine.
+    if files := [key for key, kind in features.items() if require_storage_embed(kind) and not isinstance(kind, Image)]:
+        raise UserError(
+            f"{name} has files that are not pushed in {', '.join(files)}: lists of images, sounds, videos and "
+            "such; caption a copy without these columns"
+        )
     if options.caption_column in features:
         raise UserError(f"{name} has a column {options.caption_column!r}; name another by --caption-column")
     return features
@@ -245,7 +264,7 @@ def read_shards(options: argparse.Namespace, revision: str, features: Features, 
             dataset = dataset.take(options.max_samples)
         rows = iter((dataset.decode(False) if dataset.features else dataset).skip(done))
         while chunk := read_rows(options.input_dataset, rows, size):
-            yield Dataset.from_list(chunk, features=features)
+            yield to_dataset(options.input_dataset, chunk, features)
         return
     if options.shuffle:
         dataset = dataset.shuffle(seed=options.shuffle_seed)
@@ -259,8 +278,18 @@ def read_rows(name: str, rows: Iterator[dict[str, Any]], count: int) -> list[dic
     try:
         return list(islice(rows, count))
     except Exception as error:  # of the libraries for data sets, tables and downloads
-        reason = str(error).split("\n", maxsplit=1)[0] or type(error).__name__
-        raise UserError(f"{name} cannot be read: {reason:.300}; give the command again to go on") from error
+        raise UserError(f"{name} cannot be read: {first_line(error):.300}; give the command again to go on") from error
+
+
+def to_dataset(name: str, rows: list[dict[str, Any]], features: Features) -> Dataset:
+    """Rows as a data set. Raises `UserError` if they have other types than the columns."""
+    starts = range(0, len(rows), ROWS_OF_A_CHUNK)
+    try:
+        return concatenate_datasets(
+            [Dataset.from_list(rows[start : start + ROWS_OF_A_CHUNK], features=features) for start in starts]
+        )
+    except (ValueError, TypeError) as error:  # of pyarrow, too
+        raise UserError(f"{name} has rows of other types than its first: {first_line(error):.300}") from error
 
 
 def caption_shard(options: argparse.Namespace, writer: ShardCaptioner, shard: Dataset, output: "Output") -> None:
@@ -268,7 +297,7 @@ def caption_shard(options: argparse.Namespace, writer: ShardCaptioner, shard: Da
     since, first = time.perf_counter(), output.num_rows
     source = ColumnDataset(shard, options.image_column, None, repository=options.input_dataset)
     place = DatasetArguments(options.input_dataset, options.split)
-    inputs: list[Input] = list(rows_of_dataset(place, source, options.url_timeout, first=first))
+    inputs: list[Input] = list(rows_of_dataset(place, source, options.url_timeout, first=first, versions=False))
     summary = Summary(len(inputs))
     lines = {line["name"]: line for lines in writer.caption_inputs(inputs, summary) for line in lines}
     summary.say(*writer.job.editor.notes())
@@ -312,7 +341,10 @@ def with_content(shard: Dataset, name: str, column: pyarrow.ChunkedArray, reposi
             image = None
         path = os.path.basename((value or {}).get("path") or "")
         images.append({"bytes": image, "path": path or None} if isinstance(image, bytes) else None)
-    return pyarrow.chunked_array([pyarrow.array(images, column.type)])
+    starts = range(0, len(images), ROWS_OF_A_CHUNK)
+    return pyarrow.chunked_array(
+        [pyarrow.array(images[start : start + ROWS_OF_A_CHUNK], column.type) for start in starts], column.type
+    )
 
 
 class Output:
@@ -321,26 +353,38 @@ class Output:
     Args:
         name: `org/name`. It is created if it does not exist.
         split: The split that is written.
-        private: Whether a new data set is private.
+        private: Whether a new data set is private; if not, as the organisation has it.
+        restricted: Whether the input is private or gated, so that the output must be private.
 
     Raises:
         UploadError: If the token may not write, or the data set is public and should be private.
     """
 
-    def __init__(self, name: str, split: str, private: bool):
+    def __init__(self, name: str, split: str, private: bool, restricted: bool):
         self.name, self.split, self._api = name, split, HfApi()
         self._record: dict[str, Any] = {}
         with hub.upload_errors(name):
-            self._api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
-            if private and not self._api.dataset_info(name).private:
+            if restricted and not private and not self._is_private():
+                raise ValueError(f"INPUT is private or gated, and {name} would be public; pass --private")
+            self._api.create_repo(name, repo_type="dataset", private=private or None, exist_ok=True)
+            if private and not self._is_private():
                 raise ValueError(f"{name} exists and is public; make it private, or push to another data set")
-            self._files = self._api.list_repo_files(name, repo_type="dataset")
-            self._records = self._read_records(self._files)
+            self._read()
 
-    def _read_records(self, files: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The record of each split."""
-        records = [file for file in files if file.startswith(f"{RECORDS}/")]
-        return {Path(file).stem: read_json(self._download(file), "dataset", "shards") for file in records}
+    def _is_private(self) -> bool:
+        """Whether the data set exists and is private."""
+        try:
+            return bool(self._api.dataset_info(self.name).private)
+        except RepositoryNotFoundError:
+            return False
+
+    def _read(self) -> None:
+        """Reads the last commit: its files, and the record of each split."""
+        self._head = str(self._api.dataset_info(self.name).sha)
+        self._files = self._api.list_repo_files(self.name, repo_type="dataset", revision=self._head)
+        records = [file for file in self._files if file.startswith(f"{RECORDS}/")]
+        self._records = {Path(file).stem: read_json(self._download(file), "dataset", "shards") for file in records}
+        self._pushed = to_json(self._records.get(self.split))
 
     @property
     def is_complete(self) -> bool:
@@ -403,22 +447,44 @@ class Output:
     def _commit(self, message: str, *operations: CommitOperationAdd) -> None:
         record = CommitOperationAdd(f"{RECORDS}/{self.split}.json", to_json(self._record))
         with hub.upload_errors(self.name):
-            # Another job may write another split.
-            self._records = self._read_records(self._api.list_repo_files(self.name, repo_type="dataset"))
-            self._records[self.split] = self._record
-            card = [] if self._has_edited_card() else [CommitOperationAdd(CARD, self._card().encode())]
-            self._api.create_commit(
-                self.name, [*operations, record, *card], commit_message=message, repo_type="dataset"
+            for wait in WAITS:
+                time.sleep(wait)
+                self._records[self.split] = self._record
+                card = [] if self._has_edited_card() else [CommitOperationAdd(CARD, self._card().encode())]
+                try:
+                    done = self._api.create_commit(
+                        self.name,
+                        [*operations, record, *card],
+                        commit_message=message,
+                        repo_type="dataset",
+                        parent_commit=self._head,
+                    )
+                except HfHubHTTPError as error:
+                    if error.response.status_code != CONFLICT or wait == WAITS[-1]:
+                        raise
+                    self._read_others()
+                else:
+                    self._head, self._pushed = done.oid, to_json(self._record)
+                    return
+
+    def _read_others(self) -> None:
+        """Reads what other jobs have pushed. Raises `ValueError` if one writes this split."""
+        before = self._pushed
+        self._read()
+        if self._pushed != before:
+            raise ValueError(
+                f"another job writes the split {self.split} of {self.name}; end it, and give the command again to go "
+                "on with what it has pushed"
             )
 
     def _download(self, file: str) -> Path:
-        return Path(self._api.hf_hub_download(self.name, file, repo_type="dataset"))
+        return Path(self._api.hf_hub_download(self.name, file, repo_type="dataset", revision=self._head))
 
     def _has_edited_card(self) -> bool:
         """Whether there is a card that this script has not written."""
         try:
             return not is_as_pushed(self._download(CARD).read_text(encoding="utf-8"))
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return False
 
     def _card(self) -> str:

@@ -59,9 +59,12 @@ def differing_scenes(captions: list[str], expected: list[str]) -> int:
 
 @pytest.mark.parametrize("options", [["--num-workers", "1"], ["--static-cache"], ["--compile"]])
 def test_options_of_speed_leave_the_captions_as_they_are(tmp_path, captions_of_the_cpu, options):
-    """Images are prefetched into pinned memory; compiled models round in another way."""
+    """Images are prefetched into pinned memory; compiled models round in another way, so one caption may differ."""
+    (tmp_path / "plain").mkdir()
+    expected = captions(tmp_path / "plain", "--device", "cuda")
     found = captions(tmp_path, "--device", "cuda", *options)
-    assert differing_scenes(found, captions_of_the_cpu) <= ("--compile" in options)
+    differing = sum(own != other for own, other in zip(found, expected, strict=True))
+    assert differing <= ("--compile" in options)
 
 
 def test_the_pipelines_of_both_libraries_work_on_a_gpu(captions_of_the_cpu):

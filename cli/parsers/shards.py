@@ -74,8 +74,8 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the vision tower and the step that writes a token with torch.compile, with --static-cache; the "
-        "first batch takes minutes",
+        help="compile the vision tower and the step that writes a token with torch.compile, with --static-cache, "
+        "and not of beams; the first batch takes minutes",
     )
 
 

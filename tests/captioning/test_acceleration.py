@@ -42,6 +42,7 @@ def test_compiled_models_write_the_same_captions(captioner, processor):
     assert acceleration["cache_implementation"] == "static"
     assert captions(model, processor, acceleration) == captions(captioner, processor, {})
     assert model.model.get_encoder("image")._compiled_call_impl is not None
+    assert model.language_model._compiled_call is not None  # by which `generate` writes a token
     number = len(graphs)
     assert number > 2  # that of the check, of the tower, and of the step
     captions(model, processor, acceleration)

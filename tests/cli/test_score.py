@@ -173,6 +173,8 @@ def test_one_caption_is_sampled_at_a_temperature(model_folder, photos, tmp_path)
         (["--num-captions", "2", "--temperature", "nan"], "--temperature is nan; expected a number above 0"),
         (["--num-captions", "2", "--seed", "-1"], "--seed is -1; expected 0 or more"),
         (["--num-captions", "2", "--num-beams", "2"], "leave out --num-beams and --as-original"),
+        (["--compile", "--num-beams", "2"], "--compile compiles the step that writes one token"),
+        (["--compile", "--as-original"], "--compile compiles the step that writes one token"),
         (["--num-captions", "2", "--confidence"], "add --best-by score, or leave out --num-captions"),
         (["--confidence", "--min-score", "nan"], "--min-score is nan"),
     ],

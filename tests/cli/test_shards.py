@@ -287,6 +287,17 @@ def test_a_data_set_is_divided_by_its_rows(folder, tmp_path, capsys):
         ShardFolder.open_existing(shards.folder).inputs(0)
 
 
+def test_a_folder_as_a_data_set_is_told_by_the_names_of_its_images(folder, tmp_path):
+    copy = shutil.copytree(folder / "sub", tmp_path / "in")
+    run = {**RUN, "shards": 2, "inputs": [], "dataset": {"name": str(copy), "split": None}}
+    shards = ShardFolder.begin(tmp_path / "out", [], run)
+    os.utime(copy / "1.png")  # a row of a list is an image file, whatever it holds
+    assert len(ShardFolder.open_existing(shards.folder).inputs(0)) == 3
+    (copy / "1.png").rename(copy / "99.png")
+    with pytest.raises(UserError, match="has changed since the run was begun"):
+        ShardFolder.open_existing(shards.folder).inputs(0)
+
+
 @pytest.mark.slow
 def test_the_shards_of_a_data_set_have_the_captions_of_one_run(folder, model_folder, tmp_path):
     """With processes that read, too: the rows are read by the one that has opened the data set."""
@@ -324,6 +335,22 @@ def test_merging_writes_the_sidecars_of_a_run(folder, tmp_path, capsys):
     assert write("--on-existing", "append") == 0
     assert "skipped 11, wrote 1, failed 0" in capsys.readouterr().err
     assert texts() == expected
+
+
+def test_merging_names_the_captions_of_files_that_changed(folder, tmp_path, capsys):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            tar.add(folder / "0.png", arcname="0.png")
+    shards = begin(tmp_path / "out", [tmp_path], 2)
+    for index in range(2):
+        write_shard(shards, index)
+    os.utime(tmp_path / "0.tar")
+    arguments = ("--sidecar", "txt", "--sidecar-dir", str(tmp_path / "texts"))
+    assert main(["caption", "--merge", str(shards.folder), *arguments]) == 1
+    said = capsys.readouterr().err
+    assert "cannot write the caption of 0.tar/0.png: it cannot be read: the file has changed since" in said
+    assert "wrote 1, failed 1" in said
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.txt")] == ["texts/1.tar/0.txt"]
 
 
 def test_a_list_that_is_not_the_one_of_the_run_is_refused(folder, tmp_path, capsys):

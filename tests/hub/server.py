@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +85,7 @@ class Hub:
         downloads: Bytes served for each `org/name/file`.
         uploads: Bytes received, in commits and by LFS.
         broken_uploads: How many of the next LFS uploads fail, as in a broken connection.
+        before_commit: Functions that the next commits call first, one each: what another client does meanwhile.
     """
 
     def __init__(self) -> None:
@@ -94,6 +95,7 @@ class Hub:
         self.downloads: dict[str, int] = {}
         self.uploads = 0
         self.broken_uploads = 0
+        self.before_commit: list[Callable[[], object]] = []
 
     def forget_traffic(self) -> None:
         self.requests, self.downloads, self.uploads = [], {}, 0
@@ -211,6 +213,8 @@ class Hub:
     async def commit(self, request: Request) -> Response:
         repo = self.repo(request, write=True)
         branch = request.path_params["revision"]
+        if self.before_commit:
+            self.before_commit.pop(0)()
         files = dict(repo.at(branch).files)
         title = ""
         for line in (await request.body()).splitlines():
@@ -218,6 +222,8 @@ class Hub:
             value = item["value"]
             if item["key"] == "header":
                 title = value["summary"]
+                if value.get("parentCommit") not in (None, repo.at(branch).sha):
+                    raise Refusal(412, None, "A commit has happened since. Please refresh and try again.")
             elif item["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
                 self.uploads += len(files[value["path"]])
@@ -254,6 +260,7 @@ class Hub:
                 "modelId": repo.name,
                 "sha": commit.sha,
                 "private": repo.private,
+                "gated": "manual" if repo.gated else False,
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,

@@ -16,7 +16,9 @@ from datasets import Image as ImageFeature
 from huggingface_hub import constants
 
 from vlv.captioning.sharded import ShardCaptioner
+from vlv.captioning.shards import ShardFolder
 from vlv.cli.main import main
+from vlv.errors import UserError
 
 from ..builders import NOT_PACKAGED
 
@@ -107,6 +109,23 @@ def test_a_data_set_of_the_hub_is_captioned_by_its_name(hub, capsys):
         assert f"--dataset {options[0]}: " in (said := capsys.readouterr().err) and message in said
 
 
+def test_shards_of_a_data_set_of_the_hub_are_of_one_commit(hub, tmp_path, monkeypatch):
+    """Whatever the machine: here, with another cache."""
+    run = {"shards": 2, "model": "m", "fingerprint": "f", "settings": {}, "inputs": []}
+    run |= {"dataset": {"name": "org/pictures", "split": "train"}}
+    ShardFolder.begin(tmp_path / "out", [], run)
+    repo = hub.repos["datasets/org/pictures"]
+    for cache in ("second", "third"):
+        monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / cache))
+        shards = ShardFolder.open_existing(tmp_path / "out")
+        if cache == "second":
+            assert [item.name for item in shards.inputs(0)] == ["train/0", "train/1", "train/2"]
+            repo.commit("main", "another commit", dict(repo.at("main").files))
+            continue
+        with pytest.raises(UserError, match="org/pictures has changed since the run was begun"):
+            shards.inputs(0)
+
+
 def test_a_job_that_is_given_again_goes_on_and_pushes_the_captions_of_vlv_caption(hub, monkeypatch, capsys):
     arguments = ("org/pictures", "org/captioned", *SETTINGS, "--shard-size", "2")
     whole, calls = ShardCaptioner.caption_inputs, []
@@ -127,7 +146,9 @@ def test_a_job_that_is_given_again_goes_on_and_pushes_the_captions_of_vlv_captio
         *(f"Add the captions of {rows} rows" for rows in (2, 4, 6, 7)),
         "Complete the captions of 7 rows",
     ]
-    assert run_script(*arguments) == 1 and len(commits(hub, "org/captioned")) == 6
+    hub.forget_traffic()
+    assert run_script(*arguments) == 0 and len(commits(hub, "org/captioned")) == 6
+    assert not any(name.endswith(".safetensors") for name in hub.downloads)
     assert "has the captions of 7 rows; nothing is left to do" in capsys.readouterr().err
 
     pushed, expected = load_dataset("org/captioned", split="train"), caption("--dataset", "org/pictures")
@@ -176,8 +197,46 @@ def test_a_stream_and_a_shuffled_data_set_are_captioned(hub):
     assert [image["bytes"] for image in images] == [Path("files", f"{row}.png").read_bytes() for row in range(2)]
 
 
+def test_jobs_for_one_data_set_know_each_other(hub, capsys):
+    """Another split is kept, and another job for the same split ends this one."""
+    whole = ("org/files", "org/both", *SETTINGS, "--streaming")
+
+    def other(record: str) -> None:
+        repo = hub.repos["datasets/org/both"]
+        files = repo.at("main").files
+        of_train = json.loads(files[".captioning/train.json"])
+        repo.commit("main", "another job", files | {record: json.dumps(of_train | {"command": "other"}).encode()})
+
+    hub.before_commit = [lambda: None, lambda: other(".captioning/test.json")]
+    assert run_script(*whole, "--shard-size", "1", "--max-samples", "1") == 0
+    files = hub.repos["datasets/org/both"].at("main").files
+    assert json.loads(files[".captioning/train.json"])["complete"] and "## test" in files["README.md"].decode()
+    del hub.repos["datasets/org/both"]
+    hub.before_commit = [lambda: None, lambda: other(".captioning/train.json")]
+    assert run_script(*whole, "--shard-size", "1") == 2
+    assert "another job writes the split train of org/both; end it" in capsys.readouterr().err
+    assert len(commits(hub, "org/both")) == 3
+
+
+def test_columns_and_rows_that_cannot_be_pushed_are_named(hub, capsys):
+    features = Features({"image": ImageFeature(), "more": [ImageFeature()]})
+    Path("lists").mkdir()
+    rows = {"image": [str(Path("own.png"))], "more": [[str(Path("own.png"))]]}
+    Dataset.from_dict(rows, features=features).to_parquet("lists/train.parquet")
+    hub.add_folder("datasets/org/lists", Path("lists"))
+    assert run_script("org/lists", "org/out", *SETTINGS) == 2
+    assert "org/lists has files that are not pushed in more" in capsys.readouterr().err
+    to_dataset = runpy.run_path(str(SCRIPT))["to_dataset"]
+    numbers = Features({"label": Value("int8")})
+    assert to_dataset("org/x", [{"label": 1}] * 45, numbers)["label"] == [1] * 45
+    with pytest.raises(UserError, match="org/x has rows of other types"):
+        to_dataset("org/x", [{"label": "a"}], numbers)
+
+
 def test_errors_of_a_job_say_what_to_do(hub, monkeypatch, capsys):
     whole = ["org/pictures", "org/out", *SETTINGS]
+    hub.add_folder("datasets/org/restricted", Path("files"))
+    hub.repos["datasets/org/restricted"].gated = True
     for arguments, message in (
         (["org/nothing", *whole[1:]], "there is no data set org/nothing on the Hub"),
         ([*whole, "--dataset-revision", "v9"], "org/pictures has no revision v9"),
@@ -185,6 +244,8 @@ def test_errors_of_a_job_say_what_to_do(hub, monkeypatch, capsys):
         ([*whole, "--image-column", "photo"], "no 'photo'; name one by --image-column"),
         ([*whole, "--caption-column", "label"], "has a column 'label'; name another by --caption-column"),
         ([*whole, "--shuffle", "--streaming"], "leave one of them out"),
+        ([*whole, "--shuffle", "--seed", "-1"], "--seed is -1; expected 0 or more"),
+        (["org/restricted", *whole[1:]], "INPUT is private or gated, and org/out would be public; pass --private"),
         ([*whole, "--model", "org/none"], "cannot load org/none"),
         (whole[:2], "--model is missing"),
         ([whole[0], "other/out", *whole[2:]], "this token may not write to other/out"),
