@@ -529,9 +529,7 @@ def _clip_hidden_states(
     layer norm.
     """
     hidden = text_encoder.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
-    mask = create_causal_mask(
-        config=text_encoder.config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=None
-    )
+    mask = create_causal_mask(text_encoder.config, hidden, attention_mask, None)  # no cache, whose name has changed
     states = [hidden]
     for layer in text_encoder.encoder.layers:
         states.append(layer(states[-1], mask, is_causal=True))
