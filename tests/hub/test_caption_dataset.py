@@ -15,6 +15,7 @@ from datasets import Dataset, Features, Value, config, load_dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import constants
 
+from vlv.captioning.caption_column import to_dataset
 from vlv.captioning.sharded import ShardCaptioner
 from vlv.captioning.shards import ShardFolder
 from vlv.cli.main import main
@@ -226,7 +227,6 @@ def test_columns_and_rows_that_cannot_be_pushed_are_named(hub, capsys):
     hub.add_folder("datasets/org/lists", Path("lists"))
     assert run_script("org/lists", "org/out", *SETTINGS) == 2
     assert "org/lists has files that are not pushed in more" in capsys.readouterr().err
-    to_dataset = runpy.run_path(str(SCRIPT))["to_dataset"]
     numbers = Features({"label": Value("int8")})
     assert to_dataset("org/x", [{"label": 1}] * 45, numbers)["label"] == [1] * 45
     with pytest.raises(UserError, match="org/x has rows of other types"):
