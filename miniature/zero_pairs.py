@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from vlv import VLVModel, hub
 from vlv.evaluation import markdown_table
-from vlv.files import write_json
+from vlv.files import write_atomically, write_json
 from vlv.pipelines import DiffusionScorer
 from vlv.pipelines.diffusion_score import seed_of_pixels
 
@@ -119,13 +119,14 @@ def search_captions(
     Args:
         seed: Of the phrasing.
     """
-    found = [] if not file.exists() else [json.loads(line) for line in file.read_text().splitlines()[:count]]
-    file.parent.mkdir(parents=True, exist_ok=True)
+    complete = file.read_text().split("\n")[:-1] if file.exists() else []  # without a line that a kill has cut off
+    found = [json.loads(line) for line in complete]
+    write_atomically(file, lambda path: path.write_text("".join(f"{line}\n" for line in complete)))
     with open(file, "a", encoding="utf-8") as lines:
         for number, image in enumerate(itertools.islice(images, len(found), count), start=len(found)):
             found.append(search_caption(scorer, image, random.Random(f"{seed}/search/{number}")))
             print(json.dumps(found[-1]), file=lines, flush=True)
-    return found
+    return found[:count]
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_a_search_goes_on_after_the_captions_that_a_file_has(tmp_path):
     images, truth = evaluation_items("combo", 2)
     file = tmp_path / "found" / "captions.jsonl"
     file.parent.mkdir()
-    file.write_text(json.dumps("of the first image") + "\n")
+    file.write_text(json.dumps("of the first image") + '\n"a pink backgr')  # a kill has cut off the second line
     first, second = search_captions(scorer, images, 2, file)
     assert first == "of the first image"
     assert parse_caption(second).background == truth[1].background
