@@ -33,6 +33,7 @@ from .world import SPLITS, Scene
 
 IMAGE_SEED = 41  # of the scenes that stage 3 sees
 BATCH_SIZE = 64
+MANY = 2**40  # length of a data set without an end
 SCORERS = {"score": DiffusionScorer, "image": SampledImageScorer}
 COLUMNS = {
     "object_place_f1": "object + place F1",
@@ -44,26 +45,32 @@ COLUMNS = {
 }
 
 
-def new_scenes(count: int, split: str, seed: int, held_out: Sequence[Scene]) -> Iterator[tuple[torch.Tensor, Scene]]:
-    """Images `(3, 64, 64)` uint8 of `count` scenes of a split, none of which is in `held_out`, and the scenes."""
+def new_scenes(count: int, split: str, seed: int, held_out: Sequence[Scene]) -> Iterator[tuple[int, Scene]]:
+    """Numbers in `SceneDataset(..., split, seed)` of `count` scenes, none of which is in `held_out`, and the scenes."""
     texts = {scene.text for scene in held_out}
-    data = SceneDataset(2**40, split, seed, fields=("pixels", "scene"))
+    data = SceneDataset(MANY, split, seed, fields=("scene",))
     found = index = 0
     while found < count:
-        item = data[index]
-        index += 1
-        if item["scene"].text not in texts:
+        scene = data[index]["scene"]
+        if scene.text not in texts:
             found += 1
-            yield item["pixels"], item["scene"]
+            yield index, scene
+        index += 1
+
+
+def render_scene(index: int, split: str, seed: int) -> torch.Tensor:
+    """The image `(3, 64, 64)` uint8 of a scene of `new_scenes`."""
+    return SceneDataset(MANY, split, seed)[index]["pixels"]
 
 
 def write_images(folder: Path, count: int, split: str, seed: int, held_out: Sequence[Scene]) -> list[Scene]:
     """Writes images as `00000.png` and so on, without captions, unless they are there. Returns their scenes."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = []
-    for number, (pixels, scene) in enumerate(new_scenes(count, split, seed, held_out)):
+    for number, (index, scene) in enumerate(new_scenes(count, split, seed, held_out)):
         path = folder / f"{number:05}.png"
         if not path.exists():
+            pixels = render_scene(index, split, seed)
             write_atomically(path, Image.fromarray(pixels.permute(1, 2, 0).numpy()).save)
         scenes.append(scene)
     return scenes

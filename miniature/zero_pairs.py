@@ -36,7 +36,7 @@ from .grammar import write_caption
 from .paper.data_efficiency import UPDATES, compute_conditioning, to_pixel_values
 from .scene_changes import in_order
 from .score_ranking import load_scorer
-from .stage3 import COLUMNS, IMAGE_SEED, find_language_model, measure, new_scenes, train_captioner
+from .stage3 import COLUMNS, IMAGE_SEED, find_language_model, measure, new_scenes, render_scene, train_captioner
 from .world import COLOURS, CORNERS, MAX_OBJECTS, OBJECTS, PLACES, SIZES, SPLITS, Scene, SceneObject
 
 TEXT_SEED = 53  # of the texts that are repeated
@@ -198,12 +198,13 @@ def measure_ways(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         if way == "search":
             excluded = [scene for _, own in held_out.values() for scene in own]
-            seen = list(new_scenes(options.images, options.split, IMAGE_SEED, excluded))
+            places, seen = zip(*new_scenes(options.images, options.split, IMAGE_SEED, excluded), strict=True)
+            images = [render_scene(place, options.split, IMAGE_SEED) for place in places]
             of_search = f"{name}-{options.split}-without-{options.scenes}-K{options.num_pairs}"
             file = root / f"search-{of_search}{'-bf16' if options.bf16 else ''}-seed-{options.seed}.jsonl"
-            captions = search_captions(scorer, (image for image, _ in seen), options.images, file, options.seed)
-            add("search itself", "its own", captions, [scene for _, scene in seen])
-            conditioning = compute_conditioning(encoder, torch.stack([image for image, _ in seen]))
+            captions = search_captions(scorer, images, options.images, file, options.seed)
+            add("search itself", "its own", captions, seen)
+            conditioning = compute_conditioning(encoder, torch.stack(images))
             start = f"{file.stem}-{options.images}-images"
         else:
             texts = SceneDataset(options.texts, seed=TEXT_SEED + options.seed, fields=("caption",))

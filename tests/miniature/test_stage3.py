@@ -14,7 +14,7 @@ from vlv.miniature.sampled_image_score import SampledImageScorer
 from vlv.miniature.score_ranking import load_scorer
 from vlv.miniature.scoring import count_mentions
 from vlv.miniature.stage3 import main as command
-from vlv.miniature.stage3 import measure, measure_kept, new_scenes, table, write_images
+from vlv.miniature.stage3 import measure, measure_kept, new_scenes, render_scene, table, write_images
 from vlv.miniature.world import Scene, SceneObject
 from vlv.train import Stage3Trainer, stage3
 from vlv.train.rounds import RoundFile
@@ -81,7 +81,7 @@ def test_a_captioner_with_errors_gets_better_rewards_and_truer_captions(start, s
         tmp_path, rounds=1, round_steps=24, learning_rate=1e-3, validation_steps=24, num_validation_images=32
     )
     before, after = (measure(caption_images(own, processor, pixels), truth) for own in (model, trainer.model))
-    images = torch.stack([image for image, _ in new_scenes(32, "combo", 41, truth)])
+    images = torch.stack([render_scene(place, "combo", 41) for place, _ in new_scenes(32, "combo", 41, truth)])
     greedy = measure(caption_images(model, processor, images), seen[1])
     kept = measure_kept(tmp_path, 0, seen[1])
     assert kept["exact"] > greedy["exact"] and kept["object_place_f1"] > greedy["object_place_f1"]
