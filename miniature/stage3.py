@@ -6,8 +6,11 @@ here are passed on to `vlv train stage3`.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import torch
@@ -45,17 +48,16 @@ COLUMNS = {
 }
 
 
-def new_scenes(count: int, split: str, seed: int, held_out: Sequence[Scene]) -> Iterator[tuple[int, Scene]]:
-    """Numbers in `SceneDataset(..., split, seed)` of `count` scenes, none of which is in `held_out`, and the scenes."""
-    texts = {scene.text for scene in held_out}
+def new_scenes(count: int, split: str, seed: int, held_out: Sequence[Scene]) -> tuple[tuple[int, Scene], ...]:
+    """Numbers in `SceneDataset(..., split, seed)` of `count` scenes that are not in `held_out`, and the scenes."""
+    return _new_scenes(count, split, seed, frozenset(scene.text for scene in held_out))
+
+
+@lru_cache(maxsize=1)
+def _new_scenes(count: int, split: str, seed: int, held_out: frozenset[str]) -> tuple[tuple[int, Scene], ...]:
     data = SceneDataset(MANY, split, seed, fields=("scene",))
-    found = index = 0
-    while found < count:
-        scene = data[index]["scene"]
-        if scene.text not in texts:
-            found += 1
-            yield index, scene
-        index += 1
+    numbered = ((index, data[index]["scene"]) for index in range(len(data)))
+    return tuple(islice((pair for pair in numbered if pair[1].text not in held_out), count))
 
 
 def render_scene(index: int, split: str, seed: int) -> torch.Tensor:
@@ -178,7 +180,9 @@ def stage3_arguments(options: argparse.Namespace, run: Path, start: Path, images
 
 
 def run_stage3(options: argparse.Namespace, passed_on: Sequence[str] = ()) -> dict[str, Any]:
-    """Trains what is missing, and measures each round. The results are those of `RUN.json`.
+    """Trains what is missing, and measures each round. The results are those of `NAME.json`.
+
+    Its `cpu_seconds` are those of this process in stage 3: of a run that was interrupted, of its last part.
 
     Args:
         passed_on: Options of `vlv train stage3`.
@@ -197,8 +201,10 @@ def run_stage3(options: argparse.Namespace, passed_on: Sequence[str] = ()) -> di
 
     run, results_file = root / options.name, root / f"{options.name}.json"
     command_line = [*stage3_arguments(options, run, start, images), *passed_on]
+    began = process_time()
     stage3.main(command_line, scorer_class=SCORERS[options.reward])
-    results: dict[str, Any] = {"settings": vars(options), "passed_on": list(passed_on), "rounds": []}
+    results: dict[str, Any] = {"settings": vars(options), "passed_on": list(passed_on)}
+    results |= {"cpu_seconds": round(process_time() - began), "rounds": []}
     folders = [start, *(run / f"checkpoint-{options.round_steps * number}" for number in range(1, options.rounds + 1))]
     for number, folder in enumerate(folders):
         captioner, processor = hub.load_captioner(folder)
@@ -239,7 +245,8 @@ def check_passed_on(parser: argparse.ArgumentParser, options: argparse.Namespace
         parser.error(f"--start {options.start}: there is no config.json; give the folder of a captioner")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this command, and those that are passed on to `vlv train stage3`."""
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.stage3", description=__doc__, allow_abbrev=False)
     parser.add_argument("root", help="folder of everything that is trained")
     parser.add_argument("--name", default="stage3", help="of the run in ROOT (default: %(default)s)")
@@ -270,6 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options, passed_on = parser.parse_known_args(arguments)
     check_passed_on(parser, options, passed_on)
+    return options, passed_on
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, passed_on = parse_options(arguments)
     results = run_stage3(options, passed_on)
     for split, title in (("combo", "combo"), ("test", "test"), ("kept", "kept by the round, of its own images")):
         print(f"{title}\n\n{table(results, split)}\n")

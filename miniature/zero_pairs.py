@@ -197,14 +197,14 @@ def measure_ways(options: argparse.Namespace) -> list[dict[str, Any]]:
                 add(way, split, nearest_words(encoder, pipeline.tokenizer, images), truth)
             continue
         if way == "search":
-            excluded = [scene for _, own in held_out.values() for scene in own]
+            excluded = [scene for _, scenes in held_out.values() for scene in scenes]
             places, seen = zip(*new_scenes(options.images, options.split, IMAGE_SEED, excluded), strict=True)
-            images = [render_scene(place, options.split, IMAGE_SEED) for place in places]
+            own = [render_scene(place, options.split, IMAGE_SEED) for place in places]
             of_search = f"{name}-{options.split}-without-{options.scenes}-K{options.num_pairs}"
             file = root / f"search-{of_search}{'-bf16' if options.bf16 else ''}-seed-{options.seed}.jsonl"
-            captions = search_captions(scorer, images, options.images, file, options.seed)
+            captions = search_captions(scorer, own, options.images, file, options.seed)
             add("search itself", "its own", captions, seen)
-            conditioning = compute_conditioning(encoder, torch.stack(images))
+            conditioning = compute_conditioning(encoder, torch.stack(own))
             start = f"{file.stem}-{options.images}-images"
         else:
             texts = SceneDataset(options.texts, seed=TEXT_SEED + options.seed, fields=("caption",))
