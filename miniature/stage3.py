@@ -119,6 +119,11 @@ def train_start(folder: Path, encoder: str | Path, language_model: Path, pairs: 
     train_captioner(folder, encoder, language_model, conditioning, captions, seed)
 
 
+def start_folder(root: Path, encoder: str | Path, pairs: int, seed: int) -> Path:
+    """The folder of `train_start` in a root; another encoder of the same name has another folder."""
+    return root / f"start-{Path(encoder).name}-{hub.fingerprint(encoder)[:8]}-{pairs}-pairs-seed-{seed}"
+
+
 def find_language_model(root: Path) -> Path:
     """The folder of the language model in a root, which is trained on text alone if it is missing."""
     folder = root / "language-model"
@@ -188,8 +193,7 @@ def run_stage3(options: argparse.Namespace, passed_on: Sequence[str] = ()) -> di
         passed_on: Options of `vlv train stage3`.
     """
     root = Path(options.root)
-    encoder = f"{Path(options.encoder).name}-{hub.fingerprint(options.encoder)[:8]}"
-    start = root / f"start-{encoder}-{options.pairs}-pairs-seed-{options.seed}"
+    start = start_folder(root, options.encoder, options.pairs, options.seed)
     if options.start:
         start = Path(options.start)
     elif not (start / "config.json").exists():

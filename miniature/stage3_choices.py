@@ -54,6 +54,7 @@ def run_cell(
         "num-captions": num_captions,
         "num-pairs": num_pairs,
         "reward": reward,
+        "scenes": options.scenes,
     }
     command = [options.root, *(f"--{key}={value}" for key, value in settings.items()), *passed_on]
     return stage3.run_stage3(*stage3.parse_options(command))
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--image-captions", type=int, nargs="*", default=[4, 12], metavar="G", help="of --reward image (default: 4 12)"
     )
+    parser.add_argument("--scenes", type=int, default=300, help="captioned (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     options, passed_on = parser.parse_known_args(arguments)
     stage3.parse_options([options.root, *passed_on])
