@@ -24,18 +24,19 @@ class Reply:
 
 @dataclass
 class Script:
-    """The requests that came, their headers with the key, and the address of the server."""
+    """The requests that came, their headers with the key and times (`time.perf_counter`), and the server's address."""
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
 
 
 @contextmanager
 def scripted_endpoint(answer: Callable[[str, int], Reply]) -> Iterator[Script]:
     """Serves `answer(the words of the request, times that they came before)`."""
     lock = threading.Lock()
-    times: dict[str, int] = {}
+    asked: dict[str, int] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -45,9 +46,10 @@ def scripted_endpoint(answer: Callable[[str, int], Reply]) -> Iterator[Script]:
             words = "".join(part.get("text", "") for part in parts)
             with lock:
                 script.requests.append(request)
+                script.times.append(time.perf_counter())
                 script.keys.append(self.headers["Authorization"])
-                before = times.get(words, 0)
-                times[words] = before + 1
+                before = asked.get(words, 0)
+                asked[words] = before + 1
             reply = answer(words, before)
             time.sleep(reply.delay)
             message = {"role": "assistant", "content": reply.text}

@@ -1,7 +1,8 @@
 """What `vlv data download` needs of img2dataset: its options and the files that it writes, without a network.
 
 A URL with `gone` in it answers 404. One that begins with `hang:` names a file: where that does not exist, it is made,
-and the program hangs; afterwards the URL has an image. Until it hangs or ends, the file `log` grows.
+and the program hangs; afterwards the URL has an image. One that begins with `slow` takes 10 ms. Until it hangs or
+ends, the file `log` grows.
 """
 
 import io
@@ -32,6 +33,7 @@ def write_shard(folder: Path, number: int, rows: list[dict]) -> None:
                 marker.touch()
                 time.sleep(30)
                 sys.exit(1)
+            time.sleep(0.01 * row["url"].startswith("slow"))
             is_gone = "gone" in row["url"]
             row |= {"status": "failed_to_download" if is_gone else "success"}
             row |= {"error_message": "HTTP Error 404: Not Found" if is_gone else None}
@@ -40,8 +42,9 @@ def write_shard(folder: Path, number: int, rows: list[dict]) -> None:
                 member = tarfile.TarInfo(f"{number:05d}{place:04d}.{suffix}")
                 member.size = len(data)
                 shard.addfile(member, io.BytesIO(data))
+    successes = sum(row["status"] == "success" for row in rows)
     parquet.write_table(pa.Table.from_pylist(rows), folder / f"{number:05d}.parquet")
-    (folder / f"{number:05d}_stats.json").write_text(json.dumps({"count": len(rows)}))
+    (folder / f"{number:05d}_stats.json").write_text(json.dumps({"count": len(rows), "successes": successes}))
 
 
 def main(arguments: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Inputs of the steps: metadata in parquet, and small pictures with captions."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +38,16 @@ def write_pictures(folder: Path, number: int, side: int = 32, seed: int = 0) -> 
         small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{name:02d}.png")
         (folder / f"{name:02d}.txt").write_text(f"picture number {name}\n")
     return folder
+
+
+def write_urls(path: Path, urls: Sequence[str]) -> Path:
+    """A table of URLs with the captions `picture 0`, ..."""
+    parquet.write_table(pa.table({"url": urls, "caption": [f"picture {n}" for n in range(len(urls))]}), path)
+    return path
+
+
+def write_downloader(path: Path) -> Path:
+    """The program of `downloader.py`."""
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("downloader.py")}" "$@"\n')
+    path.chmod(0o755)
+    return path

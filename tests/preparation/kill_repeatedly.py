@@ -11,15 +11,19 @@ import random
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pyarrow import parquet
+
 import vlv.preparation.recaption as teacher
 from vlv.evaluation.endpoint import EndpointSettings
 from vlv.preparation import scan
 from vlv.preparation.dedup import dedup
+from vlv.preparation.download import FAILED_URLS, DownloadConfig, download
 from vlv.preparation.filter import filter_metadata
 from vlv.preparation.inspection import inspect_images
 from vlv.preparation.pack import pack
@@ -28,9 +32,9 @@ from vlv.preparation.rules import Rules
 from vlv.preparation.split import split
 
 from ..evaluation.openai_server import Reply, scripted_endpoint
-from .inputs import write_metadata, write_pictures
+from .inputs import write_downloader, write_metadata, write_pictures, write_urls
 
-PICTURES, ROWS = 90, 60_000
+PICTURES, ROWS, URLS = 90, 60_000, 60
 scan.BLOCK = teacher.BLOCK = 8  # so that kills come between blocks, too
 
 
@@ -49,6 +53,9 @@ STEPS: dict[str, Callable[[Path, Path, str], object]] = {
     "dedup": lambda folder, out, url: dedup(Records(str(folder / "pictures")), out),
     "inspect": lambda folder, out, url: inspect_images(Records(str(folder / "pictures")), out, thumbnails=4),
     "split": lambda folder, out, url: split(Records(str(folder / "pictures")), out, validation=0.3, by="content"),
+    "download": lambda folder, out, url: download(
+        [folder / "urls.parquet"], out, DownloadConfig(shard_images=6, passes=2), program=str(folder / "downloader")
+    ),
     "recaption": lambda folder, out, url: teacher.recaption(
         Records(str(folder / "pictures")), out / "captions.jsonl", captions(folder, url)
     ),
@@ -77,15 +84,33 @@ def visible(folder: Path) -> dict[str, bytes]:
     }
 
 
+def downloaded(folder: Path) -> dict[str, bytes]:
+    """The captions in the shards, and the URLs without an image: names of shards have the number of the pass."""
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob("[!.]*.tar")):
+        with tarfile.open(path) as shard:
+            for member in (member for member in shard if member.name.endswith(".txt")):
+                caption = shard.extractfile(member).read()
+                times = sum(caption == other for other in found.values())
+                found[f"{caption.decode()}, found {times} times before"] = caption
+    failed = folder / FAILED_URLS
+    return found | ({FAILED_URLS: str(parquet.read_table(failed).to_pylist()).encode()} if failed.exists() else {})
+
+
+def contents(step: str, folder: Path) -> dict[str, bytes]:
+    """What is compared: the bytes of files, but for those whose names differ from run to run."""
+    return downloaded(folder) if step == "download" else visible(folder)
+
+
 def kill_and_resume(step: str, folder: Path, url: str, times: int, chance: random.Random) -> list[str]:
     """Runs a step once without a break, and with `times` kills; returns what is wrong."""
     out, problems, kills, rounds = folder / "out", [], 0, 0
     began = time.perf_counter()
     if os.waitpid(start(step, folder, out, url), 0)[1]:
         return [f"{step} failed"]
-    seconds, expected = time.perf_counter() - began, visible(out)
+    seconds, expected = time.perf_counter() - began, contents(step, out)
     shutil.rmtree(out)
-    while kills < times or out.exists():
+    while kills < times or not rounds or out.exists():
         pid = start(step, folder, out, url)
         ended = 0
         if kills < times:
@@ -96,14 +121,14 @@ def kill_and_resume(step: str, folder: Path, url: str, times: int, chance: rando
             os.waitpid(pid, 0)
             kills += 1
             if step != "recaption":  # whose lists grow from run to run
-                found = visible(out)
+                found = contents(step, out)
                 problems += [f"{step}: {name} is broken" for name in found if found[name] != expected.get(name)]
             continue
         status = status if ended else os.waitpid(pid, 0)[1]
         rounds += 1
         if status:
             problems.append(f"{step}: a run after kills failed with {os.waitstatus_to_exitcode(status)}")
-        if (found := visible(out)) != expected:
+        if (found := contents(step, out)) != expected:
             names = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
             problems.append(f"{step}: {sorted(names)} differ from an unbroken run")
         problems += [f"{step}: left {path.name}" for path in out.glob(".*")]
@@ -139,6 +164,8 @@ def main() -> int:
             write_pictures(folder / "pictures", PICTURES)
             for seed, name in enumerate(("a", "b")):
                 write_metadata(folder / f"{name}.parquet", ROWS // 2, seed)
+            write_downloader(folder / "downloader")
+            write_urls(folder / "urls.parquet", [f"{'gone' if n % 7 == 3 else 'slow'}-{n}" for n in range(URLS)])
             for step in options.steps:
                 problems += kill_and_resume(step, folder, url, options.times, chance)
     finally:

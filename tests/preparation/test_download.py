@@ -8,7 +8,6 @@ import io
 import os
 import shutil
 import signal
-import sys
 import tarfile
 import threading
 import time
@@ -26,7 +25,7 @@ from vlv.preparation.download import DownloadConfig, download, find_program
 from vlv.train import load_pairs
 
 from ..interpreter import PythonProcess
-from .inputs import write_metadata
+from .inputs import write_downloader, write_metadata, write_urls
 
 PROGRAM = os.environ.get("VLV_IMG2DATASET") or shutil.which("img2dataset")
 needs_program = pytest.mark.skipif(PROGRAM is None, reason="img2dataset is not installed")
@@ -95,12 +94,8 @@ def program(tmp_path):
     """A program with img2dataset's options, which hangs once at the fifth of eight URLs; the second is gone."""
     names = [f"url-{number}" for number in range(8)]
     names[1], names[4] = "gone", f"hang:{tmp_path}/hung"
-    table = pa.table({"url": names, "caption": [f"picture {number}" for number in range(8)]})
-    parquet.write_table(table, tmp_path / "urls.parquet")
-    program = tmp_path / "downloader"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("downloader.py")}" "$@"\n')
-    program.chmod(0o755)
-    return str(program)
+    write_urls(tmp_path / "urls.parquet", names)
+    return str(write_downloader(tmp_path / "downloader"))
 
 
 def tar_captions(folder) -> list[str]:
