@@ -4,7 +4,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,27 @@ from vlv.errors import UserError
 from .parsers.data import COLUMN_KINDS
 
 
+class _Progress:
+    """A bar, of which the total may come later."""
+
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+
+    def advance(self, count: int) -> None:
+        self._bar.update(count)
+
+    def expect(self, total: int) -> None:
+        self._bar.total = total
+        self._bar.refresh()
+
+
 def run_filter(arguments: argparse.Namespace) -> int:
     from vlv.preparation.filter import filter_metadata
     from vlv.preparation.rules import Rules
 
     output = output_path(arguments.output, ".parquet")
     columns = {kind: name for kind in COLUMN_KINDS if (name := getattr(arguments, f"{kind}_column"))}
-    with _step("rows") as advance:
+    with _step("rows") as progress:
         rules = Rules(
             arguments.min_side,
             _aspect_ratio(arguments.aspect_ratio),
@@ -40,7 +54,8 @@ def run_filter(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             key=arguments.key,
             overwrite=arguments.overwrite,
-            advance=advance,
+            advance=progress.advance,
+            expect=progress.expect,
         )
     return _say(counts, output, "read {rows} rows, {passed} pass, wrote {written}")
 
@@ -59,7 +74,7 @@ def run_download(arguments: argparse.Namespace) -> int:
         arguments.stall_limit,
         arguments.passes,
     )
-    with _step("images") as advance:
+    with _step("images") as progress:
         counts = download(
             arguments.files,
             arguments.output,
@@ -68,7 +83,8 @@ def run_download(arguments: argparse.Namespace) -> int:
             url_column=arguments.url_column,
             caption_column=arguments.caption_column,
             overwrite=arguments.overwrite,
-            advance=advance,
+            advance=progress.advance,
+            expect=progress.expect,
         )
     return _say(counts, arguments.output, "{urls} URLs: {images} images, {failed} failed", "failed")
 
@@ -77,15 +93,15 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from vlv.preparation.pack import pack
 
     by_size = arguments.shard_mb is not None
-    with _step("images") as advance:
+    with _step("images") as progress:
         counts = pack(
-            _records(arguments),
+            _records(arguments, progress),
             arguments.output,
             format=arguments.format,
             shard_images=None if by_size else arguments.shard_images or 1000,
             shard_bytes=int(arguments.shard_mb * 1e6) if by_size else None,
             overwrite=arguments.overwrite,
-            advance=advance,
+            advance=progress.advance,
         )
     return _say(counts, arguments.output, "packed {images} images in {shards} shards, failed {failed}", "failed")
 
@@ -93,14 +109,14 @@ def run_pack(arguments: argparse.Namespace) -> int:
 def run_dedup(arguments: argparse.Namespace) -> int:
     from vlv.preparation.dedup import dedup
 
-    with _step("images") as advance:
+    with _step("images") as progress:
         counts = dedup(
-            _records(arguments),
+            _records(arguments, progress),
             arguments.output,
             distance=arguments.distance,
             workers=arguments.workers or os.cpu_count() or 1,
             overwrite=arguments.overwrite,
-            advance=advance,
+            advance=progress.advance,
         )
     said = "kept {kept} of {images} images, {duplicates} duplicates in {groups} groups, failed {failed}"
     return _say(counts, arguments.output, said, "failed")
@@ -115,7 +131,7 @@ def run_recaption(arguments: argparse.Namespace) -> int:
         *("model", "base_url", "key_variable", "concurrency", "timeout", "max_retries", "max_tokens", "temperature"),
         *("price_in", "price_out", "max_price", "max_failures"),
     )
-    with _step("images") as advance:
+    with _step("images") as progress:
         config = RecaptionConfig(
             EndpointSettings(**{name: getattr(arguments, name) for name in of_endpoint}),
             DEFAULT_PROMPT if arguments.prompt is None else _read_prompt(arguments.prompt),
@@ -126,10 +142,10 @@ def run_recaption(arguments: argparse.Namespace) -> int:
         )
         try:
             if arguments.estimate:
-                _say_estimate(estimate(_records(arguments), output, config, arguments.estimate))
+                _say_estimate(estimate(_records(arguments, progress), output, config, arguments.estimate))
                 return 0
-            records = _records(arguments)
-            counts = recaption(records, output, config, overwrite=arguments.overwrite, advance=advance)
+            records = _records(arguments, progress)
+            counts = recaption(records, output, config, overwrite=arguments.overwrite, advance=progress.advance)
         except Stopped as error:
             raise UserError(str(error)) from error
     said = "captioned {captioned} of {images} images (refused {refused}, malformed {malformed}, unreadable "
@@ -148,15 +164,15 @@ def run_recaption(arguments: argparse.Namespace) -> int:
 def run_inspect(arguments: argparse.Namespace) -> int:
     from vlv.preparation.inspection import inspect_images
 
-    with _step("images") as advance:
+    with _step("images") as progress:
         counts = inspect_images(
-            _records(arguments),
+            _records(arguments, progress),
             arguments.output,
             thumbnails=arguments.thumbnails,
             distance=arguments.distance,
             workers=arguments.workers or os.cpu_count() or 1,
             overwrite=arguments.overwrite,
-            advance=advance,
+            advance=progress.advance,
         )
     said = "inspected {images} images: {failed} cannot be read, {equal_files} groups of equal files, "
     return _say(counts, arguments.output, said + "{near_duplicates} of near duplicates", "failed")
@@ -165,9 +181,9 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 def run_split(arguments: argparse.Namespace) -> int:
     from vlv.preparation.split import split
 
-    with _step("images") as advance:
+    with _step("images") as progress:
         counts = split(
-            _records(arguments),
+            _records(arguments, progress),
             arguments.output,
             validation=arguments.validation,
             test=arguments.test,
@@ -175,18 +191,20 @@ def run_split(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             groups=arguments.groups,
             overwrite=arguments.overwrite,
-            advance=advance,
+            advance=progress.advance,
         )
     said = "{train} images to train, {validation} to validate, {test} to test, failed {failed}"
     return _say(counts, arguments.output, said, "failed")
 
 
-def _records(arguments: argparse.Namespace) -> Any:
+def _records(arguments: argparse.Namespace, progress: _Progress) -> Any:
     from vlv.preparation.records import Records
 
     columns = {name: value for name in ("image_column", "caption_column") if (value := getattr(arguments, name, None))}
     options = {name: getattr(arguments, name) for name in ("pairs", "captions") if hasattr(arguments, name)}
-    return Records(arguments.source, image_root=arguments.image_root, **options, **columns)
+    records = Records(arguments.source, image_root=arguments.image_root, **options, **columns)
+    progress.expect(len(records))
+    return records
 
 
 def _read_prompt(file: str) -> str:
@@ -217,11 +235,11 @@ def _aspect_ratio(values: list[float | None]) -> tuple[float, float] | None:
 
 
 @contextmanager
-def _step(unit: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; yields what advances it. What the user can correct is a `UserError`."""
+def _step(unit: str) -> Iterator[_Progress]:
+    """A progress bar on a terminal. What the user can correct is a `UserError`."""
     with tqdm(unit=f" {unit}", disable=None) as bar:
         try:
-            yield lambda count: bar.update(count) and None
+            yield _Progress(bar)
         except ValueError as error:
             raise UserError(str(error)) from error
 

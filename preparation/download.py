@@ -83,7 +83,8 @@ def download(
     url_column: str | None = None,
     caption_column: str | None = None,
     overwrite: bool = False,
-    advance: Callable[[int], None] = lambda images: None,
+    advance: Callable[[int], None] = lambda urls: None,
+    expect: Callable[[int], None] = lambda urls: None,
 ) -> dict[str, Any] | None:
     """Downloads the images of metadata into WebDataset shards `1-00000.tar`, ..., with img2dataset's metadata beside.
 
@@ -98,7 +99,9 @@ def download(
         program: img2dataset's; by default it is looked for.
         url_column, caption_column: By default LAION's usual names; a column of captions may be absent then.
         overwrite: Replaces the output of another run.
-        advance: Called with numbers of images.
+        advance: Called with numbers of URLs: of those that have an image as soon as a shard is complete, of those that
+            failed at the end.
+        expect: Called with the number of all URLs.
 
     Returns:
         The counts of the manifest: `urls`, `images`, `failed`, `reasons`, `passes`; None if an earlier run has done
@@ -124,20 +127,22 @@ def download(
         if run.finished:
             return None
         total = _write_urls(run, files, schema, columns)
+        expect(total)
         passes: list[dict[str, Any]] = []
         attempt = 0
         while not passes or (passes[-1]["again"] and sum(each["ended"] != KILLED for each in passes) < how.passes):
             attempt += 1
-            state = run.progress / f"attempt-{attempt}.json"
+            state, seen = run.progress / f"attempt-{attempt}.json", _Seen(advance)
             if not state.exists():
-                ended = _run_attempt(run, executable, attempt, how, "caption" in columns)
+                ended = _run_attempt(run, executable, attempt, how, "caption" in columns, seen)
                 run.write(state, to_json(_collect(run, attempt, total) | {"ended": ended}, None))
             passes.append(json.loads(state.read_bytes()))
-            advance(passes[-1]["images"])
+            seen.images(passes[-1]["images"])
         failed = _write_failed(run, attempt)
         reasons = sum((Counter(each["gone"]) for each in passes), Counter(passes[-1]["again"]))
         shards = sorted(path for path in output.iterdir() if re.fullmatch(r"\d+-\d+\.(tar|parquet)", path.name))
         counts = {"urls": total, "images": sum(each["images"] for each in passes), "failed": reasons.total()}
+        advance(counts["failed"])
         counts |= {"reasons": dict(reasons.most_common()), "passes": [each["ended"] for each in passes]}
         run.finish([*shards, failed], counts)
     return counts
@@ -180,7 +185,30 @@ def _write_urls(run: Run, files: Sequence[str], schema: Any, columns: Mapping[st
     return parquet.read_metadata(path).num_rows
 
 
-def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, captions: bool) -> str:
+class _Seen:
+    """Advances by the images of an attempt that have not been seen yet."""
+
+    def __init__(self, advance: Callable[[int], None]):
+        self._advance, self._count = advance, 0
+        self._of_shard: dict[str, int] = {}
+
+    def images(self, count: int) -> None:
+        """All images of the attempt so far."""
+        self._advance(count - self._count)
+        self._count = count
+
+    def shards(self, folder: Path) -> None:
+        """Those of the complete shards in the folder of the attempt."""
+        for path in folder.glob("*_stats.json"):
+            if path.name not in self._of_shard:
+                try:
+                    self._of_shard[path.name] = json.loads(path.read_bytes())["successes"]
+                except ValueError:  # is being written
+                    continue
+        self.images(sum(self._of_shard.values()))
+
+
+def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, captions: bool, seen: _Seen) -> str:
     """Runs img2dataset on the URLs of an attempt, in a folder of its own. Returns how it ended.
 
     If the folder exists, this process has taken the place of one that was killed; img2dataset is not run on it again,
@@ -219,7 +247,7 @@ def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, c
             start_new_session=True,
         )
     try:
-        ended = _wait(process, folder, how)
+        ended = _wait(process, folder, how, seen)
     finally:
         try:
             os.killpg(process.pid, signal.SIGKILL)  # also its workers
@@ -233,7 +261,7 @@ def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, c
     return ended
 
 
-def _wait(process: subprocess.Popen, folder: Path, how: DownloadConfig) -> str:
+def _wait(process: subprocess.Popen, folder: Path, how: DownloadConfig, seen: _Seen) -> str:
     """Waits for the end, or for a limit."""
     began = progressed = time.monotonic()
     size = -1
@@ -241,7 +269,9 @@ def _wait(process: subprocess.Popen, folder: Path, how: DownloadConfig) -> str:
         time.sleep(_POLL)
         now, before = time.monotonic(), size
         size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        progressed = now if size != before else progressed
+        if size != before:
+            progressed = now
+            seen.shards(folder)
         if now - began > how.time_limit:
             return f"ended after {how.time_limit:g} s"
         if now - progressed > how.stall_limit:

@@ -13,7 +13,7 @@ import numpy as np
 from .filter_report import FilterCounts, report_paths, write_reports
 from .rules import COLUMNS, Rules, measure
 from .run import Run, describe_files
-from .tables import ROWS, TableWriter, batches, require_columns, require_pyarrow, unified_schema
+from .tables import ROWS, TableWriter, batches, count_rows, require_columns, require_pyarrow, unified_schema
 
 BINS = 2**20
 """Bins of hashes in which the limit of a sample is found."""
@@ -93,6 +93,7 @@ def filter_metadata(
     batch_rows: int = ROWS,
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda rows: None,
+    expect: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, Any] | None:
     """Writes the rows that pass all rules, and beside them a report (`.report.json`, `.report.md`) and the manifest.
 
@@ -106,6 +107,7 @@ def filter_metadata(
         batch_rows: Rows in memory at a time. The output does not depend on it.
         overwrite: Replaces the output of another run.
         advance: Called with the number of rows that a pass has read.
+        expect: Called with the number of rows that all passes read; a sample takes two.
 
     Returns:
         The counts of the manifest; None if an earlier run has done the same.
@@ -132,6 +134,7 @@ def filter_metadata(
     with Run("filter", output, {"files": described}, options, overwrite=overwrite, beside=beside) as run:
         if run.finished:
             return None
+        expect(count_rows(files) * (2 if sample else 1))
         reader = _Reader(files, schema, rules, names, batch_rows, advance)
         counts = FilterCounts(rules)
         chosen = None

@@ -74,6 +74,7 @@ def split(
             lists = {part: stack.enter_context(open(path, "wb")) for part, path in temporary.items()}
             for number in range(len(records)):
                 record = records.read(number)
+                advance(1)
                 try:
                     data = file_of(record.image) if by == CONTENT else None
                 except (OSError, ValueError) as error:
@@ -83,7 +84,6 @@ def split(
                 part = part_of(key, validation, test, seed)
                 lists[part].write(to_json(list_entry(records, record, number, output), None) + b"\n")
                 counts[part] += 1
-                advance(1)
         run.write(output / FAILED, to_json(failed) + b"\n")
         total = dict(counts) | {"failed": len(failed)}
         run.finish([*paths.values(), output / FAILED], total)

@@ -65,6 +65,13 @@ def require_columns(files: Sequence[str], names: Mapping[str, str], needed: Coll
                 )
 
 
+def count_rows(files: Sequence[str]) -> int:
+    """The rows of all files."""
+    from pyarrow import parquet
+
+    return sum(parquet.read_metadata(file).num_rows for file in files)
+
+
 def batches(
     files: Sequence[str], schema: Any, rows: int = ROWS, columns: Sequence[str] | None = None
 ) -> Iterator[Any]:

@@ -8,12 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
+from vlv.cli import data
 from vlv.cli.main import main
 from vlv.preparation.run import Run
 
+from ..evaluation.openai_server import Reply, scripted_endpoint
 from ..interpreter import MODULE, run_python
-from .inputs import write_metadata, write_pictures
+from .inputs import write_downloader, write_metadata, write_pictures, write_urls
 from .kill_repeatedly import STEPS
 
 
@@ -84,3 +87,41 @@ def test_a_full_disk_leaves_no_broken_file_and_the_run_goes_on_when_there_is_roo
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     assert main([*command, str(small_disk / output)]) == 0
     assert {path.name: path.read_bytes() for path in place.iterdir() if "manifest" not in path.name} == expected
+
+
+STEP_ARGUMENTS = {
+    "filter": ["metadata.parquet", "--output=out.parquet"],
+    "filter a sample": ["metadata.parquet", "--output=out.parquet", "--sample=50"],
+    "pack": ["pictures", "--output=out", "--shard-images=5"],
+    "dedup": ["pictures", "--output=out"],
+    "inspect": ["pictures", "--output=out"],
+    "split": ["pictures", "--output=out", "--by=content"],
+    "recaption": ["pictures", "--output=out.jsonl", "--model=teacher"],
+    "download": ["urls.parquet", "--output=out", "--img2dataset=./downloader", "--shard-images=3"],
+}
+
+
+@pytest.mark.parametrize("step", STEP_ARGUMENTS)
+def test_a_progress_bar_ends_at_its_total(tmp_path, monkeypatch, step):
+    """Of every step, with an image that cannot be read, a URL that is gone, and a teacher that says nothing."""
+    write_metadata(tmp_path / "metadata.parquet", 3000)
+    write_pictures(tmp_path / "pictures", 7)
+    (tmp_path / "pictures" / "bad.png").write_text("no picture")
+    write_downloader(tmp_path / "downloader")
+    write_urls(tmp_path / "urls.parquet", ["url", "gone", "other", "third", "fourth"])
+    monkeypatch.chdir(tmp_path)
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **settings):
+            super().__init__(**settings | {"disable": False})
+            bars.append(self)
+
+    monkeypatch.setattr(data, "tqdm", Bar)
+    name, arguments = step.partition(" ")[0], STEP_ARGUMENTS[step]
+    with scripted_endpoint(lambda words, times: Reply("" if times == 2 else "a picture with colours")) as script:
+        address = [f"--base-url={script.url}"] if name == "recaption" else []
+        assert main(["data", name, *arguments, *address]) in (0, 1)
+    (bar,) = bars
+    expected = {"filter": 3000, "filter a sample": 6000, "download": 5}.get(step, 8)
+    assert bar.n == bar.total == expected
