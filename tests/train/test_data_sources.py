@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from vlv.train import Stage2Config, load_images, load_pairs
+from vlv.train import ColumnDataset, Stage2Config, load_images, load_pairs
 from vlv.train.census import caption_statistics
 from vlv.train.data import (
     TarSource,
@@ -286,6 +286,29 @@ def test_a_data_set_saved_by_datasets_is_a_source(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
     pairs = load_pairs(str(tmp_path / "saved"))
     assert [item["caption"] for item in pairs] == ["a dog", "a cat"] and pairs[1]["image"] == encoded(1)
+
+
+@pytest.mark.parametrize("kind", ["image", "bytes", "path", "captions"])
+def test_one_changed_row_of_many_changes_the_fingerprint_and_another_folder_does_not(tmp_path, kind):
+    """A row that is not among those that are read as a whole."""
+    content = encoded(0)
+    image = datasets.Value("binary") if kind == "bytes" else datasets.Image()
+    caption = datasets.List(datasets.Value("string")) if kind == "captions" else datasets.Value("string")
+
+    def fingerprint(folder: str, changed: int | None) -> str:
+        contents = [content + b"." * (n == changed and kind in ("image", "bytes")) for n in range(200)]
+        names = [f"{tmp_path}/{folder}/{n + 1000 * (n == changed and kind == 'path')}.png" for n in range(200)]
+        texts = [["a", "b" if n == changed else "c"] if kind == "captions" else f"picture {n}" for n in range(200)]
+        held = [None if kind == "path" else own for own in contents]
+        images = [{"bytes": b, "path": p} for b, p in zip(held, names, strict=True)]
+        rows = {"image": contents if kind == "bytes" else images, "caption": texts}
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": image, "caption": caption}))
+        return ColumnDataset(table, "image", "caption").fingerprint()
+
+    if kind == "path":
+        for folder in "ab":
+            (tmp_path / folder).mkdir()
+    assert fingerprint("a", None) == fingerprint("b", None) != fingerprint("a", 100)
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet", "folder"])
