@@ -31,12 +31,19 @@ class DatasetArguments:
         split: Split of a data set; None for `train`, or for all of a local folder that `vlv train` reads whole.
         column: Column of the images. Without one of the default name, other usual names are looked for.
         streaming: Whether its files are read while captions are written, and not downloaded first.
+        revision: Branch, tag or commit on the Hub; None for `main`.
     """
 
     name: str
     split: str | None = None
     column: str = "image"
     streaming: bool = False
+    revision: str | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Arguments of `datasets.load_dataset` besides the name and the split."""
+        return {} if self.revision is None else {"revision": self.revision}
 
 
 def open_dataset(dataset: DatasetArguments) -> "Source":
@@ -57,6 +64,9 @@ def _open(dataset: DatasetArguments) -> "Source":
     from vlv.train.data.tables import ColumnDataset
 
     folder, split = Path(dataset.name), dataset.split or "train"
+    if dataset.revision is not None:
+        table = find_dataset(dataset.name, split, revision=dataset.revision)
+        return ColumnDataset(table, dataset.column, None, repository=dataset.name)
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split).is_dir():
             known = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
@@ -104,7 +114,7 @@ def stream_dataset(dataset: DatasetArguments, timeout: float) -> Iterator[Input]
     from vlv.train.data.loading import find_dataset
 
     try:
-        stream = find_dataset(dataset.name, dataset.split or "train", streaming=True)
+        stream = find_dataset(dataset.name, dataset.split or "train", streaming=True, **dataset.options)
     except (ValueError, OSError, HTTPError) as error:
         raise UserError(f"--dataset {dataset.name}: {error}") from error
     return _rows_of_stream(dataset, stream, timeout)
@@ -167,8 +177,14 @@ def dataset_version(source: "Source") -> str:
     return hashlib.blake2b(repr(known).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
+def dataset_commit(source: "Source") -> str | None:
+    """The commit on the Hub that a data set is of, by which the library `datasets` names its folder."""
+    files = getattr(getattr(source, "table", None), "cache_files", ())
+    return next(filter(COMMIT.fullmatch, (Path(file["filename"]).parent.name for file in files)), None)
+
+
 def dataset_fingerprint(source: "Source") -> str:
-    """A hash by which each machine tells a data set from others: of its rows, and of the commit on the Hub.
+    """A hash by which each machine tells a data set from others: of its rows, and of its commit on the Hub.
 
     Of a list, and of a folder of images, the names of all images count. Of others what their `fingerprint` reads.
 
@@ -181,10 +197,8 @@ def dataset_fingerprint(source: "Source") -> str:
         root = f"{os.fspath(source.root)}/"
         known: Iterable[str] = (str(item["image"]).removeprefix(root) for item in source)
     else:
-        files = getattr(getattr(source, "table", None), "cache_files", ())
-        folders = {Path(file["filename"]).parent.name for file in files}  # by `datasets` called as the commit
         try:
-            known = [source.fingerprint(), *sorted(filter(COMMIT.fullmatch, folders))]
+            known = [source.fingerprint(), dataset_commit(source) or ""]
         except (LookupError, OSError, ValueError) as error:
             raise UserError(f"the data set cannot be read: {error}") from error
     digest = hashlib.blake2b(digest_size=16)

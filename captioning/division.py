@@ -21,7 +21,7 @@ from vlv.files import to_json
 from vlv.image_files import walk_images
 
 from .choices import TIME_LIMIT
-from .dataset_rows import DatasetArguments, dataset_fingerprint, rows_of_dataset
+from .dataset_rows import DatasetArguments, dataset_commit, dataset_fingerprint, rows_of_dataset
 from .downloads import is_url
 from .inputs import Input, Named, no_images, once
 from .sources import at_url, is_glob, renamed, require_argument, walk
@@ -279,7 +279,7 @@ def unchanged_file(path: str, size: int, mtime_ns: int) -> str:
 
 
 def divide_dataset(source: "Source", count: int) -> dict[str, Any]:
-    """What `divide` returns, of a data set that is divided by ranges of its rows, and its `fingerprint`.
+    """What `divide` returns, of a data set that is divided by ranges of its rows, its `fingerprint` and its `commit`.
 
     Raises:
         UserError: If it has no rows, or cannot be read.
@@ -289,7 +289,7 @@ def divide_dataset(source: "Source", count: int) -> dict[str, Any]:
     ends = [index * len(source) // count for index in range(count + 1)]
     of_shards = [[stop - start, 0] for start, stop in pairwise(ends)]
     found = {"images": len(source), "files": 0, "left_out": 0, "of_shards": of_shards}
-    return found | {"fingerprint": dataset_fingerprint(source)}
+    return found | {"fingerprint": dataset_fingerprint(source), "commit": dataset_commit(source)}
 
 
 def dataset_rows(counts: Mapping[str, Any], index: int) -> range:

@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class ShardFolder:
     Args:
         folder: Holds a run: see `begin` and `open_existing`.
         run: The content of `run.json`: `shards`, `model`, `fingerprint`, `settings`, `inputs` (paths), `image_column`,
-            `dataset` (None, or `name` and `split`) and `counts`.
+            `dataset` (None, or `name`, `split` and `revision`) and `counts`.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
@@ -59,10 +60,16 @@ class ShardFolder:
 
     @cached_property
     def _dataset(self) -> tuple[DatasetArguments, Any] | None:
-        """The data set that the shards are of, and its source. Raises `UserError` if it cannot be opened."""
+        """The data set that the shards are of, and its source, of the commit on the Hub that the run was begun with.
+
+        Raises:
+            UserError: If it cannot be opened.
+        """
         if self.run.get("dataset") is None:
             return None
         arguments = DatasetArguments(**self.run["dataset"], column=self.run.get("image_column", "image"))
+        if commit := self.run.get("counts", {}).get("commit"):
+            arguments = replace(arguments, revision=commit)
         return arguments, open_dataset(arguments)
 
     @cached_property

@@ -1,6 +1,7 @@
 """What `vlv caption` reads and writes: checks its options, opens the inputs, and prints a dry run."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -53,10 +54,12 @@ def check_dependent_arguments(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for options that need others."""
     beside = arguments.sidecar or arguments.metadata
     with_columns = (".parquet", *LIST_SUFFIXES)
+    of_hub = arguments.dataset is not None and not os.path.exists(arguments.dataset)
     tables = arguments.shards is not None or any(path.lower().endswith(with_columns) for path in arguments.paths)
     for option, value, usable, needed in (
         ("--split", arguments.split, arguments.dataset, "--dataset"),
         ("--streaming", arguments.streaming, arguments.dataset, "--dataset"),
+        ("--dataset-revision", arguments.dataset_revision, of_hub, "--dataset ORG/NAME of the Hub"),
         ("--image-column", arguments.image_column, arguments.dataset or tables, "--dataset, or parquet or list files"),
         ("--sidecar-dir", arguments.sidecar_dir, arguments.sidecar, "--sidecar"),
         ("--sidecar-name", arguments.sidecar_name, arguments.sidecar, "--sidecar"),
@@ -85,7 +88,8 @@ def open_inputs(arguments: argparse.Namespace) -> Inputs:
     """The images that are given by paths or as a data set."""
     dataset, column = None, arguments.image_column or "image"
     if arguments.dataset:
-        dataset = DatasetArguments(arguments.dataset, arguments.split, column, arguments.streaming)
+        own = arguments.split, column, arguments.streaming, arguments.dataset_revision
+        dataset = DatasetArguments(arguments.dataset, *own)
     quiet = [f".{arguments.sidecar}"] if arguments.sidecar else []
     return Inputs(arguments.paths, dataset, column, arguments.url_timeout, quiet)
 

@@ -37,10 +37,10 @@ DEFAULT_OUTPUT = "captions.json"
 SHARDS_OF_A_WRITER = 50
 OF_SHARDS = {
     *("paths", "shards", "shard_index", "output_dir", "engine", "ray_actors", "ray_address", "restart_every"),
-    *("dataset", "split", "image_column", "url_timeout", "prompt", "length", "prefix", "suffix", "trigger_word"),
-    *("trim", "loop_guard", "batch_size", "encoder_batch_size", "max_new_tokens", "num_beams", "as_original"),
-    *("num_captions", "temperature", "seed", "embeddings_cache", "num_workers", "static_cache", "compile"),
-    *("model", "revision", "device", "dtype"),
+    *("dataset", "split", "dataset_revision", "image_column", "url_timeout", "prompt", "length"),
+    *("prefix", "suffix", "trigger_word", "trim", "loop_guard", "batch_size", "encoder_batch_size", "max_new_tokens"),
+    *("num_beams", "as_original", "num_captions", "temperature", "seed", "embeddings_cache", "num_workers"),
+    *("static_cache", "compile", "model", "revision", "device", "dtype"),
 }
 """Options that `--shards` uses."""
 OF_MERGE = {"merge", "output", "overwrite", "sidecar", "sidecar_dir", "sidecar_name", "on_existing", "separator"}
@@ -209,7 +209,7 @@ def _dataset(arguments: argparse.Namespace) -> dict[str, str | None] | None:
         return None
     is_local = os.path.exists(arguments.dataset)
     name = os.path.abspath(arguments.dataset) if is_local else arguments.dataset
-    return {"name": name, "split": arguments.split}
+    return {"name": name, "split": arguments.split, "revision": arguments.dataset_revision}
 
 
 def _given(arguments: argparse.Namespace) -> set[str]:

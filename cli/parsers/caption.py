@@ -70,6 +70,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--split", help="split of --dataset (default: train, or all of a folder that has no saved splits)"
     )
+    group.add_argument("--dataset-revision", metavar="REV", help="branch, tag or commit of --dataset (default: main)")
     group.add_argument(
         "--image-column",
         metavar="NAME",

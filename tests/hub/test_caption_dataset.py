@@ -20,6 +20,7 @@ from vlv.captioning.sharded import ShardCaptioner
 from vlv.captioning.shards import ShardFolder
 from vlv.cli.main import main
 from vlv.errors import UserError
+from vlv.files import write_json
 
 from ..builders import NOT_PACKAGED
 
@@ -110,21 +111,29 @@ def test_a_data_set_of_the_hub_is_captioned_by_its_name(hub, capsys):
         assert f"--dataset {options[0]}: " in (said := capsys.readouterr().err) and message in said
 
 
-def test_shards_of_a_data_set_of_the_hub_are_of_one_commit(hub, tmp_path, monkeypatch):
-    """Whatever the machine: here, with another cache."""
+def test_shards_of_a_data_set_of_the_hub_are_of_the_commit_of_their_start(hub, tmp_path, monkeypatch, capsys):
+    """Whatever the machine, here with another cache, and whatever comes after it."""
     run = {"shards": 2, "model": "m", "fingerprint": "f", "settings": {}, "inputs": []}
     run |= {"dataset": {"name": "org/pictures", "split": "train"}}
     ShardFolder.begin(tmp_path / "out", [], run)
     repo = hub.repos["datasets/org/pictures"]
-    for cache in ("second", "third"):
-        monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / cache))
-        shards = ShardFolder.open_existing(tmp_path / "out")
-        if cache == "second":
-            assert [item.name for item in shards.inputs(0)] == ["train/0", "train/1", "train/2"]
-            repo.commit("main", "another commit", dict(repo.at("main").files))
-            continue
-        with pytest.raises(UserError, match="org/pictures has changed since the run was begun"):
-            shards.inputs(0)
+    before, (head, *_) = dict(repo.at("main").files), repo.commits
+    train, test = (next(name for name in before if split in name) for split in ("train", "test"))
+    rows = [item.open().content for item in ShardFolder.open_existing(tmp_path / "out").inputs(0)]
+    repo.commit("main", "another commit", before | {train: before[test]})
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "second"))
+    shards = ShardFolder.open_existing(tmp_path / "out")
+    assert [item.name for item in shards.inputs(0)] == ["train/0", "train/1", "train/2"]
+    assert [item.open().content for item in shards.inputs(0)] == rows
+    write_json(tmp_path / "out" / "run.json", shards.run | {"counts": shards.run["counts"] | {"commit": None}})
+    with pytest.raises(UserError, match="org/pictures has changed since the run was begun"):
+        ShardFolder.open_existing(tmp_path / "out").inputs(0)
+    assert [*caption("--dataset", "org/pictures")] == [f"train/{row}" for row in range(5)]
+    for streaming in ([], ["--streaming"]):
+        captions = caption("--dataset", "org/pictures", "--dataset-revision", head, *streaming)
+        assert list(captions) == [f"train/{row}" for row in (0, 1, 2, 3, 6)]
+    assert main(["caption", *SETTINGS, "--dataset", "pictures", "--dataset-revision", head]) == 2
+    assert "--dataset-revision needs --dataset ORG/NAME of the Hub" in capsys.readouterr().err
 
 
 def test_a_job_that_is_given_again_goes_on_and_pushes_the_captions_of_vlv_caption(hub, monkeypatch, capsys):
