@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.files
+# `make test VENV=.venv-newest CONSTRAINTS=/dev/null` takes the newest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 CODE := $(shell sed -n 's/^    vlv[.a-z_]* = \([a-z_]*\)$$/\1/p' setup.cfg)
 LIST_OF_FILES = find $(CODE) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -16,10 +18,10 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: demo test test-fast lint format miniature evaluate bench clean always
 .DEFAULT_GOAL := demo
 
-$(VENV)/.ready: pyproject.toml setup.cfg constraints.txt
+$(VENV)/.ready: pyproject.toml setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed; pass PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --constraint constraints.txt --editable '.[train,gguf,eval,formats,miniature,space,serve,dev]'
+	$(INSTALL) --constraint $(CONSTRAINTS) --editable '.[train,gguf,eval,formats,miniature,space,serve,dev]'
 	$(LIST_OF_FILES) > $(READY)
 	touch $@
 

@@ -13,6 +13,10 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls keys and values, as an argument and in an output: `cache` from 5.24 on."""
 
 
 def padding_first(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +187,7 @@ def caption_cache(
     settings: GenerationConfig,
     arguments: dict[str, Any],
 ) -> dict[str, CaptionCache]:
-    """The argument `past_key_values` of the language model's `generate`, which reads each prefix once.
+    """The argument `CACHE` of the language model's `generate`, which reads each prefix once.
 
     Beams and samples share their prefix: it is read once a sequence, but for the last position, whose logits
     `generate` needs for each row. Without beams and several samples the cache is empty.
@@ -204,7 +208,7 @@ def caption_cache(
         value = getattr(settings, name, None)
         return getattr(own_settings, name, None) if value is None else value
 
-    others = {"past_key_values", "custom_generate"} & arguments.keys()
+    others = {"past_key_values", "cache", "custom_generate"} & arguments.keys()
     if others or setting("cache_implementation") or getattr(language_model, "_is_stateful", False):
         return {}
     cache = CaptionCache(language_model.config)
@@ -216,9 +220,9 @@ def caption_cache(
             return {}
         first, first_mask = prefix[:, :-1], mask[:, :-1]
         positions = {} if mask.all() else mask_and_positions(first, first_mask, None, 0)
-        language_model(inputs_embeds=first, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions)
+        language_model(inputs_embeds=first, use_cache=True, logits_to_keep=1, **positions, **{CACHE: cache})
         cache.share(rows)
-    return {"past_key_values": cache}
+    return {CACHE: cache}
 
 
 def refuse_labels_of_the_prefix(

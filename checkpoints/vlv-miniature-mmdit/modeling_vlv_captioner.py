@@ -22,10 +22,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .generation_vlv import (
+    CACHE,
     Backbone,
     PromptStreamer,
     after_prompt,
@@ -45,7 +46,7 @@ from .modeling_vlv import VLVConfig, VLVModel, VLVPreTrainedModel, VLVProjector,
 
 
 @dataclass
-class VLVCausalLMOutput(ModelOutput):
+class VLVCausalLMOutput(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.Tensor` of shape `()`, returned when `labels` are given):
@@ -53,23 +54,18 @@ class VLVCausalLMOutput(ModelOutput):
         logits (`torch.Tensor`):
             `(B, L, vocab)` with labels: `logits[:, i]` predicts `labels[:, i]`. `(B, 1, vocab)` without labels: the
             next token. `(B, Q + P + L, vocab)` with `full_logits=True`. None in training, unless asked for.
-        caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
-            The caption embeddings that the language model read.
         hidden_states (`tuple[torch.Tensor]`, returned with `output_hidden_states=True`):
             Of the language model, as it returns them: its embeddings and the output of each layer, each
             `(B, Q + P + L, d_lm)`, prefix included.
         attentions (`tuple[torch.Tensor]`, returned with `output_attentions=True`):
             Attention weights of each layer of the language model, `(B, heads, Q + P + L, Q + P + L)`.
-        past_key_values (`Cache`, returned with `use_cache=True`):
+        past_key_values (`Cache`, returned with `use_cache=True`; `cache` from transformers 5.24 on):
             Keys and values of the language model, over the same positions.
+        caption_embeds (`torch.Tensor` of shape `(B, Q, d_text)`):
+            The caption embeddings that the language model read.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     caption_embeds: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    past_key_values: Cache | None = None
 
 
 class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
@@ -325,6 +321,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         mm_token_type_ids: torch.Tensor | None = None,
         conditioning: torch.Tensor | None = None,
         image_indices: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> VLVCausalLMOutput:
         """Next-token loss and logits of captions, given their images, in one of two forms.
@@ -360,6 +357,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             conditioning (`torch.Tensor` of shape `(B, Q, d_cond)`): As [`VLVModel`] gives it. In place of images.
             image_indices (`torch.Tensor` of shape `(B,)`, *optional*): The image of each row, if there are fewer.
             position_ids, past_key_values, logits_to_keep: Of the form with image tokens, as in other models.
+            cache: `past_key_values`, by their name from transformers 5.24 on.
             mm_token_type_ids: Of the processor. Without effect: `input_ids` tell where images are.
             kwargs: `output_hidden_states`, `output_attentions` (needs `attn_implementation="eager"`), `return_dict`.
 
@@ -368,6 +366,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             TypeError: For an argument that has no effect.
         """
         self._refuse_unused(kwargs)
+        past_key_values = past_key_values if cache is None else cache
         recorded = {
             name: getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
             for name in ("output_hidden_states", "output_attentions")
@@ -379,10 +378,10 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             sequence, positions, caption_embeds = self._read_sequence(
                 input_ids, attention_mask, position_ids, past_key_values, images
             )
+            use_cache = bool(use_cache) or (use_cache is None and past_key_values is not None)
             output = self._score_sequence(
                 *(sequence, positions | recorded, labels, logits_to_keep, return_logits, num_items_in_batch),
-                past_key_values=past_key_values,
-                use_cache=bool(use_cache) or (use_cache is None and past_key_values is not None),
+                {CACHE: past_key_values, "use_cache": use_cache},
             )
             output.caption_embeds = caption_embeds
             return output
@@ -449,7 +448,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             caption_embeds=caption_embeds,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            past_key_values=output.past_key_values if use_cache else None,
+            **{CACHE: getattr(output, CACHE) if use_cache else None},
         )
 
     def _read_sequence(
@@ -484,7 +483,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor,
         return_logits: bool | None,
         num_items_in_batch: torch.Tensor | int | None,
-        **cache,
+        cache: dict[str, Any],
     ) -> VLVCausalLMOutput:
         """The loss and the logits of embeddings `(B, L, d_lm)`, with labels `(B, L)` at the same positions."""
         keep: Any = logits_to_keep
@@ -518,7 +517,7 @@ class VLVForConditionalGeneration(VLVPreTrainedModel, GenerationMixin):
             logits=None if labels is not None and return_logits is False else logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            past_key_values=output.past_key_values if cache["use_cache"] else None,
+            **{CACHE: getattr(output, CACHE) if cache["use_cache"] else None},
         )
 
     @torch.no_grad()
