@@ -3,7 +3,7 @@
 from vlv.tokenizer import load_tokenizer
 
 from .card import Card
-from .compatibility import check_compatible, check_text_encoders
+from .compatibility import COMPARED_FILES, check_compatible, check_text_encoders, text_encoders_fingerprint
 from .convert import Conversion, convert
 from .decoder import DiffusionModel, diffusion_model_of, find_diffusion_model, has_own_diffusion_model
 from .describe import Description, describe
@@ -35,6 +35,7 @@ from .push import UploadError, push, upload_errors, write_repository
 __all__ = [
     "CAPTIONER_FILES",
     "CAPTIONER_FINGERPRINT",
+    "COMPARED_FILES",
     "DIFFUSION_FILES",
     "ENCODER_FILES",
     "OPTIONAL_TEXT_ENCODER_FILES",
@@ -67,6 +68,7 @@ __all__ = [
     "read_config",
     "require",
     "resolve",
+    "text_encoders_fingerprint",
     "upload_errors",
     "write_repository",
 ]

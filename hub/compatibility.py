@@ -1,5 +1,6 @@
 """Whether a VLV and a text-to-image model belong together: the family, the widths, and the text encoders' weights."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ from vlv.diffusion_decoder import family_of_components
 from vlv.files import is_variant
 from vlv.modeling_vlv import TEXT_ENCODERS, VLVModel
 
-from .layout import MODEL_INDEX_FILE, TEXT_ENCODER_FILES
+from .layout import ENCODER_FOLDER, MODEL_INDEX_FILE, TEXT_ENCODER_FILES
 from .load import diffusion_model_folder
 
+COMPARED_FILES = [*TEXT_ENCODER_FILES, f"{ENCODER_FOLDER}/*.safetensors"]
+"""Of a text-to-image model, what `check_text_encoders` reads."""
 ROWS = 4  # of each weight are compared
 PREFIXES = ("text_model.", "model.")  # which some versions of transformers write before a weight's name
 
@@ -41,7 +44,7 @@ def check_compatible(
     """
     family = family_of_components(components, source)
     family.check_components(components, encoder.config, model, os.fspath(source))
-    folder = diffusion_model_folder(source, [MODEL_INDEX_FILE, *TEXT_ENCODER_FILES], token=token)
+    folder = diffusion_model_folder(source, [MODEL_INDEX_FILE, *COMPARED_FILES], token=token)
     check_text_encoders(encoder, folder, model, os.fspath(source))
 
 
@@ -49,17 +52,17 @@ def check_text_encoders(encoder: VLVModel, folder: Path, model: str, source: str
     """Raises if a text encoder of a VLV has other weights than that of a text-to-image model.
 
     A part of each weight is compared, to the precision in which they are stored. A text encoder that the folder does
-    not have is passed over.
+    not have in safetensors files is passed over.
 
     Args:
-        folder: Of the text-to-image model.
+        folder: Of the text-to-image model; one in the layout of this project has its text encoders in `encoder`.
         model, source: Names of the VLV and of the text-to-image model, for the message.
 
     Raises:
         ValueError: If they differ, or a file is damaged.
     """
     for name, own in zip(TEXT_ENCODERS, encoder.text_encoders, strict=False):
-        stored = _stored_rows(folder / name)
+        stored = _stored_rows(folder / name) or _stored_rows(folder / ENCODER_FOLDER, f"{name}.")
         weights = {_plain(key): tensor for key, tensor in own.state_dict().items()}
         for key in weights.keys() & stored.keys() if stored else ():
             if not _same(weights[key][:ROWS], stored[key]):
@@ -70,8 +73,22 @@ def check_text_encoders(encoder: VLVModel, folder: Path, model: str, source: str
                 )
 
 
-def _stored_rows(folder: Path) -> dict[str, torch.Tensor]:
-    """The first rows of each weight in the safetensors files of a folder; empty without such files."""
+def text_encoders_fingerprint(encoder: VLVModel) -> str:
+    """A hash of the first rows of each weight of the text encoders, which tells them apart."""
+    digest = hashlib.sha256()
+    for own in encoder.text_encoders:
+        for key, weight in own.state_dict().items():
+            digest.update(key.encode())
+            digest.update(weight[:ROWS].float().cpu().numpy() if weight.ndim else b"")
+    return digest.hexdigest()
+
+
+def _stored_rows(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The first rows of each weight in the safetensors files of a folder; empty without such files.
+
+    Args:
+        prefix: Of the names of the weights that count.
+    """
     rows = {}
     for path in sorted(folder.glob("*.safetensors")):
         if is_variant(path.name):
@@ -79,9 +96,9 @@ def _stored_rows(folder: Path) -> dict[str, torch.Tensor]:
         try:
             with safe_open(path, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    part = tensors.get_slice(key)
-                    if part.get_shape():
-                        rows[_plain(key)] = part[:ROWS]
+                    name, part = key.removeprefix("model."), tensors.get_slice(key)
+                    if name.startswith(prefix) and part.get_shape():
+                        rows[_plain(name.removeprefix(prefix))] = part[:ROWS]
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
     return rows

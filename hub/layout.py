@@ -55,7 +55,8 @@ CAPTIONER_ONLY = (  # files that a stage-1 model does not have
     "processing_vlv_captioner.py",
     "pipeline_vlv_captioning.py",
 )
-ENCODER_FILES = ["*.json", "encoder/*"]
+ENCODER_FOLDER = "encoder"
+ENCODER_FILES = ["*.json", f"{ENCODER_FOLDER}/*"]
 DIFFUSION_FILES = ["model_index.json", *(f"{part}/*" for part in PIPELINE_PARTS)]
 TEXT_ENCODER_FILES = [  # of a text-to-image model; those that its family works without are downloaded on request
     f"{name}/*" for name in dict.fromkeys(name for family in FAMILIES for name in family.text_encoders)

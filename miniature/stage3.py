@@ -37,6 +37,7 @@ from .world import SPLITS, Scene
 IMAGE_SEED = 41  # of the scenes that stage 3 sees
 BATCH_SIZE = 64
 MANY = 2**40  # length of a data set without an end
+WITHOUT_CHECKPOINTS = {"--save_total_limit", "--lora_rank", "--save_only_trainable", "--save_strategy"}
 SCORERS = {"score": DiffusionScorer, "image": SampledImageScorer}
 COLUMNS = {
     "object_place_f1": "object + place F1",
@@ -243,6 +244,8 @@ def check_passed_on(parser: argparse.ArgumentParser, options: argparse.Namespace
             parser.error(
                 f"{argument} is not an option of this command; pass those of `vlv train stage3` as --name=value"
             )
+        if name.replace("-", "_").replace("__", "--", 1) in WITHOUT_CHECKPOINTS:
+            parser.error(f"{name} keeps no whole captioner of each round, which this command measures; leave it out")
         if name.replace("-", "_").replace("__", "--", 1) in own:
             parser.error(f"{name} is set by this command; --help lists its own options, with dashes")
     if options.start and not (Path(options.start) / "config.json").exists():

@@ -40,9 +40,6 @@ def run_cell(
 ) -> dict[str, Any]:
     """The results of `vlv.miniature.stage3`, of its file if the run has been measured."""
     name = f"choices-{options.passes}x{options.rounds}-{reward}-K{num_pairs}-G{num_captions}-seed-{seed}"
-    file = Path(options.root) / f"{name}.json"
-    if file.exists() and len((known := read_json(file))["rounds"]) > options.rounds:
-        return known
     settings = {
         "name": name,
         "seed": seed,
@@ -57,7 +54,13 @@ def run_cell(
         "scenes": options.scenes,
     }
     command = [options.root, *(f"--{key}={value}" for key, value in settings.items()), *passed_on]
-    return stage3.run_stage3(*stage3.parse_options(command))
+    own, passed_on = stage3.parse_options(command)
+    file = Path(options.root) / f"{name}.json"
+    if file.exists() and len((known := read_json(file))["rounds"]) > options.rounds:
+        if (known["settings"], known["passed_on"]) != (vars(own), passed_on):
+            raise SystemExit(f"{file} was measured with other options; remove it, or name another ROOT")
+        return known
+    return stage3.run_stage3(own, passed_on)
 
 
 def table(options: argparse.Namespace, passed_on: Sequence[str]) -> str:

@@ -20,7 +20,26 @@ NUM_PAIRS = 4
 TIMESTEP_RANGE = (0.45, 0.95)
 NO_WORDS = None  # the text whose loss captions are compared with
 LATENTS, NOISE = 0, 1  # what random numbers are for
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n+")
+SHORTEST_SENTENCE = 4  # letters; what is shorter is a number of a list, or an abbreviation
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.[A-Za-z]\.)\s+|(?<=[。！？])|\n+")
+
+
+def split_into_sentences(text: str) -> list[str]:
+    """The sentences of a text; itself if it has no end of one.
+
+    Numbers of lists, abbreviations and what else has less than `SHORTEST_SENTENCE` letters is of the next sentence, or
+    at the end of the text of the last one. A full stop after two letters with full stops, such as p.m., ends none.
+    """
+    found: list[str] = []
+    begun = ""
+    for part in filter(None, map(str.strip, _SENTENCE_END.split(text))):
+        begun = f"{begun} {part}".strip()
+        if sum(map(str.isalpha, part)) >= SHORTEST_SENTENCE:
+            found.append(begun)
+            begun = ""
+    if begun:
+        found[-1:] = [" ".join([*found[-1:], begun])]
+    return found or [text]
 
 
 @dataclass
@@ -232,10 +251,7 @@ class DiffusionScorer:
         """The texts that each caption of an image is scored as: itself where all fit, otherwise its sentences."""
         if all(fitting[caption] for caption in captions):
             return [[caption] for caption in captions]
-        return [
-            [sentence for part in _SENTENCE_END.split(caption) if (sentence := part.strip())] or [caption]
-            for caption in captions
-        ]
+        return [split_into_sentences(caption) for caption in captions]
 
     def text_losses(
         self, latents: torch.Tensor, texts: Sequence[Sequence[str | None]], seeds: Sequence[int]

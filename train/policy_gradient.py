@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -11,10 +11,14 @@ from torch.nn import functional as F
 from vlv import VLVForConditionalGeneration
 
 from .data import Stage2Collator
-from .rounds import RoundFile
 
-SMALLEST_DEVIATION = 1e-8
-"""Rewards of a group that differ by less are equal."""
+if TYPE_CHECKING:
+    from .rounds import RoundFile
+
+SMALLEST_DEVIATION = 1e-5
+"""Rewards of a group whose standard deviation is smaller are equal: they are rounded to 6 digits."""
+LARGEST_DIFFERENCE, LARGEST_KL = 20.0, 10.0
+"""Of the log-probabilities of a token, and of its estimated divergence: without them one token decides a step."""
 
 
 def group_advantages(rewards: Sequence[float | None]) -> list[float | None]:
@@ -52,7 +56,7 @@ class PolicyLoss:
 
     Attributes:
         loss: With a gradient.
-        kl: Of the model from the start, an estimate that is never negative.
+        kl: Of the model from the start, an estimate that is never negative and `LARGEST_KL` a token at most.
         clipped: Tokens whose ratio is out of range on the side that the loss cuts off.
         tokens: Their number.
     """
@@ -83,8 +87,8 @@ def policy_loss(
     ratio = (log_probs - sampled_log_probs).exp()
     gain = advantages[:, None]
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
-    difference = start_log_probs - log_probs
-    kl = difference.exp() - difference - 1  # the estimator k3 of Schulman (2020)
+    difference = (start_log_probs - log_probs).clamp(-LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
+    kl = (difference.exp() - difference - 1).clamp(max=LARGEST_KL)  # the estimator k3 of Schulman (2020)
     losses = kl_weight * kl - torch.minimum(ratio * gain, bounded * gain)
     clipped = (bounded * gain < ratio * gain) & mask
     return PolicyLoss(losses[mask].sum(), kl.detach()[mask].sum(), clipped.sum(), mask.sum())
@@ -126,7 +130,7 @@ class PolicySamples:
         file: Of a finished round.
     """
 
-    def __init__(self, file: RoundFile):
+    def __init__(self, file: "RoundFile"):
         self.file = file
 
     def groups(self) -> list[list[tuple[int, tuple[int, int, int]]]]:

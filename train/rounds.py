@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from vlv.files import to_json, write_atomically
 
 from .data.mixture import drawn
+from .policy_gradient import group_advantages
 
 ROUNDS_FOLDER = "rounds"
 BUFFER_FILE = "buffer.jsonl"
@@ -266,8 +267,8 @@ def summarise(images: Iterable[ScoredCaptions], unreadable: int) -> dict[str, fl
         unreadable: Images that could not be read.
 
     Returns:
-        `images`, and of them those that were `unreadable` (beside them), have `equal_groups` (the samples with a
-        reward are all the same text) or are `without_reward`; captions that are `unfinished`, `empty`, `not_fluent`
+        `images`, and of them those that were `unreadable` (beside them), have `equal_groups` (no sample with a reward
+        is better than another) or are `without_reward`; captions that are `unfinished`, `empty`, `not_fluent`
         or `not_finite`; captions that were `split` into sentences, and sentences that were `cut`; means of
         `reward_greedy`, `reward_sampled` and `reward_best`, and of the greedy and the best captions means of their
         words, of the share of their words that are `repeated`, and of their `fluency`, if it was measured.
@@ -285,8 +286,8 @@ def summarise(images: Iterable[ScoredCaptions], unreadable: int) -> dict[str, fl
         counts["images"] += 1
         for name in COUNTED:
             counts[name] += getattr(image, name)
-        samples = zip(image.captions[1:], image.sample_rewards, strict=False)
-        counts["equal_groups"] += len({caption for caption, reward in samples if reward is not None}) == 1
+        has_rewards = any(reward is not None for reward in image.sample_rewards)
+        counts["equal_groups"] += has_rewards and not any(group_advantages(image.sample_rewards))
         add("reward_greedy", image.rewards[0])
         for reward in image.sample_rewards:
             add("reward_sampled", reward)
@@ -412,14 +413,7 @@ class RoundDataset(Dataset):
             number: Of the round.
             share: Of the samples, that are pairs.
 
-        Raises:
-            ValueError: If there are no groups.
         """
-        if not groups:
-            raise ValueError(
-                f"round {number} leaves nothing to train on: no caption has a reward, or all captions of each image "
-                "are equal; raise --temperature, --num_captions or --max_caption_tokens (docs/stage3.md)"
-            )
         num_pairs = round(share * self.length) if self.pairs is not None else 0
         smallest = min(map(len, groups))
         order = shuffled_passes(len(groups), -(-self.length // smallest), seed, SAMPLE_ORDER, number)

@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
             "images": {"source": config.images, "fingerprint": dataset.fingerprint()},
             "diffusion_model": {
                 "source": diffusion_model.source,
-                "fingerprint": hub.fingerprint(diffusion_model.source),
+                "fingerprint": hub.fingerprint(folder),
             },
             **fingerprints(config, start),
         }
@@ -144,7 +144,7 @@ def find_diffusion_model(config: Any) -> tuple[hub.DiffusionModel, Path]:
         found = own
     patterns = list(hub.DIFFUSION_FILES)
     if config.diffusion_model is not None:  # for a new model, or to compare with those of the one to continue from
-        patterns += hub.TEXT_ENCODER_FILES
+        patterns += hub.COMPARED_FILES
     if getattr(config, "t5_text_encoder", False):  # a setting of stage 1 alone
         patterns += hub.OPTIONAL_TEXT_ENCODER_FILES
     folder = hub.resolve(found.source, revision=found.revision, allow_patterns=patterns, pickles_allowed=True)

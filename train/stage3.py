@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import set_seed
 
-from vlv import VLVConfig, hub
+from vlv import hub
 from vlv.diffusion_decoder import family_of
 from vlv.pipelines import DiffusionScorer
 from vlv.tokenizer import load_tokenizer
@@ -74,7 +74,8 @@ def main(
         pairs = None if config.pairs is None else load_pairs(config.pairs, **columns, **config.data_options())
         evaluation = find_evaluation_set(config, images, load_pairs, **columns)
         with loading_whole_models():
-            if VLVConfig.from_pretrained(config.model).text_config is None:
+            own = hub.read_config(hub.resolve(config.model, allow_patterns=["*.json"]))  # raises for other kinds
+            if own.get("text_config") is None:
                 raise ValueError(
                     f"{config.model} is a stage-1 model, which writes no captions; train stage 2 from it first"
                 )
@@ -112,7 +113,7 @@ def main(
             **({"pairs": {"source": config.pairs, "fingerprint": pairs.fingerprint()}} if pairs is not None else {}),
             "diffusion_model": {
                 "source": diffusion_model.source,
-                "fingerprint": hub.fingerprint(diffusion_model.source),
+                "fingerprint": hub.fingerprint(folder),
             },
             **fingerprints(config, "model"),
         }

@@ -1,6 +1,7 @@
 """Configuration of stage 3."""
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +203,12 @@ class Stage3Config(Stage2Config):
             raise ValueError(
                 f"fluency_floor is {self.fluency_floor}; expected a mean log-probability, below 0, such as -4"
             )
+        if settings.stop_loss_factor and self.method == "grpo":
+            raise ValueError(
+                "stop_loss_factor compares a loss with earlier ones, and that of grpo lies around 0; leave it out"
+            )
+        if self.cache_rewards is not None and os.path.isfile(self.cache_rewards):
+            raise ValueError(f"cache_rewards is {self.cache_rewards}, a file; expected a folder")
         if self.pairs is not None and self.method == "grpo":
             raise ValueError("pairs are mixed in by best_of_n alone; leave pairs out, or pass --method best_of_n")
         defaults = {"streaming": False, "random_crop": False, "horizontal_flip": False, "eval_share": 0.0}

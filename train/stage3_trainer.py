@@ -13,6 +13,7 @@ from transformers.utils import logging
 from vlv import VLVForConditionalGeneration, VLVProcessor
 from vlv.diffusion_decoder import DiffusionDecoder
 from vlv.files import write_json
+from vlv.hub import text_encoders_fingerprint
 from vlv.pipelines import DiffusionScorer
 
 from .caches import trained_fingerprint
@@ -50,9 +51,18 @@ SAMPLING_SETTINGS = (
     *("num_captions", "temperature", "top_p", "max_caption_tokens", "append_eos", "seed", "method"),
     *("buffer_rounds", "on_bad_image", "length_penalty", "fluency_floor"),
 )
+POLICY_SETTINGS = ("temperature", "max_caption_tokens", "append_eos", "measures_start")
+"""What the log-probabilities of sampled tokens depend on, besides weights."""
 SOURCES = ("images", "model", "diffusion_model")
 """Entries of the run's settings with fingerprints that captions and rewards depend on."""
 PROGRESS_LINES = 10  # of a round
+ADVICE = {
+    "unfinished": "do not end within --max_caption_tokens; raise it",
+    "empty": "are empty; lower --temperature, or train stage 2 for longer",
+    "not_fluent": "are below --fluency_floor; lower it",
+    "not_finite": "have a loss that is not finite; train in --bf16 or float32, and look at the text-to-image model",
+}
+"""Why captions have no reward, by the names of `rounds.COUNTED`."""
 
 
 class Stage3Trainer(Stage2Trainer):
@@ -131,6 +141,7 @@ class Stage3Trainer(Stage2Trainer):
         self.scored_by: dict[str, Any] = {
             **scorer.settings(),
             "diffusion_model": scored_by,
+            "text_encoders": text_encoders_fingerprint(scorer.model),
             "image_size": image_size,
             "precision": self.accelerator.mixed_precision,
         }
@@ -195,11 +206,7 @@ class Stage3Trainer(Stage2Trainer):
             self._fill_buffer(number)
         if resumed:
             file = self._finished_round(number)
-            if file.found_made_of is not None and file.found_made_of["method"] != args.method:
-                raise ValueError(
-                    f"round {number} has begun with --method {file.found_made_of['method']}; go on with it to the end "
-                    "of the round, or name another --output_dir"
-                )
+            self._check_resumed(file, number)
         else:
             file = RoundFile(
                 Path(args.output_dir) / ROUNDS_FOLDER,
@@ -219,8 +226,11 @@ class Stage3Trainer(Stage2Trainer):
             file.read()
         if not resumed:
             self._report_round(number, file)
+        groups, load = self._choose(file, number)
+        if not groups:
+            raise ValueError(f"round {number} leaves nothing to train on: {self._why_nothing_is_left(file)}")
         dataset: Any = self.train_dataset
-        dataset.fill(*self._choose(file, number), number, args.seed, args.pairs_share)
+        dataset.fill(groups, load, number, args.seed, args.pairs_share)
 
     def _fill_buffer(self, number: int) -> None:
         """Makes the buffer that of the rounds before one, of the last `buffer_rounds`, this one counted."""
@@ -249,6 +259,18 @@ class Stage3Trainer(Stage2Trainer):
             "measures_start": bool(args.method == "grpo" and args.kl_weight),
             "rounded_conditioning": args.rounding_caches().get("cache_conditioning", False),
         }
+
+    def _check_resumed(self, file: RoundFile, number: int) -> None:
+        """Raises `ValueError` if a round has begun to train on captions that these settings cannot go on with."""
+        here, then = self._made_of(), file.found_made_of or {}
+        names = ("method", *(POLICY_SETTINGS if self.args.method == "grpo" else ()))
+        for name in names:
+            if name in then and then[name] != here[name]:
+                option = "kl_weight" if name == "measures_start" else name
+                raise ValueError(
+                    f"round {number} has begun with another --{option}; go on with that of then to the end of the "
+                    "round, or name another --output_dir"
+                )
 
     def _finished_round(self, number: int) -> RoundFile:
         """The captions of a round that this run has trained on.
@@ -315,6 +337,15 @@ class Stage3Trainer(Stage2Trainer):
             write_json(Path(self.args.output_dir) / ROUNDS_FOLDER / f"round-{number:04d}.json", summary)
             values = ", ".join(f"{name} {value:g}" for name, value in summary.items())
             say(f"round {number}: {values}")
+
+    def _why_nothing_is_left(self, file: RoundFile) -> str:
+        counts = summarise(file.images(), file.num_unreadable)
+        if not counts["images"]:
+            return f"none of its {file.num_unreadable} images can be read (they are named above)"
+        if counts["equal_groups"] >= counts["without_reward"]:
+            return "no caption of an image is better than the others; raise --temperature or --num_captions"
+        most = max(ADVICE, key=lambda name: counts[name])
+        return f"{counts[most]} captions {ADVICE[most]}"
 
     def _choose(self, file: RoundFile, number: int) -> tuple[list, Callable[[Any], dict[str, Any]]]:
         """What a round trains on: `groups` and `load` of `RoundDataset.fill`."""

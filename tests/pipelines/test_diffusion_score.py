@@ -11,7 +11,7 @@ from vlv import VLVModel
 from vlv.diffusion_decoder import build_diffusion_decoder
 from vlv.modeling_vlv import TEXT_ENCODERS
 from vlv.pipelines import DiffusionScorer, VLVReconstructionPipeline, build_reconstruction, to_pixels
-from vlv.pipelines.diffusion_score import spread_timesteps
+from vlv.pipelines.diffusion_score import split_into_sentences, spread_timesteps
 
 from ..builders import POSITIONS, assert_close_to_scale, vlv_config
 
@@ -145,6 +145,22 @@ def test_all_captions_of_an_image_are_split_if_one_of_them_is_too_long(scorer, p
     assert found.num_texts.tolist() == [[3, 2], [1, 1]]
     sentences = scorer.score(pixels[:1], [["a small dog.", "a red car"]]).scores[0]
     assert_close_to_scale(found.scores[0, 1], sentences.mean(), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("A man at 5 p.m. in a hat. Night.", ["A man at 5 p.m. in a hat.", "Night."]),
+        ("1. A dog. 2. Dr. Smith! The end", ["1. A dog.", "2. Dr. Smith!", "The end"]),
+        ("a red car. No.\n\n- a house", ["a red car.", "No. - a house"]),
+        ("a red car. Ok", ["a red car. Ok"]),
+        ("一只狗坐在地上。一只猫在树上。", ["一只狗坐在地上。", "一只猫在树上。"]),
+        ("1. 2.", ["1. 2."]),
+        ("", [""]),
+    ],
+)
+def test_numbers_and_abbreviations_are_no_sentences(text, sentences):
+    assert split_into_sentences(text) == sentences
 
 
 def test_a_sentence_that_is_too_long_is_cut_and_counted(scorer, pixels):

@@ -224,6 +224,12 @@ def test_a_run_that_is_ended_while_it_samples_and_while_it_trains_goes_on_as_an_
     # From the middle of the last round's steps: its captions are on the disk, and are not scored again.
     shutil.rmtree(broken / "checkpoint-4")
     (broken / "run.json").unlink()
+    if method == "grpo":  # whose samples have log-probabilities of these settings
+        for own in ({"temperature": 0.5}, {"max_caption_tokens": 16}, {"kl_weight": 0}):
+            changed = shutil.copytree(broken, tmp_path / next(iter(own)))
+            with pytest.raises(FailedRun, match=f"round 1 has begun with another --{next(iter(own))}"):
+                own = {"method": "grpo", "kl_weight": 0.1, "accept_changes": True} | own
+                stage3.main(settings(changed, save_steps=1, **own))
     _Counts.texts = 0
     stage3.main(arguments, scorer_class=_Counts)
     assert _Counts.texts == 0 and history(broken) == history(expected)
@@ -307,6 +313,18 @@ def test_rewards_that_are_not_finite_are_dropped_and_counted_as_are_unreadable_i
 
 
 @pytest.mark.slow
+def test_a_round_without_rewards_says_what_is_the_reason(settings, tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"no image")
+    own = {"rounds": 1, "round_steps": 1, "round_images": 4, "max_bad_share": 1}
+    with pytest.raises(FailedRun, match=r"round 0 leaves nothing to train on: none of its 4 images can be read"):
+        stage3.main(settings(tmp_path / "run", images=tmp_path / "images", **own))
+    with pytest.raises(FailedRun, match=r"nothing to train on: \d+ captions are below --fluency_floor; lower it"):
+        stage3.main(settings(tmp_path / "second", fluency_floor=-1e-6, max_caption_tokens=60, **own))
+
+
+@pytest.mark.slow
 def test_groups_of_equal_captions_are_counted_and_leave_no_policy_gradient(settings, tmp_path):
     own = {"rounds": 1, "round_steps": 1, "round_images": 4, "temperature": 1e-4, "max_caption_tokens": 60}
     _Counts.texts = 0
@@ -332,13 +350,22 @@ def test_a_captioner_without_a_decoder_or_with_another_text_encoder_is_refused(
     hub.export(tmp_path / "other", captioner=model, processor=processor)
     with pytest.raises(FailedRun, match=r"do not fit together: text_encoder of .* has other weights"):
         stage3.main(settings(tmp_path / "run", model=tmp_path / "other", diffusion_model=stable_diffusion))
+    captioner, _ = hub.load_captioner(start)
+    whole = hub.export(tmp_path / "whole", captioner=captioner, processor=processor, diffusion_model=stable_diffusion)
+    assert not (whole / "text_encoder").exists()  # it is in `encoder`
+    with pytest.raises(FailedRun, match=r"do not fit together: text_encoder of .*whole has other weights"):
+        stage3.main(settings(tmp_path / "run", model=tmp_path / "other", diffusion_model=whole))
+    fingerprints = [hub.text_encoders_fingerprint(own.model) for own in (model, captioner)]
+    assert len(set(fingerprints)) == 2  # by which cached rewards are told apart
 
 
 def test_a_model_of_stage_1_a_missing_one_and_weighted_images_are_refused(
-    settings, stage1_checkpoint, image_folder, tmp_path
+    settings, stage1_checkpoint, stable_diffusion, image_folder, tmp_path
 ):
     with pytest.raises(FailedRun, match="is a stage-1 model, which writes no captions; train stage 2"):
         stage3.main(settings(tmp_path / "run", model=stage1_checkpoint))
+    with pytest.raises(FailedRun, match="has the model type None; expected a VLV model"):
+        stage3.main(settings(tmp_path / "run", model=stable_diffusion / "unet"))
     with pytest.raises(FailedRun, match=r"images have weights .*leave the weights out"):
         stage3.main(settings(tmp_path / "run", images=f"{image_folder}@0.5"))
     with pytest.raises(FailedRun, match="model is not set: give the captioner to start from"):
@@ -356,6 +383,8 @@ def test_a_model_of_stage_1_a_missing_one_and_weighted_images_are_refused(
         ({"temperature": 0}, "temperature is 0.0 and top_p 1.0; expected a number above 0"),
         ({"reward_min_timestep": 0.9, "reward_max_timestep": 0.4}, "expected shares of the schedule"),
         ({"method": "grpo", "pairs": "somewhere"}, "pairs are mixed in by best_of_n alone"),
+        ({"method": "grpo", "stop_loss_factor": 10}, "that of grpo lies around 0"),
+        ({"cache_rewards": __file__}, "a file; expected a folder"),
         ({"method": "grpo", "packing": True}, "packing does not work with grpo"),
         ({"horizontal_flip": True}, "horizontal_flip does not work with stage 3"),
         ({"language_model": "somewhere"}, "language_model belongs to stage 2"),

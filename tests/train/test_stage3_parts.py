@@ -81,6 +81,11 @@ def test_the_divergence_from_the_start_is_never_negative_and_pulls_back():
     assert gradient[0, 0] > 0 > gradient[0, 1]  # towards the start
 
 
+def test_a_token_that_is_far_from_the_start_does_not_decide_a_step():
+    far = policy_loss(*torch.tensor([[[-95.0]], [[-95.0]], [[-1.0]]]), torch.zeros(1), torch.ones(1, 1).bool(), 0.2, 1)
+    assert far.loss == far.kl == 10
+
+
 def test_rewards_are_kept_by_scorer_image_and_text(tmp_path):
     scorer = {"timesteps": [1, 2], "seed": 0}
     cache = RewardCache(tmp_path / "a" / "rewards.sqlite", scorer)
