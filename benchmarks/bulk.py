@@ -8,8 +8,8 @@ and `generate` on the same images as tensors that are ready, in turns. The start
 the time, so that few images make the share smaller than that of a shard of thousands: by default there are so many
 that a round takes some ten seconds. Wall-clock time needs a core for each of the two processes; the CPU time of the
 process with the model is what other programs on the machine change little. The second captions pictures of 48 pixels
-in shards of 1,000, and records the peak memory of the process with the model and of the process that reads. Both
-compute on one thread.
+in shards of 1,000, and records the peak memory of the process with the model and of the process that reads; bare
+`generate` on such pictures as ready tensors runs before and after it. Both compute on one thread.
 """
 
 import argparse
@@ -41,6 +41,8 @@ IMAGES = {"tiny": 512, "miniature": 512, "medium": 32}
 BATCH_SIZE = 8
 PICTURES_IN_A_SHARD = 1000
 DISTINCT_PICTURES = 500
+BARE_PICTURES = 10_000
+NEW_TOKENS, PICTURES_IN_A_BATCH = 4, 64
 
 
 def measure_size(size: str, images: int, rounds: int) -> dict[str, list[float]]:
@@ -78,8 +80,27 @@ def measure_size(size: str, images: int, rounds: int) -> dict[str, list[float]]:
     return times
 
 
+def measure_bare(folder: Path, size: str, count: int) -> dict[str, float]:
+    """Seconds of `generate` on `count` pictures that are tensors already, a few pictures again and again."""
+    models = build(size)
+    paths = sorted((folder / "images").glob("*.jpg"))[:DISTINCT_PICTURES]
+    pixels = torch.cat([models.processor.image_processor(str(p), return_tensors="pt").pixel_values for p in paths])
+    batches = [
+        pixels[torch.arange(s, s + PICTURES_IN_A_BATCH) % len(pixels)]
+        for s in range(0, len(pixels), PICTURES_IN_A_BATCH)
+    ]
+    done, since = 0, time.perf_counter()
+    while done < count:
+        batch = batches[done // PICTURES_IN_A_BATCH % len(batches)]
+        generate_captions(
+            models.captioner, models.processor, pixel_values=batch, max_new_tokens=NEW_TOKENS, num_beams=1
+        )
+        done += len(batch)
+    return {"rate": done / (time.perf_counter() - since)}
+
+
 def measure_pictures(count: int, size: str) -> dict[str, float]:
-    """Peak memory in MB and seconds of captioning small pictures in shards."""
+    """Peak memory in MB and seconds of captioning small pictures in shards, and the rate of bare `generate`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = build(size)
@@ -88,7 +109,11 @@ def measure_pictures(count: int, size: str) -> dict[str, float]:
         write_pictures(folder / "images", count)
         shards = max(count // PICTURES_IN_A_SHARD, 1)
         options = {"model": folder / "model", "shards": shards, "output-dir": folder / "out", "num-workers": 1}
-        options |= {"max-new-tokens": 4, "batch-size": 64, "encoder-batch-size": 64, "device": "cpu"}
+        options |= {"max-new-tokens": NEW_TOKENS, "batch-size": PICTURES_IN_A_BATCH, "device": "cpu"}
+        options |= {"encoder-batch-size": PICTURES_IN_A_BATCH}
+
+        def bare() -> float:
+            return in_child(lambda: measure_bare(folder, size, min(count, BARE_PICTURES)))["rate"]
 
         def caption() -> dict[str, float]:
             since = time.perf_counter()
@@ -99,7 +124,9 @@ def measure_pictures(count: int, size: str) -> dict[str, float]:
             ]
             return {"code": code, "seconds": seconds, "model_mb": peak[0], "reader_mb": peak[1]}
 
+        before = bare()
         found = in_child(caption)
+        found["bare"] = (before + bare()) / 2
         merged = folder / "merged.jsonl"
         found["merge_mb"] = in_child(lambda: _merge(folder / "out", merged))["mb"]
         with open(merged, encoding="utf-8") as file:
@@ -148,16 +175,18 @@ def throughput_table(sizes: Sequence[str], wanted: int | None, rounds: int) -> s
 
 def memory_table(counts: Sequence[int], size: str) -> str:
     lines = [
-        f"Pictures of 48 pixels, model `{size}`, 4 tokens, shards of {PICTURES_IN_A_SHARD}.",
+        f"Pictures of 48 pixels, model `{size}`, {NEW_TOKENS} tokens, shards of {PICTURES_IN_A_SHARD}; bare "
+        f"`generate` before and after, on {BARE_PICTURES:,} of them or as many as there are.",
         "",
-        "| pictures | seconds | images/s | peak MB, model | peak MB, reader | peak MB, merge |",
-        "|---|---|---|---|---|---|",
+        "| pictures | seconds | images/s | bare `generate` | share | peak MB, model | reader | merge |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for count in counts:
         found = measure_pictures(count, size)
+        rate, bare = count / found["seconds"], found["bare"]
+        memory = " | ".join(f"{found[f'{process}_mb']:.0f}" for process in ("model", "reader", "merge"))
         lines.append(
-            f"| {count:,} | {found['seconds']:.0f} | {count / found['seconds']:.0f} | {found['model_mb']:.0f} "
-            f"| {found['reader_mb']:.0f} | {found['merge_mb']:.0f} |"
+            f"| {count:,} | {found['seconds']:.0f} | {rate:.0f} | {bare:.0f} images/s | {rate / bare:.0%} | {memory} |"
         )
         print(lines[-1], flush=True)
     return "\n".join(lines)
