@@ -1,0 +1,58 @@
+"""How many pairs stage 3 is worth in the miniature: `python -m vlv.miniature.stage3_worth RUN.json ...`.
+
+Reads the results of `vlv.miniature.stage3` for several seeds, and prints a table by round: means over the seeds, and
+the number of pairs that give the same F1 without stage 3, interpolated in the table of few pairs
+(`vlv.miniature.paper`).
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vlv.evaluation import markdown_table
+from vlv.files import read_json
+
+from .paper import measurements
+from .paper.tables import pairs_needed, scores_by_pairs
+from .stage3 import COLUMNS
+
+F1 = "object_place_f1"
+MEASURED = (F1, "exact", "invented", "missing", "words")
+
+
+def table(runs: Sequence[dict[str, Any]], few_pairs: dict[str, Any], split: str = "combo") -> str:
+    """A row for each round that all runs have.
+
+    Args:
+        runs: Results of `vlv.miniature.stage3`.
+        few_pairs: The results of the paper's tables.
+    """
+    by_pairs = {pairs: fmean(own) for pairs, own in scores_by_pairs(few_pairs, measurements.STAGE_1).items()}
+    rows = []
+    for rounds in zip(*(run["rounds"] for run in runs), strict=False):
+        scores = [row[split] for row in rounds]
+        means = {name: fmean(own[name] for own in scores) for name in MEASURED}
+        cells = [f"{means[name]:.{1 if name == 'words' else 3}f}" for name in MEASURED]
+        of_seeds = ", ".join(f"{own[F1]:.3f}" for own in scores)
+        rows.append([str(rounds[0]["round"]), *cells, of_seeds, pairs_needed(by_pairs, means[F1])])
+    return markdown_table(("round", *(COLUMNS[name] for name in MEASURED), "F1 of each", "pairs alone"), rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vlv.miniature.stage3_worth", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="of vlv.miniature.stage3, by seed")
+    parser.add_argument(
+        "--few-pairs",
+        type=Path,
+        default=Path("docs/paper_in_miniature.json"),
+        metavar="FILE",
+        help="results of the paper's tables (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    print(table([read_json(file) for file in options.runs], read_json(options.few_pairs)))
+
+
+if __name__ == "__main__":
+    main()
