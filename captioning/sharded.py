@@ -22,6 +22,7 @@ from .prefetch import worker_errors
 from .shards import ShardFolder
 from .texts import CaptionEditor
 
+SECONDS_BETWEEN_TRIMS = 1.0
 PACKAGES = ("vlv", "torch", "transformers", "pillow")
 
 
@@ -62,7 +63,7 @@ class ShardJob:
 
 
 def return_freed_memory() -> None:
-    """Gives the system what tensors have freed. glibc keeps it in pieces, a little more with each shard."""
+    """Gives the system what tensors have freed, in some milliseconds. glibc keeps it in pieces, more and more."""
     with suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -99,8 +100,12 @@ class ShardCaptioner:
                 return None
             since, inputs = time.perf_counter(), shards.inputs(index, self.job.url_timeout)
             summary = Summary(len(inputs))
+            freed = since
             for rows in self.caption_inputs(inputs, summary):
                 writer.add(rows)
+                if (now := time.perf_counter()) - freed > SECONDS_BETWEEN_TRIMS:
+                    return_freed_memory()
+                    freed = now
             writer.add([{"name": name, "error": reason} for name, reason in summary.failed.items()])
             counts = {"captioned": summary.done, "failed": len(summary.failed)}
             notes = self.job.editor.notes()
@@ -116,7 +121,6 @@ class ShardCaptioner:
             )
         summary.say(*notes)
         summary.close("captioned", str(shards.path(index)))
-        return_freed_memory()
         return counts
 
     def caption_inputs(self, inputs: list[Input], summary: Summary) -> Iterator[list[dict[str, Any]]]:
