@@ -28,6 +28,8 @@ INSTALL = (
     "on PATH"
 )
 FAILED_URLS = "failed.parquet"
+SHARD = r"\d+-\d{5,}\.(tar|parquet)"
+"""Names of the output's shards: the number of the attempt, that of img2dataset's shard."""
 SUCCESS, KILLED, COMPLETE = "success", "killed", "complete"
 PERMANENT = re.compile(r"HTTP Error (404|410|451)|X-Robots-Tag|UnidentifiedImage|cannot identify|[Ii]mage decoding")
 """Reasons for which a URL is not asked again."""
@@ -123,7 +125,8 @@ def download(
     require_columns(files, columns, ("url",))
     options = {"image_size": how.image_size, "resize_mode": how.resize_mode, "passes": how.passes, "columns": columns}
     options |= {"shard_images": how.shard_images}
-    with Run("download", output, {"files": described}, options, is_folder=True, overwrite=overwrite) as run:
+    inputs, writes = {"files": described}, [SHARD, re.escape(FAILED_URLS)]
+    with Run("download", output, inputs, options, is_folder=True, overwrite=overwrite, writes=writes) as run:
         if run.finished:
             return None
         total = _write_urls(run, files, schema, columns)
@@ -140,7 +143,7 @@ def download(
             seen.images(passes[-1]["images"])
         failed = _write_failed(run, attempt)
         reasons = sum((Counter(each["gone"]) for each in passes), Counter(passes[-1]["again"]))
-        shards = sorted(path for path in output.iterdir() if re.fullmatch(r"\d+-\d+\.(tar|parquet)", path.name))
+        shards = sorted(path for path in output.iterdir() if re.fullmatch(SHARD, path.name))
         counts = {"urls": total, "images": sum(each["images"] for each in passes), "failed": reasons.total()}
         advance(counts["failed"])
         counts |= {"reasons": dict(reasons.most_common()), "passes": [each["ended"] for each in passes]}

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ class Run:
         options: What the outputs depend on besides. Both are JSON values.
         overwrite: Replaces the outputs of another run.
         beside: Outputs beside an output file.
+        writes: Patterns (of `re`) that the names of all outputs in an output folder match. If the run is killed, these
+            are the files that `overwrite` removes.
 
     Attributes:
         finished: Whether an earlier run has done all of it.
@@ -54,12 +57,13 @@ class Run:
         is_folder: bool = False,
         overwrite: bool = False,
         beside: Sequence[Path] = (),
+        writes: Sequence[str] = (),
     ):
         self.step, self.output, self.is_folder, self.overwrite = step, Path(output), is_folder, overwrite
         self.inputs, self.options = dict(inputs), dict(options)
         self.folder = self.output if is_folder else self.output.parent
         self.manifest = manifest_of(self.output, is_folder)
-        self.beside = beside
+        self.beside, self.writes = beside, list(writes)
         self.progress = self.folder / (".progress" if is_folder else f".{self.output.name}.progress")
         self.finished = False
         self._runs, self._lock = 1, -1
@@ -145,7 +149,7 @@ class Run:
             return
         if known is not None and (different or known.get("complete")):  # of another run, or with outputs missing
             self._remove(known)
-        self._write_manifest({}, complete=False)
+        self._write_manifest({"writes": self.writes} if self.is_folder else {}, complete=False)
 
     def _existing(self) -> Path | None:
         """An output that exists; of a folder, the folder if it has files."""
@@ -197,11 +201,13 @@ class Run:
         self.manifest.unlink()
 
     def _left_by(self, known: Mapping[str, Any]) -> Sequence[Path]:
-        if known.get("outputs"):
+        """The outputs of a run; of one that was ended, the files that it can have written."""
+        if "outputs" in known:
             return [self.folder / name for name in known["outputs"]]
         if not self.is_folder:
             return [self.output]
-        return [path for path in self.output.iterdir() if path.is_file() and path != self.manifest]
+        names = re.compile("|".join(known.get("writes", ())))
+        return [path for path in self.output.iterdir() if path.is_file() and names.fullmatch(path.name)]
 
     def _write_manifest(self, result: Mapping[str, Any], *, complete: bool) -> None:
         content = {"format": FORMAT, "step": self.step, "complete": complete, "runs": self._runs}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -64,7 +65,8 @@ def split(
     if groups is not None:
         _require_names(records, kept_of, groups)
     inputs = records.identity() | ({} if groups is None else {"groups": describe_files([groups])})
-    with Run("split", output, inputs, options, is_folder=True, overwrite=overwrite) as run:
+    writes = [rf"({TRAIN}|{VALIDATION}|{TEST})\.jsonl", re.escape(FAILED)]
+    with Run("split", output, inputs, options, is_folder=True, overwrite=overwrite, writes=writes) as run:
         if run.finished:
             return None
         counts, failed = Counter({TRAIN: 0, VALIDATION: 0, TEST: 0}), dict[str, str]()
