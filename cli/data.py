@@ -150,7 +150,7 @@ def run_recaption(arguments: argparse.Namespace) -> int:
             raise UserError(str(error)) from error
     said = "captioned {captioned} of {images} images (refused {refused}, malformed {malformed}, unreadable "
     said += "{unreadable}, failed {failed}), {prompt_tokens} + {completion_tokens} tokens, price {price:.4f}"
-    code = _say(counts, output, said, "failed")
+    code = _say(counts, output, said, "failed", "unreadable")
     if records.path(0) is None:
         source = shlex.quote(arguments.source)
         print(
@@ -244,13 +244,13 @@ def _step(unit: str) -> Iterator[_Progress]:
             raise UserError(str(error)) from error
 
 
-def _say(counts: Mapping[str, Any] | None, output: str | os.PathLike, text: str, failed: str = "") -> int:
-    """Prints what a step has done; returns the exit code, 1 if the count of this name is not 0."""
+def _say(counts: Mapping[str, Any] | None, output: str | os.PathLike, text: str, *failed: str) -> int:
+    """Prints what a step has done; returns the exit code, 1 if a count of these names is not 0."""
     from vlv.preparation.run import Run
 
     if counts is None:
         print(f"{output} is complete: nothing to do", file=sys.stderr)
         counts = Run.read_counts(Path(output))
-        return 1 if failed and counts[failed] else 0
-    print(f"{text.format(**counts)}: {output}", file=sys.stderr)
-    return 1 if failed and counts[failed] else 0
+    else:
+        print(f"{text.format(**counts)}: {output}", file=sys.stderr)
+    return int(any(counts[name] for name in failed))

@@ -24,7 +24,8 @@ def add_parser(commands) -> None:
         help="prepare data for training: filter, download, pack, find duplicates, caption, inspect, split",
         description="Prepares data. Every step writes a manifest beside its output. The same command again goes on "
         "where it was ended, and does nothing if it is done; other inputs or options need another output or "
-        "--overwrite. docs/data_preparation.md has examples.",
+        "--overwrite. The exit code is 1, each time, if images cannot be read or downloaded. "
+        "docs/data_preparation.md has examples.",
     )
     steps = parser.add_subparsers(title="steps", metavar="STEP", required=True)
     for add in (_add_filter, _add_download, _add_pack, _add_dedup, _add_recaption, _add_inspect, _add_split):
@@ -169,8 +170,8 @@ def _add_recaption(steps: Any) -> None:
         help="captions of a vision model behind an OpenAI-compatible endpoint",
         description="Captions images by a teacher behind an OpenAI-compatible endpoint, as pairs for stage 2. An "
         "answer is written when it comes: an ended run pays for none twice. Refusals and malformed answers are in "
-        "OUT.rejected.jsonl with their reasons. The exit code is 1 while requests have failed; the same command asks "
-        "for those again.",
+        "OUT.rejected.jsonl with their reasons. The exit code is 1 while requests have failed, which the same command "
+        "asks for again, and if images cannot be read.",
     )
     _add_source(parser, pairs=False)
     _add_output(parser, "OUT.jsonl", "the list of images and captions")

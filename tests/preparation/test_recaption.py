@@ -179,7 +179,8 @@ def test_large_images_are_sent_smaller_and_unreadable_ones_are_named(tmp_path):
     folder = write_pictures(tmp_path / "in", 1, side=300)
     (folder / "bad.png").write_text("no picture")
     with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
-        assert main(command(folder, tmp_path / "o.jsonl", script.url, "--max-side", "128")) == 0
+        assert main(command(folder, tmp_path / "o.jsonl", script.url, "--max-side", "128")) == 1
+        assert main(command(folder, tmp_path / "o.jsonl", script.url, "--max-side", "128")) == 1
     (request,) = script.requests
     uri = request["messages"][0]["content"][0]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (128, 128)
