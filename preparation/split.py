@@ -33,7 +33,8 @@ def split(
     """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` into a folder: lists that the trainers read.
 
     An image goes where a hash of its name (or its content) and the seed says, whatever the other images are: more
-    images move none. An image that cannot be read for its content is left out, and named in `failed.json`.
+    images move none. Files that are empty, or that cannot be read for their content, are left out and named in
+    `failed.json`. No image is decoded.
 
     Args:
         output: The folder. Paths in the lists start from it.
@@ -78,6 +79,8 @@ def split(
                 record = records.read(number)
                 advance(1)
                 try:
+                    if not os.path.getsize(record.image):
+                        raise ValueError("the file is empty")
                     data = file_of(record.image) if by == CONTENT else None
                 except (OSError, ValueError) as error:
                     failed[record.name] = reason_of(error)

@@ -252,7 +252,8 @@ def _add_split(steps: Any) -> None:
         "split",
         help="training, validation and test lists, by a hash",
         description="Writes OUT/train.jsonl, OUT/validation.jsonl and, with --test, OUT/test.jsonl, lists that the "
-        "trainers read. An image goes where the hash of its name says: images that are added later move none.",
+        "trainers read. An image goes where the hash of its name says: images that are added later move none. Images "
+        "are not opened; empty files are left out and named in OUT/failed.json.",
     )
     _add_source(parser)
     _add_output(parser, "OUT", "the folder of the lists")
