@@ -197,3 +197,11 @@ def test_damaged_and_missing_files_are_named(file, tmp_path, capsys):
     for name, expected in ((file, f"{file} cannot be read as parquet"), (tmp_path / "no.parquet", "does not exist")):
         assert main(["data", "filter", str(name), "--output", str(tmp_path / "out.parquet")]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_file_with_two_columns_of_one_name_is_named(tmp_path, capsys):
+    table = metadata(3)
+    twice = tmp_path / "twice.parquet"
+    parquet.write_table(table.append_column("TEXT", table.column("TEXT")), twice)
+    assert main(["data", "filter", str(twice), "--output", str(tmp_path / "out.parquet")]) == 2
+    assert f"{twice} has more than one column 'TEXT'" in capsys.readouterr().err
