@@ -40,7 +40,7 @@ def run_filter(arguments: argparse.Namespace) -> int:
     with _step("rows") as progress:
         rules = Rules(
             arguments.min_side,
-            _aspect_ratio(arguments.aspect_ratio),
+            arguments.aspect_ratio,
             arguments.max_watermark,
             arguments.min_aesthetic,
             arguments.keep_missing,
@@ -224,14 +224,6 @@ def _say_estimate(found: Mapping[str, Any]) -> None:
         f"asked for {asked} images: {tokens[0]:.0f} + {tokens[1]:.0f} tokens each; {images} images take about "
         f"{images * tokens[0]:.0f} + {images * tokens[1]:.0f} tokens, price {found['price']:.4f}"
     )
-
-
-def _aspect_ratio(values: list[float | None]) -> tuple[float, float] | None:
-    if values == [None]:
-        return None
-    if len(values) != 2 or None in values:
-        raise UserError("--aspect-ratio takes two numbers, such as 0.5 2, or none")
-    return values[0], values[1]  # type: ignore[return-value]
 
 
 @contextmanager

@@ -18,6 +18,17 @@ def number_or_none(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"must be a number or none, not {text}") from error
 
 
+def aspect_ratios(text: str) -> tuple[float, float] | None:
+    """An argparse type: two numbers from 0 up, such as `0.5:2`, or `none`."""
+    if text.lower() == "none":
+        return None
+    try:
+        lowest, highest = map(not_negative_number, text.split(":"))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"must be two numbers, such as 0.5:2, or none, not {text}") from error
+    return lowest, highest
+
+
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "data",
@@ -48,11 +59,10 @@ def _add_filter(steps: Any) -> None:
     )
     parser.add_argument(
         "--aspect-ratio",
-        type=number_or_none,
-        nargs="+",
-        default=[0.5, 2.0],
-        metavar="X",
-        help="smallest and largest width / height, or none (default: 0.5 2)",
+        type=aspect_ratios,
+        default=(0.5, 2.0),
+        metavar="A:B",
+        help="smallest and largest width / height, or none (default: 0.5:2)",
     )
     parser.add_argument(
         "--max-watermark", **rule, default=0.5, help="probability of a watermark below X, or none (default: 0.5)"
