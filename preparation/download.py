@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,8 +215,8 @@ class _Seen:
 def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, captions: bool, seen: _Seen) -> str:
     """Runs img2dataset on the URLs of an attempt, in a folder of its own. Returns how it ended.
 
-    If the folder exists, this process has taken the place of one that was killed; img2dataset is not run on it again,
-    since its processes may still be there.
+    If the folder exists, this process has taken the place of one that was killed, and the run has ended img2dataset at
+    its start. It is not run on the folder again: what is there is collected, and the next attempt asks for the rest.
     """
     folder = run.progress / f"attempt-{attempt}"
     if folder.exists():
@@ -250,12 +251,11 @@ def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, c
             start_new_session=True,
         )
     try:
+        run.record_process(process.pid)
         ended = _wait(process, folder, how, seen)
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also its workers
-        except ProcessLookupError:
-            pass
         process.wait()
     if ended == COMPLETE and process.returncode != 0 and not list(folder.glob("*_stats.json")):
         said = log.read_text(encoding="utf-8", errors="replace").strip()[-1000:]

@@ -1,5 +1,6 @@
 """What every step survives: kills at any moment, a full disk."""
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,21 @@ def test_a_kill_while_a_part_is_written_leaves_no_half_of_it(tmp_path):
         run.write(run.progress / "part.json", b"{}")
         run.finish([], {})
     assert not run.progress.exists()
+
+
+def test_a_process_that_has_the_id_of_one_that_was_left_is_not_ended(tmp_path):
+    """Nor is it an error if there is none of this id."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        with Run("download", tmp_path, {}, {}, is_folder=True) as run:
+            run.record_process(process.pid)
+        record = tmp_path / ".progress" / "process.json"
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps(content | {"started": content["started"] - 1}))
+        with Run("download", tmp_path, {}, {}, is_folder=True) as run:
+            assert process.poll() is None and not record.exists()
+            run.record_process(process.pid)
+        with Run("download", tmp_path, {}, {}, is_folder=True) as run:
+            assert process.wait(10) == -signal.SIGKILL and not record.exists()
 
 
 @pytest.fixture
