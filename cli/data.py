@@ -40,7 +40,7 @@ def run_filter(arguments: argparse.Namespace) -> int:
     with _step("rows") as progress:
         rules = Rules(
             arguments.min_side,
-            _aspect_ratio(arguments.aspect_ratio),
+            arguments.aspect_ratio,
             arguments.max_watermark,
             arguments.min_aesthetic,
             arguments.keep_missing,
@@ -150,7 +150,7 @@ def run_recaption(arguments: argparse.Namespace) -> int:
             raise UserError(str(error)) from error
     said = "captioned {captioned} of {images} images (refused {refused}, malformed {malformed}, unreadable "
     said += "{unreadable}, failed {failed}), {prompt_tokens} + {completion_tokens} tokens, price {price:.4f}"
-    code = _say(counts, output, said, "failed")
+    code = _say(counts, output, said, "failed", "unreadable")
     if records.path(0) is None:
         source = shlex.quote(arguments.source)
         print(
@@ -226,14 +226,6 @@ def _say_estimate(found: Mapping[str, Any]) -> None:
     )
 
 
-def _aspect_ratio(values: list[float | None]) -> tuple[float, float] | None:
-    if values == [None]:
-        return None
-    if len(values) != 2 or None in values:
-        raise UserError("--aspect-ratio takes two numbers, such as 0.5 2, or none")
-    return values[0], values[1]  # type: ignore[return-value]
-
-
 @contextmanager
 def _step(unit: str) -> Iterator[_Progress]:
     """A progress bar on a terminal. What the user can correct is a `UserError`."""
@@ -244,13 +236,13 @@ def _step(unit: str) -> Iterator[_Progress]:
             raise UserError(str(error)) from error
 
 
-def _say(counts: Mapping[str, Any] | None, output: str | os.PathLike, text: str, failed: str = "") -> int:
-    """Prints what a step has done; returns the exit code, 1 if the count of this name is not 0."""
+def _say(counts: Mapping[str, Any] | None, output: str | os.PathLike, text: str, *failed: str) -> int:
+    """Prints what a step has done; returns the exit code, 1 if a count of these names is not 0."""
     from vlv.preparation.run import Run
 
     if counts is None:
         print(f"{output} is complete: nothing to do", file=sys.stderr)
         counts = Run.read_counts(Path(output))
-        return 1 if failed and counts[failed] else 0
-    print(f"{text.format(**counts)}: {output}", file=sys.stderr)
-    return 1 if failed and counts[failed] else 0
+    else:
+        print(f"{text.format(**counts)}: {output}", file=sys.stderr)
+    return int(any(counts[name] for name in failed))

@@ -1,6 +1,7 @@
 """Finds near duplicates by a perceptual hash, and lists the images that are kept."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def dedup(
     """
     require_distance(distance)
     output = Path(output)
-    with Run("dedup", output, records.identity(), {"distance": distance}, is_folder=True, overwrite=overwrite) as run:
+    options, writes = {"distance": distance}, [re.escape(name) for name in (KEPT, DUPLICATES, FAILED)]
+    with Run("dedup", output, records.identity(), options, is_folder=True, overwrite=overwrite, writes=writes) as run:
         if run.finished:
             return None
         failed, rows, hashes, order = dict[str, str](), list[int](), list[int](), list[tuple[int, int, str]]()

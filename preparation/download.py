@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ INSTALL = (
     "on PATH"
 )
 FAILED_URLS = "failed.parquet"
+SHARD = r"\d+-\d{5,}\.(tar|parquet)"
+"""Names of the output's shards: the number of the attempt, that of img2dataset's shard."""
 SUCCESS, KILLED, COMPLETE = "success", "killed", "complete"
 PERMANENT = re.compile(r"HTTP Error (404|410|451)|X-Robots-Tag|UnidentifiedImage|cannot identify|[Ii]mage decoding")
 """Reasons for which a URL is not asked again."""
@@ -123,7 +126,8 @@ def download(
     require_columns(files, columns, ("url",))
     options = {"image_size": how.image_size, "resize_mode": how.resize_mode, "passes": how.passes, "columns": columns}
     options |= {"shard_images": how.shard_images}
-    with Run("download", output, {"files": described}, options, is_folder=True, overwrite=overwrite) as run:
+    inputs, writes = {"files": described}, [SHARD, re.escape(FAILED_URLS)]
+    with Run("download", output, inputs, options, is_folder=True, overwrite=overwrite, writes=writes) as run:
         if run.finished:
             return None
         total = _write_urls(run, files, schema, columns)
@@ -140,7 +144,7 @@ def download(
             seen.images(passes[-1]["images"])
         failed = _write_failed(run, attempt)
         reasons = sum((Counter(each["gone"]) for each in passes), Counter(passes[-1]["again"]))
-        shards = sorted(path for path in output.iterdir() if re.fullmatch(r"\d+-\d+\.(tar|parquet)", path.name))
+        shards = sorted(path for path in output.iterdir() if re.fullmatch(SHARD, path.name))
         counts = {"urls": total, "images": sum(each["images"] for each in passes), "failed": reasons.total()}
         advance(counts["failed"])
         counts |= {"reasons": dict(reasons.most_common()), "passes": [each["ended"] for each in passes]}
@@ -211,8 +215,8 @@ class _Seen:
 def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, captions: bool, seen: _Seen) -> str:
     """Runs img2dataset on the URLs of an attempt, in a folder of its own. Returns how it ended.
 
-    If the folder exists, this process has taken the place of one that was killed; img2dataset is not run on it again,
-    since its processes may still be there.
+    If the folder exists, this process has taken the place of one that was killed, and the run has ended img2dataset at
+    its start. It is not run on the folder again: what is there is collected, and the next attempt asks for the rest.
     """
     folder = run.progress / f"attempt-{attempt}"
     if folder.exists():
@@ -247,12 +251,11 @@ def _run_attempt(run: Run, executable: str, attempt: int, how: DownloadConfig, c
             start_new_session=True,
         )
     try:
+        run.record_process(process.pid)
         ended = _wait(process, folder, how, seen)
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also its workers
-        except ProcessLookupError:
-            pass
         process.wait()
     if ended == COMPLETE and process.returncode != 0 and not list(folder.glob("*_stats.json")):
         said = log.read_text(encoding="utf-8", errors="replace").strip()[-1000:]

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -140,8 +141,10 @@ def inspect_images(
     """
     require_distance(distance)
     output = Path(output)
-    options = {"thumbnails": thumbnails, "distance": distance}
-    with Run("inspect", output, records.identity(), options, is_folder=True, overwrite=overwrite) as run:
+    options, writes = {"thumbnails": thumbnails, "distance": distance}, [re.escape(name) for name in (REPORT, PAGE)]
+    with Run(
+        "inspect", output, records.identity(), options, is_folder=True, overwrite=overwrite, writes=writes
+    ) as run:
         if run.finished:
             return None
         inspection = Inspection()

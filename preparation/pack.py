@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +167,8 @@ def pack(
             "a folder outside"
         )
     options = {"format": format, "shard_images": shard_images, "shard_bytes": shard_bytes}
-    with Run("pack", output, records.identity(), options, is_folder=True, overwrite=overwrite) as run:
+    writes = [r"shard-\d{5,}\.(tar|parquet)", re.escape(FAILED)]
+    with Run("pack", output, records.identity(), options, is_folder=True, overwrite=overwrite, writes=writes) as run:
         if run.finished:
             return None
         several = records.has_several_captions()

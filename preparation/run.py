@@ -5,18 +5,22 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 from vlv.files import errors_naming, read_json, to_json
 
 MANIFEST, FAILED = "manifest.json", "failed.json"
 FORMAT = 1
+PROCESS = "process.json"
+_TIME_TO_END = 10.0  # seconds
 PACKAGES = ("vlv", "pyarrow", "pillow", "numpy", "openai")
 
 
@@ -35,6 +39,8 @@ class Run:
         options: What the outputs depend on besides. Both are JSON values.
         overwrite: Replaces the outputs of another run.
         beside: Outputs beside an output file.
+        writes: Patterns (of `re`) that the names of all outputs in an output folder match. If the run is killed, these
+            are the files that `overwrite` removes.
 
     Attributes:
         finished: Whether an earlier run has done all of it.
@@ -54,12 +60,13 @@ class Run:
         is_folder: bool = False,
         overwrite: bool = False,
         beside: Sequence[Path] = (),
+        writes: Sequence[str] = (),
     ):
         self.step, self.output, self.is_folder, self.overwrite = step, Path(output), is_folder, overwrite
         self.inputs, self.options = dict(inputs), dict(options)
         self.folder = self.output if is_folder else self.output.parent
         self.manifest = manifest_of(self.output, is_folder)
-        self.beside = beside
+        self.beside, self.writes = beside, list(writes)
         self.progress = self.folder / (".progress" if is_folder else f".{self.output.name}.progress")
         self.finished = False
         self._runs, self._lock = 1, -1
@@ -70,6 +77,7 @@ class Run:
             self.progress.mkdir(parents=True, exist_ok=True)
         self._acquire()
         try:
+            self._end_process()
             self._compare()
         except BaseException:
             self._release(remove=[path.name for path in self.progress.iterdir()] == ["lock"])
@@ -103,6 +111,10 @@ class Run:
         with self.writing(path) as temporary:
             temporary.write_bytes(data)
 
+    def record_process(self, pid: int) -> None:
+        """Records a process that leads a group of its own. If this run is killed, the next one ends the group."""
+        self.write(self.progress / PROCESS, to_json({"pid": pid, "started": _start_of(pid)}, None))
+
     def finish(self, outputs: Iterable[Path], counts: Mapping[str, Any]) -> None:
         """Records that the outputs are complete.
 
@@ -119,6 +131,31 @@ class Run:
     def read_counts(output: Path) -> dict[str, Any]:
         """The counts in the manifest of a finished run."""
         return read_json(manifest_of(output, output.is_dir()), "counts")["counts"]
+
+    def _end_process(self) -> None:
+        """Ends the group of the recorded process, if that is alive; one that has its id by now is not touched.
+
+        Without `/proc` (on macOS) the two cannot be told apart, and nothing is ended.
+
+        Raises:
+            ValueError: If the group does not end.
+        """
+        path = self.progress / PROCESS
+        if not path.exists():
+            return
+        known = read_json(path, "pid")
+        group, until = known["pid"], perf_counter() + _TIME_TO_END
+        if known["started"] is not None and _start_of(group) == known["started"]:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            while alive := _members_of(group):
+                if perf_counter() > until:
+                    raise ValueError(
+                        f"process {alive[0]} of an earlier run writes into {self.output} and does not end; end it, "
+                        "and run the same command again"
+                    )
+                sleep(0.05)
+        path.unlink()
 
     def _compare(self) -> None:
         """Compares with the manifest that there is, and writes one if this run has work to do."""
@@ -145,7 +182,7 @@ class Run:
             return
         if known is not None and (different or known.get("complete")):  # of another run, or with outputs missing
             self._remove(known)
-        self._write_manifest({}, complete=False)
+        self._write_manifest({"writes": self.writes} if self.is_folder else {}, complete=False)
 
     def _existing(self) -> Path | None:
         """An output that exists; of a folder, the folder if it has files."""
@@ -197,11 +234,13 @@ class Run:
         self.manifest.unlink()
 
     def _left_by(self, known: Mapping[str, Any]) -> Sequence[Path]:
-        if known.get("outputs"):
+        """The outputs of a run; of one that was ended, the files that it can have written."""
+        if "outputs" in known:
             return [self.folder / name for name in known["outputs"]]
         if not self.is_folder:
             return [self.output]
-        return [path for path in self.output.iterdir() if path.is_file() and path != self.manifest]
+        names = re.compile("|".join(known.get("writes", ())))
+        return [path for path in self.output.iterdir() if path.is_file() and names.fullmatch(path.name)]
 
     def _write_manifest(self, result: Mapping[str, Any], *, complete: bool) -> None:
         content = {"format": FORMAT, "step": self.step, "complete": complete, "runs": self._runs}
@@ -234,6 +273,26 @@ class Run:
         if remove:
             shutil.rmtree(self.progress, ignore_errors=True)
         os.close(self._lock)
+
+
+def _status_of(pid: int | str) -> list[str]:
+    """What `/proc/PID/stat` has after the name: state, parent, group, ...; empty if there is no such file."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process was started, in clock ticks since the machine was; None if it is not there, or no `/proc`."""
+    status = _status_of(pid)
+    return int(status[19]) if status else None
+
+
+def _members_of(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    found = ((path.name, _status_of(path.name)) for path in Path("/proc").glob("[0-9]*"))
+    return [pid for pid, status in found if status and int(status[2]) == group and status[0] not in "ZX"]
 
 
 def manifest_of(output: Path, is_folder: bool) -> Path:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -32,7 +33,8 @@ def split(
     """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` into a folder: lists that the trainers read.
 
     An image goes where a hash of its name (or its content) and the seed says, whatever the other images are: more
-    images move none. An image that cannot be read for its content is left out, and named in `failed.json`.
+    images move none. Files that are empty, or that cannot be read for their content, are left out and named in
+    `failed.json`. No image is decoded.
 
     Args:
         output: The folder. Paths in the lists start from it.
@@ -64,7 +66,8 @@ def split(
     if groups is not None:
         _require_names(records, kept_of, groups)
     inputs = records.identity() | ({} if groups is None else {"groups": describe_files([groups])})
-    with Run("split", output, inputs, options, is_folder=True, overwrite=overwrite) as run:
+    writes = [rf"({TRAIN}|{VALIDATION}|{TEST})\.jsonl", re.escape(FAILED)]
+    with Run("split", output, inputs, options, is_folder=True, overwrite=overwrite, writes=writes) as run:
         if run.finished:
             return None
         counts, failed = Counter({TRAIN: 0, VALIDATION: 0, TEST: 0}), dict[str, str]()
@@ -76,6 +79,8 @@ def split(
                 record = records.read(number)
                 advance(1)
                 try:
+                    if not os.path.getsize(record.image):
+                        raise ValueError("the file is empty")
                     data = file_of(record.image) if by == CONTENT else None
                 except (OSError, ValueError) as error:
                     failed[record.name] = reason_of(error)

@@ -1,6 +1,7 @@
 """Parquet files as a stream: batches in, row groups of one size out, with constant memory."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ def unified_schema(files: Sequence[str]) -> Any:
     """A schema that the rows of all files fit into: all columns, and the wider of two types.
 
     Raises:
-        ValueError: If a file cannot be read as parquet, or two types of a column do not go together.
+        ValueError: If a file cannot be read as parquet or has two columns of one name, or if two types of a column do
+            not go together.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -34,6 +36,9 @@ def unified_schema(files: Sequence[str]) -> Any:
             own = parquet.read_schema(file).remove_metadata()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        repeated = [name for name, count in Counter(own.names).items() if count > 1]
+        if repeated:
+            raise ValueError(f"{file} has more than one column {repeated[0]!r}; rename or remove one in the file")
         try:
             schema = own if schema is None else pa.unify_schemas([schema, own], promote_options="permissive")
         except pa.ArrowException as error:

@@ -18,13 +18,25 @@ def number_or_none(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"must be a number or none, not {text}") from error
 
 
+def aspect_ratios(text: str) -> tuple[float, float] | None:
+    """An argparse type: two numbers from 0 up, such as `0.5:2`, or `none`."""
+    if text.lower() == "none":
+        return None
+    try:
+        lowest, highest = map(not_negative_number, text.split(":"))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"must be two numbers, such as 0.5:2, or none, not {text}") from error
+    return lowest, highest
+
+
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         "data",
         help="prepare data for training: filter, download, pack, find duplicates, caption, inspect, split",
         description="Prepares data. Every step writes a manifest beside its output. The same command again goes on "
         "where it was ended, and does nothing if it is done; other inputs or options need another output or "
-        "--overwrite. docs/data_preparation.md has examples.",
+        "--overwrite. The exit code is 1, each time, if images cannot be read or downloaded. "
+        "docs/data_preparation.md has examples.",
     )
     steps = parser.add_subparsers(title="steps", metavar="STEP", required=True)
     for add in (_add_filter, _add_download, _add_pack, _add_dedup, _add_recaption, _add_inspect, _add_split):
@@ -47,11 +59,10 @@ def _add_filter(steps: Any) -> None:
     )
     parser.add_argument(
         "--aspect-ratio",
-        type=number_or_none,
-        nargs="+",
-        default=[0.5, 2.0],
-        metavar="X",
-        help="smallest and largest width / height, or none (default: 0.5 2)",
+        type=aspect_ratios,
+        default=(0.5, 2.0),
+        metavar="A:B",
+        help="smallest and largest width / height, or none (default: 0.5:2)",
     )
     parser.add_argument(
         "--max-watermark", **rule, default=0.5, help="probability of a watermark below X, or none (default: 0.5)"
@@ -169,8 +180,8 @@ def _add_recaption(steps: Any) -> None:
         help="captions of a vision model behind an OpenAI-compatible endpoint",
         description="Captions images by a teacher behind an OpenAI-compatible endpoint, as pairs for stage 2. An "
         "answer is written when it comes: an ended run pays for none twice. Refusals and malformed answers are in "
-        "OUT.rejected.jsonl with their reasons. The exit code is 1 while requests have failed; the same command asks "
-        "for those again.",
+        "OUT.rejected.jsonl with their reasons. The exit code is 1 while requests have failed, which the same command "
+        "asks for again, and if images cannot be read.",
     )
     _add_source(parser, pairs=False)
     _add_output(parser, "OUT.jsonl", "the list of images and captions")
@@ -251,7 +262,8 @@ def _add_split(steps: Any) -> None:
         "split",
         help="training, validation and test lists, by a hash",
         description="Writes OUT/train.jsonl, OUT/validation.jsonl and, with --test, OUT/test.jsonl, lists that the "
-        "trainers read. An image goes where the hash of its name says: images that are added later move none.",
+        "trainers read. An image goes where the hash of its name says: images that are added later move none. Images "
+        "are not opened; empty files are left out and named in OUT/failed.json.",
     )
     _add_source(parser)
     _add_output(parser, "OUT", "the folder of the lists")

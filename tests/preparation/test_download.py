@@ -5,6 +5,7 @@ name its program in `VLV_IMG2DATASET`. Hanging and kills are tested with a progr
 """
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -121,8 +122,13 @@ def test_a_download_that_hangs_is_ended_and_the_next_pass_gets_the_rest(tmp_path
     assert tar_captions(tmp_path / "out") == EVERY_CAPTION
 
 
+def is_alive(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
 @pytest.mark.slow
-def test_a_killed_download_goes_on_beside_what_the_killed_one_has_started(tmp_path, program):
+def test_a_killed_download_goes_on_when_what_it_has_started_is_ended(tmp_path, program):
     code = """
 import sys
 from vlv.preparation.download import DownloadConfig, download
@@ -137,8 +143,11 @@ download([sys.argv[1]], sys.argv[2], DownloadConfig(shard_images=3, passes=1), p
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "out").glob("*.tar"))
+    started = json.loads((tmp_path / "out" / ".progress" / "process.json").read_text())["pid"]
+    assert is_alive(started)
     how = DownloadConfig(shard_images=3, passes=1)
     counts = download([tmp_path / "urls.parquet"], tmp_path / "out", how, program=program)
+    assert not is_alive(started)
     assert tar_captions(tmp_path / "out") == EVERY_CAPTION
     assert (counts["passes"], counts["images"], counts["failed"]) == (["killed", "complete"], 7, 1)
 

@@ -115,6 +115,18 @@ def test_later_images_move_none_and_another_folder_splits_equally(tmp_path):
     assert len(load_images(str(tmp_path / "few" / "out" / "train.jsonl"))) == list(few.values()).count("train")
 
 
+@pytest.mark.parametrize("by", ["name", "content"])
+def test_empty_files_are_left_out_of_the_lists_and_named(tmp_path, by):
+    """Other files that are not images are in them: they are not opened."""
+    pictures = write_pictures(tmp_path / "in", 2)
+    (pictures / "empty.png").touch()
+    (pictures / "words.png").write_text("no picture")
+    command = ["data", "split", str(pictures), "--output", str(tmp_path / "out"), "--by", by]
+    assert main(command) == main(command) == 1
+    assert json.loads((tmp_path / "out" / "failed.json").read_text()) == {"empty.png": "the file is empty"}
+    assert parts_of(tmp_path / "out").keys() == {"00.png", "01.png", "words.png"}
+
+
 def test_the_parts_have_their_shares():
     parts = [part_of(str(number).encode(), 0.3, 0.2, seed=0) for number in range(10_000)]
     for part, share in (("validation", 0.3), ("test", 0.2), ("train", 0.5)):

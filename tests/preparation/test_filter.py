@@ -132,6 +132,16 @@ def test_a_rule_takes_a_number_or_none(file, tmp_path, capsys, value):
     assert f"not {value}" in said and "must be" in said and "number_or_none" not in said
 
 
+@pytest.mark.parametrize("value", ["2", "0.5:wide", "1:2:3", "nan:2", ":"])
+def test_an_aspect_ratio_is_two_numbers_or_none(file, tmp_path, capsys, value):
+    """It stands before the files, which it does not take for its own."""
+    command = ["data", "filter", "--output", str(tmp_path / "o.parquet")]
+    with pytest.raises(SystemExit):
+        main([*command, "--aspect-ratio", value, str(file)])
+    assert f"must be two numbers, such as 0.5:2, or none, not {value}" in capsys.readouterr().err
+    assert main([*command, "--aspect-ratio", "0.5:1", str(file)]) == 0
+
+
 def test_a_report_of_the_user_is_not_replaced(file, tmp_path, capsys):
     (tmp_path / "o.parquet.report.md").write_text("mine")
     assert main(["data", "filter", str(file), "--output", str(tmp_path / "o.parquet")]) == 2
@@ -171,8 +181,7 @@ def test_files_without_a_column_of_a_rule_are_refused_unless_missing_values_pass
     ("arguments", "expected"),
     [
         (["--watermark-column", "wm"], "has no column 'wm' for the watermark; it has URL, TEXT"),
-        (["--aspect-ratio", "2"], "--aspect-ratio takes two numbers, such as 0.5 2, or none"),
-        (["--aspect-ratio", "2", "0.5"], "expected two numbers above 0 in order"),
+        (["--aspect-ratio", "2:0.5"], "expected two numbers above 0 in order"),
         (["--sample", "5", "--key", "id"], "no column 'id' to draw the sample by"),
         (["--width-column", "TEXT"], "the column 'TEXT' holds"),
     ],
@@ -197,3 +206,11 @@ def test_damaged_and_missing_files_are_named(file, tmp_path, capsys):
     for name, expected in ((file, f"{file} cannot be read as parquet"), (tmp_path / "no.parquet", "does not exist")):
         assert main(["data", "filter", str(name), "--output", str(tmp_path / "out.parquet")]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_a_file_with_two_columns_of_one_name_is_named(tmp_path, capsys):
+    table = metadata(3)
+    twice = tmp_path / "twice.parquet"
+    parquet.write_table(table.append_column("TEXT", table.column("TEXT")), twice)
+    assert main(["data", "filter", str(twice), "--output", str(tmp_path / "out.parquet")]) == 2
+    assert f"{twice} has more than one column 'TEXT'" in capsys.readouterr().err

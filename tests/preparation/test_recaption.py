@@ -179,7 +179,8 @@ def test_large_images_are_sent_smaller_and_unreadable_ones_are_named(tmp_path):
     folder = write_pictures(tmp_path / "in", 1, side=300)
     (folder / "bad.png").write_text("no picture")
     with scripted_endpoint(lambda words, times: Reply(TEXT)) as script:
-        assert main(command(folder, tmp_path / "o.jsonl", script.url, "--max-side", "128")) == 0
+        assert main(command(folder, tmp_path / "o.jsonl", script.url, "--max-side", "128")) == 1
+        assert main(command(folder, tmp_path / "o.jsonl", script.url, "--max-side", "128")) == 1
     (request,) = script.requests
     uri = request["messages"][0]["content"][0]["image_url"]["url"]
     assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (128, 128)
@@ -297,6 +298,24 @@ def test_an_endpoint_that_answers_nothing_right_ends_the_run(pictures, tmp_path,
         ("My apologies, but this cannot be described.", "refused"),
         ("Icons of an app on a white ground.", "captioned"),
         ("As an AI, I have no eyes.", "refused"),
+        ("I can't fulfill that request.", "refused"),
+        ("I can’t fulfill that request.", "refused"),
+        ("I cannot create content of that kind.", "refused"),
+        ("I must decline to describe this image.", "refused"),
+        ("As a language model, I can't view images.", "refused"),
+        ("I'm just a language model and have no image.", "refused"),
+        ("I don't see an image attached to your message.", "refused"),
+        ("I don’t see an image attached to your message.", "refused"),
+        ("Please upload an image so that I can describe it.", "refused"),
+        ("It looks like you haven't attached an image.", "refused"),
+        ("As a model walks by, an AI robot waves.", "captioned"),
+        ("I can't believe it's butter, says the label of a yellow tub.", "captioned"),
+        ("It looks like a cat, with a text in {brackets} and <angles> beside it.", "captioned"),
+        ('{"error": "model overloaded, try again"}', "malformed"),
+        ("[A cat on a mat.]", "malformed"),
+        ("<html><body>502 Bad Gateway nginx</body></html>", "malformed"),
+        ("```\nA cat on a mat.\n```", "malformed"),
+        ("Here is the caption: ```A cat on a mat.```", "malformed"),
         (" ".join(f"word{number}" for number in range(300)), "captioned"),
     ],
 )

@@ -1,5 +1,6 @@
 """What every step survives: kills at any moment, a full disk."""
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,21 @@ def test_a_kill_while_a_part_is_written_leaves_no_half_of_it(tmp_path):
         run.write(run.progress / "part.json", b"{}")
         run.finish([], {})
     assert not run.progress.exists()
+
+
+def test_a_process_that_has_the_id_of_one_that_was_left_is_not_ended(tmp_path):
+    """Nor is it an error if there is none of this id."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        with Run("download", tmp_path, {}, {}, is_folder=True) as run:
+            run.record_process(process.pid)
+        record = tmp_path / ".progress" / "process.json"
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps(content | {"started": content["started"] - 1}))
+        with Run("download", tmp_path, {}, {}, is_folder=True) as run:
+            assert process.poll() is None and not record.exists()
+            run.record_process(process.pid)
+        with Run("download", tmp_path, {}, {}, is_folder=True) as run:
+            assert process.wait(10) == -signal.SIGKILL and not record.exists()
 
 
 @pytest.fixture
@@ -101,14 +117,43 @@ STEP_ARGUMENTS = {
 }
 
 
+def fill(folder) -> None:
+    """Inputs of every step, with an image that cannot be read, and a URL that is gone."""
+    write_metadata(folder / "metadata.parquet", 3000)
+    write_pictures(folder / "pictures", 7)
+    (folder / "pictures" / "bad.png").write_text("no picture")
+    write_downloader(folder / "downloader")
+    write_urls(folder / "urls.parquet", ["url", "gone", "other", "third", "fourth"])
+
+
+@pytest.mark.parametrize("step", ["pack", "dedup", "inspect", "split", "download"])
+def test_overwrite_removes_what_an_ended_run_has_left_and_no_other_file(tmp_path, monkeypatch, step):
+    """The run is ended when all its outputs are there, but not yet in the manifest; another step follows."""
+    fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def end(*arguments):
+        raise ValueError("ended")
+
+    with monkeypatch.context() as ended:
+        ended.setattr(Run, "finish", end)
+        assert main(["data", step, *STEP_ARGUMENTS[step]]) == 2
+    left = {path.name for path in Path("out").iterdir()} - {"manifest.json", ".progress"}
+    mine = {"teacher.jsonl", "teacher.jsonl.answers.sqlite", "x.png", "my shard-00000.tar"}
+    for name in mine:
+        Path("out", name).write_text("mine")
+    other = "dedup" if step == "inspect" else "inspect"
+    assert main(["data", other, *STEP_ARGUMENTS[other], "--overwrite"]) == 1
+    found = {path.name for path in Path("out").iterdir()}
+    assert mine <= found and all(Path("out", name).read_text() == "mine" for name in mine)
+    made = {"kept.jsonl", "duplicates.json", "failed.json"} if step == "inspect" else {"report.json", "report.html"}
+    assert found - mine == made | {"manifest.json"} and left - made
+
+
 @pytest.mark.parametrize("step", STEP_ARGUMENTS)
 def test_a_progress_bar_ends_at_its_total(tmp_path, monkeypatch, step):
-    """Of every step, with an image that cannot be read, a URL that is gone, and a teacher that says nothing."""
-    write_metadata(tmp_path / "metadata.parquet", 3000)
-    write_pictures(tmp_path / "pictures", 7)
-    (tmp_path / "pictures" / "bad.png").write_text("no picture")
-    write_downloader(tmp_path / "downloader")
-    write_urls(tmp_path / "urls.parquet", ["url", "gone", "other", "third", "fourth"])
+    """Of every step, with a teacher that says nothing."""
+    fill(tmp_path)
     monkeypatch.chdir(tmp_path)
     bars = []
 
