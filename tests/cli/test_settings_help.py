@@ -1,16 +1,29 @@
 """The stored --help of commands that read settings is what their parsers write."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from vlv.cli import settings_help
 from vlv.cli.main import main
 
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+
+
+def test_stored_texts_are_of_the_transformers_of_the_constraints():
+    (pinned,) = re.findall(r"^transformers==(.+)$", CONSTRAINTS.read_text(), re.MULTILINE)
+    headings = {path.read_text().partition("\n")[0] for path in settings_help.FOLDER.glob("*.txt")}
+    assert headings == {f"transformers {pinned}"}, "run `python -m vlv.cli.settings_help`"
+
 
 @pytest.mark.parametrize("command", settings_help.CONFIGURATIONS)
 def test_stored_texts_are_those_of_the_parsers(command):
-    assert (
-        settings_help.stored_help([*command.split(), "--help"]) == settings_help.write_help(command).split("\n", 1)[1]
-    ), "run `python -m vlv.cli.settings_help`"
+    expected = settings_help.write_help(command)
+    if not (settings_help.FOLDER / f"{command.replace(' ', '_')}.txt").read_text().startswith(expected.split("\n")[0]):
+        pytest.skip("the stored texts are of another transformers")
+    stored = settings_help.stored_help([*command.split(), "--help"])
+    assert stored == expected.split("\n", 1)[1], "run `python -m vlv.cli.settings_help`"
 
 
 def test_a_text_of_another_transformers_is_written_anew(tmp_path, monkeypatch, capsys):
