@@ -82,12 +82,22 @@ def open_table(file: str, column: str, status: Status) -> "Source":
     """The `vlv.train.data` source of a parquet or list file that has this status. Raises `OSError` or `ValueError`."""
     from vlv.train.data.loading import open_source
 
-    return open_source(file, "train", column, None, None)
+    return open_source(file, "train", column, None, None, keeps_missing=True)
 
 
 def _read_row(file: str, column: str, status: Status, row: int, timeout: float) -> Any:
     _require_same(file, status)
-    return image_content(open_table(file, column, status)[row]["image"], timeout)
+    return read_image(open_table(file, column, status), row, timeout)
+
+
+def read_image(source: "Source", row: int, timeout: float) -> Any:
+    """The image of a row of a source. Raises `OSError` or `ValueError` if it cannot be read."""
+    from vlv.train.data.lists import ListDataset
+
+    image = source[row]["image"]
+    if isinstance(source, ListDataset) and not os.path.isfile(image):
+        raise ValueError(f"{image} {'is not a file' if os.path.exists(image) else 'does not exist'}")
+    return image_content(image, timeout)
 
 
 def image_content(image: Any, timeout: float) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlv.files import read_json, to_json
+from vlv.train.data.source import UnreadableImage
 
 from .records import Records, file_of, list_entry, reason_of
 from .run import FAILED, Run, describe_files
@@ -32,7 +33,8 @@ def split(
     """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` into a folder: lists that the trainers read.
 
     An image goes where a hash of its name (or its content) and the seed says, whatever the other images are: more
-    images move none. An image that cannot be read for its content is left out, and named in `failed.json`.
+    images move none. An image that does not exist, or cannot be read for its content, is left out, and named in
+    `failed.json`.
 
     Args:
         output: The folder. Paths in the lists start from it.
@@ -76,7 +78,8 @@ def split(
                 record = records.read(number)
                 advance(1)
                 try:
-                    data = file_of(record.image) if by == CONTENT else None
+                    needs_file = by == CONTENT or isinstance(record.image, UnreadableImage)
+                    data = file_of(record.image) if needs_file else None
                 except (OSError, ValueError) as error:
                     failed[record.name] = reason_of(error)
                     continue

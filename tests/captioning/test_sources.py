@@ -265,6 +265,19 @@ def test_the_images_of_a_list_are_called_by_list_and_path(folder, encoded, image
     assert inputs[0].identify()["blake2b"] != known["blake2b"]
 
 
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_a_missing_image_of_a_list_fails_alone(folder, image_processor, as_dataset):
+    lines = [{"image": "no.png"}, {"image": "a.png"}, {"image": "sub"}]
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = str(folder / "list.jsonl")
+    inputs = Inputs([], DatasetArguments(file)) if as_dataset else Inputs([file])
+    summary = Summary(None)
+    (batch,) = read_batches(inputs, image_processor, 8, summary, identify=True)
+    first, good, third = ["train/0", "train/1", "train/2"] if as_dataset else [f"list.jsonl/{n['image']}" for n in lines]
+    assert batch.names == [good]
+    assert summary.failed == {first: f"{folder}/no.png does not exist", third: f"{folder}/sub is not a file"}
+
+
 def test_rows_that_hold_a_path_or_base64_are_read(tmp_path, encoded, image_processor):
     (tmp_path / "a.png").write_bytes(encoded[0])
     rows = ["a.png", base64.b64encode(encoded[1]).decode()]

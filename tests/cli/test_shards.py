@@ -225,15 +225,18 @@ def test_rows_of_parquet_and_list_files_are_inputs(folder, tmp_path):
     files = sorted(folder.glob("*.png"))
     images = [{"bytes": path.read_bytes(), "path": path.name} for path in files[:2]]
     parquet.write_table(pyarrow.table({"image": images}), tmp_path / "some.parquet")
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": str(path)}) + "\n" for path in files[2:4]))
+    listed = [*files[2:4], tmp_path / "absent.png"]  # one that is missing is a bad image
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": str(path)}) + "\n" for path in listed))
     lists = tmp_path / "lists"
     lists.mkdir()
     counts = divide([str(tmp_path / "some.parquet"), str(tmp_path / "list.jsonl")], 2, lists)
     assert counts["files"] == 2 and counts["images"] == 0
     assert counts["of_shards"] == [[0, 1], [0, 1]]
-    contents = [[item.open().image for item in read_division(lists, index, 2, [0, 1])] for index in range(2)]
-    assert contents[0] == [path.read_bytes() for path in files[:2]]
-    assert [Path(path) for path in contents[1]] == files[2:4]
+    of_table, (*of_list, missing) = [read_division(lists, index, 2, [0, 1]) for index in range(2)]
+    assert [item.open().image for item in of_table] == [path.read_bytes() for path in files[:2]]
+    assert [Path(item.open().image) for item in of_list] == files[2:4]
+    with pytest.raises(ValueError, match=r"absent\.png does not exist"):
+        missing.open()
 
 
 def shards_of(shards: ShardFolder) -> list[list[str]]:
