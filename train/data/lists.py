@@ -81,7 +81,8 @@ class ListDataset(Source):
             if "caption" in item and not alternatives(item["caption"]):
                 continue  # left out
             name = os.path.relpath(item["image"], self.root)
-            known = (name, file_size(item["image"]), item.get("caption"), *([item["prompt"]] if item.get("prompt") else []))
+            prompt = [item["prompt"]] if item.get("prompt") else []
+            known = (name, file_size(item["image"]), item.get("caption"), *prompt)
             digest.update(repr(known).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
