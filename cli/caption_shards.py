@@ -109,7 +109,10 @@ def _write_sidecars(shards: ShardFolder, arguments: argparse.Namespace) -> int:
             summary.advance(1)
         files.skipped += len(inputs) - len(left)
     failed = summary.close("wrote", arguments.sidecar_dir or "sidecars beside the images", None, files.skipped)
-    return failed + sum(shards.counts(index)["failed"] for index in range(shards.count))
+    without = sum(shards.counts(index)["failed"] for index in range(shards.count))
+    if without:
+        print(f"{without} images have no caption (see the `error` lines of the shards)", file=sys.stderr)
+    return failed + without
 
 
 def _caption(arguments: argparse.Namespace) -> int:

@@ -96,6 +96,14 @@ def merge(folder: Path, output: Path, *arguments) -> int:
     return main(["caption", "--merge", str(folder), "--output", str(output), *arguments])
 
 
+def test_merging_into_sidecars_says_that_images_have_no_caption(finished, tmp_path, capsys):
+    options = ["--sidecar", "txt", "--sidecar-dir", str(tmp_path / "texts")]
+    assert main(["caption", "--merge", str(finished), *options]) == 1
+    said = capsys.readouterr().err
+    assert "wrote 11, failed 0" in said
+    assert "1 images have no caption (see the `error` lines of the shards)" in said
+
+
 @pytest.mark.slow
 def test_merged_shards_are_the_captions_of_one_run(finished, folder, model_folder, tmp_path, capsys):
     assert caption(model_folder, folder, "--output", tmp_path / "alone.json") == 1
