@@ -7,6 +7,7 @@ to `LISTED` images are listed first.
 
 import os
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -170,10 +171,12 @@ def _listed_on_stdin(timeout: float) -> Iterator[Named]:
     for line in _lines_of_stdin():
         try:
             found = [(at_url(line, timeout), line)] if is_url(line) else files_of(line)
-            yield from ((renamed(item, full), full) for item, full in found)
+            for item, _ in found:
+                is_named = item.remote is not None or item.path == Path(line)
+                name = line if is_named else os.path.join(line, item.name)
+                yield renamed(item, name), name
         except UserError as error:
-            path = Path(line)
-            yield Input(path.as_posix(), path, problem=str(error)), path.as_posix()
+            yield Input(line, Path(line), problem=str(error)), line
 
 
 def is_shard(argument: str) -> bool:
@@ -251,7 +254,8 @@ def renamed(item: Input, name: str) -> Input:
 
 
 def _lines_of_stdin() -> Iterator[str]:
-    """The lines of standard input that are not empty, in the encoding of file names."""
-    for line in sys.stdin.buffer:
-        if text := os.fsdecode(line.rstrip(b"\r\n")):
-            yield text
+    """The lines of standard input that are not blank, in the encoding of file names; without a byte order mark."""
+    for number, line in enumerate(sys.stdin.buffer):
+        text = os.fsdecode(line.removeprefix(BOM_UTF8) if number == 0 else line)
+        if text.strip():
+            yield text.removesuffix("\n").removesuffix("\r")

@@ -152,7 +152,12 @@ def test_a_list_on_standard_input_names_files_folders_and_what_is_missing(folder
     expected = [folder / "a.png", folder / "gone.png", folder / "sub/b.png", folder / "sub/deep/c.png"]
     assert [item.name for item in inputs] == [str(path) for path in expected]
     assert inputs[1].problem == f"{folder / 'gone.png'} does not exist"
-    give_stdin(monkeypatch)
+    monkeypatch.chdir(folder)
+    give_stdin(monkeypatch, "\ufeff./a.png\r", "  ", "./sub/", "sub//b.png", "./gone.png\r")
+    inputs = list(Inputs(["-"]))
+    assert [item.name for item in inputs] == ["./a.png", "./sub/b.png", "./sub/deep/c.png", "./gone.png"]
+    assert [item.problem for item in inputs] == [None, None, None, "./gone.png does not exist"]
+    give_stdin(monkeypatch, " ", "\r")
     with pytest.raises(UserError, match="no images in -"):
         Inputs(["-"])
 
@@ -273,7 +278,8 @@ def test_a_missing_image_of_a_list_fails_alone(folder, image_processor, as_datas
     inputs = Inputs([], DatasetArguments(file)) if as_dataset else Inputs([file])
     summary = Summary(None)
     (batch,) = read_batches(inputs, image_processor, 8, summary, identify=True)
-    first, good, third = ["train/0", "train/1", "train/2"] if as_dataset else [f"list.jsonl/{n['image']}" for n in lines]
+    expected = [f"train/{row}" if as_dataset else f"list.jsonl/{line['image']}" for row, line in enumerate(lines)]
+    first, good, third = expected
     assert batch.names == [good]
     assert summary.failed == {first: f"{folder}/no.png does not exist", third: f"{folder}/sub is not a file"}
 
