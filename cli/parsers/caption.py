@@ -101,6 +101,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with --output: keep the captions of images that have not changed, add the others",
     )
+    existing.add_argument(
+        "--resume-mixed",
+        action="store_true",
+        help="as --resume, and keep captions that were made with other settings, too (another --prompt, for example)",
+    )
     existing.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     beside = group.add_mutually_exclusive_group()
     beside.add_argument(
