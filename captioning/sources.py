@@ -55,6 +55,7 @@ class Inputs:
         column: Of the images in parquet files and lists.
         url_timeout: Seconds that a download may take.
         quiet_suffixes: Of files that are not named among those that are left out.
+        image_root: The folder that paths in parquet files and lists start from; by default that of the file.
 
     Raises:
         UserError: If an argument does not exist, or no image is found.
@@ -67,9 +68,10 @@ class Inputs:
         column: str = "image",
         url_timeout: float = TIME_LIMIT,
         quiet_suffixes: Sequence[str] = (),
+        image_root: str | None = None,
     ):
         self._paths, self._dataset, self._column, self._timeout = list(paths), dataset, column, url_timeout
-        self._quiet_suffixes = quiet_suffixes
+        self._quiet_suffixes, self._root = quiet_suffixes, image_root
         self.left_out: Counter[str] = Counter()
         self._length: int | None = None
         if dataset is None:
@@ -78,7 +80,7 @@ class Inputs:
             found = self._find(self.left_out)
             if len(paths) == 1 and paths[0].lower().endswith(".parquet"):
                 with suppress(OSError, ValueError):  # a damaged file is a bad input
-                    self._length = len(open_table(paths[0], column, file_status(paths[0])))
+                    self._length = len(open_table(paths[0], column, file_status(paths[0]), image_root))
         elif dataset.streaming:
             found = stream_dataset(dataset, url_timeout)
         else:
@@ -132,7 +134,7 @@ class Inputs:
 
     def _found_in(self, argument: str, left_out: Counter[str]) -> Iterator[Named]:
         found = _listed_on_stdin(self._timeout) if argument == STDIN else walk(argument, left_out, self._timeout)
-        return expand_tables(found, self._column, self._timeout, left_out)
+        return expand_tables(found, self._column, self._timeout, left_out, self._root)
 
 
 def require_argument(argument: str) -> None:

@@ -76,6 +76,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="column of the images of --dataset, parquet files and lists (default: image)",
     )
+    group.add_argument(
+        "--image-root", metavar="DIR", help="folder that paths in parquet files and lists start from (default: theirs)"
+    )
     group.add_argument("--streaming", action="store_true", help="read --dataset while captions are written")
     group.add_argument(
         "--url-timeout",

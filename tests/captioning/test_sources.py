@@ -265,6 +265,11 @@ def test_the_images_of_a_list_are_called_by_list_and_path(folder, encoded, image
     inputs = list(Inputs([str(folder / "list.jsonl")]))
     assert [item.name for item in inputs] == ["list.jsonl/a.png", "list.jsonl/sub/b.png", "list.jsonl/a.png#2"]
     assert pixels(inputs, image_processor) == [COLORS[0], COLORS[1], COLORS[0]]
+    elsewhere = (folder / "list.jsonl").rename(folder.parent / "list.jsonl")
+    moved = list(Inputs([str(elsewhere)], image_root=f"{folder}/"))
+    assert [item.name for item in moved] == [item.name for item in inputs]
+    assert pixels(moved, image_processor) == [COLORS[0], COLORS[1], COLORS[0]]
+    inputs = moved
     known = inputs[0].identify()
     (folder / "a.png").write_bytes(encoded[2])
     assert inputs[0].identify()["blake2b"] != known["blake2b"]

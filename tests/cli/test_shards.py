@@ -247,6 +247,19 @@ def test_rows_of_parquet_and_list_files_are_inputs(folder, tmp_path):
         missing.open()
 
 
+def test_paths_in_a_list_start_from_the_folder_that_the_run_was_begun_with(folder, model_folder, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image\n0.png\nsub/1.png\n")
+    arguments = (tmp_path / "list.csv", "--shards", 1, "--output-dir", tmp_path / "out", "--image-root")
+    assert caption(model_folder, *arguments, folder) == 0
+    assert merge(tmp_path / "out", tmp_path / "merged.json") == 0
+    assert list(json.loads((tmp_path / "merged.json").read_text())) == ["list.csv/0.png", "list.csv/sub/1.png"]
+    assert caption(model_folder, *arguments, folder / "sub") == 2
+    assert f"was begun with image_root {folder}, here {folder}/sub" in capsys.readouterr().err
+    assert caption(model_folder, *arguments, folder / "none") == 2
+    assert caption(model_folder, folder, "--output", tmp_path / "c.json", "--image-root", folder) == 2
+    assert "--image-root needs parquet or list files" in capsys.readouterr().err
+
+
 def shards_of(shards: ShardFolder) -> list[list[str]]:
     """The names of the images of each shard."""
     return [[item.name for item in shards.inputs(index)] for index in range(shards.count)]
