@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError
 from vlv.errors import UserError, first_line
 
 from .inputs import Input
-from .tables import file_status, file_version, image_content
+from .tables import file_status, file_version, image_content, read_image
 
 if TYPE_CHECKING:
     from vlv.train.data import Source
@@ -71,9 +71,9 @@ def _open(dataset: DatasetArguments) -> "Source":
         if not (folder / split).is_dir():
             known = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
             raise ValueError(f"it has no split {split!r}; it has {known}")
-        return open_source(str(folder / split), split, dataset.column, None, None)
+        return open_source(str(folder / split), split, dataset.column, None, None, keeps_missing=True)
     if dataset.split is None or not folder.exists():
-        return open_source(dataset.name, split, dataset.column, None, None)
+        return open_source(dataset.name, split, dataset.column, None, None, keeps_missing=True)
     if not folder.is_dir() or (folder / "state.json").is_file():
         raise ValueError(f"it has no splits; leave out --split {split}")
     return ColumnDataset(find_dataset(dataset.name, split), dataset.column, None, folder)
@@ -151,7 +151,7 @@ class _RowReader:
     timeout: float
 
     def read(self, row: int) -> Any:
-        return image_content(self.source[row]["image"], self.timeout)
+        return read_image(self.source, row, self.timeout)
 
     def decode(self, content: dict[str, Any]) -> Any:
         return image_content(self.source.image(content, self.source.name), self.timeout)

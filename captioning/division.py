@@ -209,12 +209,14 @@ def read_division(
     expected: Sequence[int],
     image_column: str = "image",
     url_timeout: float = TIME_LIMIT,
+    image_root: str | None = None,
 ) -> list[Input]:
     """The inputs of a shard. No two have the same name. A file of many images that cannot be read is one bad input.
 
     Args:
         expected: The numbers of images and of files in the list, as `divide` returns them.
         url_timeout: Seconds that a download may take.
+        image_root: As of `expand_tables`.
 
     Raises:
         UserError: If the list is damaged, or does not have as many.
@@ -222,7 +224,7 @@ def read_division(
     lines = _read_list(list_path(folder, index, count), expected)
     found = ((item, item.name) for item in (_listed(line, url_timeout) for line in lines))
     inputs: dict[str, Input] = {}
-    for item, _ in expand_tables(found, image_column, url_timeout, Counter()):
+    for item, _ in expand_tables(found, image_column, url_timeout, Counter(), image_root):
         inputs.setdefault(item.name, item)
     return list(inputs.values())
 

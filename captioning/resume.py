@@ -33,13 +33,21 @@ class ResumableResults:
         model: `--model` and its `vlv.hub.fingerprint`.
         settings: Settings that change results.
         shared: Names of the settings in which all runs must agree.
+        mixes: Whether results that were made with other settings are kept, as far as they are not `shared`.
 
     Raises:
         UserError: If another run writes into the file, or the record cannot be written.
     """
 
-    def __init__(self, output: Path, model: tuple[str, str], settings: Mapping[str, Any], shared: Sequence[str] = ()):
-        self._shared = tuple(shared)
+    def __init__(
+        self,
+        output: Path,
+        model: tuple[str, str],
+        settings: Mapping[str, Any],
+        shared: Sequence[str] = (),
+        mixes: bool = False,
+    ):
+        self._shared, self._mixes = tuple(shared), mixes
         self.output, self.record_path = output, record_path(output)
         self._runs: list[dict[str, Any]] = []
         self._run: dict[str, Any] = {"run": 0, "model": model[0], "fingerprint": model[1], "settings": dict(settings)}
@@ -57,8 +65,8 @@ class ResumableResults:
         changed loses its result. Results of images that are not among the inputs are kept.
 
         Raises:
-            UserError: If the file cannot be read, was made by another model or with other settings that must agree, or
-                has results of other images under the names of inputs.
+            UserError: If the file cannot be read, was made by another model or with other settings (unless it mixes
+                them), or has results of other images under the names of inputs.
         """
         entries = read_results(self.output, "--resume")
         self._runs, records = self._read_records() if entries else ([], {})
@@ -66,6 +74,8 @@ class ResumableResults:
             self._require_same_model(run)
             self._require_shared_settings(run)
         records = {name: record for name, record in records.items() if name in entries}
+        if not self._mixes:
+            self._require_same_settings(record["run"] for record in records.values())
         by_source = {record["source"]: record for record in records.values()}
         sources, names = {item.source for item in inputs}, {item.name for item in inputs}
         kept: dict[str, dict[str, Any]] = {}  # records by their former name
@@ -118,6 +128,26 @@ class ResumableResults:
                     "compared; give those of then, pass another --output, or --overwrite to replace it"
                 )
 
+    def _require_same_settings(self, numbers: Iterable[int]) -> None:
+        """Raises `UserError` if one of the runs with these numbers had other settings."""
+        used = set(numbers)
+        for run in self._runs:
+            if run["run"] in used and (differences := self._differences(run)):
+                raise UserError(
+                    f"--resume: {self.output} was made with other settings ({'; '.join(differences)}); give those of "
+                    "then, pass another --output, --overwrite to replace it, or --resume-mixed to keep its captions "
+                    "beside those of other settings"
+                )
+
+    def _differences(self, run: Mapping[str, Any]) -> list[str]:
+        """The settings of a run that are not those of this one."""
+        then, here = run["settings"], self._run["settings"]
+        return [
+            f"{name} {then.get(name)}, here {here.get(name)}"
+            for name in {**here, **then}
+            if then.get(name) != here.get(name)
+        ]
+
     def revise(self, change: Callable[[Any], Any]) -> None:
         """Replaces each kept result by `change(result)`."""
         self._entries = {name: change(entry) for name, entry in self._entries.items()}
@@ -127,14 +157,9 @@ class ResumableResults:
         sentences = []
         for run in self._runs:
             count = sum(record["run"] == run["run"] for record in self._records.values())
-            settings = self._run["settings"]
-            other = [
-                f"{name} {value}, here {settings.get(name)}"
-                for name, value in (dict.fromkeys(settings) | run["settings"]).items()
-                if value != settings.get(name)
-            ]
-            if count and other:
-                sentences.append(f"{count} of the kept results were made with other settings ({'; '.join(other)})")
+            if count and (differences := self._differences(run)):
+                what = "; ".join(differences)
+                sentences.append(f"{count} of the kept results were made with other settings ({what})")
         return sentences
 
     def adopt(self, item: Input, result: Any) -> None:

@@ -52,7 +52,7 @@ class ShardFolder:
     Args:
         folder: Holds a run: see `begin` and `open_existing`.
         run: The content of `run.json`: `shards`, `model`, `fingerprint`, `settings`, `inputs` (paths), `image_column`,
-            `dataset` (None, or `name`, `split` and `revision`) and `counts`.
+            `image_root`, `dataset` (None, or `name`, `split` and `revision`) and `counts`.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]):
@@ -146,7 +146,7 @@ class ShardFolder:
                 f"{self.folder} has shards of another model, {self.run['model']} ({self.run['fingerprint']:.12}); "
                 "pass that --model and --revision, or another --output-dir"
             )
-        for name in ("shards", "inputs", "image_column", "dataset"):
+        for name in ("shards", "inputs", "image_column", "image_root", "dataset"):
             if wanted.get(name) != self.run.get(name):
                 raise UserError(
                     f"{self.folder} was begun with {name} {self.run.get(name)}, here {wanted.get(name)}; give those "
@@ -203,8 +203,8 @@ class ShardFolder:
         """
         if self._divided_dataset is not None:
             return read_dataset_rows(*self._divided_dataset, self.run["counts"], index, url_timeout)
-        column = self.run.get("image_column", "image")
-        return read_division(self.folder / INPUTS, index, self.count, self.listed(index), column, url_timeout)
+        settings = self.run.get("image_column", "image"), url_timeout, self.run.get("image_root")
+        return read_division(self.folder / INPUTS, index, self.count, self.listed(index), *settings)
 
     def owner(self, index: int) -> Callable[[str], bool]:
         """A function that says of a name whether its image belongs to a shard. Raises as `inputs`."""

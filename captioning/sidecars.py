@@ -97,11 +97,15 @@ class CaptionFiles:
         raise NotImplementedError
 
     def merged(self, existing: str, caption: str) -> str:
-        """A caption with the one that exists. One that is there already is not added again."""
-        if not existing or self.on_existing not in ("append", "prepend"):
+        """A caption with the one that exists. One that is there already is not added again.
+
+        Texts that are joined are without surrounding white space.
+        """
+        if self.on_existing not in ("append", "prepend"):
             return caption
-        if not caption:
-            return existing
+        existing, caption = existing.strip(), caption.strip()
+        if not existing or not caption:
+            return existing or caption
         if self.on_existing == "append":
             done = existing == caption or existing.endswith(self.separator + caption)
             return existing if done else existing + self.separator + caption

@@ -7,6 +7,7 @@ to `LISTED` images are listed first.
 
 import os
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -54,6 +55,7 @@ class Inputs:
         column: Of the images in parquet files and lists.
         url_timeout: Seconds that a download may take.
         quiet_suffixes: Of files that are not named among those that are left out.
+        image_root: The folder that paths in parquet files and lists start from; by default that of the file.
 
     Raises:
         UserError: If an argument does not exist, or no image is found.
@@ -66,9 +68,10 @@ class Inputs:
         column: str = "image",
         url_timeout: float = TIME_LIMIT,
         quiet_suffixes: Sequence[str] = (),
+        image_root: str | None = None,
     ):
         self._paths, self._dataset, self._column, self._timeout = list(paths), dataset, column, url_timeout
-        self._quiet_suffixes = quiet_suffixes
+        self._quiet_suffixes, self._root = quiet_suffixes, image_root
         self.left_out: Counter[str] = Counter()
         self._length: int | None = None
         if dataset is None:
@@ -77,7 +80,7 @@ class Inputs:
             found = self._find(self.left_out)
             if len(paths) == 1 and paths[0].lower().endswith(".parquet"):
                 with suppress(OSError, ValueError):  # a damaged file is a bad input
-                    self._length = len(open_table(paths[0], column, file_status(paths[0])))
+                    self._length = len(open_table(paths[0], column, file_status(paths[0]), image_root))
         elif dataset.streaming:
             found = stream_dataset(dataset, url_timeout)
         else:
@@ -131,7 +134,7 @@ class Inputs:
 
     def _found_in(self, argument: str, left_out: Counter[str]) -> Iterator[Named]:
         found = _listed_on_stdin(self._timeout) if argument == STDIN else walk(argument, left_out, self._timeout)
-        return expand_tables(found, self._column, self._timeout, left_out)
+        return expand_tables(found, self._column, self._timeout, left_out, self._root)
 
 
 def require_argument(argument: str) -> None:
@@ -170,10 +173,12 @@ def _listed_on_stdin(timeout: float) -> Iterator[Named]:
     for line in _lines_of_stdin():
         try:
             found = [(at_url(line, timeout), line)] if is_url(line) else files_of(line)
-            yield from ((renamed(item, full), full) for item, full in found)
+            for item, _ in found:
+                is_named = item.remote is not None or item.path == Path(line)
+                name = line if is_named else os.path.join(line, item.name)
+                yield renamed(item, name), name
         except UserError as error:
-            path = Path(line)
-            yield Input(path.as_posix(), path, problem=str(error)), path.as_posix()
+            yield Input(line, Path(line), problem=str(error)), line
 
 
 def is_shard(argument: str) -> bool:
@@ -251,7 +256,8 @@ def renamed(item: Input, name: str) -> Input:
 
 
 def _lines_of_stdin() -> Iterator[str]:
-    """The lines of standard input that are not empty, in the encoding of file names."""
-    for line in sys.stdin.buffer:
-        if text := os.fsdecode(line.rstrip(b"\r\n")):
-            yield text
+    """The lines of standard input that are not blank, in the encoding of file names; without a byte order mark."""
+    for number, line in enumerate(sys.stdin.buffer):
+        text = os.fsdecode(line.removeprefix(BOM_UTF8) if number == 0 else line)
+        if text.strip():
+            yield text.removesuffix("\n").removesuffix("\r")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,9 @@ def is_table(item: Input) -> bool:
     return item.is_file and item.problem is None and item.path.suffix.lower() in (*SHARD_SUFFIXES, *LIST_SUFFIXES)
 
 
-def expand_tables(found: Iterable[Named], column: str, timeout: float, left_out: Counter[str]) -> Iterator[Named]:
+def expand_tables(
+    found: Iterable[Named], column: str, timeout: float, left_out: Counter[str], root: str | None = None
+) -> Iterator[Named]:
     """The inputs, with its images in place of each file that holds many.
 
     They are called `FILE/MEMBER` in a tar file, `FILE/ROW` in a parquet file, and `FILE/PATH` in a list. Of equal
@@ -42,13 +44,14 @@ def expand_tables(found: Iterable[Named], column: str, timeout: float, left_out:
         column: Of the images in parquet files and lists.
         timeout: Seconds that a download may take.
         left_out: Counts the members of tar files that are not images, by suffix.
+        root: The folder that paths in parquet files and lists start from; by default that of the file.
     """
     for item, full in found:
         if not is_table(item):
             yield item, full
             continue
         try:
-            for member, read, version in _members(str(item.path), column, timeout, left_out):
+            for member, read, version in _members(str(item.path), column, timeout, left_out, root):
                 row = Input(f"{item.name}/{member}", item.path, member=member, read=read, version=version)
                 yield row, f"{full}/{member}"
         except (OSError, ValueError) as error:
@@ -56,7 +59,7 @@ def expand_tables(found: Iterable[Named], column: str, timeout: float, left_out:
 
 
 def _members(
-    file: str, column: str, timeout: float, left_out: Counter[str]
+    file: str, column: str, timeout: float, left_out: Counter[str], root: str | None
 ) -> Iterator[tuple[str, Callable[[], Any], str | None]]:
     """What each image of a file is called, what reads it, and its `version`. Raises `OSError` or `ValueError`."""
     status = file_status(file)
@@ -64,13 +67,14 @@ def _members(
         for member, offset, size in tar_images(file, left_out):
             yield member, partial(_read_member, file, status, offset, size), None
         return
-    table = open_table(file, column, status)
+    table = open_table(file, column, status, root)
+    folder = os.path.dirname(file) if root is None else os.fspath(Path(root))
     is_list, names = not file.lower().endswith(".parquet"), Counter[str]()
     for row in range(len(table)):
-        read = partial(_read_row, file, column, status, row, timeout)
+        read = partial(_read_row, file, column, status, root, row, timeout)
         if is_list:
             image = table[row]["image"]
-            name = str(image).removeprefix(f"{os.path.dirname(file)}/")
+            name = str(image).removeprefix(f"{folder}/")
             names[name] += 1
             yield _numbered(name, names[name]), read, file_version(image)
         else:
@@ -78,16 +82,26 @@ def _members(
 
 
 @lru_cache(maxsize=OPEN_TABLES)
-def open_table(file: str, column: str, status: Status) -> "Source":
+def open_table(file: str, column: str, status: Status, root: str | None) -> "Source":
     """The `vlv.train.data` source of a parquet or list file that has this status. Raises `OSError` or `ValueError`."""
     from vlv.train.data.loading import open_source
 
-    return open_source(file, "train", column, None, None)
+    return open_source(file, "train", column, None, root, keeps_missing=True)
 
 
-def _read_row(file: str, column: str, status: Status, row: int, timeout: float) -> Any:
+def _read_row(file: str, column: str, status: Status, root: str | None, row: int, timeout: float) -> Any:
     _require_same(file, status)
-    return image_content(open_table(file, column, status)[row]["image"], timeout)
+    return read_image(open_table(file, column, status, root), row, timeout)
+
+
+def read_image(source: "Source", row: int, timeout: float) -> Any:
+    """The image of a row of a source. Raises `OSError` or `ValueError` if it cannot be read."""
+    from vlv.train.data.lists import ListDataset
+
+    image = source[row]["image"]
+    if isinstance(source, ListDataset) and not os.path.isfile(image):
+        raise ValueError(f"{image} {'is not a file' if os.path.exists(image) else 'does not exist'}")
+    return image_content(image, timeout)
 
 
 def image_content(image: Any, timeout: float) -> Any:

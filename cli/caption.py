@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> int:
     if caption_shards.is_wanted(arguments):
         return caption_shards.run(arguments)
+    arguments.resume = arguments.resume or arguments.resume_mixed
     check_arguments(arguments)
     complete_choice_arguments(arguments)
     output = choose_output(arguments)
@@ -93,7 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
             recorded["text_to_image"] = text_to_image_fingerprint(source, arguments.revision)
     results, kept = None, None
     if output is not None:
-        results = ResumableResults(output, (source, fingerprint), recorded, shared_settings(arguments))
+        shared, mixes = shared_settings(arguments), arguments.resume_mixed
+        results = ResumableResults(output, (source, fingerprint), recorded, shared, mixes)
         if resumes:
             refuse_other_form(output, arguments)
             listed = list(inputs)

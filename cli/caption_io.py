@@ -61,6 +61,7 @@ def check_dependent_arguments(arguments: argparse.Namespace) -> None:
         ("--streaming", arguments.streaming, arguments.dataset, "--dataset"),
         ("--dataset-revision", arguments.dataset_revision, of_hub, "--dataset ORG/NAME of the Hub"),
         ("--image-column", arguments.image_column, arguments.dataset or tables, "--dataset, or parquet or list files"),
+        ("--image-root", arguments.image_root, tables and not arguments.dataset, "parquet or list files"),
         ("--sidecar-dir", arguments.sidecar_dir, arguments.sidecar, "--sidecar"),
         ("--sidecar-name", arguments.sidecar_name, arguments.sidecar, "--sidecar"),
         ("--on-existing", arguments.on_existing, beside, "--sidecar or --metadata"),
@@ -73,6 +74,8 @@ def check_dependent_arguments(arguments: argparse.Namespace) -> None:
     ):
         if value and not usable:
             raise UserError(f"{option} needs {needed}")
+    if arguments.image_root and not os.path.isdir(arguments.image_root):
+        raise UserError(f"--image-root {arguments.image_root} is not a folder")
 
 
 def choose_output(arguments: argparse.Namespace) -> Path | None:
@@ -91,7 +94,7 @@ def open_inputs(arguments: argparse.Namespace) -> Inputs:
         own = arguments.split, column, arguments.streaming, arguments.dataset_revision
         dataset = DatasetArguments(arguments.dataset, *own)
     quiet = [f".{arguments.sidecar}"] if arguments.sidecar else []
-    return Inputs(arguments.paths, dataset, column, arguments.url_timeout, quiet)
+    return Inputs(arguments.paths, dataset, column, arguments.url_timeout, quiet, arguments.image_root)
 
 
 def open_caption_files(arguments: argparse.Namespace) -> CaptionFiles | None:

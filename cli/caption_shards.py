@@ -37,7 +37,7 @@ DEFAULT_OUTPUT = "captions.json"
 SHARDS_OF_A_WRITER = 50
 OF_SHARDS = {
     *("paths", "shards", "shard_index", "output_dir", "engine", "ray_actors", "ray_address", "restart_every"),
-    *("dataset", "split", "dataset_revision", "image_column", "url_timeout", "prompt", "length"),
+    *("dataset", "split", "dataset_revision", "image_column", "image_root", "url_timeout", "prompt", "length"),
     *("prefix", "suffix", "trigger_word", "trim", "loop_guard", "batch_size", "encoder_batch_size", "max_new_tokens"),
     *("num_beams", "as_original", "num_captions", "temperature", "seed", "embeddings_cache", "num_workers"),
     *("static_cache", "compile", "model", "revision", "device", "dtype"),
@@ -109,7 +109,10 @@ def _write_sidecars(shards: ShardFolder, arguments: argparse.Namespace) -> int:
             summary.advance(1)
         files.skipped += len(inputs) - len(left)
     failed = summary.close("wrote", arguments.sidecar_dir or "sidecars beside the images", None, files.skipped)
-    return failed + sum(shards.counts(index)["failed"] for index in range(shards.count))
+    without = sum(shards.counts(index)["failed"] for index in range(shards.count))
+    if without:
+        print(f"{without} images have no caption (see the `error` lines of the shards)", file=sys.stderr)
+    return failed + without
 
 
 def _caption(arguments: argparse.Namespace) -> int:
@@ -128,6 +131,7 @@ def _caption(arguments: argparse.Namespace) -> int:
         "settings": recorded["settings"] | engine,
         "inputs": [absolute(path) for path in arguments.paths],
         "image_column": arguments.image_column or "image",
+        "image_root": os.path.abspath(arguments.image_root) if arguments.image_root else None,
         "dataset": _dataset(arguments),
     }
     captioner = None

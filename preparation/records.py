@@ -66,7 +66,8 @@ class Records:
             raise ValueError("pairs are read with the captions of the source or with those of a list, not with both")
         caption, prompt = (caption_column, PROMPT_COLUMN) if pairs else (None, None)
         self.pairs, self.description, self.captions = pairs or captions is not None, source, captions
-        self.source: Source = open_source(source, "train", image_column, caption, image_root, FIRST, prompt)
+        columns = (image_column, caption, image_root, FIRST, prompt)
+        self.source: Source = open_source(source, "train", *columns, keeps_missing=True)
         self._root = self._common_folder()
         self._rows: Sequence[int] = range(len(self.source))
         self._texts: list[list[str]] = []  # of the rows, from the list of captions
@@ -105,6 +106,8 @@ class Records:
             OSError, ValueError: If it cannot be read from the source.
         """
         item = self.source[self._rows[number]]
+        if isinstance(self.source, ListDataset) and not os.path.isfile(item["image"]):
+            item["image"] = UnreadableImage(self.name(number), "the file does not exist")
         if self.captions is not None:
             return Record(self.name(number), item["image"], self._texts[number])
         captions = (alternatives(item.get("caption")) or []) if self.pairs else None
@@ -139,7 +142,8 @@ class Records:
             files = (item["image"] for item in self.source)
         digest = hashlib.blake2b(digest_size=16)
         for file in files:
-            digest.update(os.stat(file).st_mtime_ns.to_bytes(8, "big", signed=True))
+            changed = os.stat(file).st_mtime_ns if os.path.exists(file) else 0
+            digest.update(changed.to_bytes(8, "big", signed=True))
         return digest.hexdigest()
 
     def _read_captions(self, file: str) -> tuple[Sequence[int], list[list[str]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlv.files import read_json, to_json
+from vlv.train.data.source import UnreadableImage
 
 from .records import Records, file_of, list_entry, reason_of
 from .run import FAILED, Run, describe_files
@@ -33,8 +34,8 @@ def split(
     """Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` into a folder: lists that the trainers read.
 
     An image goes where a hash of its name (or its content) and the seed says, whatever the other images are: more
-    images move none. Files that are empty, or that cannot be read for their content, are left out and named in
-    `failed.json`. No image is decoded.
+    images move none. Files that are empty or do not exist, or that cannot be read for their content, are left out and
+    named in `failed.json`. No image is decoded.
 
     Args:
         output: The folder. Paths in the lists start from it.
@@ -79,9 +80,10 @@ def split(
                 record = records.read(number)
                 advance(1)
                 try:
+                    needs_file = by == CONTENT or isinstance(record.image, UnreadableImage)
+                    data = file_of(record.image) if needs_file else None
                     if not os.path.getsize(record.image):
                         raise ValueError("the file is empty")
-                    data = file_of(record.image) if by == CONTENT else None
                 except (OSError, ValueError) as error:
                     failed[record.name] = reason_of(error)
                     continue

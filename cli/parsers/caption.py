@@ -76,6 +76,9 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="column of the images of --dataset, parquet files and lists (default: image)",
     )
+    group.add_argument(
+        "--image-root", metavar="DIR", help="folder that paths in parquet files and lists start from (default: theirs)"
+    )
     group.add_argument("--streaming", action="store_true", help="read --dataset while captions are written")
     group.add_argument(
         "--url-timeout",
@@ -100,6 +103,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action="store_true",
         help="go on with --output: keep the captions of images that have not changed, add the others",
+    )
+    existing.add_argument(
+        "--resume-mixed",
+        action="store_true",
+        help="as --resume, and keep captions that were made with other settings, too (another --prompt, for example)",
     )
     existing.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     beside = group.add_mutually_exclusive_group()

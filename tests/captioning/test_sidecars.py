@@ -79,6 +79,20 @@ def test_what_exists_is_replaced_or_kept_and_a_second_run_changes_nothing(tmp_pa
         assert (tmp_path / "a.txt").read_text() == content
 
 
+@pytest.mark.parametrize(("on_existing", "text"), [("append", "old, new"), ("prepend", "new, old")])
+@pytest.mark.parametrize("existing", ["old", ""])
+def test_white_space_around_captions_that_are_joined_does_not_add_them_again(tmp_path, on_existing, text, existing):
+    """`--prefix` and `--suffix` bring it."""
+    (item,) = inputs(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_text(existing)
+    (tmp_path / "a.json").write_text(json.dumps({"caption": existing}))
+    for _ in range(3):
+        for kind in ("txt", "json"):
+            Sidecars(kind, on_existing=on_existing).write(item, " new ")
+        assert (tmp_path / "a.txt").read_text() == (f"{text}\n" if existing else "new\n")
+        assert json.loads((tmp_path / "a.json").read_text())["caption"] == (text if existing else "new")
+
+
 def test_a_json_sidecar_keeps_its_other_values(tmp_path):
     (item,) = inputs(tmp_path, "a.png")
     path = tmp_path / "a.json"

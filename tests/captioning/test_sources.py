@@ -152,7 +152,12 @@ def test_a_list_on_standard_input_names_files_folders_and_what_is_missing(folder
     expected = [folder / "a.png", folder / "gone.png", folder / "sub/b.png", folder / "sub/deep/c.png"]
     assert [item.name for item in inputs] == [str(path) for path in expected]
     assert inputs[1].problem == f"{folder / 'gone.png'} does not exist"
-    give_stdin(monkeypatch)
+    monkeypatch.chdir(folder)
+    give_stdin(monkeypatch, "\ufeff./a.png\r", "  ", "./sub/", "sub//b.png", "./gone.png\r")
+    inputs = list(Inputs(["-"]))
+    assert [item.name for item in inputs] == ["./a.png", "./sub/b.png", "./sub/deep/c.png", "./gone.png"]
+    assert [item.problem for item in inputs] == [None, None, None, "./gone.png does not exist"]
+    give_stdin(monkeypatch, " ", "\r")
     with pytest.raises(UserError, match="no images in -"):
         Inputs(["-"])
 
@@ -260,9 +265,28 @@ def test_the_images_of_a_list_are_called_by_list_and_path(folder, encoded, image
     inputs = list(Inputs([str(folder / "list.jsonl")]))
     assert [item.name for item in inputs] == ["list.jsonl/a.png", "list.jsonl/sub/b.png", "list.jsonl/a.png#2"]
     assert pixels(inputs, image_processor) == [COLORS[0], COLORS[1], COLORS[0]]
+    elsewhere = (folder / "list.jsonl").rename(folder.parent / "list.jsonl")
+    moved = list(Inputs([str(elsewhere)], image_root=f"{folder}/"))
+    assert [item.name for item in moved] == [item.name for item in inputs]
+    assert pixels(moved, image_processor) == [COLORS[0], COLORS[1], COLORS[0]]
+    inputs = moved
     known = inputs[0].identify()
     (folder / "a.png").write_bytes(encoded[2])
     assert inputs[0].identify()["blake2b"] != known["blake2b"]
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_a_missing_image_of_a_list_fails_alone(folder, image_processor, as_dataset):
+    lines = [{"image": "no.png"}, {"image": "a.png"}, {"image": "sub"}]
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = str(folder / "list.jsonl")
+    inputs = Inputs([], DatasetArguments(file)) if as_dataset else Inputs([file])
+    summary = Summary(None)
+    (batch,) = read_batches(inputs, image_processor, 8, summary, identify=True)
+    expected = [f"train/{row}" if as_dataset else f"list.jsonl/{line['image']}" for row, line in enumerate(lines)]
+    first, good, third = expected
+    assert batch.names == [good]
+    assert summary.failed == {first: f"{folder}/no.png does not exist", third: f"{folder}/sub is not a file"}
 
 
 def test_rows_that_hold_a_path_or_base64_are_read(tmp_path, encoded, image_processor):

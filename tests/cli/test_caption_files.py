@@ -129,7 +129,7 @@ def test_a_resumed_run_goes_on_in_each_format(model_folder, folder, tmp_path, su
     assert f"{output} exists; pass --resume" in capsys.readouterr().err
     (tmp_path / "c.png").rename(folder / "sub" / "c.png")
     first = read_results(output, "--resume")
-    assert caption(model_folder, folder, "--output", output, "--resume", "--prefix", "new: ") == 0
+    assert caption(model_folder, folder, "--output", output, "--resume-mixed", "--prefix", "new: ") == 0
     said = capsys.readouterr().err
     assert "kept 2, captioned 1, failed 0" in said
     assert "2 of the kept results were made with other settings (prefix None, here new: )" in said

@@ -47,10 +47,14 @@ def test_the_prompt_stands_before_the_captions_of_images_and_of_embeddings(instr
     assert "note:" not in capsys.readouterr().err
 
 
-def test_a_resumed_run_says_what_was_made_with_another_prompt(instructed_folder, image, tmp_path, capsys):
+def test_a_resumed_run_mixes_captions_of_another_prompt_only_where_that_is_said(
+    instructed_folder, image, tmp_path, capsys
+):
     output = tmp_path / "c.json"
     assert caption(instructed_folder, output, image) == 0
-    assert caption(instructed_folder, output, image, "--resume", "--prompt", KNOWN) == 0
+    assert caption(instructed_folder, output, image, "--resume", "--prompt", KNOWN) == 2
+    assert f"made with other settings (prompt None, here {KNOWN}); give those of then" in capsys.readouterr().err
+    assert caption(instructed_folder, output, image, "--resume-mixed", "--prompt", KNOWN) == 0
     assert (
         f"1 of the kept results were made with other settings (prompt None, here {KNOWN})" in capsys.readouterr().err
     )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from vlv.captioning.inputs import Input, collect_images
 from vlv.captioning.resume import ResumableResults, read_results
 from vlv.cli.main import main
+from vlv.errors import UserError
 from vlv.pipelines import generate_captions
 
 MODEL, SETTINGS = ("m", "1"), {"max_new_tokens": 4}
@@ -205,18 +206,26 @@ def test_results_of_other_images_stay(folder, tmp_path, images):
     assert left == ["d.png"] and kept == {"a.png": "A", "b.png": "B", "c.png": "C"}
 
 
-def test_other_settings_are_said(folder, tmp_path):
+def test_other_settings_are_refused_or_said(folder, tmp_path):
     output = tmp_path / "c.json"
     inputs = collect_images([str(folder)])
     results_of(output, inputs[:2], ["A", "B"])
-    results = ResumableResults(output, MODEL, {"max_new_tokens": 9})
+    other, written = {"max_new_tokens": 9}, output.read_bytes()
+    refused = ResumableResults(output, MODEL, other)
+    with pytest.raises(UserError, match=r"other settings \(max_new_tokens 4, here 9\); give .* or --resume-mixed"):
+        refused.resume(inputs)
+    refused.release()
+    assert output.read_bytes() == written
+    results = ResumableResults(output, MODEL, other, mixes=True)
     results.resume(inputs)
     (note,) = results.notes()
     assert note == "2 of the kept results were made with other settings (max_new_tokens 4, here 9)"
     results.add([replace(inputs[2], identity=inputs[2].identify())], ["C"])
     results.__exit__(None)
-    left, _, notes = resumed(output, inputs)
-    assert left == [] and len(notes) == 1 and notes[0].startswith("1 of the kept results")
+    again = ResumableResults(output, MODEL, SETTINGS, mixes=True)
+    assert again.resume(inputs) == []
+    (note,) = again.notes()
+    assert note.startswith("1 of the kept results")
 
 
 def test_a_result_without_a_record_is_made_again(folder, tmp_path, capsys, model_folder):

@@ -193,7 +193,7 @@ def test_resume_goes_on_with_the_same_form_and_names_other_settings(model_folder
     output, best = tmp_path / "c.json", ["--num-captions", 2, "--best-by", "score"]
     assert caption(model_folder, output, photos / "0.png", *best, "--num-pairs", 1) == 0
     first = json.loads(output.read_text())
-    assert caption(model_folder, output, photos, *best, "--num-pairs", 2, "--resume") == 0
+    assert caption(model_folder, output, photos, *best, "--num-pairs", 2, "--resume-mixed") == 0
     found = json.loads(output.read_text())
     assert list(found) == NAMES and found["0.png"] == first["0.png"] and isinstance(first["0.png"], str)
     assert "other settings (num_pairs 1, here 2)" in capsys.readouterr().err

@@ -96,6 +96,14 @@ def merge(folder: Path, output: Path, *arguments) -> int:
     return main(["caption", "--merge", str(folder), "--output", str(output), *arguments])
 
 
+def test_merging_into_sidecars_says_that_images_have_no_caption(finished, tmp_path, capsys):
+    options = ["--sidecar", "txt", "--sidecar-dir", str(tmp_path / "texts")]
+    assert main(["caption", "--merge", str(finished), *options]) == 1
+    said = capsys.readouterr().err
+    assert "wrote 11, failed 0" in said
+    assert "1 images have no caption (see the `error` lines of the shards)" in said
+
+
 @pytest.mark.slow
 def test_merged_shards_are_the_captions_of_one_run(finished, folder, model_folder, tmp_path, capsys):
     assert caption(model_folder, folder, "--output", tmp_path / "alone.json") == 1
@@ -225,15 +233,31 @@ def test_rows_of_parquet_and_list_files_are_inputs(folder, tmp_path):
     files = sorted(folder.glob("*.png"))
     images = [{"bytes": path.read_bytes(), "path": path.name} for path in files[:2]]
     parquet.write_table(pyarrow.table({"image": images}), tmp_path / "some.parquet")
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": str(path)}) + "\n" for path in files[2:4]))
+    listed = [*files[2:4], tmp_path / "absent.png"]  # one that is missing is a bad image
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": str(path)}) + "\n" for path in listed))
     lists = tmp_path / "lists"
     lists.mkdir()
     counts = divide([str(tmp_path / "some.parquet"), str(tmp_path / "list.jsonl")], 2, lists)
     assert counts["files"] == 2 and counts["images"] == 0
     assert counts["of_shards"] == [[0, 1], [0, 1]]
-    contents = [[item.open().image for item in read_division(lists, index, 2, [0, 1])] for index in range(2)]
-    assert contents[0] == [path.read_bytes() for path in files[:2]]
-    assert [Path(path) for path in contents[1]] == files[2:4]
+    of_table, (*of_list, missing) = [read_division(lists, index, 2, [0, 1]) for index in range(2)]
+    assert [item.open().image for item in of_table] == [path.read_bytes() for path in files[:2]]
+    assert [Path(item.open().image) for item in of_list] == files[2:4]
+    with pytest.raises(ValueError, match=r"absent\.png does not exist"):
+        missing.open()
+
+
+def test_paths_in_a_list_start_from_the_folder_that_the_run_was_begun_with(folder, model_folder, tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("image\n0.png\nsub/1.png\n")
+    arguments = (tmp_path / "list.csv", "--shards", 1, "--output-dir", tmp_path / "out", "--image-root")
+    assert caption(model_folder, *arguments, folder) == 0
+    assert merge(tmp_path / "out", tmp_path / "merged.json") == 0
+    assert list(json.loads((tmp_path / "merged.json").read_text())) == ["list.csv/0.png", "list.csv/sub/1.png"]
+    assert caption(model_folder, *arguments, folder / "sub") == 2
+    assert f"was begun with image_root {folder}, here {folder}/sub" in capsys.readouterr().err
+    assert caption(model_folder, *arguments, folder / "none") == 2
+    assert caption(model_folder, folder, "--output", tmp_path / "c.json", "--image-root", folder) == 2
+    assert "--image-root needs parquet or list files" in capsys.readouterr().err
 
 
 def shards_of(shards: ShardFolder) -> list[list[str]]:

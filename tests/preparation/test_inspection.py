@@ -24,6 +24,29 @@ def inspected(tmp_path_factory):
     return code, report, (folder / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("inspect", "inspected 5 images: 2 cannot be read"),
+        ("dedup", "kept 3 of 5 images, 0 duplicates in 0 groups, failed 2"),
+        ("split", "failed 2"),
+        ("pack", "packed 3 images in 1 shards, failed 2"),
+    ],
+)
+def test_missing_images_of_a_list_fail_alone(step, said, tmp_path, capsys):
+    write_pictures(tmp_path / "pictures", 3)
+    paths = ["pictures/00.png", "no/1.png", "pictures/01.png", "pictures/02.png", "no/2.png"]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": path}) + "\n" for path in paths))
+    command = ["data", step, str(tmp_path / "list.jsonl"), "--output", str(tmp_path / "out")]
+    for _ in range(2):  # the second has nothing to do
+        assert main(command) == 1
+    printed = capsys.readouterr().err
+    assert said in printed and "is complete: nothing to do" in printed
+    if step == "inspect":
+        failed = json.loads((tmp_path / "out" / "report.json").read_text())["failed"]
+        assert failed == dict.fromkeys(["no/1.png", "no/2.png"], "the file does not exist")
+
+
 def test_the_report_counts_what_is_there(inspected):
     code, report, _ = inspected
     assert code == 1 and list(report["failed"]) == ["broken & bad.jpg"]

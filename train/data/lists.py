@@ -80,10 +80,19 @@ class ListDataset(Source):
         for item in self:
             if "caption" in item and not alternatives(item["caption"]):
                 continue  # left out
-            name, size = os.path.relpath(item["image"], self.root), os.stat(item["image"]).st_size
-            known = (name, size, item.get("caption"), *([item["prompt"]] if item.get("prompt") else []))
+            name = os.path.relpath(item["image"], self.root)
+            prompt = [item["prompt"]] if item.get("prompt") else []
+            known = (name, file_size(item["image"]), item.get("caption"), *prompt)
             digest.update(repr(known).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+def file_size(path: str) -> int | None:
+    """In bytes; None if there is no such file."""
+    try:
+        return os.stat(path).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def image_files(folder: Path) -> Iterator[Path]:
@@ -134,15 +143,17 @@ def read_list(
     caption_column: str | None,
     root: str | os.PathLike | None = None,
     prompt_column: str | None = None,
+    keeps_missing: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The images, and captions and instructions if `caption_column` is given, that a list file names.
 
     Args:
         root: The folder that relative paths start from; by default that of the list.
+        keeps_missing: Whether an image that does not exist is an item as others, which the caller cannot read.
 
     Raises:
-        ValueError: If a line cannot be read, a column is missing, an image does not exist, or an instruction is not
-            text; names file and line.
+        ValueError: If a line cannot be read, a column is missing, an image does not exist (unless `keeps_missing`), or
+            an instruction is not text; names file and line.
     """
     folder = Path(root) if root is not None else path.parent
     columns: tuple[str, str | None] | None = None
@@ -158,7 +169,7 @@ def read_list(
         if name.startswith(("http://", "https://")):
             raise ValueError(f"{where}: {name:.80} is a URL; download the images first (for example with img2dataset)")
         image = folder / name
-        if not image.is_file():
+        if not keeps_missing and not image.is_file():
             hint = "" if root is not None else "; name the folder that paths start from by --image_root"
             raise ValueError(f"{where}: {image} does not exist{hint}")
         item = {"image": str(image)} | ({"caption": row[columns[1]]} if columns[1] else {})

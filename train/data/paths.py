@@ -87,7 +87,7 @@ def _refusal(text: str, repository: str | None) -> str:
         return f"{text:.200} is neither a local file nor in a local archive; download it first"
     return (
         f"{text:.200} is not in the data set {repository}, and is not read; if it is one of your files, name the "
-        "folder of the images by --image_root, without --streaming"
+        "folder of the images by --image_root of `vlv train` or --image-root of `vlv data`, without --streaming"
     )
 
 
