@@ -13,9 +13,12 @@ in shards of 1,000, and records the peak memory of the process with the model an
 """
 
 import argparse
+import json
 import os
 import platform
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +46,18 @@ PICTURES_IN_A_SHARD = 1000
 DISTINCT_PICTURES = 500
 BARE_PICTURES = 10_000
 NEW_TOKENS, PICTURES_IN_A_BATCH = 4, 64
+
+
+CAPTION = """
+import json, resource, sys, time
+from vlv.cli.main import main
+since = time.perf_counter()
+found = {"code": main(json.loads(sys.argv[1])), "seconds": time.perf_counter() - since}
+for name, who in (("model", resource.RUSAGE_SELF), ("reader", resource.RUSAGE_CHILDREN)):
+    found[f"{name}_mb"] = resource.getrusage(who).ru_maxrss / 1024
+print(json.dumps(found))
+"""
+"""What a process of its own does, whose memory is measured: a child of this one would begin with this one's."""
 
 
 def measure_size(size: str, images: int, rounds: int) -> dict[str, list[float]]:
@@ -115,17 +130,12 @@ def measure_pictures(count: int, size: str) -> dict[str, float]:
         def bare() -> float:
             return in_child(lambda: measure_bare(folder, size, min(count, BARE_PICTURES)))["rate"]
 
-        def caption() -> dict[str, float]:
-            since = time.perf_counter()
-            code = vlv(["caption", str(folder / "images"), *(f"--{name}={value}" for name, value in options.items())])
-            seconds = time.perf_counter() - since
-            peak = [
-                resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-            ]
-            return {"code": code, "seconds": seconds, "model_mb": peak[0], "reader_mb": peak[1]}
-
         before = bare()
-        found = in_child(caption)
+        command = ["caption", str(folder / "images"), *(f"--{name}={value}" for name, value in options.items())]
+        done = subprocess.run(
+            [sys.executable, "-c", CAPTION, json.dumps(command)], stdout=subprocess.PIPE, check=True, text=True
+        )
+        found = json.loads(done.stdout)
         found["bare"] = (before + bare()) / 2
         merged = folder / "merged.jsonl"
         found["merge_mb"] = in_child(lambda: _merge(folder / "out", merged))["mb"]
