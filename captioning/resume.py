@@ -23,6 +23,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+LIMITS = ("max_new_tokens",)
+"""Settings that leave most results as they are: another value of one is said, and not refused."""
+
+
 class ResumableResults:
     """Results in a file, by name, with a record of the image, the model and the settings of each.
 
@@ -129,23 +133,23 @@ class ResumableResults:
                 )
 
     def _require_same_settings(self, numbers: Iterable[int]) -> None:
-        """Raises `UserError` if one of the runs with these numbers had other settings."""
+        """Raises `UserError` if one of the runs with these numbers had other settings than limits."""
         used = set(numbers)
         for run in self._runs:
-            if run["run"] in used and (differences := self._differences(run)):
+            if run["run"] in used and (differences := self._differences(run, without=LIMITS)):
                 raise UserError(
                     f"--resume: {self.output} was made with other settings ({'; '.join(differences)}); give those of "
                     "then, pass another --output, --overwrite to replace it, or --resume-mixed to keep its captions "
                     "beside those of other settings"
                 )
 
-    def _differences(self, run: Mapping[str, Any]) -> list[str]:
+    def _differences(self, run: Mapping[str, Any], without: Sequence[str] = ()) -> list[str]:
         """The settings of a run that are not those of this one."""
         then, here = run["settings"], self._run["settings"]
         return [
             f"{name} {then.get(name)}, here {here.get(name)}"
             for name in {**here, **then}
-            if then.get(name) != here.get(name)
+            if name not in without and then.get(name) != here.get(name)
         ]
 
     def revise(self, change: Callable[[Any], Any]) -> None:

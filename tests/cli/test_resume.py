@@ -210,22 +210,37 @@ def test_other_settings_are_refused_or_said(folder, tmp_path):
     output = tmp_path / "c.json"
     inputs = collect_images([str(folder)])
     results_of(output, inputs[:2], ["A", "B"])
-    other, written = {"max_new_tokens": 9}, output.read_bytes()
+    other, written = SETTINGS | {"prompt": "as tags"}, output.read_bytes()
     refused = ResumableResults(output, MODEL, other)
-    with pytest.raises(UserError, match=r"other settings \(max_new_tokens 4, here 9\); give .* or --resume-mixed"):
+    with pytest.raises(UserError, match=r"other settings \(prompt None, here as tags\); give .* or --resume-mixed"):
         refused.resume(inputs)
     refused.release()
     assert output.read_bytes() == written
     results = ResumableResults(output, MODEL, other, mixes=True)
     results.resume(inputs)
     (note,) = results.notes()
-    assert note == "2 of the kept results were made with other settings (max_new_tokens 4, here 9)"
+    assert note == "2 of the kept results were made with other settings (prompt None, here as tags)"
     results.add([replace(inputs[2], identity=inputs[2].identify())], ["C"])
     results.__exit__(None)
     again = ResumableResults(output, MODEL, SETTINGS, mixes=True)
     assert again.resume(inputs) == []
     (note,) = again.notes()
     assert note.startswith("1 of the kept results")
+    again.release()
+    limited = ResumableResults(output, MODEL, other | {"max_new_tokens": 9})
+    with pytest.raises(UserError, match=r"\(prompt None, here as tags\)"):  # and not the limit
+        limited.resume(inputs)
+    limited.release()
+
+
+def test_another_limit_of_tokens_is_said_and_not_refused(folder, tmp_path):
+    output = tmp_path / "c.json"
+    inputs = collect_images([str(folder)])
+    results_of(output, inputs[:2], ["A", "B"])
+    results = ResumableResults(output, MODEL, SETTINGS | {"max_new_tokens": 9})
+    assert [item.name for item in results.resume(inputs)] == ["c.png"]
+    assert results.notes() == ["2 of the kept results were made with other settings (max_new_tokens 4, here 9)"]
+    results.release()
 
 
 def test_a_result_without_a_record_is_made_again(folder, tmp_path, capsys, model_folder):
