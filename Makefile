@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.files
-# `make test VENV=.venv-newest CONSTRAINTS=/dev/null` takes the newest versions that pyproject.toml allows.
+# `make test VENV=.venv-5.24 CONSTRAINTS=FILE` takes the versions in another file.
 CONSTRAINTS ?= constraints.txt
 CODE := $(shell sed -n 's/^    vlv[.a-z_]* = \([a-z_]*\)$$/\1/p' setup.cfg)
 LIST_OF_FILES = find $(CODE) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort

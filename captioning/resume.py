@@ -24,7 +24,7 @@ except ImportError:  # Windows
 
 
 LIMITS = ("max_new_tokens",)
-"""Settings that leave most results as they are: another value of one is said, and not refused."""
+"""Settings that leave most results as they are: another value of one gives a note, and is not refused."""
 
 
 class ResumableResults:
