@@ -98,7 +98,7 @@ def measure_size(size: str, images: int, rounds: int) -> dict[str, list[float]]:
 
 
 def measure_bare(folder: Path, size: str, count: int) -> dict[str, float]:
-    """The rate of `generate`, images/s, on `count` pictures that are tensors already, a few of them again and again."""
+    """The rate of `generate`, images/s, on `count` ready tensors, a few of them again and again."""
     models = build(size)
     paths = sorted((folder / "images").glob("*.jpg"))[:DISTINCT_PICTURES]
     pixels = torch.cat([models.processor.image_processor(str(p), return_tensors="pt").pixel_values for p in paths])
