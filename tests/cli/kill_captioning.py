@@ -1,10 +1,10 @@
-"""Kills `vlv caption --shards` at random moments, starts it again each time, and compares it with an unbroken run.
+"""Kills `vlv caption --shards` again and again, starts it again each time, and compares it with an unbroken run.
 
     python -m tests.cli.kill_captioning --times 20
 
-Every other run reads images in a process of its own, which is killed with it. Prints a line for each kill and a
-summary; the exit code is 1 if a caption was lost, doubled or changed, a file is incomplete or left over, or no kill
-came while a shard was written.
+Two kills of three come while a shard is written, at a random one of its steps, and the third at a random time. Every
+other run reads images in a process of its own, which is killed with it. Prints a line for each kill and a summary; the
+exit code is 1 if a caption was lost, doubled or changed, or a file is incomplete or left over.
 """
 
 import argparse
@@ -15,14 +15,19 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from vlv.captioning import shards as shards_module
+from vlv.captioning.shards import ShardWriter
 from vlv.cli.main import main as vlv
+
+LAST_STEP = 9  # a shard has five: before and after its captions, before and after its errors, after its manifest
 
 
 def build_images(folder: Path, count: int) -> Path:
@@ -47,17 +52,46 @@ def arguments(images: Path, output: Path, shards: int, model: str | None, num_wo
     return ["caption", str(images), *options, *([f"--model={model}"] if model else [])]
 
 
-def start(command: Sequence[str], log: Path) -> int:
-    """Starts a command in a child of this process, which has imported everything; returns its process id."""
+def kill_at(step: int) -> None:
+    """From here on, this process kills itself and its children at a step of the shards that it writes, from 1 on."""
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            os.killpg(0, signal.SIGKILL)
+
+    def add(self: ShardWriter, rows: Sequence[Any], inner: Callable[..., None] = ShardWriter.add) -> None:
+        count()
+        inner(self, rows)
+        count()
+
+    def write_manifest(path: Path, content: Any, inner: Callable[..., None] = shards_module.write_json) -> None:
+        inner(path, content)
+        if path.name.startswith("shard-"):
+            count()
+
+    ShardWriter.add, shards_module.write_json = add, write_manifest
+
+
+def start(command: Sequence[str], log: Path, step: int | None = None) -> int:
+    """Starts a command in a child of this process, which has imported everything; returns its process id.
+
+    Args:
+        step: At which it is killed, as of `kill_at`.
+    """
     pid = os.fork()
+    os.setpgid(pid, pid)  # of the child by itself and by its parent, whichever comes first
     if pid:
         return pid
-    os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     code = 2
     try:
+        if step is not None:
+            kill_at(step)
         code = vlv(command)
     finally:
         os._exit(code)
@@ -78,45 +112,33 @@ def is_writing(folder: Path) -> bool:
     return any(folder.glob(".unfinished-shard-*"))
 
 
-def wait_for_writing(folder: Path, pid: int) -> float:
-    """Waits until a process writes a shard, or has ended; returns the time."""
-    while not is_writing(folder) and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        time.sleep(0.002)
-    return time.perf_counter()
-
-
 def kill_and_go_on(folder: Path, times: int, seed: int, model: str | None = None) -> list[str]:
     """Captions once without a break, and once with `times` kills; returns what is wrong."""
     log, images, count = folder / "log.txt", build_images(folder / "images", 2 * (times + 4)), times + 4
-    pid = start(arguments(images, folder / "unbroken", count, model), log)
-    began = wait_for_writing(folder / "unbroken", pid)
-    finish(pid, log)
-    seconds = (time.perf_counter() - began) / count
+    began = time.perf_counter()
+    finish(start(arguments(images, folder / "unbroken", count, model), log), log)
+    seconds = time.perf_counter() - began
     whole, output = shards_in(folder / "unbroken"), folder / "killed"
     chance, problems, hits = random.Random(seed), [], 0
     for number in range(times):
-        before = shards_in(output)
-        pid = start(arguments(images, output, count, model, number % 2), log)
-        if chance.random() < 0.8:
-            for path in output.glob(".unfinished-shard-*"):  # of the run before, so that this one's are seen
-                path.unlink()
-            wait_for_writing(output, pid)
-            time.sleep(chance.uniform(0, 2 * seconds))
-        else:
-            time.sleep(chance.uniform(0, 0.5))
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        hits += is_writing(output)
+        before, at_a_step = shards_in(output), number % 3 < 2 and len(shards_in(output)) < count
+        step = chance.randint(1, LAST_STEP) if at_a_step else None
+        pid = start(arguments(images, output, count, model, number % 2), log, step)
+        if not at_a_step:
+            time.sleep(chance.uniform(0, seconds / 2))
+            os.killpg(pid, signal.SIGKILL)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if at_a_step and not (ended == -signal.SIGKILL and is_writing(output)):
+            problems.append(f"kill {number + 1}: not within a shard; exit code {ended}:\n{log.read_text()[-2000:]}")
+        hits += at_a_step
         done = shards_in(output)
         problems += [f"kill {number + 1}: {name} is not whole" for name in done if done[name] != whole[name]]
         problems += [f"kill {number + 1}: {name} is lost" for name in before if name not in done]
-        where = "in a shard" if is_writing(output) else "between"
+        where = f"at step {step} of shards" if at_a_step else "at a random time"
         print(f"kill {number + 1}: {where}, {len(done)} of {count} shards done", flush=True)
     finish(start(arguments(images, output, count, model), log), log)
     problems += compare(output, whole, images)
     problems += [f"{path.name} is left over" for path in output.glob(".unfinished*")]
-    if times and not hits:
-        problems.append("no kill came while a shard was written")
     print(
         f"{times} kills, {hits} of them while a shard was written; {count} shards with {len(list(images.iterdir()))} "
         "images compared with an unbroken run: "

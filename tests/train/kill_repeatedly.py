@@ -118,11 +118,9 @@ def run_to_end(stage: str, settings: Sequence[str], log: Path) -> None:
         raise RuntimeError(f"the training ended with {code}:\n{log.read_text()[-2000:]}")
 
 
-def wait_for(happened: Callable[[], bool], pid: int, log: Path) -> float:
-    """Waits until something has happened; returns the time."""
-    while not happened():
-        if os.waitpid(pid, os.WNOHANG)[0]:
-            raise RuntimeError(f"the training ended before it was killed:\n{log.read_text()[-2000:]}")
+def wait_for(happened: Callable[[], bool], pid: int) -> float:
+    """Waits until something has happened, or a process has ended; returns the time."""
+    while not happened() and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
     return time.perf_counter()
 
@@ -136,14 +134,16 @@ def kill_and_resume(folder: Path, stage: str, inputs: dict[str, str], times: int
     for number in range(times):
         before = progress(output)
         pid = start(stage, settings, log)
-        began = wait_for(lambda before=before: progress(output) != before, pid, log)  # to save
+        began = wait_for(lambda before=before: progress(output) != before, pid)  # to save
         if chance.random() < 0.75:
-            saved = wait_for(lambda before=before: progress(output)[0] > before[0], pid, log)
+            saved = wait_for(lambda before=before: progress(output)[0] > before[0], pid)
             time.sleep(chance.uniform(0, 2 * (saved - began)))
         else:
             time.sleep(chance.uniform(0, 0.2))
         os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if ended not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"the training ended with {ended}:\n{log.read_text()[-2000:]}")
         unfinished = progress(output)[1]
         saving = unfinished is not None and unfinished != before[1]
         hits += saving
@@ -154,7 +154,8 @@ def kill_and_resume(folder: Path, stage: str, inputs: dict[str, str], times: int
         if newest < reached:
             problems.append(f"kill {number + 1}: step {reached} was saved, and step {newest} is the newest checkpoint")
         reached = newest
-        print(f"kill {number + 1}: {'while saving' if saving else 'between saves'}, newest step {newest}", flush=True)
+        where = "while saving" if saving else "between saves" if ended else "after the end"  # on a busy machine
+        print(f"kill {number + 1}: {where}, newest step {newest}", flush=True)
     run_to_end(stage, settings, log)
     expected, got = losses(folder / "unbroken"), losses(output)
     if list(expected) != [*range(1, steps + 1)] or got != expected:
