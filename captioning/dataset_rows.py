@@ -71,9 +71,9 @@ def _open(dataset: DatasetArguments) -> "Source":
         if not (folder / split).is_dir():
             known = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
             raise ValueError(f"it has no split {split!r}; it has {known}")
-        return open_source(str(folder / split), split, dataset.column, None, None, keeps_missing=True)
+        return open_source(str(folder / split), split, dataset.column, None, None, keeps_unreadable=True)
     if dataset.split is None or not folder.exists():
-        return open_source(dataset.name, split, dataset.column, None, None, keeps_missing=True)
+        return open_source(dataset.name, split, dataset.column, None, None, keeps_unreadable=True)
     if not folder.is_dir() or (folder / "state.json").is_file():
         raise ValueError(f"it has no splits; leave out --split {split}")
     return ColumnDataset(find_dataset(dataset.name, split), dataset.column, None, folder)

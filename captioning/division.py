@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlv.errors import UserError
 from vlv.files import to_json
-from vlv.image_files import walk_images
+from vlv.image_files import is_url, walk_images
 
 from .choices import TIME_LIMIT
 from .dataset_rows import DatasetArguments, dataset_commit, dataset_fingerprint, rows_of_dataset
-from .downloads import is_url
 from .inputs import Input, Named, no_images, once
 from .sources import at_url, is_glob, renamed, require_argument, walk
 from .tables import SHARD_SUFFIXES, expand_tables, is_table

@@ -8,12 +8,6 @@ from vlv.errors import first_line
 
 from .choices import SIZE_LIMIT, TIME_LIMIT
 
-SCHEMES = ("http://", "https://")
-
-
-def is_url(text: str) -> bool:
-    return text.lower().startswith(SCHEMES)
-
 
 def download(url: str, time_limit: float = TIME_LIMIT) -> bytes:
     """The content of a URL, at most `SIZE_LIMIT` bytes of it in at most `time_limit` seconds.

@@ -19,11 +19,11 @@ from itertools import chain, islice
 from pathlib import Path
 
 from vlv.errors import UserError
-from vlv.image_files import is_image_file, walk_images
+from vlv.image_files import is_image_file, is_url, walk_images
 
 from .choices import TIME_LIMIT
 from .dataset_rows import DatasetArguments, open_dataset, rows_of_dataset, stream_dataset
-from .downloads import download, is_url
+from .downloads import download
 from .inputs import (
     Input,
     Named,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlv.image_files import image_suffixes
+from vlv.image_files import image_suffixes, is_url
 
-from .downloads import download, is_url
+from .downloads import download
 from .inputs import Input, Named
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def open_table(file: str, column: str, status: Status, root: str | None) -> "Sou
     """The `vlv.train.data` source of a parquet or list file that has this status. Raises `OSError` or `ValueError`."""
     from vlv.train.data.loading import open_source
 
-    return open_source(file, "train", column, None, root, keeps_missing=True)
+    return open_source(file, "train", column, None, root, keeps_unreadable=True)
 
 
 def _read_row(file: str, column: str, status: Status, root: str | None, row: int, timeout: float) -> Any:
@@ -96,10 +96,13 @@ def _read_row(file: str, column: str, status: Status, root: str | None, row: int
 
 def read_image(source: "Source", row: int, timeout: float) -> Any:
     """The image of a row of a source. Raises `OSError` or `ValueError` if it cannot be read."""
-    from vlv.train.data.lists import ListDataset
+    from vlv.train.data.lists import PROBLEM, ListDataset
 
-    image = source[row]["image"]
-    if isinstance(source, ListDataset) and not os.path.isfile(image):
+    item = source[row]
+    image = item["image"]
+    if problem := item.get(PROBLEM):
+        raise ValueError(problem)
+    if isinstance(source, ListDataset) and not is_url(image) and not os.path.isfile(image):
         raise ValueError(f"{image} {'is not a file' if os.path.exists(image) else 'does not exist'}")
     return image_content(image, timeout)
 

@@ -145,6 +145,11 @@ def _reason(path: Path, error: OSError) -> str:
     return f"it cannot be read: {error.strerror}"
 
 
+def is_url(text: str) -> bool:
+    """Whether the name of an image is that of a download."""
+    return text.lower().startswith(("http://", "https://"))
+
+
 def find_images(folder: str | os.PathLike) -> list[Path]:
     """The images below a folder in the order of `walk_images`. Entries that cannot be read are left out."""
     return [path for path, problem in walk_images(folder) if problem is None]

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlv.image_files import is_url
 from vlv.processing_vlv import to_rgb
 from vlv.train.data.captions import CAPTION_COLUMN, FIRST, IMAGE_COLUMN, PROMPT_COLUMN, alternatives
-from vlv.train.data.lists import ListDataset
+from vlv.train.data.lists import PROBLEM, ListDataset
 from vlv.train.data.loading import open_source
 from vlv.train.data.source import Source, UnreadableImage
 
@@ -67,7 +68,7 @@ class Records:
         caption, prompt = (caption_column, PROMPT_COLUMN) if pairs else (None, None)
         self.pairs, self.description, self.captions = pairs or captions is not None, source, captions
         columns = (image_column, caption, image_root, FIRST, prompt)
-        self.source: Source = open_source(source, "train", *columns, keeps_missing=True)
+        self.source: Source = open_source(source, "train", *columns, keeps_unreadable=True)
         self._root = self._common_folder()
         self._rows: Sequence[int] = range(len(self.source))
         self._texts: list[list[str]] = []  # of the rows, from the list of captions
@@ -89,15 +90,15 @@ class Records:
         return self.pairs and bool((self.source.count_captions() > 1).any())
 
     def name(self, number: int) -> str:
-        """The path of an image from the folder of the source; of a shard's image, that of the shard and its place."""
+        """The path of an image from the folder of the source, or its URL; of an image in a shard, shard and place."""
         name = self.source.name(self._rows[number])
-        return os.path.relpath(name, self._root) if self._root is not None else name
+        return name if self._root is None or is_url(name) else os.path.relpath(name, self._root)
 
     def path(self, number: int) -> str | None:
         """The absolute path of an image that is a file of its own."""
-        if not isinstance(self.source, ListDataset):
+        if not isinstance(self.source, ListDataset) or is_url(image := self.source[self._rows[number]]["image"]):
             return None
-        return os.path.abspath(self.source[self._rows[number]]["image"])
+        return os.path.abspath(image)
 
     def read(self, number: int) -> Record:
         """A record.
@@ -107,7 +108,10 @@ class Records:
         """
         item = self.source[self._rows[number]]
         if isinstance(self.source, ListDataset) and not os.path.isfile(item["image"]):
-            item["image"] = UnreadableImage(self.name(number), "the file does not exist")
+            missing = (
+                "it is a URL; `vlv data download` comes first" if is_url(item["image"]) else "the file does not exist"
+            )
+            item["image"] = UnreadableImage(self.name(number), item.get(PROBLEM, missing))
         if self.captions is not None:
             return Record(self.name(number), item["image"], self._texts[number])
         captions = (alternatives(item.get("caption")) or []) if self.pairs else None

@@ -289,6 +289,39 @@ def test_a_missing_image_of_a_list_fails_alone(folder, image_processor, as_datas
     assert summary.failed == {first: f"{folder}/no.png does not exist", third: f"{folder}/sub is not a file"}
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_what_is_wrong_in_a_line_of_a_list_fails_alone(folder, image_processor, suffix):
+    content = {
+        "jsonl": '{"image": null}\n{"image": "a.png"}\n{broken\n[1]\n{"image": 5}\n',
+        "json": '[{"image": null}, {"image": "a.png"}, 7]',
+        "csv": 'image,caption\na.png,"a, b"\n,empty\nb.png,too,many\n',
+    }[suffix]
+    file = folder / f"list.{suffix}"
+    file.write_text(content)
+    summary = Summary(None)
+    (batch,) = read_batches(Inputs([str(file)]), image_processor, 8, summary)
+    assert batch.names == [f"{file.name}/a.png"]
+    expected = {
+        "jsonl": {
+            "line 1": ", line 1: the image is None, expected a path",
+            "line 3": ", line 3 is not valid JSON: ",
+            "line 4": ", line 4: expected an object, got a list",
+            "line 5": ", line 5: the image is 5, expected a path",
+        },
+        "json": {
+            "entry 0": ", entry 0: the image is None, expected a path",
+            "entry 2": ", entry 2: expected an object, got a int",
+        },
+        "csv": {
+            "line 3": ", line 3: the image is '', expected a path",
+            "line 4": ", line 4: expected 2 columns as in the first line",
+        },
+    }[suffix]
+    assert list(summary.failed) == [f"{file.name}/{line}" for line in expected]
+    for reason, words in zip(summary.failed.values(), expected.values(), strict=True):
+        assert f"{file}{words}" in reason
+
+
 def test_rows_that_hold_a_path_or_base64_are_read(tmp_path, encoded, image_processor):
     (tmp_path / "a.png").write_bytes(encoded[0])
     rows = ["a.png", base64.b64encode(encoded[1]).decode()]
@@ -449,6 +482,20 @@ def test_urls_are_downloaded_within_limits(encoded, image_processor, monkeypatch
     gone, flooded, bad, slow = summary.failed.values()
     assert "404" in gone and "more than 50,000 bytes" in flooded
     assert "it cannot be downloaded: " in bad and "it cannot be downloaded: timed out" in slow
+
+
+def test_the_urls_of_a_list_are_downloaded(folder, encoded, image_processor, monkeypatch):
+    def answer(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(encoded[2])
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with serving({"/c.png": answer}) as address:
+        (folder / "list.jsonl").write_text(f'{{"image": "a.png"}}\n{{"image": "{address}/c.png"}}\n')
+        inputs = list(Inputs([str(folder / "list.jsonl")]))
+        assert [item.name for item in inputs] == ["list.jsonl/a.png", f"list.jsonl/{address}/c.png"]
+        assert pixels(inputs, image_processor) == [COLORS[0], COLORS[2]]
 
 
 def test_without_a_network_a_url_is_one_bad_input(image_processor, monkeypatch):

@@ -27,16 +27,17 @@ def inspected(tmp_path_factory):
 @pytest.mark.parametrize(
     ("step", "said"),
     [
-        ("inspect", "inspected 5 images: 2 cannot be read"),
-        ("dedup", "kept 3 of 5 images, 0 duplicates in 0 groups, failed 2"),
-        ("split", "failed 2"),
-        ("pack", "packed 3 images in 1 shards, failed 2"),
+        ("inspect", "inspected 8 images: 5 cannot be read"),
+        ("dedup", "kept 3 of 8 images, 0 duplicates in 0 groups, failed 5"),
+        ("split", "failed 5"),
+        ("pack", "packed 3 images in 1 shards, failed 5"),
     ],
 )
-def test_missing_images_of_a_list_fail_alone(step, said, tmp_path, capsys):
+def test_what_is_wrong_in_a_list_fails_alone(step, said, tmp_path, capsys):
     write_pictures(tmp_path / "pictures", 3)
-    paths = ["pictures/00.png", "no/1.png", "pictures/01.png", "pictures/02.png", "no/2.png"]
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": path}) + "\n" for path in paths))
+    paths = ["pictures/00.png", "no/1.png", "pictures/01.png", "pictures/02.png", "no/2.png", None, "https://x/0.png"]
+    lines = [json.dumps({"image": path}) for path in paths]
+    (tmp_path / "list.jsonl").write_text("\n".join([*lines, "{"]))
     command = ["data", step, str(tmp_path / "list.jsonl"), "--output", str(tmp_path / "out")]
     for _ in range(2):  # the second has nothing to do
         assert main(command) == 1
@@ -44,7 +45,15 @@ def test_missing_images_of_a_list_fail_alone(step, said, tmp_path, capsys):
     assert said in printed and "is complete: nothing to do" in printed
     if step == "inspect":
         failed = json.loads((tmp_path / "out" / "report.json").read_text())["failed"]
-        assert failed == dict.fromkeys(["no/1.png", "no/2.png"], "the file does not exist")
+        file = tmp_path / "list.jsonl"
+        broken = "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+        assert failed == {
+            "no/1.png": "the file does not exist",
+            "no/2.png": "the file does not exist",
+            "line 6": f"{file}, line 6: the image is None, expected a path",
+            "https://x/0.png": "it is a URL; `vlv data download` comes first",
+            "line 8": f"{file}, line 8 is not valid JSON: {broken}",
+        }
 
 
 def test_the_report_counts_what_is_there(inspected):

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from vlv import VLVImageProcessor, VLVProcessor
+from vlv.image_files import is_url
 from vlv.processing_vlv import to_rgb
 
 from .captions import check_prompt
@@ -53,7 +54,7 @@ def load_item(item: dict[str, Any], image_processor: VLVImageProcessor) -> Image
     image, augmentation = item["image"], item.get("augmentation") or {}
     if isinstance(image, UnreadableImage):
         raise ValueError(image.reason)
-    if isinstance(image, str) and image.startswith(("http://", "https://")):
+    if isinstance(image, str) and is_url(image):
         raise ValueError(f"{image:.80} is a URL; download the images first (for example with img2dataset)")
     size = image_processor.pre_crop_size
     if "crop" in augmentation and size:

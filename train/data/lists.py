@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from vlv.image_files import walk_images
+from vlv.image_files import is_url, walk_images
 
 from .captions import (
     CAPTION_COLUMNS,
@@ -35,7 +35,10 @@ SIDECAR_SUFFIXES = (".txt", ".caption")
 LIST_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 NO_LISTS = (".resume.jsonl", ".rejected.jsonl")  # beside the outputs of `vlv caption` and `vlv data recaption`
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
+PROBLEM = "problem"
+"""In an item of a list: why its image cannot be read."""
+
+Rows = Iterator[tuple[str, dict[str, Any] | ValueError]]
 
 
 class ListDataset(Source):
@@ -143,33 +146,43 @@ def read_list(
     caption_column: str | None,
     root: str | os.PathLike | None = None,
     prompt_column: str | None = None,
-    keeps_missing: bool = False,
+    keeps_unreadable: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The images, and captions and instructions if `caption_column` is given, that a list file names.
 
     Args:
         root: The folder that relative paths start from; by default that of the list.
-        keeps_missing: Whether an image that does not exist is an item as others, which the caller cannot read.
+        keeps_unreadable: Whether a line that cannot be read or names no image is an item, too, whose `problem` says
+            why, and a URL and an image that does not exist are items as others.
 
     Raises:
-        ValueError: If a line cannot be read, a column is missing, an image does not exist (unless `keeps_missing`), or
-            an instruction is not text; names file and line.
+        ValueError: If a line cannot be read, or an image is none or does not exist (all unless `keeps_unreadable`), a
+            column is missing, or an instruction is not text; names file and line.
     """
     folder = Path(root) if root is not None else path.parent
     columns: tuple[str, str | None] | None = None
     prompt_column, has_prompts = prompt_column if caption_column is not None else None, False
     for where, row in _rows(path):
+        if isinstance(row, ValueError):
+            if not keeps_unreadable:
+                raise row
+            yield _unreadable(where, folder, str(row), caption_column)
+            continue
         if columns is None or columns[0] not in row or (columns[1] or columns[0]) not in row:
             columns = _columns(row, image_column, caption_column, where)
         name = row[columns[0]]
         if isinstance(name, dict):  # an image of `datasets`, written as JSON
             name = name.get("path")
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{where}: the image is {name!r:.80}, expected a path")
-        if name.startswith(("http://", "https://")):
+            problem = f"{where}: the image is {name!r:.80}, expected a path"
+            if not keeps_unreadable:
+                raise ValueError(problem)
+            yield _unreadable(where, folder, problem, caption_column)
+            continue
+        if is_url(name) and not keeps_unreadable:
             raise ValueError(f"{where}: {name:.80} is a URL; download the images first (for example with img2dataset)")
-        image = folder / name
-        if not keeps_missing and not image.is_file():
+        image = name if is_url(name) else folder / name
+        if not keeps_unreadable and not os.path.isfile(image):
             hint = "" if root is not None else "; name the folder that paths start from by --image_root"
             raise ValueError(f"{where}: {image} does not exist{hint}")
         item = {"image": str(image)} | ({"caption": row[columns[1]]} if columns[1] else {})
@@ -180,6 +193,12 @@ def read_list(
         yield item
     if not has_prompts and columns is not None:
         find_prompt_column((), prompt_column, columns[1], str(path))
+
+
+def _unreadable(where: str, folder: Path, problem: str, caption_column: str | None) -> dict[str, Any]:
+    """The item of a line that names no image. It is called by the line."""
+    image = str(folder / where.rpartition(", ")[2].replace(os.sep, " "))
+    return {"image": image, PROBLEM: problem} | ({} if caption_column is None else {"caption": None})
 
 
 def _columns(row: dict[str, Any], image_column: str, caption_column: str | None, where: str) -> tuple[str, str | None]:
@@ -198,7 +217,11 @@ def _columns(row: dict[str, Any], image_column: str, caption_column: str | None,
 
 
 def _rows(path: Path) -> Rows:
-    """`("FILE, line N", columns)` of each row of a list file."""
+    """`("FILE, line N", columns)` of each row of a list file, or an error in place of the columns.
+
+    Raises:
+        ValueError: If the file cannot be read as a whole.
+    """
     try:
         if path.suffix.lower() == ".jsonl":
             yield from _jsonl_rows(path)
@@ -215,13 +238,18 @@ def _jsonl_rows(path: Path) -> Rows:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got a {type(row).__name__}")
-            yield f"{path}, line {number}", row
+                row = ValueError(f"{where} is not valid JSON: {error}")
+            yield where, _object(row, where)
+
+
+def _object(row: Any, where: str) -> dict[str, Any] | ValueError:
+    if isinstance(row, dict | ValueError):
+        return row
+    return ValueError(f"{where}: expected an object, got a {type(row).__name__}")
 
 
 def _json_rows(path: Path) -> Rows:
@@ -232,9 +260,8 @@ def _json_rows(path: Path) -> Rows:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if isinstance(content, list):
         for number, row in enumerate(content):
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, entry {number}: expected an object, got a {type(row).__name__}")
-            yield f"{path}, entry {number}", row
+            where = f"{path}, entry {number}"
+            yield where, _object(row, where)
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
         captions: dict[Any, list[str]] = {}
         for annotation in content.get("annotations", []):
@@ -256,11 +283,16 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
         reader = csv.DictReader(lines, delimiter=delimiter, restval=None)
         try:
             for row in reader:
+                where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} columns as in the "
-                        "first line; quote fields that hold commas"
+                    columns = len(reader.fieldnames or ())
+                    yield (
+                        where,
+                        ValueError(
+                            f"{where}: expected {columns} columns as in the first line; quote fields that hold commas"
+                        ),
                     )
-                yield f"{path}, line {reader.line_num}", row
+                else:
+                    yield where, row
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num} cannot be read: {error}") from error

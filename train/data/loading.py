@@ -213,18 +213,18 @@ def open_source(
     root: str | os.PathLike | None,
     caption_lines: str = "first",
     prompt_column: str | None = None,
-    keeps_missing: bool = False,
+    keeps_unreadable: bool = False,
 ) -> Source:
     """One source. Errors are those of `load_pairs`.
 
     Args:
-        keeps_missing: Whether images that a list names and that do not exist are rows, which the caller cannot read.
+        keeps_unreadable: Of lists, as of `read_list`.
     """
     files = _matching(source)
     suffix = Path(files[0]).suffix.lower()
     if len(files) == 1 and os.path.isdir(files[0]):
         columns = (image_column, caption_column, root, caption_lines, prompt_column)
-        return _open_folder(Path(files[0]), *columns, keeps_missing)
+        return _open_folder(Path(files[0]), *columns, keeps_unreadable)
     if suffix == ".parquet":
         return _parquet(files, image_column, caption_column, root, prompt_column)
     if not os.path.exists(files[0]):
@@ -234,7 +234,7 @@ def open_source(
     if suffix == ".tar":
         return TarSource(files, caption_column, caption_lines, prompt_column)
     if suffix in LIST_SUFFIXES:
-        return _list(files, image_column, caption_column, root, source, prompt_column, keeps_missing)
+        return _list(files, image_column, caption_column, root, source, prompt_column, keeps_unreadable)
     raise ValueError(f"{source} is neither {KINDS}")
 
 
@@ -253,7 +253,7 @@ def _open_folder(
     root: str | os.PathLike | None,
     caption_lines: str,
     prompt_column: str | None,
-    keeps_missing: bool,
+    keeps_unreadable: bool,
 ) -> Source:
     if _is_saved_dataset(folder):
         return ColumnDataset(_saved_dataset(folder), image_column, caption_column, root, prompt_column=prompt_column)
@@ -272,7 +272,7 @@ def _open_folder(
     lists = lists_of_a_folder(folder)
     if lists:
         try:
-            return _list(lists, image_column, caption_column, root, str(folder), prompt_column, keeps_missing)
+            return _list(lists, image_column, caption_column, root, str(folder), prompt_column, keeps_unreadable)
         except _EmptyLists as error:
             raise ValueError(f"{error}; fill it, or remove it to read .txt files beside the images") from error
     return ListDataset(read_folder(folder, caption_lines), folder)
@@ -289,10 +289,10 @@ def _list(
     root: Any,
     source: str,
     prompt_column: str | None,
-    keeps_missing: bool,
+    keeps_unreadable: bool,
 ) -> Source:
     columns = (image_column, caption_column, root, prompt_column)
-    items = (item for file in files for item in read_list(Path(file), *columns, keeps_missing))
+    items = (item for file in files for item in read_list(Path(file), *columns, keeps_unreadable))
     dataset = ListDataset(items, root or (source if os.path.isdir(source) else os.path.dirname(source) or "."))
     if not len(dataset):
         raise _EmptyLists(f"no {'pairs' if caption_column else 'images'} in {', '.join(map(str, files))}")

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from vlv.image_files import is_url
+
 from .captions import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -212,7 +214,7 @@ class ParquetSource(Source):
         except ValueError:  # its rows count as unreadable
             return
         row = next((row for row, image in enumerate(images) if image), None)
-        if row is not None and images[row].startswith(("http://", "https://")):
+        if row is not None and is_url(images[row]):
             raise ValueError(
                 f"{self.name(row)}: {images[row]:.80} is a URL; download the images first (for example with "
                 "img2dataset)"
