@@ -13,7 +13,7 @@ import torch
 from vlv import VLVImageProcessor, VLVModel
 from vlv.errors import UserError
 
-from .batches import Batch, join_rows, read_rows
+from .batches import Batch, join_rows, read_rows, split_batch
 from .inputs import Input
 from .output import Summary
 
@@ -79,6 +79,7 @@ def read_encoded_batches(
     encoder_batch_size: int,
     cache: "FeatureCache | None" = None,
     num_workers: int = 0,
+    few_sizes: bool = False,
 ) -> Iterator[Batch]:
     """As `read_batches`, with the caption embeddings of images, on the CPU, in place of their pixels.
 
@@ -86,20 +87,35 @@ def read_encoded_batches(
         encoder_batch_size: The most images in a pass of the encoder, and the most inputs that are read ahead.
         cache: Has the embeddings of some images, and gets those of the others.
         num_workers: Processes that read images while others are captioned.
+        few_sizes: Whether a smaller batch, as each shard has one at its end, is divided by `in_few_sizes`. Tensors of
+            many sizes leave the heap of a long run in pieces, so that it grows with the number of shards.
     """
     pin_memory = model.device.type == "cuda"
     rows = read_rows(inputs, image_processor, summary, original_size, identify, cache, num_workers, pin_memory)
+    sizes = encoder_batch_size if few_sizes else None
     chunks = iter(lambda: list(islice(rows, encoder_batch_size)), [])
-    yield from join_rows((row for chunk in chunks for row in _encode_rows(chunk, model, cache)), batch_size)
+    encoded = (row for chunk in chunks for row in _encode_rows(chunk, model, cache, sizes))
+    for batch in join_rows(encoded, batch_size):
+        yield from in_few_sizes(batch, batch_size) if few_sizes else [batch]
 
 
-def _encode_rows(rows: list[Batch], model: VLVModel, cache: "FeatureCache | None") -> list[Batch]:
-    """Batches of one input with its caption embeddings, in the order of `rows`."""
+def in_few_sizes(batch: Batch, size: int) -> list[Batch]:
+    """The batch itself, if it has `size` inputs, or else parts of it whose numbers of inputs are powers of two."""
+    number = len(batch.inputs)
+    if number == size:
+        return [batch]
+    rows, parts = iter(split_batch(batch)), (1 << bit for bit in reversed(range(number.bit_length())))
+    return [joined for part in parts if number & part for joined in join_rows(islice(rows, part), part)]
+
+
+def _encode_rows(rows: list[Batch], model: VLVModel, cache: "FeatureCache | None", size: int | None) -> list[Batch]:
+    """Batches of one input with its caption embeddings, in the order of `rows`; with `size` as of `in_few_sizes`."""
     encoded = list(rows)
     images = [number for number, row in enumerate(rows) if "pixel_values" in row.tensors]
     places = iter(images)
     on_device = (_copied(rows[number], model.device) for number in images)
-    for batch in join_rows(on_device, len(rows)):
+    wholes = join_rows(on_device, len(rows))
+    for batch in wholes if size is None else (part for whole in wholes for part in in_few_sizes(whole, size)):
         embeds = encode(model, batch).cpu()
         if cache is not None:
             cache.add(batch.keys, embeds)

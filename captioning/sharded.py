@@ -147,6 +147,7 @@ class ShardCaptioner:
             encoder_batch_size=job.encoder_batch_size,
             cache=self._cache,
             num_workers=job.num_workers,
+            few_sizes=self.captioner.model.device.type == "cpu",
         )
 
 
