@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from vlv.captioning.batches import read_batches
+from vlv.captioning.batches import Batch, join_rows, read_batches
+from vlv.captioning.encoding import in_few_sizes
 from vlv.captioning.inputs import Input, collect_images
 from vlv.captioning.output import Summary
 
@@ -35,3 +37,14 @@ def test_embeddings_of_different_lengths_are_not_mixed(image_processor):
     batches = list(read_batches(inputs, image_processor, 8, Summary(4)))
     assert [batch.names for batch in batches] == [["0", "1"], ["2"], ["3"]]
     assert [tuple(batch.tensors["caption_embeds"].shape) for batch in batches] == [(2, 3, 4), (1, 2, 4), (1, 3, 4)]
+
+
+@pytest.mark.parametrize(("number", "sizes"), [(8, [8]), (7, [4, 2, 1]), (6, [4, 2]), (1, [1])])
+def test_the_last_batch_of_a_shard_is_of_few_sizes(number, sizes):
+    """In the order of the inputs."""
+    rows = [Batch([Input(str(n), Path())], {"pixel_values": torch.full((1, 2), n)}, [None]) for n in range(number)]
+    (whole,) = join_rows(rows, 8)
+    parts = in_few_sizes(whole, 8)
+    assert [len(part.inputs) for part in parts] == sizes
+    assert [name for part in parts for name in part.names] == whole.names
+    assert torch.cat([part.tensors["pixel_values"] for part in parts]).equal(whole.tensors["pixel_values"])
