@@ -46,10 +46,6 @@ PICTURES_IN_A_SHARD = 1000
 DISTINCT_PICTURES = 500
 BARE_PICTURES = 10_000
 NEW_TOKENS, PICTURES_IN_A_BATCH = 4, 64
-
-
-THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
-"""Of glibc, in bytes: what is larger goes back to the system as soon as it is freed."""
 CAPTION = """
 import json, resource, sys, time
 from vlv.cli.main import main
@@ -214,8 +210,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.pictures:
-        setting = f"{THRESHOLD}={os.environ[THRESHOLD]} " if THRESHOLD in os.environ else ""
-        command = f"{setting}python -m benchmarks.bulk --pictures {' '.join(map(str, options.pictures))}"
+        command = f"python -m benchmarks.bulk --pictures {' '.join(map(str, options.pictures))}"
         table = memory_table(options.pictures, "tiny")
     else:
         images = f" --images {options.images}" if options.images else ""
