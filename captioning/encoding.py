@@ -92,20 +92,23 @@ def read_encoded_batches(
     """
     pin_memory = model.device.type == "cuda"
     rows = read_rows(inputs, image_processor, summary, original_size, identify, cache, num_workers, pin_memory)
-    sizes = encoder_batch_size if few_sizes else None
     chunks = iter(lambda: list(islice(rows, encoder_batch_size)), [])
-    encoded = (row for chunk in chunks for row in _encode_rows(chunk, model, cache, sizes))
-    for batch in join_rows(encoded, batch_size):
-        yield from in_few_sizes(batch, batch_size) if few_sizes else [batch]
+    size = encoder_batch_size if few_sizes else None
+    encoded = (row for chunk in chunks for row in _encode_rows(chunk, model, cache, size))
+    batches = join_rows(encoded, batch_size)
+    yield from in_few_sizes(batches, batch_size) if few_sizes else batches
 
 
-def in_few_sizes(batch: Batch, size: int) -> list[Batch]:
-    """The batch itself, if it has `size` inputs, or else parts of it whose numbers of inputs are powers of two."""
-    number = len(batch.inputs)
-    if number == size:
-        return [batch]
-    rows, parts = iter(split_batch(batch)), (1 << bit for bit in reversed(range(number.bit_length())))
-    return [joined for part in parts if number & part for joined in join_rows(islice(rows, part), part)]
+def in_few_sizes(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """The batches that have `size` inputs, and of smaller ones parts whose numbers of inputs are powers of two."""
+    for batch in batches:
+        number = len(batch.inputs)
+        if number == size:
+            yield batch
+            continue
+        rows = iter(split_batch(batch))
+        for part in (1 << bit for bit in reversed(range(number.bit_length())) if number >> bit & 1):
+            yield from join_rows(islice(rows, part), part)
 
 
 def _encode_rows(rows: list[Batch], model: VLVModel, cache: "FeatureCache | None", size: int | None) -> list[Batch]:
@@ -114,8 +117,8 @@ def _encode_rows(rows: list[Batch], model: VLVModel, cache: "FeatureCache | None
     images = [number for number, row in enumerate(rows) if "pixel_values" in row.tensors]
     places = iter(images)
     on_device = (_copied(rows[number], model.device) for number in images)
-    wholes = join_rows(on_device, len(rows))
-    for batch in wholes if size is None else (part for whole in wholes for part in in_few_sizes(whole, size)):
+    batches = join_rows(on_device, len(rows))
+    for batch in batches if size is None else in_few_sizes(batches, size):
         embeds = encode(model, batch).cpu()
         if cache is not None:
             cache.add(batch.keys, embeds)

@@ -62,6 +62,8 @@ def _members(
     file: str, column: str, timeout: float, left_out: Counter[str], root: str | None
 ) -> Iterator[tuple[str, Callable[[], Any], str | None]]:
     """What each image of a file is called, what reads it, and its `version`. Raises `OSError` or `ValueError`."""
+    from vlv.train.data.lists import PROBLEM
+
     status = file_status(file)
     if file.lower().endswith(".tar"):
         for member, offset, size in tar_images(file, left_out):
@@ -73,8 +75,11 @@ def _members(
     for row in range(len(table)):
         read = partial(_read_row, file, column, status, root, row, timeout)
         if is_list:
-            image = table[row]["image"]
+            item = table[row]
+            image = item["image"]
             name = str(image).removeprefix(f"{folder}/")
+            if PROBLEM in item:  # it is called by list and line
+                name = name.removeprefix(f"{os.path.basename(file)}, ")
             names[name] += 1
             yield _numbered(name, names[name]), read, file_version(image)
         else:
@@ -163,7 +168,9 @@ def file_status(file: str) -> Status:
 
 
 def file_version(image: Any) -> str:
-    """Tells the version of an image file from others; "" for what is not a file."""
+    """Tells the version of an image file from others: a URL by itself; "" for what is neither."""
+    if isinstance(image, str) and is_url(image):
+        return image
     try:
         return "{} bytes, {} ns".format(*file_status(image))
     except (OSError, TypeError, ValueError):

@@ -151,7 +151,7 @@ def run_recaption(arguments: argparse.Namespace) -> int:
     said = "captioned {captioned} of {images} images (refused {refused}, malformed {malformed}, unreadable "
     said += "{unreadable}, failed {failed}), {prompt_tokens} + {completion_tokens} tokens, price {price:.4f}"
     code = _say(counts, output, said, "failed", "unreadable")
-    if records.path(0) is None:
+    if not records.in_files:
         source = shlex.quote(arguments.source)
         print(
             f"the images are in shards or tables: `vlv data pack {source} --captions {shlex.quote(str(output))} "

@@ -147,7 +147,7 @@ def _reason(path: Path, error: OSError) -> str:
 
 def is_url(text: str) -> bool:
     """Whether the name of an image is that of a download."""
-    return text.lower().startswith(("http://", "https://"))
+    return text[:8].lower().startswith(("http://", "https://"))
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:

@@ -83,6 +83,11 @@ class Records:
         """Whether there are instructions."""
         return self.captions is None and self.source.has_prompts
 
+    @property
+    def in_files(self) -> bool:
+        """Whether each image is a file of its own, or would be: URLs in a list, and files that do not exist."""
+        return isinstance(self.source, ListDataset)
+
     def has_several_captions(self) -> bool:
         """Whether an image has more than one caption."""
         if self.captions is not None:
@@ -96,7 +101,7 @@ class Records:
 
     def path(self, number: int) -> str | None:
         """The absolute path of an image that is a file of its own."""
-        if not isinstance(self.source, ListDataset) or is_url(image := self.source[self._rows[number]]["image"]):
+        if not self.in_files or is_url(image := self.source[self._rows[number]]["image"]):
             return None
         return os.path.abspath(image)
 
@@ -107,11 +112,13 @@ class Records:
             OSError, ValueError: If it cannot be read from the source.
         """
         item = self.source[self._rows[number]]
-        if isinstance(self.source, ListDataset) and not os.path.isfile(item["image"]):
-            missing = (
-                "it is a URL; `vlv data download` comes first" if is_url(item["image"]) else "the file does not exist"
-            )
-            item["image"] = UnreadableImage(self.name(number), item.get(PROBLEM, missing))
+        problem = item.get(PROBLEM)
+        if problem is None and self.in_files and not os.path.isfile(item["image"]):
+            problem = "the file does not exist"
+            if is_url(item["image"]):
+                problem = "it is a URL; `vlv data download` comes first"
+        if problem is not None:
+            item["image"] = UnreadableImage(self.name(number), problem)
         if self.captions is not None:
             return Record(self.name(number), item["image"], self._texts[number])
         captions = (alternatives(item.get("caption")) or []) if self.pairs else None

@@ -54,7 +54,7 @@ def split(
     """
     if not (0 <= validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise ValueError(f"the shares are {validation:g} and {test:g}; expected numbers from 0 whose sum is below 1")
-    if len(records) and records.path(0) is None:
+    if not records.in_files:
         raise ValueError(
             f"{records.description} holds its images in shards or tables, of which no list can be made; split the "
             "images before they are packed, or let the trainer hold a share back by --eval_share"

@@ -289,32 +289,41 @@ def test_a_missing_image_of_a_list_fails_alone(folder, image_processor, as_datas
     assert summary.failed == {first: f"{folder}/no.png does not exist", third: f"{folder}/sub is not a file"}
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "coco.json"])
 def test_what_is_wrong_in_a_line_of_a_list_fails_alone(folder, image_processor, suffix):
     content = {
-        "jsonl": '{"image": null}\n{"image": "a.png"}\n{broken\n[1]\n{"image": 5}\n',
-        "json": '[{"image": null}, {"image": "a.png"}, 7]',
-        "csv": 'image,caption\na.png,"a, b"\n,empty\nb.png,too,many\n',
+        "jsonl": b'{"file": 1}\n{"image": "a.png"}\n{broken\n[1]\n{"image": 5}\n{"file": 2}\n{"image": "\xff.png"}\n',
+        "json": b'[{"image": null}, {"image": "a.png"}, 7, {}]',
+        "csv": b'image,caption\na.png,"a, b"\n,empty\nb.png,too,many\n\xff.png,a\n',
+        "coco.json": b'{"images": [5, {"file_name": "a.png"}, {}], "annotations": []}',
     }[suffix]
     file = folder / f"list.{suffix}"
-    file.write_text(content)
+    file.write_bytes(content)
     summary = Summary(None)
     (batch,) = read_batches(Inputs([str(file)]), image_processor, 8, summary)
     assert batch.names == [f"{file.name}/a.png"]
     expected = {
         "jsonl": {
-            "line 1": ", line 1: the image is None, expected a path",
+            "line 1": ", line 1: expected columns such as ",
             "line 3": ", line 3 is not valid JSON: ",
             "line 4": ", line 4: expected an object, got a list",
             "line 5": ", line 5: the image is 5, expected a path",
+            "line 6": ", line 6: expected columns such as ",
+            "line 7": ", line 7 is not UTF-8",
         },
         "json": {
             "entry 0": ", entry 0: the image is None, expected a path",
             "entry 2": ", entry 2: expected an object, got a int",
+            "entry 3": ", entry 3: expected columns such as ",
         },
         "csv": {
             "line 3": ", line 3: the image is '', expected a path",
             "line 4": ", line 4: expected 2 columns as in the first line",
+            "line 5": ", line 5 is not UTF-8",
+        },
+        "coco.json": {
+            "image 0": ", image 0: expected an object, got a int",
+            "image 2": ", image 2: the image is None, expected a path",
         },
     }[suffix]
     assert list(summary.failed) == [f"{file.name}/{line}" for line in expected]
@@ -496,6 +505,20 @@ def test_the_urls_of_a_list_are_downloaded(folder, encoded, image_processor, mon
         inputs = list(Inputs([str(folder / "list.jsonl")]))
         assert [item.name for item in inputs] == ["list.jsonl/a.png", f"list.jsonl/{address}/c.png"]
         assert pixels(inputs, image_processor) == [COLORS[0], COLORS[2]]
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_a_url_of_a_list_that_has_its_result_is_not_downloaded_again(tmp_path, as_dataset):
+    url = "http://127.0.0.1:9/0.png"  # where no server is
+    (tmp_path / "list.jsonl").write_text(json.dumps({"image": url}))
+    file, output = str(tmp_path / "list.jsonl"), tmp_path / "c.jsonl"
+    (item,) = Inputs([], DatasetArguments(file)) if as_dataset else Inputs([file])
+    with ResumableResults(output, ("m", "1"), {}) as results:
+        results.add([replace(item, identity=replace(item, content=b"image").identify())], ["A"])
+    results = ResumableResults(output, ("m", "1"), {})
+    read = []
+    assert results.resume([replace(item, read=lambda: read.append(1))]) == [] and not read
+    results.release()
 
 
 def test_without_a_network_a_url_is_one_bad_input(image_processor, monkeypatch):

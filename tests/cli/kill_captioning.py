@@ -27,7 +27,8 @@ from vlv.captioning import shards as shards_module
 from vlv.captioning.shards import ShardWriter
 from vlv.cli.main import main as vlv
 
-LAST_STEP = 9  # a shard has five: before and after its captions, before and after its errors, after its manifest
+STEPS = 5  # of a shard: before and after its captions, before and after its errors, after its manifest
+LAST_STEP = 2 * STEPS - 1
 
 
 def build_images(folder: Path, count: int) -> Path:
@@ -121,16 +122,19 @@ def kill_and_go_on(folder: Path, times: int, seed: int, model: str | None = None
     whole, output = shards_in(folder / "unbroken"), folder / "killed"
     chance, problems, hits = random.Random(seed), [], 0
     for number in range(times):
-        before, at_a_step = shards_in(output), number % 3 < 2 and len(shards_in(output)) < count
-        step = chance.randint(1, LAST_STEP) if at_a_step else None
+        before = shards_in(output)
+        left = count - len(before)
+        at_a_step = number % 3 < 2 and left > 0
+        step = chance.randint(1, min(LAST_STEP, STEPS * left)) if at_a_step else None
         pid = start(arguments(images, output, count, model, number % 2), log, step)
         if not at_a_step:
             time.sleep(chance.uniform(0, seconds / 2))
             os.killpg(pid, signal.SIGKILL)
         ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if at_a_step and not (ended == -signal.SIGKILL and is_writing(output)):
+        hit = at_a_step and ended == -signal.SIGKILL and is_writing(output)
+        if at_a_step and not hit:
             problems.append(f"kill {number + 1}: not within a shard; exit code {ended}:\n{log.read_text()[-2000:]}")
-        hits += at_a_step
+        hits += hit
         done = shards_in(output)
         problems += [f"kill {number + 1}: {name} is not whole" for name in done if done[name] != whole[name]]
         problems += [f"kill {number + 1}: {name} is lost" for name in before if name not in done]

@@ -27,19 +27,21 @@ def inspected(tmp_path_factory):
 @pytest.mark.parametrize(
     ("step", "said"),
     [
-        ("inspect", "inspected 8 images: 5 cannot be read"),
-        ("dedup", "kept 3 of 8 images, 0 duplicates in 0 groups, failed 5"),
-        ("split", "failed 5"),
-        ("pack", "packed 3 images in 1 shards, failed 5"),
+        ("inspect", "inspected 9 images: 6 cannot be read"),
+        ("dedup", "kept 3 of 9 images, 0 duplicates in 0 groups, failed 6"),
+        ("split", "failed 6"),
+        ("pack", "packed 3 images in 1 shards, failed 6"),
     ],
 )
-def test_what_is_wrong_in_a_list_fails_alone(step, said, tmp_path, capsys):
-    write_pictures(tmp_path / "pictures", 3)
-    paths = ["pictures/00.png", "no/1.png", "pictures/01.png", "pictures/02.png", "no/2.png", None, "https://x/0.png"]
+def test_what_is_wrong_in_a_list_fails_alone(step, said, tmp_path, monkeypatch, capsys):
+    pictures = [f"pictures/{path.name}" for path in sorted(write_pictures(tmp_path / "pictures", 3).glob("*.png"))]
+    paths = ["https://x/0.png", pictures[0], "no/1.png", *pictures[1:], 300 * "x", "no\0.png", None]
     lines = [json.dumps({"image": path}) for path in paths]
     (tmp_path / "list.jsonl").write_text("\n".join([*lines, "{"]))
+    (tmp_path / "list.jsonl, line 9").write_text("not what is read in place of the ninth line")
     command = ["data", step, str(tmp_path / "list.jsonl"), "--output", str(tmp_path / "out")]
-    for _ in range(2):  # the second has nothing to do
+    for place in ("/", tmp_path):  # the second has nothing to do
+        monkeypatch.chdir(place)
         assert main(command) == 1
     printed = capsys.readouterr().err
     assert said in printed and "is complete: nothing to do" in printed
@@ -48,12 +50,21 @@ def test_what_is_wrong_in_a_list_fails_alone(step, said, tmp_path, capsys):
         file = tmp_path / "list.jsonl"
         broken = "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
         assert failed == {
-            "no/1.png": "the file does not exist",
-            "no/2.png": "the file does not exist",
-            "line 6": f"{file}, line 6: the image is None, expected a path",
             "https://x/0.png": "it is a URL; `vlv data download` comes first",
-            "line 8": f"{file}, line 8 is not valid JSON: {broken}",
+            "no/1.png": "the file does not exist",
+            300 * "x": "the file does not exist",
+            "no\0.png": "the file does not exist",
+            "list.jsonl, line 8": f"{file}, line 8: the image is None, expected a path",
+            "list.jsonl, line 9": f"{file}, line 9 is not valid JSON: {broken}",
         }
+
+
+def test_lines_of_two_lists_have_names_of_their_own(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"image": 1}\n{"image": "no.png"}\n')
+    assert main(["data", "inspect", str(tmp_path / "*.jsonl"), "--output", str(tmp_path / "out")]) == 1
+    failed = json.loads((tmp_path / "out" / "report.json").read_text())["failed"]
+    assert list(failed) == ["a.jsonl, line 1", "no.png", "b.jsonl, line 1"]
 
 
 def test_the_report_counts_what_is_there(inspected):

@@ -130,7 +130,7 @@ def kill_and_resume(folder: Path, stage: str, inputs: dict[str, str], times: int
     steps, log = 3 * times + 2, folder / "log.txt"
     run_to_end(stage, arguments(folder / "unbroken", steps, inputs), log)
     output, settings = folder / "killed", arguments(folder / "killed", steps, inputs)
-    chance, problems, reached, hits = random.Random(seed), [], 0, 0
+    chance, problems, reached, kills, hits = random.Random(seed), [], 0, 0, 0
     for number in range(times):
         before = progress(output)
         pid = start(stage, settings, log)
@@ -144,6 +144,7 @@ def kill_and_resume(folder: Path, stage: str, inputs: dict[str, str], times: int
         ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if ended not in (0, -signal.SIGKILL):
             raise RuntimeError(f"the training ended with {ended}:\n{log.read_text()[-2000:]}")
+        kills += ended == -signal.SIGKILL
         unfinished = progress(output)[1]
         saving = unfinished is not None and unfinished != before[1]
         hits += saving
@@ -156,6 +157,8 @@ def kill_and_resume(folder: Path, stage: str, inputs: dict[str, str], times: int
         reached = newest
         where = "while saving" if saving else "between saves" if ended else "after the end"  # on a busy machine
         print(f"kill {number + 1}: {where}, newest step {newest}", flush=True)
+    if not kills:
+        problems.append("no kill came before the end of its training; the machine is too busy for this check")
     run_to_end(stage, settings, log)
     expected, got = losses(folder / "unbroken"), losses(output)
     if list(expected) != [*range(1, steps + 1)] or got != expected:
@@ -168,7 +171,7 @@ def kill_and_resume(folder: Path, stage: str, inputs: dict[str, str], times: int
     if left := sorted(path.name for path in output.glob(".*")):
         problems.append(f"the finished run left {left}")
     print(
-        f"{times} kills, {hits} of them while saving; {steps} losses and all weights compared with an unbroken run: "
+        f"{kills} kills, {hits} of them while saving; {steps} losses and all weights compared with an unbroken run: "
         + (f"{len(problems)} problems" if problems else "equal, nothing lost, no damaged checkpoint")
     )
     return problems

@@ -43,7 +43,8 @@ def find_column(names: Sequence[str], wanted: str, candidates: Sequence[str], wh
     urls = [name for name in URL_COLUMNS if name in names]
     hint = ""
     if urls and candidates is IMAGE_COLUMNS:
-        hint = f"; {urls[0]!r} holds URLs, not images: download the images first (for example with img2dataset)"
+        hint = f"; {urls[0]!r} holds URLs, not images: download the images first (for example with img2dataset); "
+        hint += f"`vlv caption` downloads them by itself with --image-column {urls[0]}"
     option = "--image-column" if candidates is IMAGE_COLUMNS else "--caption-column"
     raise ValueError(f"{where} has the columns {list(names)}, but no {wanted!r}{hint or f'; name one by {option}'}")
 

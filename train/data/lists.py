@@ -38,6 +38,9 @@ NO_LISTS = (".resume.jsonl", ".rejected.jsonl")  # beside the outputs of `vlv ca
 PROBLEM = "problem"
 """In an item of a list: why its image cannot be read."""
 
+SURROGATES = "surrogateescape"
+"""How lines are read, so that bytes that are not UTF-8 spoil their line alone."""
+
 Rows = Iterator[tuple[str, dict[str, Any] | ValueError]]
 
 
@@ -83,18 +86,19 @@ class ListDataset(Source):
         for item in self:
             if "caption" in item and not alternatives(item["caption"]):
                 continue  # left out
-            name = os.path.relpath(item["image"], self.root)
+            image = item["image"]
+            name = image if is_url(image) else os.path.relpath(image, self.root)
             prompt = [item["prompt"]] if item.get("prompt") else []
-            known = (name, file_size(item["image"]), item.get("caption"), *prompt)
+            known = (name, file_size(image), item.get("caption"), *prompt)
             digest.update(repr(known).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
 def file_size(path: str) -> int | None:
-    """In bytes; None if there is no such file."""
+    """In bytes; None if there is no such file, as of a name that no file can have."""
     try:
         return os.stat(path).st_size
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):
         return None
 
 
@@ -162,43 +166,53 @@ def read_list(
     folder = Path(root) if root is not None else path.parent
     columns: tuple[str, str | None] | None = None
     prompt_column, has_prompts = prompt_column if caption_column is not None else None, False
+    without_columns: ValueError | None = None
     for where, row in _rows(path):
-        if isinstance(row, ValueError):
-            if not keeps_unreadable:
+        try:
+            if isinstance(row, ValueError):
                 raise row
-            yield _unreadable(where, folder, str(row), caption_column)
-            continue
-        if columns is None or columns[0] not in row or (columns[1] or columns[0]) not in row:
-            columns = _columns(row, image_column, caption_column, where)
-        name = row[columns[0]]
-        if isinstance(name, dict):  # an image of `datasets`, written as JSON
-            name = name.get("path")
-        if not isinstance(name, str) or not name:
-            problem = f"{where}: the image is {name!r:.80}, expected a path"
+            if columns is None or not row.keys() >= {name for name in columns if name is not None}:
+                try:
+                    columns = _columns(row, image_column, caption_column, where)
+                except ValueError as error:
+                    without_columns = without_columns or error
+                    raise
+            item = {"image": _image(row[columns[0]], folder, where, root is not None, keeps_unreadable)}
+            prompt = check_prompt(row.get(prompt_column), where) if prompt_column else ""
+        except ValueError as error:
             if not keeps_unreadable:
-                raise ValueError(problem)
-            yield _unreadable(where, folder, problem, caption_column)
+                raise
+            yield _unreadable(where, path, folder, str(error), caption_column)
             continue
-        if is_url(name) and not keeps_unreadable:
-            raise ValueError(f"{where}: {name:.80} is a URL; download the images first (for example with img2dataset)")
-        image = name if is_url(name) else folder / name
-        if not keeps_unreadable and not os.path.isfile(image):
-            hint = "" if root is not None else "; name the folder that paths start from by --image_root"
-            raise ValueError(f"{where}: {image} does not exist{hint}")
-        item = {"image": str(image)} | ({"caption": row[columns[1]]} if columns[1] else {})
-        if prompt_column and prompt_column in row and find_prompt_column(row, prompt_column, columns[1], str(path)):
+        if prompt_column in row and find_prompt_column(row, prompt_column, columns[1], str(path)):
             has_prompts = True
-            if prompt := check_prompt(row[prompt_column], where):
-                item["prompt"] = prompt
-        yield item
+        yield item | ({"caption": row[columns[1]]} if columns[1] else {}) | ({"prompt": prompt} if prompt else {})
+    if columns is None and without_columns is not None:
+        raise without_columns
     if not has_prompts and columns is not None:
         find_prompt_column((), prompt_column, columns[1], str(path))
 
 
-def _unreadable(where: str, folder: Path, problem: str, caption_column: str | None) -> dict[str, Any]:
-    """The item of a line that names no image. It is called by the line."""
-    image = str(folder / where.rpartition(", ")[2].replace(os.sep, " "))
-    return {"image": image, PROBLEM: problem} | ({} if caption_column is None else {"caption": None})
+def _image(value: Any, folder: Path, where: str, has_root: bool, keeps_unreadable: bool) -> str:
+    """The path or URL of an image in a line. Raises `ValueError` as `read_list`."""
+    name = value.get("path") if isinstance(value, dict) else value  # an image of `datasets`, written as JSON
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: the image is {name!r:.80}, expected a path")
+    if is_url(name):
+        if not keeps_unreadable:
+            raise ValueError(f"{where}: {name:.80} is a URL; download the images first (for example with img2dataset)")
+        return name
+    image = folder / name
+    if not keeps_unreadable and not os.path.isfile(image):
+        hint = "" if has_root else "; name the folder that paths start from by --image_root"
+        raise ValueError(f"{where}: {image} does not exist{hint}")
+    return str(image)
+
+
+def _unreadable(where: str, path: Path, folder: Path, problem: str, caption_column: str | None) -> dict[str, Any]:
+    """The item of a line that names no image. It is called by the name of the list and the line."""
+    name = f"{path.name}{where.removeprefix(str(path))}".replace(os.sep, " ")
+    return {"image": str(folder / name), PROBLEM: problem} | ({} if caption_column is None else {"caption": None})
 
 
 def _columns(row: dict[str, Any], image_column: str, caption_column: str | None, where: str) -> tuple[str, str | None]:
@@ -234,16 +248,24 @@ def _rows(path: Path) -> Rows:
 
 
 def _jsonl_rows(path: Path) -> Rows:
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open(encoding="utf-8-sig", errors=SURROGATES) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
+                _require_utf8(line)
                 row = json.loads(line)
+            except UnicodeEncodeError:
+                row = ValueError(f"{where} is not UTF-8")
             except json.JSONDecodeError as error:
                 row = ValueError(f"{where} is not valid JSON: {error}")
             yield where, _object(row, where)
+
+
+def _require_utf8(text: str) -> None:
+    """Raises `UnicodeEncodeError` if a text that was read with `SURROGATES` holds bytes that are not UTF-8."""
+    text.encode("utf-8")
 
 
 def _object(row: Any, where: str) -> dict[str, Any] | ValueError:
@@ -263,12 +285,16 @@ def _json_rows(path: Path) -> Rows:
             where = f"{path}, entry {number}"
             yield where, _object(row, where)
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
-        captions: dict[Any, list[str]] = {}
+        captions: dict[Any, list[Any]] = {}
         for annotation in content.get("annotations", []):
+            if not isinstance(annotation, dict):
+                raise ValueError(f"{path}: expected objects in 'annotations', got a {type(annotation).__name__}")
             captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
         for number, image in enumerate(content["images"]):
-            row = {"file_name": image.get("file_name"), "caption": captions.get(image.get("id"), [])}
-            yield f"{path}, image {number}", row
+            where, row = f"{path}, image {number}", image
+            if isinstance(image, dict):
+                row = {"file_name": image.get("file_name"), "caption": captions.get(image.get("id"), [])}
+            yield where, _object(row, where)
     elif isinstance(content, dict):
         for name, caption in content.items():
             row = caption if isinstance(caption, dict) else {"caption": caption}  # with a score, or without
@@ -279,19 +305,19 @@ def _json_rows(path: Path) -> Rows:
 
 def _csv_rows(path: Path, delimiter: str) -> Rows:
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with path.open(encoding="utf-8-sig", errors=SURROGATES, newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, restval=None)
         try:
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
-                    columns = len(reader.fieldnames or ())
-                    yield (
-                        where,
-                        ValueError(
-                            f"{where}: expected {columns} columns as in the first line; quote fields that hold commas"
-                        ),
-                    )
+                    expected = f"{len(reader.fieldnames or ())} columns as in the first line"
+                    yield where, ValueError(f"{where}: expected {expected}; quote fields that hold commas")
+                    continue
+                try:
+                    _require_utf8("".join(row.values()))
+                except UnicodeEncodeError:
+                    yield where, ValueError(f"{where} is not UTF-8")
                 else:
                     yield where, row
         except csv.Error as error:
