@@ -168,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-pairs", type=int, default=2, metavar="K", help="of a score (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="the denoiser computes in bfloat16")
     parser.add_argument("--scenes", type=int, default=300, help="captioned of each split (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the images or texts, and of the training (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     print(table(measure_ways(options)))
 
@@ -198,8 +200,9 @@ def measure_ways(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         if way == "search":
             excluded = [scene for _, scenes in held_out.values() for scene in scenes]
-            places, seen = zip(*new_scenes(options.images, options.split, IMAGE_SEED, excluded), strict=True)
-            own = [render_scene(place, options.split, IMAGE_SEED) for place in places]
+            seed = IMAGE_SEED + options.seed
+            places, seen = zip(*new_scenes(options.images, options.split, seed, excluded), strict=True)
+            own = [render_scene(place, options.split, seed) for place in places]
             of_search = f"{name}-{options.split}-without-{options.scenes}-K{options.num_pairs}"
             file = root / f"search-{of_search}{'-bf16' if options.bf16 else ''}-seed-{options.seed}.jsonl"
             captions = search_captions(scorer, own, options.images, file, options.seed)
