@@ -35,6 +35,7 @@ from .scoring import count_mentions, score_scenes
 from .world import SPLITS, Scene
 
 IMAGE_SEED = 41  # of the scenes that stage 3 sees
+TITLES = {"combo": "combo", "test": "test", "kept": "kept by the round, of its own images"}  # of tables
 BATCH_SIZE = 64
 MANY = 2**40  # length of a data set without an end
 WITHOUT_CHECKPOINTS = {"--save_total_limit", "--lora_rank", "--save_only_trainable", "--save_strategy"}
@@ -290,7 +291,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> tuple[argparse.Name
 def main(arguments: Sequence[str] | None = None) -> None:
     options, passed_on = parse_options(arguments)
     results = run_stage3(options, passed_on)
-    for split, title in (("combo", "combo"), ("test", "test"), ("kept", "kept by the round, of its own images")):
+    for split, title in TITLES.items():
         print(f"{title}\n\n{table(results, split)}\n")
 
 

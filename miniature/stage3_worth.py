@@ -1,8 +1,8 @@
 """How many pairs stage 3 is worth in the miniature: `python -m vlv.miniature.stage3_worth RUN.json ...`.
 
-Reads the results of `vlv.miniature.stage3` for several seeds, and prints a table by round: means over the seeds, and
-the number of pairs that give the same F1 without stage 3, interpolated in the table of few pairs
-(`vlv.miniature.paper`).
+Reads the results of `vlv.miniature.stage3` for several seeds, and prints tables by round, means over the seeds: of
+held-out scenes of `combo` and `test`, and of the captions that each round kept. The one of `combo` has the number of
+pairs that give the same F1 without stage 3, interpolated in the table of few pairs (`vlv.miniature.paper`).
 """
 
 import argparse
@@ -16,28 +16,35 @@ from vlv.files import read_json
 
 from .paper import measurements
 from .paper.tables import pairs_needed, scores_by_pairs
-from .stage3 import COLUMNS
+from .stage3 import COLUMNS, TITLES
 
 F1 = "object_place_f1"
 MEASURED = (F1, "exact", "invented", "missing", "words")
 
 
-def table(runs: Sequence[dict[str, Any]], few_pairs: dict[str, Any], split: str = "combo") -> str:
+def table(runs: Sequence[dict[str, Any]], split: str, few_pairs: dict[str, Any] | None = None) -> str:
     """A row for each round that all runs have.
 
     Args:
         runs: Results of `vlv.miniature.stage3`.
-        few_pairs: The results of the paper's tables.
+        split: `"combo"`, `"test"` or `"kept"`.
+        few_pairs: The results of the paper's tables; with them, which are of `combo`, there is a column of pairs.
     """
-    by_pairs = {pairs: fmean(own) for pairs, own in scores_by_pairs(few_pairs, measurements.STAGE_1).items()}
+    by_pairs = {}
+    if few_pairs is not None:
+        by_pairs = {pairs: fmean(own) for pairs, own in scores_by_pairs(few_pairs, measurements.STAGE_1).items()}
     rows = []
     for rounds in zip(*(run["rounds"] for run in runs), strict=False):
-        scores = [row[split] for row in rounds]
+        scores = [row[split] for row in rounds if split in row]
+        if not scores:
+            continue
         means = {name: fmean(own[name] for own in scores) for name in MEASURED}
         cells = [f"{means[name]:.{1 if name == 'words' else 3}f}" for name in MEASURED]
         of_seeds = ", ".join(f"{own[F1]:.3f}" for own in scores)
-        rows.append([str(rounds[0]["round"]), *cells, of_seeds, pairs_needed(by_pairs, means[F1])])
-    return markdown_table(("round", *(COLUMNS[name] for name in MEASURED), "F1 of each", "pairs alone"), rows)
+        needed = [pairs_needed(by_pairs, means[F1])] if by_pairs else []
+        rows.append([str(rounds[0]["round"]), *cells, of_seeds, *needed])
+    columns = ("round", *(COLUMNS[name] for name in MEASURED), "F1 of each", *(["pairs alone"] if by_pairs else []))
+    return markdown_table(columns, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="results of the paper's tables (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    print(table([read_json(file) for file in options.runs], read_json(options.few_pairs)))
+    runs, few_pairs = [read_json(file) for file in options.runs], read_json(options.few_pairs)
+    for split, title in TITLES.items():
+        print(f"{title}\n\n{table(runs, split, few_pairs if split == 'combo' else None)}\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -169,13 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true", help="the denoiser computes in bfloat16")
     parser.add_argument("--scenes", type=int, default=300, help="captioned of each split (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the images or texts, and of the training (default: %(default)s)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="each of the images or texts, and of the training; scores are means over them (default: 0)",
     )
     options = parser.parse_args(arguments)
-    print(table(measure_ways(options)))
+    print(table([measure_ways(options, seed) for seed in options.seeds]))
 
 
-def measure_ways(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_ways(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """Scores of the proposals and of the captioners that learn from them; trains what is missing.
 
     Returns:
@@ -200,37 +205,41 @@ def measure_ways(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         if way == "search":
             excluded = [scene for _, scenes in held_out.values() for scene in scenes]
-            seed = IMAGE_SEED + options.seed
-            places, seen = zip(*new_scenes(options.images, options.split, seed, excluded), strict=True)
-            own = [render_scene(place, options.split, seed) for place in places]
+            of_images = IMAGE_SEED + seed
+            places, seen = zip(*new_scenes(options.images, options.split, of_images, excluded), strict=True)
+            own = [render_scene(place, options.split, of_images) for place in places]
             of_search = f"{name}-{options.split}-without-{options.scenes}-K{options.num_pairs}"
-            file = root / f"search-{of_search}{'-bf16' if options.bf16 else ''}-seed-{options.seed}.jsonl"
-            captions = search_captions(scorer, own, options.images, file, options.seed)
+            file = root / f"search-{of_search}{'-bf16' if options.bf16 else ''}-seed-{seed}.jsonl"
+            captions = search_captions(scorer, own, options.images, file, seed)
             add("search itself", "its own", captions, seen)
             conditioning = compute_conditioning(encoder, torch.stack(own))
             start = f"{file.stem}-{options.images}-images"
         else:
-            texts = SceneDataset(options.texts, seed=TEXT_SEED + options.seed, fields=("caption",))
+            texts = SceneDataset(options.texts, seed=TEXT_SEED + seed, fields=("caption",))
             captions = [texts[index]["caption"] for index in range(options.texts)]
             conditioning = text_conditioning(encoder, pipeline.tokenizer, captions)
-            start = f"repeat-{name}-seed-{options.seed}-{options.texts}-texts"
+            start = f"repeat-{name}-seed-{seed}-{options.texts}-texts"
         folder = root / f"start-{start}-{options.updates}-updates"
         if not (folder / "config.json").exists():
             arguments = options.encoder, find_language_model(root), conditioning, captions
-            train_captioner(folder, *arguments, options.seed, options.updates)
+            train_captioner(folder, *arguments, seed, options.updates)
         captioner, processor = hub.load_captioner(folder)
         for split, (images, truth) in held_out.items():
             add(f"captioner of {way}", split, caption_images(captioner, processor, images), truth)
-    settings = {name: str(value) for name, value in vars(options).items()}
-    file = root / f"zero-pairs-{'-'.join(options.ways)}-seed-{options.seed}.json"
+    settings = {name: str(value) for name, value in vars(options).items() if name != "seeds"} | {"seed": str(seed)}
+    file = root / f"zero-pairs-{'-'.join(options.ways)}-seed-{seed}.json"
     write_json(file, {"settings": settings, "rows": rows})
     return rows
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `measure_ways` as Markdown."""
-    cells = [[row["captions"], row["images"], *(f"{row[name]:.3f}" for name in COLUMNS)] for row in rows]
-    return markdown_table(("captions of", "images", *COLUMNS.values()), cells)
+def table(of_seeds: Sequence[list[dict[str, Any]]]) -> str:
+    """The rows of `measure_ways` for each seed as Markdown: means, and the F1 of each seed."""
+    cells = []
+    for rows in zip(*of_seeds, strict=True):
+        means = [f"{fmean(row[name] for row in rows):.3f}" for name in COLUMNS]
+        of_each = ", ".join(f"{row['object_place_f1']:.3f}" for row in rows)
+        cells.append([rows[0]["captions"], rows[0]["images"], *means, of_each])
+    return markdown_table(("captions of", "images", *COLUMNS.values(), "F1 of each"), cells)
 
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ class Stage3Trainer(Stage2Trainer):
         self.control.should_log = should_log
         if self.is_world_process_zero():
             write_json(Path(self.args.output_dir) / ROUNDS_FOLDER / f"round-{number:04d}.json", summary)
-            values = ", ".join(f"{name} {value:g}" for name, value in summary.items())
+            values = ", ".join(f"{name} {value:g}" for name, value in summary.items() if value)  # most counts are zero
             say(f"round {number}: {values}")
 
     def _why_nothing_is_left(self, file: RoundFile) -> str:
