@@ -31,7 +31,11 @@ def choose_model(arguments: argparse.Namespace) -> str:
         raise UserError(
             f"the embedded miniature is missing ({MINIATURE}); train it with `make miniature`, or pass --model"
         )
-    print("no --model given: using the embedded miniature (sixteen drawings, no photographs)", file=sys.stderr)
+    print(
+        "no --model given: using the embedded miniature, which knows sixteen drawings and no photographs; "
+        "docs/tutorial.md makes a captioner of your own pictures",
+        file=sys.stderr,
+    )
     return str(MINIATURE)
 
 
