@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .failing import end_with_others
 from .setting_groups import arrange
+from .stage_config import same_command
 
 Config = TypeVar("Config")
 
@@ -142,10 +145,13 @@ DESCRIBED = (ValueError, OSError, ImportError, SafetensorError, MemoryError, Run
 
 
 @contextmanager
-def errors_in_one_line(program: str) -> Iterator[None]:
+def errors_in_one_line(program: str, config: Any = None) -> Iterator[None]:
     """Ends the program with the message of an error that the user can correct, without a traceback.
 
     Of several processes the others end, too, each with a line that names the one that has failed.
+
+    Args:
+        config: Of the run, for what is said after Ctrl-C.
 
     Raises:
         FailedRun: With the message, which is printed, and exit code 2.
@@ -155,7 +161,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as error:
-            print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"{program}: interrupted{'' if config is None else _how_to_go_on(config)}", file=sys.stderr)
             raise SystemExit(130) from error
         except Exception as error:
             message = describe_error(error) if isinstance(error, DESCRIBED) else None
@@ -167,6 +173,15 @@ def errors_in_one_line(program: str) -> Iterator[None]:
                 raise
             print(f"{program}: {message}", file=sys.stderr, flush=True)
             raise FailedRun(f"{program}: {message}") from error
+
+
+def _how_to_go_on(config: Any) -> str:
+    """What the same command does after Ctrl-C."""
+    if config.dry_run:
+        return "; a dry run leaves nothing"
+    if any(Path(config.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")):
+        return f"; {same_command(config)} goes on from the last checkpoint"
+    return f"; {config.output_dir} has no checkpoint yet, so the same command begins the training anew"
 
 
 def last_line(text: str) -> str:

@@ -311,3 +311,8 @@ class StageConfig(TrainingArguments):
     def _values(self, names: Iterable[str]) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in sorted(names)}
         return {name: getattr(value, "value", value) for name, value in values.items()}
+
+
+def same_command(config: Any) -> str:
+    """The command that goes on with an interrupted run, for a message."""
+    return "the same command" + (" without overwrite_output_dir" if config.overwrite_output_dir else "")
