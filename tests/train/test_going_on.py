@@ -242,6 +242,8 @@ def test_a_second_run_in_a_folder_is_refused(run_folder, train):
 def press_ctrl_c(monkeypatch):
     """Sends SIGINT to this process and those of the data loader before each of the given steps, as a terminal does."""
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+
     def at(*steps: int) -> None:
         original = stage2.Stage2Trainer.training_step
 
@@ -253,7 +255,8 @@ def press_ctrl_c(monkeypatch):
 
         monkeypatch.setattr(stage2.Stage2Trainer, "training_step", training_step)
 
-    return at
+    yield at
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(tmp_path, train, press_ctrl_c, capfd):
