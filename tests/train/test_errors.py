@@ -68,6 +68,25 @@ def test_settings_that_cannot_work_are_named(settings, message, inputs, tmp_path
     assert message in fails(capsys, stage2, inputs | {"output_dir": tmp_path / "run"} | changes)
 
 
+def test_a_folder_of_other_files_is_refused_and_a_refused_run_leaves_no_folder(inputs, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (pictures / name).touch()
+    for more in ({}, {"dry_run": True}):
+        message = fails(capsys, stage2, inputs | {"output_dir": pictures} | more)
+        assert f"output_dir {pictures} holds other files than those of a run (a.png, b.png, c.png, ...)" in message
+        assert len(list(pictures.iterdir())) == 4
+    assert "pairs is not set" in fails(capsys, stage2, {"output_dir": tmp_path / "new" / "run", "use_cpu": True})
+    assert not (tmp_path / "new").exists()
+    kept = tmp_path / "kept"
+    (kept / "cache").mkdir(parents=True)
+    (kept / "train.log").touch()
+    own = {"output_dir": kept, "cache_vision_features": kept / "cache" / "features", "use_cpu": True}
+    assert "pairs is not set" in fails(capsys, stage2, own)
+    assert kept.is_dir()
+
+
 def test_a_folder_without_permission_is_named(folder_of_nobody, capsys):
     (folder_of_nobody / "locked").mkdir(mode=0o500)
     message = fails(capsys, stage2, {"output_dir": folder_of_nobody / "locked" / "run", "use_cpu": True})
