@@ -32,6 +32,15 @@ RENAMED = {
     "decoder_gradient_checkpointing": "diffusion_gradient_checkpointing",
 }
 """Former names of settings, and their present names."""
+OF_OTHER_STAGES = {
+    "images": ("pairs", "stage 2 trains on image-caption pairs"),
+    "pairs": ("images", "stage 1 trains on images alone"),
+    "eval_images": ("eval_pairs", "stage 2 is evaluated on image-caption pairs"),
+    "eval_pairs": ("eval_images", "stage 1 is evaluated on images alone"),
+}
+"""Settings that a stage lacks, its own in their place, and why."""
+SIMILAR = 0.68
+"""How alike a wrong name and a suggestion are at least, as difflib counts."""
 
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "OutOfMemoryError")
@@ -127,7 +136,10 @@ def _unknown_setting(name: str, known: list[str]) -> str:
     new = RENAMED.get(name.replace("-", "_"))
     if new in known:
         return f"{name!r} was renamed to {new!r}"
-    similar = difflib.get_close_matches(name, known, n=1)
+    own, why = OF_OTHER_STAGES.get(name.replace("-", "_"), (None, ""))
+    if own in known:
+        return f"unknown setting {name!r}: {why} (--{own})"
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR)
     return f"unknown setting {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "; see --help")
 
 

@@ -62,6 +62,8 @@ def test_the_papers_recipe_is_in_the_defaults_and_in_the_files(stage, config, ex
         ("learnign_rate: 1", [], "unknown setting 'learnign_rate'; did you mean 'learning_rate'?"),
         ("seed: 1", ["--num_querys", "3"], "unknown setting 'num_querys'; did you mean 'num_query_tokens'?"),
         ("seed: 1", ["--zzzzzz", "3"], "unknown setting 'zzzzzz'; see --help"),
+        ("seed: 1", ["--photos", "3"], "unknown setting 'photos'; see --help"),
+        ("seed: 1", ["--photo_dir", "3"], "unknown setting 'photo_dir'; see --help"),
         ("max_steps: many", [], "invalid int value: 'many'"),
         ("seed: 1", ["--trainable", "everything"], "trainable is 'everything'; expected one of"),
         ("seed: 1", ["--max_steps", "3", "other.yaml"], "other.yaml must come first"),
@@ -112,6 +114,19 @@ def test_a_former_name_is_an_error_with_the_present_name(tmp_path, capsys, confi
         with pytest.raises(SystemExit):
             parse(*arguments, config=config)
         assert f"was renamed to {new!r}" in capsys.readouterr().err
+
+
+def test_a_setting_of_another_stage_is_an_error_with_that_of_this_one(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    for config, name, message in (
+        (Stage2Config, "images", "stage 2 trains on image-caption pairs (--pairs)"),
+        (Stage1Config, "pairs", "stage 1 trains on images alone (--images)"),
+    ):
+        path.write_text(f"{name}: photos\n")
+        for arguments in ([f"--{name}", "photos"], [str(path)]):
+            with pytest.raises(SystemExit):
+                parse(*arguments, config=config)
+            assert f"unknown setting {name!r}: {message}" in capsys.readouterr().err
 
 
 def test_a_former_name_that_a_stage_never_had_is_unknown(capsys):
