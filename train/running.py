@@ -32,6 +32,20 @@ def output_folder(config: StageConfig) -> Iterator[None]:
         yield
 
 
+def not_loaded(config: Any, setting: str, default: str, error: Exception, advice: str = "") -> FileNotFoundError:
+    """The error for a model that could not be loaded, which names the setting and says whether it is the default.
+
+    Args:
+        advice: How to try the stage without a download.
+    """
+    source = getattr(config, setting)
+    reason = " ".join(str(error).split()).removeprefix(f"{setting} {source} could not be loaded: ")
+    whose = f" (the default of --{setting})" if source == default else ""
+    return FileNotFoundError(
+        f"{setting} {source}{whose} could not be loaded: {reason}" + (f". {advice}" if advice else "")
+    )
+
+
 def fingerprints(config: StageConfig, *names: str) -> dict[str, Any]:
     """`{name: {"source": ..., "fingerprint": ...}}` of the settings that name models."""
     values = {name: getattr(config, name) for name in names}
