@@ -79,7 +79,8 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
     known = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     options = list(arguments)
     if options and not options[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(Path(options.pop(0)), known, parser))
+        recipes = find_recipes(getattr(config_class, "RECIPES", ()))
+        parser.set_defaults(**_read_yaml(Path(options.pop(0)), known, parser, recipes))
     try:
         config, unknown = parser.parse_args_into_dataclasses(
             options, look_for_args_file=False, return_remaining_strings=True
@@ -114,9 +115,17 @@ def _own_settings(config_class: Any) -> set[str]:
     return {name for base in bases for name in vars(base).get("__annotations__", ())}
 
 
-def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser) -> dict[str, Any]:
+def find_recipes(patterns: Sequence[str]) -> list[Path]:
+    """The recipes of this package with such names, relative to the working directory where they are in it."""
+    folder = Path(__file__).with_name("configs")
+    found = [path.resolve() for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path for path in found]
+
+
+def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser, recipes: Sequence[Path]) -> dict[str, Any]:
     if not path.is_file():
-        parser.error(f"{path} does not exist; the first argument is a YAML file")
+        shipped = f", such as a recipe of this package: {', '.join(map(str, recipes))}" if recipes else ""
+        parser.error(f"{path} does not exist; the first argument is a YAML file{shipped}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:

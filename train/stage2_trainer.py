@@ -35,6 +35,7 @@ class Stage2Config(StageConfig):
     """
 
     TRAINABLE = ("projector", "projector+lm", "projector+lm+query_decoder", "all", "all+vision")
+    RECIPES = ("stage2*.yaml", "miniature-*.yaml")
 
     model: str | None = field(
         default=None,

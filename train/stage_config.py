@@ -46,6 +46,8 @@ class StageConfig(TrainingArguments):
     """
 
     TRAINABLE: ClassVar[tuple[str, ...]] = ()
+    RECIPES: ClassVar[tuple[str, ...]] = ()
+    """Names of the stage's recipes in `configs`, as patterns."""
 
     split: str = field(default="train", metadata={"help": "Split of the data set."})
     image_column: str = field(
@@ -297,7 +299,9 @@ class StageConfig(TrainingArguments):
             if issubclass(base, StageConfig)
             for name in vars(base)["__annotations__"]
         }
-        names = (own - {"TRAINABLE"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(SETTINGS_OF_TRAINING_ARGUMENTS)
+        names = (own - {"TRAINABLE", "RECIPES"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(
+            SETTINGS_OF_TRAINING_ARGUMENTS
+        )
         values = self._values(names)
         return values | self.rounding_caches()
 

@@ -12,6 +12,7 @@ from vlv.train.parsing import parse_config
 from vlv.train.setting_groups import INHERITED, OTHER_OWN, WITHOUT_EFFECT
 from vlv.train.stage1 import Stage1Config
 from vlv.train.stage2 import Stage2Config
+from vlv.train.stage3 import Stage3Config
 
 CONFIGS = Path(vlv.train.configs.__path__[0])
 
@@ -82,10 +83,18 @@ def test_an_error_names_the_wrong_setting(tmp_path, capsys, text, arguments, wor
     assert words in capsys.readouterr().err
 
 
-def test_a_missing_file_is_named(capsys):
+@pytest.mark.parametrize(
+    ("config", "recipe"),
+    [(Stage1Config, "stage1.yaml"), (Stage2Config, "stage2_under_300.yaml"), (Stage3Config, "stage3/sd21.yaml")],
+)
+def test_a_missing_file_is_named_beside_the_recipes_of_the_stage(capsys, config, recipe):
     with pytest.raises(SystemExit):
-        parse("nowhere.yaml")
-    assert "nowhere.yaml does not exist" in capsys.readouterr().err
+        parse("nowhere.yaml", config=config)
+    message = capsys.readouterr().err.rpartition("error: ")[2]
+    assert message.startswith("nowhere.yaml does not exist; the first argument is a YAML file, such as a recipe")
+    recipes = [Path(name) for name in message.strip().partition("this package: ")[2].split(", ")]
+    assert all(path.is_file() for path in recipes)
+    assert (CONFIGS / recipe).resolve() in [path.resolve() for path in recipes] and len(recipes) in (2, 3)
 
 
 def test_num_train_epochs_replaces_the_max_steps_of_the_recipe():
