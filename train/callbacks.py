@@ -1,4 +1,4 @@
-"""Callbacks of both trainers: random numbers per process, validation samples, the progress bar."""
+"""Callbacks of all trainers: random numbers per process, the end by a signal, validation samples, what is printed."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .checkpoints import is_main_process
@@ -181,6 +181,14 @@ class ProgressBarCallback(ProgressCallback):
         if "images_skipped" in logs:
             shown["skipped"] = str(logs["images_skipped"])
         self.training_bar.set_postfix(shown)
+
+
+class LogLinesCallback(PrinterCallback):
+    """A line for each log, but for those of a round of stage 3, of which the trainer prints a summary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "round" not in (logs or {}):
+            super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 def disable_loading_bars() -> None:

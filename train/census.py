@@ -16,6 +16,7 @@ from .data.captions import count_alternatives
 from .data.streaming import IndexedPart, StreamPart
 from .instructions import MOST_RECORDED, count_instructions
 from .lora import is_in_4_bits
+from .rounds import RoundDataset
 
 CENSUS_FILE = "census.json"
 SAMPLE = 10_000
@@ -152,6 +153,14 @@ def take_census(trainer: Any) -> dict[str, Any]:
                     else caption_statistics(read.dataset, *limits, args.seed)
                 )
             census["sources"].append(source)
+    elif isinstance(dataset, RoundDataset):
+        census["images"] = len(dataset.images)
+        census["rounds"] = {
+            "number": args.rounds,
+            "images": min(args.round_images, len(dataset.images)),
+            "steps": args.round_steps,
+            **({} if dataset.pairs is None else {"pairs": len(dataset.pairs)}),
+        }
     else:
         census["images_in_an_epoch"] = len(dataset)
     if isinstance(dataset, TrainingDataset):
@@ -175,7 +184,7 @@ def take_census(trainer: Any) -> dict[str, Any]:
     census["steps"] = trainer.last_step()
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     census["images_in_a_step"] = batch
-    if not isinstance(dataset, StreamingDataset):
+    if not isinstance(dataset, StreamingDataset | RoundDataset):
         census["epochs"] = round(trainer.last_step() / trainer.steps_per_epoch(), 3)
     return census
 
@@ -204,7 +213,13 @@ def format_census(census: dict[str, Any]) -> str:
     """The census as lines of text."""
     lines = []
     sources = census.get("sources", [])
-    if "images" in census:
+    if rounds := census.get("rounds"):
+        mixed = f"; {rounds['pairs']:,} pairs are mixed in" if "pairs" in rounds else ""
+        lines.append(
+            f"images: {census['images']:,}; {rounds['number']:,} rounds, each samples captions of "
+            f"{rounds['images']:,} images and trains {rounds['steps']:,} steps{mixed}"
+        )
+    elif "images" in census:
         lines.append(f"images: {census['images']}")
         for source in sources:
             if len(sources) > 1:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
-from transformers import ProgressCallback, Trainer, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -21,7 +21,13 @@ from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.files import read_json, write_json
 
 from .average import AverageCallback
-from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback, ValidationCallback
+from .callbacks import (
+    LogLinesCallback,
+    PerProcessSeedCallback,
+    ProgressBarCallback,
+    TerminationCallback,
+    ValidationCallback,
+)
 from .census import CensusCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, remove_old_checkpoints, say
 from .data_loading import DataLoadingMixin
@@ -95,6 +101,8 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
         self.add_callback(PerProcessSeedCallback())
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm and in notebooks
             self.add_callback(ProgressBarCallback())
+        if self.pop_callback(PrinterCallback) is not None:  # with disable_tqdm
+            self.add_callback(LogLinesCallback())
         self._skipped = 0
         self.speed = Speedometer(args.device)
         self.means = Means(QUARTILES, args.device)
