@@ -25,6 +25,8 @@ STREAM_SAMPLE = 256
 """Rows at the beginning of a stream whose captions are counted."""
 READ_TOGETHER = 256
 """Neighbouring captions that are read together in shards, so that few of these are opened."""
+MANY_EPOCHS = 1000
+"""Of a run with more passes over its data the census says how to make it shorter."""
 WARM_UP_STEPS, TIMED_STEPS = 3, 10
 
 
@@ -238,6 +240,11 @@ def format_census(census: dict[str, Any]) -> str:
     epochs = f", {census['epochs']:g} epochs" if "epochs" in census else ""
     lines.append(f"device: {census['device']}, {census['precision']}")
     lines.append(f"steps: {census['steps']:,} of {census['images_in_a_step']:,} images{epochs}")
+    if census.get("epochs", 0) > MANY_EPOCHS:
+        lines.append(
+            f"note: the run passes over its images {census['epochs']:,.0f} times; --max_steps or --num_train_epochs "
+            "makes it shorter"
+        )
     lines.append(f"expected time: unknown before the first {WARM_UP_STEPS + TIMED_STEPS} steps")
     return "\n".join(lines)
 

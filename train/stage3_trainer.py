@@ -302,7 +302,7 @@ class Stage3Trainer(Stage2Trainer):
                     for message in images.unreadable:
                         if args.on_bad_image == "error":
                             raise ValueError(message)
-                        logger.warning(f"skipped an image: {message}")
+                        logger.warning_once(f"skipped an image: {message}")
                     found = self.proposer.propose(model, images, self.buffer, (args.seed, file.number, part))
                     file.add(part, found, len(images.unreadable))
                     self._check_readable(file)
