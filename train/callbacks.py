@@ -1,8 +1,10 @@
-"""Callbacks of both trainers: random numbers per process, validation samples, the progress bar."""
+"""Callbacks of all trainers: random numbers per process, the end by a signal, validation samples, what is printed."""
 
+import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,10 +14,16 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from .checkpoints import is_main_process
+
 logger = logging.get_logger(__name__)
+
+SAME_KEY_PRESS = 2.0
+"""Seconds within which a process of several counts SIGINT once."""
+INTERRUPTED = b"\ninterrupted; a checkpoint is saved after this step (Ctrl-C again ends at once)\n"
 
 
 class PerProcessSeedCallback(TrainerCallback):
@@ -30,37 +38,64 @@ class PerProcessSeedCallback(TrainerCallback):
 
 
 class TerminationCallback(TrainerCallback):
-    """After SIGTERM, with which schedulers end a job, the run saves a checkpoint and stops.
+    """After SIGTERM, with which schedulers end a job, or Ctrl-C, the run saves a checkpoint and stops.
 
-    `requested` says that this has happened. A signal to one process of several stops them all.
+    A second Ctrl-C raises `KeyboardInterrupt`; in a dry run, which keeps nothing, the first one does. A signal to one
+    process of several stops them all. Processes of the data loader, which inherit the handlers, ignore Ctrl-C.
     """
 
     def __init__(self):
-        self.requested = False
-        self._before: Any = None
+        self.signal = 0
+        """Number of the signal that has asked this run to end, or 0."""
+        self._before: dict[int, Any] = {}
+        self._process, self._world_size, self._time = 0, 1, 0.0
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+    @property
+    def word(self) -> str:
+        """What has happened to the run, for a message."""
+        return "interrupted" if self.signal == signal.SIGINT else "terminated"
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._process, self._world_size = os.getpid(), args.world_size
         if threading.current_thread() is threading.main_thread():  # only that one may handle signals
-            self._before = signal.signal(signal.SIGTERM, self._request)
+            for number in (signal.SIGTERM, *(() if getattr(args, "dry_run", False) else (signal.SIGINT,))):
+                self._before[number] = signal.signal(number, self._request)
 
     def _request(self, number: int, frame: Any) -> None:
-        self.requested = True
+        if os.getpid() != self._process:
+            return
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            # torchrun passes on what the terminal has sent to all processes already
+            repeated = self._world_size > 1 and now - self._time < SAME_KEY_PRESS
+            if self.signal == signal.SIGINT and not repeated:
+                raise KeyboardInterrupt
+            self._time = now
+            if not repeated and is_main_process():
+                os.write(2, INTERRUPTED)  # print may not be called while it is running
+        self.signal = number
 
     def share(self, args: Any) -> bool:
-        """Tells all processes, which call it together, whether one of them has to end. Sets `requested`."""
+        """Tells all processes, which call it together, whether one of them has to end."""
         if args.world_size > 1:
-            requests = torch.tensor(float(self.requested), device=args.device)
-            torch.distributed.all_reduce(requests)
-            self.requested = bool(requests > 0)
+            number = torch.tensor(float(self.signal), device=args.device)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+            self.signal = int(number)
         return self.requested
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.share(args):
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+    def restore(self) -> None:
+        """Puts back the handlers of before the training."""
+        while self._before:
+            number, before = self._before.popitem()
+            signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 class ValidationCallback(TrainerCallback):
@@ -146,6 +181,14 @@ class ProgressBarCallback(ProgressCallback):
         if "images_skipped" in logs:
             shown["skipped"] = str(logs["images_skipped"])
         self.training_bar.set_postfix(shown)
+
+
+class LogLinesCallback(PrinterCallback):
+    """A line for each log, but for those of a round of stage 3, of which the trainer prints a summary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "round" not in (logs or {}):
+            super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 def disable_loading_bars() -> None:

@@ -16,6 +16,7 @@ from .data.captions import count_alternatives
 from .data.streaming import IndexedPart, StreamPart
 from .instructions import MOST_RECORDED, count_instructions
 from .lora import is_in_4_bits
+from .rounds import RoundDataset
 
 CENSUS_FILE = "census.json"
 SAMPLE = 10_000
@@ -24,6 +25,8 @@ STREAM_SAMPLE = 256
 """Rows at the beginning of a stream whose captions are counted."""
 READ_TOGETHER = 256
 """Neighbouring captions that are read together in shards, so that few of these are opened."""
+MANY_EPOCHS = 1000
+"""Of a run with more passes over its data the census says how to make it shorter."""
 WARM_UP_STEPS, TIMED_STEPS = 3, 10
 
 
@@ -152,6 +155,14 @@ def take_census(trainer: Any) -> dict[str, Any]:
                     else caption_statistics(read.dataset, *limits, args.seed)
                 )
             census["sources"].append(source)
+    elif isinstance(dataset, RoundDataset):
+        census["images"] = len(dataset.images)
+        census["rounds"] = {
+            "number": args.rounds,
+            "images": min(args.round_images, len(dataset.images)),
+            "steps": args.round_steps,
+            **({} if dataset.pairs is None else {"pairs": len(dataset.pairs)}),
+        }
     else:
         census["images_in_an_epoch"] = len(dataset)
     if isinstance(dataset, TrainingDataset):
@@ -175,7 +186,7 @@ def take_census(trainer: Any) -> dict[str, Any]:
     census["steps"] = trainer.last_step()
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     census["images_in_a_step"] = batch
-    if not isinstance(dataset, StreamingDataset):
+    if not isinstance(dataset, StreamingDataset | RoundDataset):
         census["epochs"] = round(trainer.last_step() / trainer.steps_per_epoch(), 3)
     return census
 
@@ -204,7 +215,13 @@ def format_census(census: dict[str, Any]) -> str:
     """The census as lines of text."""
     lines = []
     sources = census.get("sources", [])
-    if "images" in census:
+    if rounds := census.get("rounds"):
+        mixed = f"; {rounds['pairs']:,} pairs are mixed in" if "pairs" in rounds else ""
+        lines.append(
+            f"images: {census['images']:,}; {rounds['number']:,} rounds, each samples captions of "
+            f"{rounds['images']:,} images and trains {rounds['steps']:,} steps{mixed}"
+        )
+    elif "images" in census:
         lines.append(f"images: {census['images']}")
         for source in sources:
             if len(sources) > 1:
@@ -223,6 +240,11 @@ def format_census(census: dict[str, Any]) -> str:
     epochs = f", {census['epochs']:g} epochs" if "epochs" in census else ""
     lines.append(f"device: {census['device']}, {census['precision']}")
     lines.append(f"steps: {census['steps']:,} of {census['images_in_a_step']:,} images{epochs}")
+    if census.get("epochs", 0) > MANY_EPOCHS:
+        lines.append(
+            f"note: the run passes over its images {census['epochs']:,.0f} times; --max_steps or --num_train_epochs "
+            "makes it shorter"
+        )
     lines.append(f"expected time: unknown before the first {WARM_UP_STEPS + TIMED_STEPS} steps")
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ RECORD_FILE = "run.json"
 MODEL_FOLDERS = {"encoder", "image_processor", ADAPTER_FOLDER, *PIPELINE_PARTS}
 """Folders of a model in the Hub layout."""
 LOCK_FILE = ".run.lock"
+LEFT_BY_RUNS = (RECORD_FILE, "census.json", "trainer_state.json", ".unfinished", "rounds", "rewards-*.sqlite")
+"""Names in `output_dir` that mark it as that of a run, beside checkpoints."""
+BESIDE_RUNS = {".log", ".out", ".yaml", ".yml"}
+"""Suffixes of files that may lie in a new run's folder: logs and configurations."""
 FREE_SETTINGS = ("max_steps", "num_train_epochs", "rounds")
 """Settings of the record that a run may change when it goes on."""
 START_MODELS = ("model", "image_encoder", "language_model", "gguf_file", "load_in_4bit", "replace_language_model")
@@ -206,9 +210,31 @@ def move_aside(folder: str | Path) -> None:
     say(f"the earlier run is in {target}")
 
 
+def check_output_dir(config: Any) -> None:
+    """Refuses an `output_dir` with files that no run has left, such as the images to train on.
+
+    Raises:
+        ValueError: If it has such files. The caches of the run, hidden files, logs and configurations do not count.
+    """
+    folder = Path(config.output_dir).absolute()
+    if not folder.is_dir() or any(entry for name in (*LEFT_BY_RUNS, "checkpoint-*") for entry in folder.glob(name)):
+        return
+    caches = {place for cache in config.cache_folders() for place in (cache, *cache.parents)}
+    names = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") and entry.suffix not in BESIDE_RUNS and entry not in caches
+    )
+    if names:
+        raise ValueError(
+            f"output_dir {config.output_dir} holds other files than those of a run ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}); name a new or an empty folder (--output_dir)"
+        )
+
+
 @contextmanager
 def only_run_in(folder: str | Path) -> Iterator[None]:
-    """Locks a folder, so that no other run writes into it.
+    """Locks a folder, so that no other run writes into it. A folder that is new and still empty is removed again.
 
     Raises:
         ValueError: If another run has locked it, or it cannot be written.
@@ -217,6 +243,7 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
         yield
         return
     path = Path(folder) / LOCK_FILE
+    created = [parent for parent in path.parents if not parent.exists()]
     lock = FileLock(path, timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,6 +260,9 @@ def only_run_in(folder: str | Path) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # before the release, so that nobody locks a file that is about to vanish
         lock.release()
+        with suppress(OSError):  # not empty
+            for parent in created:
+                parent.rmdir()
 
 
 def is_main_process() -> bool:

@@ -98,6 +98,9 @@ class DataLoadingMixin(Trainer):
             ValueError: If more than `max_bad_share` of an epoch's images of this process, and of 1000, are unreadable.
         """
         num_skipped = inputs.pop("num_skipped", 0)
+        if skipped := inputs.pop("skipped", []):
+            collator: Any = self.data_collator
+            collator.said.update(skipped)
         self.batch_names = inputs.pop("names", [])
         if (state := inputs.pop(STATE, None)) is not None:
             assert isinstance(self.train_dataset, StreamingDataset)

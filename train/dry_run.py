@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from .census import find_part, format_census, format_time, take_census, whole_size
-from .checkpoints import is_main_process, say
+from .checkpoints import check_output_dir, is_main_process, say
 from .estimate import estimate
 from .hardware import GPUS
 from .lora import is_in_4_bits
@@ -116,10 +116,16 @@ def _saved_bytes(parameter: torch.nn.Parameter) -> int:
 
 @contextmanager
 def dry_run(config: Any) -> Iterator[DryRun | None]:
-    """Lets the run write into a hidden folder beside `output_dir`, which is removed; None where it is a real run."""
+    """Lets the run write into a hidden folder beside `output_dir`, which is removed; None where it is a real run.
+
+    Raises:
+        ValueError: If `output_dir` would be refused, see `check_output_dir`.
+    """
     if not config.dry_run:
         yield None
         return
+    if not config.overwrite_output_dir:
+        check_output_dir(config)
     target = Path(config.output_dir).absolute()
     beside = next(parent for parent in target.parents if parent.is_dir())
     folder = beside / f".{target.name}-dry-run"  # all processes need the same

@@ -123,7 +123,7 @@ class EvaluationMixin(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None) -> tuple:
         places = inputs.pop("places")
-        for name in ("names", "num_skipped"):
+        for name in ("names", "num_skipped", "skipped"):
             inputs.pop(name, None)
         args: Any = self.args
         batch = self._evaluated_batches * args.world_size + args.process_index

@@ -392,7 +392,8 @@ def build_diffusion_decoder(
     with torch.device("meta"):
         parts = {name: part.from_config(configs[name]) for name, part in family.model_classes().items()}
     denoiser = parts[family.denoiser_name()]
-    return family(parts["vae"], denoiser.to(dtype), configs["scheduler"], vae_dtype=vae_dtype).to("meta")
+    torch.nn.Module.to(denoiser, dtype)  # diffusers' own `to` warns of layers to keep in float32, also without any
+    return family(parts["vae"], denoiser, configs["scheduler"], vae_dtype=vae_dtype).to("meta")
 
 
 def _local(kind: Any, source: str, setting: str, known: dict, method: str = "from_pretrained", **kwargs: Any) -> Any:

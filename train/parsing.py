@@ -13,9 +13,12 @@ from typing import Any, TypeVar
 import yaml
 from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .failing import end_with_others
 from .setting_groups import arrange
+from .stage_config import same_command
 
 Config = TypeVar("Config")
 
@@ -29,6 +32,15 @@ RENAMED = {
     "decoder_gradient_checkpointing": "diffusion_gradient_checkpointing",
 }
 """Former names of settings, and their present names."""
+OF_OTHER_STAGES = {
+    "images": ("pairs", "stage 2 trains on image-caption pairs"),
+    "pairs": ("images", "stage 1 trains on images alone"),
+    "eval_images": ("eval_pairs", "stage 2 is evaluated on image-caption pairs"),
+    "eval_pairs": ("eval_images", "stage 1 is evaluated on images alone"),
+}
+"""Settings that a stage lacks, its own in their place, and why."""
+SIMILAR = 0.68
+"""How alike a wrong name and a suggestion are at least, as difflib counts."""
 
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "OutOfMemoryError")
@@ -67,7 +79,8 @@ def parse_config(config_class: type[Config], arguments: Sequence[str], program: 
     known = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     options = list(arguments)
     if options and not options[0].startswith("-"):
-        parser.set_defaults(**_read_yaml(Path(options.pop(0)), known, parser))
+        recipes = find_recipes(getattr(config_class, "RECIPES", ()))
+        parser.set_defaults(**_read_yaml(Path(options.pop(0)), known, parser, recipes))
     try:
         config, unknown = parser.parse_args_into_dataclasses(
             options, look_for_args_file=False, return_remaining_strings=True
@@ -102,9 +115,17 @@ def _own_settings(config_class: Any) -> set[str]:
     return {name for base in bases for name in vars(base).get("__annotations__", ())}
 
 
-def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser) -> dict[str, Any]:
+def find_recipes(patterns: Sequence[str]) -> list[Path]:
+    """The recipes of this package with such names, relative to the working directory where they are in it."""
+    folder = Path(__file__).with_name("configs")
+    found = [path.resolve() for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path for path in found]
+
+
+def _read_yaml(path: Path, known: list[str], parser: HfArgumentParser, recipes: Sequence[Path]) -> dict[str, Any]:
     if not path.is_file():
-        parser.error(f"{path} does not exist; the first argument is a YAML file")
+        shipped = f", such as a recipe of this package: {', '.join(map(str, recipes))}" if recipes else ""
+        parser.error(f"{path} does not exist; the first argument is a YAML file{shipped}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -124,7 +145,10 @@ def _unknown_setting(name: str, known: list[str]) -> str:
     new = RENAMED.get(name.replace("-", "_"))
     if new in known:
         return f"{name!r} was renamed to {new!r}"
-    similar = difflib.get_close_matches(name, known, n=1)
+    own, why = OF_OTHER_STAGES.get(name.replace("-", "_"), (None, ""))
+    if own in known:
+        return f"unknown setting {name!r}: {why} (--{own})"
+    similar = difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR)
     return f"unknown setting {name!r}" + (f"; did you mean {similar[0]!r}?" if similar else "; see --help")
 
 
@@ -142,10 +166,13 @@ DESCRIBED = (ValueError, OSError, ImportError, SafetensorError, MemoryError, Run
 
 
 @contextmanager
-def errors_in_one_line(program: str) -> Iterator[None]:
+def errors_in_one_line(program: str, config: Any = None) -> Iterator[None]:
     """Ends the program with the message of an error that the user can correct, without a traceback.
 
     Of several processes the others end, too, each with a line that names the one that has failed.
+
+    Args:
+        config: Of the run, for what is said after Ctrl-C.
 
     Raises:
         FailedRun: With the message, which is printed, and exit code 2.
@@ -155,7 +182,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as error:
-            print(f"{program}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"{program}: interrupted{'' if config is None else _how_to_go_on(config)}", file=sys.stderr)
             raise SystemExit(130) from error
         except Exception as error:
             message = describe_error(error) if isinstance(error, DESCRIBED) else None
@@ -167,6 +194,15 @@ def errors_in_one_line(program: str) -> Iterator[None]:
                 raise
             print(f"{program}: {message}", file=sys.stderr, flush=True)
             raise FailedRun(f"{program}: {message}") from error
+
+
+def _how_to_go_on(config: Any) -> str:
+    """What the same command does after Ctrl-C."""
+    if config.dry_run:
+        return "; a dry run leaves nothing"
+    if any(Path(config.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")):
+        return f"; {same_command(config)} goes on from the last checkpoint"
+    return f"; {config.output_dir} has no checkpoint yet, so the same command begins the training anew"
 
 
 def last_line(text: str) -> str:

@@ -162,7 +162,7 @@ class PolicyCollator(Stage2Collator):
     Those are `sampled_log_probs` and `start_log_probs`, 0 where a caption is padded.
     """
 
-    def load_readable(self, items: list[dict], image_processor: Any) -> tuple[list[dict], list[Any], int]:
+    def load_readable(self, items: list[dict], image_processor: Any) -> tuple[list[dict], list[Any], list[str]]:
         found = super().load_readable(items, image_processor)
         self._items = found[0]
         return found

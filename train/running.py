@@ -7,7 +7,7 @@ from typing import Any
 
 from vlv import hub
 
-from .checkpoints import is_main_process, move_aside, only_run_in, say
+from .checkpoints import check_output_dir, is_main_process, move_aside, only_run_in, say
 from .saving import Provenance
 from .stage_config import StageConfig
 from .trainer import VLVTrainer
@@ -15,18 +15,35 @@ from .trainer import VLVTrainer
 
 @contextmanager
 def output_folder(config: StageConfig) -> Iterator[None]:
-    """Locks `output_dir` for this run; with `overwrite_output_dir` an earlier run in it is renamed first.
+    """Locks `output_dir` for this run; with `overwrite_output_dir` what is in it is renamed first.
 
     Raises:
-        ValueError: If another run writes into it, or it cannot be written.
+        ValueError: If it holds files that are not of a run, another run writes into it, or it cannot be written.
     """
     assert config.output_dir is not None
     with config.main_process_first(local=False, desc="preparing output_dir"):
-        if config.overwrite_output_dir and is_main_process():
-            with only_run_in(config.output_dir):
-                move_aside(config.output_dir)
+        if is_main_process():
+            if config.overwrite_output_dir:
+                with only_run_in(config.output_dir):
+                    move_aside(config.output_dir)
+            else:
+                check_output_dir(config)
     with only_run_in(config.output_dir):
         yield
+
+
+def not_loaded(config: Any, setting: str, default: str, error: Exception, advice: str = "") -> FileNotFoundError:
+    """The error for a model that could not be loaded, which names the setting and says whether it is the default.
+
+    Args:
+        advice: How to try the stage without a download.
+    """
+    source = getattr(config, setting)
+    reason = " ".join(str(error).split()).removeprefix(f"{setting} {source} could not be loaded: ")
+    whose = f" (the default of --{setting})" if source == default else ""
+    return FileNotFoundError(
+        f"{setting} {source}{whose} could not be loaded: {reason}" + (f". {advice}" if advice else "")
+    )
 
 
 def fingerprints(config: StageConfig, *names: str) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from .encoder_lora import add_encoder_lora, merge_encoder_lora
 from .evaluating import find_evaluation_set
 from .freezing import freeze_for_stage1
 from .parsing import errors_in_one_line, parse_config
-from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
+from .running import fingerprints, not_loaded, output_folder, provenance, say_how_to_use, train_and_save
 from .saving import loading_whole_models
-from .stage1_trainer import FLORENCE_IMAGE_SIZE, Stage1Config, Stage1Trainer
+from .stage1_trainer import DIFFUSION_MODEL, FLORENCE_IMAGE_SIZE, IMAGE_ENCODER, Stage1Config, Stage1Trainer
 
 PROGRAM = "vlv train stage1"
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage1Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage1Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    with errors_in_one_line(PROGRAM), dry_run(config) as rehearsal, output_folder(config):
+    with errors_in_one_line(PROGRAM, config), dry_run(config) as rehearsal, output_folder(config):
         set_seed(config.seed)
         disable_loading_bars()
         if config.images is None:
@@ -125,7 +125,7 @@ def find_diffusion_model(config: Any) -> tuple[hub.DiffusionModel, Path]:
         config: Of stage 1 or 3.
 
     Raises:
-        OSError: If it could not be loaded.
+        OSError: If it could not be loaded; the message names the setting.
         ValueError: If none is set and the model does not name one, or the one that it names has changed.
     """
     if config.diffusion_model is not None:
@@ -147,10 +147,19 @@ def find_diffusion_model(config: Any) -> tuple[hub.DiffusionModel, Path]:
         patterns += hub.COMPARED_FILES
     if getattr(config, "t5_text_encoder", False):  # a setting of stage 1 alone
         patterns += hub.OPTIONAL_TEXT_ENCODER_FILES
-    folder = hub.resolve(found.source, revision=found.revision, allow_patterns=patterns, pickles_allowed=True)
+    try:
+        folder = hub.resolve(found.source, revision=found.revision, allow_patterns=patterns, pickles_allowed=True)
+    except FileNotFoundError as error:
+        if config.diffusion_model is None:  # the message names the one of `model`
+            raise
+        raise not_loaded(config, "diffusion_model", DIFFUSION_MODEL, error, _advice(config)) from error
     if not found.is_known:  # its files were not in the cache
         found = hub.find_diffusion_model(found.source)
     return found, folder
+
+
+def _advice(config: Any) -> str:
+    return "" if config.model is not None else "To try the stage without a download: --model checkpoints/vlv-miniature"
 
 
 def load_model(
@@ -193,7 +202,10 @@ def start_of(config: Stage1Config) -> tuple[Any, VLVImageProcessor]:
         ValueError: If the model gives no features of patches, or not for images of the size that is set.
     """
     assert config.image_encoder is not None
-    vision = image_encoder_config(config.image_encoder)
+    try:
+        vision = image_encoder_config(config.image_encoder)
+    except OSError as error:
+        raise not_loaded(config, "image_encoder", IMAGE_ENCODER, error, _advice(config)) from error
     if isinstance(vision, Florence2Config):
         own = {field.name: field.default for field in fields(config) if field.name.startswith("query_decoder_")}
         if wrong := [name for name, default in own.items() if getattr(config, name) != default]:

@@ -47,6 +47,7 @@ class Stage1Config(StageConfig):
     """
 
     TRAINABLE = ("projector", "query_decoder", "transformer", "all")
+    RECIPES = ("stage1*.yaml",)
 
     model: str | None = field(
         default=None,

@@ -28,11 +28,15 @@ from .freezing import freeze_for_stage2
 from .instructions import count_instructions, record_instructions
 from .lora import add_lora, merge_lora
 from .parsing import errors_in_one_line, parse_config
-from .running import fingerprints, output_folder, provenance, say_how_to_use, train_and_save
+from .running import fingerprints, not_loaded, output_folder, provenance, say_how_to_use, train_and_save
 from .saving import loading_whole_models
 from .stage2_trainer import LANGUAGE_MODEL, Stage2Config, Stage2Trainer
 
 PROGRAM = "vlv train stage2"
+WITHOUT_DOWNLOAD = (
+    "Pass a folder, repo id or GGUF file (--language_model); to try the stage without a download, go on with a "
+    "captioner, which has a language model: --model checkpoints/vlv-miniature"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage2Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    with errors_in_one_line(PROGRAM), dry_run(config) as rehearsal, output_folder(config):
+    with errors_in_one_line(PROGRAM, config), dry_run(config) as rehearsal, output_folder(config):
         set_seed(config.seed)
         disable_loading_bars()
         if config.pairs is None:
@@ -69,14 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> Stage2Trainer:
             if new_language_model:
                 config.language_model = config.language_model or LANGUAGE_MODEL
                 encoder, image_processor = hub.load_encoder(config.model)
-                model = add_language_model(
-                    encoder,
-                    config.language_model,
-                    config.gguf_file,
-                    config.load_in_4bit,
-                    compute_dtype=torch.bfloat16 if config.bf16 or config.fp16 else torch.float32,
-                )
-                tokenizer = load_tokenizer(config.language_model, config.gguf_file)
+                try:
+                    model = add_language_model(
+                        encoder,
+                        config.language_model,
+                        config.gguf_file,
+                        config.load_in_4bit,
+                        compute_dtype=torch.bfloat16 if config.bf16 or config.fp16 else torch.float32,
+                    )
+                    tokenizer = load_tokenizer(config.language_model, config.gguf_file)
+                except OSError as error:
+                    raise not_loaded(config, "language_model", LANGUAGE_MODEL, error, WITHOUT_DOWNLOAD) from error
                 processor = VLVProcessor(
                     image_processor,
                     fit_tokenizer(tokenizer, model.language_model),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -35,6 +36,7 @@ class Stage2Config(StageConfig):
     """
 
     TRAINABLE = ("projector", "projector+lm", "projector+lm+query_decoder", "all", "all+vision")
+    RECIPES: ClassVar[tuple[str, ...]] = ("stage2*.yaml", "miniature-*.yaml")
 
     model: str | None = field(
         default=None,

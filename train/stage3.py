@@ -50,7 +50,7 @@ def main(
         SystemExit: With a message of one line, if a setting is wrong or something could not be loaded.
     """
     config = parse_config(Stage3Config, sys.argv[1:] if arguments is None else arguments, PROGRAM)
-    with errors_in_one_line(PROGRAM), dry_run(config) as rehearsal, output_folder(config):
+    with errors_in_one_line(PROGRAM, config), dry_run(config) as rehearsal, output_folder(config):
         set_seed(config.seed)
         disable_loading_bars()
         if config.images is None:

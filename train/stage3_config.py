@@ -29,6 +29,8 @@ class Stage3Config(Stage2Config):
         ValueError: If a setting has a value that the stage cannot use, or two settings contradict each other.
     """
 
+    RECIPES = ("stage3/*.yaml",)
+
     model: str | None = field(
         default=None, metadata={"help": "The captioner to start from, of stage 2: folder or repo id."}
     )

@@ -198,7 +198,8 @@ class Stage3Trainer(Stage2Trainer):
         Raises:
             ValueError: If nothing is left to train on, too many images cannot be read, or an earlier round is of
                 other images.
-            SystemExit: With code 75 after SIGTERM to one of the processes. Finished parts are on disk.
+            SystemExit: With code 75 after SIGTERM to one of the processes, 130 after Ctrl-C. Finished parts are on
+                disk.
         """
         args: Any = self.args
         resumed = self.state.global_step > number * args.round_steps  # within the round
@@ -220,7 +221,6 @@ class Stage3Trainer(Stage2Trainer):
             self.accelerator.wait_for_everyone()
             self.collect(file)
             if self.termination.share(args):
-                self.termination.on_train_end(None, None, None)
                 self.end_terminated(f"in round {number}")
             self.accelerator.wait_for_everyone()
             file.read()
@@ -288,7 +288,7 @@ class Stage3Trainer(Stage2Trainer):
         return file
 
     def collect(self, file: RoundFile) -> None:
-        """Computes this process's share of the parts that the file lacks. SIGTERM ends it after a part."""
+        """Computes this process's share of the parts that the file lacks. SIGTERM and Ctrl-C end it after a part."""
         args, parts = self.args, self._parts_of_round(file.number)
         missing = {part: parts[part] for part in file.missing[args.process_index :: args.world_size]}
         processor: Any = self.processing_class
@@ -302,7 +302,7 @@ class Stage3Trainer(Stage2Trainer):
                     for message in images.unreadable:
                         if args.on_bad_image == "error":
                             raise ValueError(message)
-                        logger.warning(f"skipped an image: {message}")
+                        logger.warning_once(f"skipped an image: {message}")
                     found = self.proposer.propose(model, images, self.buffer, (args.seed, file.number, part))
                     file.add(part, found, len(images.unreadable))
                     self._check_readable(file)

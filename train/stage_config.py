@@ -1,8 +1,10 @@
 """Settings that both stages share."""
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +29,8 @@ SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT = {
     *("eval_images", "eval_pairs", "per_device_eval_batch_size", "logging_nan_inf_filter", "stop_loss_factor"),
     *("dry_run", "cache_rewards", "reward_batch_size"),
 }
+NUM_WORKERS = 4
+"""Workers of a data loader by default; torch warns of more than there are CPUs."""
 CACHES = ("cache_moments", "cache_vision_features", "cache_conditioning")
 SETTINGS_OF_TRAINING_ARGUMENTS = (
     *("seed", "data_seed", "bf16", "fp16", "optim", "optim_args", "adam_beta1", "adam_epsilon", "max_grad_norm"),
@@ -45,6 +49,8 @@ class StageConfig(TrainingArguments):
     """
 
     TRAINABLE: ClassVar[tuple[str, ...]] = ()
+    RECIPES: ClassVar[tuple[str, ...]] = ()
+    """Names of the stage's recipes in `configs`, as patterns."""
 
     split: str = field(default="train", metadata={"help": "Split of the data set."})
     image_column: str = field(
@@ -159,7 +165,13 @@ class StageConfig(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     save_steps: float = field(default=10_000, metadata={"help": "Save a checkpoint every this many steps."})
     logging_steps: float = field(default=50, metadata={"help": "Log every this many steps."})
-    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that read and prepare images."})
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Processes that read and prepare images; by default {NUM_WORKERS}, or one for each CPU where "
+            "there are fewer."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator needs all columns."}
     )
@@ -182,6 +194,8 @@ class StageConfig(TrainingArguments):
         settings: Any = self
         if settings.disable_tqdm is None:
             settings.disable_tqdm = not sys.stderr.isatty()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = min(NUM_WORKERS, _usable_cpus())
         for name in ("checkpointing", "checkpointing_kwargs"):
             if getattr(self, f"activation_{name}") is None:  # the new name; with the old one alone transformers warns
                 setattr(self, f"activation_{name}", getattr(self, f"gradient_{name}"))
@@ -283,6 +297,11 @@ class StageConfig(TrainingArguments):
             "shuffle": getattr(self, "train_sampling_strategy") != "sequential",  # noqa: B009 (of TrainingArguments)
         }
 
+    def cache_folders(self) -> list[Path]:
+        """The folders of the caches that are set, as absolute paths."""
+        names = [getattr(self, name, None) for name in (*CACHES, "cache_rewards")]
+        return [Path(name).absolute() for name in names if name is not None]
+
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the result of a training, as JSON values."""
         own = {
@@ -291,7 +310,9 @@ class StageConfig(TrainingArguments):
             if issubclass(base, StageConfig)
             for name in vars(base)["__annotations__"]
         }
-        names = (own - {"TRAINABLE"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(SETTINGS_OF_TRAINING_ARGUMENTS)
+        names = (own - {"TRAINABLE", "RECIPES"} - SETTINGS_WITHOUT_EFFECT_ON_THE_RESULT) | set(
+            SETTINGS_OF_TRAINING_ARGUMENTS
+        )
         values = self._values(names)
         return values | self.rounding_caches()
 
@@ -311,3 +332,13 @@ class StageConfig(TrainingArguments):
     def _values(self, names: Iterable[str]) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in sorted(names)}
         return {name: getattr(value, "value", value) for name, value in values.items()}
+
+
+def _usable_cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def same_command(config: Any) -> str:
+    """The command that goes on with an interrupted run, for a message."""
+    return "the same command" + (" without overwrite_output_dir" if config.overwrite_output_dir else "")

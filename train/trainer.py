@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
-from transformers import ProgressCallback, Trainer, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,7 +21,13 @@ from vlv import VLVForConditionalGeneration, VLVModel
 from vlv.files import read_json, write_json
 
 from .average import AverageCallback
-from .callbacks import PerProcessSeedCallback, ProgressBarCallback, TerminationCallback, ValidationCallback
+from .callbacks import (
+    LogLinesCallback,
+    PerProcessSeedCallback,
+    ProgressBarCallback,
+    TerminationCallback,
+    ValidationCallback,
+)
 from .census import CensusCallback
 from .checkpoints import RECORD_FILE, check_settings, last_checkpoint, list_files, remove_old_checkpoints, say
 from .data_loading import DataLoadingMixin
@@ -33,13 +40,15 @@ from .meters import QUARTILES, Means, Speedometer, TimedIterator
 from .modes import set_train_mode
 from .saving import Provenance, write_model, write_partial_checkpoint
 from .sharding import check_optimiser_state, configure_fsdp, gather_weights, load_weights
-from .stage_config import StageConfig
+from .stage_config import StageConfig, same_command
 from .trackers import report
 from .training_metadata import write_training_metadata
 from .utilisation import count_flops
 
 RESUMABLE_EXIT_CODE = 75
 """Exit code after SIGTERM: EX_TEMPFAIL of sysexits.h, the same command goes on later."""
+INTERRUPTED_EXIT_CODE = 130
+"""Exit code after Ctrl-C, as of shells."""
 
 UNFINISHED_FOLDER = ".unfinished"
 TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")  # in the messages of torch.save
@@ -92,6 +101,8 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
         self.add_callback(PerProcessSeedCallback())
         if self.pop_callback(ProgressCallback) is not None:  # absent with disable_tqdm and in notebooks
             self.add_callback(ProgressBarCallback())
+        if self.pop_callback(PrinterCallback) is not None:  # with disable_tqdm
+            self.add_callback(LogLinesCallback())
         self._skipped = 0
         self.speed = Speedometer(args.device)
         self.means = Means(QUARTILES, args.device)
@@ -152,7 +163,7 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
         Raises:
             ValueError: If settings differ from those of the checkpoint, or a finished run has no checkpoint to go on
                 from.
-            SystemExit: With code 75 after SIGTERM, when a checkpoint has been saved.
+            SystemExit: With code 75 after SIGTERM and 130 after Ctrl-C, when a checkpoint has been saved.
         """
         args: Any = self.args
         checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
@@ -186,16 +197,21 @@ class VLVTrainer(DataLoadingMixin, EvaluationMixin, Trainer):
             self.end_terminated(f"at step {self.state.global_step}")
         return True
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.termination.restore()
+
     def end_terminated(self, where: str) -> NoReturn:
-        """Ends the process after SIGTERM, with a message that says how to go on.
+        """Ends the process after SIGTERM or Ctrl-C, with a message that says how to go on.
 
         Raises:
-            SystemExit: With code 75.
+            SystemExit: With code 75 or 130.
         """
-        args: Any = self.args
-        command = "the same command" + (" without overwrite_output_dir" if args.overwrite_output_dir else "")
-        print(f"terminated {where}; {command} goes on from there", file=sys.stderr)
-        raise SystemExit(RESUMABLE_EXIT_CODE)
+        print(f"{self.termination.word} {where}; {same_command(self.args)} goes on from there", file=sys.stderr)
+        interrupted = self.termination.signal == signal.SIGINT
+        raise SystemExit(INTERRUPTED_EXIT_CODE if interrupted else RESUMABLE_EXIT_CODE)
 
     def last_step(self) -> int:
         """The number of optimiser steps of the complete run."""

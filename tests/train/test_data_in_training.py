@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import shutil
 from itertools import islice
 
 import datasets
@@ -24,13 +26,12 @@ def trainer_of(output_dir, captioner, processor, dataset, **settings) -> Stage2T
         output_dir=str(output_dir),
         learning_rate=1e-2,
         logging_steps=1,
-        dataloader_num_workers=0,
         per_device_train_batch_size=2,
         use_cpu=True,
         disable_tqdm=True,
         validation_steps=0,
         trainable="projector",
-        **{"max_steps": 1, **settings},
+        **{"max_steps": 1, "dataloader_num_workers": 0, **settings},
     )
     freeze_for_stage2(model, config.trainable)
     return Stage2Trainer(model, config, dataset, processor)
@@ -168,6 +169,36 @@ def test_the_census_of_a_stream_is_of_its_first_images(tmp_path, captioner, proc
     monkeypatch.setattr(census, "STREAM_SAMPLE", 0)
     with pytest.raises(ValueError, match=r"none of the first 0 captions of .*data has words; is this the right data"):
         census.take_census(trainer_of(tmp_path / "run", captioner, processor, dataset))
+
+
+def test_a_run_of_very_many_passes_over_its_images_is_told_how_to_make_fewer(
+    tmp_path, captioner, processor, image_folder
+):
+    for steps, noted in ((8000, False), (8800, True)):
+        trainer = trainer_of(tmp_path, captioner, processor, load_pairs(str(image_folder)), max_steps=steps)
+        text = census.format_census(census.take_census(trainer))
+        assert ("note: the run passes over its images 1,100 times; --max_steps or --num_train_epochs" in text) == noted
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named_once_and_counted_in_each_epoch(
+    workers, tmp_path, captioner, processor, image_folder
+):
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    (folder / "a" / "1.png").write_bytes(b"no image")
+    handler = logging.FileHandler(tmp_path / "log")  # which the workers write to, too
+    logger = logging.getLogger("vlv.train.data.collators")
+    logger.addHandler(handler)
+    try:
+        settings = {"max_steps": 24, "dataloader_num_workers": workers}  # three epochs
+        trainer = trainer_of(tmp_path / "run", captioner, processor, load_pairs(str(folder)), **settings)
+        trainer.train()
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert "skipped an image" in line and "1.png" in line
+    assert [row["images_skipped"] for row in trainer.state.log_history if "images_skipped" in row][-1] == 3
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlv.train import stage1, stage2
 from vlv.train.parsing import FailedRun, errors_in_one_line
+from vlv.train.stage1_trainer import DIFFUSION_MODEL
+from vlv.train.stage2_trainer import LANGUAGE_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,40 @@ def test_settings_that_cannot_work_are_named(settings, message, inputs, tmp_path
     places |= {"PARQUET": tmp_path / "odd.parquet", "FILE/run": tmp_path / "file" / "run"}
     changes = {name: places.get(value, value) for name, value in settings.items()}
     assert message in fails(capsys, stage2, inputs | {"output_dir": tmp_path / "run"} | changes)
+
+
+def test_a_model_that_is_not_there_is_named_with_its_setting(inputs, tmp_path, capsys):
+    settings = inputs | {"output_dir": tmp_path / "run", "language_model": None}
+    message = fails(capsys, stage2, settings)
+    assert f"language_model {LANGUAGE_MODEL} (the default of --language_model) could not be loaded: " in message
+    assert "--model checkpoints/vlv-miniature" in message
+    message = fails(capsys, stage2, settings | {"language_model": "nowhere"})
+    assert "language_model nowhere could not be loaded: " in message
+    images = {"images": inputs["pairs"], "output_dir": tmp_path / "run", "use_cpu": True}
+    message = fails(capsys, stage1, images)
+    assert f"diffusion_model {DIFFUSION_MODEL} (the default of --diffusion_model) could not be loaded: " in message
+    assert "--model checkpoints/vlv-miniature" in message
+    message = fails(capsys, stage1, images | {"model": inputs["model"], "diffusion_model": "nowhere"})
+    assert "diffusion_model nowhere could not be loaded: " in message and "miniature" not in message
+
+
+def test_a_folder_of_other_files_is_refused_and_a_refused_run_leaves_no_folder(inputs, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        (pictures / name).touch()
+    for more in ({}, {"dry_run": True}):
+        message = fails(capsys, stage2, inputs | {"output_dir": pictures} | more)
+        assert f"output_dir {pictures} holds other files than those of a run (a.png, b.png, c.png, ...)" in message
+        assert len(list(pictures.iterdir())) == 4
+    assert "pairs is not set" in fails(capsys, stage2, {"output_dir": tmp_path / "new" / "run", "use_cpu": True})
+    assert not (tmp_path / "new").exists()
+    kept = tmp_path / "kept"
+    (kept / "cache").mkdir(parents=True)
+    (kept / "train.log").touch()
+    own = {"output_dir": kept, "cache_vision_features": kept / "cache" / "features", "use_cpu": True}
+    assert "pairs is not set" in fails(capsys, stage2, own)
+    assert kept.is_dir()
 
 
 def test_a_folder_without_permission_is_named(folder_of_nobody, capsys):

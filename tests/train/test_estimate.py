@@ -1,12 +1,15 @@
 """The estimate of a training: full-size counts beside known figures, and arithmetic on small models."""
 
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from vlv.train import Stage1Config, Stage2Config, configs
 from vlv.train.estimate import count_training_step, estimate, find_stage, recipe_beside
 from vlv.train.hardware import GPUS, UNET_TRAINING_SPEEDS, find_gpu
+from vlv.train.meta_models import build_diffusion_decoder
 from vlv.train.parsing import parse_config
 
 H100 = GPUS["H100"]
@@ -88,6 +91,12 @@ def test_half_precision_changes_speed_and_memory_and_leaves_the_autoencoder_alon
     assert half.memory.trained_weights == full.memory.trained_weights  # float32 master weights
     assert half.memory.frozen_weights < full.memory.frozen_weights  # the denoiser is loaded in bfloat16
     assert half.memory.activations < 0.85 * full.memory.activations
+
+
+def test_the_denoiser_is_built_in_half_precision_without_a_warning(stable_diffusion, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("diffusers.models.modeling_utils"), "warning", said.append)
+    assert build_diffusion_decoder(str(stable_diffusion), torch.bfloat16).unet.dtype == torch.bfloat16 and not said
 
 
 @pytest.mark.slow

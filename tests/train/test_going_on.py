@@ -1,6 +1,8 @@
 """A run given again: finished, raised, changed, damaged, locked, terminated."""
 
 import json
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -234,6 +236,62 @@ def test_a_second_run_in_a_folder_is_refused(run_folder, train):
     with only_run_in(run_folder):
         pass
     assert not (run_folder / ".run.lock").exists()
+
+
+@pytest.fixture
+def press_ctrl_c(monkeypatch):
+    """Sends SIGINT to this process and those of the data loader before each of the given steps, as a terminal does."""
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+
+    def at(*steps: int) -> None:
+        original = stage2.Stage2Trainer.training_step
+
+        def training_step(trainer, *args, **kwargs):
+            if trainer.state.global_step + 1 in steps:
+                for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                    os.kill(process.pid, signal.SIGINT)
+            return original(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(stage2.Stage2Trainer, "training_step", training_step)
+
+    yield at
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(tmp_path, train, press_ctrl_c, capfd):
+    folder, handlers = tmp_path / "run", [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    press_ctrl_c(2)
+    with pytest.raises(SystemExit) as ended:
+        train(folder, max_steps=50, save_steps=1000, dataloader_num_workers=2)
+    assert ended.value.code == 130
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    message = capfd.readouterr().err
+    assert "interrupted at step 2; the same command goes on from there" in message and "Traceback" not in message
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    press_ctrl_c()
+    assert train(folder, max_steps=3, save_steps=1000) == [3]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_and_its_message_knows_whether_there_is_a_checkpoint(
+    tmp_path, run_folder, train, press_ctrl_c, capfd
+):
+    accumulation = {"gradient_accumulation_steps": 2, "save_steps": 1000}  # two calls, two signals in a step
+    press_ctrl_c(1)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "new", **accumulation)
+    assert ended.value.code == 130 and not list((tmp_path / "new").glob("checkpoint-*"))
+    assert f"interrupted; {tmp_path / 'new'} has no checkpoint yet, so the same command" in capfd.readouterr().err
+    press_ctrl_c(3)
+    with pytest.raises(SystemExit) as ended:
+        train(run_folder, max_steps=4, accept_changes=True, **accumulation)
+    assert ended.value.code == 130
+    assert "interrupted; the same command goes on from the last checkpoint" in capfd.readouterr().err
+    press_ctrl_c(1)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "rehearsal", dry_run=True)
+    assert ended.value.code == 130 and not (tmp_path / "rehearsal").exists()
+    assert "interrupted; a dry run leaves nothing" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -88,6 +88,13 @@ def test_memory_is_pinned_only_with_an_accelerator(config, tmp_path):
     assert config(output_dir=str(tmp_path)).dataloader_pin_memory == torch.accelerator.is_available()
 
 
+def test_there_are_no_more_workers_than_cpus_unless_it_is_asked_for(tmp_path, monkeypatch):
+    for cpus, expected in ((2, 2), (64, 4)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)), raising=False)
+        assert Stage1Config(output_dir=str(tmp_path)).dataloader_num_workers == expected
+        assert Stage1Config(output_dir=str(tmp_path), dataloader_num_workers=8).dataloader_num_workers == 8
+
+
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 @pytest.mark.filterwarnings("error")
 def test_both_names_of_activation_checkpointing_turn_it_on(name, tmp_path):

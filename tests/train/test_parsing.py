@@ -12,6 +12,7 @@ from vlv.train.parsing import parse_config
 from vlv.train.setting_groups import INHERITED, OTHER_OWN, WITHOUT_EFFECT
 from vlv.train.stage1 import Stage1Config
 from vlv.train.stage2 import Stage2Config
+from vlv.train.stage3 import Stage3Config
 
 CONFIGS = Path(vlv.train.configs.__path__[0])
 
@@ -62,6 +63,8 @@ def test_the_papers_recipe_is_in_the_defaults_and_in_the_files(stage, config, ex
         ("learnign_rate: 1", [], "unknown setting 'learnign_rate'; did you mean 'learning_rate'?"),
         ("seed: 1", ["--num_querys", "3"], "unknown setting 'num_querys'; did you mean 'num_query_tokens'?"),
         ("seed: 1", ["--zzzzzz", "3"], "unknown setting 'zzzzzz'; see --help"),
+        ("seed: 1", ["--photos", "3"], "unknown setting 'photos'; see --help"),
+        ("seed: 1", ["--photo_dir", "3"], "unknown setting 'photo_dir'; see --help"),
         ("max_steps: many", [], "invalid int value: 'many'"),
         ("seed: 1", ["--trainable", "everything"], "trainable is 'everything'; expected one of"),
         ("seed: 1", ["--max_steps", "3", "other.yaml"], "other.yaml must come first"),
@@ -80,10 +83,18 @@ def test_an_error_names_the_wrong_setting(tmp_path, capsys, text, arguments, wor
     assert words in capsys.readouterr().err
 
 
-def test_a_missing_file_is_named(capsys):
+@pytest.mark.parametrize(
+    ("config", "recipe"),
+    [(Stage1Config, "stage1.yaml"), (Stage2Config, "stage2_under_300.yaml"), (Stage3Config, "stage3/sd21.yaml")],
+)
+def test_a_missing_file_is_named_beside_the_recipes_of_the_stage(capsys, config, recipe):
     with pytest.raises(SystemExit):
-        parse("nowhere.yaml")
-    assert "nowhere.yaml does not exist" in capsys.readouterr().err
+        parse("nowhere.yaml", config=config)
+    message = capsys.readouterr().err.rpartition("error: ")[2]
+    assert message.startswith("nowhere.yaml does not exist; the first argument is a YAML file, such as a recipe")
+    recipes = [Path(name) for name in message.strip().partition("this package: ")[2].split(", ")]
+    assert all(path.is_file() for path in recipes)
+    assert (CONFIGS / recipe).resolve() in [path.resolve() for path in recipes] and len(recipes) in (2, 3)
 
 
 def test_num_train_epochs_replaces_the_max_steps_of_the_recipe():
@@ -112,6 +123,19 @@ def test_a_former_name_is_an_error_with_the_present_name(tmp_path, capsys, confi
         with pytest.raises(SystemExit):
             parse(*arguments, config=config)
         assert f"was renamed to {new!r}" in capsys.readouterr().err
+
+
+def test_a_setting_of_another_stage_is_an_error_with_that_of_this_one(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    for config, name, message in (
+        (Stage2Config, "images", "stage 2 trains on image-caption pairs (--pairs)"),
+        (Stage1Config, "pairs", "stage 1 trains on images alone (--images)"),
+    ):
+        path.write_text(f"{name}: photos\n")
+        for arguments in ([f"--{name}", "photos"], [str(path)]):
+            with pytest.raises(SystemExit):
+                parse(*arguments, config=config)
+            assert f"unknown setting {name!r}: {message}" in capsys.readouterr().err
 
 
 def test_a_former_name_that_a_stage_never_had_is_unknown(capsys):

@@ -89,7 +89,10 @@ MAX_UNREADABLE_BATCHES = 100
 
 
 class _SkippingCollator:
-    """Leaves out unreadable items, logs each, and adds their number to the batch as `num_skipped`.
+    """Leaves out unreadable items, logs each once, and adds their number to the batch as `num_skipped`.
+
+    The batch also has `skipped`, what was said about them, where there are any: a trainer adds it to `said` of its own
+    collator, so that the data loader's workers of the next epoch do not say it again.
 
     If no item of a batch is readable, the last readable item of an earlier batch takes their place, because a training
     step needs a batch.
@@ -104,16 +107,18 @@ class _SkippingCollator:
         self.on_bad_image = on_bad_image
         self.last_readable: tuple[dict, Any] | None = None
         self.num_unreadable_batches = 0
+        self.said: set[str] = set()
+        """Messages about unreadable items so far."""
 
     def load_readable(
         self, items: list[dict], image_processor: VLVImageProcessor
-    ) -> tuple[list[dict], list[Any], int]:
-        """Readable items, their images, and the number of unreadable items.
+    ) -> tuple[list[dict], list[Any], list[str]]:
+        """Readable items, their images, and a message about each unreadable item.
 
         Raises:
             ValueError: If an item is unreadable and `on_bad_image` is `"error"`, or no item can be returned.
         """
-        readable, images = [], []
+        readable, images, messages = [], [], []
         for item in items:
             try:
                 image = load_item(item, image_processor)
@@ -129,11 +134,13 @@ class _SkippingCollator:
                 message = f"{name}: {error}" if name else str(error)
                 if self.on_bad_image == "error":
                     raise ValueError(message) from error
-                logger.warning(f"skipped an image: {message}")
+                messages.append(message)
+                if message not in self.said:
+                    logger.warning(f"skipped an image: {message}")
+                    self.said.add(message)
                 continue
             readable.append(item)
             images.append(image)
-        num_skipped = len(items) - len(readable)
         self.num_unreadable_batches = 0 if readable else self.num_unreadable_batches + 1
         if readable:
             self.last_readable = (readable[-1], images[-1])
@@ -141,7 +148,13 @@ class _SkippingCollator:
             raise ValueError(f"none of the {len(items)} images of a batch can be read; is this the right data?")
         else:
             readable, images = [self.last_readable[0]], [self.last_readable[1]]
-        return readable, images, num_skipped
+        return readable, images, messages
+
+
+def describe_skipped(messages: list[str]) -> dict[str, Any]:
+    """What a batch has about the items that it lacks."""
+    # an int: reading a tensor would wait for the device
+    return {"num_skipped": len(messages), **({"skipped": messages} if messages else {})}
 
 
 def name_of(image: Any) -> str:
@@ -216,7 +229,7 @@ class Stage1Collator(_SkippingCollator):
         self.moments, self.features = moments, features
 
     def __call__(self, items: list[dict]) -> dict[str, Any]:
-        items, images, num_skipped = self.load_readable(items, self.image_processor)
+        items, images, skipped = self.load_readable(items, self.image_processor)
         if self.moments is None:
             targets = {"diffusion_pixels": diffusion_pixels(images, self.diffusion_image_size)}
         else:
@@ -225,12 +238,7 @@ class Stage1Collator(_SkippingCollator):
             inputs = self.image_processor(images, return_tensors="pt", pre_crop_size=None)
         else:
             inputs = {"image_features": look_up(self.features, images, items)}
-        return {
-            **inputs,
-            **targets,
-            **describe(items),
-            "num_skipped": num_skipped,  # an int: reading a tensor would wait for the device
-        }
+        return {**inputs, **targets, **describe(items), **describe_skipped(skipped)}
 
 
 class Stage2Collator(_SkippingCollator):
@@ -266,7 +274,7 @@ class Stage2Collator(_SkippingCollator):
         self.caches = {"image_features": features, "conditioning": conditioning}
 
     def __call__(self, items: list[dict]) -> dict[str, Any]:
-        items, images, num_skipped = self.load_readable(items, self.processor.image_processor)
+        items, images, skipped = self.load_readable(items, self.processor.image_processor)
         first, indices = find_repeated(items)
         caches = {name: cache for name, cache in self.caches.items() if cache is not None}
         batch = self.processor(
@@ -283,4 +291,4 @@ class Stage2Collator(_SkippingCollator):
             batch |= self.processor.image_processor(images_once, return_tensors="pt", pre_crop_size=None)
         if len(first) < len(items):
             batch["image_indices"] = torch.tensor(indices)
-        return {**batch, **describe(items), "num_skipped": num_skipped}
+        return {**batch, **describe(items), **describe_skipped(skipped)}

@@ -184,8 +184,11 @@ def read_list(
                 raise
             yield _unreadable(where, path, folder, str(error), caption_column)
             continue
-        if prompt_column in row and find_prompt_column(row, prompt_column, columns[1], str(path)):
-            has_prompts = True
+        if prompt_column in row:
+            if find_prompt_column(row, prompt_column, columns[1], str(path)) is None:
+                prompt = ""
+            else:
+                has_prompts = True
         yield item | ({"caption": row[columns[1]]} if columns[1] else {}) | ({"prompt": prompt} if prompt else {})
     if columns is None and without_columns is not None:
         raise without_columns
