@@ -12,6 +12,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from vlv.files import read_header, read_json
 from vlv.hub.layout import ADAPTER_FOLDER, PIPELINE_PARTS
+from vlv.image_files import image_suffixes
 
 RECORD_FILE = "run.json"
 """Settings of the run, in each checkpoint and in `output_dir`."""
@@ -20,8 +21,6 @@ MODEL_FOLDERS = {"encoder", "image_processor", ADAPTER_FOLDER, *PIPELINE_PARTS}
 LOCK_FILE = ".run.lock"
 LEFT_BY_RUNS = (RECORD_FILE, "census.json", "trainer_state.json", ".unfinished", "rounds", "rewards-*.sqlite")
 """Names in `output_dir` that mark it as that of a run, beside checkpoints."""
-BESIDE_RUNS = {".log", ".out", ".yaml", ".yml"}
-"""Suffixes of files that may lie in a new run's folder: logs and configurations."""
 FREE_SETTINGS = ("max_steps", "num_train_epochs", "rounds")
 """Settings of the record that a run may change when it goes on."""
 START_MODELS = ("model", "image_encoder", "language_model", "gguf_file", "load_in_4bit", "replace_language_model")
@@ -211,24 +210,20 @@ def move_aside(folder: str | Path) -> None:
 
 
 def check_output_dir(config: Any) -> None:
-    """Refuses an `output_dir` with files that no run has left, such as the images to train on.
+    """Refuses an `output_dir` that is a folder of images, such as those to train on.
 
     Raises:
-        ValueError: If it has such files. The caches of the run, hidden files, logs and configurations do not count.
+        ValueError: If it has image files, and nothing that a run has left.
     """
-    folder = Path(config.output_dir).absolute()
+    folder = Path(config.output_dir)
     if not folder.is_dir() or any(entry for name in (*LEFT_BY_RUNS, "checkpoint-*") for entry in folder.glob(name)):
         return
-    caches = {place for cache in config.cache_folders() for place in (cache, *cache.parents)}
-    names = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if not entry.name.startswith(".") and entry.suffix not in BESIDE_RUNS and entry not in caches
-    )
-    if names:
+    images = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in image_suffixes())
+    if images:
+        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
         raise ValueError(
-            f"output_dir {config.output_dir} holds other files than those of a run ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}); name a new or an empty folder (--output_dir)"
+            f"output_dir {config.output_dir} is a folder of images ({images[0]}{more}); name another for the model "
+            "and its checkpoints (--output_dir)"
         )
 
 

@@ -124,8 +124,7 @@ def dry_run(config: Any) -> Iterator[DryRun | None]:
     if not config.dry_run:
         yield None
         return
-    if not config.overwrite_output_dir:
-        check_output_dir(config)
+    check_output_dir(config)
     target = Path(config.output_dir).absolute()
     beside = next(parent for parent in target.parents if parent.is_dir())
     folder = beside / f".{target.name}-dry-run"  # all processes need the same

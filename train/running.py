@@ -18,16 +18,15 @@ def output_folder(config: StageConfig) -> Iterator[None]:
     """Locks `output_dir` for this run; with `overwrite_output_dir` what is in it is renamed first.
 
     Raises:
-        ValueError: If it holds files that are not of a run, another run writes into it, or it cannot be written.
+        ValueError: If it is a folder of images, another run writes into it, or it cannot be written.
     """
     assert config.output_dir is not None
     with config.main_process_first(local=False, desc="preparing output_dir"):
         if is_main_process():
+            check_output_dir(config)
             if config.overwrite_output_dir:
                 with only_run_in(config.output_dir):
                     move_aside(config.output_dir)
-            else:
-                check_output_dir(config)
     with only_run_in(config.output_dir):
         yield
 

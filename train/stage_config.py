@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -296,11 +295,6 @@ class StageConfig(TrainingArguments):
             "seed": self.seed if self.data_seed is None else self.data_seed,
             "shuffle": getattr(self, "train_sampling_strategy") != "sequential",  # noqa: B009 (of TrainingArguments)
         }
-
-    def cache_folders(self) -> list[Path]:
-        """The folders of the caches that are set, as absolute paths."""
-        names = [getattr(self, name, None) for name in (*CACHES, "cache_rewards")]
-        return [Path(name).absolute() for name in names if name is not None]
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change the result of a training, as JSON values."""

@@ -85,22 +85,20 @@ def test_a_model_that_is_not_there_is_named_with_its_setting(inputs, tmp_path, c
     assert "diffusion_model nowhere could not be loaded: " in message and "miniature" not in message
 
 
-def test_a_folder_of_other_files_is_refused_and_a_refused_run_leaves_no_folder(inputs, tmp_path, capsys):
+def test_a_folder_of_images_is_refused_and_a_refused_run_leaves_no_folder(inputs, tmp_path, capsys):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in ("a.png", "b.png", "c.png", "d.png"):
         (pictures / name).touch()
-    for more in ({}, {"dry_run": True}):
+    for more in ({}, {"dry_run": True}, {"overwrite_output_dir": True}):
         message = fails(capsys, stage2, inputs | {"output_dir": pictures} | more)
-        assert f"output_dir {pictures} holds other files than those of a run (a.png, b.png, c.png, ...)" in message
+        assert f"output_dir {pictures} is a folder of images (a.png and 3 more); name another" in message
         assert len(list(pictures.iterdir())) == 4
     assert "pairs is not set" in fails(capsys, stage2, {"output_dir": tmp_path / "new" / "run", "use_cpu": True})
     assert not (tmp_path / "new").exists()
     kept = tmp_path / "kept"
-    (kept / "cache").mkdir(parents=True)
-    (kept / "train.log").touch()
-    own = {"output_dir": kept, "cache_vision_features": kept / "cache" / "features", "use_cpu": True}
-    assert "pairs is not set" in fails(capsys, stage2, own)
+    (kept / "logs").mkdir(parents=True)
+    assert "pairs is not set" in fails(capsys, stage2, {"output_dir": kept, "use_cpu": True})
     assert kept.is_dir()
 
 
