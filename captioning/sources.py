@@ -34,11 +34,14 @@ from .inputs import (
     require_existing,
     unique_names,
 )
-from .tables import SHARD_SUFFIXES, expand_tables, file_status, open_table
+from .tables import LIST_SUFFIXES, SHARD_SUFFIXES, expand_tables, file_status, open_table
 
 STDIN = "-"
 LOOKAHEAD = 1000
 """Inputs that are found before the model is loaded."""
+TEXT_SUFFIXES = (".txt", ".lst", ".list")
+TEXT_BYTES = 4096
+"""Bytes of a file of these suffixes among which an image has a zero."""
 LISTED = 10_000
 """Several arguments with at most so many images are listed first, so that only names that clash get longer."""
 
@@ -159,8 +162,25 @@ def walk(argument: str, left_out: Counter[str], timeout: float = TIME_LIMIT) -> 
         folder = _fixed_folder(argument)
         for path, problem in _matching_files(argument, left_out):
             yield Input(path.relative_to(folder).as_posix(), path, problem=problem), path.as_posix()
+    elif _is_text(argument):
+        problem = (
+            f"it is text, not an image; a list of paths is read from standard input: vlv caption - < {argument} "
+            f"(or from a {', '.join(LIST_SUFFIXES)} file)"
+        )
+        yield Input(os.path.basename(argument), Path(argument), problem=problem), Path(argument).as_posix()
     else:
         yield from files_of(argument, left_out)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument is a text file, by its suffix and its beginning."""
+    if not argument.lower().endswith(TEXT_SUFFIXES) or not os.path.isfile(argument):
+        return False
+    try:
+        with open(argument, "rb") as file:
+            return b"\0" not in file.read(TEXT_BYTES)
+    except OSError:
+        return False
 
 
 def at_url(url: str, timeout: float) -> Input:

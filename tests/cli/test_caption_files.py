@@ -298,6 +298,22 @@ def test_a_list_on_standard_input_is_captioned(model_folder, folder, tmp_path, m
     assert "kept 1, captioned 1, failed 0" in capsys.readouterr().err
 
 
+def test_a_text_file_of_paths_is_named_and_its_run_does_not_block_the_next(model_folder, folder, tmp_path, capsys):
+    (folder / "list.txt").write_text(f"{folder}/a.png\n")
+    output = tmp_path / "c.json"
+    assert caption(model_folder, folder / "list.txt", "--output", output) == 1
+    said = capsys.readouterr().err
+    assert f"read from standard input: vlv caption - < {folder}/list.txt (or from a .jsonl, .json, .csv" in said
+    assert caption(model_folder, folder / "a.png", "--output", output) == 0
+    done = output.read_text()
+    assert caption(model_folder, folder / "b.jpg", "--output", output) == 2
+    assert "c.json exists; pass --resume" in capsys.readouterr().err and output.read_text() == done
+    other = tmp_path / "d.json"  # of no run
+    other.write_text("{}")
+    assert caption("./no_model", folder / "a.png", "--output", other) == 2
+    assert "d.json exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
