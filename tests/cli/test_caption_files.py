@@ -298,6 +298,13 @@ def test_a_list_on_standard_input_is_captioned(model_folder, folder, tmp_path, m
     assert "kept 1, captioned 1, failed 0" in capsys.readouterr().err
 
 
+def test_a_stage_1_model_is_said_to_write_no_captions(stage1_checkpoint, folder, tmp_path, capsys):
+    assert caption(stage1_checkpoint, folder, "--output", tmp_path / "c.json") == 2
+    said = capsys.readouterr().err
+    assert f"{stage1_checkpoint} is a stage-1 model, which writes no captions; train stage 2 from it" in said
+    assert "ValueError" not in said and not (tmp_path / "c.json").exists()
+
+
 def test_a_text_file_of_paths_is_named_and_its_run_does_not_block_the_next(model_folder, folder, tmp_path, capsys):
     (folder / "list.txt").write_text(f"{folder}/a.png\n")
     output = tmp_path / "c.json"
