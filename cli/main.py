@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vlv.errors import UserError
@@ -116,14 +117,27 @@ def _run(arguments: list[str]) -> int:
         return 141
     except OSError as error:  # a full disk, a lost permission, a file system that fails
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        outputs = [getattr(options, name, None) for name in ("output", "output_dir")]
-        if any(output and os.path.exists(output) for output in outputs):
-            what += "; the results so far are on disk"
-        print(f"vlv: {what}", file=sys.stderr)
+        print(f"vlv: {what}{_what_stays(options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vlv: interrupted; the results so far are on disk", file=sys.stderr)
+        print(f"vlv: interrupted{_what_stays(options)}", file=sys.stderr)
         return 130
+
+
+def _what_stays(options: argparse.Namespace) -> str:
+    """The end of the message of a run that was ended: its output, if that exists, and how to go on or begin anew."""
+    given = [getattr(options, name, None) for name in ("output", "output_dir")]
+    existing = [Path(output) for output in given if output and os.path.exists(output)]
+    outputs = [output for output in existing if output.is_file() or any(output.iterdir())]
+    if not outputs:
+        return ""
+    if options.run.startswith("data:") or getattr(options, "shards", None):
+        how = "; the same command goes on with it"
+    elif hasattr(options, "resume"):
+        how = "; --resume goes on with it"
+    else:
+        how = "; --overwrite begins anew" if hasattr(options, "overwrite") else ""
+    return f"; the results so far are in {outputs[0]}{how}"
 
 
 def build_parser() -> argparse.ArgumentParser:
