@@ -122,9 +122,15 @@ class Inputs:
             print(f"not images, left out: {describe_left_out(left_out)}", file=sys.stderr)
 
     def _find(self, left_out: Counter[str]) -> Iterator[Input]:
-        """The inputs with names of their own: relative to the argument, or as given where names might clash."""
+        """The inputs with names of their own: relative to the argument, or as given where names might clash.
+
+        Images of a list that is the only argument are called by their path in it.
+        """
         if len(self._paths) == 1:
             found = self._found_in(self._paths[0], left_out)
+            if self._paths[0].lower().endswith(LIST_SUFFIXES) and os.path.isfile(self._paths[0]):
+                yield from (renamed(item, item.member or item.name) for item, _ in found)
+                return
             yield from (item for item, _ in (once(found) if self._paths[0] == STDIN else found))
             return
         found = once(named for argument in self._paths for named in self._found_in(argument, left_out))
