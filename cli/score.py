@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             summary.advance(len(batch.inputs))  # also those whose scores failed
     scorer.print_notes()
     written = read_results(output, "--output")
-    rows = [written[name] for name in names if name in written]
-    found: list[float] = [score for row in rows for score in (row if isinstance(row, list) else [row])]
+    kept_and_new = [written[name] for name in names if name in written]
+    found: list[float] = [score for row in kept_and_new for score in (row if isinstance(row, list) else [row])]
     if found:
         better = sum(score > 0 for score in found)
         print(
