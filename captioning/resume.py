@@ -13,9 +13,9 @@ from typing import Any
 from vlv.errors import UserError
 from vlv.files import errors_naming, to_json, write_atomically
 
-from .formats import METADATA, growing_file, read_lines
+from .formats import METADATA, growing_file, read_lines, results_path
 from .inputs import Input
-from .output import GrowingFile
+from .output import GrowingFile, refuse_existing
 
 try:
     import fcntl
@@ -262,6 +262,18 @@ def record_path(output: Path) -> Path:
     if output.name == METADATA:
         return output.with_name(f".{output.stem}.resume.jsonl")
     return output.with_suffix(".resume.jsonl") if output.suffix.lower() == ".json" else Path(f"{output}.resume.jsonl")
+
+
+def refuse_results(output: Path) -> None:
+    """Raises `UserError` if an output exists, unless an earlier run left it without results."""
+    path = results_path(output)
+    if record_path(output).is_file():
+        try:
+            if not read_results(output, "--output"):
+                return
+        except UserError:  # it is not known to be without results
+            pass
+    refuse_existing(path, "--output", resumable=True)
 
 
 def _to_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

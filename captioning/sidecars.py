@@ -30,6 +30,10 @@ class ExistingCaption(UserError):
     """A caption is there already, and `--on-existing` is `error`."""
 
 
+class SharedSidecar(UserError):
+    """The sidecar of an image is that of an image before it."""
+
+
 class UnsupportedFile(UserError):
     """An image file of a format that captions cannot be written into."""
 
@@ -165,8 +169,8 @@ class Sidecars(CaptionFiles):
         paths = self.paths(item)
         key = hashlib.blake2b(os.fsencode(os.path.abspath(paths[0])), digest_size=16).digest()
         if key in self._taken:
-            raise UserError(
-                f"its sidecar {paths[0]} is that of {self._namesake(item)}, too; pass --sidecar-name full, which "
+            raise SharedSidecar(
+                f"{item.name} and {self._namesake(item)} would share {paths[0]}; pass --sidecar-name full, which "
                 f"writes {PurePosixPath(item.name).name}.{self.kind}"
             )
         self._taken.add(key)

@@ -34,11 +34,14 @@ from .inputs import (
     require_existing,
     unique_names,
 )
-from .tables import SHARD_SUFFIXES, expand_tables, file_status, open_table
+from .tables import LIST_SUFFIXES, SHARD_SUFFIXES, expand_tables, file_status, open_table
 
 STDIN = "-"
 LOOKAHEAD = 1000
 """Inputs that are found before the model is loaded."""
+TEXT_SUFFIXES = (".txt", ".lst", ".list")
+TEXT_BYTES = 4096
+"""Bytes of a file of these suffixes among which an image has a zero."""
 LISTED = 10_000
 """Several arguments with at most so many images are listed first, so that only names that clash get longer."""
 
@@ -119,9 +122,15 @@ class Inputs:
             print(f"not images, left out: {describe_left_out(left_out)}", file=sys.stderr)
 
     def _find(self, left_out: Counter[str]) -> Iterator[Input]:
-        """The inputs with names of their own: relative to the argument, or as given where names might clash."""
+        """The inputs with names of their own: relative to the argument, or as given where names might clash.
+
+        Images of a list that is the only argument are called by their path in it.
+        """
         if len(self._paths) == 1:
             found = self._found_in(self._paths[0], left_out)
+            if self._paths[0].lower().endswith(LIST_SUFFIXES) and os.path.isfile(self._paths[0]):
+                yield from (renamed(item, item.member or item.name) for item, _ in found)
+                return
             yield from (item for item, _ in (once(found) if self._paths[0] == STDIN else found))
             return
         found = once(named for argument in self._paths for named in self._found_in(argument, left_out))
@@ -159,8 +168,25 @@ def walk(argument: str, left_out: Counter[str], timeout: float = TIME_LIMIT) -> 
         folder = _fixed_folder(argument)
         for path, problem in _matching_files(argument, left_out):
             yield Input(path.relative_to(folder).as_posix(), path, problem=problem), path.as_posix()
+    elif _is_text(argument):
+        problem = (
+            f"it is text, not an image; a list of paths is read from standard input: vlv caption - < {argument} "
+            f"(or from a {', '.join(LIST_SUFFIXES)} file)"
+        )
+        yield Input(os.path.basename(argument), Path(argument), problem=problem), Path(argument).as_posix()
     else:
         yield from files_of(argument, left_out)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument is a text file, by its suffix and its beginning."""
+    if not argument.lower().endswith(TEXT_SUFFIXES) or not os.path.isfile(argument):
+        return False
+    try:
+        with open(argument, "rb") as file:
+            return b"\0" not in file.read(TEXT_BYTES)
+    except OSError:
+        return False
 
 
 def at_url(url: str, timeout: float) -> Input:

@@ -77,7 +77,7 @@ def _members(
         if is_list:
             item = table[row]
             image = item["image"]
-            name = str(image).removeprefix(f"{folder}/")
+            name = str(image).removeprefix(f"{folder}/" if folder else "")
             if PROBLEM in item:  # it is called by list and line
                 name = name.removeprefix(f"{os.path.basename(file)}, ")
             names[name] += 1

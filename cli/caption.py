@@ -14,11 +14,11 @@ from vlv.captioning.acceleration import accelerate
 from vlv.captioning.batches import Batch
 from vlv.captioning.captioner import Captioner, CaptionSettings
 from vlv.captioning.encoding import ENCODER_BATCH_SIZE, open_embeddings_cache, read_encoded_batches
-from vlv.captioning.formats import has_results, results_path
+from vlv.captioning.formats import has_results
 from vlv.captioning.inputs import Input, load_embeddings
-from vlv.captioning.output import Summary, refuse_existing
+from vlv.captioning.output import Summary
 from vlv.captioning.prefetch import worker_errors
-from vlv.captioning.resume import ResumableResults, record_path
+from vlv.captioning.resume import ResumableResults, record_path, refuse_results
 from vlv.captioning.texts import CaptionEditor, instruction_of_length
 from vlv.errors import UserError
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         if record_path(output).is_dir():
             raise UserError(f"{record_path(output)} is a folder; pass another --output")
         if not (arguments.resume or arguments.overwrite):
-            refuse_existing(results_path(output), "--output", resumable=True)
+            refuse_results(output)
     files, editor = open_caption_files(arguments), open_editor(arguments)
     found = None if arguments.embeddings else open_inputs(arguments)
     resumes = arguments.resume and output is not None and has_results(output)

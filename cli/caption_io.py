@@ -18,7 +18,7 @@ from vlv.captioning.inputs import Input
 from vlv.captioning.metadata import XmpCaptions
 from vlv.captioning.output import Summary, require_writable
 from vlv.captioning.resume import ResumableResults
-from vlv.captioning.sidecars import CaptionFiles, Sidecars, UnsupportedFile, ends_the_run, read_sidecar
+from vlv.captioning.sidecars import CaptionFiles, SharedSidecar, Sidecars, UnsupportedFile, ends_the_run, read_sidecar
 from vlv.captioning.sources import LOOKAHEAD, Inputs
 from vlv.captioning.tables import LIST_SUFFIXES
 from vlv.captioning.texts import CaptionEditor, PromptTemplate, prompt_fields
@@ -119,7 +119,7 @@ def check_first(files: CaptionFiles, inputs: Iterable[Input]) -> None:
     trial = files.copy()
     for item in islice(inputs, LOOKAHEAD):
         if item.problem is None:
-            with suppress(UnsupportedFile):  # it is one image that fails
+            with suppress(SharedSidecar, UnsupportedFile):  # it is one image that fails
                 trial.wants(item)
 
 

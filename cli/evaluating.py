@@ -63,7 +63,14 @@ def choose_features(name: str, resize: str, device: str) -> Any:
         if name == SCENE_CLASSIFIER:
             return SceneClassifierFeatures(MINIATURE / SCENE_CLASSIFIER_FILE)
         if name == INCEPTION:
-            return InceptionFeatures(resize, device)  # type: ignore[arg-type]
+            try:
+                return InceptionFeatures(resize, device)  # type: ignore[arg-type]
+            except (ImportError, FileNotFoundError) as error:
+                raise UserError(
+                    f"--features {INCEPTION}: {error}\nfeatures that need no other package or download: --features "
+                    f"{SCENE_CLASSIFIER} (the miniature's), or --features DIR, the folder of a vision model of "
+                    "transformers"
+                ) from error
         return AutoModelFeatures(name, device)
 
 

@@ -8,8 +8,10 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from vlv.errors import UserError
 from vlv.version import __version__
@@ -18,6 +20,8 @@ from .parsers import caption, convert, data, demo, encode, estimate, evaluate, i
 from .settings_help import stored_help
 
 RENAMED_OPTIONS = {("push", "--decoder"): "--diffusion-model"}
+SIMILARITY = 0.7
+"""Of a mistyped option to the one that is suggested: 1 is equal."""
 STAGES = ("stage1", "stage2", "stage3")
 TRAIN_USAGE = (
     f"usage: vlv train {{{','.join(STAGES)}}} CONFIG.yaml [--name value ...]    (vlv train stage1 --help lists the "
@@ -35,10 +39,42 @@ IGNORED_WARNINGS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Accepts options by their full name only. By default argparse also accepts prefixes, such as `--out`."""
+    """Accepts options by their full name, with dashes or underscores, and answers a wrong one in one line.
+
+    By default argparse also accepts prefixes, such as `--out`, and prints all options before an error.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but the parser of a command that takes no settings refuses what it does not know."""
+        given = list(sys.argv[1:] if args is None else args)
+        takes_settings = self.get_default("takes_settings")
+        if not takes_settings:  # a setting of a configuration may have the same name with underscores
+            end = given.index("--") if "--" in given else len(given)
+            given[:end] = map(self._with_dashes, given[:end])
+        options, unknown = super().parse_known_args(given, namespace)
+        if unknown and self.get_default("run") and not takes_settings:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+    def _with_dashes(self, argument: str) -> str:
+        """An argument, with `--image-root=DIR` for `--image_root=DIR` where `--image-root` is an option."""
+        name, equals, value = argument.partition("=")
+        dashes = name.replace("_", "-")
+        known = name not in self._option_string_actions and dashes in self._option_string_actions
+        return f"{dashes}{equals}{value}" if known else argument
+
+    def _suggestion(self, unknown: Sequence[str]) -> str:
+        """The options that unknown ones resemble, as the end of a message."""
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        given = [argument.partition("=")[0].replace("_", "-") for argument in unknown if argument.startswith("--")]
+        alike = [match for name in given for match in get_close_matches(name, names, 1, SIMILARITY)]
+        return f"; did you mean {', '.join(alike)}?" if alike else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,14 +117,27 @@ def _run(arguments: list[str]) -> int:
         return 141
     except OSError as error:  # a full disk, a lost permission, a file system that fails
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        outputs = [getattr(options, name, None) for name in ("output", "output_dir")]
-        if any(output and os.path.exists(output) for output in outputs):
-            what += "; the results so far are on disk"
-        print(f"vlv: {what}", file=sys.stderr)
+        print(f"vlv: {what}{_what_stays(options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("vlv: interrupted; the results so far are on disk", file=sys.stderr)
+        print(f"vlv: interrupted{_what_stays(options)}", file=sys.stderr)
         return 130
+
+
+def _what_stays(options: argparse.Namespace) -> str:
+    """The end of the message of a run that was ended: its output, if that exists, and how to go on or begin anew."""
+    given = [getattr(options, name, None) for name in ("output", "output_dir")]
+    existing = [Path(output) for output in given if output and os.path.exists(output)]
+    outputs = [output for output in existing if output.is_file() or any(output.iterdir())]
+    if not outputs:
+        return ""
+    if options.run.startswith("data:") or getattr(options, "shards", None):
+        how = "; the same command goes on with it"
+    elif hasattr(options, "resume"):
+        how = "; --resume goes on with it"
+    else:
+        how = "; --overwrite begins anew" if hasattr(options, "overwrite") else ""
+    return f"; the results so far are in {outputs[0]}{how}"
 
 
 def build_parser() -> argparse.ArgumentParser:

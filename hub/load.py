@@ -154,11 +154,15 @@ def load_captioner(
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no VLV model.
-        ValueError: If it is a stage-1 checkpoint, which has no language model; if a file is damaged; if a weight is
+        ValueError: If it is a stage-1 model, which has no language model; if a file is damaged; if a weight is
             missing, unexpected, or of another shape; or if model and tokenizer name different image tokens.
     """
     folder = resolve(source, revision=revision, allow_patterns=CAPTIONER_FILES)
-    require(folder, "config.json")
+    if read_config(folder).get("text_config") is None:
+        raise ValueError(
+            f"{source} is a stage-1 model, which writes no captions; train stage 2 from it (vlv train stage2 --model "
+            f"{source} --pairs ...)"
+        )
     model = _load_strictly(VLVForConditionalGeneration, folder, dtype)
     tokenizer = fit_tokenizer(load_tokenizer(folder), model)
     check_tokenizer(tokenizer, model, str(folder))

@@ -18,7 +18,13 @@ def add_parser(commands) -> None:
         "--captions", required=True, metavar="FILE", help="JSON of `vlv caption`: {path: caption or list of captions}"
     )
     parser.add_argument("--output", default="scores.json", help="the JSON file (default: scores.json)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with --output: keep the scores of images that have not changed, add the others",
+    )
+    existing.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: 8)")
     add_num_pairs(parser)
     add_model_arguments(parser)

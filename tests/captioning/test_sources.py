@@ -26,7 +26,7 @@ from vlv.captioning.output import Summary
 from vlv.captioning.resume import ResumableResults
 from vlv.captioning.sources import Inputs
 from vlv.errors import UserError
-from vlv.train.data import ParquetSource
+from vlv.train.data import ParquetSource, load_pairs
 
 
 @pytest.fixture(scope="module")
@@ -259,11 +259,15 @@ def test_images_in_parquet_files_are_called_by_file_and_row(tmp_path, encoded, i
     assert pixels(list(inputs), image_processor) == COLORS
 
 
-def test_the_images_of_a_list_are_called_by_list_and_path(folder, encoded, image_processor):
+def test_the_images_of_a_list_are_called_by_their_path_and_of_several_by_list_and_path(
+    folder, encoded, image_processor
+):
     lines = [{"image": "a.png"}, {"image": "sub/b.png"}, {"image": "a.png"}]
     (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     inputs = list(Inputs([str(folder / "list.jsonl")]))
-    assert [item.name for item in inputs] == ["list.jsonl/a.png", "list.jsonl/sub/b.png", "list.jsonl/a.png#2"]
+    assert [item.name for item in inputs] == ["a.png", "sub/b.png", "a.png#2"]
+    two = Inputs([str(folder / "list.jsonl"), str(folder / "sub")])
+    assert [item.name for item in two][1:3] == ["list.jsonl/sub/b.png", "list.jsonl/a.png#2"]
     assert pixels(inputs, image_processor) == [COLORS[0], COLORS[1], COLORS[0]]
     elsewhere = (folder / "list.jsonl").rename(folder.parent / "list.jsonl")
     moved = list(Inputs([str(elsewhere)], image_root=f"{folder}/"))
@@ -283,7 +287,7 @@ def test_a_missing_image_of_a_list_fails_alone(folder, image_processor, as_datas
     inputs = Inputs([], DatasetArguments(file)) if as_dataset else Inputs([file])
     summary = Summary(None)
     (batch,) = read_batches(inputs, image_processor, 8, summary, identify=True)
-    expected = [f"train/{row}" if as_dataset else f"list.jsonl/{line['image']}" for row, line in enumerate(lines)]
+    expected = [f"train/{row}" if as_dataset else line["image"] for row, line in enumerate(lines)]
     first, good, third = expected
     assert batch.names == [good]
     assert summary.failed == {first: f"{folder}/no.png does not exist", third: f"{folder}/sub is not a file"}
@@ -301,7 +305,7 @@ def test_what_is_wrong_in_a_line_of_a_list_fails_alone(folder, image_processor, 
     file.write_bytes(content)
     summary = Summary(None)
     (batch,) = read_batches(Inputs([str(file)]), image_processor, 8, summary)
-    assert batch.names == [f"{file.name}/a.png"]
+    assert batch.names == ["a.png"]
     expected = {
         "jsonl": {
             "line 1": ", line 1: expected columns such as ",
@@ -326,7 +330,7 @@ def test_what_is_wrong_in_a_line_of_a_list_fails_alone(folder, image_processor, 
             "image 2": ", image 2: the image is None, expected a path",
         },
     }[suffix]
-    assert list(summary.failed) == [f"{file.name}/{line}" for line in expected]
+    assert list(summary.failed) == list(expected)
     for reason, words in zip(summary.failed.values(), expected.values(), strict=True):
         assert f"{file}{words}" in reason
 
@@ -503,7 +507,7 @@ def test_the_urls_of_a_list_are_downloaded(folder, encoded, image_processor, mon
     with serving({"/c.png": answer}) as address:
         (folder / "list.jsonl").write_text(f'{{"image": "a.png"}}\n{{"image": "{address}/c.png"}}\n')
         inputs = list(Inputs([str(folder / "list.jsonl")]))
-        assert [item.name for item in inputs] == ["list.jsonl/a.png", f"list.jsonl/{address}/c.png"]
+        assert [item.name for item in inputs] == ["a.png", f"{address}/c.png"]
         assert pixels(inputs, image_processor) == [COLORS[0], COLORS[2]]
 
 
@@ -519,6 +523,26 @@ def test_a_url_of_a_list_that_has_its_result_is_not_downloaded_again(tmp_path, a
     read = []
     assert results.resume([replace(item, read=lambda: read.append(1))]) == [] and not read
     results.release()
+
+
+def test_absolute_paths_in_a_list_of_the_working_folder_stay_absolute(folder, monkeypatch):
+    (folder / "list.csv").write_text(f"image\n{folder}/sub/b.png\na.png\n")
+    monkeypatch.chdir(folder)
+    assert [item.name for item in Inputs(["list.csv"])] == [f"{folder}/sub/b.png", "a.png"]
+
+
+def test_captions_of_a_list_are_pairs_also_where_an_earlier_version_named_them_by_the_list(folder):
+    (folder / "list.csv").write_text("image\na.png\nsub/b.png\n")
+    output, inputs = folder / "c.json", list(Inputs([str(folder / "list.csv")]))
+    with ResumableResults(output, ("m", "1"), {}) as results:
+        results.add([replace(inputs[0], name="list.csv/a.png", identity=inputs[0].identify())], ["A"])
+    results = ResumableResults(output, ("m", "1"), {})
+    (left,) = results.resume(inputs)
+    with results:
+        results.add([replace(left, identity=left.identify())], ["B"])
+    assert json.loads(output.read_text()) == {"a.png": "A", "sub/b.png": "B"}
+    pairs = load_pairs(str(output))
+    assert sorted(pairs[row]["image"] for row in range(2)) == [f"{folder}/a.png", f"{folder}/sub/b.png"]
 
 
 def test_without_a_network_a_url_is_one_bad_input(image_processor, monkeypatch):

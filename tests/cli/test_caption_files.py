@@ -70,14 +70,22 @@ def test_sidecars_have_the_captions_of_the_json_and_are_skipped_by_the_next_run(
     assert json.loads((tmp_path / "c.json").read_text()) == captions
 
 
-def test_existing_sidecars_and_shared_names_are_refused_before_the_model_is_loaded(folder, images, capsys):
+def test_existing_sidecars_are_refused_before_the_model_is_loaded(folder, capsys):
     (folder / "sub" / "c.txt").write_text("mine")
     assert caption("./no_model", folder, "--sidecar", "txt") == 2
     assert f"vlv: {folder}/sub/c.txt exists; pass --on-existing skip" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("existing", ["error", "skip"])
+def test_of_two_images_that_would_share_a_sidecar_the_second_fails_alone(
+    model_folder, folder, images, existing, capsys
+):
     images[3].save(folder / "a.webp")
-    assert caption("./no_model", folder, "--sidecar", "txt", "--on-existing", "overwrite") == 2
+    assert caption(model_folder, folder, "--sidecar", "txt", "--on-existing", existing) == 1
     said = capsys.readouterr().err
-    assert "a.txt is that of a.png, too; pass --sidecar-name full, which writes a.webp.txt" in said
+    shared = f"a.webp and a.png would share {folder}/a.txt; pass --sidecar-name full, which writes a.webp.txt"
+    assert f"cannot caption a.webp: {shared}" in said and "captioned 3, failed 1" in said
+    assert list(texts(folder)) == ["a.txt", "b.txt", "sub/c.txt"]
 
 
 def test_the_lines_of_an_interrupted_run_are_not_replaced_without_a_word(folder, tmp_path, capsys):
@@ -185,8 +193,9 @@ def test_captions_that_a_killed_run_wrote_beside_images_are_kept(
     assert captions.items() < results.items() and list(results)[-1] == "d.png"
     if "txt" in place:
         Image.new("RGB", (9, 9)).save(folder / "d.webp")
-        assert caption(model_folder, folder, "--output", output, *place, "--resume") == 2
-        assert "d.txt is that of d.png, too; pass --sidecar-name full" in capsys.readouterr().err
+        assert caption(model_folder, folder, "--output", output, *place, "--resume") == 1
+        said = capsys.readouterr().err
+        assert "d.webp and d.png would share" in said and "kept 4, skipped 0, captioned 0, failed 1" in said
 
 
 def test_csv_goes_on_with_as_many_captions_of_each_image(model_folder, folder, tmp_path, capsys):
@@ -296,6 +305,29 @@ def test_a_list_on_standard_input_is_captioned(model_folder, folder, tmp_path, m
     assert f"cannot read {folder}/gone.png: {folder}/gone.png does not exist" in capsys.readouterr().err
     assert caption_list("a.png", "b.jpg", options=["--resume"]) == 0
     assert "kept 1, captioned 1, failed 0" in capsys.readouterr().err
+
+
+def test_a_stage_1_model_is_said_to_write_no_captions(stage1_checkpoint, folder, tmp_path, capsys):
+    assert caption(stage1_checkpoint, folder, "--output", tmp_path / "c.json") == 2
+    said = capsys.readouterr().err
+    assert f"{stage1_checkpoint} is a stage-1 model, which writes no captions; train stage 2 from it" in said
+    assert "ValueError" not in said and not (tmp_path / "c.json").exists()
+
+
+def test_a_text_file_of_paths_is_named_and_its_run_does_not_block_the_next(model_folder, folder, tmp_path, capsys):
+    (folder / "list.txt").write_text(f"{folder}/a.png\n")
+    output = tmp_path / "c.json"
+    assert caption(model_folder, folder / "list.txt", "--output", output) == 1
+    said = capsys.readouterr().err
+    assert f"read from standard input: vlv caption - < {folder}/list.txt (or from a .jsonl, .json, .csv" in said
+    assert caption(model_folder, folder / "a.png", "--output", output) == 0
+    done = output.read_text()
+    assert caption(model_folder, folder / "b.jpg", "--output", output) == 2
+    assert "c.json exists; pass --resume" in capsys.readouterr().err and output.read_text() == done
+    other = tmp_path / "d.json"  # of no run
+    other.write_text("{}")
+    assert caption("./no_model", folder / "a.png", "--output", other) == 2
+    assert "d.json exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

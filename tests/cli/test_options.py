@@ -46,6 +46,41 @@ def test_an_abbreviated_option_is_refused(arguments, capsys):
     assert exit.value.code == 2 and f"unrecognized arguments: {arguments[-2]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["caption", "photos", "--promt", "x"],
+            "unrecognized arguments: --promt x; did you mean --prompt?; see vlv caption --help",
+        ),
+        (
+            ["data", "inspect", "photos", "--output", "o", "--tumbnails=2"],
+            "unrecognized arguments: --tumbnails=2; did you mean --thumbnails?; see vlv data inspect --help",
+        ),
+        (["caption", "photos", "--zzz"], "unrecognized arguments: --zzz; see vlv caption --help"),
+        (
+            ["caption", "photos", "--batch-size", "0"],
+            "argument --batch-size: must be at least 1, not 0; see vlv caption --help",
+        ),
+    ],
+)
+def test_a_wrong_option_is_answered_in_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and error.endswith(f" error: {said}\n")
+
+
+def test_options_are_spelt_with_dashes_or_underscores():
+    parser = build_parser()
+    given = ["caption", "--image_root=c_d", "--batch_size", "2", "--output", "e_f.json", "--", "a_b", "--image_root"]
+    options = parser.parse_args(given)
+    assert (options.image_root, options.batch_size, options.output) == ("c_d", 2, "e_f.json")
+    assert options.paths == ["a_b", "--image_root"]
+    _, settings = parser.parse_known_args(["estimate", "recipe.yaml", "--batch_size", "2"])
+    assert settings == ["--batch_size", "2"]
+
+
 def test_the_package_lists_all_commands(capsys):
     import vlv.cli
 

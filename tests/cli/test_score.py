@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vlv.cli.captions import read_one_text
 from vlv.cli.main import main
+from vlv.cli.scoring import BatchScorer
 from vlv.errors import UserError
 from vlv.pipelines import DiffusionScorer, load_reconstruction, to_pixels
 
@@ -59,6 +60,33 @@ def test_score_writes_the_scores_of_one_caption_and_of_several(model_folder, pho
     assert "4 captions: mean score " in captured.out and "scored 3, failed 0" in captured.err
 
 
+def test_an_interrupted_run_goes_on_and_has_the_scores_of_one_run(model_folder, photos, tmp_path, monkeypatch, capsys):
+    captions, output = ("--captions", write(tmp_path, CAPTIONS), "--batch-size", 1), tmp_path / "s.json"
+    assert score(model_folder, tmp_path / "whole.json", photos, *captions) == 0
+    whole, said = (tmp_path / "whole.json").read_text(), capsys.readouterr().out
+    score_batch, calls = BatchScorer.score, []
+
+    def interrupted(self, *arguments):
+        if len(calls) in (0, 2):  # the first run ends before its first batch, the second one after it
+            calls.append(0)
+            raise KeyboardInterrupt
+        calls.append(1)
+        return score_batch(self, *arguments)
+
+    monkeypatch.setattr(BatchScorer, "score", interrupted)
+    assert score(model_folder, output, photos, *captions) == 130
+    assert capsys.readouterr().err == "vlv: interrupted\n" and not output.exists()
+    assert score(model_folder, output, photos, *captions) == 130
+    assert f"interrupted; the results so far are in {output}; --resume goes on with it" in capsys.readouterr().err
+    assert list(json.loads(output.read_text())) == NAMES[:1]
+    other = ("--captions", captions[1], "--num-pairs", 2, "--resume")
+    assert score(model_folder, output, photos, *other) == 2
+    assert "has scores with num_pairs 4, here 2, which cannot be compared" in capsys.readouterr().err
+    assert score(model_folder, output, photos, *captions, "--resume") == 0
+    captured = capsys.readouterr()
+    assert output.read_text() == whole and captured.out == said and "kept 1, scored 2, failed 0" in captured.err
+
+
 def test_images_without_a_caption_and_captions_that_are_none_are_named(model_folder, mixed_folder, tmp_path, capsys):
     given = {"good.png": "a dog", "palette.png": 3, "sixteen.png": [], "text.png": "a cat", "other.png": "a frog"}
     assert score(model_folder, tmp_path / "s.json", mixed_folder, "--captions", write(tmp_path, given)) == 1
@@ -88,7 +116,7 @@ def test_score_refuses_what_it_cannot_use(model_folder, stage1_checkpoint, photo
     given = write(tmp_path, CAPTIONS)
     for arguments, message in (
         ((model_folder, tmp_path / "s.txt", photos, "--captions", given), "must end in .json"),
-        ((model_folder, given, photos, "--captions", given), "given.json exists; pass --overwrite"),
+        ((model_folder, given, photos, "--captions", given), "given.json exists; pass --resume to go on with it"),
         ((model_folder, tmp_path / "s.json", photos, "--captions", tmp_path / "no.json"), "--captions: "),
         ((model_folder, tmp_path / "s.json", tmp_path / "no", "--captions", given), "no does not exist"),
         ((stage1_checkpoint, tmp_path / "s.json", photos, "--captions", given), f"cannot load {stage1_checkpoint}: "),

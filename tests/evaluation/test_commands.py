@@ -166,6 +166,17 @@ def test_statistics_of_pytorch_fid_are_refused_for_other_features(folders, tmp_p
     assert "s.npz: the statistics of pytorch-fid are of Inception's features" in capsys.readouterr().err
 
 
+def test_without_inception_the_features_that_need_nothing_are_named(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no weights of Inception, with or without its package
+    output = tmp_path / "m.json"
+    command = ["evaluate", "images", "--generated", str(folders[0]), "--reference", str(folders[1])]
+    assert main([*command, "--output", str(output)]) == 2
+    stderr = capsys.readouterr().err
+    assert "--features inception: " in stderr and "torch-fidelity" in stderr
+    assert "features that need no other package or download: --features scene-classifier" in stderr
+    assert main([*command, "--output", str(output), "--features", "scene-classifier", "--pair-metrics"]) == 0
+
+
 @pytest.mark.parametrize("model", ["scene-classifier", "inception", "dinov2"])
 def test_clip_must_be_a_model_that_embeds_texts(folders, tmp_path, dinov2_model, capsys, model):
     (tmp_path / "c.json").write_text('{"1.png": "a dog"}')
