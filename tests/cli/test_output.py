@@ -30,7 +30,7 @@ codes = [
 sys.exit(codes != [1, 1, 1, 0, 0])
 """
 OWN_LINES = re.compile(
-    r"no --model given: using the embedded miniature .*"
+    r"no --model given: using the embedded miniature, .*"
     r"|not images, left out: 1 \.txt"
     r"|cannot read (empty\.webp|text\.png|truncated\.jpg): .*"
     r"|(captioned|encoded|reconstructed) 6, failed 3: .*"
