@@ -110,7 +110,7 @@ class Stage2Config(StageConfig):
     )
     on_bad_caption: str = field(
         default="skip",
-        metadata={"help": "Captions that are empty or not text: 'skip' (counted and named) or 'error'."},
+        metadata={"help": "Captions that are missing, empty or not text: 'skip' (counted and named) or 'error'."},
     )
     trainable: str = field(
         default="all",

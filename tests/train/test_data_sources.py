@@ -267,7 +267,7 @@ def test_captions_that_are_empty_or_no_text_stop_the_run_if_asked(folder):
     lines = [*rows("file_name", "caption")[:2], {"file_name": NAMES[2], "caption": None}]
     (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert len(load_pairs(str(folder))) == 2
-    with pytest.raises(ValueError, match=r"1 of 3 captions are empty or not text: .*2\.png"):
+    with pytest.raises(ValueError, match=r"1 of 3 captions are missing, empty or not text: .*2\.png"):
         load_pairs(str(folder), on_bad_caption="error")
 
 
@@ -275,7 +275,11 @@ def test_a_message_names_twenty_captions_that_are_left_out_and_the_census_all(tm
     write_tar(tmp_path / "0.tar", range(26), dict.fromkeys(range(25), (".txt", b"")))
     pairs = load_pairs(str(tmp_path))
     (message,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert "25 of 26 captions are empty" in message and "0019.png, and 5 more" in message and "0020" not in message
+    assert (
+        "25 of 26 captions are missing or empty" in message
+        and "0019.png, and 5 more" in message
+        and "0020" not in message
+    )
     found = caption_statistics(pairs, processor.tokenizer, max_tokens=8, append_eos=True)
     assert found["left_out"] == [f"{tmp_path}/0.tar:{n:04}.png" for n in range(25)]
 

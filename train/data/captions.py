@@ -123,7 +123,7 @@ def count_alternatives(value: Any) -> int:
 
 
 def report_bad_captions(names: list[str], counts: np.ndarray, on_bad_caption: str = "skip") -> None:
-    """Says which captions are empty or not text.
+    """Says which captions are missing (an image without a sidecar), empty or not text.
 
     Args:
         names: Names of images whose caption is; at least the first `MOST_NAMED`.
@@ -136,7 +136,7 @@ def report_bad_captions(names: list[str], counts: np.ndarray, on_bad_caption: st
     bad, total = int((counts < 1).sum()), len(counts)
     if not bad:
         return
-    problem = "empty or not text" if (counts == NOT_TEXT).any() else "empty"
+    problem = "missing, empty or not text" if (counts == NOT_TEXT).any() else "missing or empty"
     shown = ", ".join(names[:MOST_NAMED])
     if bad > MOST_NAMED:
         shown += f", and {bad - MOST_NAMED} more (a run lists all in its census.json)"

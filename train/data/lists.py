@@ -126,15 +126,18 @@ def lists_of_a_folder(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, caption_lines: str) -> Iterator[dict[str, Any]]:
-    """The images of a folder, each with the captions in the `.txt` or `.caption` file beside it.
+    """The images of a folder, each with the captions in the `.txt` or `.caption` file beside it; "" without one.
 
     Raises:
-        ValueError: If no image is found, or an image has no such file.
+        ValueError: If no image is found, or none has such a file.
     """
+    found, image = False, folder
     for image in image_files(folder):
         sidecar = next((image.with_suffix(s) for s in SIDECAR_SUFFIXES if image.with_suffix(s).is_file()), None)
         if sidecar is None:
-            raise ValueError(f"{image} has no caption: expected {image.stem}.txt or {image.stem}.caption beside it")
+            yield {"image": str(image), "caption": ""}
+            continue
+        found = True
         try:
             captions = sidecar_captions(sidecar.read_text(encoding="utf-8-sig"), caption_lines)
         except UnicodeDecodeError as error:
@@ -142,6 +145,11 @@ def read_folder(folder: Path, caption_lines: str) -> Iterator[dict[str, Any]]:
             yield {"image": str(image), "caption": None}
             continue
         yield {"image": str(image), "caption": captions if len(captions) > 1 else "".join(captions)}
+    if not found:
+        raise ValueError(
+            f"no image in {folder} has a caption: expected files such as {image.stem}.txt or {image.stem}.caption "
+            f"beside {image}"
+        )
 
 
 def read_list(
