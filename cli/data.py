@@ -1,11 +1,13 @@
 """`vlv data`: prepares data for training."""
 
 import argparse
+import json
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from vlv.captioning.output import output_path
 from vlv.errors import UserError
 
 from .parsers.data import COLUMN_KINDS
+
+SHOWN_FAILED = 3
+"""Failed images that a step names; a file in its output names all."""
 
 
 class _Progress:
@@ -244,5 +249,20 @@ def _say(counts: Mapping[str, Any] | None, output: str | os.PathLike, text: str,
         print(f"{output} is complete: nothing to do", file=sys.stderr)
         counts = Run.read_counts(Path(output))
     else:
+        _say_failures(Path(output))
         print(f"{text.format(**counts)}: {output}", file=sys.stderr)
     return int(any(counts[name] for name in failed))
+
+
+def _say_failures(output: Path) -> None:
+    """Prints the first images of an output folder that failed, with their reasons."""
+    from vlv.preparation.inspection import REPORT
+    from vlv.preparation.run import FAILED
+
+    for name, read in ((FAILED, dict), (REPORT, lambda report: report["failed"])):
+        if (file := output / name).is_file():
+            failed = read(json.loads(file.read_text(encoding="utf-8")))
+            for image, reason in islice(failed.items(), SHOWN_FAILED):
+                print(f"cannot read {image}: {reason}", file=sys.stderr)
+            if len(failed) > SHOWN_FAILED:
+                print(f"and {len(failed) - SHOWN_FAILED} more: {file}", file=sys.stderr)

@@ -70,6 +70,7 @@ class Records:
         columns = (image_column, caption, image_root, FIRST, prompt)
         self.source: Source = open_source(source, "train", *columns, keeps_unreadable=True)
         self._root = self._common_folder()
+        self._hint = "; name the folder that paths start from by --image-root" if image_root is None else ""
         self._rows: Sequence[int] = range(len(self.source))
         self._texts: list[list[str]] = []  # of the rows, from the list of captions
         if captions is not None:
@@ -114,7 +115,7 @@ class Records:
         item = self.source[self._rows[number]]
         problem = item.get(PROBLEM)
         if problem is None and self.in_files and not os.path.isfile(item["image"]):
-            problem = "the file does not exist"
+            problem = f"the file does not exist{self._hint}"
             if is_url(item["image"]):
                 problem = "it is a URL; `vlv data download` comes first"
         if problem is not None:

@@ -18,6 +18,8 @@ from typing import Any
 from vlv.files import errors_naming, read_json, to_json
 
 MANIFEST, FAILED = "manifest.json", "failed.json"
+SOURCE_HASHES = ("fingerprint", "times")
+"""Inputs of a manifest that say nothing to a reader."""
 FORMAT = 1
 PROCESS = "process.json"
 _TIME_TO_END = 10.0  # seconds
@@ -206,7 +208,7 @@ class Run:
         for key in ("inputs", "options"):
             before, now = known.get(key, {}), _as_read(getattr(self, key))
             found += [_difference(name, before.get(name), now.get(name)) for name in before.keys() | now.keys()]
-        return sorted(filter(None, found))
+        return sorted(set(filter(None, found)))
 
     def _is_intact(self, known: Mapping[str, Any]) -> bool:
         sizes = known.get("outputs", {})
@@ -308,6 +310,8 @@ def _difference(name: str, before: Any, now: Any) -> str:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         return f"{name}: {changed[0]}{more} differ{'' if more else 's'}"
+    if name in SOURCE_HASHES:
+        return "the images or captions of the source have changed, or are read from another place"
     was, is_now = f"{before!r:.60}", f"{now!r:.60}"
     return f"{name} was {was}, not {is_now}" if was != is_now else f"{name} has changed"
 

@@ -45,15 +45,18 @@ def test_what_is_wrong_in_a_list_fails_alone(step, said, tmp_path, monkeypatch, 
         assert main(command) == 1
     printed = capsys.readouterr().err
     assert said in printed and "is complete: nothing to do" in printed
+    assert "cannot read no/1.png: the file does not exist; name the folder that paths start from by" in printed
+    assert f"and 3 more: {tmp_path / 'out'}" in printed
     if step == "inspect":
         failed = json.loads((tmp_path / "out" / "report.json").read_text())["failed"]
         file = tmp_path / "list.jsonl"
         broken = "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+        missing = "the file does not exist; name the folder that paths start from by --image-root"
         assert failed == {
             "https://x/0.png": "it is a URL; `vlv data download` comes first",
-            "no/1.png": "the file does not exist",
-            300 * "x": "the file does not exist",
-            "no\0.png": "the file does not exist",
+            "no/1.png": missing,
+            300 * "x": missing,
+            "no\0.png": missing,
             "list.jsonl, line 8": f"{file}, line 8: the image is None, expected a path",
             "list.jsonl, line 9": f"{file}, line 9 is not valid JSON: {broken}",
         }

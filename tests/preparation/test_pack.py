@@ -82,7 +82,7 @@ def test_the_command_is_idempotent_and_refuses_a_changed_source(tmp_path, capsys
     assert main(command) == 0
     assert (out / "shard-00000.tar").read_bytes() == before[out / "shard-00000.tar"][0]
     os.utime(pictures / "00.png", (0, 0))
-    assert main(command) == 2 and "times was" in capsys.readouterr().err
+    assert main(command) == 2 and "the images or captions of the source have changed" in capsys.readouterr().err
     write_pictures(pictures, 5)
     assert main(command) == 2 and "records was 4, not 5" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0 and len(load_images(str(out))) == 5
