@@ -44,8 +44,8 @@ class Records:
         source: A folder, a list, the JSON of captions, parquet or tar files, or a data set, as for training.
         pairs: Whether the captions are read, too; each image needs one then.
         image_root: The folder that paths in lists and tables start from; by default that of the list.
-        captions: A list of `vlv data recaption` of the same source: its captions are read in place of the source's
-            own, and the images alone that it has.
+        captions: A file of `vlv data recaption` or `vlv caption` of the same source: its captions are read in place of
+            the source's own, and the images alone that it has.
 
     Raises:
         ImportError: If the source needs `datasets`, and it is not installed.
@@ -160,10 +160,11 @@ class Records:
 
     def _read_captions(self, file: str) -> tuple[Sequence[int], list[list[str]]]:
         """The rows of the images that a list names, and their captions."""
-        texts, folder = _captions_by_name(file), os.path.dirname(os.path.abspath(file))
+        texts, of_paths = _captions_by_name(file)
+        folder = os.path.dirname(os.path.abspath(file))
         rows, found = array("q"), list[list[str]]()
         for number in self._rows:
-            path = self.path(number)
+            path = self.path(number) if of_paths else None
             text = texts.pop(self.name(number) if path is None else os.path.relpath(path, folder), None)
             if text is not None:
                 rows.append(number)
@@ -182,25 +183,41 @@ class Records:
         return None if files is None else os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files])
 
 
-def _captions_by_name(file: str) -> dict[str, list[str]]:
-    """The captions of a list of `{"file_name": ..., "caption": ...}`.
+def _captions_by_name(file: str) -> tuple[dict[str, list[str]], bool]:
+    """The captions of `vlv data recaption` or `vlv caption`, and whether they are called by paths from the file.
+
+    Those are lines `{"file_name": ..., "caption": ...}`, by paths from the folder of the file, or lines
+    `{"name": ..., "caption": ...}` and `{name: caption}`, by names in the source.
 
     Raises:
         ValueError: If it cannot be read; the message names the line.
     """
     found: dict[str, list[str]] = {}
+    of_paths = True
     try:
         with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                entry = json.loads(line)
-                name = entry.get("file_name") if isinstance(entry, dict) else None
+            if file.lower().endswith(".json"):
+                values = json.load(lines)
+                if not isinstance(values, dict):
+                    raise ValueError("expected {name: caption}")
+                entries: Iterable[Any] = (
+                    (value if isinstance(value, dict) else {"caption": value}) | {"name": name}
+                    for name, value in values.items()
+                )
+            else:
+                entries = map(json.loads, lines)
+            for number, entry in enumerate(entries, 1):
+                of_paths = isinstance(entry, dict) and "file_name" in entry
+                name = entry.get("file_name", entry.get("name")) if isinstance(entry, dict) else None
                 texts = alternatives(entry.get("caption")) if isinstance(name, str) else None
-                if not texts:
-                    raise ValueError(f'line {number} lacks {{"file_name": ..., "caption": ...}}')
-                found[str(name)] = texts
+                if texts is None:
+                    raise ValueError(f'entry {number} is not {{"file_name": ..., "caption": ...}}')
+                if texts:
+                    found[str(name)] = texts
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a list of `vlv data recaption`: {error}") from error
-    return found
+        made_by = "`vlv data recaption` or `vlv caption`"
+        raise ValueError(f"{file} cannot be read as captions of {made_by}: {error}") from error
+    return found, of_paths
 
 
 def file_of(image: Any) -> bytes:

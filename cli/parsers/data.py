@@ -149,7 +149,7 @@ def _add_pack(steps: Any) -> None:
     parser.add_argument(
         "--captions",
         metavar="LIST.jsonl",
-        help="list of `vlv data recaption` of SOURCE: pack the images that it has, with its captions",
+        help="file of `vlv data recaption` or `vlv caption` of SOURCE: pack the images that it has, with its captions",
     )
     parser.add_argument(
         "--format", choices=("webdataset", "parquet"), default="webdataset", help="of the shards (default: webdataset)"

@@ -70,6 +70,21 @@ def test_a_shard_ends_before_it_has_more_bytes_than_asked_for(folder, tmp_path):
     assert packed == sizes and 5 <= len(shards) < 10
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_what_captioning_writes_is_packed_with_its_images(folder, tmp_path, suffix):
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))[:2]
+    captions = dict(zip(names, ("one", ["two", "zwei"]), strict=True)) | {"empty.png": ""}
+    file = tmp_path / f"captions.{suffix}"
+    lines = [json.dumps({"name": name, "caption": caption}) for name, caption in captions.items()]
+    file.write_text(json.dumps(captions, indent=2) if suffix == "json" else "\n".join(lines))
+    assert main(["data", "pack", str(folder), "--captions", str(file), "--output", str(tmp_path / "out")]) == 0
+    pairs = load_pairs(str(tmp_path / "out"), caption_lines="all")
+    assert {item["caption"] for item in pairs} == {"one", "two", "zwei"}
+    file.write_text(json.dumps({"other.png": "of another source"}))
+    command = ["data", "pack", str(folder), "--captions", str(file), "--output", str(tmp_path / "again")]
+    assert main(command) == 2
+
+
 def test_the_command_is_idempotent_and_refuses_a_changed_source(tmp_path, capsys):
     pictures, out = write_pictures(tmp_path / "in", 4), tmp_path / "out"
     command = ["data", "pack", str(pictures), "--pairs", "--output", str(out)]
