@@ -42,14 +42,14 @@ class Records:
 
     Args:
         source: A folder, a list, the JSON of captions, parquet or tar files, or a data set, as for training.
-        pairs: Whether the captions are read, too; each image needs one then.
+        pairs: Whether the captions are read, too.
         image_root: The folder that paths in lists and tables start from; by default that of the list.
         captions: A file of `vlv data recaption` or `vlv caption` of the same source: its captions are read in place of
             the source's own, and the images alone that it has.
 
     Raises:
         ImportError: If the source needs `datasets`, and it is not installed.
-        ValueError: If nothing is found, an image has no caption and `pairs` asks for one, or `captions` names an image
+        ValueError: If nothing is found, no image has a caption and `pairs` asks for them, or `captions` names an image
             that the source does not have.
     """
 
