@@ -162,7 +162,9 @@ def choose_captions(
     from vlv.pipelines import mark_confidence
 
     inputs, results = [], []
-    for item, own, scores in zip(batch.inputs, groups, scorer.score(batch, groups, summary), strict=True):
+    for item, own, scores in zip(
+        batch.inputs, groups, scorer.score(batch, groups, summary, partial=True), strict=True
+    ):
         if scores is None:
             continue
         best = max(range(len(own)), key=scores.__getitem__)

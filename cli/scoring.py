@@ -34,13 +34,16 @@ class BatchScorer:
         self.image_size: int = self.pipeline.default_size
         self._counts: Counter[str] = Counter()
 
-    def score(self, batch: Batch, captions: Sequence[Sequence[str]], summary: Summary) -> list[list[float] | None]:
+    def score(
+        self, batch: Batch, captions: Sequence[Sequence[str]], summary: Summary, partial: bool = False
+    ) -> list[list[float] | None]:
         """The scores of the captions of each image, of which each may have another number.
 
         Args:
             batch: With originals of `image_size`.
             captions: Of each image, at least one.
-            summary: Records an image as failed whose scores are not finite; its scores are None.
+            summary: Records an image as failed of whose scores one is not finite; its scores are None.
+            partial: Whether such a score is -inf, and an image fails only if it has no other.
         """
         scores: list[list[float] | None] = [None] * len(captions)
         for count in sorted({len(own) for own in captions}):
@@ -50,17 +53,22 @@ class BatchScorer:
             self._counts["split"] += int((found.num_texts > 1).sum())
             self._counts["cut"] += int(found.num_cut.sum())
             for place, row in zip(places, found.scores, strict=True):
-                if torch.isfinite(row).all():
+                finite = torch.isfinite(row)
+                if partial and finite.any():
+                    self._counts["not_finite"] += int((~finite).sum())
+                    row = row.where(finite, -torch.inf)
+                    finite = finite.new_ones(())
+                if finite.all():
                     scores[place] = [round(value, 6) for value in row.tolist()]
                 else:
-                    reason = (
-                        "the loss is not finite; a denoiser overflows in float16: pass --dtype bfloat16 or float32"
-                    )
+                    reason = "the loss is not finite; if the precision is float16, pass --dtype bfloat16 or float32"
                     summary.fail(batch.names[place], reason, "score the captions of")
         return scores
 
     def print_notes(self) -> None:
-        """Says on standard error how many captions were split or cut because of the text encoder's positions."""
+        """Says on standard error how many captions have no score, and how many were split or cut as too long."""
+        if count := self._counts["not_finite"]:
+            print(f"note: {count} captions have no score, since their loss is not finite", file=sys.stderr)
         if not self._counts["split"] and not self._counts["cut"]:
             return
         positions = self.scorer.model.config.num_text_positions

@@ -47,6 +47,22 @@ def table(runs: Sequence[dict[str, Any]], split: str, few_pairs: dict[str, Any] 
     return markdown_table(columns, rows)
 
 
+def require_alike(runs: Sequence[dict[str, Any]]) -> None:
+    """Raises `ValueError` if runs differ in more than their seeds and names, or one has not ended."""
+    first = runs[0]
+    for run in runs:
+        name, rounds = run["settings"]["name"], run["settings"]["rounds"]
+        if len(run["rounds"]) != rounds + 1:
+            raise ValueError(f"{name} has {len(run['rounds']) - 1} of {rounds} rounds; run it to its end first")
+        different = [
+            key
+            for key, value in run["settings"].items()
+            if key not in ("root", "name", "seed", "start") and value != first["settings"][key]
+        ]
+        if different:
+            raise ValueError(f"{name} and {first['settings']['name']} differ in {', '.join(different)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlv.miniature.stage3_worth", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="of vlv.miniature.stage3, by seed")
@@ -59,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     runs, few_pairs = [read_json(file) for file in options.runs], read_json(options.few_pairs)
+    try:
+        require_alike(runs)
+    except ValueError as error:
+        parser.error(str(error))
     for split, title in TITLES.items():
         print(f"{title}\n\n{table(runs, split, few_pairs if split == 'combo' else None)}\n")
 

@@ -307,7 +307,8 @@ class CensusCallback(TrainerCallback):
             seconds = (time.perf_counter() - self._since) / TIMED_STEPS
             left = seconds * (state.max_steps - state.global_step)
             self._census |= {"seconds_per_step": round(seconds, 4), "expected_hours_left": round(left / 3600, 4)}
-            say(f"expected time: {format_time(left)} ({seconds:.3g} s a step, without saving and validation)")
+            without = "saving and validation" if "rounds" not in self._census else "sampling, scoring and saving"
+            say(f"expected time: {format_time(left)} ({seconds:.3g} s a step, without {without})")
             self._write(args)
 
     def _write(self, args: Any) -> None:

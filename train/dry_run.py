@@ -91,9 +91,10 @@ class DryRun:
         lines = ["plan of the run (nothing of it is kept):", *(line for line in census if "expected time" not in line)]
         lines += ["parameters by part:", *count_parameters(trainer)]
         lines.append(f"memory: {measured_memory(config.device)}; {estimated_memory(config)}")
+        without = "sampling, scoring" if hasattr(config, "rounds") else "validation, evaluation"
         lines.append(
             f"expected time: {format_time(steps * seconds)} ({steps:,} steps of {seconds:.3g} s, the time of the "
-            "second step; without validation, evaluation and saving)"
+            f"second step; without {without} and saving)"
         )
         kept = int(steps // config.save_steps) if config.save_steps >= 1 else int(1 / config.save_steps)
         if config.save_strategy == SaveStrategy.NO:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SMALLEST_DEVIATION = 1e-5
 """Rewards of a group whose standard deviation is smaller are equal: they are rounded to 6 digits."""
 LARGEST_DIFFERENCE, LARGEST_KL = 20.0, 10.0
-"""Of the log-probabilities of a token, and of its estimated divergence: without them one token decides a step."""
+"""Of the log-probabilities of a token and of its estimated divergence, so that no loss is infinite."""
 
 
 def group_advantages(rewards: Sequence[float | None]) -> list[float | None]:

@@ -370,7 +370,8 @@ class Stage3Trainer(Stage2Trainer):
         log_probs = token_log_probabilities(outputs.logits, labels, self.args.temperature)
         mask = labels != -100
         found = policy_loss(log_probs, sampled, start, advantages, mask, self.args.clip_range, self.args.kl_weight)
-        self.means.add("kl", found.kl, found.tokens)
+        if self.args.kl_weight:  # without it the start of the run is not measured
+            self.means.add("kl", found.kl, found.tokens)
         self.means.add("clipped_share", found.clipped, found.tokens)
         if num_items_in_batch is None:
             loss = found.loss / found.tokens

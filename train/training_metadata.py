@@ -12,7 +12,9 @@ from .saving import Provenance
 
 SETTINGS = (  # recorded where they are set
     *("gguf_file", "load_in_4bit", "lora_rank"),
-    *("method", "rounds", "num_captions", "reward_num_pairs"),
+    *("method", "rounds", "num_captions", "temperature", "top_p", "buffer_rounds", "pairs_share", "kl_weight"),
+    *("clip_range", "reward_num_pairs", "reward_min_timestep", "reward_max_timestep", "length_penalty"),
+    "fluency_floor",
 )
 
 

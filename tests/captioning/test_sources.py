@@ -296,10 +296,13 @@ def test_a_missing_image_of_a_list_fails_alone(folder, image_processor, as_datas
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "coco.json"])
 def test_what_is_wrong_in_a_line_of_a_list_fails_alone(folder, image_processor, suffix):
     content = {
-        "jsonl": b'{"file": 1}\n{"image": "a.png"}\n{broken\n[1]\n{"image": 5}\n{"file": 2}\n{"image": "\xff.png"}\n',
+        "jsonl": b'{"file": 1}\n{"image": "a.png"}\n{broken\n[1]\n{"image": 5}\n{"file": 2}\n{"image": "\xff.png"}\n'
+        + b"9" * 5000
+        + b"\n"
+        + b"[" * 100_000,
         "json": b'[{"image": null}, {"image": "a.png"}, 7, {}]',
         "csv": b'image,caption\na.png,"a, b"\n,empty\nb.png,too,many\n\xff.png,a\n',
-        "coco.json": b'{"images": [5, {"file_name": "a.png"}, {}], "annotations": []}',
+        "coco.json": b'{"images": [5, {"file_name": "a.png"}, {}], "annotations": null}',
     }[suffix]
     file = folder / f"list.{suffix}"
     file.write_bytes(content)
@@ -314,6 +317,8 @@ def test_what_is_wrong_in_a_line_of_a_list_fails_alone(folder, image_processor, 
             "line 5": ", line 5: the image is 5, expected a path",
             "line 6": ", line 6: expected columns such as ",
             "line 7": ", line 7 is not UTF-8",
+            "line 8": ", line 8 is not valid JSON: ",
+            "line 9": ", line 9 is not valid JSON: ",
         },
         "json": {
             "entry 0": ", entry 0: the image is None, expected a path",

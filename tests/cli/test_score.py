@@ -147,6 +147,22 @@ def test_a_loss_that_is_not_finite_fails_its_image(model_folder, photos, tmp_pat
     assert "100%" in terminal.getvalue() and "| 3/3 [" in terminal.getvalue()
 
 
+def test_a_caption_without_a_score_is_not_the_best(model_folder, photos, tmp_path, capsys, monkeypatch):
+    inner = DiffusionScorer.score
+
+    def spoil(self, *arguments, **options):
+        found = inner(self, *arguments, **options)
+        found.scores[:, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(DiffusionScorer, "score", spoil)
+    options = ("--num-captions", "3", "--best-by", "score", "--confidence")
+    assert caption(model_folder, tmp_path / "c.json", photos, *options) == 0
+    entries = json.loads((tmp_path / "c.json").read_text())
+    assert list(entries) == NAMES and all(abs(entry["score"]) < 1e6 for entry in entries.values())
+    assert f"note: {len(NAMES)} captions have no score" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def samples(model_folder, photos, tmp_path_factory) -> Path:
     """Four captions of each image."""

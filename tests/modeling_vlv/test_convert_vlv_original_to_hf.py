@@ -93,7 +93,7 @@ def test_stage_1_alone(golden, tmp_path):
     assert_close_to_scale(conditioning(result.folder, golden), golden["text_encoder"], 5e-5)
     assert load_reconstruction(result.folder).vae_scale_factor == 8
     assert set(result.dropped) == {"model.language_model.lm_head.weight", "model.language_model.final_logits_bias"}
-    with pytest.raises(ValueError, match="stage-1 checkpoint"):
+    with pytest.raises(ValueError, match="stage-1 model"):
         hub.load_captioner(result.folder)
 
 

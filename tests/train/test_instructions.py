@@ -150,6 +150,10 @@ def test_one_column_cannot_be_captions_and_instructions(folder):
         load_pairs(source, prompt_column="caption")
     captions = load_pairs(str(folder / write_csv(folder, "prompt")), caption_column="prompt")
     assert captions[0]["caption"] == "on the right" and "prompt" not in captions[0]
+    lines = [json.dumps({"image": row["file_name"], "prompt": ["one", "two"]}) for row in table()]
+    (folder / "several.jsonl").write_text("\n".join(lines))
+    several = load_pairs(str(folder / "several.jsonl"), caption_column="prompt")
+    assert several[0]["caption"] == "one" and "prompt" not in several[0]
 
 
 def test_without_instructions_data_and_batches_are_what_they_were(folder, processor):

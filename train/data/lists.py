@@ -186,17 +186,16 @@ def read_list(
                     without_columns = without_columns or error
                     raise
             item = {"image": _image(row[columns[0]], folder, where, root is not None, keeps_unreadable)}
-            prompt = check_prompt(row.get(prompt_column), where) if prompt_column else ""
+            prompt = ""
+            if prompt_column in row and prompt_column != columns[1]:
+                prompt = check_prompt(row[prompt_column], where)
         except ValueError as error:
             if not keeps_unreadable:
                 raise
             yield _unreadable(where, path, folder, str(error), caption_column)
             continue
-        if prompt_column in row:
-            if find_prompt_column(row, prompt_column, columns[1], str(path)) is None:
-                prompt = ""
-            else:
-                has_prompts = True
+        if prompt_column in row and find_prompt_column(row, prompt_column, columns[1], str(path)):
+            has_prompts = True
         yield item | ({"caption": row[columns[1]]} if columns[1] else {}) | ({"prompt": prompt} if prompt else {})
     if columns is None and without_columns is not None:
         raise without_columns
@@ -269,7 +268,7 @@ def _jsonl_rows(path: Path) -> Rows:
                 row = json.loads(line)
             except UnicodeEncodeError:
                 row = ValueError(f"{where} is not UTF-8")
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also of numbers that are too long
                 row = ValueError(f"{where} is not valid JSON: {error}")
             yield where, _object(row, where)
 
@@ -289,22 +288,27 @@ def _json_rows(path: Path) -> Rows:
     """Rows of `{name: caption}`, as `vlv caption` writes it, of a list of objects, or of COCO's captions."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if isinstance(content, list):
         for number, row in enumerate(content):
             where = f"{path}, entry {number}"
             yield where, _object(row, where)
     elif isinstance(content, dict) and isinstance(content.get("images"), list):
-        captions: dict[Any, list[Any]] = {}
-        for annotation in content.get("annotations", []):
+        captions: dict[str, list[Any]] = {}
+        annotations = content.get("annotations") or []
+        if not isinstance(annotations, list):
+            raise ValueError(f"{path}: expected a list in 'annotations', got a {type(annotations).__name__}")
+        for annotation in annotations:
             if not isinstance(annotation, dict):
                 raise ValueError(f"{path}: expected objects in 'annotations', got a {type(annotation).__name__}")
-            captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
+            captions.setdefault(str(annotation.get("image_id")), []).append(annotation.get("caption"))
         for number, image in enumerate(content["images"]):
             where, row = f"{path}, image {number}", image
             if isinstance(image, dict):
-                row = {"file_name": image.get("file_name"), "caption": captions.get(image.get("id"), [])}
+                row = {"file_name": image.get("file_name"), "caption": captions.get(str(image.get("id")), [])}
             yield where, _object(row, where)
     elif isinstance(content, dict):
         for name, caption in content.items():
